@@ -1,0 +1,896 @@
+"""The focus operator: windowed, positively weighted running means instead of attention.
+
+For every head, token `j` owns a focus logit `s_j = scale * (f_j . k_j)`, which makes its log weight `l_j` through a
+weight function (`exp`: `l = s`; `elu`: `l = log(elu(s) + 1)`). Position `i` sees, over its window,
+
+    P_ij = exp(l_j - decay * |i - j|) / (null_weight + sum_j' exp(l_j' - decay * |i - j'|))
+    kbar_i = sum_j P_ij k_j,    vbar_i = sum_j P_ij v_j,    out_i = gate(scale * q_i . kbar_i) * vbar_i
+
+The window is `(i - w, i]` (causal) or `(i - w, i + w)` (bidirectional); without one it is everything allowed. The method
+is that of the prototype `leap-transformer`, after Fastformer (arXiv 2108.09084) and "Transformers are RNNs" (arXiv
+2006.16236); its logits do not depend on the query, which is what makes linear time and a constant-size state possible.
+
+Read in this order: `naive_focus_mean` and `naive_focus_mixing` (the specification), `_weighted_mean` (tiles and carries),
+`_FocusMixing` (the whole mixing step, recomputed in the backward pass), `focus_mixing` (what the model calls),
+`focus_step` (one token from a state).
+
+Numerics: everything is accumulated in float32 (float64 for float64 inputs) in log-weight space relative to a maximum
+that is actually present, so that no exponent is positive and no prefix sums are ever subtracted from each other.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+
+WEIGHT_FUNCTIONS = ("elu", "exp")
+QUERY_GATES = ("sigmoid", "gelu", "none")
+
+# Stand for log(0): finite, so that no difference is NaN; what is out of reach loses even against an empty sum.
+_EMPTY = -1e29
+_OUT_OF_REACH = -1e30
+_TILE = 16  # tokens whose weights form one dense triangle
+_DENSE = 160  # sequences up to this length need no second level
+_WIDEST_BAND = 65  # wider windows are put together from running means of their two halves
+_CPU_BLOCK = 2048  # tokens whose temporaries stay in the cache of a core
+_NORM_EPS = 1e-5  # added to the standard deviation, as in the prototype
+
+
+@dataclass(frozen=True)
+class FocusSettings:
+    """What distinguishes one mixing step from another; see the module's docstring for the symbols.
+
+    Attributes:
+        scale (`float`): factor of both dot products.
+        normalize (`bool`): standardise q, f, k and v over the head dimension first (the prototype's `rescale`).
+        weight_function (`str`): `"elu"` or `"exp"`.
+        query_gate (`str`): `"sigmoid"`, `"gelu"` or `"none"`; with `"none"` there is no q and `out = vbar`.
+        window (`int`, *optional*): window size; `None` is global.
+        null_weight (`float`): weight of one more token of value zero in every window.
+        causal (`bool`): whether a position sees only itself and its past.
+    """
+
+    scale: float
+    normalize: bool = False
+    weight_function: str = "elu"
+    query_gate: str = "sigmoid"
+    window: int | None = None
+    null_weight: float = 0.0
+    causal: bool = True
+
+
+class FocusState(NamedTuple):
+    """What the past of a sequence leaves behind for its future, in float32.
+
+    Global: `log_weights` `[batch, heads]` is the log of the summed weights, `values` `[batch, heads, channels]` their
+    mean. Windowed: the last `window - 1` tokens, `[batch, heads, past]` and `[batch, heads, past, channels]`, where a
+    log weight of `-inf` marks an empty place. `segments` (`[batch]` or `[batch, past]`) are their segment ids.
+    """
+
+    log_weights: torch.Tensor
+    values: torch.Tensor
+    segments: torch.Tensor | None = None
+
+
+def log_weight(logits: torch.Tensor, weight_function: str) -> torch.Tensor:
+    """Log of the positive weight that a focus logit stands for, elementwise."""
+    if weight_function == "exp":
+        return logits
+    return torch.where(logits < 0, logits, torch.log1p(logits.clamp_min(0)))
+
+
+def standardize(x: torch.Tensor) -> torch.Tensor:
+    """Subtract the mean and divide by (unbiased standard deviation + 1e-5) over the last dimension."""
+    centred = x - x.mean(-1, keepdim=True)
+    variance = centred.square().sum(-1, keepdim=True) / (x.shape[-1] - 1)
+    return centred / (variance.clamp_min(1e-24).sqrt() + _NORM_EPS)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (arXiv 2104.09864) on `[batch, seq, heads, head_dim]`; `cos`, `sin` `[batch, seq, head_dim]`."""
+    low, high = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(2) + torch.cat((-high, low), dim=-1) * sin.unsqueeze(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The specification
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def naive_focus_mean(
+    log_weights: torch.Tensor,
+    values: torch.Tensor,
+    window: int | None = None,
+    decay: torch.Tensor | None = None,
+    null_weight: float = 0.0,
+    causal: bool = True,
+    segment_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Weighted means by a loop over positions: the executable specification of `focus_mean`.
+
+    Args:
+        log_weights (`torch.Tensor` of shape `[batch, seq, heads]`): `-inf` leaves a token out.
+        values (`torch.Tensor` of shape `[batch, seq, heads, channels]`).
+        window (`int`, *optional*): `None` is global.
+        decay (`torch.Tensor` of shape `[heads]`, *optional*): subtracted from the log weight per token of distance.
+        null_weight (`float`): weight of one more token of value zero.
+        causal (`bool`): whether a position sees only itself and its past.
+        segment_ids (`torch.Tensor` of shape `[batch, seq]`, *optional*): tokens see their own segment only.
+
+    Returns:
+        `torch.Tensor` of shape `[batch, seq, heads, channels]`; zero where nothing is seen.
+    """
+    seq = log_weights.shape[1]
+    reach = seq if window is None else window
+    means = []
+    for i in range(seq):
+        first, last = max(0, i - reach + 1), i if causal else min(seq - 1, i + reach - 1)
+        logs = log_weights[:, first : last + 1]  # [batch, seen, heads]
+        if decay is not None:
+            distance = (torch.arange(first, last + 1, device=logs.device) - i).abs()
+            logs = logs - distance[:, None] * decay
+        if segment_ids is not None:
+            other = segment_ids[:, first : last + 1] != segment_ids[:, i : i + 1]
+            logs = logs.masked_fill(other[..., None], -math.inf)
+        top = logs.amax(1, keepdim=True).clamp_min(_EMPTY).detach()
+        weights = (logs - top).exp()
+        total = weights.sum(1) + null_weight * (-top[:, 0]).exp() if null_weight else weights.sum(1)
+        seen = torch.einsum("bjh,bjhc->bhc", weights, values[:, first : last + 1])
+        means.append(torch.where(total[..., None] > 0, seen / total.clamp_min(1e-37)[..., None], 0.0))
+    return torch.stack(means, 1)
+
+
+def naive_focus_mixing(
+    qfkv: torch.Tensor,
+    settings: FocusSettings,
+    decay: torch.Tensor | None = None,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    padding_mask: torch.Tensor | None = None,
+    segment_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The mixing step in plain differentiable operations: the executable specification of `focus_mixing`."""
+    parts = [standardize(part) if settings.normalize else part for part in qfkv.unbind(2)]
+    f, k, v = parts[-3:]
+    logs = log_weight(settings.scale * (f * k).sum(-1), settings.weight_function)
+    if padding_mask is not None:
+        logs = logs.masked_fill(~padding_mask.bool()[..., None], -math.inf)
+
+    def mean(values):
+        return naive_focus_mean(
+            logs, values, settings.window, decay, settings.null_weight, settings.causal, segment_ids
+        )
+
+    if settings.query_gate == "none":
+        return mean(v)
+    q = parts[0]
+    if rotary is not None:
+        q, k = (rotate(x, *rotary) for x in (q, k))
+    alignment = settings.scale * (q * mean(k)).sum(-1, keepdim=True)
+    gate = torch.sigmoid(alignment) if settings.query_gate == "sigmoid" else nn.functional.gelu(alignment)
+    return gate * mean(v)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weighted running means in tiles
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _merge(log_a, mean_a, log_b, mean_b):
+    """Weighted mean of two disjoint sets from their log weights `[...]` and means `[..., channels]`."""
+    share = torch.sigmoid(log_b - log_a)
+    return torch.logaddexp(log_a, log_b), torch.lerp(mean_a, mean_b, share.unsqueeze(-1))
+
+
+def _dense_mean(logs, values, allowed, decay, distance):
+    """Means by explicit weights. `logs [..., heads?, keys]`, `allowed`/`distance` `[queries, keys]`-broadcastable."""
+    logits = logs.unsqueeze(-2)  # [..., 1, keys]
+    if decay is not None:
+        logits = logits - decay * distance
+    logits = torch.where(allowed, logits, -math.inf)  # [..., queries, keys]
+    top = logits.amax(-1, keepdim=True).clamp_min_(_EMPTY)
+    weights = logits.sub_(top).exp_()
+    total = weights.sum(-1, keepdim=True).clamp_min_(1e-37)
+    weights = weights.div_(total)
+    log_total = (top + total.log()).squeeze(-1)
+    keys = values.shape[-2]
+    means = torch.bmm(weights.reshape(-1, weights.shape[-2], keys), values.reshape(-1, keys, values.shape[-1])).view(
+        *log_total.shape, values.shape[-1]
+    )
+    return log_total, means
+
+
+def _pad_segments(segments, side):
+    if segments is None:
+        return None
+    first, last = segments[:, :1].expand(-1, side[0]), segments[:, -1:].expand(-1, side[1])
+    return torch.cat((first, segments, last), dim=1)
+
+
+def _same(segments_a, segments_b):
+    """`[batch, ..., a]` and `[batch, ..., b]` -> `[batch, 1 (heads), ..., a, b]`: whether two tokens share a segment."""
+    return (segments_a.unsqueeze(-1) == segments_b.unsqueeze(-2)).unsqueeze(1)
+
+
+def _running_mean(logs, values, decay, segments, carry, reverse):
+    """Inclusive running means. `logs [batch, heads, n]`, `values [batch, heads, n, channels]`, `decay [heads]`.
+
+    `carry` is what lies before the first token (after the last when `reverse`), one step away from it.
+    """
+    batch, heads, n, channels = values.shape
+    tile = n if n <= _DENSE and carry is None else _TILE
+    tiles = -(-n // tile)
+    padding = tiles * tile - n
+    if padding:
+        side = (padding, 0) if reverse else (0, padding)
+        logs = nn.functional.pad(logs, side, value=-math.inf)
+        values = nn.functional.pad(values, (0, 0, *side))
+        segments = _pad_segments(segments, side)
+    logs, values = logs.view(batch, heads, tiles, tile), values.view(batch, heads, tiles, tile, channels)
+
+    place = torch.arange(tile, device=logs.device)
+    distance = place[:, None] - place[None, :]
+    distance = -distance if reverse else distance
+    allowed = distance >= 0
+    if segments is not None:
+        segments = segments.view(batch, tiles, tile)
+        allowed = allowed & _same(segments, segments)
+    local_decay = None if decay is None else decay.view(heads, 1, 1, 1)
+    log_total, means = _dense_mean(logs, values, allowed, local_decay, distance)
+
+    if tiles > 1 or carry is not None:
+        end, step = (0, slice(1, None)) if reverse else (-1, slice(None, -1))
+        tile_logs, tile_means = log_total[..., end], means[..., end, :]
+        tile_segments = None if segments is None else segments[..., end]
+        if carry is not None:
+            pairs = [(carry.log_weights.unsqueeze(2), tile_logs), (carry.values.unsqueeze(2), tile_means)]
+            if segments is not None:
+                pairs.append((carry.segments.unsqueeze(1), tile_segments))
+            joined = [torch.cat(pair[::-1] if reverse else pair, dim=2 if pair[0].ndim > 2 else 1) for pair in pairs]
+            tile_logs, tile_means = joined[:2]
+            tile_segments = joined[2] if segments is not None else None
+        tile_decay = None if decay is None else decay * tile
+        before_logs, before_means = _running_mean(tile_logs, tile_means, tile_decay, tile_segments, None, reverse)
+        shape = (batch, heads, tiles)
+        if carry is None:  # the first tile has nothing before it
+            empty = before_logs.new_full((batch, heads, 1), _OUT_OF_REACH)
+            nothing = before_means.new_zeros(batch, heads, 1, channels)
+            parts = (before_logs[:, :, step], empty), (before_means[:, :, step], nothing)
+            before_logs, before_means = (torch.cat(p if reverse else p[::-1], dim=2) for p in parts)
+            if segments is not None:
+                parts = (tile_segments[:, step], tile_segments[:, -1:] if reverse else tile_segments[:, :1])
+                tile_segments = torch.cat(parts if reverse else parts[::-1], dim=1)
+        else:
+            before_logs, before_means = before_logs[:, :, step], before_means[:, :, step]
+            tile_segments = None if segments is None else tile_segments[:, step]
+        before_logs = before_logs.view(*shape, 1)
+        if decay is not None:
+            before_logs = before_logs - decay.view(heads, 1, 1) * (tile - place if reverse else place + 1)
+        if segments is not None:
+            connected = (segments == tile_segments.unsqueeze(-1)).unsqueeze(1)
+            before_logs = torch.where(connected, before_logs, _OUT_OF_REACH)
+        log_total, means = _merge(before_logs, before_means.unsqueeze(3), log_total, means)
+
+    log_total, means = log_total.view(batch, heads, -1), means.view(batch, heads, -1, channels)
+    kept = slice(padding, None) if reverse else slice(0, n)
+    return log_total[:, :, kept], means[:, :, kept]
+
+
+def _band_mean(logs, values, window, decay, segments, reverse):
+    """Means over narrow windows. The inputs carry one tile of past in front (of future at the end when `reverse`)."""
+    batch, heads, length, channels = values.shape
+    tile = _band_tile(window)
+    tiles = length // tile  # of each head, the one of past included
+    pairs = batch * heads * tiles - 1
+    # Neighbouring tiles overlap in memory as they stand; pairs that span two heads are computed and not used.
+    logs = logs.contiguous().view(-1).as_strided((pairs, 2 * tile), (tile, 1))
+    values = values.contiguous().view(-1).as_strided((pairs, 2 * tile, channels), (tile * channels, channels, 1))
+
+    place, key = (torch.arange(size, device=logs.device) for size in (tile, 2 * tile))
+    distance = key[None, :] - place[:, None] if reverse else place[:, None] + tile - key[None, :]
+    allowed = (distance >= 0) & (distance < window)
+    if decay is not None:
+        decay = decay.view(1, heads, 1).expand(batch, heads, tiles).reshape(-1)[:-1].view(-1, 1, 1)
+    if segments is not None:
+        flat = segments.unsqueeze(1).expand(batch, heads, length).reshape(-1)
+        both = flat.as_strided((pairs, 2 * tile), (tile, 1))
+        own = both[:, :tile] if reverse else both[:, tile:]
+        allowed = allowed & (own.unsqueeze(-1) == both.unsqueeze(-2))
+    log_total, means = _dense_mean(logs, values, allowed, decay, distance)
+
+    # Put the tile that has no neighbour back, so that heads are whole again, and drop it.
+    missing = (0, 1) if reverse else (1, 0)
+    kept = slice(None, -tile) if reverse else slice(tile, None)
+    log_total = nn.functional.pad(log_total, (0, 0, *missing)).view(batch, heads, length)[:, :, kept]
+    means = nn.functional.pad(means, (0, 0, 0, 0, *missing)).view(batch, heads, length, channels)[:, :, kept]
+    return log_total, means
+
+
+def _band_tile(window):
+    return max(_TILE, -(-(window - 1) // _TILE) * _TILE)
+
+
+def _wide_mean(logs, values, window, decay, segments):
+    """Causal means over wide windows, inputs with their past in front: a suffix of one block and a prefix of the next.
+
+    Blocks are as long as the window (van Herk's and Gil-Werman's running maximum, applied to means): nothing is
+    subtracted, and the work does not depend on the window.
+    """
+    batch, heads, length, _ = values.shape
+    place = torch.arange(length, device=logs.device)
+    block = place // window
+    starts = place.new_zeros(1, length)
+    parts = block.unsqueeze(0)
+    if segments is not None:
+        changes = nn.functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
+        starts = torch.where(changes, place, 0).cummax(1).values
+        parts = changes.cumsum(1) * length + parts
+    parts = parts.expand(batch, length)
+    prefix_logs, prefix_means = _running_mean(logs, values, decay, parts, None, reverse=False)
+    backwards = None if decay is None else -decay
+    suffix_logs, suffix_means = _running_mean(logs, values, backwards, parts, None, reverse=True)
+
+    first = torch.maximum(place - window + 1, starts).expand(batch, length)  # of what position i sees
+    index = first.unsqueeze(1).expand(batch, heads, length)
+    suffix_logs = suffix_logs.gather(2, index)
+    suffix_means = suffix_means.gather(2, index.unsqueeze(-1).expand_as(suffix_means))
+    if decay is not None:
+        suffix_logs = suffix_logs - decay.view(-1, 1) * (place - index)
+    separate = (first // window < block).unsqueeze(1)
+    suffix_logs = torch.where(separate, suffix_logs, _OUT_OF_REACH)
+    return _merge(suffix_logs, suffix_means, prefix_logs, prefix_means)
+
+
+def _weighted_mean(logs, values, window, decay, segments, carry=None, reverse=False):
+    """Inclusive means in one direction, in tiles.
+
+    Args:
+        logs (`torch.Tensor` of shape `[batch, heads, n]`), values (`[batch, heads, n, channels]`).
+        window (`int`, *optional*), decay (`[heads]`, *optional*), segments (`[batch, n]`, *optional*).
+        carry (`FocusState`, *optional*): what lies before the first token (after the last when `reverse`).
+
+    Returns:
+        Log of the summed weights `[batch, heads, n]` and means `[batch, heads, n, channels]`.
+    """
+    if window is None:
+        return _running_mean(logs, values, decay, segments, carry, reverse)
+    if window > _WIDEST_BAND and reverse:
+        flipped = None if carry is None else FocusState(*(None if x is None else _flip(x) for x in carry))
+        backwards = None if segments is None else segments.flip(1)
+        results = _weighted_mean(_flip(logs), _flip(values), window, decay, backwards, flipped)
+        return tuple(_flip(result) for result in results)
+
+    n = logs.shape[2]
+    past = 0 if carry is None else carry.log_weights.shape[2]
+    front, back = past, 0
+    if window <= _WIDEST_BAND:
+        tile = _band_tile(window)
+        front, back = tile, -n % tile
+    if past:
+        joined = [(carry.log_weights, logs), (carry.values, values)]
+        logs, values = (torch.cat(pair[::-1] if reverse else pair, dim=2) for pair in joined)
+        if segments is not None:
+            pair = (carry.segments, segments)
+            segments = torch.cat(pair[::-1] if reverse else pair, dim=1)
+    side = (back, front - past) if reverse else (front - past, back)
+    if any(side):
+        logs = nn.functional.pad(logs, side, value=-math.inf)
+        values = nn.functional.pad(values, (0, 0, *side))
+        segments = _pad_segments(segments, side)
+    if window <= _WIDEST_BAND:
+        log_total, means = _band_mean(logs, values, window, decay, segments, reverse)
+        kept = slice(back, None) if reverse else slice(0, n)
+    else:
+        log_total, means = _wide_mean(logs, values, window, decay, segments)
+        kept = slice(front, None)
+    return log_total[:, :, kept], means[:, :, kept]
+
+
+def _flip(x):
+    return x.flip(2) if x.dim() > 2 else x.flip(1)
+
+
+def _two_sided_mean(logs, values, window, decay, segments):
+    """Means over `(i - window, i + window)`: the inclusive past merged with the exclusive future."""
+    past_logs, past_means = _weighted_mean(logs, values, window, decay, segments)
+    rest = None if window is None else window - 1
+    if logs.shape[2] == 1 or rest == 0:
+        return past_logs, past_means
+    following = None if segments is None else segments[:, 1:]
+    next_logs, next_means = _weighted_mean(logs[:, :, 1:], values[:, :, 1:], rest, decay, following, reverse=True)
+    if decay is not None:
+        next_logs = next_logs - decay.view(-1, 1)
+    if segments is not None:
+        next_logs = torch.where((following == segments[:, :-1]).unsqueeze(1), next_logs, _OUT_OF_REACH)
+    next_logs = nn.functional.pad(next_logs, (0, 1), value=_OUT_OF_REACH)
+    next_means = nn.functional.pad(next_means, (0, 0, 0, 1))
+    return _merge(next_logs, next_means, past_logs, past_means)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Means and their gradients, for both autograd functions below
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Means(NamedTuple):
+    """Means `[batch, heads, n, channels]`, the logs of the summed weights, and the same without the null weight."""
+
+    means: torch.Tensor
+    log_total: torch.Tensor
+    running: tuple[torch.Tensor, torch.Tensor]
+
+
+def _means(logs, values, settings, decay, segments, carry):
+    if settings.causal:
+        log_total, means = _weighted_mean(logs, values, settings.window, decay, segments, carry)
+    else:
+        log_total, means = _two_sided_mean(logs, values, settings.window, decay, segments)
+    running = log_total, means
+    if settings.null_weight:
+        null = math.log(settings.null_weight)
+        means = means * torch.sigmoid(log_total - null).unsqueeze(-1)
+        log_total = torch.logaddexp(log_total, log_total.new_tensor(null))
+    return _Means(means, log_total, running)
+
+
+def _means_backward(grad_means, inner, forward, logs, values, settings, decay, segments, carry):
+    """Gradients of log weights and values, and the carry for the block before.
+
+    With weights `P_ij`, `grad_values = P^T grad_means` and `grad_logs_j = values_j . grad_values_j - sum_i P_ij inner_i`,
+    where `inner_i = grad_means_i . means_i`. As `P_ij = exp(l_j) exp(-log_total_i)`, a product with `P^T` is the same kind
+    of mean in the other direction, with log weights `-log_total`.
+    """
+    channels = values.shape[-1]
+    grads = torch.cat((grad_means, -inner.unsqueeze(-1)), dim=-1)
+    reverse_logs = torch.where(forward.log_total > _EMPTY / 2, -forward.log_total, -math.inf)
+    if settings.causal:
+        running = _weighted_mean(reverse_logs, grads, settings.window, decay, segments, carry, reverse=True)
+        carry = _leave_state(reverse_logs, grads, settings, segments, running, carry, reverse=True)
+    else:
+        running = _two_sided_mean(reverse_logs, grads, settings.window, decay, segments)
+    log_total, grad_values = running
+    grad_values = grad_values * torch.exp(logs + log_total).unsqueeze(-1)
+    grad_logs = (grad_values[..., :channels] * values).sum(-1) + grad_values[..., channels]
+    return grad_logs, grad_values[..., :channels], carry
+
+
+def _leave_state(logs, values, settings, segments, running, carry, reverse=False):
+    """What these tokens leave to the following ones (to the preceding ones when `reverse`)."""
+    if settings.window is None:
+        end = 0 if reverse else -1
+        return FocusState(*(x[:, :, end] for x in running), None if segments is None else segments[:, end])
+    count = settings.window - 1
+    tokens = FocusState(logs, values, segments)
+    if carry is not None and logs.shape[2] < count:
+        pairs = zip(tokens, carry) if reverse else zip(carry, tokens)
+        tokens = FocusState(*(None if a is None else torch.cat((a, b), dim=2 if a.dim() > 2 else 1) for a, b in pairs))
+    length = tokens.log_weights.shape[2]
+    kept = slice(0, count) if reverse else slice(max(length - count, 0), length)
+    kept_segments = None if segments is None else tokens.segments[:, kept]
+    return FocusState(tokens.log_weights[:, :, kept], tokens.values[:, :, kept], kept_segments)
+
+
+def _enter_state(state, settings, segments):
+    """A state from outside belongs to the first segment."""
+    if state is None or segments is None:
+        return state
+    first = segments[:, :1]
+    return state._replace(segments=first[:, 0] if settings.window is None else first.expand(-1, state.values.shape[2]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole mixing step, block by block, recomputed in the backward pass
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _standardize_forward(x):
+    """`standardize` through the layer norm kernel, and what its backward needs: input, mean and factors per row."""
+    size = x.shape[-1]
+    y, mean, rstd = torch.native_layer_norm(x, [size], None, None, 1e-30)
+    deviation = math.sqrt(size / (size - 1)) / rstd
+    kept = deviation / (deviation + _NORM_EPS)  # 1 but for the epsilon
+    return y.mul_(kept * math.sqrt((size - 1) / size)), (x, mean, rstd, kept)
+
+
+def _standardize_backward(grad, stats):
+    """Gradient of `standardize` by the layer norm kernel; its row factors make it exact, epsilon included."""
+    x, mean, rstd, kept = stats
+    size = x.shape[-1]
+    root = kept.sqrt()
+    grad = grad.mul_(root * math.sqrt((size - 1) / size))
+    mask = [True, False, False]
+    return torch.ops.aten.native_layer_norm_backward(grad, x, [size], mean, rstd * root, None, None, mask)[0]
+
+
+def _gate(alignment, kind):
+    return torch.sigmoid(alignment) if kind == "sigmoid" else nn.functional.gelu(alignment)
+
+
+def _gate_slope(alignment, gate, kind):
+    if kind == "sigmoid":
+        return gate * (1 - gate)
+    density = torch.exp(-0.5 * alignment.square()) / math.sqrt(2 * math.pi)
+    return torch.special.ndtr(alignment) + alignment * density
+
+
+class _Block:
+    """One block of the mixing step: the arithmetic before and after the means, forward and backward."""
+
+    def __init__(self, raw, settings, decay, rotary, padding_mask, segments):
+        self.settings, self.rotary = settings, rotary
+        parts = raw.to(torch.promote_types(raw.dtype, torch.float32))  # [batch, n, parts, heads, head_dim]
+        if settings.normalize:
+            parts, self.norm_stats = _standardize_forward(parts)
+        self.f, self.k, self.v = parts.unbind(2)[-3:]
+        self.logits = (self.f * self.k).sum(-1).mul_(settings.scale)  # [batch, n, heads]
+        logs = log_weight(self.logits, settings.weight_function)
+        if padding_mask is not None:
+            logs = logs.masked_fill(~padding_mask.unsqueeze(-1), -math.inf)
+        logs = logs.transpose(1, 2).contiguous()  # [batch, heads, n]
+        if settings.query_gate == "none":
+            values = self.v.transpose(1, 2).contiguous()
+        else:
+            q, k = parts[:, :, 0], self.k
+            if rotary is not None:
+                q, k = rotate(q, *rotary), rotate(k, *rotary)
+            self.q = q.transpose(1, 2)
+            values = torch.cat((k.transpose(1, 2), self.v.transpose(1, 2)), dim=-1)  # [batch, heads, n, 2 * head_dim]
+        self.tokens = logs, values, settings, decay, segments
+
+    def forward(self, carry):
+        """The mixing step's output `[batch, heads, n, head_dim]`, and the carry for the next block."""
+        logs, values, settings, _, segments = self.tokens
+        self.seen = _means(*self.tokens, carry)
+        if settings.causal:
+            carry = _leave_state(logs, values, settings, segments, self.seen.running, carry)
+        if settings.query_gate == "none":
+            return self.seen.means, carry
+        self.kbar, self.vbar = self.seen.means.chunk(2, dim=-1)
+        self.dot = (self.q * self.kbar).sum(-1)
+        self.gate = _gate(self.dot * settings.scale, settings.query_gate)
+        return self.gate.unsqueeze(-1) * self.vbar, carry
+
+    def backward(self, grad_out, carry):
+        """Gradient of the raw parts `[batch, n, parts, heads, head_dim]`, and the carry for the block before."""
+        settings, scale = self.settings, self.settings.scale
+        grad_out = grad_out.to(self.v.dtype)  # [batch, heads, n, head_dim]
+        if settings.query_gate == "none":
+            grad_means, inner = grad_out, (grad_out * self.seen.means).sum(-1)
+        else:
+            grad_gate = (grad_out * self.vbar).sum(-1)
+            grad_dot = grad_gate * _gate_slope(self.dot * scale, self.gate, settings.query_gate) * scale
+            grad_means = torch.cat((grad_dot.unsqueeze(-1) * self.q, self.gate.unsqueeze(-1) * grad_out), dim=-1)
+            inner = grad_dot * self.dot + self.gate * grad_gate
+        grad_logs, grad_values, carry = _means_backward(grad_means, inner, self.seen, *self.tokens, carry)
+
+        grad_logits = grad_logs.transpose(1, 2) * scale  # [batch, n, heads]
+        if settings.weight_function == "elu":
+            grad_logits = grad_logits / (1 + self.logits.clamp_min(0))
+        grad_logits = grad_logits.unsqueeze(-1)
+        grad_values = grad_values.transpose(1, 2)
+        grad_f, grad_k = grad_logits * self.k, grad_logits * self.f
+        if settings.query_gate == "none":
+            grads = torch.stack((grad_f, grad_k, grad_values), dim=2)
+        else:
+            grad_q, (grad_rotated, grad_v) = (
+                (grad_dot.unsqueeze(-1) * self.kbar).transpose(1, 2),
+                grad_values.chunk(2, -1),
+            )
+            if self.rotary is not None:
+                cos, sin = self.rotary
+                grad_q, grad_rotated = rotate(grad_q, cos, -sin), rotate(grad_rotated, cos, -sin)
+            grads = torch.stack((grad_q, grad_f, grad_k.add_(grad_rotated), grad_v), dim=2)
+        return (_standardize_backward(grads, self.norm_stats) if settings.normalize else grads), carry
+
+
+def _block_ranges(batch, seq, settings, device):
+    """Ranges of rows and, inside them, of tokens: small enough for a core's cache, in order of time."""
+    block = _CPU_BLOCK if device.type == "cpu" and not torch.compiler.is_compiling() else batch * seq
+    if settings.window is not None:
+        block = max(block, 4 * settings.window)
+    rows = max(1, block // seq)
+    length = block if settings.causal else seq
+    times = [slice(start, min(start + length, seq)) for start in range(0, seq, length)]
+    return [slice(row, min(row + rows, batch)) for row in range(0, batch, rows)], times
+
+
+class _FocusMixing(torch.autograd.Function):
+    """The mixing step. Between forward and backward it holds its input and one carry a block, nothing else."""
+
+    @staticmethod
+    def forward(ctx, qfkv, settings, decay, cos, sin, padding_mask, segments, state_logs, state_values):
+        inputs = settings, decay, cos, sin, padding_mask, segments
+        rows, times = _block_ranges(*qfkv.shape[:2], settings, qfkv.device)
+        out = qfkv.new_empty(*qfkv.shape[:2], *qfkv.shape[3:])
+        carries, finals = [], []
+        for row in rows:
+            carry = None
+            if state_logs is not None:
+                carry = FocusState(state_logs[row], state_values[row])
+                carry = _enter_state(carry, settings, None if segments is None else segments[row])
+            for time in times:
+                carries.append(carry if carry is None else FocusState(*(x if x is None else x.clone() for x in carry)))
+                part, carry = _make_block(qfkv, inputs, row, time).forward(carry)
+                out[row, time] = part.transpose(1, 2)
+            finals.append(carry)
+        ctx.inputs, ctx.blocks, ctx.carries = inputs, (rows, times), carries
+        ctx.save_for_backward(qfkv)
+        if not settings.causal:
+            return out, None, None
+        final = [torch.cat([final[i] for final in finals]) for i in (0, 1)]
+        ctx.mark_non_differentiable(*final)
+        return out, *final
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out, *_):
+        (qfkv,) = ctx.saved_tensors
+        grad = torch.empty_like(qfkv)
+        rows, times = ctx.blocks
+        carries = iter(reversed(ctx.carries))
+        for row in reversed(rows):
+            following = None
+            for time in reversed(times):
+                block = _make_block(qfkv, ctx.inputs, row, time)
+                block.forward(next(carries))
+                grad[row, time], following = block.backward(grad_out[row, time].transpose(1, 2), following)
+        return grad, *(None,) * 8
+
+
+def _make_block(qfkv, inputs, row, time):
+    settings, decay, cos, sin, padding_mask, segments = inputs
+    rotary = None
+    if cos is not None:
+        rotary = tuple((x if x.shape[0] == 1 else x[row])[:, time] for x in (cos, sin))
+    masks = (None if mask is None else mask[row, time] for mask in (padding_mask, segments))
+    return _Block(qfkv[row, time], settings, decay, rotary, *masks)
+
+
+def focus_mixing(
+    qfkv: torch.Tensor,
+    settings: FocusSettings,
+    decay: torch.Tensor | None = None,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    padding_mask: torch.Tensor | None = None,
+    segment_ids: torch.Tensor | None = None,
+    state: FocusState | None = None,
+) -> tuple[torch.Tensor, FocusState | None]:
+    """The whole mixing step of LEAP, `[q, f, k, v] -> gate(q . kbar) * vbar`, in linear time.
+
+    Args:
+        qfkv (`torch.Tensor` of shape `[batch, seq, 4, heads, head_dim]`): queries, focus, keys, values; without a
+            query gate `[batch, seq, 3, heads, head_dim]` (no queries).
+        settings (`FocusSettings`): see there.
+        decay (`torch.Tensor` of shape `[heads]`, *optional*): subtracted from log weights per token of distance.
+        rotary (`tuple` of cos and sin `[1 or batch, seq, head_dim]`, *optional*): positions of queries and keys.
+        padding_mask (`torch.Tensor` of shape `[batch, seq]`, *optional*): zero or `False` at pads, which weigh nothing.
+        segment_ids (`torch.LongTensor` of shape `[batch, seq]`, *optional*): packed rows; each run of equal ids is a
+            sequence of its own.
+        state (`FocusState`, *optional*): what came before (causal only). No gradient flows into it.
+
+    Returns:
+        The output `[batch, seq, heads, head_dim]` in the dtype of `qfkv`, and the `FocusState` after the last token
+        (`None` when bidirectional).
+
+    Raises:
+        TypeError, ValueError: for inputs of another dtype or shape, or a state in a bidirectional step.
+    """
+    parts = 3 if settings.query_gate == "none" else 4
+    _check_inputs("qfkv", qfkv, [None, None, parts, None, None], settings, state)
+    cos, sin = (None, None) if rotary is None else rotary
+    past = (None, None) if state is None else (state.log_weights, state.values)
+    mask = None if padding_mask is None else padding_mask.bool()
+    out, *final = _FocusMixing.apply(qfkv, settings, decay, cos, sin, mask, segment_ids, *past)
+    return out, FocusState(*final) if settings.causal else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Means alone, for mixers that have their own arithmetic around them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _FocusMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logs, values, settings, decay, segments, state_logs, state_values):
+        carry = None if state_logs is None else FocusState(state_logs, state_values)
+        carry = _enter_state(carry, settings, segments)
+        ctx.seen = _means(logs, values, settings, decay, segments, carry)
+        ctx.settings, ctx.decay, ctx.segments = settings, decay, segments
+        ctx.save_for_backward(logs, values)
+        if not settings.causal:
+            return ctx.seen.means.clone(), None, None
+        final = _leave_state(logs, values, settings, segments, ctx.seen.running, carry)
+        final = [x.clone() for x in final[:2]]
+        ctx.mark_non_differentiable(*final)
+        return ctx.seen.means.clone(), *final
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_means, *_):
+        logs, values = ctx.saved_tensors
+        inner = (grad_means * ctx.seen.means).sum(-1)
+        grad_logs, grad_values, _ = _means_backward(
+            grad_means, inner, ctx.seen, logs, values, ctx.settings, ctx.decay, ctx.segments, None
+        )
+        return grad_logs, grad_values, None, None, None, None, None
+
+
+def focus_mean(
+    log_weights: torch.Tensor,
+    values: torch.Tensor,
+    settings: FocusSettings,
+    decay: torch.Tensor | None = None,
+    padding_mask: torch.Tensor | None = None,
+    segment_ids: torch.Tensor | None = None,
+    state: FocusState | None = None,
+) -> tuple[torch.Tensor, FocusState | None]:
+    """Weighted means alone, without the arithmetic around them.
+
+    Args:
+        log_weights (`torch.Tensor` of shape `[batch, seq, heads]`).
+        values (`torch.Tensor` of shape `[batch, seq, heads, channels]`).
+        settings (`FocusSettings`): of which `window`, `null_weight` and `causal` matter.
+        decay, padding_mask, segment_ids, state: as in `focus_mixing`.
+
+    Returns:
+        Means of shape `[batch, seq, heads, channels]` in the dtype of `values`, and the `FocusState` after the last
+        token (`None` when bidirectional).
+
+    Raises:
+        TypeError, ValueError: for inputs of another dtype or shape, or a state in a bidirectional step.
+    """
+    _check_inputs("values", values, [*log_weights.shape, None], settings, state)
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    logs = log_weights.to(dtype)
+    if padding_mask is not None:
+        logs = logs.masked_fill(~padding_mask.bool().unsqueeze(-1), -math.inf)
+    past = (None, None) if state is None else (state.log_weights, state.values)
+    rows = logs.transpose(1, 2).contiguous(), values.to(dtype).transpose(1, 2).contiguous()
+    means, *final = _FocusMean.apply(*rows, settings, decay, segment_ids, *past)
+    return means.transpose(1, 2).to(values.dtype), FocusState(*final) if settings.causal else None
+
+
+def _check_inputs(name, tensor, shape, settings, state):
+    if not tensor.is_floating_point():
+        raise TypeError(f"`{name}` must be floating point, got {tensor.dtype}.")
+    wrong = len(shape) != tensor.dim() or any(size not in (None, got) for size, got in zip(shape, tensor.shape))
+    if wrong or tensor.shape[1] == 0:
+        expected = ", ".join("?" if size is None else str(size) for size in shape)
+        raise ValueError(f"`{name}` must have shape [{expected}] with at least one token, got {list(tensor.shape)}.")
+    if state is not None and not settings.causal:
+        raise ValueError("`state` was given, but a bidirectional step has no past to continue from.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recurrent form: one token from a state of constant size
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pack_state(state: FocusState, settings: FocusSettings, seen_tokens: int | torch.Tensor) -> torch.Tensor:
+    """One float32 tensor for a cache to hold.
+
+    Global: `[batch, heads, 2 + channels]`, a reference log weight `m`, the sum of weights `z = sum exp(l - m)` and of
+    weighted values. `m` is chosen so that `z` is the number of tokens: a sum of that size still feels one more.
+    Windowed: `[batch, heads * (1 + channels), past]`, log weights and values of the last `past = max(window - 1, 1)`
+    tokens, oldest first, `-inf` where there is none.
+    """
+    logs, values = state.log_weights.float(), state.values.float()
+    if settings.window is None:
+        count = torch.as_tensor(seen_tokens, dtype=torch.float32, device=logs.device)
+        z = count.expand_as(logs).unsqueeze(-1)
+        return torch.cat(((logs - count.log()).unsqueeze(-1), z, values * z), dim=-1)
+    past = max(settings.window - 1, 1)
+    missing = past - logs.shape[2]
+    logs = nn.functional.pad(logs, (missing, 0), value=-math.inf)
+    values = nn.functional.pad(values, (0, 0, missing, 0))
+    packed = torch.cat((logs.unsqueeze(2), values.transpose(2, 3)), dim=2)  # [batch, heads, 1 + channels, past]
+    return packed.flatten(1, 2)
+
+
+def unpack_state(packed: torch.Tensor, settings: FocusSettings, heads: int) -> FocusState:
+    """The inverse of `pack_state`."""
+    if settings.window is None:
+        m, z, sums = packed[..., 0], packed[..., 1], packed[..., 2:]
+        return FocusState((m + z.log()).clamp_min(_EMPTY), sums / z.unsqueeze(-1))
+    packed = packed.unflatten(1, (heads, -1))
+    packed = packed[..., packed.shape[-1] - (settings.window - 1) :]
+    return FocusState(packed[:, :, 0], packed[:, :, 1:].transpose(2, 3).contiguous())
+
+
+def step_global_mean(
+    logs: torch.Tensor, values: torch.Tensor, packed: torch.Tensor, null_weight: float, decay: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take one token into a packed global state: `logs [batch, heads]`, `values [batch, heads, channels]` -> means, state."""
+    m, sums = packed[..., :1], packed[..., 1:]
+    if decay is not None:
+        m = m - decay.unsqueeze(-1)
+    logs = logs.unsqueeze(-1)
+    top = torch.maximum(m, logs)
+    kept, new = torch.exp(m - top), torch.exp(logs - top)
+    sums = torch.cat((new, new * values), dim=-1).addcmul_(sums, kept)
+    total = sums[..., :1]
+    if null_weight:
+        total = total + torch.exp(math.log(null_weight) - top)
+    return sums[..., 1:] / total, torch.cat((top, sums), dim=-1)
+
+
+def step_window_mean(
+    recent: torch.Tensor, heads: int, window: int, null_weight: float, decay: torch.Tensor | None
+) -> torch.Tensor:
+    """Mean over the last `window` of packed tokens `[batch, heads * (1 + channels), past]` -> `[batch, heads, channels]`."""
+    recent = recent.unflatten(1, (heads, -1))[..., -window:]
+    logs = recent[:, :, :1]  # [batch, heads, 1, window]
+    if decay is not None:
+        distance = torch.arange(logs.shape[-1] - 1, -1, -1, device=logs.device)
+        logs = logs - decay.view(-1, 1, 1) * distance
+    if null_weight:
+        logs = nn.functional.pad(logs, (1, 0), value=math.log(null_weight))
+    weights = torch.softmax(logs, dim=-1)
+    if null_weight:
+        weights = weights[..., 1:]
+    return (recent[:, :, 1:] * weights).sum(-1)
+
+
+def prepare_step(
+    qfkv: torch.Tensor, settings: FocusSettings, rotary: tuple[torch.Tensor, torch.Tensor] | None
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """Query, log weights and values of one token, `[batch, 1, parts, heads, head_dim]`, as the mixing step has them.
+
+    Returns:
+        Query `[batch, heads, head_dim]` (`None` without a gate), log weights `[batch, heads]`, and keys and values
+        `[batch, heads, 2 * head_dim]` (values alone without a gate), in float32.
+    """
+    parts = qfkv[:, 0].to(torch.promote_types(qfkv.dtype, torch.float32))
+    if settings.normalize:
+        parts = _standardize_forward(parts)[0]
+    f, k, v = parts.unbind(1)[-3:]
+    logs = log_weight((f * k).sum(-1) * settings.scale, settings.weight_function)
+    if settings.query_gate == "none":
+        return None, logs, v
+    if rotary is None:
+        return parts[:, 0], logs, torch.cat((k, v), dim=-1)
+    rotated = rotate(parts[:, 0::2], *rotary)  # query and key at once: [batch, 2, heads, head_dim]
+    return rotated[:, 0], logs, torch.cat((rotated[:, 1], v), dim=-1)
+
+
+def gate_output(
+    query: torch.Tensor, means: torch.Tensor, settings: FocusSettings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate means of keys and values `[..., 2 * head_dim]` by queries `[..., head_dim]`: output and gate `[...]`."""
+    kbar, vbar = means.chunk(2, dim=-1)
+    gate = _gate((query * kbar).sum(-1) * settings.scale, settings.query_gate)
+    return gate.unsqueeze(-1) * vbar, gate
+
+
+def attention_matrix(
+    log_weights: torch.Tensor,
+    settings: FocusSettings,
+    decay: torch.Tensor | None = None,
+    segment_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The weights `P` of the module's docstring as a matrix: quadratic in length, for looking at.
+
+    Args:
+        log_weights (`torch.Tensor` of shape `[batch, heads, seq]`): `-inf` at pads.
+        settings, decay, segment_ids: as in `focus_mixing`.
+
+    Returns:
+        `torch.Tensor` of shape `[batch, heads, seq, seq]`: row `i` holds the weights with which position `i` sees.
+    """
+    place = torch.arange(log_weights.shape[-1], device=log_weights.device)
+    distance = place[:, None] - place[None, :]
+    allowed = distance >= 0 if settings.causal else torch.ones_like(distance, dtype=torch.bool)
+    if settings.window is not None:
+        allowed = allowed & (distance.abs() < settings.window)
+    if segment_ids is not None:
+        allowed = allowed & _same(segment_ids, segment_ids)
+    logits = log_weights.unsqueeze(-2)
+    if decay is not None:
+        logits = logits - decay.view(-1, 1, 1) * distance.abs()
+    logits = torch.where(allowed, logits, -math.inf)
+    if settings.null_weight:
+        logits = nn.functional.pad(logits, (0, 1), value=math.log(settings.null_weight))
+    weights = torch.softmax(logits, dim=-1).nan_to_num(0.0)  # a pad may see nothing at all
+    return weights[..., :-1] if settings.null_weight else weights

@@ -1,0 +1,704 @@
+"""LEAP: softmax-weighted running means instead of attention, trained in parallel, generated from a constant-size state.
+
+Read bottom-up: mixers, layer, model, heads. The arithmetic of the mixers is in `focus.py`. The prototype is
+`leap-transformer` on PyPI ("Linear Explainable Attention in Parallel"); `LeapMixer` follows its `MultiheadLeap`,
+`AdditiveMixer` its Fastformer (arXiv 2108.09084).
+"""
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.loss.loss_utils import ForMaskedLMLoss
+from transformers.masking_utils import find_packed_sequence_indices
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_leap import LeapConfig
+from .focus import (
+    FocusSettings,
+    attention_matrix,
+    focus_mean,
+    focus_mixing,
+    gate_output,
+    log_weight,
+    pack_state,
+    prepare_step,
+    rotate,
+    standardize,
+    step_global_mean,
+    step_window_mean,
+    unpack_state,
+)
+from .recurrent_cache import RecurrentCache, StaticRecurrentCache
+
+
+def decay_slopes(num_heads: int) -> torch.Tensor:
+    """How much each head's log weights fall per token of distance: ALiBi's slopes (arXiv 2108.12409), `[num_heads]`."""
+    return 2.0 ** (-8.0 * torch.arange(1, num_heads + 1) / num_heads)
+
+
+class _Mixer(nn.Module):
+    """What both mixers share: settings, slopes, and the way of their states into and out of a cache."""
+
+    def __init__(self, config: LeapConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.attention_dropout = config.attention_dropout
+        scale = self.head_dim**-0.5 if config.rescale is None else config.rescale / self.head_dim
+        self.settings = FocusSettings(
+            scale=scale,
+            normalize=config.rescale is not None,
+            weight_function=config.weight_function,
+            query_gate=config.query_gate,
+            window=config.window_sizes[layer_idx],
+            null_weight=config.null_weight,
+        )
+        decay = decay_slopes(self.num_heads) if config.position_embedding_type == "decay" else None
+        self.register_buffer("decay", decay, persistent=False)
+
+    def attention_matrix(
+        self, attentions: torch.Tensor, is_causal: bool = True, segment_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Token-to-token attention of this layer from its entry of a forward pass's `attentions`.
+
+        Args:
+            attentions (`torch.Tensor` of shape `[batch, heads, seq, 2]`): of a forward pass without a cached past.
+            is_causal (`bool`): as in the forward pass.
+            segment_ids (`torch.Tensor` of shape `[batch, seq]`, *optional*): of packed rows.
+
+        Returns:
+            `torch.Tensor`: see the mixers' own notes on `attentions` for shape and meaning.
+        """
+        raise NotImplementedError
+
+    def _dropout(self, x):
+        return nn.functional.dropout(x, self.attention_dropout, self.training)
+
+    def _read_state(self, cache, state_idx=0):
+        if cache is None:
+            return None
+        read = cache.get_recurrent_state if self.settings.window is None else cache.get_conv_state
+        packed = read(self.layer_idx, state_idx)
+        return None if packed is None else unpack_state(packed, self.settings, self.num_heads)
+
+    def _write_state(self, state, tokens, cache, state_idx=0):
+        packed = pack_state(state, self.settings, cache.get_seq_length() + tokens)
+        write = cache.update_recurrent_state if self.settings.window is None else cache.update_conv_state
+        write(packed, self.layer_idx, state_idx)
+
+    def _step_mean(self, logs, values, cache, state_idx=0):
+        """Means `[batch, heads, channels]` after one more token, which also enters the cached state."""
+        settings = self.settings
+        if settings.window is None:
+            packed = cache.get_recurrent_state(self.layer_idx, state_idx)
+            means, packed = step_global_mean(logs, values, packed, settings.null_weight, self.decay)
+            cache.update_recurrent_state(packed, self.layer_idx, state_idx)
+            return means
+        token = torch.cat((logs.unsqueeze(-1), values), dim=-1).flatten(1).unsqueeze(-1)
+        recent = cache.update_conv_state(token, self.layer_idx, state_idx)
+        return step_window_mean(recent, self.num_heads, settings.window, settings.null_weight, self.decay)
+
+    def _mean(self, logs, values, context, state_idx=0):
+        """Means over `logs [batch, seq, heads]`, `values [batch, seq, heads, channels]`, continuing from the cache."""
+        cache = context["past_key_values"]
+        if context["single_step"]:
+            return self._step_mean(logs[:, 0], values[:, 0], cache, state_idx).unsqueeze(1)
+        means, state = focus_mean(
+            logs,
+            values,
+            replace(self.settings, causal=context["is_causal"]),
+            self.decay,
+            context["padding_mask"],
+            context["segment_ids"],
+            self._read_state(cache, state_idx),
+        )
+        if cache is not None:
+            self._write_state(state, values.shape[1], cache, state_idx)
+        return means
+
+
+class LeapMixer(_Mixer):
+    """Gated running means: `sigmoid(scale * q_i . kbar_i) * vbar_i`, see `focus.py`.
+
+    Its `attentions` are `[batch, heads, seq, 2]`: log focus weights (`-inf` at pads) and query gates. Its
+    `attention_matrix` `[batch, heads, seq, seq]` times the (standardised) values is the mixer's output.
+    """
+
+    def __init__(self, config: LeapConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.num_parts = 3 if config.query_gate == "none" else 4
+        self.qfkv_proj = nn.Linear(config.hidden_size, self.num_parts * config.hidden_size, bias=False)
+
+    def forward(
+        self, hidden_states: torch.Tensor, output_attentions: bool | None = None, **context
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch, seq, _ = hidden_states.shape
+        qfkv = self.qfkv_proj(hidden_states).view(batch, seq, self.num_parts, self.num_heads, self.head_dim)
+        attentions = None
+        if output_attentions or (self.training and self.attention_dropout > 0):
+            out, attentions = self._forward_in_the_open(qfkv, context)
+        elif context["single_step"]:
+            query, logs, values = prepare_step(qfkv, self.settings, context["rotary"])
+            out = self._step_mean(logs, values, context["past_key_values"])
+            if query is not None:
+                out = gate_output(query, out, self.settings)[0]
+            out = out.to(hidden_states.dtype)
+        else:
+            cache = context["past_key_values"]
+            out, state = focus_mixing(
+                qfkv,
+                replace(self.settings, causal=context["is_causal"]),
+                self.decay,
+                context["rotary"],
+                context["padding_mask"],
+                context["segment_ids"],
+                self._read_state(cache),
+            )
+            if cache is not None:
+                self._write_state(state, seq, cache)
+        return out.reshape(batch, seq, -1), attentions if output_attentions else None
+
+    def _forward_in_the_open(self, qfkv, context):
+        """The same step in differentiable pieces, for dropout inside and for attentions to return."""
+        settings = self.settings
+        parts = qfkv.to(torch.promote_types(qfkv.dtype, torch.float32))
+        parts = (standardize(parts) if settings.normalize else parts).unbind(2)
+        f, k, v = self._dropout(parts[-3]), parts[-2], self._dropout(parts[-1])
+        logs = log_weight(self._dropout((f * k).sum(-1) * settings.scale), settings.weight_function)
+        if settings.query_gate == "none":
+            out, gate = self._mean(logs, v, context), torch.ones_like(logs)
+        else:
+            q = self._dropout(parts[0])
+            if context["rotary"] is not None:
+                q, k = rotate(q, *context["rotary"]), rotate(k, *context["rotary"])
+            out, gate = gate_output(q, self._mean(logs, torch.cat((k, v), dim=-1), context), settings)
+        if context["padding_mask"] is not None:
+            logs = logs.masked_fill(~context["padding_mask"].bool().unsqueeze(-1), -torch.inf)
+        return out.to(qfkv.dtype), torch.stack((logs, gate), dim=-1).transpose(1, 2)
+
+    def attention_matrix(self, attentions, is_causal=True, segment_ids=None):
+        logs, gate = attentions.unbind(-1)
+        settings = replace(self.settings, causal=is_causal)
+        return gate.unsqueeze(-1) * attention_matrix(logs, settings, self.decay, segment_ids)
+
+
+class AdditiveMixer(_Mixer):
+    """Fastformer's additive attention (arXiv 2108.09084, equations 3 to 6), causal and windowed as in the prototype.
+
+    Queries are pooled with weights from a learned vector; keys times pooled queries are pooled likewise; the output is
+    the pooled keys times the values. Its `attentions` are `[batch, heads, seq, 2]`: the log weights of both poolings.
+    Its `attention_matrix` `[batch, heads, 2, seq, seq]` holds the weights of both.
+    """
+
+    def __init__(self, config: LeapConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.query_vector = nn.Parameter(torch.empty(self.num_heads, self.head_dim))
+        self.key_vector = nn.Parameter(torch.empty(self.num_heads, self.head_dim))
+
+    def forward(
+        self, hidden_states: torch.Tensor, output_attentions: bool | None = None, **context
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch, seq, _ = hidden_states.shape
+        qkv = self.qkv_proj(hidden_states).view(batch, seq, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).unbind(2)
+        pooled_q, query_logs = self._pool(q, self.query_vector, context, 0)
+        pooled_k, key_logs = self._pool(pooled_q * k, self.key_vector, context, 1)
+        out = (pooled_k * v).to(hidden_states.dtype).reshape(batch, seq, -1)
+        if not output_attentions:
+            return out, None
+        attentions = torch.stack((query_logs, key_logs), dim=-1)
+        if context["padding_mask"] is not None:
+            attentions = attentions.masked_fill(~context["padding_mask"].bool()[..., None, None], -torch.inf)
+        return out, attentions.transpose(1, 2)
+
+    def _pool(self, x, vector, context, state_idx):
+        vector = vector.to(x.dtype)
+        if self.settings.normalize:
+            x, vector = standardize(x), standardize(vector)
+        logs = log_weight((x * vector).sum(-1) * self.settings.scale, self.settings.weight_function)
+        return self._dropout(self._mean(logs, x, context, state_idx)), logs
+
+    def attention_matrix(self, attentions, is_causal=True, segment_ids=None):
+        settings = replace(self.settings, causal=is_causal)
+        matrices = (attention_matrix(logs, settings, self.decay, segment_ids) for logs in attentions.unbind(-1))
+        return torch.stack(tuple(matrices), dim=2)
+
+
+class LeapMLP(nn.Module):
+    def __init__(self, config: LeapConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.down_proj(self.act_fn(self.up_proj(hidden_states))))
+
+
+class LeapLayer(GradientCheckpointingLayer):
+    """Pre-norm block: mixer and feed-forward, each with a residual connection."""
+
+    def __init__(self, config: LeapConfig, layer_idx: int):
+        super().__init__()
+        mixer_class = LeapMixer if config.mixer == "focus" else AdditiveMixer
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mixer = mixer_class(config, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = LeapMLP(config)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        hidden_states = hidden_states + self.mixer(self.input_layernorm(hidden_states), **kwargs)[0]
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+@auto_docstring
+class LeapPreTrainedModel(PreTrainedModel):
+    config: LeapConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LeapLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _is_stateful = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": LeapLayer, "attentions": _Mixer}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, AdditiveMixer):
+            init.normal_(module.query_vector, std=self.config.initializer_range)
+            init.normal_(module.key_vector, std=self.config.initializer_range)
+        if isinstance(module, _Mixer) and module.decay is not None:
+            init.copy_(module.decay, decay_slopes(module.num_heads))
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Save weights, config and the code they need; with `trust_remote_code=True` every Auto class loads the folder.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): folder to write to.
+            kwargs: as for `PreTrainedModel.save_pretrained`.
+        """
+        # The stock method records only the class that is saved; a base model or another head would not be found.
+        self.config.auto_map = {
+            "AutoConfig": "configuration_leap.LeapConfig",
+            "AutoModel": "modeling_leap.LeapModel",
+            "AutoModelForCausalLM": "modeling_leap.LeapForCausalLM",
+            "AutoModelForMaskedLM": "modeling_leap.LeapForMaskedLM",
+            "AutoModelForSequenceClassification": "modeling_leap.LeapForSequenceClassification",
+        }
+        super().save_pretrained(save_directory, **kwargs)
+
+
+@auto_docstring
+class LeapModel(LeapPreTrainedModel):
+    def __init__(self, config: LeapConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        if config.position_embedding_type == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        elif config.position_embedding_type == "rotary":
+            self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.layers = nn.ModuleList([LeapLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        is_causal: bool | None = None,
+        seq_idx: torch.LongTensor | None = None,
+        cu_seq_lens_q: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        r"""
+        output_attentions (`bool`, *optional*):
+            Whether to also give what each layer attends with: per layer `[batch, heads, seq, 2]`, log focus weights and query gates
+            (log weights of both poolings with the additive mixer). `layers[i].mixer.attention_matrix` makes
+            token-to-token attention of them.
+        is_causal (`bool`, *optional*, defaults to `config.is_causal`):
+            `False` lets every position see both directions; there is no cache then.
+        seq_idx (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Index of the packed sequence each token belongs to.
+        cu_seq_lens_q (`torch.LongTensor` of shape `(num_sequences + 1,)`, *optional*):
+            Boundaries of the sequences packed into one row. Restarting `position_ids` without an `attention_mask` mean
+            the same.
+        """
+        inputs_embeds = self._embed(input_ids, inputs_embeds)
+        seq = inputs_embeds.shape[1]
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if not is_causal:
+            if past_key_values is not None:
+                raise ValueError(
+                    "`past_key_values` was given, but a bidirectional model has no past to continue from."
+                )
+        elif past_key_values is not None:
+            check_cache(past_key_values)
+        elif use_cache and not self.training:
+            past_key_values = RecurrentCache(self.config)
+
+        continues = past_key_values is not None and past_key_values.has_previous_state(0)
+        padding_mask = _padding_mask(attention_mask, inputs_embeds, past_key_values)
+        segment_ids = None
+        if not continues:
+            segment_ids = _segment_ids(inputs_embeds, padding_mask, position_ids, seq_idx, cu_seq_lens_q)
+        if self.config.position_embedding_type in ("learned", "rotary"):
+            if position_ids is None:
+                position_ids = _position_ids(inputs_embeds, padding_mask, segment_ids, past_key_values)
+            elif position_ids.shape[-1] != seq:
+                raise ValueError(
+                    f"`position_ids` must have one entry for each of the {seq} tokens, got {list(position_ids.shape)}."
+                )
+        hidden_states = inputs_embeds
+        if self.config.position_embedding_type == "learned":
+            self._check_positions(position_ids, past_key_values)
+            hidden_states = hidden_states + self.embed_positions(position_ids)
+        rotary = None
+        if self.config.position_embedding_type == "rotary":
+            rotary = self.rotary_emb(hidden_states.float(), position_ids)
+        hidden_states = self.dropout(hidden_states)
+
+        local_mask = None if padding_mask is None else padding_mask[:, -seq:]
+        if seq == 1 and continues and local_mask is not None and not is_tracing(local_mask) and local_mask.all():
+            local_mask = None
+        single_step = seq == 1 and continues and local_mask is None and not torch.is_grad_enabled()
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                past_key_values=past_key_values,
+                rotary=rotary,
+                padding_mask=local_mask,
+                segment_ids=segment_ids,
+                is_causal=is_causal,
+                single_step=single_step,
+                output_attentions=output_attentions,
+            )
+        if past_key_values is not None:
+            past_key_values.advance(seq, hidden_states.device)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+    def _embed(self, input_ids, inputs_embeds):
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
+        if input_ids is None:
+            if inputs_embeds.dim() != 3 or inputs_embeds.shape[1] == 0:
+                raise ValueError(
+                    f"`inputs_embeds` must be [batch, seq >= 1, hidden_size], got {list(inputs_embeds.shape)}."
+                )
+            return inputs_embeds
+        if input_ids.dtype not in (torch.long, torch.int):
+            raise TypeError(f"`input_ids` must be torch.long or torch.int, got {input_ids.dtype}.")
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise ValueError(f"`input_ids` must be [batch, seq >= 1], got {list(input_ids.shape)}.")
+        vocabulary = self.embed_tokens.num_embeddings
+        if input_ids.device.type == "cpu" and not is_tracing(input_ids):  # elsewhere it would stop the device
+            low, high = (int(x) for x in input_ids.aminmax())
+            if low < 0 or high >= vocabulary:
+                raise ValueError(f"`input_ids` must be in [0, {vocabulary}), got values from {low} to {high}.")
+        return self.embed_tokens(input_ids)
+
+    def _check_positions(self, position_ids, past_key_values):
+        if position_ids.device.type != "cpu" or is_tracing(position_ids):
+            past = past_key_values.get_seq_length() if isinstance(past_key_values, RecurrentCache) else 0
+            last = past + position_ids.shape[-1] - 1
+        else:
+            last = int(position_ids.max())
+        if last >= self.config.max_position_embeddings:
+            raise ValueError(
+                f"Position {last} is out of reach: with `position_embedding_type`='learned' there are "
+                f"`max_position_embeddings`={self.config.max_position_embeddings} positions. Use 'rotary', 'decay' or "
+                "'none' for contexts without bound."
+            )
+
+
+def check_cache(cache: Cache) -> None:
+    """Raise a `TypeError` for caches that cannot count tokens for a recurrent model."""
+    if not hasattr(cache, "advance"):
+        raise TypeError(
+            f"`past_key_values` must be a RecurrentCache or StaticRecurrentCache, got {type(cache).__name__}: build it "
+            "with `RecurrentCache(model.config)`, or leave it out and pass `use_cache=True`."
+        )
+
+
+def _padding_mask(attention_mask, inputs_embeds, past_key_values):
+    """The 2D mask over everything seen or over the new tokens, `None` where nothing is padded."""
+    if isinstance(attention_mask, dict):
+        attention_mask = attention_mask.get("linear_attention")
+    if attention_mask is None:
+        return None
+    batch, seq, _ = inputs_embeds.shape
+    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
+        raise ValueError(f"`attention_mask` must be [{batch}, length], got {list(attention_mask.shape)}.")
+    if is_tracing(attention_mask):
+        return attention_mask
+    if attention_mask.shape[1] not in (seq, int(past) + seq):
+        raise ValueError(
+            f"`attention_mask` must cover the {seq} new tokens or all {int(past) + seq} seen so far, got length "
+            f"{attention_mask.shape[1]}."
+        )
+    return None if attention_mask.all() else attention_mask
+
+
+def _segment_ids(inputs_embeds, padding_mask, position_ids, seq_idx, cu_seq_lens_q):
+    """Which packed sequence each token belongs to, `[batch, seq]`, or `None`."""
+    batch, seq, _ = inputs_embeds.shape
+    if seq_idx is not None:
+        if list(seq_idx.shape) != [batch, seq]:
+            raise ValueError(f"`seq_idx` must be [{batch}, {seq}], got {list(seq_idx.shape)}.")
+        return seq_idx
+    if cu_seq_lens_q is not None:
+        if batch != 1 or cu_seq_lens_q.dim() != 1:
+            raise ValueError(
+                "`cu_seq_lens_q` must be one-dimensional and needs one packed row, got shape "
+                f"{list(cu_seq_lens_q.shape)} for a batch of {batch}."
+            )
+        place = torch.arange(seq, device=inputs_embeds.device)
+        return torch.bucketize(place, cu_seq_lens_q[1:].to(place), right=True).unsqueeze(0)
+    if position_ids is None or padding_mask is not None or seq == 1:
+        return None
+    segments = find_packed_sequence_indices(position_ids)
+    return None if segments is None else segments.expand(batch, seq)
+
+
+def _position_ids(inputs_embeds, padding_mask, segment_ids, past_key_values):
+    """Positions that count real tokens only and restart with every packed sequence, `[1 or batch, seq]`."""
+    seq, device = inputs_embeds.shape[1], inputs_embeds.device
+    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if padding_mask is not None:
+        positions = (padding_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -seq:]
+        return positions if padding_mask.shape[1] > seq else positions + past
+    place = torch.arange(seq, device=device)
+    if segment_ids is None:
+        return (place + past).unsqueeze(0)
+    starts = nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0))
+    return place - torch.where(starts, place, 0).cummax(-1).values
+
+
+@auto_docstring
+class LeapForCausalLM(LeapPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: LeapConfig):
+        if not config.is_causal:
+            raise ValueError(
+                "`config.is_causal` is False (a bidirectional checkpoint), but LeapForCausalLM predicts the next token; "
+                "pass `is_causal=True` to train it as a causal model."
+            )
+        super().__init__(config)
+        self.model = LeapModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_length):
+        """Caches of our own in place of the stock ones, which cannot count tokens when all layers are recurrent."""
+        given = model_kwargs.get("past_key_values")
+        kind = generation_config.cache_implementation
+        if given is not None:
+            check_cache(given)
+        elif kind not in (None, "dynamic", "static"):
+            raise ValueError(
+                f"`cache_implementation` must be 'dynamic' or 'static' for a recurrent model, got {kind!r}."
+            )
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, max_length)
+        if given is None and model_kwargs.get("past_key_values") is not None:
+            cache_class = StaticRecurrentCache if kind == "static" else RecurrentCache
+            model_kwargs["past_key_values"] = cache_class(self.config)
+
+
+@auto_docstring(
+    custom_intro="""
+    The bidirectional LEAP model with a masked language modeling head. It works on a copy of the config whose
+    `is_causal` is `False`.
+    """
+)
+class LeapForMaskedLM(LeapPreTrainedModel):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: LeapConfig):
+        config = copy.deepcopy(config)
+        config.is_causal = False
+        super().__init__(config)
+        self.model = LeapModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_function = ForMaskedLMLoss
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        r"""
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Original ids where tokens were masked, `-100` elsewhere. They are not shifted.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+@auto_docstring(
+    custom_intro="""
+    LEAP with a linear head on the last real token of each sequence: the last one that `attention_mask` keeps, or, without
+    a mask, the last one that is not `config.pad_token_id`.
+    """
+)
+class LeapForSequenceClassification(LeapPreTrainedModel):
+    def __init__(self, config: LeapConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = LeapModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        r"""
+        labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
+            Classes, regression targets or multi-label indicators, told apart by `config.problem_type`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        batch, seq, _ = hidden_states.shape
+        real = attention_mask[:, -seq:] if attention_mask is not None else None
+        if real is None and self.config.pad_token_id is not None and input_ids is not None:
+            real = input_ids != self.config.pad_token_id
+        if real is None and self.config.pad_token_id is None and batch > 1:
+            raise ValueError(
+                "Batches of more than one sequence need an `attention_mask` or a `config.pad_token_id`, got neither: "
+                "the last real tokens cannot be told from pads."
+            )
+        last = torch.full((batch,), seq - 1, device=hidden_states.device)
+        if real is not None:
+            last = (torch.arange(seq, device=hidden_states.device) * real.to(hidden_states.device).long()).argmax(-1)
+        logits = self.score(hidden_states[torch.arange(batch, device=hidden_states.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+LeapModel.register_for_auto_class("AutoModel")
+LeapForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+LeapForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
+LeapForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+
+__all__ = [
+    "LeapForCausalLM",
+    "LeapForMaskedLM",
+    "LeapForSequenceClassification",
+    "LeapModel",
+    "LeapPreTrainedModel",
+]
