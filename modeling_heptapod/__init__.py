@@ -19,7 +19,7 @@ from .configuration_leap import LeapConfig
 
 
 try:
-    __version__ = version("modeling_heptapod")
+    __version__ = version("modeling-heptapod")
 except PackageNotFoundError:  # run from a folder that was not installed
     __version__ = "unknown"
 
@@ -32,14 +32,23 @@ _MODULE_OF = {
     "RecurrentCache": "recurrent_cache",
     "StaticRecurrentCache": "recurrent_cache",
 }
+_MODELS = (
+    (AutoModel, LeapConfig, "LeapModel"),
+    (AutoModelForCausalLM, LeapConfig, "LeapForCausalLM"),
+    (AutoModelForMaskedLM, LeapConfig, "LeapForMaskedLM"),
+    (AutoModelForSequenceClassification, LeapConfig, "LeapForSequenceClassification"),
+)
 
 
 def __getattr__(name):
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
-    globals()[name] = value
-    return value
+    module = importlib.import_module(f".{_MODULE_OF[name]}", __name__)
+    for auto_class, config_class, model_name in _MODELS:
+        if hasattr(module, model_name):  # the class itself takes the place of its stand-in
+            auto_class.register(config_class, getattr(module, model_name), exist_ok=True)
+    globals()[name] = getattr(module, name)
+    return globals()[name]
 
 
 def __dir__():
@@ -47,7 +56,7 @@ def __dir__():
 
 
 class _ModelOnDemand:
-    """Stands in an Auto mapping for a model class, which is imported at the first look at it."""
+    """Stands in an Auto mapping for a model class until somebody looks at it, and imports it then."""
 
     def __init__(self, config_class, name):
         self.config_class = config_class
@@ -56,14 +65,15 @@ class _ModelOnDemand:
     def __getattr__(self, attribute):
         return getattr(__getattr__(self._name), attribute)
 
+    def __call__(self, *args, **kwargs):
+        return __getattr__(self._name)(*args, **kwargs)
+
+    def __mro_entries__(self, bases):
+        return (__getattr__(self._name),)
+
 
 AutoConfig.register("leap", LeapConfig)
-for _auto_class, _name in (
-    (AutoModel, "LeapModel"),
-    (AutoModelForCausalLM, "LeapForCausalLM"),
-    (AutoModelForMaskedLM, "LeapForMaskedLM"),
-    (AutoModelForSequenceClassification, "LeapForSequenceClassification"),
-):
-    _auto_class.register(LeapConfig, _ModelOnDemand(LeapConfig, _name))
+for _auto_class, _config_class, _name in _MODELS:
+    _auto_class.register(_config_class, _ModelOnDemand(_config_class, _name))
 
 __all__ = ["LeapConfig", *_MODULE_OF]

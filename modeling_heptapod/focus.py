@@ -19,6 +19,7 @@ that is actually present, so that no exponent is positive and no prefix sums are
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,6 +62,10 @@ class FocusSettings:
     null_weight: float = 0.0
     causal: bool = True
 
+    def bounded(self, head_dim: int) -> bool:
+        """Whether no focus logit can leave +-30: dot products of standardised vectors stay below `head_dim`."""
+        return self.normalize and self.scale * head_dim <= 30
+
 
 class FocusState(NamedTuple):
     """What the past of a sequence leaves behind for its future, in float32.
@@ -92,7 +97,7 @@ def standardize(x: torch.Tensor) -> torch.Tensor:
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary positions (arXiv 2104.09864) on `[batch, seq, heads, head_dim]`; `cos`, `sin` `[batch, seq, head_dim]`."""
     low, high = x.chunk(2, dim=-1)
-    return x * cos.unsqueeze(2) + torch.cat((-high, low), dim=-1) * sin.unsqueeze(2)
+    return torch.addcmul(x * cos.unsqueeze(2), torch.cat((-high, low), dim=-1), sin.unsqueeze(2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -486,19 +491,19 @@ def _enter_state(state, settings, segments):
 
 
 def _standardize_forward(x):
-    """`standardize` through the layer norm kernel, and what its backward needs: input, mean and factors per row."""
+    """`standardize` through the layer norm kernel, and what its backward needs."""
     size = x.shape[-1]
     y, mean, rstd = torch.native_layer_norm(x, [size], None, None, 1e-30)
-    deviation = math.sqrt(size / (size - 1)) / rstd
-    kept = deviation / (deviation + _NORM_EPS)  # 1 but for the epsilon
-    return y.mul_(kept * math.sqrt((size - 1) / size)), (x, mean, rstd, kept)
+    # From the biased deviation 1 / rstd to the unbiased one plus epsilon, relative to the former.
+    divisor = rstd * _NORM_EPS + math.sqrt(size / (size - 1))
+    return y.div_(divisor), (x, mean, rstd, divisor)
 
 
 def _standardize_backward(grad, stats):
     """Gradient of `standardize` by the layer norm kernel; its row factors make it exact, epsilon included."""
-    x, mean, rstd, kept = stats
+    x, mean, rstd, divisor = stats
     size = x.shape[-1]
-    root = kept.sqrt()
+    root = (math.sqrt(size / (size - 1)) / divisor).sqrt()
     grad = grad.mul_(root * math.sqrt((size - 1) / size))
     mask = [True, False, False]
     return torch.ops.aten.native_layer_norm_backward(grad, x, [size], mean, rstd * root, None, None, mask)[0]
@@ -768,99 +773,142 @@ def _check_inputs(name, tensor, shape, settings, state):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def pack_state(state: FocusState, settings: FocusSettings, seen_tokens: int | torch.Tensor) -> torch.Tensor:
-    """One float32 tensor for a cache to hold.
+def pack_state(
+    state: FocusState, settings: FocusSettings, head_dim: int, seen_tokens: int | torch.Tensor
+) -> torch.Tensor:
+    """One float32 tensor for a cache to hold, laid out for `focus_step`; `parts` are keys and values, or values alone.
 
-    Global: `[batch, heads, 2 + channels]`, a reference log weight `m`, the sum of weights `z = sum exp(l - m)` and of
-    weighted values. `m` is chosen so that `z` is the number of tokens: a sum of that size still feels one more.
-    Windowed: `[batch, heads * (1 + channels), past]`, log weights and values of the last `past = max(window - 1, 1)`
-    tokens, oldest first, `-inf` where there is none.
+    Global: `[batch, heads * (2 + parts * head_dim)]`: a reference log weight `m`, the sum of weights `z = sum exp(l - m)`
+    and the means of each part. Where log weights are bounded `m` is 0, else it is chosen so that `z` is about the number
+    of tokens: a sum of that size still feels one more.
+    Windowed: `[batch, heads * (1 + parts * head_dim), past]`: log weights and parts of the last `past = max(window - 1,
+    1)` tokens, oldest first, a log weight of `-inf` where there is none.
     """
     logs, values = state.log_weights.float(), state.values.float()
     if settings.window is None:
-        count = torch.as_tensor(seen_tokens, dtype=torch.float32, device=logs.device)
-        z = count.expand_as(logs).unsqueeze(-1)
-        return torch.cat(((logs - count.log()).unsqueeze(-1), z, values * z), dim=-1)
-    past = max(settings.window - 1, 1)
-    missing = past - logs.shape[2]
+        reference = torch.zeros_like(logs)
+        if not settings.bounded(head_dim):
+            reference = logs - torch.as_tensor(seen_tokens, dtype=torch.float32, device=logs.device).log()
+        parts = values.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # [batch, parts, heads, head_dim]
+        return torch.cat((reference, (logs - reference).exp(), parts.flatten(1)), dim=1)
+    missing = max(settings.window - 1, 1) - logs.shape[2]
     logs = nn.functional.pad(logs, (missing, 0), value=-math.inf)
     values = nn.functional.pad(values, (0, 0, missing, 0))
-    packed = torch.cat((logs.unsqueeze(2), values.transpose(2, 3)), dim=2)  # [batch, heads, 1 + channels, past]
-    return packed.flatten(1, 2)
+    parts = values.unflatten(-1, (-1, head_dim)).permute(0, 3, 1, 4, 2)  # [batch, parts, heads, head_dim, past]
+    return torch.cat((logs, parts.flatten(1, 3)), dim=1)
 
 
-def unpack_state(packed: torch.Tensor, settings: FocusSettings, heads: int) -> FocusState:
+def unpack_state(packed: torch.Tensor, settings: FocusSettings, heads: int, head_dim: int) -> FocusState:
     """The inverse of `pack_state`."""
     if settings.window is None:
-        m, z, sums = packed[..., 0], packed[..., 1], packed[..., 2:]
-        return FocusState((m + z.log()).clamp_min(_EMPTY), sums / z.unsqueeze(-1))
-    packed = packed.unflatten(1, (heads, -1))
+        m, z, parts = packed[:, :heads], packed[:, heads : 2 * heads], packed[:, 2 * heads :]
+        values = parts.unflatten(1, (-1, heads, head_dim)).transpose(1, 2).flatten(2)
+        return FocusState((m + z.log()).clamp_min(_EMPTY), values)
     packed = packed[..., packed.shape[-1] - (settings.window - 1) :]
-    return FocusState(packed[:, :, 0], packed[:, :, 1:].transpose(2, 3).contiguous())
+    values = packed[:, heads:].unflatten(1, (-1, heads, head_dim)).permute(0, 2, 4, 1, 3).flatten(3)
+    return FocusState(packed[:, :heads], values)
 
 
 def step_global_mean(
-    logs: torch.Tensor, values: torch.Tensor, packed: torch.Tensor, null_weight: float, decay: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take one token into a packed global state: `logs [batch, heads]`, `values [batch, heads, channels]` -> means, state."""
-    m, sums = packed[..., :1], packed[..., 1:]
-    if decay is not None:
-        m = m - decay.unsqueeze(-1)
-    logs = logs.unsqueeze(-1)
-    top = torch.maximum(m, logs)
-    kept, new = torch.exp(m - top), torch.exp(logs - top)
-    sums = torch.cat((new, new * values), dim=-1).addcmul_(sums, kept)
-    total = sums[..., :1]
-    if null_weight:
-        total = total + torch.exp(math.log(null_weight) - top)
-    return sums[..., 1:] / total, torch.cat((top, sums), dim=-1)
+    logits: torch.Tensor,
+    token: torch.Tensor,
+    packed: torch.Tensor,
+    settings: FocusSettings,
+    decay: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Take one token into a packed global state, in place. Few operations: this is what a generated token waits for.
+
+    Args:
+        logits (`torch.Tensor` of shape `[batch, heads]`): focus logits of the token.
+        token (`torch.Tensor` of shape `[batch, parts, heads, head_dim]`): its key and value, or its value alone.
+        packed (`torch.Tensor`): of `pack_state`; changed in place.
+        settings, decay: as in `focus_mixing`.
+
+    Returns:
+        `torch.Tensor` of shape `[batch, parts, heads, head_dim]`: the means, the new token included.
+    """
+    batch, parts, heads, head_dim = token.shape
+    m, z = packed[:, :heads], packed[:, heads : 2 * heads]
+    means = packed[:, 2 * heads :].view(batch, parts, heads, head_dim)
+    if settings.bounded(head_dim):
+        weights = logits.exp() if settings.weight_function == "exp" else nn.functional.elu(logits).add_(1)
+        if decay is not None:
+            z.mul_(torch.exp(-decay))
+    else:
+        logs = log_weight(logits, settings.weight_function)
+        past = m if decay is None else m - decay
+        top = torch.maximum(past, logs)
+        z.mul_((past - top).exp_())
+        weights = (logs - top).exp_()
+        m.copy_(top)
+    z.add_(weights)
+    means.lerp_(token, (weights / z).view(batch, 1, heads, 1))
+    if settings.null_weight:
+        seen = z / (z + settings.null_weight * torch.exp(-m))
+        return means * seen.view(batch, 1, heads, 1)
+    return means
 
 
 def step_window_mean(
-    recent: torch.Tensor, heads: int, window: int, null_weight: float, decay: torch.Tensor | None
+    logits: torch.Tensor,
+    token: torch.Tensor,
+    push: Callable[[torch.Tensor], torch.Tensor],
+    settings: FocusSettings,
+    decay: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mean over the last `window` of packed tokens `[batch, heads * (1 + channels), past]` -> `[batch, heads, channels]`."""
-    recent = recent.unflatten(1, (heads, -1))[..., -window:]
-    logs = recent[:, :, :1]  # [batch, heads, 1, window]
+    """Take one token into a packed window.
+
+    Args:
+        logits, token, settings, decay: as in `step_global_mean`.
+        push (`Callable`): appends a packed token `[batch, size, 1]` to the state and returns both, as a cache's
+            `update_conv_state` does.
+
+    Returns:
+        `torch.Tensor` of shape `[batch, parts, heads, head_dim]`: the means, the new token included.
+    """
+    heads = token.shape[2]
+    logs = log_weight(logits, settings.weight_function)
+    recent = push(torch.cat((logs, token.flatten(1)), dim=1).unsqueeze(-1))[..., -settings.window :]
+    logs = recent[:, :heads]  # [batch, heads, window]
     if decay is not None:
         distance = torch.arange(logs.shape[-1] - 1, -1, -1, device=logs.device)
-        logs = logs - decay.view(-1, 1, 1) * distance
-    if null_weight:
-        logs = nn.functional.pad(logs, (1, 0), value=math.log(null_weight))
+        logs = logs - decay.unsqueeze(-1) * distance
+    if settings.null_weight:
+        logs = nn.functional.pad(logs, (1, 0), value=math.log(settings.null_weight))
     weights = torch.softmax(logs, dim=-1)
-    if null_weight:
+    if settings.null_weight:
         weights = weights[..., 1:]
-    return (recent[:, :, 1:] * weights).sum(-1)
+    return (recent[:, heads:].unflatten(1, token.shape[1:]) * weights.unsqueeze(1).unsqueeze(3)).sum(-1)
 
 
 def prepare_step(
     qfkv: torch.Tensor, settings: FocusSettings, rotary: tuple[torch.Tensor, torch.Tensor] | None
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """Query, log weights and values of one token, `[batch, 1, parts, heads, head_dim]`, as the mixing step has them.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Parts and focus logits of one token as the mixing step has them, in float32; `qfkv` may be overwritten.
+
+    Args:
+        qfkv, rotary: as in `focus_mixing`, for one token.
 
     Returns:
-        Query `[batch, heads, head_dim]` (`None` without a gate), log weights `[batch, heads]`, and keys and values
-        `[batch, heads, 2 * head_dim]` (values alone without a gate), in float32.
+        Parts `[batch, parts, heads, head_dim]`, standardised and rotated, and focus logits `[batch, heads]`.
     """
-    parts = qfkv[:, 0].to(torch.promote_types(qfkv.dtype, torch.float32))
+    parts = qfkv[:, 0]
+    if parts.dtype in (torch.bfloat16, torch.float16):
+        parts = parts.float()
     if settings.normalize:
         parts = _standardize_forward(parts)[0]
-    f, k, v = parts.unbind(1)[-3:]
-    logs = log_weight((f * k).sum(-1) * settings.scale, settings.weight_function)
-    if settings.query_gate == "none":
-        return None, logs, v
-    if rotary is None:
-        return parts[:, 0], logs, torch.cat((k, v), dim=-1)
-    rotated = rotate(parts[:, 0::2], *rotary)  # query and key at once: [batch, 2, heads, head_dim]
-    return rotated[:, 0], logs, torch.cat((rotated[:, 1], v), dim=-1)
+    logits = (parts[:, -3] * parts[:, -2]).sum(-1).mul_(settings.scale)
+    if rotary is not None:
+        turning = parts[:, 0::2]  # queries and keys
+        turning.copy_(rotate(turning, *rotary))
+    return parts, logits
 
 
 def gate_output(
-    query: torch.Tensor, means: torch.Tensor, settings: FocusSettings
+    query: torch.Tensor, kbar: torch.Tensor, vbar: torch.Tensor, settings: FocusSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gate means of keys and values `[..., 2 * head_dim]` by queries `[..., head_dim]`: output and gate `[...]`."""
-    kbar, vbar = means.chunk(2, dim=-1)
-    gate = _gate((query * kbar).sum(-1) * settings.scale, settings.query_gate)
+    """Gate means of values by queries and means of keys, all `[..., head_dim]`: output, and gate `[...]`."""
+    gate = _gate((query * kbar).sum(-1).mul_(settings.scale), settings.query_gate)
     return gate.unsqueeze(-1) * vbar, gate
 
 

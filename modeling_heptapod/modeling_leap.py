@@ -7,6 +7,7 @@ Read bottom-up: mixers, layer, model, heads. The arithmetic of the mixers is in 
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -99,30 +100,28 @@ class _Mixer(nn.Module):
             return None
         read = cache.get_recurrent_state if self.settings.window is None else cache.get_conv_state
         packed = read(self.layer_idx, state_idx)
-        return None if packed is None else unpack_state(packed, self.settings, self.num_heads)
+        return None if packed is None else unpack_state(packed, self.settings, self.num_heads, self.head_dim)
 
     def _write_state(self, state, tokens, cache, state_idx=0):
-        packed = pack_state(state, self.settings, cache.get_seq_length() + tokens)
+        packed = pack_state(state, self.settings, self.head_dim, cache.get_seq_length() + tokens)
         write = cache.update_recurrent_state if self.settings.window is None else cache.update_conv_state
         write(packed, self.layer_idx, state_idx)
 
-    def _step_mean(self, logs, values, cache, state_idx=0):
-        """Means `[batch, heads, channels]` after one more token, which also enters the cached state."""
-        settings = self.settings
-        if settings.window is None:
+    def _step_mean(self, logits, token, cache, state_idx=0):
+        """Means of one more token `[batch, parts, heads, head_dim]`, which also enters the cached state."""
+        if self.settings.window is None:
             packed = cache.get_recurrent_state(self.layer_idx, state_idx)
-            means, packed = step_global_mean(logs, values, packed, settings.null_weight, self.decay)
-            cache.update_recurrent_state(packed, self.layer_idx, state_idx)
-            return means
-        token = torch.cat((logs.unsqueeze(-1), values), dim=-1).flatten(1).unsqueeze(-1)
-        recent = cache.update_conv_state(token, self.layer_idx, state_idx)
-        return step_window_mean(recent, self.num_heads, settings.window, settings.null_weight, self.decay)
+            return step_global_mean(logits, token, packed, self.settings, self.decay)
+        push = partial(cache.update_conv_state, layer_idx=self.layer_idx, state_idx=state_idx)
+        return step_window_mean(logits, token, push, self.settings, self.decay)
 
-    def _mean(self, logs, values, context, state_idx=0):
-        """Means over `logs [batch, seq, heads]`, `values [batch, seq, heads, channels]`, continuing from the cache."""
+    def _mean(self, logits, values, context, state_idx=0):
+        """Means over `logits [batch, seq, heads]`, `values [batch, seq, heads, channels]`, continuing from the cache.
+
+        Returns them with the log weights.
+        """
         cache = context["past_key_values"]
-        if context["single_step"]:
-            return self._step_mean(logs[:, 0], values[:, 0], cache, state_idx).unsqueeze(1)
+        logs = log_weight(logits, self.settings.weight_function)
         means, state = focus_mean(
             logs,
             values,
@@ -134,7 +133,7 @@ class _Mixer(nn.Module):
         )
         if cache is not None:
             self._write_state(state, values.shape[1], cache, state_idx)
-        return means
+        return means, logs
 
 
 class LeapMixer(_Mixer):
@@ -158,10 +157,10 @@ class LeapMixer(_Mixer):
         if output_attentions or (self.training and self.attention_dropout > 0):
             out, attentions = self._forward_in_the_open(qfkv, context)
         elif context["single_step"]:
-            query, logs, values = prepare_step(qfkv, self.settings, context["rotary"])
-            out = self._step_mean(logs, values, context["past_key_values"])
-            if query is not None:
-                out = gate_output(query, out, self.settings)[0]
+            parts, logits = prepare_step(qfkv, self.settings, context["rotary"])
+            out = self._step_mean(logits, parts[:, 2:], context["past_key_values"])
+            if self.num_parts == 4:
+                out = gate_output(parts[:, 0], out[:, 0], out[:, 1], self.settings)[0]
             out = out.to(hidden_states.dtype)
         else:
             cache = context["past_key_values"]
@@ -184,14 +183,16 @@ class LeapMixer(_Mixer):
         parts = qfkv.to(torch.promote_types(qfkv.dtype, torch.float32))
         parts = (standardize(parts) if settings.normalize else parts).unbind(2)
         f, k, v = self._dropout(parts[-3]), parts[-2], self._dropout(parts[-1])
-        logs = log_weight(self._dropout((f * k).sum(-1) * settings.scale), settings.weight_function)
+        logits = self._dropout((f * k).sum(-1) * settings.scale)
         if settings.query_gate == "none":
-            out, gate = self._mean(logs, v, context), torch.ones_like(logs)
+            out, logs = self._mean(logits, v, context)
+            gate = torch.ones_like(logs)
         else:
             q = self._dropout(parts[0])
             if context["rotary"] is not None:
                 q, k = rotate(q, *context["rotary"]), rotate(k, *context["rotary"])
-            out, gate = gate_output(q, self._mean(logs, torch.cat((k, v), dim=-1), context), settings)
+            means, logs = self._mean(logits, torch.cat((k, v), dim=-1), context)
+            out, gate = gate_output(q, *means.chunk(2, dim=-1), settings)
         if context["padding_mask"] is not None:
             logs = logs.masked_fill(~context["padding_mask"].bool().unsqueeze(-1), -torch.inf)
         return out.to(qfkv.dtype), torch.stack((logs, gate), dim=-1).transpose(1, 2)
@@ -222,8 +223,8 @@ class AdditiveMixer(_Mixer):
         batch, seq, _ = hidden_states.shape
         qkv = self.qkv_proj(hidden_states).view(batch, seq, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).unbind(2)
-        pooled_q, query_logs = self._pool(q, self.query_vector, context, 0)
-        pooled_k, key_logs = self._pool(pooled_q * k, self.key_vector, context, 1)
+        pooled_q, query_logs = self._pool(q, self.query_vector, context, 0, output_attentions)
+        pooled_k, key_logs = self._pool(pooled_q * k, self.key_vector, context, 1, output_attentions)
         out = (pooled_k * v).to(hidden_states.dtype).reshape(batch, seq, -1)
         if not output_attentions:
             return out, None
@@ -232,12 +233,15 @@ class AdditiveMixer(_Mixer):
             attentions = attentions.masked_fill(~context["padding_mask"].bool()[..., None, None], -torch.inf)
         return out, attentions.transpose(1, 2)
 
-    def _pool(self, x, vector, context, state_idx):
+    def _pool(self, x, vector, context, state_idx, output_attentions):
         vector = vector.to(x.dtype)
         if self.settings.normalize:
             x, vector = standardize(x), standardize(vector)
-        logs = log_weight((x * vector).sum(-1) * self.settings.scale, self.settings.weight_function)
-        return self._dropout(self._mean(logs, x, context, state_idx)), logs
+        logits = (x * vector).sum(-1) * self.settings.scale
+        if context["single_step"] and not output_attentions:
+            return self._step_mean(logits[:, 0], x, context["past_key_values"], state_idx), None
+        means, logs = self._mean(logits, x, context, state_idx)
+        return self._dropout(means), logs
 
     def attention_matrix(self, attentions, is_causal=True, segment_ids=None):
         settings = replace(self.settings, causal=is_causal)
@@ -251,10 +255,11 @@ class LeapMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.hidden_dropout = config.hidden_dropout
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.down_proj(self.act_fn(self.up_proj(hidden_states))))
+        hidden_states = self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+        return nn.functional.dropout(hidden_states, self.hidden_dropout, self.training)
 
 
 class LeapLayer(GradientCheckpointingLayer):
