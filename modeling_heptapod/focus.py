@@ -21,6 +21,7 @@ that is actually present, so that no exponent is positive and no prefix sums are
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -100,6 +101,13 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.addcmul(x * cos.unsqueeze(2), torch.cat((-high, low), dim=-1), sin.unsqueeze(2))
 
 
+def _runs(segment_ids):
+    """Number the runs of equal ids `[batch, seq]`, so that two runs of one id are two sequences."""
+    if segment_ids is None:
+        return None
+    return nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0)).cumsum(1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The specification
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,11 +131,12 @@ def naive_focus_mean(
         decay (`torch.Tensor` of shape `[heads]`, *optional*): subtracted from the log weight per token of distance.
         null_weight (`float`): weight of one more token of value zero.
         causal (`bool`): whether a position sees only itself and its past.
-        segment_ids (`torch.Tensor` of shape `[batch, seq]`, *optional*): tokens see their own segment only.
+        segment_ids (`torch.Tensor` of shape `[batch, seq]`, *optional*): each run of equal ids sees itself only.
 
     Returns:
         `torch.Tensor` of shape `[batch, seq, heads, channels]`; zero where nothing is seen.
     """
+    segment_ids = _runs(segment_ids)
     seq = log_weights.shape[1]
     reach = seq if window is None else window
     means = []
@@ -601,10 +610,22 @@ def _block_ranges(batch, seq, settings, device):
     return [slice(row, min(row + rows, batch)) for row in range(0, batch, rows)], times
 
 
+def _in_full_precision(function):
+    """Run a step of an autograd function outside autocast, which would hand its float32 sums to bf16 products."""
+
+    @wraps(function)
+    def wrapper(ctx, tensor, *args):
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(ctx, tensor, *args)
+
+    return wrapper
+
+
 class _FocusMixing(torch.autograd.Function):
     """The mixing step. Between forward and backward it holds its input and one carry a block, nothing else."""
 
     @staticmethod
+    @_in_full_precision
     def forward(ctx, qfkv, settings, decay, cos, sin, padding_mask, segments, state_logs, state_values):
         inputs = settings, decay, cos, sin, padding_mask, segments
         rows, times = _block_ranges(*qfkv.shape[:2], settings, qfkv.device)
@@ -630,6 +651,7 @@ class _FocusMixing(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @_in_full_precision
     def backward(ctx, grad_out, *_):
         (qfkv,) = ctx.saved_tensors
         grad = torch.empty_like(qfkv)
@@ -687,7 +709,7 @@ def focus_mixing(
     cos, sin = (None, None) if rotary is None else rotary
     past = (None, None) if state is None else (state.log_weights, state.values)
     mask = None if padding_mask is None else padding_mask.bool()
-    out, *final = _FocusMixing.apply(qfkv, settings, decay, cos, sin, mask, segment_ids, *past)
+    out, *final = _FocusMixing.apply(qfkv, settings, decay, cos, sin, mask, _runs(segment_ids), *past)
     return out, FocusState(*final) if settings.causal else None
 
 
@@ -697,7 +719,10 @@ def focus_mixing(
 
 
 class _FocusMean(torch.autograd.Function):
+    """Means alone. Between forward and backward it holds inputs, outputs and the logs of the summed weights."""
+
     @staticmethod
+    @_in_full_precision
     def forward(ctx, logs, values, settings, decay, segments, state_logs, state_values):
         carry = None if state_logs is None else FocusState(state_logs, state_values)
         carry = _enter_state(carry, settings, segments)
@@ -713,6 +738,7 @@ class _FocusMean(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @_in_full_precision
     def backward(ctx, grad_means, *_):
         logs, values = ctx.saved_tensors
         inner = (grad_means * ctx.seen.means).sum(-1)
@@ -753,7 +779,7 @@ def focus_mean(
         logs = logs.masked_fill(~padding_mask.bool().unsqueeze(-1), -math.inf)
     past = (None, None) if state is None else (state.log_weights, state.values)
     rows = logs.transpose(1, 2).contiguous(), values.to(dtype).transpose(1, 2).contiguous()
-    means, *final = _FocusMean.apply(*rows, settings, decay, segment_ids, *past)
+    means, *final = _FocusMean.apply(*rows, settings, decay, _runs(segment_ids), *past)
     return means.transpose(1, 2).to(values.dtype), FocusState(*final) if settings.causal else None
 
 
@@ -933,7 +959,8 @@ def attention_matrix(
     if settings.window is not None:
         allowed = allowed & (distance.abs() < settings.window)
     if segment_ids is not None:
-        allowed = allowed & _same(segment_ids, segment_ids)
+        runs = _runs(segment_ids)
+        allowed = allowed & _same(runs, runs)
     logits = log_weights.unsqueeze(-2)
     if decay is not None:
         logits = logits - decay.view(-1, 1, 1) * distance.abs()

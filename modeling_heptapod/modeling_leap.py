@@ -374,18 +374,16 @@ class LeapModel(LeapPreTrainedModel):
         elif use_cache and not self.training:
             past_key_values = RecurrentCache(self.config)
 
+        if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != seq):
+            raise ValueError(f"`position_ids` must be [1 or batch, {seq}], got {list(position_ids.shape)}.")
+
         continues = past_key_values is not None and past_key_values.has_previous_state(0)
         padding_mask = _padding_mask(attention_mask, inputs_embeds, past_key_values)
         segment_ids = None
         if not continues:
             segment_ids = _segment_ids(inputs_embeds, padding_mask, position_ids, seq_idx, cu_seq_lens_q)
-        if self.config.position_embedding_type in ("learned", "rotary"):
-            if position_ids is None:
-                position_ids = _position_ids(inputs_embeds, padding_mask, segment_ids, past_key_values)
-            elif position_ids.shape[-1] != seq:
-                raise ValueError(
-                    f"`position_ids` must have one entry for each of the {seq} tokens, got {list(position_ids.shape)}."
-                )
+        if position_ids is None and self.config.position_embedding_type in ("learned", "rotary"):
+            position_ids = _position_ids(inputs_embeds, padding_mask, segment_ids, past_key_values)
         hidden_states = inputs_embeds
         if self.config.position_embedding_type == "learned":
             self._check_positions(position_ids, past_key_values)
@@ -420,9 +418,12 @@ class LeapModel(LeapPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
         if input_ids is None:
-            if inputs_embeds.dim() != 3 or inputs_embeds.shape[1] == 0:
+            if not inputs_embeds.is_floating_point():
+                raise TypeError(f"`inputs_embeds` must be floating point, got {inputs_embeds.dtype}.")
+            width = self.config.hidden_size
+            if inputs_embeds.dim() != 3 or inputs_embeds.shape[1] == 0 or inputs_embeds.shape[2] != width:
                 raise ValueError(
-                    f"`inputs_embeds` must be [batch, seq >= 1, hidden_size], got {list(inputs_embeds.shape)}."
+                    f"`inputs_embeds` must be [batch, seq >= 1, {width}], got {list(inputs_embeds.shape)}."
                 )
             return inputs_embeds
         if input_ids.dtype not in (torch.long, torch.int):
