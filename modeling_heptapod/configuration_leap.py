@@ -99,7 +99,7 @@ class LeapConfig(PreTrainedConfig):
         if self.window_sizes is None:
             self.window_sizes = [(None, 4, 8, 16)[layer % 4] for layer in range(self.num_hidden_layers)]
         if self.initializer_range is None:
-            self.initializer_range = self.hidden_size**-0.5
+            self.initializer_range = max(self.hidden_size, 1) ** -0.5
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
@@ -107,7 +107,14 @@ class LeapConfig(PreTrainedConfig):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.hidden_size % self.num_attention_heads:
@@ -142,7 +149,13 @@ class LeapConfig(PreTrainedConfig):
                 )
             if self.head_dim % 2:
                 raise ValueError(f"Rotary positions need an even head dimension, got head_dim={self.head_dim}.")
-            rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+            rope_parameters = self.rope_parameters or {}
+            if rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+                raise ValueError(
+                    "`rope_parameters['partial_rotary_factor']` must be 1 (every channel turns), got "
+                    f"{rope_parameters['partial_rotary_factor']}."
+                )
+            rope_type = rope_parameters.get("rope_type", "default")
             if rope_type not in _ROPE_TYPES:
                 raise ValueError(
                     f"`rope_parameters['rope_type']` must be one of {_ROPE_TYPES} (a recurrent state cannot follow "

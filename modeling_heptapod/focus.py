@@ -198,8 +198,11 @@ def _merge(log_a, mean_a, log_b, mean_b):
     return torch.logaddexp(log_a, log_b), torch.lerp(mean_a, mean_b, share.unsqueeze(-1))
 
 
-def _dense_mean(logs, values, allowed, decay, distance):
-    """Means by explicit weights. `logs [..., heads?, keys]`, `allowed`/`distance` `[queries, keys]`-broadcastable."""
+def _dense_mean(logs, values, allowed, decay, distance, out):
+    """Means by explicit weights: `logs [..., keys]`, `values [rows, keys, channels]`, `out [rows, queries, channels]`.
+
+    `allowed` and `distance` broadcast against `[..., queries, keys]`. Returns the logs of the summed weights.
+    """
     logits = logs.unsqueeze(-2)  # [..., 1, keys]
     if decay is not None:
         logits = logits - decay * distance
@@ -208,12 +211,8 @@ def _dense_mean(logs, values, allowed, decay, distance):
     weights = logits.sub_(top).exp_()
     total = weights.sum(-1, keepdim=True).clamp_min_(1e-37)
     weights = weights.div_(total)
-    log_total = (top + total.log()).squeeze(-1)
-    keys = values.shape[-2]
-    means = torch.bmm(weights.reshape(-1, weights.shape[-2], keys), values.reshape(-1, keys, values.shape[-1])).view(
-        *log_total.shape, values.shape[-1]
-    )
-    return log_total, means
+    torch.bmm(weights.flatten(0, -3), values, out=out)
+    return (top + total.log()).squeeze(-1)
 
 
 def _pad_segments(segments, side):
@@ -242,7 +241,7 @@ def _running_mean(logs, values, decay, segments, carry, reverse):
         logs = nn.functional.pad(logs, side, value=-math.inf)
         values = nn.functional.pad(values, (0, 0, *side))
         segments = _pad_segments(segments, side)
-    logs, values = logs.view(batch, heads, tiles, tile), values.view(batch, heads, tiles, tile, channels)
+    logs, values = logs.reshape(batch, heads, tiles, tile), values.reshape(-1, tile, channels)
 
     place = torch.arange(tile, device=logs.device)
     distance = place[:, None] - place[None, :]
@@ -252,7 +251,9 @@ def _running_mean(logs, values, decay, segments, carry, reverse):
         segments = segments.view(batch, tiles, tile)
         allowed = allowed & _same(segments, segments)
     local_decay = None if decay is None else decay.view(heads, 1, 1, 1)
-    log_total, means = _dense_mean(logs, values, allowed, local_decay, distance)
+    means = torch.empty_like(values)
+    log_total = _dense_mean(logs, values, allowed, local_decay, distance, means)
+    means = means.view(batch, heads, tiles, tile, channels)
 
     if tiles > 1 or carry is not None:
         end, step = (0, slice(1, None)) if reverse else (-1, slice(None, -1))
@@ -312,14 +313,12 @@ def _band_mean(logs, values, window, decay, segments, reverse):
         both = flat.as_strided((pairs, 2 * tile), (tile, 1))
         own = both[:, :tile] if reverse else both[:, tile:]
         allowed = allowed & (own.unsqueeze(-1) == both.unsqueeze(-2))
-    log_total, means = _dense_mean(logs, values, allowed, decay, distance)
-
-    # Put the tile that has no neighbour back, so that heads are whole again, and drop it.
-    missing = (0, 1) if reverse else (1, 0)
-    kept = slice(None, -tile) if reverse else slice(tile, None)
-    log_total = nn.functional.pad(log_total, (0, 0, *missing)).view(batch, heads, length)[:, :, kept]
-    means = nn.functional.pad(means, (0, 0, 0, 0, *missing)).view(batch, heads, length, channels)[:, :, kept]
-    return log_total, means
+    means = values.new_empty(pairs + 1, tile, channels)
+    kept = slice(None, -tile) if reverse else slice(tile, None)  # without the tile that has no neighbour
+    log_total = _dense_mean(logs, values, allowed, decay, distance, means[:-1] if reverse else means[1:])
+    log_total = nn.functional.pad(log_total, (0, 0, 0, 1) if reverse else (0, 0, 1, 0))
+    means = means.view(batch, heads, length, channels)
+    return log_total.view(batch, heads, length)[:, :, kept], means[:, :, kept]
 
 
 def _band_tile(window):
@@ -380,19 +379,17 @@ def _weighted_mean(logs, values, window, decay, segments, carry=None, reverse=Fa
     past = 0 if carry is None else carry.log_weights.shape[2]
     front, back = past, 0
     if window <= _WIDEST_BAND:
-        tile = _band_tile(window)
-        front, back = tile, -n % tile
-    if past:
-        joined = [(carry.log_weights, logs), (carry.values, values)]
-        logs, values = (torch.cat(pair[::-1] if reverse else pair, dim=2) for pair in joined)
-        if segments is not None:
-            pair = (carry.segments, segments)
-            segments = torch.cat(pair[::-1] if reverse else pair, dim=1)
-    side = (back, front - past) if reverse else (front - past, back)
-    if any(side):
-        logs = nn.functional.pad(logs, side, value=-math.inf)
-        values = nn.functional.pad(values, (0, 0, *side))
-        segments = _pad_segments(segments, side)
+        front = _band_tile(window)
+        back = -n % front
+    before = [] if carry is None else [carry]
+    missing = _no_tokens(logs, values, segments, front - past, -1 if reverse else 0)
+    after = _no_tokens(logs, values, segments, back, 0 if reverse else -1)
+    tokens = [missing, *before, FocusState(logs, values, segments), after]
+    tokens = [part for part in tokens if part.log_weights.shape[2]]
+    if len(tokens) > 1:
+        tokens = tokens[::-1] if reverse else tokens
+        logs, values = (torch.cat([part[i] for part in tokens], dim=2) for i in (0, 1))
+        segments = None if segments is None else torch.cat([part.segments for part in tokens], dim=1)
     if window <= _WIDEST_BAND:
         log_total, means = _band_mean(logs, values, window, decay, segments, reverse)
         kept = slice(back, None) if reverse else slice(0, n)
@@ -400,6 +397,16 @@ def _weighted_mean(logs, values, window, decay, segments, carry=None, reverse=Fa
         log_total, means = _wide_mean(logs, values, window, decay, segments)
         kept = slice(front, None)
     return log_total[:, :, kept], means[:, :, kept]
+
+
+def _no_tokens(logs, values, segments, count, neighbour):
+    """`count` tokens of no weight, in the segment of the token at index `neighbour`."""
+    batch, heads, _, channels = values.shape
+    return FocusState(
+        logs.new_full((batch, heads, count), -math.inf),
+        values.new_zeros(batch, heads, count, channels),
+        None if segments is None else segments[:, neighbour].unsqueeze(1).expand(-1, count),
+    )
 
 
 def _flip(x):
@@ -428,53 +435,52 @@ def _two_sided_mean(logs, values, window, decay, segments):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _Means(NamedTuple):
-    """Means `[batch, heads, n, channels]`, the logs of the summed weights, and the same without the null weight."""
-
-    means: torch.Tensor
-    log_total: torch.Tensor
-    running: tuple[torch.Tensor, torch.Tensor]
-
-
 def _means(logs, values, settings, decay, segments, carry):
+    """Means `[batch, heads, n, channels]`, logs of the summed weights `[batch, heads, n]`, and the carry that follows."""
     if settings.causal:
         log_total, means = _weighted_mean(logs, values, settings.window, decay, segments, carry)
+        carry = _leave_state(logs, values, settings, segments, (log_total, means), carry)
     else:
         log_total, means = _two_sided_mean(logs, values, settings.window, decay, segments)
-    running = log_total, means
     if settings.null_weight:
         null = math.log(settings.null_weight)
-        means = means * torch.sigmoid(log_total - null).unsqueeze(-1)
+        means = means.mul_(torch.sigmoid(log_total - null).unsqueeze(-1))
         log_total = torch.logaddexp(log_total, log_total.new_tensor(null))
-    return _Means(means, log_total, running)
+    return means, log_total, carry
 
 
-def _means_backward(grad_means, inner, forward, logs, values, settings, decay, segments, carry):
+def _means_backward(grads, log_total, logs, values, settings, decay, segments, carry):
     """Gradients of log weights and values, and the carry for the block before.
 
     With weights `P_ij`, `grad_values = P^T grad_means` and `grad_logs_j = values_j . grad_values_j - sum_i P_ij inner_i`,
     where `inner_i = grad_means_i . means_i`. As `P_ij = exp(l_j) exp(-log_total_i)`, a product with `P^T` is the same kind
     of mean in the other direction, with log weights `-log_total`.
+
+    Args:
+        grads (`torch.Tensor` of shape `[batch, heads, n, channels + 1]`): `grad_means`, and `inner` in the last channel.
+
+    Returns:
+        `grad_logs [batch, heads, n]`, `grad_values [batch, heads, n, channels]` still to be multiplied by a factor
+        `[batch, heads, n, 1]`, this factor, and the carry.
     """
     channels = values.shape[-1]
-    grads = torch.cat((grad_means, -inner.unsqueeze(-1)), dim=-1)
-    reverse_logs = torch.where(forward.log_total > _EMPTY / 2, -forward.log_total, -math.inf)
+    reverse_logs = torch.where(log_total > _EMPTY / 2, -log_total, -math.inf)
     if settings.causal:
         running = _weighted_mean(reverse_logs, grads, settings.window, decay, segments, carry, reverse=True)
         carry = _leave_state(reverse_logs, grads, settings, segments, running, carry, reverse=True)
     else:
         running = _two_sided_mean(reverse_logs, grads, settings.window, decay, segments)
-    log_total, grad_values = running
-    grad_values = grad_values * torch.exp(logs + log_total).unsqueeze(-1)
-    grad_logs = (grad_values[..., :channels] * values).sum(-1) + grad_values[..., channels]
-    return grad_logs, grad_values[..., :channels], carry
+    factor = torch.exp(logs + running[0])
+    grad_values, inner = running[1][..., :channels], running[1][..., channels]
+    grad_logs = ((grad_values * values).sum(-1) - inner) * factor
+    return grad_logs, grad_values, factor.unsqueeze(-1), carry
 
 
 def _leave_state(logs, values, settings, segments, running, carry, reverse=False):
     """What these tokens leave to the following ones (to the preceding ones when `reverse`)."""
     if settings.window is None:
         end = 0 if reverse else -1
-        return FocusState(*(x[:, :, end] for x in running), None if segments is None else segments[:, end])
+        return FocusState(*(x[:, :, end].clone() for x in running), None if segments is None else segments[:, end])
     count = settings.window - 1
     tokens = FocusState(logs, values, segments)
     if carry is not None and logs.shape[2] < count:
@@ -555,47 +561,50 @@ class _Block:
 
     def forward(self, carry):
         """The mixing step's output `[batch, heads, n, head_dim]`, and the carry for the next block."""
-        logs, values, settings, _, segments = self.tokens
-        self.seen = _means(*self.tokens, carry)
-        if settings.causal:
-            carry = _leave_state(logs, values, settings, segments, self.seen.running, carry)
-        if settings.query_gate == "none":
-            return self.seen.means, carry
-        self.kbar, self.vbar = self.seen.means.chunk(2, dim=-1)
+        self.means, self.log_total, carry = _means(*self.tokens, carry)
+        if self.settings.query_gate == "none":
+            return self.means, carry
+        self.kbar, self.vbar = self.means.chunk(2, dim=-1)
         self.dot = (self.q * self.kbar).sum(-1)
-        self.gate = _gate(self.dot * settings.scale, settings.query_gate)
+        self.gate = _gate(self.dot * self.settings.scale, self.settings.query_gate)
         return self.gate.unsqueeze(-1) * self.vbar, carry
 
     def backward(self, grad_out, carry):
         """Gradient of the raw parts `[batch, n, parts, heads, head_dim]`, and the carry for the block before."""
         settings, scale = self.settings, self.settings.scale
         grad_out = grad_out.to(self.v.dtype)  # [batch, heads, n, head_dim]
+        channels = self.means.shape[-1]
+        grad_means = self.means.new_empty(*self.means.shape[:-1], channels + 1)
         if settings.query_gate == "none":
-            grad_means, inner = grad_out, (grad_out * self.seen.means).sum(-1)
+            grad_means[..., :channels] = grad_out
+            torch.sum(grad_out * self.means, -1, out=grad_means[..., channels])
         else:
             grad_gate = (grad_out * self.vbar).sum(-1)
             grad_dot = grad_gate * _gate_slope(self.dot * scale, self.gate, settings.query_gate) * scale
-            grad_means = torch.cat((grad_dot.unsqueeze(-1) * self.q, self.gate.unsqueeze(-1) * grad_out), dim=-1)
-            inner = grad_dot * self.dot + self.gate * grad_gate
-        grad_logs, grad_values, carry = _means_backward(grad_means, inner, self.seen, *self.tokens, carry)
+            torch.mul(grad_dot.unsqueeze(-1), self.q, out=grad_means[..., : channels // 2])
+            torch.mul(self.gate.unsqueeze(-1), grad_out, out=grad_means[..., channels // 2 : channels])
+            torch.addcmul(grad_dot * self.dot, self.gate, grad_gate, out=grad_means[..., channels])
+        grad_logs, grad_values, factor, carry = _means_backward(grad_means, self.log_total, *self.tokens, carry)
 
         grad_logits = grad_logs.transpose(1, 2) * scale  # [batch, n, heads]
         if settings.weight_function == "elu":
             grad_logits = grad_logits / (1 + self.logits.clamp_min(0))
         grad_logits = grad_logits.unsqueeze(-1)
-        grad_values = grad_values.transpose(1, 2)
-        grad_f, grad_k = grad_logits * self.k, grad_logits * self.f
-        if settings.query_gate == "none":
-            grads = torch.stack((grad_f, grad_k, grad_values), dim=2)
-        else:
-            grad_q, (grad_rotated, grad_v) = (
-                (grad_dot.unsqueeze(-1) * self.kbar).transpose(1, 2),
-                grad_values.chunk(2, -1),
-            )
+        grad_values, factor = grad_values.transpose(1, 2), factor.transpose(1, 2)
+        batch, n, heads, head_dim = self.v.shape
+        grads = grad_values.new_empty(batch, n, 3 if settings.query_gate == "none" else 4, heads, head_dim)
+        *grad_q, grad_f, grad_k, grad_v = grads.unbind(2)
+        torch.mul(grad_logits, self.k, out=grad_f)
+        torch.mul(grad_values[..., -head_dim:], factor, out=grad_v)
+        torch.mul(grad_logits, self.f, out=grad_k)
+        if grad_q:
+            grad_rotated = grad_values[..., :head_dim]
+            torch.mul(grad_dot.unsqueeze(-1).transpose(1, 2), self.kbar.transpose(1, 2), out=grad_q[0])
             if self.rotary is not None:
                 cos, sin = self.rotary
-                grad_q, grad_rotated = rotate(grad_q, cos, -sin), rotate(grad_rotated, cos, -sin)
-            grads = torch.stack((grad_q, grad_f, grad_k.add_(grad_rotated), grad_v), dim=2)
+                grad_q[0].copy_(rotate(grad_q[0], cos, -sin))
+                grad_rotated = rotate(grad_rotated, cos, -sin)
+            grad_k.addcmul_(grad_rotated, factor)
         return (_standardize_backward(grads, self.norm_stats) if settings.normalize else grads), carry
 
 
@@ -726,26 +735,24 @@ class _FocusMean(torch.autograd.Function):
     def forward(ctx, logs, values, settings, decay, segments, state_logs, state_values):
         carry = None if state_logs is None else FocusState(state_logs, state_values)
         carry = _enter_state(carry, settings, segments)
-        ctx.seen = _means(logs, values, settings, decay, segments, carry)
+        means, log_total, final = _means(logs, values, settings, decay, segments, carry)
         ctx.settings, ctx.decay, ctx.segments = settings, decay, segments
-        ctx.save_for_backward(logs, values)
+        ctx.save_for_backward(logs, values, means, log_total)
         if not settings.causal:
-            return ctx.seen.means.clone(), None, None
-        final = _leave_state(logs, values, settings, segments, ctx.seen.running, carry)
+            return means, None, None
         final = [x.clone() for x in final[:2]]
         ctx.mark_non_differentiable(*final)
-        return ctx.seen.means.clone(), *final
+        return means, *final
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     @_in_full_precision
     def backward(ctx, grad_means, *_):
-        logs, values = ctx.saved_tensors
-        inner = (grad_means * ctx.seen.means).sum(-1)
-        grad_logs, grad_values, _ = _means_backward(
-            grad_means, inner, ctx.seen, logs, values, ctx.settings, ctx.decay, ctx.segments, None
-        )
-        return grad_logs, grad_values, None, None, None, None, None
+        logs, values, means, log_total = ctx.saved_tensors
+        grads = torch.cat((grad_means, (grad_means * means).sum(-1, keepdim=True)), dim=-1)
+        arguments = logs, values, ctx.settings, ctx.decay, ctx.segments
+        grad_logs, grad_values, factor, _ = _means_backward(grads, log_total, *arguments, None)
+        return grad_logs, grad_values * factor, None, None, None, None, None
 
 
 def focus_mean(
@@ -802,7 +809,7 @@ def _check_inputs(name, tensor, shape, settings, state):
 def pack_state(
     state: FocusState, settings: FocusSettings, head_dim: int, seen_tokens: int | torch.Tensor
 ) -> torch.Tensor:
-    """One float32 tensor for a cache to hold, laid out for `focus_step`; `parts` are keys and values, or values alone.
+    """One tensor, float32 or wider, for a cache to hold, laid out for `focus_step`; `parts` are keys and values, or values alone.
 
     Global: `[batch, heads * (2 + parts * head_dim)]`: a reference log weight `m`, the sum of weights `z = sum exp(l - m)`
     and the means of each part. Where log weights are bounded `m` is 0, else it is chosen so that `z` is about the number
@@ -810,11 +817,11 @@ def pack_state(
     Windowed: `[batch, heads * (1 + parts * head_dim), past]`: log weights and parts of the last `past = max(window - 1,
     1)` tokens, oldest first, a log weight of `-inf` where there is none.
     """
-    logs, values = state.log_weights.float(), state.values.float()
+    logs, values = state.log_weights, state.values
     if settings.window is None:
         reference = torch.zeros_like(logs)
         if not settings.bounded(head_dim):
-            reference = logs - torch.as_tensor(seen_tokens, dtype=torch.float32, device=logs.device).log()
+            reference = logs - torch.as_tensor(seen_tokens, dtype=logs.dtype, device=logs.device).log()
         parts = values.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # [batch, parts, heads, head_dim]
         return torch.cat((reference, (logs - reference).exp(), parts.flatten(1)), dim=1)
     missing = max(settings.window - 1, 1) - logs.shape[2]
@@ -857,7 +864,10 @@ def step_global_mean(
     m, z = packed[:, :heads], packed[:, heads : 2 * heads]
     means = packed[:, 2 * heads :].view(batch, parts, heads, head_dim)
     if settings.bounded(head_dim):
-        weights = logits.exp() if settings.weight_function == "exp" else nn.functional.elu(logits).add_(1)
+        if settings.weight_function == "exp":
+            weights = logits.exp()
+        else:  # elu(x) + 1, which has no precision below zero when taken as written
+            weights = logits.clamp_max(0).exp_().add_(logits.clamp_min(0))
         if decay is not None:
             z.mul_(torch.exp(-decay))
     else:

@@ -390,7 +390,8 @@ class LeapModel(LeapPreTrainedModel):
             hidden_states = hidden_states + self.embed_positions(position_ids)
         rotary = None
         if self.config.position_embedding_type == "rotary":
-            rotary = self.rotary_emb(hidden_states.float(), position_ids)
+            precise = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+            rotary = self.rotary_emb(precise, position_ids)
         hidden_states = self.dropout(hidden_states)
 
         local_mask = None if padding_mask is None else padding_mask[:, -seq:]
