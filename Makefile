@@ -1,0 +1,50 @@
+# `make demo` trains a small model on this machine and lets it write; `make test` runs the fast tests.
+# Both build their own .venv from constraints.txt first.
+
+FAMILY ?= leap
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+OUTPUT := outputs/$(FAMILY)-tiny
+
+.PHONY: install demo test test-slow conformance bench style format clean
+
+install: $(INSTALLED)
+
+# torch has a line of its own, first: with it in place no other package can bring another build.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install $(shell grep '^torch==' constraints.txt)
+	$(PY) -m pip install -c constraints.txt -e .[train,test,parity]
+	touch $@
+
+demo: $(INSTALLED)
+	$(PY) training/train.py --config_name configs/$(FAMILY)-tiny --output_dir $(OUTPUT) --train_minutes 3 --bf16_if_fast \
+		--block_size 512 --per_device_train_batch_size 8 --per_device_eval_batch_size 8 --max_validation_bytes 131072 \
+		--learning_rate 3e-3 --lr_scheduler_type cosine --warmup_steps 0.05 --weight_decay 0.1 --adam_beta2 0.99 \
+		--eval_strategy steps --eval_steps 0.3 --logging_steps 10 --save_strategy no
+	$(PY) training/sample.py $(OUTPUT)
+
+test: $(INSTALLED)
+	$(PY) -m pytest -q $(if $(SLOW),-m slow)
+
+test-slow: $(INSTALLED)
+	$(PY) -m pytest -q -m slow
+
+conformance: $(INSTALLED)
+	$(PY) -m pytest -q tests/conformance
+
+bench: $(INSTALLED)
+	$(PY) tests/benchmarks/run_all.py
+
+style: $(INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(INSTALLED)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf $(VENV) outputs *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,28 @@
+"""tests/conftest.py itself: what it promises to all other tests."""
+
+import socket
+
+import pytest
+import torch
+
+
+def test_unwritten_memory_is_nan():
+    for empty in (torch.empty(7), torch.empty_like(torch.ones(7)), torch.ones(1).new_empty(7, dtype=torch.bfloat16)):
+        assert empty.isnan().all()
+
+
+@pytest.mark.parametrize("run", [0, 1])
+def test_every_test_starts_from_the_same_seed(run, drawn=[]):  # noqa: B006  the list outlives the first run
+    drawn.append(torch.rand(4))
+    assert torch.equal(drawn[0], drawn[-1])
+
+
+def test_network_is_out_of_reach():
+    for address in (("192.0.2.1", 80), ("example.org", 443)):
+        with socket.socket() as client, pytest.raises(PermissionError, match="network"):
+            client.connect(address)
+
+
+def test_this_machine_is_within_reach():
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as client:
+        client.connect(server.getsockname())

@@ -1,0 +1,166 @@
+"""Exported folders work where this package is not installed: other interpreter, other directory, no Triton."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.tiny_leap import random_ids, tiny_leap
+
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_leap.LeapConfig",
+    "AutoModel": "modeling_leap.LeapModel",
+    "AutoModelForCausalLM": "modeling_leap.LeapForCausalLM",
+    "AutoModelForMaskedLM": "modeling_leap.LeapForMaskedLM",
+    "AutoModelForSequenceClassification": "modeling_leap.LeapForSequenceClassification",
+}
+HEADS = {
+    "LeapModel": "AutoModel",
+    "LeapForCausalLM": "AutoModelForCausalLM",
+    "LeapForMaskedLM": "AutoModelForMaskedLM",
+    "LeapForSequenceClassification": "AutoModelForSequenceClassification",
+}
+# What the exports below are made of: all the ways in which modules or weights differ.
+MODELS = {
+    "focus": {},
+    "additive": {"mixer": "additive"},
+    "decay": {"position_embedding_type": "decay", "tie_word_embeddings": True},
+}
+
+CLEAN_ROOM = """
+import json, sys
+
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("triton", "modeling_heptapod"):
+            raise ImportError(f"{name} is blocked in this test")
+
+
+sys.meta_path.insert(0, Blocked())
+import torch
+import transformers
+
+folder, jobs = sys.argv[1], json.loads(sys.argv[2])
+ids = torch.load(folder + "/ids.pt")
+results = {}
+for name, auto in jobs:
+    auto_class = getattr(transformers, auto)
+    model = auto_class.from_pretrained(f"{folder}/{name}", trust_remote_code=True).eval()
+    with torch.no_grad():
+        results[name, auto] = model(ids)[0]
+    if auto == "AutoModelForCausalLM":
+        tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
+        results[name, "tokens"] = tokens
+    if sys.argv[3] == "again":
+        model.save_pretrained(f"{folder}/{name}-again")
+    print(type(model).__name__, type(model.config).__name__)
+torch.save(results, folder + "/results.pt")
+"""
+
+
+def in_a_clean_room(folder, jobs, again="no"):
+    """Load exports in a new interpreter that has nothing of this repository; `jobs` are (folder, Auto class)."""
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir(exist_ok=True)
+    script = elsewhere / "clean_room.py"
+    script.write_text(textwrap.dedent(CLEAN_ROOM))
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env |= {"HF_HOME": str(folder / f"home-{again}"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, script, folder, json.dumps(jobs), again],
+        capture_output=True,
+        text=True,
+        cwd=elsewhere,
+        env=env,
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "results.pt"), done.stdout.split("\n")
+
+
+def export(folder, models):
+    ids = random_ids(2, 12)
+    torch.save(ids, folder / "ids.pt")
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+    return ids
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Every class and kind of model exported, loaded in a clean room, and saved again from there."""
+    folder = tmp_path_factory.mktemp("exported")
+    models = {f"{head}-{kind}": tiny_leap(head, pad_token_id=0, **MODELS[kind]) for head in HEADS for kind in MODELS}
+    ids = export(folder, models)
+    jobs = [(name, HEADS[name.split("-")[0]]) for name in models]
+    results, printed = in_a_clean_room(folder, jobs, again="again")
+    return folder, models, ids, results, printed
+
+
+def test_logits_are_equal_to_the_last_bit(exported):
+    _, models, ids, results, _ = exported
+    for name, model in models.items():
+        with torch.no_grad():
+            assert torch.equal(results[name, HEADS[name.split("-")[0]]], model(ids)[0]), name
+
+
+def test_generated_tokens_are_equal(exported):
+    _, models, ids, results, _ = exported
+    for name, model in models.items():
+        if name.startswith("LeapForCausalLM"):
+            tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
+            assert torch.equal(results[name, "tokens"], tokens)
+
+
+def test_classes_come_from_the_folder(exported):
+    *_, models, _, _, printed = exported
+    assert printed[: len(models)] == [f"{type(model).__name__} LeapConfig" for model in models.values()]
+
+
+def test_folders_have_code_weights_and_a_full_map(exported):
+    folder, models, *_ = exported
+    for name, model in models.items():
+        for exported_folder in (folder / name, folder / f"{name}-again"):
+            config = json.loads((exported_folder / "config.json").read_text())
+            auto_map = {auto: path.split("--")[-1] for auto, path in config["auto_map"].items()}
+            assert auto_map == AUTO_MAP
+            assert config["architectures"] == [type(model).__name__] and config["model_type"] == "leap"
+            files = {file.name for file in exported_folder.iterdir()}
+            code = {"configuration_leap.py", "modeling_leap.py", "focus.py", "recurrent_cache.py"}
+            assert {file for file in files if file.endswith(".py")} >= code
+            assert "model.safetensors" in files
+            assert ("generation_config.json" in files) == name.startswith("LeapForCausalLM")
+
+
+def test_what_is_saved_from_there_works_there(exported):
+    folder, models, ids, *_ = exported
+    jobs = [(f"{name}-again", HEADS[name.split("-")[0]]) for name in models if name.endswith(("focus", "decay"))]
+    results, _ = in_a_clean_room(folder, jobs, again="no")
+    for name, auto in jobs:
+        with torch.no_grad():
+            assert torch.equal(results[name, auto], models[name.removesuffix("-again")](ids)[0]), name
+
+
+def test_a_causal_checkpoint_loads_through_every_auto_class(tmp_path):
+    model = tiny_leap(pad_token_id=0)
+    ids = export(tmp_path, {"causal": model})
+    results, printed = in_a_clean_room(tmp_path, [("causal", auto) for auto in HEADS.values()])
+    assert [line.split()[0] for line in printed[:4]] == list(HEADS)
+    with torch.no_grad():
+        assert torch.equal(results["causal", "AutoModel"], model.model(ids).last_hidden_state)
+        bidirectional = model.lm_head(model.model(ids, is_causal=False).last_hidden_state)
+        assert torch.equal(results["causal", "AutoModelForMaskedLM"], bidirectional)
+
+
+def test_the_package_itself_needs_no_remote_code(tmp_path):
+    model = tiny_leap()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert torch.equal(loaded(random_ids(1, 9)).logits, model(random_ids(1, 9)).logits)

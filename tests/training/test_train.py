@@ -1,0 +1,265 @@
+"""training/train.py, run as a user runs it: in a process of its own, once to the end and once with a kill -9."""
+
+import argparse
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import train
+from data import PackedBlocks, build_tokenizer, encode
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainingArguments
+
+
+SCRIPTS = Path(train.__file__).parent
+CONFIGS = SCRIPTS.parent / "configs"
+CORPUS = argparse.__file__  # one file of real text on every machine
+STEPS, SAVE_STEPS, KILLED_IN_STEP = 12, 3, 8
+
+CONFIG = {
+    "model_type": "leap",
+    "vocab_size": 99,  # replaced by the tokenizer's
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "window_sizes": [None, 4],
+    "hidden_dropout": 0.1,  # a resumed run must draw the same numbers
+}
+
+# Runs train.py, and dies in the middle of a step without any chance to clean up.
+KILLED = f"""
+import os, signal, sys
+import train
+
+class Trainer(train.Trainer):
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == {KILLED_IN_STEP} - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().training_step(*args, **kwargs)
+
+train.Trainer = Trainer
+train.main()
+"""
+
+
+def run(*command, cwd):
+    env = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent)}  # so that the package need not be installed
+    return subprocess.run([sys.executable, *command], cwd=cwd, env=env, text=True, capture_output=True, timeout=300)
+
+
+def arguments(folder, *more):
+    return [
+        *("--config_name", str(folder / "config"), "--output_dir", str(folder / "out"), "--dataset", CORPUS),
+        *("--tokenizer", "bpe", "--vocab_size", "300", "--block_size", "64", "--per_device_train_batch_size", "4"),
+        *("--per_device_eval_batch_size", "4", "--learning_rate", "1e-2", "--lr_scheduler_type", "cosine"),
+        *("--logging_steps", "1", "--save_steps", str(SAVE_STEPS), "--eval_strategy", "steps", "--eval_steps", "6"),
+        *("--max_validation_bytes", "3000", "--disable_tqdm", "true", "--use_cpu", "true"),
+        *more,
+    ]
+
+
+def prepare(folder):
+    (folder / "config").mkdir()
+    (folder / "config" / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config" / "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": 7}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run that nobody disturbed, and what it printed."""
+    folder = prepare(tmp_path_factory.mktemp("finished"))
+    process = run(SCRIPTS / "train.py", *arguments(folder, "--max_steps", str(STEPS)), cwd=folder)
+    assert process.returncode == 0, process.stderr
+    return folder / "out", process.stdout
+
+
+def losses(folder):
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+
+def test_a_killed_run_resumes_with_the_same_losses(finished, tmp_path):
+    folder = prepare(tmp_path)
+    script = folder / "killed.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(SCRIPTS)!r})\n" + KILLED)
+    process = run(script, *arguments(folder, "--max_steps", str(STEPS)), cwd=folder)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    saved = sorted(path.name for path in (folder / "out").iterdir())
+    assert saved == ["checkpoint-3", "checkpoint-6"]
+    # As if the next checkpoint had been cut off while it was being written.
+    (folder / "out" / "checkpoint-9").mkdir()
+    (folder / "out" / "checkpoint-9" / "config.json").write_text("{}")
+
+    # The length of the schedule comes from the checkpoint, not from a new measurement.
+    more = ("--train_minutes", "10", "--resume_from_checkpoint", "last")
+    process = run(SCRIPTS / "train.py", *arguments(folder, *more), cwd=folder)
+    assert process.returncode == 0, process.stderr
+
+    assert process.stdout.count("{'loss'") == STEPS - 6  # and not all over again
+
+    expected, resumed = losses(finished[0]), losses(folder / "out")
+    assert list(expected) == list(range(1, STEPS + 1))
+    assert resumed == expected
+    results = [json.loads((out / "results.json").read_text()) for out in (finished[0], folder / "out")]
+    assert results[0]["bits_per_byte"] == results[1]["bits_per_byte"]
+    assert results[0]["bits_per_byte_before"] == results[1]["bits_per_byte_before"]
+
+
+def test_training_learns_and_says_what(finished):
+    folder, printed = finished
+    results = json.loads((folder / "results.json").read_text())
+    assert results["steps"] == STEPS
+    assert results["bits_per_byte"] < results["bits_per_byte_before"] - 0.5
+    for name in ("bits_per_byte_before", "bits_per_byte", "bits_per_byte_bz2"):
+        assert f"{results[name]:.3f}" in printed
+    assert f"{results['held_out_bytes']:,} held-out bytes" in printed
+
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "eval_bits_per_byte" in entry] == [6, 12, 12]
+
+    card = (folder / "README.md").read_text()
+    assert "{{" not in card and "model-index" in card and f"**{results['bits_per_byte']:.3f}**" in card
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bits_per_byte_agrees_with_an_independent_computation(finished):
+    folder, _ = finished
+    results = json.loads((folder / "results.json").read_text())
+
+    text = Path(CORPUS).read_bytes().decode()
+    cut = round(0.95 * len(text))
+    text = text[text.index("\n", cut) + 1 :].encode()[:3000]
+    assert results["held_out_bytes"] == len(text)
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).double().eval()
+    end = tokenizer.eos_token_id
+    ids = [end, *tokenizer(text.decode())["input_ids"], end]
+    assert len(ids) < 0.8 * len(text)  # tokens are not bytes here
+    nats = 0.0
+    for start in range(0, len(ids) - 1, 63):  # blocks of 64, of which 63 are predicted
+        block = torch.tensor([ids[start : start + 64]])
+        with torch.no_grad():
+            probabilities = model(input_ids=block).logits.softmax(-1)
+        for position, token in enumerate(block[0, 1:]):
+            nats -= math.log(probabilities[0, position, token])
+    assert results["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text), rel=1e-5)
+
+
+def test_saved_folder_writes_text_without_the_package(finished, tmp_path):
+    """In a new process that cannot import our package: the folder brings its own code."""
+    script = tmp_path / "alone.py"
+    script.write_text(
+        "import runpy, sys\nsys.modules['modeling_heptapod'] = None\nsys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    sample = (SCRIPTS / "sample.py", finished[0], "--prompt", "def parse", "--max_new_tokens", "20")
+    first, other = (run(script, *sample, "--seed", seed, cwd=tmp_path) for seed in ("0", "1"))
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("def parse") and len(first.stdout) > len("def parse") + 10
+    assert first.stdout != other.stdout
+
+
+def test_saved_configuration_is_the_models_and_the_tokenizers(finished):
+    folder, _ = finished
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert config.vocab_size == len(tokenizer) == 300
+    assert config.use_cache
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert model.generation_config.do_sample and model.generation_config.top_k == 7
+
+
+def test_sum_nats_counts_each_predicted_token_once():
+    logits, labels = torch.randn(3, 8, 11), torch.randint(11, (3, 8))
+    labels[1, 5:] = -100
+    expected = torch.zeros(3)
+    for row in range(3):
+        for position in range(7):
+            if labels[row, position + 1] != -100:
+                expected[row] -= logits[row, position].log_softmax(-1)[labels[row, position + 1]]
+    torch.testing.assert_close(train.sum_nats(logits, labels), expected)
+    torch.testing.assert_close(train.sum_nats(logits.bfloat16(), labels), expected, rtol=0.02, atol=0.02)
+
+
+def test_bits_per_byte_of_a_uniform_model_is_known():
+    """A byte tokenizer and a model that knows nothing: log2(258) bits for each byte and for the two separators."""
+    tokenizer = build_tokenizer("byte", [])
+    blocks = PackedBlocks(encode(["é" * 50], tokenizer), block_size=16, pad_token_id=tokenizer.pad_token_id)
+    nats = torch.cat([train.sum_nats(torch.zeros(1, 16, 258), block["labels"][None]) for block in blocks])
+    assert train.bits_per_byte(nats.numpy(), 100) == pytest.approx(math.log2(258) * 101 / 100, rel=1e-6)
+
+
+def tiny_model():
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**CONFIG, "vocab_size": 258}))
+
+
+def test_steps_within_fills_the_time_and_leaves_no_trace(tmp_path, monkeypatch):
+    class SlowTrainer(train.Trainer):
+        def training_step(self, *args, **kwargs):
+            time.sleep(0.05)
+            return super().training_step(*args, **kwargs)
+
+    monkeypatch.setattr(train, "Trainer", SlowTrainer)
+    model, dataset = tiny_model(), PackedBlocks(np.arange(258, dtype=np.uint16).repeat(20), block_size=64)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    args = TrainingArguments(str(tmp_path / "out"), use_cpu=True, per_device_train_batch_size=2, max_steps=5)
+    assert 40 < train.steps_within(0.1, model, args, dataset) <= 6 / 0.05
+    assert train.steps_within(1e-9, model, args, dataset) == 1
+    assert args.max_steps == 5 and not list((tmp_path / "out").iterdir())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="--train_minutes"):
+        train.steps_within(0, model, args, dataset)
+
+
+def test_bf16_falls_back_where_the_cpu_has_no_matrix_units(tmp_path, monkeypatch):
+    for has_units, asked in [(True, True), (False, True), (True, False)]:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has_units=has_units: {"amx_bf16": has_units})
+        model_args = train.ModelArguments(config_name="", bf16_if_fast=asked)
+        args = train.choose_precision(model_args, TrainingArguments(str(tmp_path), use_cpu=True))
+        assert args.bf16 == (has_units and asked)
+
+
+@pytest.mark.parametrize("folder", sorted(path.name for path in CONFIGS.iterdir()))
+def test_configurations_make_models(folder):
+    """Loadable by name alone: no code and no weights beside them."""
+    assert sorted(path.name for path in (CONFIGS / folder).iterdir()) == ["config.json", "generation_config.json"]
+    config = AutoConfig.from_pretrained(CONFIGS / folder)
+    assert config.model_type == folder.split("-")[0] and not hasattr(config, "auto_map")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert model.num_parameters() > 1e6
+    assert GenerationConfig.from_pretrained(CONFIGS / folder).do_sample
+
+
+def test_bad_checkpoints_are_named(tmp_path):
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5" / "trainer_state.json").write_text('{"cut off')
+    for resume_from in ("last", str(tmp_path / "checkpoint-5"), str(tmp_path / "missing")):
+        with pytest.raises(ValueError, match=f"--resume_from_checkpoint {resume_from}"):
+            train.find_checkpoint(resume_from, str(tmp_path))
+    for step in (90, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert train.find_checkpoint("last", str(tmp_path)) == str(tmp_path / "checkpoint-100")
+
+
+def test_bad_corpus_ends_the_run_with_the_arguments_name(tmp_path):
+    folder = prepare(tmp_path)
+    more = ("--max_steps", "1", "--dataset", str(tmp_path / "missing.txt"))
+    process = run(SCRIPTS / "train.py", *arguments(folder, *more), cwd=folder)
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[-1].startswith("ValueError: --dataset ")

@@ -1,0 +1,329 @@
+"""Text in, packed blocks of tokens out.
+
+    texts = load_texts("stdlib")                         # or a file, a folder, the name of a data set
+    tokenizer = build_tokenizer("byte", texts.train)     # or "bpe", or any tokenizer that AutoTokenizer can load
+    train = PackedBlocks(encode(texts.train, tokenizer), block_size=1024)
+
+The default corpus is the source of the Python standard library, which every machine with Python has: about twelve
+megabytes of real text, without a download.
+"""
+
+import bz2
+import gzip
+import hashlib
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
+
+# Other people's code, the library's tests and its generated documentation are not its source text.
+NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "_bundled", "pydoc_data", "__pycache__"}
+
+
+@dataclass
+class DataArguments:
+    """What to train on. Each error below names the argument that caused it."""
+
+    dataset: str = field(
+        default="stdlib",
+        metadata={
+            "help": "'stdlib' (the source of Python's standard library), a UTF-8 text file or a folder of them (.gz and "
+            ".bz2 are unpacked), or the name of a data set for `datasets.load_dataset`."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a named data set."})
+    text_column: str = field(default="text", metadata={"help": "The column of a named data set that holds the text."})
+    validation_percent: float = field(
+        default=5.0, metadata={"help": "How much of the text to hold out where the data set has no split of its own."}
+    )
+    max_validation_bytes: int | None = field(
+        default=None, metadata={"help": "Evaluate on at most this many bytes of the held-out text."}
+    )
+    tokenizer: str = field(
+        default="byte",
+        metadata={
+            "help": "'byte' (ids 0 to 255 are the bytes), 'bpe' (trained here on the training text), or anything that "
+            "`AutoTokenizer` loads."
+        },
+    )
+    vocab_size: int = field(default=4096, metadata={"help": "Size of the vocabulary of a 'bpe' tokenizer."})
+    block_size: int = field(default=1024, metadata={"help": "Length of a training sequence in tokens."})
+
+
+@dataclass
+class Texts:
+    """Documents to train on and documents held out; no document is in both."""
+
+    train: list[str]
+    validation: list[str]
+
+
+def load_texts(
+    dataset: str = "stdlib",
+    dataset_config: str | None = None,
+    text_column: str = "text",
+    validation_percent: float = 5.0,
+    max_validation_bytes: int | None = None,
+) -> Texts:
+    """Read and split a corpus; the arguments are those of [`DataArguments`].
+
+    Files are split by a hash of their path within the corpus and rows by a hash of their number, so the split depends
+    neither on the machine nor on the order of reading. Of a single text, the tail is held out.
+
+    Raises:
+        ValueError: naming `--dataset` where the corpus does not exist, is empty or is not text; naming
+            `--text_column`, `--validation_percent` or `--max_validation_bytes` where these do not fit.
+    """
+    if not 0 < validation_percent < 100:
+        raise ValueError(f"--validation_percent must lie between 0 and 100, got {validation_percent}")
+    if max_validation_bytes is not None and max_validation_bytes < 1:
+        raise ValueError(f"--max_validation_bytes must be positive, got {max_validation_bytes}")
+
+    def held_out(name: str) -> bool:
+        return _hash(name) < validation_percent / 100
+
+    path = Path(dataset).expanduser()
+    if dataset == "stdlib":
+        texts = _split(_read_folder(Path(sysconfig.get_path("stdlib")), dataset, _is_stdlib_source), held_out)
+    elif path.is_dir():
+        texts = _split(_read_folder(path, dataset, _is_visible), held_out)
+    elif path.is_file():
+        text = _read_file(path)
+        if text is None:
+            raise ValueError(f"--dataset {dataset} is not text: it is not UTF-8, or it holds zero bytes")
+        texts = Texts([text], [])
+    else:
+        texts = _load_named(dataset, dataset_config, text_column, held_out)
+
+    if not any(texts.train) and not any(texts.validation):
+        raise ValueError(f"--dataset {dataset} holds no text: it is empty")
+    if not texts.train or not texts.validation:  # one text, or too few for the hash to divide
+        texts = _split_tail("".join(texts.train + texts.validation), validation_percent)
+    if max_validation_bytes is not None:
+        texts.validation = _first_bytes(texts.validation, max_validation_bytes)
+    return texts
+
+
+def _hash(name: str) -> float:
+    """A number in [0, 1) that depends on the name alone."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
+def _is_stdlib_source(path: Path) -> bool:
+    # _sysconfigdata holds the paths of the machine that built this Python
+    return path.suffix == ".py" and not NOT_STDLIB & set(path.parts) and not path.name.startswith("_sysconfigdata")
+
+
+def _is_visible(path: Path) -> bool:
+    return not any(part.startswith(".") for part in path.parts)
+
+
+def _read_file(path: Path) -> str | None:
+    """The text of one file, unpacked, with its line ends as they are; None if it is not UTF-8 text."""
+    data = path.read_bytes()
+    unpack = {".gz": gzip.decompress, ".bz2": bz2.decompress}.get(path.suffix, bytes)
+    try:
+        text = unpack(data).decode("utf-8")
+    except (OSError, EOFError, ValueError):  # what gzip, bz2 and decode raise for other content
+        return None
+    return None if "\0" in text else text
+
+
+def _read_folder(folder: Path, dataset: str, wanted: Callable[[Path], bool]) -> dict[str, str]:
+    """All wanted text files below a folder, as {relative path: text}, sorted by path; empty files are left out."""
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    names = [name for name in names if wanted(name)]
+    texts = {
+        name.as_posix(): _read_file(folder / name) for name in tqdm(names, desc="Reading", unit=" files", disable=None)
+    }
+    skipped = [name for name, text in texts.items() if text is None]
+    if skipped and len(skipped) == len(texts):
+        raise ValueError(
+            f"--dataset {dataset} is not text: none of its {len(skipped)} files is UTF-8, e.g. {skipped[0]}"
+        )
+    if skipped:
+        logger.warning(
+            f"--dataset {dataset}: left out {len(skipped)} files that are not UTF-8 text, e.g. {skipped[0]}"
+        )
+    return {name: text for name, text in texts.items() if text}
+
+
+def _load_named(dataset: str, config: str | None, text_column: str, held_out: Callable[[str], bool]) -> Texts:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(f"--dataset {dataset} is no file or folder, and `datasets` is not installed") from error
+    try:
+        splits = datasets.load_dataset(dataset, config)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--dataset {dataset} does not exist: it is neither 'stdlib', nor a file or folder, nor a data set that "
+            f"`datasets` can load ({error})"
+        ) from error
+    if "train" not in splits or text_column not in splits["train"].column_names:
+        columns = {name: split.column_names for name, split in splits.items()}
+        raise ValueError(
+            f"--text_column {text_column}: no such column in a 'train' split of --dataset {dataset}: {columns}"
+        )
+    train = list(tqdm(splits["train"][text_column], desc="Reading", unit=" rows", disable=None))
+    if "validation" in splits:
+        return Texts(train, list(splits["validation"][text_column]))
+    return _split({str(row): text for row, text in enumerate(train)}, held_out)
+
+
+def _split(texts: dict[str, str], held_out: Callable[[str], bool]) -> Texts:
+    train = [text for name, text in texts.items() if not held_out(name)]
+    # By hash rather than by name: the first bytes of the held-out text are then a fair sample of it.
+    validation = [texts[name] for name in sorted(texts, key=_hash) if held_out(name)]
+    return Texts(train, validation)
+
+
+def _split_tail(text: str, percent: float) -> Texts:
+    """Hold out the end of one text, from the beginning of a line where there is one."""
+    cut = round(len(text) * (1 - percent / 100))
+    cut = text.find("\n", cut) + 1 or cut
+    return Texts([text[:cut]], [text[cut:]])
+
+
+def _first_bytes(texts: list[str], size: int) -> list[str]:
+    """The first `size` bytes of the texts, less the character that the cut would divide."""
+    kept = []
+    for text in texts:
+        text = text.encode()[:size].decode(errors="ignore")
+        size -= len(text.encode())
+        if text:
+            kept.append(text)
+        if size <= 0:
+            break
+    return kept
+
+
+def build_tokenizer(name: str, texts: list[str], vocab_size: int = 4096) -> PreTrainedTokenizerBase:
+    """A tokenizer that gives back every text unchanged.
+
+    Args:
+        name: "byte", "bpe" or what `AutoTokenizer` can load; the arguments are those of [`DataArguments`].
+        texts: what a "bpe" tokenizer is trained on.
+        vocab_size: entries of a "bpe" tokenizer, with the 256 bytes and two special tokens.
+
+    Raises:
+        ValueError: naming `--vocab_size` or `--tokenizer` where these do not fit.
+    """
+    if name not in ("byte", "bpe"):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"--tokenizer {name} is neither 'byte' nor 'bpe' and cannot be loaded: {error}"
+            ) from error
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"--tokenizer {name} has no end-of-sequence token, which separates documents")
+        return tokenizer
+
+    if name == "byte":
+        tokenizer = Tokenizer(models.BPE(vocab=_byte_vocabulary(), merges=[]))
+    else:
+        if vocab_size < 258:
+            raise ValueError(f"--vocab_size must be at least 258 (256 bytes, two special tokens), got {vocab_size}")
+        tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if name == "bpe":
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - 2, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=True
+        )
+        tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=PAD,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_vocabulary() -> dict[str, int]:
+    """The 256 characters that `tokenizers` writes bytes as, each with its byte as the id."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, desc: str = "Tokenizing") -> np.ndarray:
+    """All texts as one stream of ids, with an end-of-sequence token before the first text and after each.
+
+    Returns:
+        [number of tokens], uint16 where the vocabulary allows it, else int32.
+    """
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
+    separator = np.array([tokenizer.eos_token_id], dtype=dtype)
+    stream = [separator]
+    batch = 16
+    for start in tqdm(range(0, len(texts), batch), desc=desc, unit_scale=batch, unit=" texts", disable=None):
+        # split_special_tokens: a text that spells "<|endoftext|>" is text.
+        encoded = tokenizer(
+            texts[start : start + batch],
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        for ids in encoded["input_ids"]:
+            stream += [np.array(ids, dtype=dtype), separator]
+    return np.concatenate(stream)
+
+
+class PackedBlocks(torch.utils.data.Dataset):
+    """A stream of tokens cut into `input_ids` and `labels` of [block_size], int64.
+
+    A block starts with the last token of the block before it, since a model predicts all tokens of a block but the
+    first: so every token of the stream except its first is predicted exactly once.
+
+    Args:
+        stream: [number of tokens], from [`encode`].
+        block_size: tokens in a block.
+        pad_token_id: if given, the tail that does not fill a block is padded (label -100); otherwise it is left out.
+
+    Raises:
+        ValueError: naming `--block_size` if it is below 2 or the text is too short for one block.
+    """
+
+    def __init__(self, stream: np.ndarray, block_size: int, pad_token_id: int | None = None):
+        if block_size < 2:
+            raise ValueError(f"--block_size must be at least 2, got {block_size}")
+        predicted = len(stream) - 1
+        if predicted < 1 or (pad_token_id is None and predicted < block_size - 1):
+            raise ValueError(
+                f"--block_size {block_size} is too long for this text: all of it is {len(stream)} tokens; give a "
+                "smaller --block_size or a larger --dataset"
+            )
+        self.stream, self.stride, self.pad_token_id = stream, block_size - 1, pad_token_id
+        self.length = predicted // self.stride if pad_token_id is None else -(-predicted // self.stride)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        start = index * self.stride
+        ids = torch.from_numpy(self.stream[start : start + self.stride + 1].astype(np.int64))
+        missing = self.stride + 1 - len(ids)
+        if not missing:
+            return {"input_ids": ids, "labels": ids.clone()}
+        # Padding on the right of a causal model needs no attention mask: no real token sees it.
+        pad = torch.nn.functional.pad(ids, (0, missing), value=self.pad_token_id)
+        return {"input_ids": pad, "labels": torch.nn.functional.pad(ids, (0, missing), value=-100)}

@@ -1,0 +1,29 @@
+"""Let a saved model write: `python training/sample.py outputs/leap-tiny --prompt "import os"`.
+
+Nothing of this repository is imported: the folder brings its own code.
+"""
+
+from argparse import ArgumentParser
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+
+
+def main():
+    parser = ArgumentParser(description="Let a saved model write.")
+    parser.add_argument("folder", help="what train.py wrote, or a name on the Hub")
+    parser.add_argument("--prompt", default="import os\nimport sys\n\n\nclass ", help="the text to continue")
+    parser.add_argument("--max_new_tokens", type=int, default=400, help="how much to write")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another text")
+    args = parser.parse_args()
+
+    set_seed(args.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=True).to(device)
+    inputs = tokenizer(args.prompt, return_tensors="pt").to(device)
+    model.generate(**inputs, max_new_tokens=args.max_new_tokens, streamer=TextStreamer(tokenizer))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""Train a causal language model on text, measure it in bits per byte, and leave a folder that is ready to be pushed.
+
+    python training/train.py --config_name configs/leap-tiny --output_dir outputs/leap-tiny --train_minutes 3
+
+Copy and edit it like one of transformers' examples: everything here is `Trainer`. All of `TrainingArguments` can be
+given as well; `--help` lists them.
+"""
+
+import bz2
+import copy
+import dataclasses
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import transformers
+from accelerate.utils import broadcast_object_list
+from data import DataArguments, PackedBlocks, build_tokenizer, encode, load_texts
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    HfArgumentParser,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import is_torch_bf16_gpu_available
+
+import modeling_heptapod  # noqa: F401  registers our families with the Auto classes
+
+
+matplotlib.use("Agg")  # the curve is written to a file, on machines without a screen as well
+import matplotlib.pyplot as plt
+
+
+CARD_TEMPLATE = Path(__file__).parent.parent / "hub_cards" / "template.md"
+
+
+@dataclass
+class ModelArguments:
+    """What to train, and for how long."""
+
+    config_name: str = field(metadata={"help": "A folder with config.json and generation_config.json, untrained."})
+    train_minutes: float | None = field(
+        default=None,
+        metadata={"help": "Sets --max_steps to what fits into these minutes, by timing the first steps of a copy."},
+    )
+    bf16_if_fast: bool = field(
+        default=False,
+        metadata={"help": "--bf16 if this device multiplies bfloat16 matrices in hardware, else float32."},
+    )
+
+
+def has_bf16_matrix_units(device: torch.device) -> bool:
+    """Whether bfloat16 autocast is worth it: a GPU that supports it or a CPU with AMX."""
+    if device.type == "cpu":
+        return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    return is_torch_bf16_gpu_available()
+
+
+def choose_precision(model_args: ModelArguments, training_args: TrainingArguments) -> TrainingArguments:
+    """The training arguments, with bf16 set if `--bf16_if_fast` asks for it and the device is up to it."""
+    if not model_args.bf16_if_fast or not has_bf16_matrix_units(training_args.device):
+        return training_args
+    # TrainingArguments rejects bf16 on a CPU unless it is told that the CPU is meant.
+    return dataclasses.replace(training_args, bf16=True, use_cpu=training_args.device.type == "cpu")
+
+
+def find_checkpoint(resume_from: str, output_dir: str) -> str:
+    """The folder to resume from: `resume_from` itself, or the last complete checkpoint if it is "last".
+
+    The trainer's state is what a checkpoint is finished with: a folder without it was cut off while being written.
+
+    Raises:
+        ValueError: naming `--resume_from_checkpoint` if there is no such checkpoint.
+    """
+    if resume_from == "last":
+        folders = sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda p: int(p.name.split("-")[-1]))
+    else:
+        folders = [Path(resume_from)]
+    for folder in reversed(folders):
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+            return str(folder)
+        except (OSError, ValueError):
+            continue
+    where = output_dir if resume_from == "last" else resume_from
+    raise ValueError(f"--resume_from_checkpoint {resume_from}: there is no complete checkpoint in {where}")
+
+
+class StepTimer(TrainerCallback):
+    """Seconds that each optimizer step took."""
+
+    def __init__(self):
+        self.seconds = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+def steps_within(minutes: float, model: PreTrainedModel, args: TrainingArguments, train_dataset) -> int:
+    """How many optimizer steps fit into `minutes`, by timing a few on a copy of the model.
+
+    Known beforehand, the number of steps gives a learning-rate schedule that a resumed run repeats exactly.
+    """
+    if minutes <= 0:
+        raise ValueError(f"--train_minutes must be positive, got {minutes}")
+    args = copy.copy(args)
+    args.max_steps, args.disable_tqdm = 20, True
+    args.eval_strategy = args.save_strategy = args.logging_strategy = "no"
+    args.report_to, args.push_to_hub = [], False
+    timer = StepTimer()
+    trainer = Trainer(copy.deepcopy(model), args, train_dataset=train_dataset, callbacks=[timer])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    steps = [int(minutes * 60 / statistics.median(timer.seconds[args.max_steps // 4 :]))]
+    return max(1, broadcast_object_list(steps)[0])
+
+
+def sum_nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[batch, length, vocabulary], [batch, length] -> [batch], float32: -log p summed over the labels of each row."""
+    nats = torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none"
+    )
+    return nats.sum(-1)
+
+
+def bits_per_byte(nats: np.ndarray, num_bytes: int) -> float:
+    """All the nats of a text, over its bytes: independent of the tokenizer. End-of-sequence tokens cost, too."""
+    return float(nats.sum(dtype=np.float64)) / math.log(2) / num_bytes
+
+
+def plot_curve(history: list[dict], results: dict, train_bits_per_nat: float, path: Path) -> None:
+    """Bits per byte by step: of the training batches, and of the held-out text beside bz2's."""
+    train = [(entry["step"], entry["loss"] * train_bits_per_nat) for entry in history if "loss" in entry]
+    held_out = [(entry["step"], entry["eval_bits_per_byte"]) for entry in history if "eval_bits_per_byte" in entry]
+    held_out = [(0, results["bits_per_byte_before"]), *held_out]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    if train:
+        axes.plot(*zip(*train), label="training batches", linewidth=1)
+    axes.plot(*zip(*held_out), "o-", label="held-out text")
+    axes.axhline(results["bits_per_byte_bz2"], color="gray", linestyle="--", label="bz2 -9 on the held-out text")
+    axes.set(xlabel="optimizer step", ylabel="bits per byte", ylim=(0, None))
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write_card(results: dict, model: PreTrainedModel, folder: Path) -> None:
+    """A model card with the figures of this run."""
+    result = EvalResult(
+        task_type="text-generation",
+        dataset_type=results["dataset"],
+        dataset_name=results["dataset"],
+        dataset_split="held out",
+        metric_type="bits_per_byte",
+        metric_name="bits per byte",
+        metric_value=round(results["bits_per_byte"], 4),
+    )
+    card_data = ModelCardData(
+        license="mit",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["heptapod", model.config.model_type],
+        model_name=folder.name,
+        eval_results=[result],
+    )
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(CARD_TEMPLATE),
+        model_name=folder.name,
+        model_class=type(model).__name__,
+        config=model.config.to_diff_dict(),
+        **results,
+    )
+    card.save(folder / "README.md")
+
+
+def main():
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+    model_args, data_args, training_args = parser.parse_args_into_dataclasses()
+    training_args = choose_precision(model_args, training_args)
+    checkpoint = training_args.resume_from_checkpoint
+    if checkpoint is not None:
+        checkpoint = find_checkpoint(checkpoint, training_args.output_dir)
+    set_seed(training_args.seed)
+
+    # Text -> tokens -> blocks
+    texts = load_texts(
+        data_args.dataset,
+        data_args.dataset_config,
+        data_args.text_column,
+        data_args.validation_percent,
+        data_args.max_validation_bytes,
+    )
+    tokenizer = build_tokenizer(data_args.tokenizer, texts.train, data_args.vocab_size)
+    train_stream = encode(texts.train, tokenizer, desc="Tokenizing training text")
+    train_dataset = PackedBlocks(train_stream, data_args.block_size)
+    eval_dataset = PackedBlocks(
+        encode(texts.validation, tokenizer, desc="Tokenizing held-out text"),
+        data_args.block_size,
+        tokenizer.pad_token_id,
+    )
+    train_bytes = sum(len(text.encode()) for text in texts.train)
+    eval_text = "".join(texts.validation).encode()
+
+    # A model from its configuration, untrained
+    config = AutoConfig.from_pretrained(model_args.config_name, vocab_size=len(tokenizer))
+    model = AutoModelForCausalLM.from_config(config)
+    if os.path.isfile(os.path.join(model_args.config_name, "generation_config.json")):
+        model.generation_config = GenerationConfig.from_pretrained(model_args.config_name)
+
+    if checkpoint is not None:
+        # The schedule of the run that is being resumed, not one that is measured anew.
+        training_args.max_steps = json.loads(Path(checkpoint, "trainer_state.json").read_text())["max_steps"]
+    elif model_args.train_minutes is not None:
+        training_args.max_steps = steps_within(model_args.train_minutes, model, training_args, train_dataset)
+
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        # Of the logits only their sums of nats are kept, so the whole held-out text fits.
+        preprocess_logits_for_metrics=sum_nats,
+        compute_metrics=lambda output: {"bits_per_byte": bits_per_byte(output.predictions, len(eval_text))},
+    )
+    before = trainer.evaluate()["eval_bits_per_byte"]
+    train_result = trainer.train(resume_from_checkpoint=checkpoint)
+    after = trainer.evaluate()["eval_bits_per_byte"]
+
+    # Model, its code, tokenizer, generation config; curve, results, card
+    model.config.use_cache = True  # Trainer turned it off
+    trainer.save_model()
+    trainer.save_state()
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(training_args.output_dir)
+    results = {
+        "dataset": os.path.basename(os.path.normpath(data_args.dataset))
+        if os.path.exists(data_args.dataset)
+        else data_args.dataset,
+        "tokenizer": data_args.tokenizer,
+        "vocab_size": len(tokenizer),
+        "block_size": data_args.block_size,
+        "train_bytes": train_bytes,
+        "held_out_bytes": len(eval_text),
+        "parameters": model.num_parameters(),
+        "steps": trainer.state.global_step,
+        "tokens_per_step": trainer.get_total_train_batch_size(training_args) * data_args.block_size,
+        "train_seconds": round(train_result.metrics["train_runtime"], 1),
+        "precision": "bfloat16 autocast" if training_args.bf16 else "float32",
+        "bits_per_byte_before": before,
+        "bits_per_byte": after,
+        "bits_per_byte_bz2": 8 * len(bz2.compress(eval_text, 9)) / len(eval_text),
+        "device": torch.cuda.get_device_name() if training_args.device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "command": " ".join(["python", *sys.argv]),
+    }
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    plot_curve(
+        trainer.state.log_history, results, (len(train_stream) - 1) / train_bytes / math.log(2), folder / "curve.png"
+    )
+    write_card(results, model, folder)
+
+    print(f"\n{folder}: {results['steps']} steps in {results['train_seconds']:.0f} s, {results['precision']}")
+    print(f"bits per byte on {len(eval_text):,} held-out bytes")
+    print(
+        f"  before training  {before:.3f}\n  after training   {after:.3f}\n  bz2 -9           {results['bits_per_byte_bz2']:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
