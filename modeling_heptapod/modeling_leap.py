@@ -320,6 +320,7 @@ class LeapPreTrainedModel(PreTrainedModel):
 class LeapModel(LeapPreTrainedModel):
     def __init__(self, config: LeapConfig):
         super().__init__(config)
+        self.position_type = config.position_embedding_type
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         if config.position_embedding_type == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -382,14 +383,15 @@ class LeapModel(LeapPreTrainedModel):
         segment_ids = None
         if not continues:
             segment_ids = _segment_ids(inputs_embeds, padding_mask, position_ids, seq_idx, cu_seq_lens_q)
-        if position_ids is None and self.config.position_embedding_type in ("learned", "rotary"):
+        counted = position_ids is None
+        if counted and self.position_type in ("learned", "rotary"):
             position_ids = _position_ids(inputs_embeds, padding_mask, segment_ids, past_key_values)
         hidden_states = inputs_embeds
-        if self.config.position_embedding_type == "learned":
-            self._check_positions(position_ids, past_key_values)
+        if self.position_type == "learned":
+            self._check_positions(position_ids, counted, past_key_values)
             hidden_states = hidden_states + self.embed_positions(position_ids)
         rotary = None
-        if self.config.position_embedding_type == "rotary":
+        if self.position_type == "rotary":
             precise = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
             rotary = self.rotary_emb(precise, position_ids)
         hidden_states = self.dropout(hidden_states)
@@ -438,17 +440,18 @@ class LeapModel(LeapPreTrainedModel):
                 raise ValueError(f"`input_ids` must be in [0, {vocabulary}), got values from {low} to {high}.")
         return self.embed_tokens(input_ids)
 
-    def _check_positions(self, position_ids, past_key_values):
-        if position_ids.device.type != "cpu" or is_tracing(position_ids):
-            past = past_key_values.get_seq_length() if isinstance(past_key_values, RecurrentCache) else 0
-            last = past + position_ids.shape[-1] - 1
-        else:
-            last = int(position_ids.max())
-        if last >= self.config.max_position_embeddings:
+    def _check_positions(self, position_ids, counted, past_key_values):
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        limit = self.config.max_position_embeddings
+        within = counted and isinstance(past, int) and past + position_ids.shape[1] <= limit
+        if within or is_tracing(position_ids):
+            return
+        last = int(position_ids.max())
+        if last >= limit:
             raise ValueError(
                 f"Position {last} is out of reach: with `position_embedding_type`='learned' there are "
-                f"`max_position_embeddings`={self.config.max_position_embeddings} positions. Use 'rotary', 'decay' or "
-                "'none' for contexts without bound."
+                f"`max_position_embeddings`={limit} positions. Use 'rotary', 'decay' or 'none' for contexts without "
+                "bound."
             )
 
 

@@ -73,7 +73,9 @@ def main():
         f"time per token at {middle:,} over {contexts[0]:,}", seconds[middle] / seconds[contexts[0]], "<=", 1.1
     )
     report.note("4 layers of width 256, batch 1, eager, float32; GPT-2's keys and values are computed, not measured.")
-    report.note(f"Medians of {rounds} rounds of {steps} tokens each; rounds disturbed by other processes: {disturbed}.")
+    report.note(
+        f"Medians of {rounds} rounds of {steps} tokens each; rounds disturbed by other processes: {disturbed}."
+    )
     report.finish()
 
 

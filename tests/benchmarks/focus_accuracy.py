@@ -60,11 +60,20 @@ def make_inputs(n, reach, dtype=torch.float32):
     return torch.stack((q, f, k, v), dim=2).to(dtype), torch.randn(1, n, HEADS, HEAD_DIM).to(dtype)
 
 
-def run(function, qfkv, grad):
+def run(function, qfkv, grad, *arguments):
+    """Output and input gradient of `function(qfkv, *arguments)`."""
     leaf = qfkv.clone().requires_grad_()
-    out = function(leaf)
+    out = function(leaf, *arguments)
     out.backward(grad)
     return out.detach(), leaf.grad
+
+
+def mix(qfkv, settings):
+    return focus_mixing(qfkv, settings)[0]
+
+
+def mix_as_prototype(qfkv, peer):
+    return peer(*qfkv.flatten(3).unbind(2)).view_as(qfkv[:, :, 0])
 
 
 def settings_of(weight_function, window, null_weight=0.0):
@@ -126,7 +135,8 @@ def main():
     for window in windows:
         for weight_function in ("exp", "elu"):
             qfkv, grad = make_inputs(150, 5, torch.float64)
-            naive = run(lambda x: naive_focus_mixing(x, settings_of(weight_function, window, 1e-5)), qfkv, grad)
+            settings = settings_of(weight_function, window, 1e-5)
+            naive = run(naive_focus_mixing, qfkv, grad, settings)
             worst = max(errors(reference(qfkv, grad, weight_function, window, 1e-5), naive))
             harness.require(worst < 1e-12, f"reference and naive loop differ by {worst:.1e}, window {window}")
 
@@ -135,11 +145,13 @@ def main():
         name = "global" if window is None else window
         for weight_function in ("exp", "elu"):
             qfkv, grad = make_inputs(n, 30)
-            step = lambda x: focus_mixing(x, settings_of(weight_function, window))[0]
-            got = run(step, qfkv, grad)
+            settings = settings_of(weight_function, window)
+            got = run(mix, qfkv, grad, settings)
             forward, backward = errors(got, reference(qfkv, grad, weight_function, window, 0.0))
             low, low_grad = make_inputs(n, 30, torch.bfloat16)
-            ratios = rounding_ratio(run(step, low, low_grad), reference(low, low_grad, weight_function, window, 0.0))
+            ratios = rounding_ratio(
+                run(mix, low, low_grad, settings), reference(low, low_grad, weight_function, window, 0.0)
+            )
             report.row(
                 what=f"mixing, {weight_function}",
                 window=name,
@@ -162,7 +174,7 @@ def main():
         for window in windows:
             qfkv, grad = make_inputs(n, reach)
             peer = multihead(HEADS * HEAD_DIM, HEADS, window or n, rescale=None, dropout=0.0)
-            got = run(lambda x: peer(*x.flatten(3).unbind(2)).view(1, n, HEADS, HEAD_DIM), qfkv, grad)
+            got = run(mix_as_prototype, qfkv, grad, peer)
             expected = reference(qfkv, grad, "exp", window, 1e-5)  # its denominator's own epsilon included
             forward, backward = errors(got, expected)
             report.row(

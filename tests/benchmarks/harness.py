@@ -13,7 +13,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
 import json
-import math
 import operator
 import statistics
 import sys
@@ -27,6 +26,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_heptapod import LeapConfig, LeapForCausalLM
+from tests.benchmarks.tables import format_cell
 
 
 THREADS = 2
@@ -105,21 +105,6 @@ def require(holds: bool, message: str) -> None:
 
 def _short(value):
     return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-def format_cell(value) -> str:
-    """Numbers with three significant digits, the rest as it is."""
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "-"}[value]
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        if value == 0 or not math.isfinite(value):
-            return f"{value:g}"
-        if not 1e-3 <= abs(value) < 1e5:
-            return f"{value:.2e}"
-        return f"{value:#.3g}" if abs(value) < 100 else f"{value:,.0f}"
-    return str(value)
 
 
 def _machine_seconds() -> float | None:

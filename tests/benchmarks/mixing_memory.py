@@ -38,11 +38,19 @@ class StorageWatch(TorchDispatchMode):
         return sum(size for place, size in alive.items() if place not in own)
 
 
-def held(function, qfkv, *known):
-    """The output, and the bytes held beside it, the input and `known` tensors after the forward pass."""
+def held(function, x, *arguments, known=()):
+    """`function(x, *arguments)`, and the bytes held beside that, the input and `known` tensors after the forward pass."""
     with StorageWatch() as watch:
-        out = function(qfkv)
-    return out, watch.bytes_alive(qfkv, out, *known)
+        out = function(x, *arguments)
+    return out, watch.bytes_alive(x, out, *known)
+
+
+def mix(qfkv, settings, rotary=None):
+    return focus_mixing(qfkv, settings, rotary=rotary)[0]
+
+
+def mix_as_prototype(qfkv, peer):
+    return peer(*qfkv.flatten(3).unbind(2)).view_as(qfkv[:, :, 0])
 
 
 class _Hoarder(torch.autograd.Function):
@@ -86,10 +94,10 @@ def main():
             peer = multihead(HEADS * HEAD_DIM, HEADS, window or seq, rescale=10, dropout=0.0)
             same, default = settings(window), settings(window, weight_function="elu", null_weight=0.0)
 
-            peer_out, peer_extra = held(lambda x: peer(*x.flatten(3).unbind(2)).view_as(x[:, :, 0]), qfkv)
-            out, extra = held(lambda x: focus_mixing(x, same)[0], qfkv)
-            _, default_extra = held(lambda x: focus_mixing(x, default, rotary=rotary)[0], qfkv, *rotary)
-            low_out, low_extra = held(lambda x: focus_mixing(x, same)[0], low)
+            peer_out, peer_extra = held(mix_as_prototype, qfkv, peer)
+            out, extra = held(mix, qfkv, same)
+            _, default_extra = held(mix, qfkv, default, rotary, known=rotary)
+            low_out, low_extra = held(mix, low, same)
             error = harness.relative_rms(out, peer_out)
             # In narrow windows of long sequences the prototype itself is no nearer to the truth.
             harness.require(error < 1e-2, f"ours and the prototype differ by {error:.1e}, window {window}")

@@ -42,7 +42,11 @@ def same_tokens(model, prompts, new_tokens, **options):
     same = True
     for row, prompt in enumerate(prompts):
         alone = model.generate(prompt[None], attention_mask=torch.ones_like(prompt)[None], use_cache=False, **options)
-        same = same and alone.shape[1] == len(prompt) + new_tokens and torch.equal(alone[0, len(prompt) :], with_state[row])
+        same = (
+            same
+            and alone.shape[1] == len(prompt) + new_tokens
+            and torch.equal(alone[0, len(prompt) :], with_state[row])
+        )
     return same
 
 

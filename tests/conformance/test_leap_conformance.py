@@ -21,6 +21,8 @@ FSDPTesterMixin = upstream.load("test_fsdp_mixin").FSDPTesterMixin
 TensorParallelTesterMixin = upstream.load("test_tensor_parallel_mixin").TensorParallelTesterMixin
 TrainingTesterMixin = upstream.load("test_training_mixin").TrainingTesterMixin
 
+torch.set_num_threads(1)  # tensors this small only make threads wait for each other
+
 # Upstream finds out by class name which head it looks at: which labels to build, which class is the base model.
 for names, model_class in (
     (modeling_auto.MODEL_MAPPING_NAMES, LeapModel),

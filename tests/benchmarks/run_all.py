@@ -1,0 +1,100 @@
+"""Run all benchmarks, each in a process of its own, and write `results/<name>.json` for each that passed its own check.
+
+python tests/benchmarks/run_all.py [name ...] [--quick]
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+
+HERE = Path(__file__).resolve().parent
+NAMES = (
+    "focus_accuracy",
+    "mixing_memory",
+    "recurrent_equality",
+    "decode_state",
+    "training_step",
+    "decode_speed",
+)
+
+
+def commit() -> str:
+    """The commit measured, marked where tracked files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    found = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    return found.stdout.strip() if found.returncode == 0 else "unknown"
+
+
+def device() -> dict:
+    """CPU, its number of cores and matrix units, and the GPU where there is one."""
+    model, flags = platform.processor() or platform.machine(), set()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                model = value.strip()
+            elif name.strip() == "flags":
+                flags = set(value.split())
+    except OSError:
+        pass
+    units = [unit for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if unit in flags]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": model, "cores": os.cpu_count(), "units": units, "gpu": gpu}
+
+
+def run(name: str, quick: bool) -> dict | None:
+    """Run one benchmark, showing what it prints. Returns the JSON of its last line, `None` where it failed."""
+    command = [sys.executable, str(HERE / f"{name}.py"), *(["--quick"] if quick else [])]
+    last = ""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if not line.startswith("{"):
+                print(line, end="", flush=True)
+            last = line
+    return json.loads(last) if process.returncode == 0 else None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="name", help=f"which to run, by default all of {', '.join(NAMES)}")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, nothing is written")
+    arguments = parser.parse_args()
+    unknown = sorted(set(arguments.names) - set(NAMES))
+    if unknown:
+        parser.error(f"unknown names {unknown}; there are {', '.join(NAMES)}")
+
+    about = {"commit": commit(), "device": device()}  # before any result changes the tree
+    about["versions"] = {"python": platform.python_version()}
+    about["versions"].update({name: importlib.metadata.version(name) for name in ("torch", "transformers")})
+    failed, missed = [], []
+    for name in arguments.names or NAMES:
+        print(f"\n== {name}", flush=True)
+        result = run(name, arguments.quick)
+        if result is None:
+            failed.append(name)
+            continue
+        missed += [f"{name}: {check['what']}" for check in result["checks"] if not check["met"]]
+        if not arguments.quick:
+            date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+            full = {"name": name, "command": f"python tests/benchmarks/{name}.py", "date": date, **about, **result}
+            path = HERE / "results" / f"{name}.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(full, indent=1) + "\n")
+            print(f"written: {path.relative_to(HERE.parents[1])}")
+    if missed and not arguments.quick:
+        print("\nTargets missed:", *missed, sep="\n  ")
+    if failed:
+        raise SystemExit(f"\nFailed, results left as they were: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

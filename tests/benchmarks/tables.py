@@ -1,0 +1,87 @@
+"""Render benchmark results as Markdown, between `<!-- bench:NAME -->` and `<!-- /bench -->`.
+
+python tests/benchmarks/tables.py                      # print all
+python tests/benchmarks/tables.py --write README.md    # fill in the file's markers
+"""
+
+import argparse
+import json
+import math
+import re
+from pathlib import Path
+
+
+RESULTS = Path(__file__).resolve().parent / "results"
+MARKERS = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+
+
+def format_cell(value) -> str:
+    """Numbers with three significant digits, the rest as it is."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        if value == 0 or not math.isfinite(value):
+            return f"{value:g}"
+        if not 1e-3 <= abs(value) < 1e5:
+            return f"{value:.2e}"
+        return f"{value:#.3g}" if abs(value) < 100 else f"{value:,.0f}"
+    return str(value)
+
+
+def table(rows: list[dict]) -> str:
+    """A Markdown table with a column for every name that occurs, in order of appearance."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[format_cell(row.get(name)) for name in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def render(result: dict) -> str:
+    """Rows, targets, and where and how they were measured."""
+    device, settings = result["device"], result["settings"]
+    where = [device["gpu"]] if device["gpu"] else []
+    where.append(
+        f"{device['cpu']} ({', '.join(device['units'])}), {settings['threads']} threads of {device['cores']} cores"
+    )
+    where += [f"{name} {version}" for name, version in result["versions"].items()]
+    where += [f"THP_MEM_ALLOC_ENABLE={settings['THP_MEM_ALLOC_ENABLE']}"]
+    source = f"`{result['command']}` at `{result['commit']}`, {result['date'][:10]}; {'; '.join(where)}."
+    targets = [
+        {"target": f"{check['what']} {check['target']}", "measured": check["measured"], "met": check["met"]}
+        for check in result["checks"]
+    ]
+    return "\n\n".join((table(result["rows"]), table(targets), " ".join(result["notes"]), source))
+
+
+def fill(text: str, results: dict[str, dict]) -> str:
+    """`text` with what stands between its markers replaced.
+
+    Raises:
+        KeyError: for a marker whose benchmark has no result.
+    """
+
+    def replace(match):
+        opening, name, closing = match.groups()
+        if name not in results:
+            raise KeyError(f"no results for {name!r}; there are {sorted(results)}")
+        return f"{opening}{render(results[name])}\n{closing}"
+
+    return MARKERS.sub(replace, text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", type=Path, metavar="FILE", help="fill in this file's markers instead of printing")
+    arguments = parser.parse_args()
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    if arguments.write is None:
+        for name, result in results.items():
+            print(f"## {result['title']} ({name})\n\n{render(result)}\n")
+    else:
+        arguments.write.write_text(fill(arguments.write.read_text(), results))
+
+
+if __name__ == "__main__":
+    main()
