@@ -443,20 +443,22 @@ def test_losses():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bfloat16_autocast_trains(variant):
-    model = tiny_leap(**VARIANTS[variant]).train()
+    model = tiny_leap(initializer_range=0.05, **VARIANTS[variant]).train()
     ids = random_ids(2, 40)
     plain, plain_grads = loss_grads(model, input_ids=ids, labels=ids)
     model.zero_grad()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(ids, labels=ids).loss
     loss.backward()
-    assert abs(loss.detach() - plain) < 0.1 * plain.abs()
+    assert abs(loss.detach() - plain) < 0.02 * plain.abs()
     for parameter in model.parameters():
         assert parameter.grad.isfinite().all() and parameter.grad.dtype == torch.float32
     together = [
         torch.cat([x.flatten() for x in grads]) for grads in ([p.grad for p in model.parameters()], plain_grads)
     ]
-    assert nn.functional.cosine_similarity(*together, dim=0) > 0.9
+    # A gelu gate amplifies: rounding the weights alone, in float32, turns its gradient as far.
+    least = 0.8 if model.config.query_gate == "gelu" else 0.98
+    assert nn.functional.cosine_similarity(*together, dim=0) > least
 
 
 @pytest.mark.parametrize("variant", ["default", "additive"])
