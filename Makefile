@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	$(PY) training/train.py --config_name configs/$(FAMILY)-tiny --output_dir $(OUTPUT) --train_minutes 3 --bf16_if_fast \
-		--block_size 512 --per_device_train_batch_size 8 --per_device_eval_batch_size 8 --max_validation_bytes 131072 \
+		--block_size 512 --per_device_train_batch_size 4 --per_device_eval_batch_size 8 --max_validation_bytes 131072 \
 		--learning_rate 3e-3 --lr_scheduler_type cosine --warmup_steps 0.05 --weight_decay 0.1 --adam_beta2 0.99 \
 		--eval_strategy steps --eval_steps 0.3 --logging_steps 10 --save_strategy no
 	$(PY) training/sample.py $(OUTPUT)

@@ -345,13 +345,13 @@ def _wide_mean(logs, values, window, decay, segments):
     backwards = None if decay is None else -decay
     suffix_logs, suffix_means = _running_mean(logs, values, backwards, parts, None, reverse=True)
 
-    first = torch.maximum(place - window + 1, starts).expand(batch, length)  # of what position i sees
+    first = torch.maximum((place - window + 1).clamp_min(0), starts).expand(batch, length)  # of what position i sees
     index = first.unsqueeze(1).expand(batch, heads, length)
     suffix_logs = suffix_logs.gather(2, index)
     suffix_means = suffix_means.gather(2, index.unsqueeze(-1).expand_as(suffix_means))
     if decay is not None:
         suffix_logs = suffix_logs - decay.view(-1, 1) * (place - index)
-    separate = (first // window < block).unsqueeze(1)
+    separate = (first < block * window).unsqueeze(1)
     suffix_logs = torch.where(separate, suffix_logs, _OUT_OF_REACH)
     return _merge(suffix_logs, suffix_means, prefix_logs, prefix_means)
 
@@ -443,9 +443,9 @@ def _means(logs, values, settings, decay, segments, carry):
     else:
         log_total, means = _two_sided_mean(logs, values, settings.window, decay, segments)
     if settings.null_weight:
-        null = math.log(settings.null_weight)
-        means = means.mul_(torch.sigmoid(log_total - null).unsqueeze(-1))
-        log_total = torch.logaddexp(log_total, log_total.new_tensor(null))
+        seen = log_total
+        log_total = torch.logaddexp(seen, seen.new_tensor(math.log(settings.null_weight)))
+        means = means * torch.exp(seen - log_total).unsqueeze(-1)
     return means, log_total, carry
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
@@ -229,7 +230,7 @@ def test_generation_with_a_compiled_step():
     torch.use_deterministic_algorithms(False)
     torch._dynamo.reset()
     model, prompt = tiny_leap(), random_ids(1, 12)
-    forward, graphs = model.forward, torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    forward, graphs = model.forward, CompileCounterWithBackend("inductor")
     cache = StaticRecurrentCache(model.config)
     compiled = torch.compile(forward, backend=graphs)
     model.forward = lambda *args, **kwargs: (compiled if cache.has_previous_state(0) else forward)(*args, **kwargs)

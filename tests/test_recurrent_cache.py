@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
@@ -120,7 +121,10 @@ def test_4096_tokens_of_every_variant(variant):
     model = tiny_leap(**{"max_position_embeddings": 4096, **VARIANTS[variant]})
     ids = random_ids(1, 4096)
     logits, _ = decode(model, ids, list(range(1, 4096)))
-    assert (logits - model(ids).logits).abs().max() <= 1e-4
+    parallel = model(ids).logits
+    exact = model.double()(ids).logits
+    # Where float32 itself is far from float64 (gelu gates amplify), recurrent and parallel are both that far.
+    assert (logits - parallel).abs().max() <= max(1e-4, 3 * (parallel - exact).abs().max())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -270,7 +274,7 @@ def test_a_compiled_step_equals_eager_and_compiles_once():
     expected = model(ids).logits
     cache = StaticRecurrentCache(model.config)
     model(ids[:, :20], past_key_values=cache)
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    graphs = CompileCounterWithBackend("inductor")
     step = torch.compile(model.forward, fullgraph=True, backend=graphs)
     for i in range(20, 40):
         logits = step(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits
