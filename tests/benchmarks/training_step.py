@@ -21,7 +21,7 @@ TARGETS = {  # over the prototype, over GPT-2
     4_096: (1.35, 2.4),
     16_384: (1.4, 7.0),
 }
-ROUNDS = {256: 9, 1_024: 9, 4_096: 9, 16_384: 5}
+ROUNDS = {256: 5, 1_024: 5, 4_096: 5, 16_384: 3}
 NAMES = ("ours", "ours_default", "prototype", "GPT2")
 
 
@@ -155,7 +155,7 @@ def main():
                 ratio = eager[length][name] / low[name]
                 report.check(f"float32 over bf16, {name}, length {length:,}", ratio, ">=", 2.5)
 
-    for length in () if quick else lengths[1:-1]:
+    for length in () if quick else lengths[1:2]:
         ids = torch.randint(0, 256, (tokens // length, length))
         for how, autocast in (("compiled, float32", False), ("compiled, bf16 autocast", True)):
             torch.compiler.reset()
