@@ -241,7 +241,7 @@ def test_configurations_make_models(folder):
     assert config.model_type == folder.split("-")[0] and not hasattr(config, "auto_map")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert model.num_parameters() > 1e6
+    assert model.num_parameters() > 1e5
     assert GenerationConfig.from_pretrained(CONFIGS / folder).do_sample
 
 
