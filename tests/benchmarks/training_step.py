@@ -38,17 +38,12 @@ class Trainee:
 
     def __init__(self, model, ids, autocast=False):
         self.model, self.ids, self.autocast = model.train(), ids, autocast
-        self.run = model
         self.optimizer = torch.optim.AdamW(model.parameters())
-
-    def compiled(self):
-        self.run = torch.compile(self.model)
-        return self
 
     def __call__(self):
         began = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            loss = self.run(input_ids=self.ids, labels=self.ids.clone()).loss  # the prototype writes into its labels
+            loss = self.model(input_ids=self.ids, labels=self.ids.clone()).loss  # the prototype writes into its labels
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -151,15 +146,6 @@ def main():
             for name in NAMES[:2]:
                 ratio = eager[length][name] / low[name]
                 report.check(f"float32 over bf16, {name}, length {length:,}", ratio, ">=", 2.5)
-
-    if "--compiled" in sys.argv:
-        length = lengths[1]
-        torch.compiler.reset()
-        ids = torch.randint(0, 256, (tokens // length, length))
-        contestants = {name: Trainee(make_model(name, length), ids).compiled() for name in NAMES}
-        seconds, noisy = harness.in_turns(contestants, rounds[length], warmup=2)
-        disturbed += noisy
-        add("compiled, float32", length, seconds)
 
     report.note(
         f"Float32 weights, {tokens:,} tokens a step, AdamW, no dropout; ours has the prototype's options, ours default its own."
