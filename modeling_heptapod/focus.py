@@ -10,33 +10,24 @@ The window is `(i - w, i]` (causal) or `(i - w, i + w)` (bidirectional); without
 is that of the prototype `leap-transformer`, after Fastformer (arXiv 2108.09084) and "Transformers are RNNs" (arXiv
 2006.16236); its logits do not depend on the query, which is what makes linear time and a constant-size state possible.
 
-Read in this order: `naive_focus_mean` and `naive_focus_mixing` (the specification), `_weighted_mean` (tiles and carries),
-`_FocusMixing` (the whole mixing step, recomputed in the backward pass), `focus_mixing` (what the model calls),
-`focus_step` (one token from a state).
+Read in this order: `naive_focus_mean` and `naive_focus_mixing` (the specification),
+`_FocusMixing` (the whole mixing step, recomputed in the backward pass), `focus_mixing` (what the model calls). The tiles are
+in `running_mean.py`, the recurrent form is in `focus_step.py`.
 
 Numerics: everything is accumulated in float32 (float64 for float64 inputs) in log-weight space relative to a maximum
 that is actually present, so that no exponent is positive and no prefix sums are ever subtracted from each other.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from .running_mean import EMPTY, FocusState, same_segment, two_sided_mean, weighted_mean
 
-WEIGHT_FUNCTIONS = ("elu", "exp")
-QUERY_GATES = ("sigmoid", "gelu", "none")
 
-# Stand for log(0): finite, so that no difference is NaN; what is out of reach loses even against an empty sum.
-_EMPTY = -1e29
-_OUT_OF_REACH = -1e30
-_TILE = 16  # tokens whose weights form one dense triangle
-_DENSE = 160  # sequences up to this length need no second level
-_WIDEST_BAND = 65  # wider windows are put together from running means of their two halves
 _CPU_BLOCK = 2048  # tokens whose temporaries stay in the cache of a core
 _NORM_EPS = 1e-5  # added to the standard deviation, as in the prototype
 
@@ -66,19 +57,6 @@ class FocusSettings:
     def bounded(self, head_dim: int) -> bool:
         """Whether no focus logit can leave +-30: dot products of standardised vectors stay below `head_dim`."""
         return self.normalize and self.scale * head_dim <= 30
-
-
-class FocusState(NamedTuple):
-    """What the past of a sequence leaves behind for its future, in float32.
-
-    Global: `log_weights` `[batch, heads]` is the log of the summed weights, `values` `[batch, heads, channels]` their
-    mean. Windowed: the last `window - 1` tokens, `[batch, heads, past]` and `[batch, heads, past, channels]`, where a
-    log weight of `-inf` marks an empty place. `segments` (`[batch]` or `[batch, past]`) are their segment ids.
-    """
-
-    log_weights: torch.Tensor
-    values: torch.Tensor
-    segments: torch.Tensor | None = None
 
 
 def log_weight(logits: torch.Tensor, weight_function: str) -> torch.Tensor:
@@ -149,7 +127,7 @@ def naive_focus_mean(
         if segment_ids is not None:
             other = segment_ids[:, first : last + 1] != segment_ids[:, i : i + 1]
             logs = logs.masked_fill(other[..., None], -math.inf)
-        top = logs.amax(1, keepdim=True).clamp_min(_EMPTY).detach()
+        top = logs.amax(1, keepdim=True).clamp_min(EMPTY).detach()
         weights = (logs - top).exp()
         total = weights.sum(1) + null_weight * (-top[:, 0]).exp() if null_weight else weights.sum(1)
         seen = torch.einsum("bjh,bjhc->bhc", weights, values[:, first : last + 1])
@@ -188,249 +166,6 @@ def naive_focus_mixing(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Weighted running means in tiles
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _merge(log_a, mean_a, log_b, mean_b):
-    """Weighted mean of two disjoint sets from their log weights `[...]` and means `[..., channels]`."""
-    share = torch.sigmoid(log_b - log_a)
-    return torch.logaddexp(log_a, log_b), torch.lerp(mean_a, mean_b, share.unsqueeze(-1))
-
-
-def _dense_mean(logs, values, allowed, decay, distance, out):
-    """Means by explicit weights: `logs [..., keys]`, `values [rows, keys, channels]`, `out [rows, queries, channels]`.
-
-    `allowed` and `distance` broadcast against `[..., queries, keys]`. Returns the logs of the summed weights.
-    """
-    logits = logs.unsqueeze(-2)  # [..., 1, keys]
-    if decay is not None:
-        logits = logits - decay * distance
-    logits = torch.where(allowed, logits, -math.inf)  # [..., queries, keys]
-    top = logits.amax(-1, keepdim=True).clamp_min_(_EMPTY)
-    weights = logits.sub_(top).exp_()
-    total = weights.sum(-1, keepdim=True).clamp_min_(1e-37)
-    weights = weights.div_(total)
-    torch.bmm(weights.flatten(0, -3), values, out=out)
-    return (top + total.log()).squeeze(-1)
-
-
-def _pad_segments(segments, side):
-    if segments is None:
-        return None
-    first, last = segments[:, :1].expand(-1, side[0]), segments[:, -1:].expand(-1, side[1])
-    return torch.cat((first, segments, last), dim=1)
-
-
-def _same(segments_a, segments_b):
-    """`[batch, ..., a]` and `[batch, ..., b]` -> `[batch, 1 (heads), ..., a, b]`: whether two tokens share a segment."""
-    return (segments_a.unsqueeze(-1) == segments_b.unsqueeze(-2)).unsqueeze(1)
-
-
-def _running_mean(logs, values, decay, segments, carry, reverse):
-    """Inclusive running means. `logs [batch, heads, n]`, `values [batch, heads, n, channels]`, `decay [heads]`.
-
-    `carry` is what lies before the first token (after the last when `reverse`), one step away from it.
-    """
-    batch, heads, n, channels = values.shape
-    tile = n if n <= _DENSE and carry is None else _TILE
-    tiles = -(-n // tile)
-    padding = tiles * tile - n
-    if padding:
-        side = (padding, 0) if reverse else (0, padding)
-        logs = nn.functional.pad(logs, side, value=-math.inf)
-        values = nn.functional.pad(values, (0, 0, *side))
-        segments = _pad_segments(segments, side)
-    logs, values = logs.reshape(batch, heads, tiles, tile), values.reshape(-1, tile, channels)
-
-    place = torch.arange(tile, device=logs.device)
-    distance = place[:, None] - place[None, :]
-    distance = -distance if reverse else distance
-    allowed = distance >= 0
-    if segments is not None:
-        segments = segments.view(batch, tiles, tile)
-        allowed = allowed & _same(segments, segments)
-    local_decay = None if decay is None else decay.view(heads, 1, 1, 1)
-    means = torch.empty_like(values)
-    log_total = _dense_mean(logs, values, allowed, local_decay, distance, means)
-    means = means.view(batch, heads, tiles, tile, channels)
-
-    if tiles > 1 or carry is not None:
-        end, step = (0, slice(1, None)) if reverse else (-1, slice(None, -1))
-        tile_logs, tile_means = log_total[..., end], means[..., end, :]
-        tile_segments = None if segments is None else segments[..., end]
-        if carry is not None:
-            pairs = [(carry.log_weights.unsqueeze(2), tile_logs), (carry.values.unsqueeze(2), tile_means)]
-            if segments is not None:
-                pairs.append((carry.segments.unsqueeze(1), tile_segments))
-            joined = [torch.cat(pair[::-1] if reverse else pair, dim=2 if pair[0].ndim > 2 else 1) for pair in pairs]
-            tile_logs, tile_means = joined[:2]
-            tile_segments = joined[2] if segments is not None else None
-        tile_decay = None if decay is None else decay * tile
-        before_logs, before_means = _running_mean(tile_logs, tile_means, tile_decay, tile_segments, None, reverse)
-        shape = (batch, heads, tiles)
-        if carry is None:  # the first tile has nothing before it
-            empty = before_logs.new_full((batch, heads, 1), _OUT_OF_REACH)
-            nothing = before_means.new_zeros(batch, heads, 1, channels)
-            parts = (before_logs[:, :, step], empty), (before_means[:, :, step], nothing)
-            before_logs, before_means = (torch.cat(p if reverse else p[::-1], dim=2) for p in parts)
-            if segments is not None:
-                parts = (tile_segments[:, step], tile_segments[:, -1:] if reverse else tile_segments[:, :1])
-                tile_segments = torch.cat(parts if reverse else parts[::-1], dim=1)
-        else:
-            before_logs, before_means = before_logs[:, :, step], before_means[:, :, step]
-            tile_segments = None if segments is None else tile_segments[:, step]
-        before_logs = before_logs.view(*shape, 1)
-        if decay is not None:
-            before_logs = before_logs - decay.view(heads, 1, 1) * (tile - place if reverse else place + 1)
-        if segments is not None:
-            connected = (segments == tile_segments.unsqueeze(-1)).unsqueeze(1)
-            before_logs = torch.where(connected, before_logs, _OUT_OF_REACH)
-        log_total, means = _merge(before_logs, before_means.unsqueeze(3), log_total, means)
-
-    log_total, means = log_total.view(batch, heads, -1), means.view(batch, heads, -1, channels)
-    kept = slice(padding, None) if reverse else slice(0, n)
-    return log_total[:, :, kept], means[:, :, kept]
-
-
-def _band_mean(logs, values, window, decay, segments, reverse):
-    """Means over narrow windows. The inputs carry one tile of past in front (of future at the end when `reverse`)."""
-    batch, heads, length, channels = values.shape
-    tile = _band_tile(window)
-    tiles = length // tile  # of each head, the one of past included
-    pairs = batch * heads * tiles - 1
-    # Neighbouring tiles overlap in memory as they stand; pairs that span two heads are computed and not used.
-    logs = logs.contiguous().view(-1).as_strided((pairs, 2 * tile), (tile, 1))
-    values = values.contiguous().view(-1).as_strided((pairs, 2 * tile, channels), (tile * channels, channels, 1))
-
-    place, key = (torch.arange(size, device=logs.device) for size in (tile, 2 * tile))
-    distance = key[None, :] - place[:, None] if reverse else place[:, None] + tile - key[None, :]
-    allowed = (distance >= 0) & (distance < window)
-    if decay is not None:
-        decay = decay.view(1, heads, 1).expand(batch, heads, tiles).reshape(-1)[:-1].view(-1, 1, 1)
-    if segments is not None:
-        flat = segments.unsqueeze(1).expand(batch, heads, length).reshape(-1)
-        both = flat.as_strided((pairs, 2 * tile), (tile, 1))
-        own = both[:, :tile] if reverse else both[:, tile:]
-        allowed = allowed & (own.unsqueeze(-1) == both.unsqueeze(-2))
-    means = values.new_empty(pairs + 1, tile, channels)
-    kept = slice(None, -tile) if reverse else slice(tile, None)  # without the tile that has no neighbour
-    log_total = _dense_mean(logs, values, allowed, decay, distance, means[:-1] if reverse else means[1:])
-    log_total = nn.functional.pad(log_total, (0, 0, 0, 1) if reverse else (0, 0, 1, 0))
-    means = means.view(batch, heads, length, channels)
-    return log_total.view(batch, heads, length)[:, :, kept], means[:, :, kept]
-
-
-def _band_tile(window):
-    return max(_TILE, -(-(window - 1) // _TILE) * _TILE)
-
-
-def _wide_mean(logs, values, window, decay, segments):
-    """Causal means over wide windows, inputs with their past in front: a suffix of one block and a prefix of the next.
-
-    Blocks are as long as the window (van Herk's and Gil-Werman's running maximum, applied to means): nothing is
-    subtracted, and the work does not depend on the window.
-    """
-    batch, heads, length, _ = values.shape
-    place = torch.arange(length, device=logs.device)
-    block = place // window
-    starts = place.new_zeros(1, length)
-    parts = block.unsqueeze(0)
-    if segments is not None:
-        changes = nn.functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
-        starts = torch.where(changes, place, 0).cummax(1).values
-        parts = changes.cumsum(1) * length + parts
-    parts = parts.expand(batch, length)
-    prefix_logs, prefix_means = _running_mean(logs, values, decay, parts, None, reverse=False)
-    backwards = None if decay is None else -decay
-    suffix_logs, suffix_means = _running_mean(logs, values, backwards, parts, None, reverse=True)
-
-    first = torch.maximum((place - window + 1).clamp_min(0), starts).expand(batch, length)  # of what position i sees
-    index = first.unsqueeze(1).expand(batch, heads, length)
-    suffix_logs = suffix_logs.gather(2, index)
-    suffix_means = suffix_means.gather(2, index.unsqueeze(-1).expand_as(suffix_means))
-    if decay is not None:
-        suffix_logs = suffix_logs - decay.view(-1, 1) * (place - index)
-    separate = (first < block * window).unsqueeze(1)
-    suffix_logs = torch.where(separate, suffix_logs, _OUT_OF_REACH)
-    return _merge(suffix_logs, suffix_means, prefix_logs, prefix_means)
-
-
-def _weighted_mean(logs, values, window, decay, segments, carry=None, reverse=False):
-    """Inclusive means in one direction, in tiles.
-
-    Args:
-        logs (`torch.Tensor` of shape `[batch, heads, n]`), values (`[batch, heads, n, channels]`).
-        window (`int`, *optional*), decay (`[heads]`, *optional*), segments (`[batch, n]`, *optional*).
-        carry (`FocusState`, *optional*): what lies before the first token (after the last when `reverse`).
-
-    Returns:
-        Log of the summed weights `[batch, heads, n]` and means `[batch, heads, n, channels]`.
-    """
-    if window is None:
-        return _running_mean(logs, values, decay, segments, carry, reverse)
-    if window > _WIDEST_BAND and reverse:
-        flipped = None if carry is None else FocusState(*(None if x is None else _flip(x) for x in carry))
-        backwards = None if segments is None else segments.flip(1)
-        results = _weighted_mean(_flip(logs), _flip(values), window, decay, backwards, flipped)
-        return tuple(_flip(result) for result in results)
-
-    n = logs.shape[2]
-    past = 0 if carry is None else carry.log_weights.shape[2]
-    front, back = past, 0
-    if window <= _WIDEST_BAND:
-        front = _band_tile(window)
-        back = -n % front
-    before = [] if carry is None else [carry]
-    missing = _no_tokens(logs, values, segments, front - past, -1 if reverse else 0)
-    after = _no_tokens(logs, values, segments, back, 0 if reverse else -1)
-    tokens = [missing, *before, FocusState(logs, values, segments), after]
-    tokens = [part for part in tokens if part.log_weights.shape[2]]
-    if len(tokens) > 1:
-        tokens = tokens[::-1] if reverse else tokens
-        logs, values = (torch.cat([part[i] for part in tokens], dim=2) for i in (0, 1))
-        segments = None if segments is None else torch.cat([part.segments for part in tokens], dim=1)
-    if window <= _WIDEST_BAND:
-        log_total, means = _band_mean(logs, values, window, decay, segments, reverse)
-        kept = slice(back, None) if reverse else slice(0, n)
-    else:
-        log_total, means = _wide_mean(logs, values, window, decay, segments)
-        kept = slice(front, None)
-    return log_total[:, :, kept], means[:, :, kept]
-
-
-def _no_tokens(logs, values, segments, count, neighbour):
-    """`count` tokens of no weight, in the segment of the token at index `neighbour`."""
-    batch, heads, _, channels = values.shape
-    return FocusState(
-        logs.new_full((batch, heads, count), -math.inf),
-        values.new_zeros(batch, heads, count, channels),
-        None if segments is None else segments[:, neighbour].unsqueeze(1).expand(-1, count),
-    )
-
-
-def _flip(x):
-    return x.flip(2) if x.dim() > 2 else x.flip(1)
-
-
-def _two_sided_mean(logs, values, window, decay, segments):
-    """Means over `(i - window, i + window)`: the inclusive past merged with the exclusive future."""
-    past_logs, past_means = _weighted_mean(logs, values, window, decay, segments)
-    rest = None if window is None else window - 1
-    if logs.shape[2] == 1 or rest == 0:
-        return past_logs, past_means
-    following = None if segments is None else segments[:, 1:]
-    next_logs, next_means = _weighted_mean(logs[:, :, 1:], values[:, :, 1:], rest, decay, following, reverse=True)
-    if decay is not None:
-        next_logs = next_logs - decay.view(-1, 1)
-    if segments is not None:
-        next_logs = torch.where((following == segments[:, :-1]).unsqueeze(1), next_logs, _OUT_OF_REACH)
-    next_logs = nn.functional.pad(next_logs, (0, 1), value=_OUT_OF_REACH)
-    next_means = nn.functional.pad(next_means, (0, 0, 0, 1))
-    return _merge(next_logs, next_means, past_logs, past_means)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Means and their gradients, for both autograd functions below
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -438,10 +173,10 @@ def _two_sided_mean(logs, values, window, decay, segments):
 def _means(logs, values, settings, decay, segments, carry):
     """Means `[batch, heads, n, channels]`, logs of the summed weights `[batch, heads, n]`, and the carry that follows."""
     if settings.causal:
-        log_total, means = _weighted_mean(logs, values, settings.window, decay, segments, carry)
+        log_total, means = weighted_mean(logs, values, settings.window, decay, segments, carry)
         carry = _leave_state(logs, values, settings, segments, (log_total, means), carry)
     else:
-        log_total, means = _two_sided_mean(logs, values, settings.window, decay, segments)
+        log_total, means = two_sided_mean(logs, values, settings.window, decay, segments)
     if settings.null_weight:
         seen = log_total
         log_total = torch.logaddexp(seen, seen.new_tensor(math.log(settings.null_weight)))
@@ -464,12 +199,12 @@ def _means_backward(grads, log_total, logs, values, settings, decay, segments, c
         `[batch, heads, n, 1]`, this factor, and the carry.
     """
     channels = values.shape[-1]
-    reverse_logs = torch.where(log_total > _EMPTY / 2, -log_total, -math.inf)
+    reverse_logs = torch.where(log_total > EMPTY / 2, -log_total, -math.inf)
     if settings.causal:
-        running = _weighted_mean(reverse_logs, grads, settings.window, decay, segments, carry, reverse=True)
+        running = weighted_mean(reverse_logs, grads, settings.window, decay, segments, carry, reverse=True)
         carry = _leave_state(reverse_logs, grads, settings, segments, running, carry, reverse=True)
     else:
-        running = _two_sided_mean(reverse_logs, grads, settings.window, decay, segments)
+        running = two_sided_mean(reverse_logs, grads, settings.window, decay, segments)
     factor = torch.exp(logs + running[0])
     grad_values, inner = running[1][..., :channels], running[1][..., channels]
     grad_logs = ((grad_values * values).sum(-1) - inner) * factor
@@ -505,7 +240,7 @@ def _enter_state(state, settings, segments):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _standardize_forward(x):
+def standardize_forward(x):
     """`standardize` through the layer norm kernel, and what its backward needs."""
     size = x.shape[-1]
     y, mean, rstd = torch.native_layer_norm(x, [size], None, None, 1e-30)
@@ -524,7 +259,7 @@ def _standardize_backward(grad, stats):
     return torch.ops.aten.native_layer_norm_backward(grad, x, [size], mean, rstd * root, None, None, mask)[0]
 
 
-def _gate(alignment, kind):
+def open_gate(alignment, kind):
     return torch.sigmoid(alignment) if kind == "sigmoid" else nn.functional.gelu(alignment)
 
 
@@ -542,7 +277,7 @@ class _Block:
         self.settings, self.rotary = settings, rotary
         parts = raw.to(torch.promote_types(raw.dtype, torch.float32))  # [batch, n, parts, heads, head_dim]
         if settings.normalize:
-            parts, self.norm_stats = _standardize_forward(parts)
+            parts, self.norm_stats = standardize_forward(parts)
         self.f, self.k, self.v = parts.unbind(2)[-3:]
         self.logits = (self.f * self.k).sum(-1).mul_(settings.scale)  # [batch, n, heads]
         logs = log_weight(self.logits, settings.weight_function)
@@ -566,7 +301,7 @@ class _Block:
             return self.means, carry
         self.kbar, self.vbar = self.means.chunk(2, dim=-1)
         self.dot = (self.q * self.kbar).sum(-1)
-        self.gate = _gate(self.dot * self.settings.scale, self.settings.query_gate)
+        self.gate = open_gate(self.dot * self.settings.scale, self.settings.query_gate)
         return self.gate.unsqueeze(-1) * self.vbar, carry
 
     def backward(self, grad_out, carry):
@@ -801,153 +536,6 @@ def _check_inputs(name, tensor, shape, settings, state):
         raise ValueError("`state` was given, but a bidirectional step has no past to continue from.")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The recurrent form: one token from a state of constant size
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def pack_state(
-    state: FocusState, settings: FocusSettings, head_dim: int, seen_tokens: int | torch.Tensor
-) -> torch.Tensor:
-    """One tensor, float32 or wider, for a cache to hold, laid out for `focus_step`; `parts` are keys and values, or values alone.
-
-    Global: `[batch, heads * (2 + parts * head_dim)]`: a reference log weight `m`, the sum of weights `z = sum exp(l - m)`
-    and the means of each part. Where log weights are bounded `m` is 0, else it is chosen so that `z` is about the number
-    of tokens: a sum of that size still feels one more.
-    Windowed: `[batch, heads * (1 + parts * head_dim), past]`: log weights and parts of the last `past = max(window - 1,
-    1)` tokens, oldest first, a log weight of `-inf` where there is none.
-    """
-    logs, values = state.log_weights, state.values
-    if settings.window is None:
-        reference = torch.zeros_like(logs)
-        if not settings.bounded(head_dim):
-            reference = logs - torch.as_tensor(seen_tokens, dtype=logs.dtype, device=logs.device).log()
-        parts = values.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # [batch, parts, heads, head_dim]
-        return torch.cat((reference, (logs - reference).exp(), parts.flatten(1)), dim=1)
-    missing = max(settings.window - 1, 1) - logs.shape[2]
-    logs = nn.functional.pad(logs, (missing, 0), value=-math.inf)
-    values = nn.functional.pad(values, (0, 0, missing, 0))
-    parts = values.unflatten(-1, (-1, head_dim)).permute(0, 3, 1, 4, 2)  # [batch, parts, heads, head_dim, past]
-    return torch.cat((logs, parts.flatten(1, 3)), dim=1)
-
-
-def unpack_state(packed: torch.Tensor, settings: FocusSettings, heads: int, head_dim: int) -> FocusState:
-    """The inverse of `pack_state`."""
-    if settings.window is None:
-        m, z, parts = packed[:, :heads], packed[:, heads : 2 * heads], packed[:, 2 * heads :]
-        values = parts.unflatten(1, (-1, heads, head_dim)).transpose(1, 2).flatten(2)
-        return FocusState((m + z.log()).clamp_min(_EMPTY), values)
-    packed = packed[..., packed.shape[-1] - (settings.window - 1) :]
-    values = packed[:, heads:].unflatten(1, (-1, heads, head_dim)).permute(0, 2, 4, 1, 3).flatten(3)
-    return FocusState(packed[:, :heads], values)
-
-
-def step_global_mean(
-    logits: torch.Tensor,
-    token: torch.Tensor,
-    packed: torch.Tensor,
-    settings: FocusSettings,
-    decay: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Take one token into a packed global state, in place. Few operations: this is what a generated token waits for.
-
-    Args:
-        logits (`torch.Tensor` of shape `[batch, heads]`): focus logits of the token.
-        token (`torch.Tensor` of shape `[batch, parts, heads, head_dim]`): its key and value, or its value alone.
-        packed (`torch.Tensor`): of `pack_state`; changed in place.
-        settings, decay: as in `focus_mixing`.
-
-    Returns:
-        `torch.Tensor` of shape `[batch, parts, heads, head_dim]`: the means, the new token included.
-    """
-    batch, parts, heads, head_dim = token.shape
-    m, z = packed[:, :heads], packed[:, heads : 2 * heads]
-    means = packed[:, 2 * heads :].view(batch, parts, heads, head_dim)
-    if settings.bounded(head_dim):
-        if settings.weight_function == "exp":
-            weights = logits.exp()
-        else:  # elu(x) + 1, which has no precision below zero when taken as written
-            weights = logits.clamp_max(0).exp_().add_(logits.clamp_min(0))
-        if decay is not None:
-            z.mul_(torch.exp(-decay))
-    else:
-        logs = log_weight(logits, settings.weight_function)
-        past = m if decay is None else m - decay
-        top = torch.maximum(past, logs)
-        z.mul_((past - top).exp_())
-        weights = (logs - top).exp_()
-        m.copy_(top)
-    z.add_(weights)
-    means.lerp_(token, (weights / z).view(batch, 1, heads, 1))
-    if settings.null_weight:
-        seen = z / (z + settings.null_weight * torch.exp(-m))
-        return means * seen.view(batch, 1, heads, 1)
-    return means
-
-
-def step_window_mean(
-    logits: torch.Tensor,
-    token: torch.Tensor,
-    push: Callable[[torch.Tensor], torch.Tensor],
-    settings: FocusSettings,
-    decay: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Take one token into a packed window.
-
-    Args:
-        logits, token, settings, decay: as in `step_global_mean`.
-        push (`Callable`): appends a packed token `[batch, size, 1]` to the state and returns both, as a cache's
-            `update_conv_state` does.
-
-    Returns:
-        `torch.Tensor` of shape `[batch, parts, heads, head_dim]`: the means, the new token included.
-    """
-    heads = token.shape[2]
-    logs = log_weight(logits, settings.weight_function)
-    recent = push(torch.cat((logs, token.flatten(1)), dim=1).unsqueeze(-1))[..., -settings.window :]
-    logs = recent[:, :heads]  # [batch, heads, window]
-    if decay is not None:
-        distance = torch.arange(logs.shape[-1] - 1, -1, -1, device=logs.device)
-        logs = logs - decay.unsqueeze(-1) * distance
-    if settings.null_weight:
-        logs = nn.functional.pad(logs, (1, 0), value=math.log(settings.null_weight))
-    weights = torch.softmax(logs, dim=-1)
-    if settings.null_weight:
-        weights = weights[..., 1:]
-    return (recent[:, heads:].unflatten(1, token.shape[1:]) * weights.unsqueeze(1).unsqueeze(3)).sum(-1)
-
-
-def prepare_step(
-    qfkv: torch.Tensor, settings: FocusSettings, rotary: tuple[torch.Tensor, torch.Tensor] | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Parts and focus logits of one token as the mixing step has them, in float32; `qfkv` may be overwritten.
-
-    Args:
-        qfkv, rotary: as in `focus_mixing`, for one token.
-
-    Returns:
-        Parts `[batch, parts, heads, head_dim]`, standardised and rotated, and focus logits `[batch, heads]`.
-    """
-    parts = qfkv[:, 0]
-    if parts.dtype in (torch.bfloat16, torch.float16):
-        parts = parts.float()
-    if settings.normalize:
-        parts = _standardize_forward(parts)[0]
-    logits = (parts[:, -3] * parts[:, -2]).sum(-1).mul_(settings.scale)
-    if rotary is not None:
-        turning = parts[:, 0::2]  # queries and keys
-        turning.copy_(rotate(turning, *rotary))
-    return parts, logits
-
-
-def gate_output(
-    query: torch.Tensor, kbar: torch.Tensor, vbar: torch.Tensor, settings: FocusSettings
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gate means of values by queries and means of keys, all `[..., head_dim]`: output, and gate `[...]`."""
-    gate = _gate((query * kbar).sum(-1).mul_(settings.scale), settings.query_gate)
-    return gate.unsqueeze(-1) * vbar, gate
-
-
 def attention_matrix(
     log_weights: torch.Tensor,
     settings: FocusSettings,
@@ -970,7 +558,7 @@ def attention_matrix(
         allowed = allowed & (distance.abs() < settings.window)
     if segment_ids is not None:
         runs = _runs(segment_ids)
-        allowed = allowed & _same(runs, runs)
+        allowed = allowed & same_segment(runs, runs)
     logits = log_weights.unsqueeze(-2)
     if decay is not None:
         logits = logits - decay.view(-1, 1, 1) * distance.abs()

@@ -33,21 +33,8 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_leap import LeapConfig
-from .focus import (
-    FocusSettings,
-    attention_matrix,
-    focus_mean,
-    focus_mixing,
-    gate_output,
-    log_weight,
-    pack_state,
-    prepare_step,
-    rotate,
-    standardize,
-    step_global_mean,
-    step_window_mean,
-    unpack_state,
-)
+from .focus import FocusSettings, attention_matrix, focus_mean, focus_mixing, log_weight, rotate, standardize
+from .focus_step import gate_output, pack_state, prepare_step, step_global_mean, step_window_mean, unpack_state
 from .recurrent_cache import RecurrentCache, StaticRecurrentCache
 
 

@@ -1,0 +1,156 @@
+"""The recurrent form of the focus operator: one token from a state of constant size.
+
+`pack_state` and `unpack_state` go between the state that `focus_mixing` leaves and the tensor that a cache holds; a token
+passes `prepare_step`, then `step_global_mean` or `step_window_mean`, then `gate_output`.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .focus import FocusSettings, log_weight, open_gate, rotate, standardize_forward
+from .running_mean import EMPTY, FocusState
+
+
+def pack_state(
+    state: FocusState, settings: FocusSettings, head_dim: int, seen_tokens: int | torch.Tensor
+) -> torch.Tensor:
+    """One tensor, float32 or wider, for a cache to hold, laid out for the steps below; `parts` are keys and values, or values alone.
+
+    Global: `[batch, heads * (2 + parts * head_dim)]`: a reference log weight `m`, the sum of weights `z = sum exp(l - m)`
+    and the means of each part. Where log weights are bounded `m` is 0, else it is chosen so that `z` is about the number
+    of tokens: a sum of that size still feels one more.
+    Windowed: `[batch, heads * (1 + parts * head_dim), past]`: log weights and parts of the last `past = max(window - 1,
+    1)` tokens, oldest first, a log weight of `-inf` where there is none.
+    """
+    logs, values = state.log_weights, state.values
+    if settings.window is None:
+        reference = torch.zeros_like(logs)
+        if not settings.bounded(head_dim):
+            reference = logs - torch.as_tensor(seen_tokens, dtype=logs.dtype, device=logs.device).log()
+        parts = values.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # [batch, parts, heads, head_dim]
+        return torch.cat((reference, (logs - reference).exp(), parts.flatten(1)), dim=1)
+    missing = max(settings.window - 1, 1) - logs.shape[2]
+    logs = nn.functional.pad(logs, (missing, 0), value=-math.inf)
+    values = nn.functional.pad(values, (0, 0, missing, 0))
+    parts = values.unflatten(-1, (-1, head_dim)).permute(0, 3, 1, 4, 2)  # [batch, parts, heads, head_dim, past]
+    return torch.cat((logs, parts.flatten(1, 3)), dim=1)
+
+
+def unpack_state(packed: torch.Tensor, settings: FocusSettings, heads: int, head_dim: int) -> FocusState:
+    """The inverse of `pack_state`."""
+    if settings.window is None:
+        m, z, parts = packed[:, :heads], packed[:, heads : 2 * heads], packed[:, 2 * heads :]
+        values = parts.unflatten(1, (-1, heads, head_dim)).transpose(1, 2).flatten(2)
+        return FocusState((m + z.log()).clamp_min(EMPTY), values)
+    packed = packed[..., packed.shape[-1] - (settings.window - 1) :]
+    values = packed[:, heads:].unflatten(1, (-1, heads, head_dim)).permute(0, 2, 4, 1, 3).flatten(3)
+    return FocusState(packed[:, :heads], values)
+
+
+def step_global_mean(
+    logits: torch.Tensor,
+    token: torch.Tensor,
+    packed: torch.Tensor,
+    settings: FocusSettings,
+    decay: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Take one token into a packed global state, in place. Few operations: this is what a generated token waits for.
+
+    Args:
+        logits (`torch.Tensor` of shape `[batch, heads]`): focus logits of the token.
+        token (`torch.Tensor` of shape `[batch, parts, heads, head_dim]`): its key and value, or its value alone.
+        packed (`torch.Tensor`): of `pack_state`; changed in place.
+        settings, decay: as in `focus_mixing`.
+
+    Returns:
+        `torch.Tensor` of shape `[batch, parts, heads, head_dim]`: the means, the new token included.
+    """
+    batch, parts, heads, head_dim = token.shape
+    m, z = packed[:, :heads], packed[:, heads : 2 * heads]
+    means = packed[:, 2 * heads :].view(batch, parts, heads, head_dim)
+    if settings.bounded(head_dim):
+        if settings.weight_function == "exp":
+            weights = logits.exp()
+        else:  # elu(x) + 1, which has no precision below zero when taken as written
+            weights = logits.clamp_max(0).exp_().add_(logits.clamp_min(0))
+        if decay is not None:
+            z.mul_(torch.exp(-decay))
+    else:
+        logs = log_weight(logits, settings.weight_function)
+        past = m if decay is None else m - decay
+        top = torch.maximum(past, logs)
+        z.mul_((past - top).exp_())
+        weights = (logs - top).exp_()
+        m.copy_(top)
+    z.add_(weights)
+    means.lerp_(token, (weights / z).view(batch, 1, heads, 1))
+    if settings.null_weight:
+        seen = z / (z + settings.null_weight * torch.exp(-m))
+        return means * seen.view(batch, 1, heads, 1)
+    return means
+
+
+def step_window_mean(
+    logits: torch.Tensor,
+    token: torch.Tensor,
+    push: Callable[[torch.Tensor], torch.Tensor],
+    settings: FocusSettings,
+    decay: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Take one token into a packed window.
+
+    Args:
+        logits, token, settings, decay: as in `step_global_mean`.
+        push (`Callable`): appends a packed token `[batch, size, 1]` to the state and returns both, as a cache's
+            `update_conv_state` does.
+
+    Returns:
+        `torch.Tensor` of shape `[batch, parts, heads, head_dim]`: the means, the new token included.
+    """
+    heads = token.shape[2]
+    logs = log_weight(logits, settings.weight_function)
+    recent = push(torch.cat((logs, token.flatten(1)), dim=1).unsqueeze(-1))[..., -settings.window :]
+    logs = recent[:, :heads]  # [batch, heads, window]
+    if decay is not None:
+        distance = torch.arange(logs.shape[-1] - 1, -1, -1, device=logs.device)
+        logs = logs - decay.unsqueeze(-1) * distance
+    if settings.null_weight:
+        logs = nn.functional.pad(logs, (1, 0), value=math.log(settings.null_weight))
+    weights = torch.softmax(logs, dim=-1)
+    if settings.null_weight:
+        weights = weights[..., 1:]
+    return (recent[:, heads:].unflatten(1, token.shape[1:]) * weights.unsqueeze(1).unsqueeze(3)).sum(-1)
+
+
+def prepare_step(
+    qfkv: torch.Tensor, settings: FocusSettings, rotary: tuple[torch.Tensor, torch.Tensor] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Parts and focus logits of one token as the mixing step has them, in float32; `qfkv` may be overwritten.
+
+    Args:
+        qfkv, rotary: as in `focus_mixing`, for one token.
+
+    Returns:
+        Parts `[batch, parts, heads, head_dim]`, standardised and rotated, and focus logits `[batch, heads]`.
+    """
+    parts = qfkv[:, 0]
+    if parts.dtype in (torch.bfloat16, torch.float16):
+        parts = parts.float()
+    if settings.normalize:
+        parts = standardize_forward(parts)[0]
+    logits = (parts[:, -3] * parts[:, -2]).sum(-1).mul_(settings.scale)
+    if rotary is not None:
+        turning = parts[:, 0::2]  # queries and keys
+        turning.copy_(rotate(turning, *rotary))
+    return parts, logits
+
+
+def gate_output(
+    query: torch.Tensor, kbar: torch.Tensor, vbar: torch.Tensor, settings: FocusSettings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate means of values by queries and means of keys, all `[..., head_dim]`: output, and gate `[...]`."""
+    gate = open_gate((query * kbar).sum(-1).mul_(settings.scale), settings.query_gate)
+    return gate.unsqueeze(-1) * vbar, gate
