@@ -25,6 +25,7 @@ from functools import wraps
 import torch
 from torch import nn
 
+from .focus_cpu import NativeMixing, applies
 from .running_mean import EMPTY, FocusState, same_segment, two_sided_mean, weighted_mean
 
 
@@ -371,6 +372,15 @@ class _FocusMixing(torch.autograd.Function):
     @staticmethod
     @_in_full_precision
     def forward(ctx, qfkv, settings, decay, cos, sin, padding_mask, segments, state_logs, state_values):
+        past = None if state_logs is None else (state_logs, state_values)
+        rotary = None if cos is None else (cos, sin)
+        ctx.native = None
+        ctx.save_for_backward(qfkv)
+        if applies(qfkv, settings, rotary):
+            ctx.native = NativeMixing(qfkv, settings, decay, rotary, padding_mask, segments, past)
+            out, *final = ctx.native.forward(qfkv, ctx.needs_input_grad[0])
+            ctx.mark_non_differentiable(*final)
+            return out, *final
         inputs = settings, decay, cos, sin, padding_mask, segments
         rows, times = _block_ranges(*qfkv.shape[:2], settings, qfkv.device)
         out = qfkv.new_empty(*qfkv.shape[:2], *qfkv.shape[3:])
@@ -386,7 +396,6 @@ class _FocusMixing(torch.autograd.Function):
                 out[row, time] = part.transpose(1, 2)
             finals.append(carry)
         ctx.inputs, ctx.blocks, ctx.carries = inputs, (rows, times), carries
-        ctx.save_for_backward(qfkv)
         if not settings.causal:
             return out, None, None
         final = [torch.cat([final[i] for final in finals]) for i in (0, 1)]
@@ -398,6 +407,8 @@ class _FocusMixing(torch.autograd.Function):
     @_in_full_precision
     def backward(ctx, grad_out, *_):
         (qfkv,) = ctx.saved_tensors
+        if ctx.native is not None:
+            return ctx.native.backward(qfkv, grad_out), *(None,) * 8
         grad = torch.empty_like(qfkv)
         rows, times = ctx.blocks
         carries = iter(reversed(ctx.carries))

@@ -34,6 +34,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_leap import LeapConfig
 from .focus import FocusSettings, attention_matrix, focus_mean, focus_mixing, log_weight, rotate, standardize
+from .focus_cpu import step
 from .focus_step import gate_output, pack_state, prepare_step, step_global_mean, step_window_mean, unpack_state
 from .recurrent_cache import RecurrentCache, StaticRecurrentCache
 
@@ -82,11 +83,12 @@ class _Mixer(nn.Module):
     def _dropout(self, x):
         return nn.functional.dropout(x, self.attention_dropout, self.training)
 
-    def _read_state(self, cache, state_idx=0):
-        if cache is None:
-            return None
+    def _packed_state(self, cache, state_idx=0):
         read = cache.get_recurrent_state if self.settings.window is None else cache.get_conv_state
-        packed = read(self.layer_idx, state_idx)
+        return read(self.layer_idx, state_idx)
+
+    def _read_state(self, cache, state_idx=0):
+        packed = None if cache is None else self._packed_state(cache, state_idx)
         return None if packed is None else unpack_state(packed, self.settings, self.num_heads, self.head_dim)
 
     def _write_state(self, state, tokens, cache, state_idx=0):
@@ -97,8 +99,7 @@ class _Mixer(nn.Module):
     def _step_mean(self, logits, token, cache, state_idx=0):
         """Means of one more token `[batch, parts, heads, head_dim]`, which also enters the cached state."""
         if self.settings.window is None:
-            packed = cache.get_recurrent_state(self.layer_idx, state_idx)
-            return step_global_mean(logits, token, packed, self.settings, self.decay)
+            return step_global_mean(logits, token, self._packed_state(cache, state_idx), self.settings, self.decay)
         push = partial(cache.update_conv_state, layer_idx=self.layer_idx, state_idx=state_idx)
         return step_window_mean(logits, token, push, self.settings, self.decay)
 
@@ -144,11 +145,7 @@ class LeapMixer(_Mixer):
         if output_attentions or (self.training and self.attention_dropout > 0):
             out, attentions = self._forward_in_the_open(qfkv, context)
         elif context["single_step"]:
-            parts, logits = prepare_step(qfkv, self.settings, context["rotary"])
-            out = self._step_mean(logits, parts[:, 2:], context["past_key_values"])
-            if self.num_parts == 4:
-                out = gate_output(parts[:, 0], out[:, 0], out[:, 1], self.settings)[0]
-            out = out.to(hidden_states.dtype)
+            out = self._step(qfkv, context["past_key_values"], context["rotary"])
         else:
             cache = context["past_key_values"]
             out, state = focus_mixing(
@@ -163,6 +160,17 @@ class LeapMixer(_Mixer):
             if cache is not None:
                 self._write_state(state, seq, cache)
         return out.reshape(batch, seq, -1), attentions if output_attentions else None
+
+    def _step(self, qfkv, cache, rotary):
+        """One token, which also enters the cached state."""
+        out = step(qfkv, self.settings, self.decay, rotary, self._packed_state(cache))
+        if out is not None:
+            return out
+        parts, logits = prepare_step(qfkv, self.settings, rotary)
+        means = self._step_mean(logits, parts[:, 2:], cache)
+        if self.num_parts == 4:
+            means = gate_output(parts[:, 0], means[:, 0], means[:, 1], self.settings)[0]
+        return means.to(qfkv.dtype)
 
     def _forward_in_the_open(self, qfkv, context):
         """The same step in differentiable pieces, for dropout inside and for attentions to return."""
@@ -246,7 +254,9 @@ class LeapMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.down_proj(self.act_fn(self.up_proj(hidden_states)))
-        return nn.functional.dropout(hidden_states, self.hidden_dropout, self.training)
+        if not self.training:  # the call alone is felt by a single token
+            return hidden_states
+        return nn.functional.dropout(hidden_states, self.hidden_dropout)
 
 
 class LeapLayer(GradientCheckpointingLayer):
@@ -381,7 +391,8 @@ class LeapModel(LeapPreTrainedModel):
         if self.position_type == "rotary":
             precise = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
             rotary = self.rotary_emb(precise, position_ids)
-        hidden_states = self.dropout(hidden_states)
+        if self.training:
+            hidden_states = self.dropout(hidden_states)
 
         local_mask = None if padding_mask is None else padding_mask[:, -seq:]
         if seq == 1 and continues and local_mask is not None and not is_tracing(local_mask) and local_mask.all():
@@ -420,12 +431,12 @@ class LeapModel(LeapPreTrainedModel):
             raise TypeError(f"`input_ids` must be torch.long or torch.int, got {input_ids.dtype}.")
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"`input_ids` must be [batch, seq >= 1], got {list(input_ids.shape)}.")
-        vocabulary = self.embed_tokens.num_embeddings
-        if input_ids.device.type == "cpu" and not is_tracing(input_ids):  # elsewhere it would stop the device
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError as error:  # on a CPU; elsewhere a look would stop the device
+            vocabulary = self.embed_tokens.num_embeddings
             low, high = (int(x) for x in input_ids.aminmax())
-            if low < 0 or high >= vocabulary:
-                raise ValueError(f"`input_ids` must be in [0, {vocabulary}), got values from {low} to {high}.")
-        return self.embed_tokens(input_ids)
+            raise ValueError(f"`input_ids` must be in [0, {vocabulary}), got values from {low} to {high}.") from error
 
     def _check_positions(self, position_ids, counted, past_key_values):
         past = 0 if past_key_values is None else past_key_values.get_seq_length()

@@ -5,10 +5,12 @@ import socket
 import tempfile
 
 
-# Before transformers is imported: it reads both once. Modules of remote code go to a folder of this run's own.
+# Before transformers is imported: it reads both once. Modules of remote code and compiled C go to a folder of
+# this run's own.
 _CACHE = tempfile.TemporaryDirectory(prefix="heptapod-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = _CACHE.name
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 import pytest
 import torch

@@ -1,0 +1,302 @@
+"""The compiled mixing step against the loop in float64: values, states, gradients, single tokens; and life without it."""
+
+import logging
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from modeling_heptapod import focus, focus_cpu
+from modeling_heptapod.focus import FocusSettings, FocusState, focus_mixing, naive_focus_mixing
+from modeling_heptapod.focus_step import pack_state
+from tests.test_focus import OPTIONS, check_state, relative_rms, settings_for
+
+
+HEADS = 2
+WINDOWS = [None, 1, 2, 16, 64]
+
+
+@pytest.fixture(autouse=True)
+def compiled():
+    if focus_cpu._library(4) is None:
+        pytest.skip("there is no C compiler")
+
+
+def make_inputs(batch, seq, head_dim=4, **options):
+    """Float32 `qfkv` and keyword arguments of `focus_mixing`."""
+    parts = 3 if options.get("query_gate") == "none" else 4
+    qfkv = 1.5 * torch.randn(batch, seq, parts, HEADS, head_dim)
+    kwargs = {}
+    if options.get("decay"):
+        kwargs["decay"] = torch.tensor([0.3, 0.01])
+    if options.get("rotary"):
+        angles = torch.rand(batch, seq, head_dim // 2).repeat(1, 1, 2) * 6
+        kwargs["rotary"] = (angles.cos(), angles.sin())
+    if options.get("padding"):
+        kwargs["padding_mask"] = torch.rand(batch, seq) > 0.3
+        kwargs["padding_mask"][0, : seq // 2] = False
+    if options.get("segments"):
+        kwargs["segment_ids"] = (torch.rand(batch, seq) < 6 / seq).cumsum(1)
+    return qfkv, kwargs
+
+
+def in_float64(kwargs):
+    double = {name: value.double() if name == "decay" else value for name, value in kwargs.items()}
+    if "rotary" in double:
+        double["rotary"] = tuple(x.double() for x in double["rotary"])
+    return double
+
+
+def with_gradient(function, qfkv, weight):
+    qfkv = qfkv.detach().clone().requires_grad_()
+    result = function(qfkv)
+    out, state = result if isinstance(result, tuple) else (result, None)
+    (out * weight).sum().backward()
+    return out.detach(), state, qfkv.grad
+
+
+def check(qfkv, settings, kwargs, tolerance=1e-5):
+    """Output and gradient to float32's precision; returns the state."""
+    assert focus_cpu.applies(qfkv, settings, kwargs.get("rotary"))
+    weight = torch.randn(*qfkv.shape[:2], *qfkv.shape[3:])
+    out, state, grad = with_gradient(lambda x: focus_mixing(x, settings, **kwargs), qfkv, weight)
+    double = in_float64(kwargs)
+    expected, _, expected_grad = with_gradient(
+        lambda x: naive_focus_mixing(x, settings, **double), qfkv.double(), weight.double()
+    )
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=10 * tolerance, atol=10 * tolerance)
+    return state
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_options(window, option):
+    qfkv, kwargs = make_inputs(2, 150, **OPTIONS[option])
+    settings = settings_for(window, **OPTIONS[option])
+    state = check(qfkv, settings, kwargs)
+    double = FocusState(*(None if x is None else x.double() for x in state))
+    check_state(double, qfkv.double(), settings, in_float64(kwargs), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("seq", [1, 63, 127, 128, 129, 300])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_lengths_around_the_blocks(window, seq):
+    check(*_with_settings(1, seq, window))
+
+
+def _with_settings(batch, seq, window, head_dim=4, **options):
+    qfkv, kwargs = make_inputs(batch, seq, head_dim, **options)
+    return qfkv, settings_for(window, **options), kwargs
+
+
+@pytest.mark.parametrize("head_dim", [2, 7, 16, 64, 96])
+def test_head_dims(head_dim):
+    options = {"normalize": head_dim > 2, "padding": True, "rotary": head_dim % 2 == 0}
+    check(*_with_settings(2, 40, 5, head_dim, **options))
+    check(*_with_settings(2, 40, None, head_dim, **options))
+
+
+def test_rotary_positions_of_one_row_serve_the_batch():
+    qfkv, kwargs = make_inputs(3, 20, rotary=True)
+    kwargs["rotary"] = tuple(x[:1] for x in kwargs["rotary"])
+    check(qfkv, settings_for(4), kwargs)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("option", ["plain", "exp", "null", "decay", "rotary", "no gate", "padding"])
+def test_any_split_in_chunks_equals_the_whole(window, option):
+    qfkv, kwargs = make_inputs(2, 200, **OPTIONS[option])
+    settings = settings_for(window, **OPTIONS[option])
+    whole, final = focus_mixing(qfkv, settings, **kwargs)
+    state, outs = None, []
+    for start, end in ((0, 1), (1, 3), (3, 40), (40, 169), (169, 200)):
+        piece = {
+            name: tuple(x[:, start:end] for x in value) if name == "rotary" else value[:, start:end]
+            for name, value in kwargs.items()
+            if name != "decay"
+        }
+        decay = {"decay": kwargs["decay"]} if "decay" in kwargs else {}
+        out, state = focus_mixing(qfkv[:, start:end], settings, **piece, **decay, state=state)
+        outs.append(out)
+    torch.testing.assert_close(torch.cat(outs, 1), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state.values, final.values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state.log_weights, final.log_weights, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 4, 64])
+def test_gradient_after_a_state(window, monkeypatch):
+    qfkv, kwargs = make_inputs(2, 150, decay=True)
+    settings, weight = settings_for(window), torch.randn(2, 100, HEADS, 4)
+    _, state = focus_mixing(qfkv[:, :50], settings, **kwargs)
+
+    def run(x):
+        return focus_mixing(x, settings, **kwargs, state=state)
+
+    out, _, grad = with_gradient(run, qfkv[:, 50:], weight)
+    monkeypatch.setattr(focus, "applies", lambda *_: False)
+    expected, _, expected_grad = with_gradient(run, qfkv[:, 50:], weight)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 8, 64])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_bf16_is_as_good_as_rounding_the_exact_result(window, normalize):
+    qfkv, _ = make_inputs(2, 150, 64)
+    qfkv, weight = qfkv.bfloat16(), torch.randn(2, 150, HEADS, 64).bfloat16()
+    settings = replace(settings_for(window, normalize=normalize), scale=0.1)
+    out, _, grad = with_gradient(lambda x: focus_mixing(x, settings), qfkv, weight)
+    exact, _, exact_grad = with_gradient(lambda x: naive_focus_mixing(x, settings), qfkv.double(), weight.double())
+    for got, expected in ((out, exact), (grad, exact_grad)):
+        assert got.dtype == torch.bfloat16
+        assert relative_rms(got, expected) <= 1.1 * relative_rms(expected.bfloat16(), expected)
+
+
+@pytest.mark.parametrize("window", [None, 4, 64])
+def test_long_sequences_of_extreme_logits(window):
+    settings = FocusSettings(scale=1.0, weight_function="exp", window=window, query_gate="none")
+    qfkv = torch.randn(1, 20_000, 3, 1, 4)
+    logits = 60 * torch.rand(20_000) - 30
+    qfkv[0, :, 0, 0], qfkv[0, :, 1, 0] = 0.0, 0.0
+    qfkv[0, :, 0, 0, 0], qfkv[0, :, 1, 0, 0] = logits, 1.0
+    weight = torch.randn(1, 20_000, 1, 4)
+    out, _, grad = with_gradient(lambda x: focus_mixing(x, settings), qfkv, weight)
+    weights, values = logits.double().exp(), qfkv[0, :, 2, 0].double().requires_grad_()
+    if window is None:
+        exact = (weights[:, None] * values).cumsum(0) / weights.cumsum(0)[:, None]
+    else:
+        padded = torch.nn.functional.pad(weights, (window - 1, 0)).unfold(0, window, 1)
+        rows = torch.nn.functional.pad(values, (0, 0, window - 1, 0)).unfold(0, window, 1)
+        exact = (padded.unsqueeze(1) * rows).sum(-1) / padded.sum(-1, keepdim=True)
+    (exact * weight[0, :, 0].double()).sum().backward()
+    assert relative_rms(out[0, :, 0], exact.detach()) < 1e-6
+    assert relative_rms(grad[0, :, 2, 0], values.grad) < 2e-6
+
+
+@pytest.mark.parametrize("option", ["plain", "exp", "gelu", "no gate", "null", "decay", "rotary", "normalize"])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_single_tokens_equal_the_whole(window, option):
+    options = OPTIONS[option]
+    qfkv, kwargs = make_inputs(2, 90, **options)
+    settings, decay = settings_for(window, **options), kwargs.pop("decay", None)
+    expected, final = focus_mixing(qfkv, settings, decay, **kwargs)
+    start = {name: tuple(x[:, :20] for x in value) for name, value in kwargs.items()}
+    _, state = focus_mixing(qfkv[:, :20], settings, decay, **start)
+    packed, outs = pack_state(state, settings, 4, 20), []
+    for t in range(20, 90):
+        rotary = tuple(x[:, t : t + 1] for x in kwargs["rotary"]) if kwargs else None
+        outs.append(focus_cpu.step(qfkv[:, t : t + 1], settings, decay, rotary, packed))
+    torch.testing.assert_close(torch.cat(outs, 1), expected[:, 20:], rtol=1e-5, atol=1e-5)
+    if window == 1:
+        return  # its state holds a token that no window reaches
+    in_the_end = pack_state(final, settings, 4, 90)
+    if window is None:  # the reference is free where log weights are not bounded
+        packed, in_the_end = (
+            (x[:, :HEADS] + x[:, HEADS : 2 * HEADS].log(), x[:, 2 * HEADS :]) for x in (packed, in_the_end)
+        )
+    torch.testing.assert_close(packed, in_the_end, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_change_nothing(threads):
+    qfkv, kwargs = make_inputs(3, 300, padding=True)
+    settings, weight = settings_for(8), torch.randn(3, 300, HEADS, 4)
+    expected = with_gradient(lambda x: focus_mixing(x, settings, **kwargs), qfkv, weight)
+    torch.set_num_threads(threads)
+    try:
+        got = with_gradient(lambda x: focus_mixing(x, settings, **kwargs), qfkv, weight)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[2], expected[2])
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_pads_leave_no_trace(window):
+    qfkv, _ = make_inputs(1, 40)
+    mask = torch.ones(1, 40)
+    mask[0, 10:20] = 0
+    other = qfkv.clone()
+    other[:, 10:20] = 1e4
+    kept, weight = mask[0].bool(), mask.view(1, 40, 1, 1)
+
+    def run(x):
+        return focus_mixing(x, settings_for(window), padding_mask=mask)
+
+    (out, _, _), (expected, _, grad) = with_gradient(run, other, weight), with_gradient(run, qfkv, weight)
+    assert torch.equal(out[:, kept], expected[:, kept])
+    assert grad[:, ~kept].abs().max() == 0
+
+
+def test_inputs_that_are_not_contiguous():
+    qfkv, _ = make_inputs(2, 30)
+    strided = qfkv.transpose(0, 1).contiguous().transpose(0, 1)
+    weight = torch.randn(30, 2, HEADS, 4).transpose(0, 1)
+    expected = with_gradient(lambda x: focus_mixing(x, settings_for(4)), qfkv, weight)
+    got = with_gradient(lambda x: focus_mixing(x, settings_for(4)), strided, weight)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[2], expected[2])
+
+
+@pytest.mark.parametrize(
+    "change", [{"window": 65}, {"causal": False}], ids=["a window wider than the source's", "bidirectional"]
+)
+def test_what_the_source_does_not_do_is_left_to_torch(change):
+    qfkv, _ = make_inputs(1, 100)
+    settings = replace(settings_for(4), **change)
+    assert not focus_cpu.applies(qfkv, settings)
+    out, _ = focus_mixing(qfkv, settings)
+    torch.testing.assert_close(out, naive_focus_mixing(qfkv, settings), rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_that_keeps_more_than_a_window_is_left_to_torch():
+    qfkv, _ = make_inputs(1, 1)
+    packed = torch.zeros(1, HEADS * 9, 5)
+    assert focus_cpu.step(qfkv, settings_for(4), None, None, packed) is None
+    assert packed.abs().max() == 0
+
+
+@pytest.mark.parametrize("how", ["switched off", "no compiler", "a compiler that fails", "nowhere to write"])
+def test_without_the_library_torch_does_it(how, monkeypatch, tmp_path, caplog):
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\necho broken >&2\nexit 1\n")
+    broken.chmod(0o755)
+    if how == "switched off":
+        monkeypatch.setenv("HEPTAPOD_NATIVE", "0")
+    elif how == "no compiler":
+        monkeypatch.setattr(focus_cpu.shutil, "which", lambda name: None)
+    elif how == "a compiler that fails":
+        monkeypatch.setenv("CC", str(broken))
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(broken))
+    monkeypatch.setattr(focus_cpu, "_library", focus_cpu._library.__wrapped__)
+    monkeypatch.setattr(focus_cpu.logger, "warning_once", focus_cpu.logger.warning)
+    monkeypatch.setattr(logging.getLogger("modeling_heptapod"), "propagate", True)
+    qfkv, _ = make_inputs(1, 10)
+    with caplog.at_level(logging.WARNING):
+        assert not focus_cpu.applies(qfkv, settings_for(4))
+        out, _ = focus_mixing(qfkv, settings_for(4))
+    assert bool(caplog.records) == (how != "switched off")
+    torch.testing.assert_close(out, naive_focus_mixing(qfkv, settings_for(4)), rtol=1e-5, atol=1e-5)
+
+
+def test_it_is_compiled_once_a_machine(tmp_path):
+    code = "from modeling_heptapod.focus_cpu import _library; assert _library(6) is not None"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+        (library,) = (tmp_path / "heptapod").iterdir()
+        written = library.stat().st_mtime_ns
+        environment["LAST"] = environment.get("LAST", str(written))
+    assert str(written) == environment["LAST"]
+
+
+def test_logits_that_overflow_a_plain_exponential():
+    settings = FocusSettings(scale=1.0, weight_function="exp", window=None)
+    qfkv = torch.full((1, 5, 4, 1, 2), 20.0)
+    out, _ = focus_mixing(qfkv, settings)
+    assert math.isfinite(out.sum().item())
+    torch.testing.assert_close(out, torch.full((1, 5, 1, 2), 20.0))
