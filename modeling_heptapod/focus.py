@@ -12,7 +12,7 @@ is that of the prototype `leap-transformer`, after Fastformer (arXiv 2108.09084)
 
 Read in this order: `naive_focus_mean` and `naive_focus_mixing` (the specification),
 `_FocusMixing` (the whole mixing step, recomputed in the backward pass), `focus_mixing` (what the model calls). The tiles are
-in `running_mean.py`, the recurrent form is in `focus_step.py`.
+in `running_mean.py`, the recurrent form is in `focus_step.py`, the form in C for CPUs is in `focus_cpu.py`.
 
 Numerics: everything is accumulated in float32 (float64 for float64 inputs) in log-weight space relative to a maximum
 that is actually present, so that no exponent is positive and no prefix sums are ever subtracted from each other.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.profiler import profile
 
-from modeling_heptapod import focus
+from modeling_heptapod import focus, focus_cpu
 from modeling_heptapod.focus import (
     FocusSettings,
     FocusState,
@@ -62,7 +62,7 @@ OPTIONS = {
 @pytest.fixture(autouse=True)
 def in_torch(monkeypatch):
     """The torch form of the step; the compiled one has tests of its own."""
-    monkeypatch.setattr(focus, "applies", lambda *_: False)
+    monkeypatch.setattr(focus_cpu, "_library", lambda head_dim: None)
 
 
 def in_float32(qfkv, kwargs):

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
-from modeling_heptapod import RecurrentCache, StaticRecurrentCache
+from modeling_heptapod import RecurrentCache, StaticRecurrentCache, focus_cpu
 from tests.tiny_leap import VARIANTS, random_ids, tiny_config, tiny_leap
 
 
@@ -40,6 +40,14 @@ CUTS = {
 }
 
 
+@pytest.fixture(params=["C", "torch"])
+def form(request, monkeypatch):
+    """The mixing step as it is compiled, and without that."""
+    if request.param == "torch":
+        monkeypatch.setattr(focus_cpu, "_library", lambda head_dim: None)
+
+
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("cache_class", [RecurrentCache, StaticRecurrentCache])
 @pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize("variant", VARIANTS)

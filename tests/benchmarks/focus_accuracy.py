@@ -8,6 +8,7 @@ by autograd. bf16 is held against the float64 result rounded to bf16, which noth
 import harness
 import torch
 
+from modeling_heptapod import focus
 from modeling_heptapod.focus import FocusSettings, focus_mean, focus_mixing, naive_focus_mixing
 
 
@@ -140,30 +141,33 @@ def main():
             worst = max(errors(reference(qfkv, grad, weight_function, window, 1e-5), naive))
             harness.require(worst < 1e-12, f"reference and naive loop differ by {worst:.1e}, window {window}")
 
+    forms = {"C": focus.applies, "torch": lambda *_: False}
     worst_forward = worst_backward = worst_bf16 = 0.0
     for window in windows:
         name = "global" if window is None else window
         for weight_function in ("exp", "elu"):
             qfkv, grad = make_inputs(n, 30)
-            settings = settings_of(weight_function, window)
-            got = run(mix, qfkv, grad, settings)
-            forward, backward = errors(got, reference(qfkv, grad, weight_function, window, 0.0))
             low, low_grad = make_inputs(n, 30, torch.bfloat16)
-            ratios = rounding_ratio(
-                run(mix, low, low_grad, settings), reference(low, low_grad, weight_function, window, 0.0)
-            )
-            report.row(
-                what=f"mixing, {weight_function}",
-                window=name,
-                logits="+-30",
-                forward=forward,
-                worst_gradient=backward,
-                bf16_forward_over_rounding=ratios[0],
-                bf16_gradient_over_rounding=ratios[1],
-                NaN=nan_share(got),
-            )
-            worst_forward, worst_backward = max(worst_forward, forward), max(worst_backward, backward)
-            worst_bf16 = max(worst_bf16, *ratios)
+            settings = settings_of(weight_function, window)
+            expected = reference(qfkv, grad, weight_function, window, 0.0)
+            low_expected = reference(low, low_grad, weight_function, window, 0.0)
+            for form, applies in forms.items():
+                focus.applies = applies
+                got = run(mix, qfkv, grad, settings)
+                forward, backward = errors(got, expected)
+                ratios = rounding_ratio(run(mix, low, low_grad, settings), low_expected)
+                report.row(
+                    what=f"mixing in {form}, {weight_function}",
+                    window=name,
+                    logits="+-30",
+                    forward=forward,
+                    worst_gradient=backward,
+                    bf16_forward_over_rounding=ratios[0],
+                    bf16_gradient_over_rounding=ratios[1],
+                    NaN=nan_share(got),
+                )
+                worst_forward, worst_backward = max(worst_forward, forward), max(worst_backward, backward)
+                worst_bf16 = max(worst_bf16, *ratios)
         logs = torch.empty(1, n, HEADS).uniform_(-30, 30)
         values, grad = (torch.randn(1, n, HEADS, HEAD_DIM) for _ in range(2))
         forward, backward = mean_errors(logs, values, grad, window)
