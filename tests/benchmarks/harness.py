@@ -6,8 +6,9 @@ Import it before torch: it sets environment variables that torch reads once.
 import os
 
 
-# Whether torch asks for huge pages when it allocates a lot; fresh memory is slow to touch without them, for everybody.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# Whether torch asks for huge pages when it allocates a lot. Fresh memory is slow to touch without them, which those feel
+# who allocate most; off is torch's own default, and so what everybody gets who has not set it.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "0")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

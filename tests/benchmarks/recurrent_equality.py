@@ -55,7 +55,7 @@ def main():
     tokens, new_tokens = (128, 16) if quick else (4_096, 256)
     variants = list(VARIANTS.items())[: 2 if quick else None]
 
-    worst, all_same = 0.0, True
+    worst, all_same, first = 0.0, True, None
     for name, options in variants:
         torch.manual_seed(0)
         model = harness.leap(initializer_range=0.2, tie_word_embeddings=False, **options).eval()
@@ -64,6 +64,9 @@ def main():
             parallel = model(ids, use_cache=False).logits
         stepwise = (logits_in_steps(model, ids) - parallel).abs().max().item()
         in_chunks = (logits_in_steps(model, ids, (tokens // 2 - 3, tokens // 2 - 5)) - parallel).abs().max().item()
+        with torch.no_grad():
+            rounding = (model.double()(ids, use_cache=False).logits - parallel).abs().max().item()
+        model.float()
         prompts = [torch.randint(0, model.config.vocab_size, (length,)) for length in (1, 7, 63, 200)]
         same = {
             "greedy": same_tokens(model, prompts[2:3], new_tokens),
@@ -75,17 +78,23 @@ def main():
             largest_logit=parallel.abs().max().item(),
             max_difference_one_token_at_a_time=stepwise,
             max_difference_in_chunks=in_chunks,
+            parallel_float32_from_float64=rounding,
             greedy_identical=same["greedy"],
             beams_identical=same["beams"],
             left_padded_batch_identical=same["padded"],
         )
+        first = max(stepwise, in_chunks) if first is None else first
         worst, all_same = max(worst, stepwise, in_chunks), all_same and all(same.values())
 
-    report.check("max difference of logits, worst", worst, "<=", 1e-4)
+    report.check("max difference of logits, default", first, "<=", 1e-4)
+    report.check("max difference of logits, worst of all options", worst, "<=", 1e-4)
     report.check("generated tokens identical everywhere", all_same, "==", True)
     report.note(
         f"float32, {tokens:,} tokens, random untied weights, initializer_range=0.2; {new_tokens} new tokens, 4 beams, "
         "padded batch of lengths 1, 7, 63, 200; each against the prompt alone without a cache."
+    )
+    report.note(
+        "Without rescaling, float32 itself is as far from float64 in the parallel form as the two forms are apart."
     )
     report.finish()
 

@@ -1,6 +1,9 @@
 """Run all benchmarks, each in a process of its own, and write `results/<name>.json` for each that passed its own check.
 
 python tests/benchmarks/run_all.py [name ...] [--quick]
+
+With `THP_MEM_ALLOC_ENABLE=1` in the environment, torch asks for huge pages and the files are
+`results/<name>_huge_pages.json`.
 """
 
 import argparse
@@ -85,8 +88,10 @@ def main():
         missed += [f"{name}: {check['what']}" for check in result["checks"] if not check["met"]]
         if not arguments.quick:
             date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-            full = {"name": name, "command": f"python tests/benchmarks/{name}.py", "date": date, **about, **result}
-            path = HERE / "results" / f"{name}.json"
+            huge_pages = result["settings"]["THP_MEM_ALLOC_ENABLE"] == "1"
+            command = "THP_MEM_ALLOC_ENABLE=1 " * huge_pages + f"python tests/benchmarks/{name}.py"
+            full = {"name": name, "command": command, "date": date, **about, **result}
+            path = HERE / "results" / f"{name}{'_huge_pages' * huge_pages}.json"
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(full, indent=1) + "\n")
             print(f"written: {path.relative_to(HERE.parents[1])}")
