@@ -120,27 +120,27 @@ def applies(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> bool:
 
 
 @lru_cache(maxsize=256)
-def _sizes(shape, bf16, settings, past, rotary_rows, threads):
-    """The integers and factors of `Mixing`: kept, because a single token feels the time it takes to gather them."""
+def _blank(shape, dtype, settings, past, rotary_rows, threads):
+    """A `Mixing` without its pointers: kept, because a single token feels the time it takes to make one."""
     batch, seq, parts, heads, dim = shape
-    return {
-        "batch": batch,
-        "seq": seq,
-        "heads": heads,
-        "parts": parts,
-        "window": settings.window or 0,
-        "past": past,
-        "kept": 0 if settings.window is None else min(settings.window - 1, past + seq),
-        "bf16": bf16,
-        "normalize": settings.normalize,
-        "elu": settings.weight_function == "elu",
-        "gate": _GATES[settings.query_gate],
-        "bounded": settings.bounded(dim),
-        "rotary_stride": seq * dim if rotary_rows > 1 else 0,
-        "threads": min(threads, batch * heads) if batch * seq * heads >= _PARALLEL else 1,
-        "scale": settings.scale,
-        "null_weight": settings.null_weight,
-    }
+    return _Mixing(
+        batch=batch,
+        seq=seq,
+        heads=heads,
+        parts=parts,
+        window=settings.window or 0,
+        past=past,
+        kept=0 if settings.window is None else min(settings.window - 1, past + seq),
+        bf16=dtype == torch.bfloat16,
+        normalize=settings.normalize,
+        elu=settings.weight_function == "elu",
+        gate=_GATES[settings.query_gate],
+        bounded=settings.bounded(dim),
+        rotary_stride=seq * dim if rotary_rows > 1 else 0,
+        threads=min(threads, batch * heads) if batch * seq * heads >= _PARALLEL else 1,
+        scale=settings.scale,
+        null_weight=settings.null_weight,
+    )
 
 
 class NativeMixing:
@@ -153,48 +153,50 @@ class NativeMixing:
     """
 
     def __init__(self, qfkv, settings, decay=None, rotary=None, padding_mask=None, segments=None, past=None):
-        cos, sin = (None, None) if rotary is None else rotary
-        logs, values = (None, None) if past is None else past
-        tokens = 0 if logs is None or settings.window is None else logs.shape[2]
-        rows = 0 if cos is None else cos.shape[0]
-        is_bf16 = qfkv.dtype == torch.bfloat16
-        self.sizes = _sizes(tuple(qfkv.shape), is_bf16, settings, tokens, rows, torch.get_num_threads())
         self.windowed, self.library = settings.window is not None, _library(qfkv.shape[-1])
-        given = {"decay": decay, "cos": cos, "sin": sin, "past_logs": logs, "past_values": values}
-        given = {name: x.float().contiguous() for name, x in given.items() if x is not None}
+        self.given, tokens, rows = {}, 0, 0
+        if decay is not None:
+            self.given["decay"] = decay.float().contiguous()
+        if rotary is not None:
+            self.given["cos"], self.given["sin"] = rotary[0].contiguous(), rotary[1].contiguous()
+            rows = rotary[0].shape[0]
         if padding_mask is not None:
-            given["mask"] = padding_mask.contiguous()
+            self.given["mask"] = padding_mask.contiguous()
         if segments is not None:
-            given["segments"] = segments.contiguous()
-        self.given = given
-        self.carries = None
+            self.given["segments"] = segments.contiguous()
+        if past is not None:
+            self.given["past_logs"], self.given["past_values"] = (x.float().contiguous() for x in past)
+            tokens = past[0].shape[2] if self.windowed else 0
+        self.blank = _blank(qfkv.shape, qfkv.dtype, settings, tokens, rows, torch.get_num_threads())
 
-    def call(self, name: str, **tensors: torch.Tensor | None) -> None:
+    def call(self, name: str, **tensors: torch.Tensor) -> None:
         """Call a function of the library with what was given and what `tensors` adds."""
-        tensors = {**self.given, **tensors}
-        pointers = {name: x.data_ptr() for name, x in tensors.items() if x is not None}
-        if getattr(self.library, name)(_Mixing(**self.sizes, **pointers)):
+        mixing = _Mixing.from_buffer_copy(self.blank)
+        for field, tensor in (*self.given.items(), *tensors.items()):
+            setattr(mixing, field, tensor.data_ptr())
+        if getattr(self.library, name)(mixing):
             raise MemoryError("The mixing step found no memory for one block of tokens.")
 
     def forward(self, qfkv: torch.Tensor, for_backward: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Output `[batch, seq, heads, head_dim]`, and log weights and values of the `FocusState` after the last token."""
         batch, seq, parts, heads, dim = qfkv.shape
         channels = dim if parts == 3 else 2 * dim
-        kept = (self.sizes["kept"],) if self.windowed else ()
+        kept = (self.blank.kept,) if self.windowed else ()
         logs = qfkv.new_empty(batch, heads, *kept, dtype=torch.float32)
         values = logs.new_empty(*logs.shape, channels)
         if for_backward and not self.windowed:
-            self.carries = logs.new_empty(batch, heads, -(-seq // _BLOCK), 2 + channels, dtype=torch.float64)
+            carries = logs.new_empty(batch, heads, -(-seq // _BLOCK), 2 + channels, dtype=torch.float64)
+            self.given["carries"] = carries  # for the backward pass as well
         out = qfkv.new_empty(batch, seq, heads, dim)
         state = {"final_logs": logs, "final_values": values}
-        self.call("focus_forward", input=qfkv.contiguous(), out=out, carries=self.carries, **state)
+        self.call("focus_forward", input=qfkv.contiguous(), out=out, **state)
         return out, logs, values
 
     def backward(self, qfkv: torch.Tensor, grad_out: torch.Tensor) -> torch.Tensor:
         """Gradient of `qfkv` from that of the output."""
         qfkv, grad_out = qfkv.contiguous(), grad_out.to(qfkv.dtype).contiguous()
         grad = torch.empty_like(qfkv)
-        self.call("focus_backward", input=qfkv, grad_out=grad_out, grad_in=grad, carries=self.carries)
+        self.call("focus_backward", input=qfkv, grad_out=grad_out, grad_in=grad)
         return grad
 
 

@@ -28,7 +28,6 @@ from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
@@ -329,7 +328,6 @@ class LeapModel(LeapPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults
     @capture_outputs
     @auto_docstring
     def forward(
@@ -361,7 +359,11 @@ class LeapModel(LeapPreTrainedModel):
         """
         inputs_embeds = self._embed(input_ids, inputs_embeds)
         seq = inputs_embeds.shape[1]
-        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        # Not by `merge_with_config_defaults`, which also writes `is_causal` into the config: a token would feel that.
+        config = self.config
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        use_cache = config.use_cache if use_cache is None else use_cache
+        is_causal = config.is_causal if is_causal is None else is_causal
         if not is_causal:
             if past_key_values is not None:
                 raise ValueError(

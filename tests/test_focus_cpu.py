@@ -300,3 +300,16 @@ def test_logits_that_overflow_a_plain_exponential():
     out, _ = focus_mixing(qfkv, settings)
     assert math.isfinite(out.sum().item())
     torch.testing.assert_close(out, torch.full((1, 5, 1, 2), 20.0))
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_single_tokens_of_extreme_logits(window):
+    settings = FocusSettings(scale=1.0, weight_function="exp", window=window, query_gate="none")
+    qfkv = torch.randn(1, 6, 3, 1, 4)
+    logits = torch.tensor([100.0, -100.0, 0.0, 100.0, -100.0, -100.0])
+    qfkv[0, :, 0, 0], qfkv[0, :, 1, 0] = logits[:, None] / 4, 1.0
+    expected, _ = focus_mixing(qfkv, settings)
+    _, state = focus_mixing(qfkv[:, :1], settings)
+    packed = pack_state(state, settings, 4, 1)
+    outs = [focus_cpu.step(qfkv[:, t : t + 1], settings, None, None, packed) for t in range(1, 6)]
+    torch.testing.assert_close(torch.cat(outs, 1), expected[:, 1:], rtol=1e-5, atol=1e-5)
