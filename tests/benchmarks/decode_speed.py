@@ -34,14 +34,14 @@ class Stepper:
     def __init__(self, run, cache, tokens):
         self.run, self.cache, self.tokens = run, cache, tokens.split(1, dim=1)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def logits(self):
         cache = copy.deepcopy(self.cache)
         return torch.cat(
             [self.run(token, past_key_values=cache, use_cache=True).logits for token in self.tokens], dim=1
         )
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self):
         cache = copy.deepcopy(self.cache)
         began = time.perf_counter()
@@ -53,7 +53,7 @@ class Stepper:
 class CompiledStepper(Stepper):
     """The same on a compiled forward, whose graph knows the addresses in the cache: it runs on in the same one."""
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self):
         began = time.perf_counter()
         for token in self.tokens:
@@ -170,6 +170,7 @@ def main():
     )
     disturbed += noisy + more
     report.note("4 layers of width 256, float32, batch 1; milliseconds per token; GPT-2's cache holds random numbers.")
+    report.note("Forwards are called in inference mode, both models alike; `generate` runs under no_grad.")
     report.note("GPT-2's default cache is copied at each step; its static one is not, but has to be sized in advance.")
     report.note(f"Medians of up to {rounds} rounds of {steps} tokens; disturbed by other processes: {disturbed}.")
     report.finish()
