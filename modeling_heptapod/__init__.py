@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from .configuration_heptapod import HeptapodConfig
 from .configuration_leap import LeapConfig
 
 
@@ -24,6 +25,9 @@ except PackageNotFoundError:  # run from a folder that was not installed
     __version__ = "unknown"
 
 _MODULE_OF = {
+    "HeptapodForMaskedLM": "modeling_heptapod",
+    "HeptapodModel": "modeling_heptapod",
+    "HeptapodPreTrainedModel": "modeling_heptapod",
     "LeapForCausalLM": "modeling_leap",
     "LeapForMaskedLM": "modeling_leap",
     "LeapForSequenceClassification": "modeling_leap",
@@ -33,6 +37,8 @@ _MODULE_OF = {
     "StaticRecurrentCache": "recurrent_cache",
 }
 _MODELS = (
+    (AutoModel, HeptapodConfig, "HeptapodModel"),
+    (AutoModelForMaskedLM, HeptapodConfig, "HeptapodForMaskedLM"),
     (AutoModel, LeapConfig, "LeapModel"),
     (AutoModelForCausalLM, LeapConfig, "LeapForCausalLM"),
     (AutoModelForMaskedLM, LeapConfig, "LeapForMaskedLM"),
@@ -72,8 +78,9 @@ class _ModelOnDemand:
         return (__getattr__(self._name),)
 
 
+AutoConfig.register("heptapod", HeptapodConfig)
 AutoConfig.register("leap", LeapConfig)
 for _auto_class, _config_class, _name in _MODELS:
     _auto_class.register(_config_class, _ModelOnDemand(_config_class, _name))
 
-__all__ = ["LeapConfig", *_MODULE_OF]
+__all__ = ["HeptapodConfig", "LeapConfig", *_MODULE_OF]
