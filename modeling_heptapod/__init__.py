@@ -7,6 +7,7 @@ one of their classes is first used.
 import importlib
 from importlib.metadata import PackageNotFoundError, version
 
+import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -26,8 +27,11 @@ except PackageNotFoundError:  # run from a folder that was not installed
 
 _MODULE_OF = {
     "HeptapodForMaskedLM": "modeling_heptapod",
+    "HeptapodGenerationConfig": "generation_heptapod",
+    "HeptapodGenerationMixin": "generation_heptapod",
     "HeptapodModel": "modeling_heptapod",
     "HeptapodPreTrainedModel": "modeling_heptapod",
+    "HeptapodProcessor": "processing_heptapod",
     "LeapForCausalLM": "modeling_leap",
     "LeapForMaskedLM": "modeling_leap",
     "LeapForSequenceClassification": "modeling_leap",
@@ -82,5 +86,7 @@ AutoConfig.register("heptapod", HeptapodConfig)
 AutoConfig.register("leap", LeapConfig)
 for _auto_class, _config_class, _name in _MODELS:
     _auto_class.register(_config_class, _ModelOnDemand(_config_class, _name))
+# `AutoProcessor.register` would import most of transformers; AutoProcessor also looks for a class by name here.
+transformers.HeptapodProcessor = _ModelOnDemand(HeptapodConfig, "HeptapodProcessor")
 
 __all__ = ["HeptapodConfig", "LeapConfig", *_MODULE_OF]

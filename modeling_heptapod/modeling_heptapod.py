@@ -103,6 +103,10 @@ class HeptapodLayer(GradientCheckpointingLayer):
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
 
+class HeptapodFeedback(nn.Linear):
+    """What the model makes of its last prediction. It starts at zero: an untrained model does not listen to itself."""
+
+
 @auto_docstring
 class HeptapodPreTrainedModel(FullAutoMapMixin, PreTrainedModel):
     config: HeptapodConfig
@@ -121,8 +125,8 @@ class HeptapodPreTrainedModel(FullAutoMapMixin, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, HeptapodForMaskedLM) and module.config.self_conditioning:
-            init.zeros_(module.feedback_proj.weight)
+        if isinstance(module, HeptapodFeedback):
+            init.zeros_(module.weight)
 
 
 @auto_docstring
@@ -131,7 +135,9 @@ class HeptapodModel(HeptapodPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.layers = nn.ModuleList([HeptapodLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList(
+            [HeptapodLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -325,7 +331,7 @@ class HeptapodForMaskedLM(HeptapodPreTrainedModel):
         self.model = HeptapodModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.self_conditioning:
-            self.feedback_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+            self.feedback_proj = HeptapodFeedback(config.hidden_size, config.hidden_size, bias=False)
         if config.neighbor_loss_weight:
             self.neighbor_projs = nn.ModuleList(
                 [nn.Linear(config.hidden_size, config.hidden_size, bias=False) for _ in _DIRECTIONS]
