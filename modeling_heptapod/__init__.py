@@ -5,9 +5,10 @@ one of their classes is first used.
 """
 
 import importlib
+import importlib.util
+import sys
 from importlib.metadata import PackageNotFoundError, version
 
-import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -82,11 +83,36 @@ class _ModelOnDemand:
         return (__getattr__(self._name),)
 
 
+class _RegisterProcessorLater:
+    """Registers the processor when AutoProcessor is imported: it brings most of transformers along, so we do not."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "transformers.models.auto.processing_auto":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module):
+            execute(module)
+            _register_processor(module.AutoProcessor)
+
+        spec.loader.exec_module = execute_and_register
+        return spec
+
+
+def _register_processor(auto_processor):
+    auto_processor.register(HeptapodConfig, _ModelOnDemand(HeptapodConfig, "HeptapodProcessor"))
+
+
 AutoConfig.register("heptapod", HeptapodConfig)
 AutoConfig.register("leap", LeapConfig)
 for _auto_class, _config_class, _name in _MODELS:
     _auto_class.register(_config_class, _ModelOnDemand(_config_class, _name))
-# `AutoProcessor.register` would import most of transformers; AutoProcessor also looks for a class by name here.
-transformers.HeptapodProcessor = _ModelOnDemand(HeptapodConfig, "HeptapodProcessor")
+_processing_auto = sys.modules.get("transformers.models.auto.processing_auto")
+if _processing_auto is None:
+    sys.meta_path.insert(0, _RegisterProcessorLater())
+else:
+    _register_processor(_processing_auto.AutoProcessor)
 
 __all__ = ["HeptapodConfig", "LeapConfig", *_MODULE_OF]
