@@ -26,6 +26,9 @@ class HeptapodConfig(PreTrainedConfig):
     rope_theta (`float`, *optional*, defaults to 100.0):
         Base of the two-dimensional rotary positions. Pages are not as long as texts: with 100 the slowest channel turns
         once in a few hundred cells.
+    border_distances (`bool`, *optional*, defaults to `True`):
+        Whether cells are told how far they are from the four borders of their page. Without it they know only how they lie
+        to each other, and all cells of an empty page are alike.
     grid_size (`list`, *optional*):
         Height and width of the page that flat inputs `[batch, height * width]` are laid on when a call does not say.
     self_conditioning (`bool`, *optional*, defaults to `False`):
@@ -61,6 +64,7 @@ class HeptapodConfig(PreTrainedConfig):
     dilation: int | list[int] | tuple[int, ...] = 2
     num_global_heads: int = 0
     rope_theta: float | int = 100.0
+    border_distances: bool = True
     grid_size: list[int] | tuple[int, ...] | None = None
     self_conditioning: bool = False
     neighbor_loss_weight: float | int = 0.0

@@ -207,18 +207,17 @@ class _TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, radius, scale, padding_mask, dropout, seed):
-        with torch.autocast(q.device.type, enabled=False):
-            tiling, drop = _Tiling(q, radius, padding_mask), _Dropout(dropout, seed, q.device)
-            padded = tiling.pad_queries(q)
-            out = torch.empty_like(padded)
-            tiles, outs = tiling.tiles(padded), tiling.tiles(out)
-            keys, values = (tiling.halos(tiling.pad_keys(x)) for x in (k, v))
-            for step in tiling.steps():
-                weights = tiling.weights(tiling.gather(tiles[step]), tiling.gather(keys[step]), step, scale)
-                if dropout:
-                    weights = weights.mul_(drop.factors(weights))
-                part = torch.bmm(weights, tiling.gather(values[step]))
-                outs[step] = part.view(outs[step].shape)
+        tiling, drop = _Tiling(q, radius, padding_mask), _Dropout(dropout, seed, q.device)
+        padded = tiling.pad_queries(q)
+        out = torch.empty_like(padded)
+        tiles, outs = tiling.tiles(padded), tiling.tiles(out)
+        keys, values = (tiling.halos(tiling.pad_keys(x)) for x in (k, v))
+        for step in tiling.steps():
+            weights = tiling.weights(tiling.gather(tiles[step]), tiling.gather(keys[step]), step, scale)
+            if dropout:
+                weights = weights.mul_(drop.factors(weights))
+            part = torch.bmm(weights, tiling.gather(values[step]))
+            outs[step] = part.view(outs[step].shape)
         ctx.save_for_backward(q, k, v, padding_mask)
         ctx.arguments = radius, scale, dropout, seed
         return tiling.crop(out)

@@ -22,6 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .auto_map import FullAutoMapMixin
 from .configuration_heptapod import HeptapodConfig
+from .generation_heptapod import HeptapodGenerationMixin
 from .local_attention import attention_weights, grid_rotary, local_attention, rotate
 
 
@@ -61,18 +62,20 @@ class HeptapodAttention(nn.Module):
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         dropout = self.attention_dropout if self.training else 0.0
         in_the_open = output_attentions or self.config._attn_implementation == "eager"
-        outputs, attentions = [], []
-        for heads, *window in self.head_groups:
-            if in_the_open:
-                weights = attention_weights(q[:, heads], k[:, heads], *window, padding_mask)
-                attentions.append(weights)
-                out = nn.functional.dropout(weights, dropout) @ v[:, heads].flatten(2, 3)
-                outputs.append(out.unflatten(2, grid_size))
-            else:
-                parts = q[:, heads], k[:, heads], v[:, heads]
-                outputs.append(local_attention(*parts, *window, padding_mask, dropout=dropout))
-        out = torch.cat(outputs, dim=1).permute(0, 2, 3, 1, 4).reshape(hidden_states.shape)
-        return self.o_proj(out), torch.cat(attentions, dim=1) if output_attentions else None
+        attentions = None
+        if in_the_open:
+            parts = [attention_weights(q[:, at], k[:, at], *window, padding_mask) for at, *window in self.head_groups]
+            attentions = torch.cat(parts, dim=1)
+            out = nn.functional.dropout(attentions, dropout) @ v.flatten(2, 3)
+            out = out.unflatten(2, grid_size)
+        else:
+            parts = [
+                local_attention(q[:, at], k[:, at], v[:, at], *window, padding_mask, dropout=dropout)
+                for at, *window in self.head_groups
+            ]
+            out = torch.cat(parts, dim=1)
+        out = out.permute(0, 2, 3, 1, 4).reshape(hidden_states.shape)
+        return self.o_proj(out), attentions if output_attentions else None
 
 
 class HeptapodMLP(nn.Module):
@@ -101,6 +104,38 @@ class HeptapodLayer(GradientCheckpointingLayer):
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+
+class HeptapodBorders(nn.Module):
+    """Where a cell lies on its page: its distances to the four borders, as sines and cosines of eight frequencies.
+
+    Rotary positions tell how cells lie to each other, not where: on an empty page, whose cells all hold the same mask
+    token, attention averages equal vectors, and every cell would be told the same.
+    """
+
+    num_frequencies = 8
+
+    def __init__(self, config: HeptapodConfig):
+        super().__init__()
+        self.theta = config.rope_theta
+        self.proj = nn.Linear(8 * self.num_frequencies, config.hidden_size, bias=False)
+
+    def forward(self, grid_size: tuple[int, int], padding_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Embeddings `[1 or batch, height, width, hidden_size]`; pages begin and end with their first and last real cell."""
+        device, dtype = self.proj.weight.device, self.proj.weight.dtype
+        distances = []
+        for axis, length in enumerate(grid_size):
+            place = torch.arange(length, device=device)[None]
+            first, last = place[:, :1], place[:, -1:]
+            if padding_mask is not None:
+                real = padding_mask.any(2 - axis).int()
+                first, last = real.argmax(1, keepdim=True), length - 1 - real.flip(1).argmax(1, keepdim=True)
+            shape = (-1, length, 1) if axis == 0 else (-1, 1, length)
+            distances += [x.view(shape).expand(-1, *grid_size) for x in (place - first, last - place)]
+        steps = torch.arange(self.num_frequencies, dtype=torch.float32, device=device) / self.num_frequencies
+        angles = (torch.stack(distances, dim=-1).unsqueeze(-1) * self.theta**-steps).flatten(-2)
+        features = torch.cat((angles.sin(), angles.cos()), dim=-1) / (4 * self.num_frequencies) ** 0.5
+        return self.proj(features.to(dtype))
 
 
 class HeptapodFeedback(nn.Linear):
@@ -134,6 +169,7 @@ class HeptapodModel(HeptapodPreTrainedModel):
     def __init__(self, config: HeptapodConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.borders = HeptapodBorders(config) if config.border_distances else None
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList(
             [HeptapodLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
@@ -171,7 +207,13 @@ class HeptapodModel(HeptapodPreTrainedModel):
         padding_mask = _padding_mask(attention_mask, inputs_embeds.shape[:-1], grid_size)
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         rotary = grid_rotary(*grid_size, self.config.head_dim, self.config.rope_theta, inputs_embeds.device)
-        hidden_states = self.dropout(inputs_embeds)
+        hidden_states = inputs_embeds
+        if self.borders is not None:
+            places = self.borders(grid_size, padding_mask).to(inputs_embeds.dtype)
+            hidden_states = hidden_states + places.expand(len(inputs_embeds), *places.shape[1:]).reshape_as(
+                inputs_embeds
+            )
+        hidden_states = self.dropout(hidden_states)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -323,7 +365,7 @@ def _count(labels, num_items_in_batch):
     masks cells of the clean page that it is given, and predicts them.
     """
 )
-class HeptapodForMaskedLM(HeptapodPreTrainedModel):
+class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: HeptapodConfig):

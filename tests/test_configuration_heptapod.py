@@ -15,7 +15,7 @@ def test_defaults():
     assert config.attention_types == ["local", "dilated", "local", "global"]
     assert (config.window_size, config.dilation, config.num_global_heads) == (3, 2, 0)
     assert (config.rope_theta, config.initializer_range, config.layer_norm_eps) == (100.0, 0.02, 1e-5)
-    assert config.tie_word_embeddings and not config.self_conditioning
+    assert config.tie_word_embeddings and config.border_distances and not config.self_conditioning
     assert config.neighbor_loss_weight == config.hidden_dropout == config.attention_dropout == 0
     assert config.grid_size is config.mask_token_id is config.pad_token_id is None
 
@@ -64,6 +64,7 @@ TYPE_ERRORS = {
     "rope_theta": "large",
     "grid_size": 64,
     "self_conditioning": "yes",
+    "border_distances": "no",
     "neighbor_loss_weight": "little",
     "mask_token_id": "[MASK]",
     "pad_token_id": "pad",

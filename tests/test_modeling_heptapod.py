@@ -27,6 +27,7 @@ def describe(config):
         layers=layers,
         global_heads=config.num_global_heads,
         rope_theta=config.rope_theta,
+        borders=config.border_distances,
         layer_norm_eps=config.layer_norm_eps,
     )
 
@@ -84,6 +85,7 @@ def test_the_oracle_tells_every_option_apart():
         {"layers": [window(1), None]},
         {"global_heads": 2},
         {"rope_theta": 90.0},
+        {"borders": False},
         {"layer_norm_eps": 1e-2},
     ):
         other = heptapod_logits(weights, page.tolist(), dataclasses.replace(description, **change))
@@ -162,6 +164,19 @@ def test_rows_are_not_columns():
             upright = model(page).logits
             turned = model(page.transpose(1, 2)).logits.transpose(1, 2)
         assert (upright - turned).abs().max() > 0.05, variant
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_cells_of_an_empty_page_know_where_they_are(variant):
+    model = tiny_heptapod(**{**VARIANTS[variant], "border_distances": True})
+    page = torch.full((1, 5, 6), MASK)
+    with torch.no_grad():
+        logits = model(page).logits.flatten(0, 2)
+    assert torch.pdist(logits).min() > 0.05
+    if variant == "no borders":
+        with torch.no_grad():
+            logits = tiny_heptapod(**VARIANTS[variant])(page).logits.flatten(0, 2)
+        assert torch.pdist(logits).max() < 1e-4
 
 
 # --- pads leave no trace -----------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ VARIANTS = {
     "local": {"attention_types": ["local", "local"], "window_size": [1, 2]},
     "dilated": {"attention_types": ["dilated", "dilated"], "window_size": 1, "dilation": [2, 3]},
     "global": {"attention_types": ["global", "global"], "rope_theta": 1000.0},
+    "no borders": {"border_distances": False, "window_size": [1, 2], "dilation": 3},
     "split": {"attention_types": ["local", "dilated"], "window_size": 1, "num_global_heads": 1},
     "feedback": {"self_conditioning": True, "tie_word_embeddings": True, "intermediate_size": 24},
     "neighbors": {"neighbor_loss_weight": 0.5, "attention_types": ["local", "global"], "window_size": 1},

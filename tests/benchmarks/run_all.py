@@ -24,6 +24,7 @@ NAMES = (
     "decode_state",
     "training_step",
     "decode_speed",
+    "grid_attention",
 )
 
 

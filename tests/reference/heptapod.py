@@ -22,6 +22,7 @@ class HeptapodDescription:
     layers: list
     global_heads: int = 0
     rope_theta: float = 100.0
+    borders: bool = True
     layer_norm_eps: float = 1e-5
 
 
@@ -64,6 +65,9 @@ def _page_logits(weights, page, cells, description, real, before):
             share = before[y, x].exp() / before[y, x].exp().sum()
             guess = sum(share[token] * table[token] for token in range(len(table)))
             stream[y, x] = stream[y, x] + weights["feedback_proj.weight"] @ guess
+        if description.borders:
+            features = _distances(y, x, [cell for cell in cells if real[cell]], description.rope_theta)
+            stream[y, x] = stream[y, x] + weights["model.borders.proj.weight"] @ features.to(table)
     for layer, offsets in enumerate(description.layers):
 
         def parameter(name, layer=layer):
@@ -83,6 +87,14 @@ def _page_logits(weights, page, cells, description, real, before):
         z = weights["lm_head.weight"] @ z
         logits.append(z if real[cell] else torch.full_like(z, math.nan))
     return torch.stack(logits).view(len(page), len(page[0]), -1)
+
+
+def _distances(y, x, page, theta):
+    """Sines, then cosines, of the distances to the top, bottom, left and right of the page, at eight frequencies each."""
+    rows, columns = [row for row, _ in page], [column for _, column in page]
+    distances = y - min(rows), max(rows) - y, x - min(columns), max(columns) - x
+    angles = [distance * theta ** (-step / 8) for distance in distances for step in range(8)]
+    return torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles]) / math.sqrt(32)
 
 
 def _layer_norm(x, parameter, name, description):
