@@ -184,8 +184,7 @@ def num_open_after(iteration: int, num_open: torch.Tensor, num_iterations: int, 
     done = last.clamp(max=iteration + 1)
     if counts == "linear":
         return num_open - num_open * done // last
-    # The small number keeps halves such as cos(pi / 3) from being rounded to less than they are.
-    left = (num_open * torch.cos(math.pi / 2 * done.double() / last) + 1e-9).floor().long()
+    left = (num_open * torch.cos(math.pi / 2 * done.double() / last)).floor().long()
     return torch.where(done == last, 0, torch.minimum(left, num_open - done))
 
 

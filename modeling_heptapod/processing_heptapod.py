@@ -9,6 +9,7 @@ in order without the blanks gives the text back.
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
@@ -205,6 +206,20 @@ class HeptapodProcessor(ProcessorMixin):
         pages = np.full((-(-len(rows) // height), height, width), self.blank_token_id, dtype=np.int64)
         _write(pages.reshape(-1, width), rows)
         return pages
+
+    def open_cells(self, pages, region) -> torch.Tensor:
+        """Open a region of pages that are laid out already.
+
+        Args:
+            pages: token ids `[..., height, width]`, a tensor or an array; it stays as it is.
+            region: see [`open_region`].
+
+        Returns:
+            The pages with mask tokens in the region, pads excepted.
+        """
+        pages = torch.as_tensor(pages)
+        is_open = torch.from_numpy(open_region(region, *pages.shape[-2:])).to(pages.device)
+        return pages.masked_fill(is_open & (pages != self.tokenizer.pad_token_id), self.tokenizer.mask_token_id)
 
     def decode(self, page, mask_text: str = "\u2591", skip_special_tokens: bool = True) -> str:
         """The text on a page.

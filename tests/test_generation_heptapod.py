@@ -336,32 +336,30 @@ def test_scores_of_a_raster_page_add_up_to_its_probability():
         assert scores.sum().exp().item() == pytest.approx(raster[tuple(page)].item(), rel=1e-4)
 
 
+def top_p(probabilities, share):
+    """The fewest symbols that make up a share, the others without a chance."""
+    order = probabilities.argsort(descending=True)
+    kept = order[: int((probabilities[order].cumsum(0) < share).sum()) + 1]
+    only = torch.zeros_like(probabilities).index_copy(0, kept, probabilities[kept])
+    return only / only.sum()
+
+
 @pytest.mark.parametrize(
-    "options, shape",
+    "options, shape, left",
     [
-        ({"temperature": 2.0}, lambda p: (p / 2).softmax(-1)),
-        ({"temperature": 0.5}, lambda p: (p * 2).softmax(-1)),
-        ({"top_k": 2}, lambda p: p.masked_fill(p < p.sort().values[-2], -torch.inf).softmax(-1)),
-        (
-            {"top_k": 2, "temperature": 3.0},
-            lambda p: (p.masked_fill(p < p.sort().values[-2], -torch.inf) / 3).softmax(-1),
-        ),
-        ({"top_p": 0.6}, None),
+        ({"temperature": 2.0}, lambda x: (x / 2).softmax(-1), 3),
+        ({"temperature": 0.5}, lambda x: (x * 2).softmax(-1), 3),
+        ({"top_k": 2}, lambda x: x.masked_fill(x == x.min(), -torch.inf).softmax(-1), 2),
+        ({"top_k": 2, "temperature": 3.0}, lambda x: (x.masked_fill(x == x.min(), -torch.inf) / 3).softmax(-1), 2),
+        ({"top_p": 0.6}, lambda x: top_p(x.softmax(-1), 0.6), 2),
+        ({"top_p": 0.6, "temperature": 0.2}, lambda x: top_p((x * 5).softmax(-1), 0.6), 1),
     ],
 )
-def test_what_is_drawn_is_shaped_as_told(options, shape):
+def test_what_is_drawn_is_shaped_as_told(options, shape, left):
     model = tiny_stub()
     with torch.no_grad():
-        logits = model(torch.full((1, 1, 1), 3)).logits[0, 0, 0, :3].double()
-    if shape is None:  # the fewest symbols that make up 0.6
-        probabilities = logits.softmax(-1)
-        order = probabilities.argsort(descending=True)
-        kept = order[: int((probabilities[order].cumsum(0) < 0.6).sum()) + 1]
-        assert len(kept) == 2
-        expected = torch.zeros(3, dtype=torch.float64).index_copy(0, kept, probabilities[kept])
-        expected /= expected.sum()
-    else:
-        expected = shape(logits)
+        expected = shape(model(torch.full((1, 1, 1), 3)).logits[0, 0, 0, :3].double())
+    assert (expected > 0).sum() == left
     out = details(model, torch.full((20000, 1, 1), 3), do_sample=True, seed=1, **options)
     observed = out.sequences.flatten().bincount(minlength=3).double()
     assert not observed[expected == 0].any()
@@ -385,12 +383,15 @@ def test_narrow_sampling_is_greedy(schedule):
     assert not torch.equal(greedy(do_sample=True), expected)
 
 
-def test_confidence_is_that_of_the_distribution_before_the_warpers():
-    """With top_k=1 each draw would have probability 1 and no cell would be surer than another."""
+@pytest.mark.parametrize("schedule", ["confidence", "entropy"])
+def test_the_order_does_not_depend_on_the_warpers(schedule):
+    """With top_k=1 each draw has probability 1 and no entropy: no cell would be surer than another, or doubtful."""
+    how = {"schedule": schedule, "num_iterations": 5, "entropy_bound": 1.5, "reopen_threshold": 0.5}
     model, pages = stub(), prompts()
-    expected = details(model, pages, num_iterations=5)
-    out = details(model, pages, num_iterations=5, do_sample=True, top_k=1)
-    assert torch.equal(out.committed_at, expected.committed_at)
+    expected = details(model, pages, **how)
+    out = details(model, pages, do_sample=True, top_k=1, **how)
+    assert torch.equal(out.trajectory, expected.trajectory) and torch.equal(out.committed_at, expected.committed_at)
+    assert ((out.trajectory[:-1] != MASK) & (out.trajectory[1:] == MASK)).any()
     assert not out.scores.any()  # drawn with certainty
     assert (expected.scores[pages == MASK] < 0).all()
 

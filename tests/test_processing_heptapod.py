@@ -197,6 +197,20 @@ def test_regions(by_bytes, region, expected):
     assert not (out.input_ids[1] == MASK).any()
 
 
+def test_cells_of_laid_out_pages_are_opened(by_bytes):
+    out = by_bytes(["a\nb\nc\n", "abcdefgh"], width=[2, 4], height=[3, 3])
+    before = out.input_ids.clone()
+    for pages in (out.input_ids, out.input_ids.numpy()):
+        opened = by_bytes.open_cells(pages, "bottom")
+        assert torch.equal(
+            opened == MASK, torch.tensor([[[0] * 4] * 2 + [[1, 1, 0, 0]], [[0] * 4] * 2 + [[1] * 4]]) > 0
+        )
+        assert torch.equal(opened[opened != MASK], before[opened != MASK]) and torch.equal(out.input_ids, before)
+    assert torch.equal(by_bytes.open_cells(before[1], (0, 0, 1, 1)).flatten()[1:], before[1].flatten()[1:])
+    with pytest.raises(ValueError, match="`mask_region`"):
+        by_bytes.open_cells(before, "edge")
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (2, 2), (32, 64)])
 def test_regions_of_pages_of_any_size(size):
     for region in ("top", "middle", "bottom", "hole", "all"):

@@ -14,7 +14,7 @@ def schedule_left(iteration, num_open, num_iterations, counts):
         return 0
     if counts == "linear":
         return num_open - (num_open * done) // steps
-    return min(math.floor(num_open * math.cos(math.pi / 2 * done / steps) + 1e-9), num_open - done)
+    return min(math.floor(num_open * math.cos(math.pi / 2 * done / steps)), num_open - done)
 
 
 def write_page(
