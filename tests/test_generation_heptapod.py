@@ -19,6 +19,7 @@ from modeling_heptapod.generation_heptapod import (
     num_open_after,
 )
 from tests.reference.grid_generation import schedule_left, write_page
+from tests.tiny_heptapod import VARIANTS, random_page, tiny_heptapod
 
 
 MASK, PAD, SYMBOLS = 7, 8, 7
@@ -427,6 +428,62 @@ def test_pads_without_a_mask_are_an_error():
     with pytest.raises(ValueError, match=f"pad token {PAD}.*attention_mask"):
         stub().generate(pages)
     assert stub(pad_token_id=None).generate(pages).shape == pages.shape
+
+
+# ---- the model itself
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_grid_model_writes_as_the_oracle(variant):
+    model = tiny_heptapod(**VARIANTS[variant]).double()
+    mask, pad = model.config.mask_token_id, model.config.pad_token_id
+    pages = random_page(3, 3, 4).masked_fill(prompts(3, 3, 4) == MASK, mask)
+    options = {"schedule": "confidence", "num_iterations": 4, "reopen_threshold": 0.1}
+    out = details(model, pages, **options)
+    assert torch.equal(out.sequences[pages != mask], pages[pages != mask])
+    for row, page in enumerate(pages):
+        previous = None
+
+        def predict(ids):
+            nonlocal previous
+            with torch.no_grad():
+                feedback = {"previous_logits": previous} if previous is not None else {}
+                logits = model(torch.tensor(ids).view(1, 3, 4), **feedback).logits
+            previous = logits if model.config.self_conditioning else None
+            return logits.flatten(0, 2).tolist()
+
+        written, committed_at, _ = write_page(predict, page.flatten().tolist(), mask, {mask, pad}, **options)
+        assert out.sequences[row].flatten().tolist() == written
+        assert out.committed_at[row].flatten().tolist() == committed_at
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pages_of_the_grid_model_do_not_depend_on_their_neighbours_in_a_batch(variant):
+    model = tiny_heptapod(**VARIANTS[variant]).double()
+    mask, pad = model.config.mask_token_id, model.config.pad_token_id
+    small, large = random_page(1, 2, 3), random_page(1, 4, 5)
+    small[0, :, 1] = large[0, 1:3, 1:3] = mask  # no cell far from given ones: some variants tell such cells not apart
+    pages, here = torch.full((2, 4, 5), pad), torch.zeros(2, 4, 5, dtype=torch.long)
+    pages[0, :2, :3], pages[1], here[0, :2, :3], here[1] = small, large, 1, 1
+    for schedule in ("confidence", "entropy", "raster"):
+        how = {"schedule": schedule, "num_iterations": 4, "entropy_bound": 3.0}
+        out = model.generate(pages, attention_mask=here, **how)
+        assert torch.equal(out[:1, :2, :3], model.generate(small, **how)), schedule
+        assert torch.equal(out[1:], model.generate(large, **how)), schedule
+        assert (out[here == 0] == pad).all()
+
+
+def test_samples_of_the_grid_model_are_its_own_distribution():
+    model = tiny_heptapod(vocab_size=5, mask_token_id=3, pad_token_id=4, hidden_size=16, initializer_range=0.3)
+    with torch.no_grad():  # all 81 pages are probable enough to be counted, and not equally so
+        model.lm_head.weight.mul_(0.4)
+    raster = enumerate_pages(model, range(4))
+    averaged = sum(enumerate_pages(model, order) for order in ORDERS) / len(ORDERS)
+    assert 12000 * min(raster.min(), averaged.min()) > 5
+    assert chi_square(draw_pages(model, 12000, schedule="raster"), raster) < CHI_SQUARE_999
+    in_random_order = draw_pages(model, 12000, schedule="random", num_iterations=4)
+    assert chi_square(in_random_order, averaged) < CHI_SQUARE_999
+    assert chi_square(in_random_order, raster) > 2 * CHI_SQUARE_999
 
 
 # ---- options
