@@ -27,7 +27,10 @@ from torch import nn
 
 _TILE = 4  # cells along a side of a tile of queries
 _WHOLE = 32  # longer axes are cut into tiles even where a halo would cover them: one tile is a step's least work
-_DENSE_CELLS = 256  # grids up to this size are not worth cutting up
+# Grids that are not worth cutting up: up to so many cells, or so many halos of cells, but never more than the limit.
+_DENSE_CELLS = 256
+_DENSE_HALOS = 4
+_DENSE_LIMIT = 4096
 # Numbers to work with at a time: what the caches of a few cores hold, or enough to keep a GPU busy.
 _CPU_STEP = 2**20
 _GPU_STEP = 2**26
@@ -375,11 +378,20 @@ def _attention(q, k, v, radius, scale, mask, dropout):
     """Without dilation: by tiles, or all cells at once where that is less work."""
     height, width = q.shape[2:4]
     with torch.autocast(q.device.type, enabled=False):
-        if radius is None or radius >= max(height, width) - 1 or height * width <= _DENSE_CELLS:
+        if radius is None or radius >= max(height, width) - 1 or _is_small(height, width, radius):
             return _dense_attention(q, k, v, radius, scale, mask, dropout)
         seed = int(torch.randint(2**31, ())) if dropout else 0
         out = _TiledAttention.apply(q, k, v, radius, scale, mask, dropout, seed)
         return out if mask is None else torch.where(_sees_any(mask, radius)[:, None, :, :, None], out, 0.0)
+
+
+def _is_small(height, width, radius):
+    """Whether a cell that looks at the whole grid is less work than a tile that looks at its halo.
+
+    A logit of a tile costs about as much as four of torch's own attention, forward and backward.
+    """
+    halo = min(height, _TILE + 2 * radius) * min(width, _TILE + 2 * radius)
+    return height * width <= min(max(_DENSE_CELLS, _DENSE_HALOS * halo), _DENSE_LIMIT)
 
 
 def _sees_any(mask, radius):

@@ -157,6 +157,10 @@ class HeptapodPreTrainedModel(FullAutoMapMixin, PreTrainedModel):
         "AutoModelForMaskedLM": "modeling_heptapod.HeptapodForMaskedLM",
     }
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # between "sdpa" and "eager"; transformers would look for its own interface in the source
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)

@@ -77,7 +77,7 @@ def contestants(side, radius, backward, with_prototype=False, **shape):
 def check_equal(radius):
     """Ours, masked SDPA and the loop over cells agree in values and gradients; ours and the prototype where they can."""
     shape = {"batch": 2, "heads": 2, "head_dim": 8}
-    chosen = contestants(18, radius, True, **shape)
+    chosen = contestants(30, radius, True, **shape)
     ours, sdpa = chosen["ours"], chosen["masked SDPA"]
     naive = Contestant(lambda q, k, v: naive_local_attention(q, k, v, radius), ours.inputs, True)
     results = [[each.attend(*ours.inputs)] for each in (ours, sdpa, naive)]
@@ -87,7 +87,7 @@ def check_equal(radius):
         for a, b in zip(results[0], other):
             error = (a - b).abs().max().item()
             harness.require(error < 1e-5, f"results differ by {error:.1e} at radius {radius}")
-    page = torch.randn(2, 18, 18, 8)
+    page = torch.randn(2, 30, 30, 8)
     cells = page.unsqueeze(1)
     error = (local_attention(cells, cells, cells, radius)[:, 0] - prototype_attention(radius, 8)(page)).abs().max()
     harness.require(error < 1e-5, f"ours and the prototype differ by {error:.1e} at radius {radius}")
@@ -101,7 +101,7 @@ def print_peak(side, **shape):
         inputs = make_inputs(side, **shape)
         return Contestant(lambda q, k, v: local_attention(q, k, v, RADIUS), inputs, True)
 
-    run(17)()  # loads every library
+    run(24)()  # loads every library
     measured = run(side)
     before = memory_field("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
@@ -117,7 +117,7 @@ def peak(side, quick):
 def main():
     report, quick = harness.start("Local attention on a grid against masked full attention and the prototype's loop")
     shape = {"batch": 1, "heads": 2, "head_dim": 8} if quick else {}
-    side, small = (17, 4) if quick else (64, 16)
+    side, small = (30, 4) if quick else (64, 16)
     rounds = 1 if quick else 5
     disturbed = 0
     for radius in OVER_SDPA:
@@ -146,15 +146,15 @@ def main():
                 ratio = seconds["masked SDPA"] / seconds["ours"]
                 report.check(f"masked SDPA over ours, {side} x {side}, radius {radius}", ratio, ">=", target)
             if radius == RADIUS:
-                passes, target = ("forward + backward", 12.0) if backward else ("forward", 1.5)
+                passes, least = ("forward + backward", 12.0) if backward else ("forward", 1.5)
                 ratio = seconds["prototype"] / seconds["ours"]
-                report.check(f"prototype over ours, {side} x {side}, radius {radius}, {passes}", ratio, ">=", target)
+                report.check(f"prototype over ours, {side} x {side}, radius {radius}, {passes}", ratio, ">=", least)
     for radius in OVER_SDPA:
         seconds = add(small, radius, True)
         ratio = seconds["masked SDPA"] / seconds["ours"]
         report.check(f"masked SDPA over ours, {small} x {small}, radius {radius} (5% is noise)", ratio, ">=", 0.95)
 
-    sides = (17, 20) if quick else (32, 64, 96, 128)
+    sides = (30, 34) if quick else (32, 64, 96, 128)
     runners = {each: contestants_alone(each, shape) for each in sides}
     seconds, noisy = harness.in_turns(runners, rounds)
     disturbed += noisy
@@ -179,7 +179,7 @@ def main():
         f"Batch {BATCH}, {HEADS} heads of {HEAD_DIM}, float32, no projections; SDPA's mask is made beforehand."
     )
     report.note("The prototype has one head and one tensor for queries, keys and values.")
-    report.note("Grids of 16 x 16 and less go through SDPA in ours as well, which makes its mask at each call.")
+    report.note("Grids of 16 x 16 go through SDPA in ours as well, which makes its mask at each call.")
     report.note("Peak MB is the growth of the resident set of a process of its own, inputs not included.")
     report.note(f"Medians of {rounds} rounds; disturbed by other processes: {disturbed}.")
     report.finish()
