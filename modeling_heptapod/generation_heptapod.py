@@ -263,13 +263,12 @@ class _TokenDraw:
         self.processors, self.forbidden, self.generator, self.width = processors, forbidden, generator, width
         self.do_sample = config.do_sample
         self.warpers = LogitsProcessorList()
-        if config.do_sample:
-            if config.temperature not in (None, 1):
-                self.warpers.append(TemperatureLogitsWarper(float(config.temperature)))
-            if config.top_k:
-                self.warpers.append(TopKLogitsWarper(config.top_k))
-            if config.top_p not in (None, 1):
-                self.warpers.append(TopPLogitsWarper(float(config.top_p)))
+        if config.temperature not in (None, 1):
+            self.warpers.append(TemperatureLogitsWarper(float(config.temperature)))
+        if config.top_k:
+            self.warpers.append(TopKLogitsWarper(config.top_k))
+        if config.top_p not in (None, 1):
+            self.warpers.append(TopPLogitsWarper(float(config.top_p)))
 
     def __call__(self, logits, ids, looked_at):
         """Predict the cells `looked_at` of `ids`, both `[rows, cells]`, from `logits [rows, cells, vocab]`."""
