@@ -25,6 +25,7 @@ NAMES = (
     "training_step",
     "decode_speed",
     "grid_attention",
+    "bench_grid_generation",
 )
 
 
