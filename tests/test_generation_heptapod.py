@@ -404,7 +404,7 @@ def test_the_order_does_not_depend_on_the_warpers(schedule):
 @EVERY_SCHEDULE
 def test_cells_off_the_page_are_never_written(schedule):
     model = stub()
-    small, large = prompts(batch=1, height=2, width=3), prompts(batch=1, height=4, width=5)
+    small, large = prompts(1, 2, 3, share=2.0), prompts(1, 4, 5, share=2.0)
     pages = torch.full((2, 4, 5), PAD)
     mask = torch.zeros(2, 4, 5, dtype=torch.long)
     pages[0, :2, :3], pages[1], mask[0, :2, :3], mask[1] = small, large, 1, 1
@@ -472,6 +472,16 @@ def test_pages_of_the_grid_model_do_not_depend_on_their_neighbours_in_a_batch(va
         assert torch.equal(out[:1, :2, :3], model.generate(small, **how)), schedule
         assert torch.equal(out[1:], model.generate(large, **how)), schedule
         assert (out[here == 0] == pad).all()
+
+
+@EVERY_SCHEDULE
+def test_half_precision(schedule):
+    model = tiny_heptapod().bfloat16()
+    pages = random_page(2, 4, 5)
+    pages[:, 1:3] = model.config.mask_token_id
+    out = details(model, pages, schedule=schedule, do_sample=True, temperature=0.7, top_p=0.9, reopen_threshold=0.05)
+    assert (out.sequences < model.config.mask_token_id).all() and out.scores.dtype == torch.float32
+    assert torch.equal(out.sequences[:, [0, 3]], pages[:, [0, 3]])
 
 
 def test_samples_of_the_grid_model_are_its_own_distribution():

@@ -16,6 +16,7 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast, 
 
 from modeling_heptapod import HeptapodProcessor
 from modeling_heptapod.processing_heptapod import open_region
+from tests.tiny_heptapod import tiny_heptapod
 
 
 SOURCE = Path(__file__).read_text(encoding="utf-8")
@@ -294,12 +295,13 @@ class Blocked:
 
 sys.meta_path.insert(0, Blocked())
 import torch
-from transformers import AutoProcessor
+from transformers import AutoModelForMaskedLM, AutoProcessor
 
 folder, texts = sys.argv[1], torch.load(sys.argv[1] + "/texts.pt")
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 out = processor(texts, height=40, width=12, mask_region="hole")
-torch.save(dict(out), folder + "/out.pt")
+model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
+torch.save({**out, "written": model.generate(**out, num_iterations=2)}, folder + "/out.pt")
 assert processor.batch_decode(processor(texts, height=40, width=12).input_ids) == texts
 processor.save_pretrained(folder + "/again")
 again = AutoProcessor.from_pretrained(folder + "/again", trust_remote_code=True)
@@ -309,6 +311,9 @@ print(type(processor).__name__, type(processor).__module__.split(".")[0])
 
 
 def test_a_saved_folder_works_without_this_package(by_bytes, tmp_path):
+    """The model and its processor in one folder, from text to text."""
+    model = tiny_heptapod(vocab_size=260, mask_token_id=MASK, pad_token_id=PAD)
+    model.save_pretrained(tmp_path)
     by_bytes.save_pretrained(tmp_path)
     texts = random_texts(5, seed=8)
     torch.save(texts, tmp_path / "texts.pt")
@@ -320,8 +325,10 @@ def test_a_saved_folder_works_without_this_package(by_bytes, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["HeptapodProcessor", "transformers_modules"]
     expected = by_bytes(texts, height=40, width=12, mask_region="hole")
+    expected["written"] = model.generate(**expected, num_iterations=2)
     for name, value in torch.load(tmp_path / "out.pt").items():
-        assert torch.equal(value, expected[name])
+        assert torch.equal(value, expected[name]), name
+    assert "\u2591" not in "".join(by_bytes.batch_decode(expected["written"]))
     assert (tmp_path / "again" / "processing_heptapod.py").is_file()
 
 

@@ -157,7 +157,7 @@ class Hole:
 def main():
     report, quick = harness.start("Filling holes in pages: all directions at once against one cell after another")
     grid, processor, left_to_right, judge = models(quick)
-    pages = held_out_pages(processor, 3 if quick else 24)
+    pages = held_out_pages(processor, 3 if quick else 12)
     original = judged_bits(judge, pages, processor)
 
     def fill(opened, **options):
