@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 OUTPUT := outputs/$(FAMILY)-tiny
 
-.PHONY: install demo test test-slow conformance bench style format clean
+.PHONY: install demo judge test test-slow conformance bench style format clean
 
 install: $(INSTALLED)
 
@@ -19,12 +19,22 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PY) -m pip install -c constraints.txt -e .[train,test,parity]
 	touch $@
 
+# What the families share of a demo, what each adds, and how it shows what it learned.
+TRAIN := $(PY) training/train.py --train_minutes 3 --bf16_if_fast --max_validation_bytes 131072 \
+	--learning_rate 3e-3 --lr_scheduler_type cosine --warmup_steps 0.05 --weight_decay 0.1 --adam_beta2 0.99 \
+	--eval_strategy steps --eval_steps 0.3 --logging_steps 10 --save_strategy no
+TRAIN_leap := --block_size 512 --per_device_train_batch_size 4 --per_device_eval_batch_size 8
+TRAIN_heptapod := --per_device_train_batch_size 4 --per_device_eval_batch_size 16
+SHOW_leap := training/sample.py
+SHOW_heptapod := training/fill_page.py
+
 demo: $(INSTALLED)
-	$(PY) training/train.py --config_name configs/$(FAMILY)-tiny --output_dir $(OUTPUT) --train_minutes 3 --bf16_if_fast \
-		--block_size 512 --per_device_train_batch_size 4 --per_device_eval_batch_size 8 --max_validation_bytes 131072 \
-		--learning_rate 3e-3 --lr_scheduler_type cosine --warmup_steps 0.05 --weight_decay 0.1 --adam_beta2 0.99 \
-		--eval_strategy steps --eval_steps 0.3 --logging_steps 10 --save_strategy no
-	$(PY) training/sample.py $(OUTPUT)
+	$(TRAIN) $(TRAIN_$(FAMILY)) --config_name configs/$(FAMILY)-tiny --output_dir $(OUTPUT)
+	$(PY) $(SHOW_$(FAMILY)) $(OUTPUT)
+
+# A second LEAP of another seed, which tests/benchmarks/bench_grid_generation.py asks how much pages read like source text.
+judge: $(INSTALLED)
+	$(TRAIN) $(TRAIN_leap) --config_name configs/leap-tiny --output_dir outputs/leap-judge --seed 1
 
 test: $(INSTALLED)
 	$(PY) -m pytest -q $(if $(SLOW),-m slow)

@@ -5,6 +5,8 @@ one of their classes is first used.
 """
 
 import importlib
+import importlib.util
+import sys
 from importlib.metadata import PackageNotFoundError, version
 
 from transformers import (
@@ -15,6 +17,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from .configuration_heptapod import HeptapodConfig
 from .configuration_leap import LeapConfig
 
 
@@ -24,6 +27,12 @@ except PackageNotFoundError:  # run from a folder that was not installed
     __version__ = "unknown"
 
 _MODULE_OF = {
+    "HeptapodForMaskedLM": "modeling_heptapod",
+    "HeptapodGenerationConfig": "generation_heptapod",
+    "HeptapodGenerationMixin": "generation_heptapod",
+    "HeptapodModel": "modeling_heptapod",
+    "HeptapodPreTrainedModel": "modeling_heptapod",
+    "HeptapodProcessor": "processing_heptapod",
     "LeapForCausalLM": "modeling_leap",
     "LeapForMaskedLM": "modeling_leap",
     "LeapForSequenceClassification": "modeling_leap",
@@ -33,6 +42,8 @@ _MODULE_OF = {
     "StaticRecurrentCache": "recurrent_cache",
 }
 _MODELS = (
+    (AutoModel, HeptapodConfig, "HeptapodModel"),
+    (AutoModelForMaskedLM, HeptapodConfig, "HeptapodForMaskedLM"),
     (AutoModel, LeapConfig, "LeapModel"),
     (AutoModelForCausalLM, LeapConfig, "LeapForCausalLM"),
     (AutoModelForMaskedLM, LeapConfig, "LeapForMaskedLM"),
@@ -72,8 +83,36 @@ class _ModelOnDemand:
         return (__getattr__(self._name),)
 
 
+class _RegisterProcessorLater:
+    """Registers the processor when AutoProcessor is imported: it brings most of transformers along, so we do not."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "transformers.models.auto.processing_auto":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module):
+            execute(module)
+            _register_processor(module.AutoProcessor)
+
+        spec.loader.exec_module = execute_and_register
+        return spec
+
+
+def _register_processor(auto_processor):
+    auto_processor.register(HeptapodConfig, _ModelOnDemand(HeptapodConfig, "HeptapodProcessor"))
+
+
+AutoConfig.register("heptapod", HeptapodConfig)
 AutoConfig.register("leap", LeapConfig)
 for _auto_class, _config_class, _name in _MODELS:
     _auto_class.register(_config_class, _ModelOnDemand(_config_class, _name))
+_processing_auto = sys.modules.get("transformers.models.auto.processing_auto")
+if _processing_auto is None:
+    sys.meta_path.insert(0, _RegisterProcessorLater())
+else:
+    _register_processor(_processing_auto.AutoProcessor)
 
-__all__ = ["LeapConfig", *_MODULE_OF]
+__all__ = ["HeptapodConfig", "LeapConfig", *_MODULE_OF]

@@ -31,6 +31,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
+from .auto_map import FullAutoMapMixin
 from .configuration_leap import LeapConfig
 from .focus import FocusSettings, attention_matrix, focus_mean, focus_mixing, log_weight, rotate, standardize
 from .focus_cpu import step
@@ -275,7 +276,7 @@ class LeapLayer(GradientCheckpointingLayer):
 
 
 @auto_docstring
-class LeapPreTrainedModel(PreTrainedModel):
+class LeapPreTrainedModel(FullAutoMapMixin, PreTrainedModel):
     config: LeapConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -284,6 +285,13 @@ class LeapPreTrainedModel(PreTrainedModel):
     _is_stateful = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": LeapLayer, "attentions": _Mixer}
+    _family_auto_map = {
+        "AutoConfig": "configuration_leap.LeapConfig",
+        "AutoModel": "modeling_leap.LeapModel",
+        "AutoModelForCausalLM": "modeling_leap.LeapForCausalLM",
+        "AutoModelForMaskedLM": "modeling_leap.LeapForMaskedLM",
+        "AutoModelForSequenceClassification": "modeling_leap.LeapForSequenceClassification",
+    }
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -293,23 +301,6 @@ class LeapPreTrainedModel(PreTrainedModel):
             init.normal_(module.key_vector, std=self.config.initializer_range)
         if isinstance(module, _Mixer) and module.decay is not None:
             init.copy_(module.decay, decay_slopes(module.num_heads))
-
-    def save_pretrained(self, save_directory, **kwargs):
-        """Save weights, config and the code they need; with `trust_remote_code=True` every Auto class loads the folder.
-
-        Args:
-            save_directory (`str` or `os.PathLike`): folder to write to.
-            kwargs: as for `PreTrainedModel.save_pretrained`.
-        """
-        # The stock method records only the class that is saved; a base model or another head would not be found.
-        self.config.auto_map = {
-            "AutoConfig": "configuration_leap.LeapConfig",
-            "AutoModel": "modeling_leap.LeapModel",
-            "AutoModelForCausalLM": "modeling_leap.LeapForCausalLM",
-            "AutoModelForMaskedLM": "modeling_leap.LeapForMaskedLM",
-            "AutoModelForSequenceClassification": "modeling_leap.LeapForSequenceClassification",
-        }
-        super().save_pretrained(save_directory, **kwargs)
 
 
 @auto_docstring

@@ -8,30 +8,67 @@ import textwrap
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+from tests.tiny_heptapod import tiny_heptapod
 from tests.tiny_leap import random_ids, tiny_leap
 
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_leap.LeapConfig",
-    "AutoModel": "modeling_leap.LeapModel",
-    "AutoModelForCausalLM": "modeling_leap.LeapForCausalLM",
-    "AutoModelForMaskedLM": "modeling_leap.LeapForMaskedLM",
-    "AutoModelForSequenceClassification": "modeling_leap.LeapForSequenceClassification",
+AUTO_MAPS = {
+    "leap": {
+        "AutoConfig": "configuration_leap.LeapConfig",
+        "AutoModel": "modeling_leap.LeapModel",
+        "AutoModelForCausalLM": "modeling_leap.LeapForCausalLM",
+        "AutoModelForMaskedLM": "modeling_leap.LeapForMaskedLM",
+        "AutoModelForSequenceClassification": "modeling_leap.LeapForSequenceClassification",
+    },
+    "heptapod": {
+        "AutoConfig": "configuration_heptapod.HeptapodConfig",
+        "AutoModel": "modeling_heptapod.HeptapodModel",
+        "AutoModelForMaskedLM": "modeling_heptapod.HeptapodForMaskedLM",
+    },
+}
+# The modules that a family's export consists of, and nothing else.
+CODE = {
+    "leap": {
+        "auto_map.py",
+        "configuration_leap.py",
+        "focus.py",
+        "focus_step.py",
+        "modeling_leap.py",
+        "recurrent_cache.py",
+        "running_mean.py",
+    },
+    "heptapod": {
+        "auto_map.py",
+        "configuration_heptapod.py",
+        "generation_heptapod.py",
+        "local_attention.py",
+        "modeling_heptapod.py",
+    },
 }
 HEADS = {
     "LeapModel": "AutoModel",
     "LeapForCausalLM": "AutoModelForCausalLM",
     "LeapForMaskedLM": "AutoModelForMaskedLM",
     "LeapForSequenceClassification": "AutoModelForSequenceClassification",
+    "HeptapodModel": "AutoModel",
+    "HeptapodForMaskedLM": "AutoModelForMaskedLM",
 }
 # What the exports below are made of: all the ways in which modules or weights differ.
 MODELS = {
-    "focus": {},
-    "additive": {"mixer": "additive"},
-    "decay": {"position_embedding_type": "decay", "tie_word_embeddings": True},
+    "leap": {
+        "focus": {},
+        "additive": {"mixer": "additive"},
+        "decay": {"position_embedding_type": "decay", "tie_word_embeddings": True},
+    },
+    "heptapod": {
+        "plain": {},
+        "split": {"num_global_heads": 1, "tie_word_embeddings": True},
+        "feedback": {"self_conditioning": True, "neighbor_loss_weight": 0.5},
+    },
 }
+MASK, GRID = 50, (3, 4)  # of the grid models, whose other tokens are those of the others
 
 CLEAN_ROOM = """
 import json, sys
@@ -58,6 +95,10 @@ for name, auto in jobs:
     if auto == "AutoModelForCausalLM":
         tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
         results[name, "tokens"] = tokens
+    if auto == "AutoModelForMaskedLM" and hasattr(model, "generate"):
+        page = ids.view(2, 3, 4).clone()
+        page[:, 1:, 1:] = model.config.mask_token_id
+        results[name, "tokens"] = model.generate(page, num_iterations=3, do_sample=True, seed=0)
     if sys.argv[3] == "again":
         model.save_pretrained(f"{folder}/{name}-again")
     print(type(model).__name__, type(model.config).__name__)
@@ -84,6 +125,16 @@ def in_a_clean_room(folder, jobs, again="no"):
     return torch.load(folder / "results.pt"), done.stdout.split("\n")
 
 
+def family(head):
+    return "heptapod" if head.startswith("Heptapod") else "leap"
+
+
+def tiny(head, **options):
+    if family(head) == "leap":
+        return tiny_leap(head, pad_token_id=0, **options)
+    return tiny_heptapod(head, vocab_size=52, mask_token_id=MASK, pad_token_id=51, grid_size=GRID, **options)
+
+
 def export(folder, models):
     ids = random_ids(2, 12)
     torch.save(ids, folder / "ids.pt")
@@ -96,7 +147,9 @@ def export(folder, models):
 def exported(tmp_path_factory):
     """Every class and kind of model exported, loaded in a clean room, and saved again from there."""
     folder = tmp_path_factory.mktemp("exported")
-    models = {f"{head}-{kind}": tiny_leap(head, pad_token_id=0, **MODELS[kind]) for head in HEADS for kind in MODELS}
+    models = {
+        f"{head}-{kind}": tiny(head, **options) for head in HEADS for kind, options in MODELS[family(head)].items()
+    }
     ids = export(folder, models)
     jobs = [(name, HEADS[name.split("-")[0]]) for name in models]
     results, printed = in_a_clean_room(folder, jobs, again="again")
@@ -116,11 +169,16 @@ def test_generated_tokens_are_equal(exported):
         if name.startswith("LeapForCausalLM"):
             tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
             assert torch.equal(results[name, "tokens"], tokens)
+        elif name.startswith("HeptapodForMaskedLM"):
+            page = ids.view(2, *GRID).clone()
+            page[:, 1:, 1:] = MASK
+            assert torch.equal(results[name, "tokens"], model.generate(page, num_iterations=3, do_sample=True, seed=0))
 
 
 def test_classes_come_from_the_folder(exported):
     *_, models, _, _, printed = exported
-    assert printed[: len(models)] == [f"{type(model).__name__} LeapConfig" for model in models.values()]
+    expected = [f"{type(model).__name__} {type(model.config).__name__}" for model in models.values()]
+    assert printed[: len(models)] == expected
 
 
 def test_folders_have_code_weights_and_a_full_map(exported):
@@ -129,18 +187,19 @@ def test_folders_have_code_weights_and_a_full_map(exported):
         for exported_folder in (folder / name, folder / f"{name}-again"):
             config = json.loads((exported_folder / "config.json").read_text())
             auto_map = {auto: path.split("--")[-1] for auto, path in config["auto_map"].items()}
-            assert auto_map == AUTO_MAP
-            assert config["architectures"] == [type(model).__name__] and config["model_type"] == "leap"
+            assert auto_map == AUTO_MAPS[family(name)]
+            assert config["architectures"] == [type(model).__name__] and config["model_type"] == family(name)
             files = {file.name for file in exported_folder.iterdir()}
-            code = {"configuration_leap.py", "modeling_leap.py", "focus.py", "recurrent_cache.py"}
-            assert {file for file in files if file.endswith(".py")} >= code
+            assert {file for file in files if file.endswith(".py")} - {"__init__.py"} == CODE[family(name)]
             assert "model.safetensors" in files
-            assert ("generation_config.json" in files) == name.startswith("LeapForCausalLM")
+            writes = name.startswith(("LeapForCausalLM", "HeptapodForMaskedLM"))
+            assert ("generation_config.json" in files) == writes
 
 
 def test_what_is_saved_from_there_works_there(exported):
     folder, models, ids, *_ = exported
-    jobs = [(f"{name}-again", HEADS[name.split("-")[0]]) for name in models if name.endswith(("focus", "decay"))]
+    kinds = ("focus", "decay", "feedback")
+    jobs = [(f"{name}-again", HEADS[name.split("-")[0]]) for name in models if name.endswith(kinds)]
     results, _ = in_a_clean_room(folder, jobs, again="no")
     for name, auto in jobs:
         with torch.no_grad():
@@ -150,17 +209,30 @@ def test_what_is_saved_from_there_works_there(exported):
 def test_a_causal_checkpoint_loads_through_every_auto_class(tmp_path):
     model = tiny_leap(pad_token_id=0)
     ids = export(tmp_path, {"causal": model})
-    results, printed = in_a_clean_room(tmp_path, [("causal", auto) for auto in HEADS.values()])
-    assert [line.split()[0] for line in printed[:4]] == list(HEADS)
+    heads = {head: auto for head, auto in HEADS.items() if family(head) == "leap"}
+    results, printed = in_a_clean_room(tmp_path, [("causal", auto) for auto in heads.values()])
+    assert [line.split()[0] for line in printed[:4]] == list(heads)
     with torch.no_grad():
         assert torch.equal(results["causal", "AutoModel"], model.model(ids).last_hidden_state)
         bidirectional = model.lm_head(model.model(ids, is_causal=False).last_hidden_state)
         assert torch.equal(results["causal", "AutoModelForMaskedLM"], bidirectional)
 
 
-def test_the_package_itself_needs_no_remote_code(tmp_path):
-    model = tiny_leap()
+def test_a_grid_checkpoint_loads_through_every_auto_class(tmp_path):
+    model = tiny("HeptapodForMaskedLM", self_conditioning=True)
+    ids = export(tmp_path, {"grid": model})
+    results, printed = in_a_clean_room(tmp_path, [("grid", "AutoModel"), ("grid", "AutoModelForMaskedLM")])
+    assert [line.split()[0] for line in printed[:2]] == ["HeptapodModel", "HeptapodForMaskedLM"]
+    with torch.no_grad():
+        assert torch.equal(results["grid", "AutoModel"], model.model(ids).last_hidden_state)
+        assert torch.equal(results["grid", "AutoModelForMaskedLM"], model(ids).logits)
+
+
+@pytest.mark.parametrize("head", ["LeapForCausalLM", "HeptapodForMaskedLM"])
+def test_the_package_itself_needs_no_remote_code(head, tmp_path):
+    model = tiny(head)
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    auto_class = AutoModelForCausalLM if head == "LeapForCausalLM" else AutoModelForMaskedLM
+    loaded = auto_class.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
-    assert torch.equal(loaded(random_ids(1, 9)).logits, model(random_ids(1, 9)).logits)
+    assert torch.equal(loaded(random_ids(1, 12)).logits, model(random_ids(1, 12)).logits)

@@ -13,6 +13,13 @@ import modeling_heptapod
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = [
+    "HeptapodConfig",
+    "HeptapodForMaskedLM",
+    "HeptapodGenerationConfig",
+    "HeptapodGenerationMixin",
+    "HeptapodModel",
+    "HeptapodPreTrainedModel",
+    "HeptapodProcessor",
     "LeapConfig",
     "LeapForCausalLM",
     "LeapForMaskedLM",
@@ -23,10 +30,13 @@ PUBLIC = [
     "StaticRecurrentCache",
 ]
 AUTO = {
-    "AutoModel": "LeapModel",
-    "AutoModelForCausalLM": "LeapForCausalLM",
-    "AutoModelForMaskedLM": "LeapForMaskedLM",
-    "AutoModelForSequenceClassification": "LeapForSequenceClassification",
+    "LeapConfig": {
+        "AutoModel": "LeapModel",
+        "AutoModelForCausalLM": "LeapForCausalLM",
+        "AutoModelForMaskedLM": "LeapForMaskedLM",
+        "AutoModelForSequenceClassification": "LeapForSequenceClassification",
+    },
+    "HeptapodConfig": {"AutoModel": "HeptapodModel", "AutoModelForMaskedLM": "HeptapodForMaskedLM"},
 }
 
 
@@ -46,34 +56,41 @@ def test_importing_the_package_imports_no_models():
     """Nor much else beyond transformers' own lazy modules: counted in modules, since seconds depend on the machine."""
     code = f"""
 import sys
-from transformers import {", ".join(["AutoConfig", *AUTO])}, PreTrainedConfig
+from transformers import {", ".join(["AutoConfig", *AUTO["LeapConfig"]])}, PreTrainedConfig
 from transformers.utils import auto_docstring
 before = set(sys.modules)
 import modeling_heptapod
-heavy = ["transformers.modeling_utils", "transformers.generation.utils", "modeling_heptapod.modeling_leap"]
+heavy = ["transformers.modeling_utils", "transformers.generation.utils"]
+heavy += ["modeling_heptapod.modeling_leap", "modeling_heptapod.modeling_heptapod"]
 print([name for name in heavy if name in sys.modules])
 print(len([name for name in set(sys.modules) - before if not name.startswith("modeling_heptapod")]) < 20)
 modeling_heptapod.LeapModel
+print("modeling_heptapod.modeling_heptapod" in sys.modules)
+modeling_heptapod.HeptapodModel
 print([name for name in heavy if name not in sys.modules])
 """
-    assert run(code).split("\n") == ["[]", "True", "[]"]
+    assert run(code).split("\n") == ["[]", "True", "False", "[]"]
 
 
-def test_auto_classes_know_ours():
+@pytest.mark.parametrize("config_name", AUTO)
+def test_auto_classes_know_ours(config_name):
     small = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    names = AUTO[config_name]
     code = f"""
 import transformers, modeling_heptapod
-config = modeling_heptapod.LeapConfig(**{small})
-print([type(getattr(transformers, auto).from_config(config)).__name__ for auto in {list(AUTO)}])
+config = modeling_heptapod.{config_name}(**{small})
+print([type(getattr(transformers, auto).from_config(config)).__name__ for auto in {list(names)}])
 """
-    assert run(code) == str(list(AUTO.values()))  # through the stand-ins
-    for auto, name in AUTO.items():
-        model = getattr(transformers, auto).from_config(modeling_heptapod.LeapConfig(**small))
+    assert run(code) == str(list(names.values()))  # through the stand-ins
+    for auto, name in names.items():
+        model = getattr(transformers, auto).from_config(getattr(modeling_heptapod, config_name)(**small))
         assert type(model) is getattr(modeling_heptapod, name)
 
 
-def test_the_config_is_known_by_its_model_type():
-    assert type(transformers.AutoConfig.for_model("leap", hidden_size=64)) is modeling_heptapod.LeapConfig
+@pytest.mark.parametrize("config_name", AUTO)
+def test_the_config_is_known_by_its_model_type(config_name):
+    config_class = getattr(modeling_heptapod, config_name)
+    assert type(transformers.AutoConfig.for_model(config_class.model_type, hidden_size=64)) is config_class
 
 
 def test_public_names():

@@ -27,6 +27,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
+MASK, BLANK = "<|mask|>", "<|blank|>"  # what a page needs besides, see HeptapodProcessor
 
 # Other people's code, the library's tests and its generated documentation are not its source text.
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "_bundled", "pydoc_data", "__pycache__"}
@@ -210,13 +211,16 @@ def _first_bytes(texts: list[str], size: int) -> list[str]:
     return kept
 
 
-def build_tokenizer(name: str, texts: list[str], vocab_size: int = 4096) -> PreTrainedTokenizerBase:
+def build_tokenizer(
+    name: str, texts: list[str], vocab_size: int = 4096, for_pages: bool = False
+) -> PreTrainedTokenizerBase:
     """A tokenizer that gives back every text unchanged.
 
     Args:
         name: "byte", "bpe" or what `AutoTokenizer` can load; the arguments are those of [`DataArguments`].
         texts: what a "bpe" tokenizer is trained on.
-        vocab_size: entries of a "bpe" tokenizer, with the 256 bytes and two special tokens.
+        vocab_size: entries of a "bpe" tokenizer, with the 256 bytes and the special tokens, of which there are two.
+        for_pages: with two more special tokens, for open cells and for cells that nothing is written in.
 
     Raises:
         ValueError: naming `--vocab_size` or `--tokenizer` where these do not fit.
@@ -230,22 +234,28 @@ def build_tokenizer(name: str, texts: list[str], vocab_size: int = 4096) -> PreT
             ) from error
         if tokenizer.eos_token_id is None:
             raise ValueError(f"--tokenizer {name} has no end-of-sequence token, which separates documents")
-        return tokenizer
+        return _add_page_tokens(tokenizer) if for_pages else tokenizer
 
+    special_tokens = 4 if for_pages else 2
     if name == "byte":
         tokenizer = Tokenizer(models.BPE(vocab=_byte_vocabulary(), merges=[]))
     else:
-        if vocab_size < 258:
-            raise ValueError(f"--vocab_size must be at least 258 (256 bytes, two special tokens), got {vocab_size}")
+        if vocab_size < 256 + special_tokens:
+            raise ValueError(
+                f"--vocab_size must be at least {256 + special_tokens} (256 bytes, {special_tokens} special tokens), "
+                f"got {vocab_size}"
+            )
         tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     if name == "bpe":
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size - 2, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=True
+            vocab_size=vocab_size - special_tokens,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=True,
         )
         tokenizer.train_from_iterator(texts, trainer, length=len(texts))
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
@@ -253,6 +263,15 @@ def build_tokenizer(name: str, texts: list[str], vocab_size: int = 4096) -> PreT
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
+    return _add_page_tokens(tokenizer) if for_pages else tokenizer
+
+
+def _add_page_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    missing = {
+        name: token for name, token in (("mask_token", MASK), ("pad_token", PAD)) if not getattr(tokenizer, name)
+    }
+    tokenizer.add_special_tokens({**missing, "extra_special_tokens": [BLANK]}, replace_extra_special_tokens=False)
+    return tokenizer
 
 
 def _byte_vocabulary() -> dict[str, int]:

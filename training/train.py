@@ -1,4 +1,4 @@
-"""Train a causal language model on text, measure it in bits per byte, and leave a folder that is ready to be pushed.
+"""Train a language model on text, measure it in bits per byte, and leave a folder that is ready to be pushed.
 
     python training/train.py --config_name configs/leap-tiny --output_dir outputs/leap-tiny --train_minutes 3
 
@@ -9,8 +9,8 @@ given as well; `--help` lists them.
 import bz2
 import copy
 import dataclasses
+import hashlib
 import json
-import math
 import os
 import platform
 import statistics
@@ -20,16 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import torch
 import transformers
 from accelerate.utils import broadcast_object_list
-from data import DataArguments, PackedBlocks, build_tokenizer, encode, load_texts
+from data import DataArguments, load_texts
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from objectives import objective_for
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
     HfArgumentParser,
     PreTrainedModel,
     PrinterCallback,
@@ -135,19 +133,6 @@ def steps_within(minutes: float, model: PreTrainedModel, args: TrainingArguments
     return max(1, broadcast_object_list(steps)[0])
 
 
-def sum_nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """[batch, length, vocabulary], [batch, length] -> [batch], float32: -log p summed over the labels of each row."""
-    nats = torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none"
-    )
-    return nats.sum(-1)
-
-
-def bits_per_byte(nats: np.ndarray, num_bytes: int) -> float:
-    """All the nats of a text, over its bytes: independent of the tokenizer. End-of-sequence tokens cost, too."""
-    return float(nats.sum(dtype=np.float64)) / math.log(2) / num_bytes
-
-
 def plot_curve(history: list[dict], results: dict, train_bits_per_nat: float, path: Path) -> None:
     """Bits per byte by step: of the training batches, and of the held-out text beside bz2's."""
     train = [(entry["step"], entry["loss"] * train_bits_per_nat) for entry in history if "loss" in entry]
@@ -164,10 +149,10 @@ def plot_curve(history: list[dict], results: dict, train_bits_per_nat: float, pa
     plt.close(figure)
 
 
-def write_card(results: dict, model: PreTrainedModel, folder: Path) -> None:
+def write_card(results: dict, model: PreTrainedModel, pipeline_tag: str, folder: Path) -> None:
     """A model card with the figures of this run."""
     result = EvalResult(
-        task_type="text-generation",
+        task_type=pipeline_tag,
         dataset_type=results["dataset"],
         dataset_name=results["dataset"],
         dataset_split="held out",
@@ -178,7 +163,7 @@ def write_card(results: dict, model: PreTrainedModel, folder: Path) -> None:
     card_data = ModelCardData(
         license="mit",
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=pipeline_tag,
         tags=["heptapod", model.config.model_type],
         model_name=folder.name,
         eval_results=[result],
@@ -198,12 +183,13 @@ def main():
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
     model_args, data_args, training_args = parser.parse_args_into_dataclasses()
     training_args = choose_precision(model_args, training_args)
+    training_args.include_for_metrics = ["loss"]
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint is not None:
         checkpoint = find_checkpoint(checkpoint, training_args.output_dir)
     set_seed(training_args.seed)
 
-    # Text -> tokens -> blocks
+    # Text -> tokens -> blocks or pages
     texts = load_texts(
         data_args.dataset,
         data_args.dataset_config,
@@ -211,42 +197,33 @@ def main():
         data_args.validation_percent,
         data_args.max_validation_bytes,
     )
-    tokenizer = build_tokenizer(data_args.tokenizer, texts.train, data_args.vocab_size)
-    train_stream = encode(texts.train, tokenizer, desc="Tokenizing training text")
-    train_dataset = PackedBlocks(train_stream, data_args.block_size)
-    eval_dataset = PackedBlocks(
-        encode(texts.validation, tokenizer, desc="Tokenizing held-out text"),
-        data_args.block_size,
-        tokenizer.pad_token_id,
-    )
-    train_bytes = sum(len(text.encode()) for text in texts.train)
+    config = AutoConfig.from_pretrained(model_args.config_name)
+    objective = objective_for(config)(texts, data_args, config)
     eval_text = "".join(texts.validation).encode()
 
     # A model from its configuration, untrained
-    config = AutoConfig.from_pretrained(model_args.config_name, vocab_size=len(tokenizer))
-    model = AutoModelForCausalLM.from_config(config)
+    config = AutoConfig.from_pretrained(model_args.config_name, **objective.config_options)
+    model = objective.auto_class.from_config(config)
     if os.path.isfile(os.path.join(model_args.config_name, "generation_config.json")):
-        model.generation_config = GenerationConfig.from_pretrained(model_args.config_name)
+        model.generation_config = type(model.generation_config).from_pretrained(model_args.config_name)
 
     if checkpoint is not None:
         # The schedule of the run that is being resumed, not one that is measured anew.
         training_args.max_steps = json.loads(Path(checkpoint, "trainer_state.json").read_text())["max_steps"]
     elif model_args.train_minutes is not None:
-        training_args.max_steps = steps_within(model_args.train_minutes, model, training_args, train_dataset)
+        training_args.max_steps = steps_within(model_args.train_minutes, model, training_args, objective.train_dataset)
 
     trainer = Trainer(
         model=model,
         args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        # Of the logits only their sums of nats are kept, so the whole held-out text fits.
-        preprocess_logits_for_metrics=sum_nats,
-        compute_metrics=lambda output: {"bits_per_byte": bits_per_byte(output.predictions, len(eval_text))},
+        train_dataset=objective.train_dataset,
+        eval_dataset=objective.eval_dataset,
+        processing_class=objective.processing_class,
+        **objective.trainer_options(),
     )
     before = trainer.evaluate()["eval_bits_per_byte"]
     train_result = trainer.train(resume_from_checkpoint=checkpoint)
-    after = trainer.evaluate()["eval_bits_per_byte"]
+    after = objective.evaluate(trainer)
 
     # Model, its code, tokenizer, generation config; curve, results, card
     model.config.use_cache = True  # Trainer turned it off
@@ -260,17 +237,17 @@ def main():
         if os.path.exists(data_args.dataset)
         else data_args.dataset,
         "tokenizer": data_args.tokenizer,
-        "vocab_size": len(tokenizer),
-        "block_size": data_args.block_size,
-        "train_bytes": train_bytes,
+        **objective.about,
+        "train_bytes": sum(len(text.encode()) for text in texts.train),
         "held_out_bytes": len(eval_text),
+        "held_out_sha256": hashlib.sha256(eval_text).hexdigest(),
         "parameters": model.num_parameters(),
         "steps": trainer.state.global_step,
-        "tokens_per_step": trainer.get_total_train_batch_size(training_args) * data_args.block_size,
+        "tokens_per_step": trainer.get_total_train_batch_size(training_args) * objective.about["tokens_per_example"],
         "train_seconds": round(train_result.metrics["train_runtime"], 1),
         "precision": "bfloat16 autocast" if training_args.bf16 else "float32",
         "bits_per_byte_before": before,
-        "bits_per_byte": after,
+        **after,
         "bits_per_byte_bz2": 8 * len(bz2.compress(eval_text, 9)) / len(eval_text),
         "device": torch.cuda.get_device_name() if training_args.device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
@@ -282,16 +259,16 @@ def main():
         "command": " ".join(["python", *sys.argv]),
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    plot_curve(
-        trainer.state.log_history, results, (len(train_stream) - 1) / train_bytes / math.log(2), folder / "curve.png"
-    )
-    write_card(results, model, folder)
+    plot_curve(trainer.state.log_history, results, objective.bits_per_byte_of_loss, folder / "curve.png")
+    write_card(results, model, objective.pipeline_tag, folder)
 
     print(f"\n{folder}: {results['steps']} steps in {results['train_seconds']:.0f} s, {results['precision']}")
     print(f"bits per byte on {len(eval_text):,} held-out bytes")
-    print(
-        f"  before training  {before:.3f}\n  after training   {after:.3f}\n  bz2 -9           {results['bits_per_byte_bz2']:.3f}"
-    )
+    error = results.get("bits_per_byte_standard_error")
+    bound = "" if error is None else f" +- {error:.3f} (an upper bound: the negative ELBO)"
+    print(f"  before training  {before:.3f}")
+    print(f"  after training   {results['bits_per_byte']:.3f}{bound}")
+    print(f"  bz2 -9           {results['bits_per_byte_bz2']:.3f}")
 
 
 if __name__ == "__main__":

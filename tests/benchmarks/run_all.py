@@ -27,6 +27,8 @@ NAMES = (
     "decode_state",
     "training_step",
     "decode_speed",
+    "grid_attention",
+    "bench_grid_generation",
 )
 
 

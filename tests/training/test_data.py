@@ -53,6 +53,29 @@ def test_bpe_has_the_size_asked_for_and_is_shorter():
     assert len(tokenizer(text)["input_ids"]) < 0.7 * len(text)
 
 
+def test_tokens_of_pages_come_after_the_others():
+    plain, pages = build_tokenizer("byte", []), build_tokenizer("byte", [], for_pages=True)
+    assert [pages.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|pad|>")] == [256, 257]
+    assert pages.mask_token_id == 258 and pages.convert_tokens_to_ids("<|blank|>") == 259 and len(pages) == 260
+    assert {**pages.get_vocab(), **plain.get_vocab()} == pages.get_vocab()
+    text = Path(sysconfig.get_path("stdlib"), "argparse.py").read_text(encoding="utf-8")
+    assert len(build_tokenizer("bpe", [text], vocab_size=400, for_pages=True)) == 400
+    for hard in [*HARD_TEXTS, "<|mask|><|blank|>"]:
+        ids = pages(hard, split_special_tokens=True)["input_ids"]
+        assert pages.decode(ids) == hard and max(ids, default=0) < 256
+    with pytest.raises(ValueError, match="--vocab_size must be at least 260"):
+        build_tokenizer("bpe", [text], vocab_size=259, for_pages=True)
+
+
+def test_a_loaded_tokenizer_gets_the_tokens_of_pages(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "plain")
+    pages = build_tokenizer(str(tmp_path / "plain"), [], for_pages=True)
+    assert len(pages) == len(tokenizer) + 2 and pages.pad_token_id == tokenizer.pad_token_id
+    pages.save_pretrained(tmp_path / "pages")
+    again = build_tokenizer(str(tmp_path / "pages"), [], for_pages=True)
+    assert again.get_vocab() == pages.get_vocab() and again.mask_token_id == pages.mask_token_id
+
+
 def test_a_saved_tokenizer_is_loaded_by_its_folder(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     again = build_tokenizer(str(tmp_path), [])

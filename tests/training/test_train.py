@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 import train
-from data import PackedBlocks, build_tokenizer, encode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainingArguments
+from data import PackedBlocks
+from objectives import objective_for
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 
 SCRIPTS = Path(train.__file__).parent
@@ -183,26 +184,6 @@ def test_saved_configuration_is_the_models_and_the_tokenizers(finished):
     assert model.generation_config.do_sample and model.generation_config.top_k == 7
 
 
-def test_sum_nats_counts_each_predicted_token_once():
-    logits, labels = torch.randn(3, 8, 11), torch.randint(11, (3, 8))
-    labels[1, 5:] = -100
-    expected = torch.zeros(3)
-    for row in range(3):
-        for position in range(7):
-            if labels[row, position + 1] != -100:
-                expected[row] -= logits[row, position].log_softmax(-1)[labels[row, position + 1]]
-    torch.testing.assert_close(train.sum_nats(logits, labels), expected)
-    torch.testing.assert_close(train.sum_nats(logits.bfloat16(), labels), expected, rtol=0.02, atol=0.02)
-
-
-def test_bits_per_byte_of_a_uniform_model_is_known():
-    """A byte tokenizer and a model that knows nothing: log2(258) bits for each byte and for the two separators."""
-    tokenizer = build_tokenizer("byte", [])
-    blocks = PackedBlocks(encode(["é" * 50], tokenizer), block_size=16, pad_token_id=tokenizer.pad_token_id)
-    nats = torch.cat([train.sum_nats(torch.zeros(1, 16, 258), block["labels"][None]) for block in blocks])
-    assert train.bits_per_byte(nats.numpy(), 100) == pytest.approx(math.log2(258) * 101 / 100, rel=1e-6)
-
-
 def tiny_model():
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**CONFIG, "vocab_size": 258}))
 
@@ -240,9 +221,10 @@ def test_configurations_make_models(folder):
     config = AutoConfig.from_pretrained(CONFIGS / folder)
     assert config.model_type == folder.split("-")[0] and not hasattr(config, "auto_map")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = objective_for(config).auto_class.from_config(config)
     assert model.num_parameters() > 1e5
-    assert GenerationConfig.from_pretrained(CONFIGS / folder).do_sample
+    generation_config = type(model.generation_config).from_pretrained(CONFIGS / folder)
+    assert generation_config.do_sample if config.model_type == "leap" else generation_config.num_iterations == 16
 
 
 def test_bad_checkpoints_are_named(tmp_path):

@@ -1,0 +1,325 @@
+"""Text to pages and back: lines become rows of cells.
+
+A line is its tokens and a newline token; a row that ends without one goes on in the next row. Blank tokens fill the
+rest of a row and of the page. They are ordinary tokens that the model predicts like any other, so where a line ends and
+how much of a page is written is part of what it says, and every text has one page of a given size. Reading the cells
+in order without the blanks gives the text back.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+OVERFLOWS = ("wrap", "clip")
+REGIONS = ("top", "middle", "bottom", "hole", "frame", "all")
+# A tokenizer that gives this back gives back every text: leading and double blanks, a tab, two and four bytes.
+_PROBE = "  two  blanks,\ta tab é \U0001f419"
+
+
+def open_region(region, height: int, width: int) -> np.ndarray:
+    """Which cells of a page a region opens.
+
+    Args:
+        region: `"top"`, `"middle"` or `"bottom"` (a third of the rows), `"hole"` (half the rows by half the columns, in
+            the centre), `"frame"` (all but this), `"all"`, a rectangle `(top, left, height, width)`, or a boolean
+            array `[height, width]`.
+        height, width: size of the page.
+
+    Returns:
+        Boolean array `[height, width]`.
+
+    Raises:
+        ValueError: for an unknown name or what does not fit on the page.
+    """
+    is_open = np.zeros((height, width), dtype=bool)
+    if isinstance(region, str):
+        if region not in REGIONS:
+            raise ValueError(
+                f"`mask_region` must be one of {REGIONS}, a rectangle or a boolean array, got {region!r}."
+            )
+        third, rows, columns = -(-height // 3), -(-height // 2), -(-width // 2)
+        top, left, rows, columns = {
+            "top": (0, 0, third, width),
+            "middle": ((height - third) // 2, 0, third, width),
+            "bottom": (height - third, 0, third, width),
+            "all": (0, 0, height, width),
+        }.get(region, ((height - rows) // 2, (width - columns) // 2, rows, columns))
+        is_open[top : top + rows, left : left + columns] = True
+        return ~is_open if region == "frame" else is_open
+    if isinstance(region, tuple) and len(region) == 4 and all(type(number) is int for number in region):
+        top, left, rows, columns = region
+        if top < 0 or left < 0 or rows < 1 or columns < 1 or top + rows > height or left + columns > width:
+            raise ValueError(
+                f"`mask_region` (top, left, height, width) = {region} does not lie on a page of {height} x {width}."
+            )
+        is_open[top : top + rows, left : left + columns] = True
+        return is_open
+    array = np.asarray(region)
+    if array.dtype != bool or array.shape != is_open.shape:
+        raise ValueError(
+            f"`mask_region` must be one of {REGIONS}, a rectangle (top, left, height, width) or a boolean array "
+            f"[{height}, {width}], got {region!r}."
+        )
+    return array.copy()
+
+
+class HeptapodProcessor(ProcessorMixin):
+    """Lays text out on pages for a grid model and reads it back.
+
+    Args:
+        tokenizer ([`PreTrainedTokenizerBase`]):
+            Gives every text back unchanged, writes `"\\n"` as one token, has a mask and a pad token.
+        height, width (`int`, *optional*):
+            Size of a page. Without them a page is as high or as wide as its text needs.
+        overflow (`str`, *optional*, defaults to `"wrap"`):
+            What happens to a line that is longer than a row: it goes on in the next one (`"wrap"`), or its end is
+            lost (`"clip"`). A text with more rows than the page is an error with `"wrap"`, with `"clip"` its end is
+            lost. See `paginate` for texts longer than a page.
+        blank_token (`str`, *optional*, defaults to `"<|blank|>"`):
+            The token of `tokenizer` that fills rows.
+
+    Raises:
+        ValueError: for a tokenizer without these tokens or one that changes text, and for other arguments that do not
+            fit.
+
+    Example:
+
+    ```python
+    >>> page = processor("def f(x):\\n    return x\\n", height=4, width=16, mask_region="middle")
+    >>> processor.batch_decode(model.generate(**page))
+    ```"""
+
+    def __init__(self, tokenizer, height=None, width=None, overflow="wrap", blank_token="<|blank|>"):
+        super().__init__(tokenizer)
+        self.height, self.width, self.overflow, self.blank_token = height, width, overflow, blank_token
+        _check_size("height", height)
+        _check_size("width", width)
+        _check_overflow(overflow)
+        if blank_token not in tokenizer.get_vocab():
+            raise ValueError(f"`blank_token` {blank_token!r} is not in the vocabulary of `tokenizer`.")
+        self.blank_token_id = tokenizer.convert_tokens_to_ids(blank_token)
+        newline = self._tokenize(["\n"])[0]
+        if len(newline) != 1:
+            raise ValueError(f"`tokenizer` must write a newline as one token, it writes {newline}.")
+        self.newline_token_id = newline[0]
+        for name in ("mask_token", "pad_token"):
+            if getattr(tokenizer, name) is None:
+                raise ValueError(f"`tokenizer` has no {name}; add one with `tokenizer.add_special_tokens`.")
+        special = [self.newline_token_id, self.blank_token_id, tokenizer.mask_token_id, tokenizer.pad_token_id]
+        if len(set(special)) < 4:
+            raise ValueError(f"`tokenizer` must tell newline, blank, mask and pad tokens apart, they are {special}.")
+        if self.decode(self._tokenize([_PROBE])[0]) != _PROBE:
+            raise ValueError(
+                "`tokenizer` does not give text back unchanged, so pages could not be read; use byte-level BPE."
+            )
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        height: int | Sequence[int] | None = None,
+        width: int | Sequence[int] | None = None,
+        overflow: str | None = None,
+        mask_region=None,
+        return_num_clipped: bool = False,
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """Lay out one text or several, a page each.
+
+        A text is text throughout: the name of the mask token in it opens no cell, `mask_region` does.
+
+        Args:
+            text: one text or a sequence of them.
+            height, width: size of a page, or of each; the processor's own when not given.
+            overflow: `"wrap"` or `"clip"`, the processor's own when not given.
+            mask_region: cells to open, see [`open_region`]: one region for all pages, or a list with a region or `None`
+                for each. Open cells lose what was written there.
+            return_num_clipped: give `num_clipped [batch]` as well: how many tokens of each text are not on its page.
+                Without it a warning says so.
+            return_tensors: `"pt"` or `"np"`.
+
+        Returns:
+            `input_ids` and `attention_mask`, int64 `[batch, height, width]` of the highest and the widest page; cells
+            that lie off a page are pads with a mask of 0.
+
+        Raises:
+            ValueError: where a text does not fit on its page with `"wrap"`, and for sizes and regions that do not fit.
+            TypeError: for what is no text.
+        """
+        texts = [text] if isinstance(text, str) else list(text) if isinstance(text, Sequence) else None
+        if texts is None or not all(isinstance(text, str) for text in texts):
+            raise TypeError("`text` must be a string or a sequence of strings.")
+        if not texts:
+            raise ValueError("`text` must hold at least one text.")
+        overflow = self.overflow if overflow is None else overflow
+        _check_overflow(overflow)
+        heights = _one_each("height", self.height if height is None else height, len(texts))
+        widths = _one_each("width", self.width if width is None else width, len(texts))
+        regions = mask_region if isinstance(mask_region, list) else [mask_region] * len(texts)
+        if len(regions) != len(texts):
+            raise ValueError(f"`mask_region` must have one entry for each of {len(texts)} texts, got {len(regions)}.")
+
+        pages, num_clipped = [], []
+        for number, (text, rows, columns, region) in enumerate(zip(texts, heights, widths, regions)):
+            page, clipped = self._lay_out(text, rows, columns, overflow, number)
+            if region is not None:
+                page[open_region(region, *page.shape)] = self.tokenizer.mask_token_id
+            pages.append(page)
+            num_clipped.append(clipped)
+        if any(num_clipped) and not return_num_clipped:
+            logger.warning(f"Tokens of each text that are not on its page: {num_clipped}.")
+
+        shape = len(pages), max(len(page) for page in pages), max(page.shape[1] for page in pages)
+        input_ids = np.full(shape, self.tokenizer.pad_token_id, dtype=np.int64)
+        attention_mask = np.zeros(shape, dtype=np.int64)
+        for number, page in enumerate(pages):
+            here = (number, slice(page.shape[0]), slice(page.shape[1]))
+            input_ids[here], attention_mask[here] = page, 1
+        data = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if return_num_clipped:
+            data["num_clipped"] = np.array(num_clipped)
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def paginate(self, text: str, height: int | None = None, width: int | None = None) -> np.ndarray:
+        """A text of any length on as many pages as it takes; long lines wrap, nothing is lost.
+
+        Args:
+            text: the text.
+            height, width: size of the pages, the processor's own when not given; one of both must be.
+
+        Returns:
+            Token ids, int64 `[pages, height, width]`. `decode` reads all of them as one page,
+            `pages.reshape(-1, width)`: a character of several tokens may begin on one page and end on the next.
+        """
+        height, width = self.height if height is None else height, self.width if width is None else width
+        for name, value in (("height", height), ("width", width)):
+            _check_size(name, value)
+            if value is None:
+                raise ValueError(f"`{name}` of the pages must be given.")
+        rows = _wrap(self._lines(text), width)
+        pages = np.full((-(-len(rows) // height), height, width), self.blank_token_id, dtype=np.int64)
+        _write(pages.reshape(-1, width), rows)
+        return pages
+
+    def open_cells(self, pages, region) -> torch.Tensor:
+        """Open a region of pages that are laid out already.
+
+        Args:
+            pages: token ids `[..., height, width]`, a tensor or an array; it stays as it is.
+            region: see [`open_region`].
+
+        Returns:
+            The pages with mask tokens in the region, pads excepted.
+        """
+        pages = torch.as_tensor(pages)
+        is_open = torch.from_numpy(open_region(region, *pages.shape[-2:])).to(pages.device)
+        return pages.masked_fill(is_open & (pages != self.tokenizer.pad_token_id), self.tokenizer.mask_token_id)
+
+    def decode(self, page, mask_text: str = "\u2591", skip_special_tokens: bool = True) -> str:
+        """The text on a page.
+
+        Args:
+            page: token ids `[height, width]`, or in reading order `[cells]`; a tensor, an array or lists.
+            mask_text: what stands for an open cell.
+            skip_special_tokens: leave out blanks, pads and the tokenizer's other special tokens; otherwise all cells
+                are given as the tokenizer names them.
+        """
+        ids = np.asarray(page.cpu() if hasattr(page, "cpu") else page)
+        if ids.ndim not in (1, 2):
+            raise ValueError(f"`page` must be [height, width] or [cells], got {list(ids.shape)}; see `batch_decode`.")
+        ids = ids.ravel().tolist()
+        if not skip_special_tokens:
+            return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        mask = self.tokenizer.mask_token_id
+        left_out = {self.blank_token_id, *self.tokenizer.all_special_ids} - {mask}
+        pieces = [[]]  # of text between open cells
+        for token in ids:
+            if token == mask:
+                pieces.append([])
+            elif token not in left_out:
+                pieces[-1].append(token)
+        return mask_text.join(self.tokenizer.decode(piece, clean_up_tokenization_spaces=False) for piece in pieces)
+
+    def batch_decode(self, pages, mask_text: str = "\u2591", skip_special_tokens: bool = True) -> list[str]:
+        """The text on each of several pages `[batch, height, width]`; arguments as those of `decode`."""
+        return [self.decode(page, mask_text, skip_special_tokens) for page in pages]
+
+    @property
+    def model_input_names(self):
+        return ["input_ids", "attention_mask"]
+
+    def _tokenize(self, lines):
+        if not lines:
+            return []
+        # split_special_tokens: a text that spells "<|mask|>" is text.
+        return self.tokenizer(
+            lines, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        )["input_ids"]
+
+    def _lines(self, text):
+        """The tokens of each line with its newline; line by line, so that no token reaches over the end of one."""
+        *lines, end = text.split("\n")
+        lines = [[*line, self.newline_token_id] for line in self._tokenize(lines)]
+        return lines + self._tokenize([end] if end else [])
+
+    def _lay_out(self, text, height, width, overflow, number):
+        """A page `[height, width]`, and how many tokens are not on it."""
+        lines = self._lines(text)
+        if width is None:
+            width = max([1, *map(len, lines)])
+        rows = _wrap(lines, width) if overflow == "wrap" else [self._clip(line, width) for line in lines]
+        if height is None:
+            height = max(1, len(rows))
+        if len(rows) > height and overflow == "wrap":
+            raise ValueError(
+                f"Text {number} takes {len(rows)} rows of {width} cells, its page has {height}: give a larger page, "
+                "`overflow='clip'`, or call `paginate`."
+            )
+        page = np.full((height, width), self.blank_token_id, dtype=np.int64)
+        _write(page, rows[:height])
+        return page, sum(map(len, lines)) - sum(map(len, rows[:height]))
+
+    def _clip(self, line, width):
+        if len(line) <= width:
+            return line
+        ending = line[-1:] if line[-1] == self.newline_token_id else []
+        return line[: width - len(ending)] + ending
+
+
+def _wrap(lines, width):
+    return [line[start : start + width] for line in lines for start in range(0, len(line), width)]
+
+
+def _write(page, rows):
+    for row, tokens in enumerate(rows):
+        page[row, : len(tokens)] = tokens
+
+
+def _one_each(name, value, number):
+    values = list(value) if isinstance(value, Sequence) else [value] * number
+    if len(values) != number:
+        raise ValueError(f"`{name}` must be one number or one for each of {number} texts, got {len(values)}.")
+    for value in values:
+        _check_size(name, value)
+    return values
+
+
+def _check_size(name, value):
+    if value is not None and (type(value) is not int or value < 1):
+        raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+
+
+def _check_overflow(overflow):
+    if overflow not in OVERFLOWS:
+        raise ValueError(f"`overflow` must be one of {OVERFLOWS}, got {overflow!r}.")
+
+
+HeptapodProcessor.register_for_auto_class()
+
+__all__ = ["HeptapodProcessor", "open_region"]

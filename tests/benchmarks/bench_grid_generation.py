@@ -1,0 +1,196 @@
+"""Does writing a page in all directions at once pay: model calls, seconds and quality, against one cell after another?
+
+Holes of several shapes are opened in held-out pages of source text and filled by each schedule of one grid model. Peers:
+raster order of the same model, one cell at a time, and a left-to-right model of equal size, trained as long on the same
+text, which writes a hole row by row without what follows it. Quality is the share of cells as in the original, and bits
+per byte of the text of the whole page under a judge, a left-to-right model of another seed. All that is drawn is the most
+probable token. The three models are what these commands leave:
+
+    make demo FAMILY=heptapod
+    make demo
+    make judge
+"""
+
+import math
+import time
+from functools import partial
+from pathlib import Path
+
+import harness
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoProcessor
+
+from modeling_heptapod import HeptapodConfig, HeptapodForMaskedLM, HeptapodProcessor, LeapConfig, LeapForCausalLM
+from training.data import build_tokenizer, load_texts
+
+
+OUTPUTS = Path(__file__).resolve().parents[2] / "outputs"
+GRID, LEFT_TO_RIGHT, JUDGE = "heptapod-tiny", "leap-tiny", "leap-judge"
+REGIONS = ("hole", "middle", "bottom")
+START = 256  # the token between texts
+
+
+def load(name, auto_class):
+    if not (OUTPUTS / name / "config.json").is_file():
+        raise SystemExit(f"outputs/{name} is missing; see the commands at the top of {Path(__file__).name}.")
+    return auto_class.from_pretrained(OUTPUTS / name)
+
+
+def models(quick):
+    """Grid model, its processor, left-to-right model, judge."""
+    if not quick:
+        processor = load(GRID, AutoProcessor)
+        texts = [load(name, AutoModelForCausalLM).eval() for name in (LEFT_TO_RIGHT, JUDGE)]
+        return load(GRID, AutoModelForMaskedLM).eval(), processor, *texts
+    tokenizer = build_tokenizer("byte", [], for_pages=True)
+    special = {"mask_token_id": tokenizer.mask_token_id, "pad_token_id": tokenizer.pad_token_id}
+    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    grid = HeptapodForMaskedLM(HeptapodConfig(vocab_size=len(tokenizer), **tiny, **special))
+    texts = [LeapForCausalLM(LeapConfig(vocab_size=258, **tiny)) for _ in range(2)]
+    return grid.eval(), HeptapodProcessor(tokenizer, 4, 12), *(model.eval() for model in texts)
+
+
+def held_out_pages(processor, number):
+    """Pages of the held-out text that are at least half written, evenly spaced, `[number, height, width]`."""
+    texts = load_texts("stdlib", max_validation_bytes=131_072).validation
+    pages = torch.cat([torch.from_numpy(processor.paginate(text)) for text in texts])
+    pages = pages[(pages != processor.blank_token_id).double().mean((1, 2)) >= 0.5]
+    return pages[:: len(pages) // number][:number]
+
+
+def read(page, processor):
+    """The tokens of the text on a page or on the beginning of one."""
+    return [token for token in page.flatten().tolist() if token != processor.blank_token_id]
+
+
+def left_padded(rows):
+    length = max(len(row) for row in rows)
+    ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+def fill_left_to_right(model, opened, processor):
+    """Pages with open cells written row by row; after the end of a line a row stays blank. And the number of calls."""
+    pages, calls = opened.clone(), 0
+    is_open = opened == processor.tokenizer.mask_token_id
+    for row in range(opened.shape[1]):
+        columns = is_open[0, row].nonzero().flatten().tolist()
+        if not columns:
+            continue
+        first, count = columns[0], len(columns)
+        before = [[START, *read(torch.cat((page[:row].flatten(), page[row, :first])), processor)] for page in pages]
+        ids, mask = left_padded(before)
+        options = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        written = model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :]
+        calls += count
+        ended = (written == processor.newline_token_id).cumsum(1) - (written == processor.newline_token_id).int() > 0
+        ended |= written >= START
+        left = pages[:, row, :first]
+        done = ((left == processor.newline_token_id) | (left == processor.blank_token_id)).any(1, keepdim=True)
+        pages[:, row, columns] = torch.where(ended | done, processor.blank_token_id, written)
+    return pages, calls
+
+
+@torch.no_grad()
+def judged_bits(judge, pages, processor):
+    """Bits per byte of the text of each page, `[pages]`, float64."""
+    bits = []
+    for page in pages:
+        text = read(page, processor)
+        ids = torch.tensor([[START, *(min(token, START) for token in text)]])
+        nats = torch.nn.functional.cross_entropy(judge(ids).logits[0, :-1].double(), ids[0, 1:], reduction="sum")
+        bits.append(nats / math.log(2) / max(1, len(text)))
+    return torch.stack(bits)
+
+
+def standard_error(values):
+    return (values.std() / len(values) ** 0.5).item()
+
+
+class Hole:
+    """Pages with one region open; `judge_filling` measures a way to fill it and adds a row to the report."""
+
+    def __init__(self, region, pages, original, processor, judge, report):
+        self.region, self.pages, self.original = region, pages, original
+        self.processor, self.judge, self.report = processor, judge, report
+        self.opened = processor.open_cells(pages, region)
+        self.is_open = self.opened != pages
+        self.cells = int(self.is_open[0].sum())
+        self.right, self.bits = {}, {}
+
+    def judge_filling(self, name, fill):
+        began = time.perf_counter()
+        filled, calls = fill(self.opened)
+        seconds = time.perf_counter() - began
+        given = torch.equal(filled[~self.is_open], self.pages[~self.is_open])
+        closed = not (filled == self.processor.tokenizer.mask_token_id).any()
+        harness.require(given and closed, f"{name} changed given cells or left cells open")
+        right = ((filled == self.pages) & self.is_open).flatten(1).sum(1).double() / self.cells
+        bits = judged_bits(self.judge, filled, self.processor) - self.original
+        self.right[name], self.bits[name] = right, bits
+        self.report.row(
+            region=self.region,
+            open_cells=self.cells,
+            how=name,
+            model_calls=calls,
+            seconds_a_page=seconds / len(self.pages),
+            cells_right=right.mean().item(),
+            standard_error=standard_error(right),
+            judge_bits_above_original=bits.mean().item(),
+            standard_error_of_bits=standard_error(bits),
+        )
+
+    def compare(self, name, peer, target):
+        """How far `name` is ahead of `peer`, page by page, in standard errors."""
+        ahead = {
+            "cells right": self.right[name] - self.right[peer],
+            "judge's bits": self.bits[peer] - self.bits[name],
+        }
+        for what, values in ahead.items():
+            distance = values.mean().item() / max(standard_error(values), 1e-12)
+            self.report.check(
+                f"{self.region}: {name} ahead of {peer} in {what}, standard errors", distance, ">=", target
+            )
+
+
+def main():
+    report, quick = harness.start("Filling holes in pages: all directions at once against one cell after another")
+    grid, processor, left_to_right, judge = models(quick)
+    pages = held_out_pages(processor, 3 if quick else 12)
+    original = judged_bits(judge, pages, processor)
+
+    def fill(opened, **options):
+        output = grid.generate(opened, return_dict_in_generate=True, seed=0, **options)
+        return output.sequences, output.model_calls
+
+    for region in REGIONS[:1] if quick else REGIONS:
+        hole = Hole(region, pages, original, processor, judge, report)
+        some, few = max(1, hole.cells // 16), max(1, hole.cells // 64)
+        ways = {
+            "raster": {"schedule": "raster"},
+            "confidence, cosine, 1/16": {"schedule": "confidence", "num_iterations": some},
+            "confidence, linear, 1/16": {"schedule": "confidence", "counts": "linear", "num_iterations": some},
+            "confidence, cosine, 1/64": {"schedule": "confidence", "num_iterations": few},
+            "entropy bound 0.5": {"schedule": "entropy", "entropy_bound": 0.5},
+            "random, linear, 1/16": {"schedule": "random", "counts": "linear", "num_iterations": some},
+        }
+        for name, options in ways.items():
+            hole.judge_filling(name, partial(fill, **options))
+        hole.judge_filling("left to right", partial(fill_left_to_right, left_to_right, processor=processor))
+        hole.compare("confidence, cosine, 1/16", "raster", -2.0)
+        if region != "bottom":  # there is no text after that one
+            hole.compare("confidence, cosine, 1/16", "left to right", 2.0)
+
+    height, width = pages.shape[1:]
+    report.note(f"{len(pages)} held-out pages of {height} x {width} cells in one batch, one run of each.")
+    report.note(f"The judge gives the original pages {original.mean().item():.3f} bits per byte.")
+    report.note(
+        f"Parameters: grid {grid.num_parameters():,}, left to right {left_to_right.num_parameters():,}, "
+        f"judge {judge.num_parameters():,}."
+    )
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

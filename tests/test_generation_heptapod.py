@@ -1,0 +1,829 @@
+"""Writing a page: given cells kept, counts, orders, distributions, options, on a model small enough to enumerate."""
+
+import itertools
+import json
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedConfig, PreTrainedModel, TextDiffusionStreamer
+from transformers.generation import RepetitionPenaltyLogitsProcessor
+from transformers.modeling_outputs import MaskedLMOutput
+
+from modeling_heptapod.generation_heptapod import (
+    HeptapodGenerateOutput,
+    HeptapodGenerationConfig,
+    HeptapodGenerationMixin,
+    num_open_after,
+)
+from tests.reference.grid_generation import schedule_left, write_page
+from tests.tiny_heptapod import VARIANTS, random_page, tiny_heptapod
+
+
+MASK, PAD, SYMBOLS = 7, 8, 7
+SCHEDULES = ["confidence", "entropy", "random", "raster"]
+EVERY_SCHEDULE = pytest.mark.parametrize("schedule", SCHEDULES)
+
+
+class StubConfig(PreTrainedConfig):
+    model_type = "heptapod-stub"
+    vocab_size: int = 9
+    mask_token_id: int | None = MASK
+    pad_token_id: int | None = PAD
+    grid_size: tuple[int, int] | None = None
+    self_conditioning: bool = False
+
+
+class Stub(HeptapodGenerationMixin, PreTrainedModel):
+    """Logits that depend on all cells, their places, and on `previous_logits`; it remembers how it was called."""
+
+    config: StubConfig
+    config_class = StubConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, 12)
+        self.conv = nn.Conv2d(12, 12, 3, padding=1)
+        self.lm_head = nn.Linear(12, config.vocab_size)
+        self.calls = []
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None, previous_logits=None, return_dict=None):
+        self.calls.append((input_ids.clone(), attention_mask, previous_logits))
+        assert len(self.calls) < 1000, "this page is never finished"
+        here = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        here = here.unsqueeze(1)
+        x = self.embed_tokens(input_ids).movedim(-1, 1) * here
+        if previous_logits is not None:
+            x = x + previous_logits[..., :1].softmax(1).movedim(-1, 1)
+        mean = (x * here).sum((2, 3), keepdim=True) / here.sum((2, 3), keepdim=True)
+        row = torch.arange(x.shape[2]).view(-1, 1) * 0.7
+        column = torch.arange(x.shape[3]) * 1.3
+        x = torch.tanh(self.conv(x) + mean + torch.sin(row + column))
+        return MaskedLMOutput(logits=self.lm_head(x.movedim(1, -1)))
+
+
+def stub(seed=0, **config):
+    torch.manual_seed(seed)
+    model = Stub(StubConfig(**config)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+        model.lm_head.weight.mul_(0.6)
+        model.lm_head.bias[-2:] = 5.0  # were they allowed, they would be everywhere
+    return model
+
+
+def prompts(batch=3, height=4, width=5, share=0.6, seed=1):
+    """Pages of random symbols with other cells open in each row, `[batch, height, width]`."""
+    generator = torch.Generator().manual_seed(seed)
+    pages = torch.randint(SYMBOLS, (batch, height, width), generator=generator)
+    shares = share * torch.linspace(0.4, 1, batch).view(-1, 1, 1)
+    return pages.masked_fill(torch.rand(pages.shape, generator=generator) < shares, MASK)
+
+
+def details(model, pages, **options):
+    return model.generate(pages, return_dict_in_generate=True, output_scores=True, output_trajectory=True, **options)
+
+
+REGIONS = {
+    "top": (slice(0, 2), slice(None)),
+    "bottom": (slice(4, 6), slice(None)),
+    "middle": (slice(2, 4), slice(None)),
+    "hole": (slice(2, 4), slice(2, 4)),
+}
+
+
+@EVERY_SCHEDULE
+@pytest.mark.parametrize("region", [*REGIONS, "frame", "all"])
+def test_given_cells_never_change(schedule, region):
+    model = stub()
+    given = torch.randint(SYMBOLS, (2, 6, 6))
+    is_open = torch.ones(6, 6, dtype=torch.bool)
+    if region == "frame":
+        is_open[2:4, 2:4] = False
+    elif region != "all":
+        is_open[:] = False
+        is_open[REGIONS[region]] = True
+    pages = given.masked_fill(is_open, MASK)
+    for options in ({}, {"do_sample": True, "reopen_threshold": 1.0}, {"stability_threshold": 1, "num_iterations": 3}):
+        before = pages.clone()
+        out = details(model, pages, schedule=schedule, **options)
+        assert torch.equal(pages, before)
+        for step in (*out.trajectory, out.sequences):
+            assert torch.equal(step[:, ~is_open], given[:, ~is_open])
+        assert (out.sequences[:, is_open] < SYMBOLS).all()
+        assert torch.equal(out.committed_at >= 0, is_open.expand(2, 6, 6))
+
+
+@EVERY_SCHEDULE
+def test_a_page_without_open_cells_comes_back_without_a_call(schedule):
+    model, pages = stub(), torch.randint(SYMBOLS, (2, 3, 4))
+    out = details(model, pages, schedule=schedule)
+    assert torch.equal(out.sequences, pages) and out.model_calls == 0 and not model.calls
+    assert (out.committed_at == -1).all() and not out.scores.any() and torch.equal(out.trajectory, pages[None])
+    assert torch.equal(model.generate(pages, schedule=schedule), pages)
+
+
+def test_counts_by_hand():
+    open_after = lambda counts: [num_open_after(i, torch.tensor([16, 3]), 4, counts).tolist() for i in range(4)]
+    assert open_after("cosine") == [[14, 2], [11, 1], [6, 0], [0, 0]]
+    assert [num_open_after(i, torch.tensor([10]), 3, "cosine").item() for i in range(3)] == [8, 5, 0]
+    assert open_after("linear") == [[12, 2], [8, 1], [4, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("counts", ["cosine", "linear"])
+@pytest.mark.parametrize("num_iterations", [1, 2, 3, 6, 7, 32])
+def test_counts_fall_to_zero_in_the_iterations_given(counts, num_iterations):
+    num_open = torch.arange(1, 200)
+    left = torch.stack([num_open_after(i, num_open, num_iterations, counts) for i in range(num_iterations)])
+    written = -left.diff(dim=0, prepend=num_open[None])
+    for row, n in enumerate(num_open.tolist()):
+        steps = min(n, num_iterations)
+        assert (written[:steps, row] >= 1).all() and not left[steps - 1 :, row].any()
+        assert left[:steps, row].tolist() == [schedule_left(i, n, num_iterations, counts) for i in range(steps)]
+        if counts == "linear":
+            assert written[:steps, row].max() - written[:steps, row].min() <= 1
+
+
+@pytest.mark.parametrize("counts", ["cosine", "linear"])
+@pytest.mark.parametrize("schedule", ["confidence", "random"])
+def test_each_row_has_counts_of_its_own(schedule, counts):
+    model, pages = stub(), prompts()
+    pages[1] = torch.randint(SYMBOLS, (4, 5))
+    pages[1, 0, :2] = MASK  # fewer cells than iterations
+    out = details(model, pages, schedule=schedule, counts=counts, num_iterations=4)
+    num_open = (pages == MASK).sum((1, 2))
+    for row, n in enumerate(num_open.tolist()):
+        left = [n - int(((out.committed_at[row] >= 0) & (out.committed_at[row] <= i)).sum()) for i in range(4)]
+        assert left == num_open_after_all(n, 4, counts), row
+    assert out.model_calls == 4 and [len(ids) for ids, _, _ in model.calls] == [3, 3, 2, 2]
+
+
+def num_open_after_all(num_open, num_iterations, counts):
+    return [schedule_left(i, num_open, num_iterations, counts) for i in range(num_iterations)]
+
+
+def predict_with(model, height, width):
+    def predict(page):
+        with torch.no_grad():
+            return model(torch.tensor(page).view(1, height, width)).logits.flatten(0, 2).tolist()
+
+    return predict
+
+
+ORACLE_CASES = {
+    "raster": {"schedule": "raster"},
+    "cosine": {"schedule": "confidence", "num_iterations": 6},
+    "linear": {"schedule": "confidence", "counts": "linear", "num_iterations": 5},
+    "one by one": {"schedule": "confidence", "num_iterations": 100},
+    "at once": {"schedule": "confidence", "num_iterations": 1},
+    "entropy": {"schedule": "entropy", "entropy_bound": 1.5},
+    "entropy one by one": {"schedule": "entropy", "entropy_bound": 0.0},
+    "entropy in three": {"schedule": "entropy", "entropy_bound": 0.5, "num_iterations": 3},
+    "raster reopened": {"schedule": "raster", "reopen_threshold": 0.5},
+    "reopened": {"schedule": "confidence", "num_iterations": 6, "reopen_threshold": 0.5},
+    "one by one reopened": {"schedule": "confidence", "num_iterations": 100, "reopen_threshold": 0.7},
+    "entropy reopened": {"schedule": "entropy", "entropy_bound": 1.5, "reopen_threshold": 0.6},
+    "raster until stable": {"schedule": "raster", "stability_threshold": 1},
+    "until stable for two": {"schedule": "confidence", "num_iterations": 20, "stability_threshold": 2},
+    "all together": {
+        "schedule": "entropy",
+        "entropy_bound": 0.5,
+        "num_iterations": 9,
+        "reopen_threshold": 0.4,
+        "stability_threshold": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("case", ORACLE_CASES)
+def test_rows_of_a_batch_are_written_as_the_oracle_writes_them_alone(case):
+    options, model = ORACLE_CASES[case], stub().double()
+    pages = prompts(batch=4)
+    out = details(model, pages, **options)
+    longest = 0
+    for row, page in enumerate(pages):
+        oracle = write_page(predict_with(model, 4, 5), page.flatten().tolist(), MASK, {MASK, PAD}, **options)
+        written, committed_at, trajectory = oracle
+        assert out.sequences[row].flatten().tolist() == written, row
+        assert out.committed_at[row].flatten().tolist() == committed_at, row
+        assert out.trajectory[: len(trajectory), row].flatten(1).tolist() == trajectory, row
+        assert (out.trajectory[len(trajectory) :, row] == out.sequences[row]).all()
+        longest = max(longest, len(trajectory) - 1)
+    assert out.model_calls == longest == len(out.trajectory) - 1
+
+
+def test_the_oracle_cases_reopen_and_stop_early():
+    """Otherwise the test above would say nothing about either."""
+    pages = prompts(batch=4)
+    for case, options in ORACLE_CASES.items():
+        out = details(stub().double(), pages, **options)
+        reopens = ((out.trajectory[:-1] != MASK) & (out.trajectory[1:] == MASK)).any()
+        assert reopens == ("reopen_threshold" in options), case
+    full = details(stub().double(), pages, schedule="raster").model_calls
+    assert details(stub().double(), pages, **ORACLE_CASES["raster until stable"]).model_calls < full
+
+
+@EVERY_SCHEDULE
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_reopening_ends(schedule, do_sample):
+    pages = prompts()
+    num_open = int((pages == MASK).sum((1, 2)).max())
+    out = details(stub(), pages, schedule=schedule, do_sample=do_sample, reopen_threshold=1.0, num_iterations=9)
+    assert (out.sequences < SYMBOLS).all() and out.model_calls <= 2 * num_open
+    if schedule != "raster":
+        assert out.model_calls <= 9
+    reopens = (out.trajectory[:-1] != MASK) & (out.trajectory[1:] == MASK)
+    assert reopens.any() and reopens.sum(0).max() == 1
+
+
+def test_raster_is_reading_order():
+    pages = prompts()
+    out = details(stub(), pages, schedule="raster", num_iterations=2)  # which raster has no use for
+    for row, page in enumerate(pages):
+        at = out.committed_at[row][page == MASK]
+        assert at.tolist() == list(range(len(at)))
+    assert out.model_calls == (pages == MASK).sum((1, 2)).max()
+
+
+def test_finished_rows_are_left_out():
+    model, pages = stub(), prompts()
+    num_open = (pages == MASK).sum((1, 2))
+    model.generate(pages, schedule="raster")
+    for iteration, (ids, attention_mask, _) in enumerate(model.calls):
+        assert len(ids) == (num_open > iteration).sum() and attention_mask is None
+
+
+# ---- distributions
+
+
+def enumerate_pages(model, order):
+    """Probability of each page of 2 x 2 cells of 3 symbols, written in an order: `[3, 3, 3, 3]`, float64."""
+    pages = torch.tensor(list(itertools.product(range(3), repeat=4)))
+    log_probability = torch.zeros(len(pages), dtype=torch.float64)
+    for step, cell in enumerate(order):
+        prompt = pages.clone()
+        prompt[:, list(order[step:])] = model.config.mask_token_id
+        with torch.no_grad():
+            logits = model(prompt.view(-1, 2, 2)).logits.double().flatten(1, 2)[:, cell, :3]
+        log_probability += logits.log_softmax(-1).gather(1, pages[:, cell : cell + 1]).squeeze(1)
+    return log_probability.exp().view(3, 3, 3, 3)
+
+
+def chi_square(pages, expected):
+    """Pearson's statistic of drawn pages `[n, 2, 2]` against the enumerated distribution."""
+    cells = pages.flatten(1)
+    index = (cells * torch.tensor([27, 9, 3, 1])).sum(1)
+    observed = torch.bincount(index, minlength=81).double()
+    expected = expected.flatten() * len(pages)
+    return float(((observed - expected) ** 2 / expected).sum())
+
+
+# 80 degrees of freedom: 99.9% of samples of the right distribution stay below.
+CHI_SQUARE_999 = 124.84
+ORDERS = list(itertools.permutations(range(4)))
+
+
+def tiny_stub():
+    model = stub(seed=3, vocab_size=5, mask_token_id=3, pad_token_id=4)
+    with torch.no_grad():  # all 81 pages are probable enough to be counted
+        model.lm_head.weight.mul_(0.4)
+        model.lm_head.bias[:3].mul_(0.1)
+    return model
+
+
+def draw_pages(model, number=30000, **options):
+    pages = torch.full((number, 2, 2), model.config.mask_token_id)
+    return model.generate(pages, do_sample=True, seed=5, **options)
+
+
+@pytest.mark.parametrize("counts", ["cosine", "linear"])
+def test_samples_at_one_cell_an_iteration_are_the_models_own_distribution(counts):
+    model = tiny_stub()
+    raster = enumerate_pages(model, range(4))
+    averaged = sum(enumerate_pages(model, order) for order in ORDERS) / len(ORDERS)
+    assert raster.sum().item() == pytest.approx(1) and 30000 * min(raster.min(), averaged.min()) > 5
+
+    in_raster_order = draw_pages(model, schedule="raster")
+    in_random_order = draw_pages(model, schedule="random", counts=counts, num_iterations=4)
+    assert chi_square(in_raster_order, raster) < CHI_SQUARE_999
+    assert chi_square(in_random_order, averaged) < CHI_SQUARE_999
+    # The test can tell: another order, and all cells at once, are other distributions.
+    assert chi_square(in_random_order, raster) > 2 * CHI_SQUARE_999
+    assert chi_square(in_raster_order, averaged) > 2 * CHI_SQUARE_999
+    at_once = draw_pages(model, schedule="random", num_iterations=1)
+    assert chi_square(at_once, averaged) > 2 * CHI_SQUARE_999
+
+
+def test_random_orders_are_uniform():
+    model = tiny_stub()
+    out = model.generate(
+        torch.full((24000, 2, 2), 3), schedule="random", num_iterations=4, seed=2, return_dict_in_generate=True
+    )
+    orders = out.committed_at.flatten(1).tolist()
+    observed = torch.tensor([orders.count(list(order)) for order in ORDERS]).double()
+    assert observed.sum() == 24000
+    assert ((observed - 1000) ** 2 / 1000).sum() < 49.73  # 23 degrees of freedom, 99.9%
+
+
+def test_scores_of_a_raster_page_add_up_to_its_probability():
+    model = tiny_stub()
+    raster = enumerate_pages(model, range(4))
+    pages = torch.full((50, 2, 2), 3)
+    out = details(model, pages, schedule="raster", do_sample=True)
+    for page, scores in zip(out.sequences.flatten(1).tolist(), out.scores):
+        assert scores.sum().exp().item() == pytest.approx(raster[tuple(page)].item(), rel=1e-4)
+
+
+def top_p(probabilities, share):
+    """The fewest symbols that make up a share, the others without a chance."""
+    order = probabilities.argsort(descending=True)
+    kept = order[: int((probabilities[order].cumsum(0) < share).sum()) + 1]
+    only = torch.zeros_like(probabilities).index_copy(0, kept, probabilities[kept])
+    return only / only.sum()
+
+
+@pytest.mark.parametrize(
+    "options, shape, left",
+    [
+        ({"temperature": 2.0}, lambda x: (x / 2).softmax(-1), 3),
+        ({"temperature": 0.5}, lambda x: (x * 2).softmax(-1), 3),
+        ({"top_k": 2}, lambda x: x.masked_fill(x == x.min(), -torch.inf).softmax(-1), 2),
+        ({"top_k": 2, "temperature": 3.0}, lambda x: (x.masked_fill(x == x.min(), -torch.inf) / 3).softmax(-1), 2),
+        ({"top_p": 0.6}, lambda x: top_p(x.softmax(-1), 0.6), 2),
+        ({"top_p": 0.6, "temperature": 0.2}, lambda x: top_p((x * 5).softmax(-1), 0.6), 1),
+    ],
+)
+def test_what_is_drawn_is_shaped_as_told(options, shape, left):
+    model = tiny_stub()
+    with torch.no_grad():
+        expected = shape(model(torch.full((1, 1, 1), 3)).logits[0, 0, 0, :3].double())
+    assert (expected > 0).sum() == left
+    out = details(model, torch.full((20000, 1, 1), 3), do_sample=True, seed=1, **options)
+    observed = out.sequences.flatten().bincount(minlength=3).double()
+    assert not observed[expected == 0].any()
+    likely = expected > 0
+    statistic = ((observed - 20000 * expected)[likely] ** 2 / (20000 * expected[likely])).sum()
+    assert statistic < 13.8  # 2 degrees of freedom, 99.9%
+    torch.testing.assert_close(out.scores.flatten().exp().double(), expected[out.sequences.flatten()])
+
+
+@EVERY_SCHEDULE
+def test_narrow_sampling_is_greedy(schedule):
+    model, pages = stub(), prompts()
+    if schedule == "random":
+        greedy = partial(model.generate, pages, schedule=schedule, num_iterations=1)
+    else:
+        greedy = partial(model.generate, pages, schedule=schedule, num_iterations=5)
+    expected = greedy()
+    for narrow in ({"temperature": 1e-4}, {"top_k": 1}, {"top_p": 1e-6}):
+        assert torch.equal(greedy(do_sample=True, **narrow), expected)
+    assert torch.equal(greedy(temperature=9.0, top_k=2, top_p=0.1), expected)  # without sampling they do nothing
+    assert not torch.equal(greedy(do_sample=True), expected)
+
+
+@pytest.mark.parametrize("schedule", ["confidence", "entropy"])
+def test_the_order_does_not_depend_on_the_warpers(schedule):
+    """With top_k=1 each draw has probability 1 and no entropy: no cell would be surer than another, or doubtful."""
+    how = {"schedule": schedule, "num_iterations": 5, "entropy_bound": 1.5, "reopen_threshold": 0.5}
+    model, pages = stub(), prompts()
+    expected = details(model, pages, **how)
+    out = details(model, pages, do_sample=True, top_k=1, **how)
+    assert torch.equal(out.trajectory, expected.trajectory) and torch.equal(out.committed_at, expected.committed_at)
+    assert ((out.trajectory[:-1] != MASK) & (out.trajectory[1:] == MASK)).any()
+    assert not out.scores.any()  # drawn with certainty
+    assert (expected.scores[pages == MASK] < 0).all()
+
+
+# ---- padding
+
+
+@EVERY_SCHEDULE
+def test_cells_off_the_page_are_never_written(schedule):
+    model = stub()
+    small, large = prompts(1, 2, 3, share=2.0), prompts(1, 4, 5, share=2.0)
+    pages = torch.full((2, 4, 5), PAD)
+    mask = torch.zeros(2, 4, 5, dtype=torch.long)
+    pages[0, :2, :3], pages[1], mask[0, :2, :3], mask[1] = small, large, 1, 1
+    pages[0, 3, 3] = MASK  # not a hole: it is off the page
+    out = details(model, pages, attention_mask=mask, schedule=schedule, num_iterations=4, reopen_threshold=0.3)
+    assert torch.equal(out.sequences[mask == 0], pages[mask == 0])
+    assert (out.committed_at[mask == 0] == -1).all()
+    assert (out.sequences[mask == 1] < SYMBOLS).all()
+    if schedule != "random":
+        how = {"schedule": schedule, "num_iterations": 4, "reopen_threshold": 0.3}
+        assert torch.equal(out.sequences[:1, :2, :3], model.generate(small, **how))
+        assert torch.equal(out.sequences[1:], model.generate(large, **how))
+    assert torch.equal(
+        model.generate(pages, attention_mask=mask.bool(), schedule="raster"),
+        model.generate(pages, attention_mask=mask.int(), schedule="raster"),
+    )
+
+
+def test_pads_without_a_mask_are_an_error():
+    pages = prompts()
+    pages[0, 3] = PAD
+    with pytest.raises(ValueError, match=f"pad token {PAD}.*attention_mask"):
+        stub().generate(pages)
+    assert stub(pad_token_id=None).generate(pages).shape == pages.shape
+
+
+# ---- the model itself
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_grid_model_writes_as_the_oracle(variant):
+    model = tiny_heptapod(**VARIANTS[variant]).double()
+    mask, pad = model.config.mask_token_id, model.config.pad_token_id
+    pages = random_page(3, 3, 4).masked_fill(prompts(3, 3, 4) == MASK, mask)
+    options = {"schedule": "confidence", "num_iterations": 4, "reopen_threshold": 0.1}
+    out = details(model, pages, **options)
+    assert torch.equal(out.sequences[pages != mask], pages[pages != mask])
+    for row, page in enumerate(pages):
+        previous = None
+
+        def predict(ids):
+            nonlocal previous
+            with torch.no_grad():
+                feedback = {"previous_logits": previous} if previous is not None else {}
+                logits = model(torch.tensor(ids).view(1, 3, 4), **feedback).logits
+            previous = logits if model.config.self_conditioning else None
+            return logits.flatten(0, 2).tolist()
+
+        written, committed_at, _ = write_page(predict, page.flatten().tolist(), mask, {mask, pad}, **options)
+        assert out.sequences[row].flatten().tolist() == written
+        assert out.committed_at[row].flatten().tolist() == committed_at
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pages_of_the_grid_model_do_not_depend_on_their_neighbours_in_a_batch(variant):
+    model = tiny_heptapod(**VARIANTS[variant]).double()
+    mask, pad = model.config.mask_token_id, model.config.pad_token_id
+    small, large = random_page(1, 2, 3), random_page(1, 4, 5)
+    small[0, :, 1] = large[0, 1:3, 1:3] = mask  # no cell far from given ones: some variants tell such cells not apart
+    pages, here = torch.full((2, 4, 5), pad), torch.zeros(2, 4, 5, dtype=torch.long)
+    pages[0, :2, :3], pages[1], here[0, :2, :3], here[1] = small, large, 1, 1
+    for schedule in ("confidence", "entropy", "raster"):
+        how = {"schedule": schedule, "num_iterations": 4, "entropy_bound": 3.0}
+        out = model.generate(pages, attention_mask=here, **how)
+        assert torch.equal(out[:1, :2, :3], model.generate(small, **how)), schedule
+        assert torch.equal(out[1:], model.generate(large, **how)), schedule
+        assert (out[here == 0] == pad).all()
+
+
+@EVERY_SCHEDULE
+def test_half_precision(schedule):
+    model = tiny_heptapod().bfloat16()
+    pages = random_page(2, 4, 5)
+    pages[:, 1:3] = model.config.mask_token_id
+    out = details(model, pages, schedule=schedule, do_sample=True, temperature=0.7, top_p=0.9, reopen_threshold=0.05)
+    assert (out.sequences < model.config.mask_token_id).all() and out.scores.dtype == torch.float32
+    assert torch.equal(out.sequences[:, [0, 3]], pages[:, [0, 3]])
+
+
+def test_samples_of_the_grid_model_are_its_own_distribution():
+    model = tiny_heptapod(vocab_size=5, mask_token_id=3, pad_token_id=4, hidden_size=16, initializer_range=0.3)
+    with torch.no_grad():  # all 81 pages are probable enough to be counted, and not equally so
+        model.lm_head.weight.mul_(0.4)
+    raster = enumerate_pages(model, range(4))
+    averaged = sum(enumerate_pages(model, order) for order in ORDERS) / len(ORDERS)
+    assert 12000 * min(raster.min(), averaged.min()) > 5
+    assert chi_square(draw_pages(model, 12000, schedule="raster"), raster) < CHI_SQUARE_999
+    in_random_order = draw_pages(model, 12000, schedule="random", num_iterations=4)
+    assert chi_square(in_random_order, averaged) < CHI_SQUARE_999
+    assert chi_square(in_random_order, raster) > 2 * CHI_SQUARE_999
+
+
+# ---- options
+
+
+class Forbid(LogitsProcessor):
+    """No token of a set, in the columns of another; remembers what it was given."""
+
+    def __init__(self, tokens, columns):
+        self.tokens, self.columns, self.seen = tokens, columns, []
+
+    def __call__(self, input_ids, scores, rows, columns):
+        self.seen.append((input_ids, scores.clone(), rows, columns))
+        there = torch.isin(columns, torch.tensor(self.columns))
+        scores = scores.clone()
+        scores[there[:, None] & torch.isin(torch.arange(scores.shape[1]), torch.tensor(self.tokens))] = -torch.inf
+        return scores
+
+
+@EVERY_SCHEDULE
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_logits_processors_rule_cells(schedule, do_sample):
+    model, pages = stub(), prompts()
+    forbid = Forbid([0, 1, 2], [1, 3])
+    out = model.generate(pages, logits_processor=[forbid], schedule=schedule, do_sample=do_sample, temperature=0.1)
+    written = (pages == MASK) & torch.isin(torch.arange(5), torch.tensor([1, 3]))
+    assert written.any() and (out[written] > 2).all()
+    ids = model.calls[0][0]
+    with torch.no_grad():
+        logits = model(ids).logits
+    for page, (seen, scores, rows, columns) in zip(ids, forbid.seen):  # the calls of the first iteration, row by row
+        assert torch.equal(seen, page.flatten().expand(len(rows), -1)) and (page[rows, columns] == MASK).all()
+        torch.testing.assert_close(scores[:, :SYMBOLS], logits[0, rows, columns][:, :SYMBOLS])
+        assert (scores[:, [MASK, PAD]] == -torch.inf).all()
+        logits = logits[1:]
+
+
+def test_stock_processors_work_and_see_the_page():
+    model, pages = stub(), prompts()
+    penalised = model.generate(pages, schedule="raster", logits_processor=[RepetitionPenaltyLogitsProcessor(1e6)])
+    for page in penalised[:, :1, :3].flatten(1):  # of seven symbols none comes twice where that can be helped
+        assert len(page.unique()) > 1
+    with pytest.raises(ValueError, match="logits_processor.*without any token"):
+        model.generate(pages, logits_processor=[Forbid(list(range(SYMBOLS)), [0, 1, 2, 3, 4])])
+    for bad in (Forbid([1], [0]), [3]):
+        with pytest.raises(TypeError, match="logits_processor"):
+            model.generate(pages, logits_processor=bad)
+
+
+@EVERY_SCHEDULE
+def test_seeds_and_generators(schedule):
+    model, pages = stub(), prompts()
+    write = partial(model.generate, pages, schedule=schedule, do_sample=True, num_iterations=4)
+    state = torch.get_rng_state()
+    first = write(seed=1)
+    assert torch.equal(first, write(seed=1)) and not torch.equal(first, write(seed=2))
+    generator = torch.Generator().manual_seed(1)
+    assert torch.equal(first, write(generator=generator)) and not torch.equal(first, write(generator=generator))
+    assert torch.equal(first, write(generator=torch.Generator().manual_seed(1), seed=2))  # the generator wins
+    assert torch.equal(state, torch.get_rng_state())  # nothing was taken from the global one
+    torch.manual_seed(4)
+    by_global = write()
+    assert not torch.equal(by_global, write())
+    torch.manual_seed(4)
+    assert torch.equal(by_global, write())
+    with pytest.raises(TypeError, match="generator"):
+        write(generator=1)
+
+
+def test_stability_ends_a_row():
+    class Settled(Stub):
+        """Its first prediction is its last."""
+
+        def forward(self, input_ids, **kwargs):
+            self.calls.append(input_ids)
+            return MaskedLMOutput(logits=self.table.expand(len(input_ids), -1, -1, -1))
+
+    model = Settled(StubConfig())
+    model.table = torch.randn(4, 5, 9)
+    pages = prompts()
+    expected = model.generate(pages, schedule="raster")
+    for threshold in (1, 3):
+        for schedule in SCHEDULES:
+            out = details(model, pages, schedule=schedule, stability_threshold=threshold, entropy_bound=0.0)
+            assert torch.equal(out.sequences, expected) and out.model_calls == threshold + 1
+    out = details(model, pages, schedule="raster", stability_threshold=3, reopen_threshold=1.0)
+    assert torch.equal(out.sequences, expected) and out.model_calls == 4
+
+
+@EVERY_SCHEDULE
+def test_self_conditioning_feeds_the_last_logits_back(schedule):
+    model, pages = stub(self_conditioning=True), prompts()
+    forward, outputs = model.forward, []
+
+    def remember(**kwargs):
+        outputs.append((kwargs["input_ids"], forward(**kwargs).logits))
+        return MaskedLMOutput(logits=outputs[-1][1])
+
+    model.forward = remember
+    out = details(model, pages, schedule=schedule, num_iterations=5)
+    assert model.calls[0][2] is None
+    for iteration in range(1, out.model_calls):
+        alive = (out.trajectory[iteration] == MASK).any(-1).any(-1)
+        before = (out.trajectory[iteration - 1] == MASK).any(-1).any(-1)
+        expected = outputs[iteration - 1][1][alive[before]]
+        assert torch.equal(model.calls[iteration][2], expected)
+        assert torch.equal(model.calls[iteration][0], out.trajectory[iteration][alive])
+    plain = stub()
+    plain.generate(pages, schedule=schedule)
+    assert all(previous is None for _, _, previous in plain.calls)
+
+
+@EVERY_SCHEDULE
+def test_details_agree_with_each_other(schedule):
+    pages = prompts()
+    out = details(stub(), pages, schedule=schedule, do_sample=True, num_iterations=5)
+    assert isinstance(out, HeptapodGenerateOutput)
+    assert out.trajectory.shape == (out.model_calls + 1, *pages.shape)
+    assert torch.equal(out.trajectory[0], pages) and torch.equal(out.trajectory[-1], out.sequences)
+    for iteration, page in enumerate(out.trajectory):
+        known = out.committed_at < iteration
+        assert torch.equal(page, torch.where(known, out.sequences, MASK))
+    assert torch.equal(out.scores != 0, pages == MASK) and out.scores.dtype == torch.float32
+    short = stub().generate(pages, schedule=schedule, return_dict_in_generate=True)
+    assert short.scores is None and short.trajectory is None and short.committed_at is not None
+
+
+def test_flat_and_empty_pages():
+    model, pages = stub(), prompts()
+    expected = model.generate(pages, schedule="raster")
+    flat = model.generate(pages.flatten(1), height=4, width=5, schedule="raster")
+    assert torch.equal(flat, expected.flatten(1))
+    sized = stub(grid_size=(4, 5))
+    out = details(sized, pages.flatten(1), schedule="raster")
+    assert torch.equal(out.sequences, expected.flatten(1))
+    assert out.committed_at.shape == out.scores.shape == (3, 20) and out.trajectory.shape[1:] == (3, 20)
+
+    empty = torch.full((1, 4, 5), MASK)
+    assert torch.equal(model.generate(height=4, width=5), model.generate(empty))
+    assert torch.equal(sized.generate(), model.generate(empty))
+    assert sized.generate(height=2).shape == (1, 2, 5) and model.generate(height=1, width=1).shape == (1, 1, 1)
+    assert torch.equal(model.generate(pages, height=4), model.generate(pages))
+
+
+class Drafts:
+    """A streamer that keeps what it gets."""
+
+    def __init__(self):
+        self.put_values, self.drafts, self.ended = [], [], False
+
+    def put(self, value):
+        self.put_values.append(value)
+
+    def put_draft(self, value):
+        self.drafts.append(value)
+
+    def end(self):
+        self.ended = True
+
+
+@EVERY_SCHEDULE
+def test_streaming_drafts(schedule):
+    model, pages, streamer = stub(), prompts(), Drafts()
+    out = details(model, pages, streamer=streamer, schedule=schedule, num_iterations=5)
+    assert torch.equal(out.sequences, details(stub(), pages, schedule=schedule, num_iterations=5).sequences) or (
+        schedule == "random"
+    )
+    prompt, page = streamer.put_values
+    assert torch.equal(prompt, pages.flatten(1)) and torch.equal(page, out.sequences.flatten(1)) and streamer.ended
+    assert len(streamer.drafts) == out.model_calls
+    for draft, written in zip(streamer.drafts, out.trajectory[1:].flatten(2)):
+        assert torch.equal(draft[written != MASK], written[written != MASK])
+        assert (draft < SYMBOLS).all()  # no open cell in a draft
+    assert torch.equal(streamer.drafts[-1], page)
+
+
+def test_a_streamer_without_drafts_and_a_page_without_holes():
+    streamer = Drafts()
+    pages = torch.randint(SYMBOLS, (1, 2, 3))
+    stub().generate(pages, streamer=streamer)
+    assert torch.equal(torch.cat(streamer.put_values), pages.flatten(1).expand(2, -1)) and streamer.ended
+    assert not streamer.drafts
+
+
+def test_transformers_diffusion_streamer(capsys):
+    class Letters:
+        def decode(self, ids, **kwargs):
+            return "".join("abcdefg?_"[int(id)] for id in ids)
+
+    model, pages = stub(), prompts(batch=1)
+    out = details(model, pages, streamer=TextDiffusionStreamer(Letters(), skip_prompt=True), num_iterations=4)
+    printed = capsys.readouterr().out
+    assert printed.count("\033[33m") == 4  # four drafts in yellow
+    assert printed.endswith(Letters().decode(out.sequences.flatten()) + "\n") and "?" not in printed
+    with pytest.raises(ValueError, match="batch size 1"):
+        model.generate(prompts(), streamer=TextDiffusionStreamer(Letters()))
+
+
+# ---- configuration
+
+
+def test_options_are_saved_and_loaded_with_the_model(tmp_path):
+    model, pages = stub(), prompts()
+    assert type(model.generation_config) is HeptapodGenerationConfig
+    model.generation_config = HeptapodGenerationConfig(schedule="entropy", entropy_bound=0.7, temperature=0.5, seed=3)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "generation_config.json").read_text())
+    del saved["transformers_version"]
+    assert saved == {"schedule": "entropy", "entropy_bound": 0.7, "temperature": 0.5, "seed": 3}
+
+    loaded = Stub.from_pretrained(tmp_path)
+    assert type(loaded.generation_config) is HeptapodGenerationConfig
+    assert loaded.generation_config == model.generation_config
+    assert torch.equal(loaded.generate(pages), model.generate(pages, schedule="entropy", entropy_bound=0.7))
+    # What is not set comes from the model's own, and options of the call come first.
+    same = loaded.generate(pages, generation_config=HeptapodGenerationConfig(entropy_bound=5.0))
+    assert torch.equal(same, model.generate(pages, schedule="entropy", entropy_bound=5.0))
+    raster = details(loaded, pages, generation_config=HeptapodGenerationConfig(entropy_bound=5.0), schedule="raster")
+    assert raster.model_calls == (pages == MASK).sum((1, 2)).max()
+    assert loaded.generation_config == model.generation_config  # a call leaves it as it is
+    drawn = loaded.generate(pages, do_sample=True)
+    assert torch.equal(drawn, loaded.generate(pages, do_sample=True))
+    assert not torch.equal(drawn, loaded.generate(pages, do_sample=True, temperature=None))  # None: off
+
+
+def test_loading_without_or_with_options_given(tmp_path):
+    stub().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    assert Stub.from_pretrained(tmp_path).generation_config == HeptapodGenerationConfig()
+    given = HeptapodGenerationConfig(num_iterations=3)
+    assert Stub.from_pretrained(tmp_path, generation_config=given).generation_config == given
+    (tmp_path / "generation_config.json").write_text('{"num_beams": 4}')
+    with pytest.raises(ValueError, match="num_beams"):
+        Stub.from_pretrained(tmp_path)
+
+
+def test_a_config_of_another_class_counts_by_its_values():
+    model, pages = stub(), prompts()
+    stock = GenerationConfig(do_sample=True, temperature=0.7)
+    expected = model.generate(pages, do_sample=True, temperature=0.7, seed=1)
+    assert torch.equal(model.generate(pages, generation_config=stock, seed=1), expected)
+    with pytest.raises(ValueError, match="num_beams"):
+        model.generate(pages, generation_config=GenerationConfig(num_beams=2))
+    with pytest.raises(TypeError, match="generation_config.*dict"):
+        model.generate(pages, generation_config={"schedule": "raster"})
+
+
+def test_trainer_can_align_special_tokens():
+    config = HeptapodGenerationConfig()
+    assert config.eos_token_id is config.bos_token_id is config.pad_token_id is None
+    config.pad_token_id = 3
+    assert HeptapodGenerationConfig(**config.to_diff_dict()) == config
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"schedule": "spiral"}, "`schedule` must be one of .*raster.*'spiral'"),
+        ({"counts": "cubic"}, "`counts` must be one of .*linear.*'cubic'"),
+        ({"num_iterations": 0}, "`num_iterations` must be an integer of at least 1, got 0"),
+        ({"num_iterations": -3}, "`num_iterations`"),
+        ({"num_iterations": 2.5}, "`num_iterations`"),
+        ({"num_iterations": True}, "`num_iterations`"),
+        ({"entropy_bound": -0.1}, "`entropy_bound` must not be negative, got -0.1"),
+        ({"entropy_bound": math.nan}, "`entropy_bound`"),
+        ({"reopen_threshold": 1.5}, "`reopen_threshold` must be a probability"),
+        ({"stability_threshold": 0}, "`stability_threshold`"),
+        ({"temperature": 0.0}, "`temperature` must be positive"),
+        ({"temperature": "hot"}, "`temperature`"),
+        ({"top_k": -1}, "`top_k`"),
+        ({"top_p": 0.0}, "`top_p`"),
+        ({"top_p": 1.1}, "`top_p`"),
+        ({"do_sample": "yes"}, "`do_sample`"),
+        ({"seed": "1"}, "`seed`"),
+        ({"num_beams": 4}, r"Unknown generation options \['num_beams'\]; there are .*num_iterations"),
+        ({"max_new_tokens": 4}, "max_new_tokens"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        HeptapodGenerationConfig(**options)
+    with pytest.raises(ValueError, match=message):
+        stub().generate(prompts(), **options)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"mask_token_id": None}, "`config.mask_token_id` is not set"),
+        ({"mask_token_id": 9}, r"`config.mask_token_id` must be in the vocabulary \[0, 9\), got 9"),
+        ({"mask_token_id": -1}, "`config.mask_token_id`"),
+        ({"mask_token_id": PAD}, "must differ"),
+    ],
+)
+def test_models_that_cannot_write_say_so(config, message):
+    with pytest.raises(ValueError, match=message):
+        stub(**config).generate(prompts())
+
+
+PAGES = prompts()
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({}, ValueError, "`height` and `width`"),
+        ({"height": 3}, ValueError, "`height` and `width`"),
+        ({"height": 0, "width": 3}, ValueError, "`height` must be an integer of at least 1, got 0"),
+        ({"height": 3, "width": 2.0}, ValueError, "`width`"),
+        ({"attention_mask": PAGES, "height": 3, "width": 3}, ValueError, "`attention_mask` was given without"),
+        ({"input_ids": PAGES.tolist()}, TypeError, "`input_ids` must be a tensor, got list"),
+        ({"input_ids": PAGES.float()}, TypeError, "`input_ids` must hold integers"),
+        ({"input_ids": PAGES[0, 0]}, ValueError, r"`input_ids` must be \[batch, height, width\].*\[5\]"),
+        ({"input_ids": PAGES.flatten(1)}, ValueError, "now None and None"),
+        ({"input_ids": PAGES.flatten(1), "height": 5, "width": 5}, ValueError, r"now 5 and 5.*\[3, 20\]"),
+        ({"input_ids": PAGES, "height": 5}, ValueError, r"differ from those of `input_ids` \[3, 4, 5\]"),
+        (
+            {"input_ids": PAGES, "attention_mask": PAGES[:, :2]},
+            ValueError,
+            r"`attention_mask`.*\[3, 4, 5\].*\[3, 2, 5\]",
+        ),
+        ({"input_ids": PAGES, "attention_mask": PAGES.float()}, TypeError, "`attention_mask` must hold integers"),
+    ],
+)
+def test_bad_pages_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        stub().generate(**arguments)
+
+
+def test_a_batch_of_no_pages():
+    out = details(stub(), torch.zeros(0, 3, 4, dtype=torch.long))
+    assert out.sequences.shape == (0, 3, 4) and out.model_calls == 0

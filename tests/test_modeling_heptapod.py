@@ -1,0 +1,789 @@
+"""Grid models against the oracle in `tests/reference/heptapod.py`; pads, shapes, loss and ELBO against their definitions."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from modeling_heptapod import HeptapodForMaskedLM, HeptapodModel
+from modeling_heptapod import modeling_heptapod as module
+from modeling_heptapod.modeling_heptapod import draw_mask, masked_diffusion_loss
+from tests.reference.heptapod import HeptapodDescription, heptapod_logits, window
+from tests.tiny_heptapod import MASK, PAD, VARIANTS, random_page, tiny_config, tiny_heptapod
+
+
+def describe(config):
+    """The oracle's plain numbers from a configuration."""
+    layers = []
+    for layer, kind in enumerate(config.attention_types):
+        radius, dilation = (x if isinstance(x, int) else x[layer] for x in (config.window_size, config.dilation))
+        layers.append(None if kind == "global" else window(radius, dilation if kind == "dilated" else 1))
+    return HeptapodDescription(
+        heads=config.num_attention_heads,
+        layers=layers,
+        global_heads=config.num_global_heads,
+        rope_theta=config.rope_theta,
+        borders=config.border_distances,
+        layer_norm_eps=config.layer_norm_eps,
+    )
+
+
+def oracle(model, page, **kwargs):
+    weights = {name: weight.double() for name, weight in model.state_dict().items()}
+    with torch.no_grad():
+        return heptapod_logits(weights, page.tolist(), describe(model.config), **kwargs)
+
+
+def part_of_page(height, width, share=0.75, batch=2, seed=3):
+    return torch.rand(batch, height, width, generator=torch.Generator().manual_seed(seed)) < share
+
+
+# --- the whole model ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_the_oracle(variant):
+    model = tiny_heptapod(**VARIANTS[variant]).double()
+    page, real = random_page(2, 4, 7), part_of_page(4, 7)
+    with torch.no_grad():
+        logits = model(page, attention_mask=real.long()).logits
+    expected = oracle(model, page, real=real.tolist())
+    assert not expected[real].isnan().any()
+    torch.testing.assert_close(logits[real], expected[real], rtol=1e-5, atol=1e-5)  # angles are float32
+
+
+def test_logits_of_a_page_in_tiles_equal_the_oracle():
+    model = tiny_heptapod(num_hidden_layers=1, attention_types=["local"], num_global_heads=1).double()
+    page = random_page(1, 16, 18)
+    with torch.no_grad():
+        torch.testing.assert_close(model(page).logits, oracle(model, page), rtol=1e-5, atol=1e-5)
+
+
+def test_logits_with_feedback_equal_the_oracle():
+    model = tiny_heptapod(**VARIANTS["feedback"]).double()
+    page = random_page(2, 3, 4)
+    previous = 2 * torch.randn(2, 3, 4, 20, dtype=torch.float64)
+    with torch.no_grad():
+        logits = model(page, previous_logits=previous).logits
+        assert (logits - model(page).logits).abs().max() > 0.1
+    torch.testing.assert_close(logits, oracle(model, page, previous_logits=previous), rtol=1e-5, atol=1e-5)
+
+
+def test_the_oracle_tells_every_option_apart():
+    model = tiny_heptapod(**VARIANTS["split"]).double()
+    page = random_page(1, 4, 6)
+    weights, description = model.state_dict(), describe(model.config)
+    logits = heptapod_logits(weights, page.tolist(), description)
+    for change in (
+        {"heads": 2},
+        {"layers": [window(1), window(1, 3)]},
+        {"layers": [window(2), window(1, 2)]},
+        {"layers": [window(1), None]},
+        {"global_heads": 2},
+        {"rope_theta": 90.0},
+        {"borders": False},
+        {"layer_norm_eps": 1e-2},
+    ):
+        other = heptapod_logits(weights, page.tolist(), dataclasses.replace(description, **change))
+        assert (other - logits).abs().max() > 1e-6, change
+
+
+@pytest.mark.parametrize("head", ["HeptapodModel", "HeptapodForMaskedLM"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_flat_pages_give_the_same(variant, head):
+    model = tiny_heptapod(head, **VARIANTS[variant])
+    page, real = random_page(2, 5, 9), part_of_page(5, 9).long()
+    with torch.no_grad():
+        out = model(page, attention_mask=real, output_hidden_states=True)
+        flat = model(page.flatten(1), attention_mask=real.flatten(1), grid_size=(5, 9), output_hidden_states=True)
+        model.config.grid_size = [5, 9]
+        by_config = model(page.flatten(1), attention_mask=real.flatten(1))
+        assert model(page[:, :3])[0].shape[:3] == (2, 3, 9)  # other pages may have other sizes
+    assert out[0].shape[:3] == (2, 5, 9)
+    assert torch.equal(flat[0], out[0].flatten(1, 2)) and torch.equal(by_config[0], flat[0])
+    for one, other in zip(out.hidden_states, flat.hidden_states):
+        assert torch.equal(one.flatten(1, 2), other)
+
+
+def test_embeddings_instead_of_tokens():
+    model = tiny_heptapod()
+    page = random_page(2, 5, 9)
+    embeds = model.get_input_embeddings()(page)
+    with torch.no_grad():
+        expected = model(page).logits
+        assert torch.equal(model(inputs_embeds=embeds).logits, expected)
+        flat = model(inputs_embeds=embeds.flatten(1, 2), grid_size=(5, 9)).logits
+    assert torch.equal(flat, expected.flatten(1, 2))
+
+
+# --- who sees whom -----------------------------------------------------------------------------------------------------
+
+
+def reach(model, place, height=12, width=13):
+    """Per hidden state, the cells that change when the token at `place` does."""
+    page = random_page(1, height, width)
+    other = page.clone()
+    other[(0, *place)] = (other[(0, *place)] + 1) % MASK
+    with torch.no_grad():
+        states, others = (model(x, output_hidden_states=True).hidden_states for x in (page, other))
+    return [{tuple(cell) for cell in (a != b).any(-1)[0].nonzero().tolist()} for a, b in zip(states, others)]
+
+
+@pytest.mark.parametrize("size", [(12, 13), (20, 21)])  # dense and tiled
+def test_cells_see_their_window_and_no_further(size):
+    height, width = size
+    for types, windows, dilations, layers in (
+        (["local", "local"], [1, 2], 5, (window(1), window(2))),
+        (["dilated", "dilated"], 1, [2, 3], (window(1, 2), window(1, 3))),
+        (["local", "dilated"], [1, 2], 3, (window(1), window(2, 3))),
+    ):
+        model = tiny_heptapod(attention_types=types, window_size=windows, dilation=dilations)
+        for place in ((0, 0), (6, 5), (height - 1, 3)):
+            changed, cells = reach(model, place, height, width), {place}
+            for got, offsets in zip(changed, ([0], *layers)):
+                cells = {(y + a, x + b) for y, x in cells for a in offsets for b in offsets}
+                cells = {(y, x) for y, x in cells if 0 <= y < height and 0 <= x < width}
+                assert got == cells
+
+
+@pytest.mark.parametrize("variant", ["global", "split"])
+def test_global_heads_see_the_whole_page(variant):
+    model = tiny_heptapod(**VARIANTS[variant])
+    assert len(reach(model, (0, 0))[1]) == 12 * 13
+
+
+def test_rows_are_not_columns():
+    for variant in VARIANTS:
+        model = tiny_heptapod(**VARIANTS[variant])
+        page = random_page(1, 6, 6)
+        with torch.no_grad():
+            upright = model(page).logits
+            turned = model(page.transpose(1, 2)).logits.transpose(1, 2)
+        assert (upright - turned).abs().max() > 0.05, variant
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_cells_of_an_empty_page_know_where_they_are(variant):
+    model = tiny_heptapod(**{**VARIANTS[variant], "border_distances": True})
+    page = torch.full((1, 5, 6), MASK)
+    with torch.no_grad():
+        logits = model(page).logits.flatten(0, 2)
+    assert torch.pdist(logits).min() > 0.05
+    if variant == "no borders":
+        with torch.no_grad():
+            logits = tiny_heptapod(**VARIANTS[variant])(page).logits.flatten(0, 2)
+        assert torch.pdist(logits).max() < 1e-4
+
+
+# --- pads leave no trace -----------------------------------------------------------------------------------------------
+
+PAGES = [(3, 9), (12, 4), (1, 1), (17, 20), (1, 12)]
+
+
+def batch_of(pages, height, width, place=(0, 0)):
+    """Pages of different size in one batch, their first cell at `place`."""
+    ids = torch.full((len(pages), height, width), PAD)
+    real = torch.zeros(len(pages), height, width, dtype=torch.long)
+    for i, page in enumerate(pages):
+        cells = (i, slice(place[0], place[0] + page.shape[0]), slice(place[1], place[1] + page.shape[1]))
+        ids[cells], real[cells] = page, 1
+    return ids, real
+
+
+@pytest.mark.parametrize("place", [(0, 0), (3, 2)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pages_in_a_batch_equal_pages_alone(variant, place):
+    model = tiny_heptapod(**VARIANTS[variant]).double()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[PAD].normal_()
+    pages = [random_page(1, *size, seed=i)[0] for i, size in enumerate(PAGES)]
+    ids, real = batch_of(pages, 21, 23, place)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=real).logits
+        for i, page in enumerate(pages):
+            alone = model(page[None]).logits[0]
+            got = logits[i][real[i].bool()].view(*page.shape, -1)
+            torch.testing.assert_close(got, alone, rtol=1e-5, atol=1e-5)  # float32 angles, elsewhere on the grid
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pads_get_no_gradient(variant):
+    model = tiny_heptapod(**VARIANTS[variant])
+    ids, real = batch_of([random_page(1, *size, seed=i)[0] for i, size in enumerate(PAGES)], 17, 20)
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+    logits = model(inputs_embeds=embeds, attention_mask=real).logits
+    logits[real.bool()].square().sum().backward()
+    assert torch.equal(embeds.grad[real == 0], torch.zeros_like(embeds.grad[real == 0]))
+    assert (embeds.grad[real == 1].abs().sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("variant", ["default", "neighbors", "feedback"])
+def test_labels_at_pads_do_not_count(variant):
+    model = tiny_heptapod(**VARIANTS[variant] | {"pad_token_id": None}).train()
+    ids, real = batch_of([random_page(1, *size, seed=i)[0] % 17 for i, size in enumerate(PAGES)], 17, 20)
+    ids[real == 0] = 17  # a token that occurs at pads only
+    losses = []
+    for labels in (ids, ids.masked_fill(real == 0, -100)):
+        torch.manual_seed(5)
+        model.zero_grad()
+        losses.append(model(ids, attention_mask=real, labels=labels).loss)
+    assert torch.equal(*losses)
+    losses[0].backward()
+    grad = model.get_input_embeddings().weight.grad[17]
+    if variant != "feedback":  # whose table takes part in every guess
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
+def test_the_pad_token_never_counts():
+    model = tiny_heptapod()
+    ids, real = batch_of([random_page(1, *size, seed=i)[0] for i, size in enumerate(PAGES)], 17, 20)
+    assert torch.equal(
+        model(ids, attention_mask=real, labels=ids).loss,
+        model(ids, attention_mask=real, labels=ids.masked_fill(real == 0, -100)).loss,
+    )
+
+
+# --- loss --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_what_it_says():
+    """Drawn as the model draws, then cell by cell."""
+    model = tiny_heptapod().double().train()
+    page, labels = random_page(4, 5, 6), random_page(4, 5, 6)
+    labels[0, 2:] = labels[3, :, 4] = -100
+    torch.manual_seed(7)
+    out = model(page, labels=labels)
+    torch.manual_seed(7)
+    masked, ratio = draw_mask(labels)
+    assert masked.any() and not masked[labels == -100].any()
+    seen = torch.where(masked, MASK, page)
+    with torch.no_grad():
+        logits = model(seen).logits
+    assert torch.equal(out.logits, logits)
+    total = 0.0
+    for row, y, x in masked.nonzero().tolist():
+        chances = logits[row, y, x, :MASK].exp()  # mask and pad are never written
+        total -= math.log(chances[labels[row, y, x]] / chances.sum()) / ratio[row].item()
+    torch.testing.assert_close(out.loss.item(), total / int((labels != -100).sum()))
+
+
+def test_the_loss_for_embeddings_is_that_for_tokens():
+    model = tiny_heptapod()
+    page = random_page(2, 5, 6)
+    embeds = model.get_input_embeddings()(page)
+    assert torch.equal(model(inputs_embeds=embeds, labels=page).loss, model(page, labels=page).loss)
+
+
+def exact_nats(model, page, given=None):
+    """The bound's expectation by enumeration of all sets of masked cells: `sum over S of CE(S) / (n choose |S|) / |S|`."""
+    cells = [tuple(cell) for cell in torch.ones_like(page[0]).nonzero().tolist()]
+    cells = [cell for cell in cells if given is None or not given[cell]]
+    total = 0.0
+    for number in range(1, len(cells) + 1):
+        for chosen in itertools.combinations(cells, number):
+            seen = page.clone()
+            for cell in chosen:
+                seen[(0, *cell)] = MASK
+            with torch.no_grad():
+                chances = model(seen).logits[0, ..., :MASK].log_softmax(-1)
+                if model.config.self_conditioning:
+                    first = model(seen).logits
+                    chances = model(seen, previous_logits=first).logits[0, ..., :MASK].log_softmax(-1)
+            nats = -sum(chances[(*cell, page[(0, *cell)])].item() for cell in chosen)
+            total += nats / number / math.comb(len(cells), number)
+    return total
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("variant", ["default", "feedback"])
+def test_the_loss_averages_to_the_bound(variant, mode):
+    """Also with feedback in evaluation, which is always given there; in training the two kinds of steps average."""
+    if (variant, mode) == ("feedback", "train"):
+        pytest.skip("half of the steps are without feedback: another number, not this one")
+    model = tiny_heptapod(**VARIANTS[variant]).train(mode == "train")
+    page = random_page(1, 2, 2)
+    exact = exact_nats(model, page) / 4
+    samples, batch = [], page.expand(64, -1, -1).clone()
+    for i in range(60):
+        if (
+            mode == "eval"
+        ):  # draws depend on the labels: one more row that counts, the other way round, is another draw
+            batch[0] = i % MASK
+            batch[1] = (i // MASK) % MASK
+        with torch.no_grad():
+            whole = model(batch, labels=batch)
+        if mode == "train":
+            samples.append(whole.loss.item())
+        else:
+            masked, ratio = draw_mask(batch, module._generator_of(batch))
+            nats = module.cell_nats(whole.logits, batch.masked_fill(~masked, -100), [MASK, PAD])[2:]
+            samples.append((nats.sum((1, 2)) / ratio[2:]).mean().item() / 4)
+    samples = torch.tensor(samples)
+    error = samples.std() / len(samples) ** 0.5
+    assert error < 0.05 * exact
+    assert abs(samples.mean() - exact) < 4 * error
+
+
+@pytest.mark.parametrize("case", ["whole page", "a hole", "feedback"])
+def test_elbo_against_enumeration(case):
+    model = tiny_heptapod(**VARIANTS["feedback" if case == "feedback" else "default"])
+    page = random_page(1, 2, 3 if case == "a hole" else 2)
+    given = torch.tensor([[True, False, False], [False, False, True]]) if case == "a hole" else None
+    exact = exact_nats(model, page, given)
+    labels = None if given is None else page.masked_fill(given, -100).expand(40, -1, -1)
+    estimate = model.elbo(page.expand(40, -1, -1), num_samples=16, labels=labels)
+    assert estimate.nats.shape == estimate.standard_error.shape == (40,)
+    spread = estimate.nats.std()
+    assert abs(estimate.nats.mean() - exact) < 4 * spread / 40**0.5
+    # The stated error is the actual one: 40 independent estimates of one number.
+    stated = estimate.standard_error.square().mean().sqrt()
+    assert 0.6 < stated / spread < 1.6
+    assert spread < 0.15 * exact
+
+
+def test_elbo_is_for_each_page():
+    model = tiny_heptapod()
+    ids, real = batch_of([random_page(1, *size, seed=i)[0] for i, size in enumerate(PAGES)], 17, 20)
+    real[2] = 0  # a page of nothing
+    generator = torch.Generator().manual_seed(0)
+    nats, error = model.elbo(ids, real, num_samples=8, generator=generator)
+    assert nats[2] == error[2] == 0 and (nats[[0, 1, 3, 4]] > 10).all()
+    again = model.elbo(ids, real, num_samples=8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again.nats, nats)
+    flat = model.elbo(
+        ids.flatten(1),
+        real.flatten(1),
+        num_samples=8,
+        generator=torch.Generator().manual_seed(0),
+        grid_size=(17, 20),
+    )
+    torch.testing.assert_close(flat.nats, nats)
+    for number in (0, 1, 3):
+        with pytest.raises(ValueError, match=f"`num_samples`.*{number}"):
+            model.elbo(ids, num_samples=number)
+
+
+def test_a_page_of_one_cell_costs_its_logarithm():
+    model = tiny_heptapod()
+    page = random_page(3, 1, 1)
+    with torch.no_grad():
+        expected = -model(torch.full_like(page, MASK)).logits[..., :MASK].log_softmax(-1).gather(-1, page[..., None])
+    nats, error = model.elbo(page, num_samples=4)
+    torch.testing.assert_close(nats.float(), expected.flatten())
+    torch.testing.assert_close(error, torch.zeros_like(error))
+
+
+def test_ratios_are_uniform_and_cover_a_batch():
+    labels = torch.zeros(8, 5, 5, dtype=torch.long)
+    drawn = torch.stack([draw_mask(labels)[1] for _ in range(500)])
+    assert (drawn > 0).all() and (drawn <= 1).all()
+    assert (drawn.sort(-1).values.diff(dim=-1) - 1 / 8).abs().max() < 1e-5
+    for row in drawn.T:  # each row alone
+        assert abs(row.mean() - 0.5) < 0.06 and abs(row.std() - 12**-0.5) < 0.03
+
+
+def test_masks_have_their_ratio_and_spare_what_does_not_count():
+    labels = torch.zeros(4, 60, 60, dtype=torch.long)
+    labels[:, :, 30:] = -100
+    for _ in range(5):
+        masked, ratio = draw_mask(labels)
+        assert not masked[:, :, 30:].any()
+        shares = masked[:, :, :30].float().mean((1, 2))
+        assert ((shares - ratio).abs() < 5 * (ratio * (1 - ratio) / 1800).sqrt() + 1e-3).all()
+
+
+def test_evaluation_repeats_itself_and_training_does_not():
+    model = tiny_heptapod()
+    page = random_page(4, 5, 6)
+    losses = [model(page, labels=page).loss for _ in range(2)]
+    torch.manual_seed(1)
+    assert torch.equal(*losses) and torch.equal(model(page, labels=page).loss, losses[0])
+    other = (page + 1) % MASK
+    assert not torch.equal(
+        draw_mask(page, module._generator_of(page))[0], draw_mask(other, module._generator_of(other))[0]
+    )
+    model.train()
+    assert not torch.equal(model(page, labels=page).loss, model(page, labels=page).loss)
+    torch.manual_seed(1)
+    loss = model(page, labels=page).loss
+    torch.manual_seed(1)
+    assert torch.equal(model(page, labels=page).loss, loss)
+
+
+def test_rows_without_labels_give_zero():
+    model = tiny_heptapod()
+    page = random_page(2, 3, 3)
+    loss = model(page, labels=torch.full_like(page, -100)).loss
+    assert loss == 0
+
+
+def test_a_loss_function_of_ones_own():
+    model = tiny_heptapod()
+    assert model.loss_function is masked_diffusion_loss
+    model.loss_function = lambda logits, labels, masked, mask_ratio, excluded, **kwargs: (
+        logits.sum() * 0 + len(excluded)
+    )
+    page = random_page(2, 3, 3)
+    assert model(page, labels=page).loss == 2
+
+
+# --- feedback and neighbours -------------------------------------------------------------------------------------------
+
+
+def test_feedback_starts_as_nothing():
+    torch.manual_seed(0)
+    model = HeptapodForMaskedLM(tiny_config(self_conditioning=True)).eval()
+    assert not model.feedback_proj.weight.any()
+    page = random_page(1, 3, 4)
+    with torch.no_grad():
+        logits = model(page).logits
+        assert torch.equal(model(page, previous_logits=100 * torch.randn_like(logits)).logits, logits)
+
+
+def count_calls(model, **inputs):
+    calls = []
+    hook = model.model.register_forward_hook(lambda module, args, output: calls.append(torch.is_grad_enabled()))
+    model(**inputs)
+    hook.remove()
+    return calls
+
+
+def test_half_of_the_training_steps_predict_twice():
+    model = tiny_heptapod(**VARIANTS["feedback"]).train()
+    page = random_page(2, 3, 4)
+    calls = [count_calls(model, input_ids=page, labels=page) for _ in range(200)]
+    assert all(call in ([True], [False, True]) for call in calls)  # the first prediction is without gradient
+    assert abs(sum(len(call) == 2 for call in calls) / 200 - 0.5) < 0.15
+    model.eval()
+    assert count_calls(model, input_ids=page, labels=page) == [False, True]
+    assert count_calls(model, input_ids=page) == [True]
+    previous = model(page).logits
+    assert count_calls(model, input_ids=page, labels=page, previous_logits=previous) == [True]
+    assert count_calls(tiny_heptapod(), input_ids=page, labels=page) == [True]
+
+
+def test_evaluation_feeds_the_first_prediction_back():
+    model = tiny_heptapod(**VARIANTS["feedback"])
+    page = random_page(2, 3, 4)
+    out = model(page, labels=page)
+    masked, _ = draw_mask(page, module._generator_of(page))
+    seen = torch.where(masked, MASK, page)
+    torch.testing.assert_close(out.logits, model(seen, previous_logits=model(seen).logits).logits)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_neighbor_loss_is_what_it_says(padded):
+    model = tiny_heptapod(neighbor_loss_weight=0.3).double().train()
+    plain = tiny_heptapod().double().train()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    page, real = random_page(3, 4, 5), part_of_page(4, 5, batch=3) if padded else torch.ones(3, 4, 5, dtype=torch.bool)
+    inputs = {"input_ids": page, "labels": page, "attention_mask": real.long()}
+    torch.manual_seed(7)
+    loss = model(**inputs).loss
+    torch.manual_seed(7)
+    expected = plain(**inputs).loss.item()
+    torch.manual_seed(7)
+    masked, ratio = draw_mask(page.masked_fill(~real, -100))
+    with torch.no_grad():
+        states = model.model(torch.where(masked, MASK, page), attention_mask=real.long()).last_hidden_state
+        total = 0.0
+        for row, y, x in masked.nonzero().tolist():
+            # In the order of the projections: the cell below predicts what is above it, and so on.
+            for projection, (i, j) in zip(model.neighbor_projs, ((y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1))):
+                if 0 <= i < 4 and 0 <= j < 5 and real[row, i, j]:
+                    logits = model.lm_head(projection(states[row, i, j]))[:MASK]
+                    total -= logits.log_softmax(-1)[page[row, y, x]].item() / ratio[row].item()
+    torch.testing.assert_close(loss.item(), expected + 0.3 * total / 4 / int(real.sum()))
+
+
+def test_evaluation_leaves_the_neighbor_loss_out():
+    model, plain = tiny_heptapod(neighbor_loss_weight=0.3), tiny_heptapod()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    page = random_page(3, 4, 5)
+    assert torch.equal(model(page, labels=page).loss, plain(page, labels=page).loss)
+
+
+# --- training ----------------------------------------------------------------------------------------------------------
+
+
+def loss_grads(model, seed=0, **inputs):
+    torch.manual_seed(seed)
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_parameter_takes_part_in_every_step(variant):
+    """What distributed training asks for; with feedback, whether the coin fell this way or that."""
+    model = tiny_heptapod(**VARIANTS[variant]).train()
+    page = random_page(2, 4, 5)
+    for seed in range(6):
+        _, grads = loss_grads(model, seed, input_ids=page, labels=page)
+        assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("variant", ["default", "neighbors"])
+def test_num_items_in_batch_is_the_divisor(variant):
+    model = tiny_heptapod(**VARIANTS[variant]).double().train()
+    page = random_page(4, 5, 6)
+    labels = page.clone()
+    labels[0, 2:] = -100
+    count = (labels != -100).sum()
+    loss, grads = loss_grads(model, input_ids=page, labels=labels)
+    for number in (count, int(count)):
+        same, _ = loss_grads(model, input_ids=page, labels=labels, num_items_in_batch=number)
+        torch.testing.assert_close(same, loss)
+    third, third_grads = loss_grads(model, input_ids=page, labels=labels, num_items_in_batch=3 * count)
+    torch.testing.assert_close(3 * third, loss)
+    for one, other in zip(third_grads, grads):
+        torch.testing.assert_close(3 * one, other)
+
+
+def test_trainer_counts_the_cells_that_count(tmp_path):
+    """Over all batches of a step, however unequal, and hands the number to the loss."""
+    rows = []
+    for i in range(4):
+        page = random_page(1, 4, 5, seed=i)[0]
+        labels = page.clone()
+        labels[: i + 1] = -100
+        rows.append({"input_ids": page, "labels": labels})
+    seen = []
+    model = tiny_heptapod()
+
+    def spy(num_items_in_batch=None, **kwargs):
+        seen.append(num_items_in_batch)
+        return masked_diffusion_loss(num_items_in_batch=num_items_in_batch, **kwargs)
+
+    model.loss_function = spy
+    args = TrainingArguments(
+        str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    Trainer(model, args, train_dataset=rows).train()
+    assert seen == [sum(int((row["labels"] != -100).sum()) for row in rows)] * 2
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("variant", ["default", "split", "feedback"])
+def test_gradient_checkpointing_equals_plain(variant, use_reentrant):
+    model = tiny_heptapod(attention_dropout=0.2, hidden_dropout=0.1, **VARIANTS[variant]).train()
+    page = random_page(2, 17, 18)
+    plain_loss, plain = loss_grads(model, input_ids=page, labels=page)
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    loss, grads = loss_grads(model, input_ids=page, labels=page)
+    assert torch.equal(loss, plain_loss)
+    for grad, expected in zip(grads, plain):
+        torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bfloat16_autocast_trains(variant):
+    model = tiny_heptapod(**{"initializer_range": 0.05, **VARIANTS[variant]}).train()
+    page = random_page(2, 17, 18)
+    plain, plain_grads = loss_grads(model, input_ids=page, labels=page)
+    model.zero_grad()
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(page, labels=page).loss
+    loss.backward()
+    assert abs(loss.detach() - plain) < 0.02 * plain.abs()
+    grads = [parameter.grad for parameter in model.parameters()]
+    assert all(grad.isfinite().all() and grad.dtype == torch.float32 for grad in grads)
+    together = [torch.cat([x.flatten() for x in some]) for some in (grads, plain_grads)]
+    assert nn.functional.cosine_similarity(*together, dim=0) > 0.98
+
+
+def test_bfloat16_weights():
+    model = tiny_heptapod(**VARIANTS["feedback"])
+    page = random_page(2, 17, 18)
+    with torch.no_grad():
+        exact = model(page, previous_logits=model(page).logits).logits
+        low = model.bfloat16()
+        logits = low(page, previous_logits=low(page).logits).logits
+    assert logits.dtype == torch.bfloat16
+    assert (logits.float() - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
+def test_dropout_is_on_in_training_only():
+    model = tiny_heptapod(attention_dropout=0.3, hidden_dropout=0.3)
+    page = random_page(1, 5, 6)
+    assert torch.equal(model(page).logits, tiny_heptapod()(page).logits)
+    model.train()
+    assert not torch.equal(model(page).logits, model(page).logits)
+    for name in ("attention_dropout", "hidden_dropout"):
+        one = tiny_heptapod(**{name: 0.3}).train()
+        assert not torch.equal(one(page).logits, one(page).logits), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compiled_forward_equals_eager(variant):
+    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()
+    model = tiny_heptapod(**VARIANTS[variant])
+    page, real = random_page(2, 17, 18), part_of_page(17, 18).long()
+    with torch.no_grad():
+        expected = model(page, attention_mask=real).logits
+        compiled = torch.compile(model, fullgraph=True)(page, attention_mask=real).logits
+    torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-4)
+
+
+# --- attentions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attentions_rebuild_the_output(variant, padded):
+    model = tiny_heptapod(**VARIANTS[variant]).double()
+    page, real = random_page(2, 17, 18), part_of_page(17, 18)
+    kwargs = {"attention_mask": real.long()} if padded else {}
+    inputs, outputs = [], []
+    with torch.no_grad():
+        plain = model(page, **kwargs)
+        assert not plain.attentions
+        for layer in model.model.layers:
+            layer.self_attn.register_forward_hook(lambda module, args, out: inputs.append(args[0]))
+            layer.self_attn.register_forward_hook(lambda module, args, out: outputs.append(out[0]))
+        out = model(page, output_attentions=True, **kwargs)
+        torch.testing.assert_close(out.logits, plain.logits)
+        for layer, weights, states, attended in zip(model.model.layers, out.attentions, inputs, outputs):
+            assert weights.shape == (2, 4, 17 * 18, 17 * 18)
+            torch.testing.assert_close(weights.sum(-1).round(), weights.sum(-1))  # 1, or 0 where nothing is seen
+            values = layer.self_attn.qkv_proj(states).flatten(1, 2).chunk(3, dim=-1)[2]
+            mixed = weights @ values.unflatten(-1, (4, 8)).transpose(1, 2)
+            rebuilt = layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2)).view_as(attended)
+            torch.testing.assert_close(rebuilt, attended)
+            if padded:
+                assert not weights.transpose(-1, -2)[:, :, 0][~real.flatten(1)[:, :1].expand(2, 4)].any()
+
+
+def test_eager_attention_is_the_same(monkeypatch):
+    for variant in VARIANTS:
+        model, eager = (tiny_heptapod(**VARIANTS[variant]) for _ in range(2))
+        eager.set_attn_implementation("eager")
+        assert (model.config._attn_implementation, eager.config._attn_implementation) == ("sdpa", "eager")
+        page, real = random_page(2, 17, 18), part_of_page(17, 18).long()
+        with torch.no_grad():
+            expected = model(page, attention_mask=real).logits
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "local_attention", None)  # eager attention does not go there
+                logits = eager(page, attention_mask=real).logits
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+# --- weights -----------------------------------------------------------------------------------------------------------
+
+
+def test_tied_weights_are_one_tensor():
+    model = tiny_heptapod(tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert tiny_heptapod().lm_head.weight is not tiny_heptapod().model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("variant", ["default", "feedback", "neighbors"])
+def test_loading_does_not_change_weights(variant, tmp_path):
+    model = tiny_heptapod(**VARIANTS[variant])
+    model.save_pretrained(tmp_path)
+    loaded = HeptapodForMaskedLM.from_pretrained(tmp_path)
+    weights = loaded.state_dict()
+    assert weights.keys() == model.state_dict().keys()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weights[name], weight), name
+    page = random_page(1, 4, 5)
+    assert torch.equal(loaded(page).logits, model(page).logits)
+
+
+def test_optional_weights_exist_where_asked_for():
+    names = {name for name, _ in tiny_heptapod().named_parameters()}
+    assert not any("feedback" in name or "neighbor" in name for name in names)
+    assert hasattr(tiny_heptapod(**VARIANTS["feedback"]), "feedback_proj")
+    assert len(tiny_heptapod(**VARIANTS["neighbors"]).neighbor_projs) == 4
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------------
+
+PAGE = torch.zeros(1, 2, 3, dtype=torch.long)
+EMBEDS = torch.zeros(1, 2, 3, 32)
+
+BAD_INPUTS = {
+    "float ids": ({"input_ids": PAGE.float()}, TypeError, "input_ids"),
+    "ids without batch": ({"input_ids": PAGE[0, 0]}, ValueError, "input_ids"),
+    "one axis too many": ({"input_ids": PAGE[None]}, ValueError, "input_ids"),
+    "no rows": ({"input_ids": PAGE[:, :0]}, ValueError, r"input_ids.*\[1, 0, 3\]"),
+    "ids beyond the vocabulary": ({"input_ids": PAGE + 20}, ValueError, "input_ids.*20"),
+    "negative ids": ({"input_ids": PAGE - 1}, ValueError, "input_ids.*-1"),
+    "neither": ({}, ValueError, "input_ids.*inputs_embeds"),
+    "both": ({"input_ids": PAGE, "inputs_embeds": EMBEDS}, ValueError, "input_ids.*inputs_embeds"),
+    "embeds of another dtype": ({"inputs_embeds": EMBEDS.long()}, TypeError, "inputs_embeds"),
+    "embeds of another width": ({"inputs_embeds": EMBEDS[..., :31]}, ValueError, "inputs_embeds.*31"),
+    "no cells": ({"inputs_embeds": EMBEDS[:, :, :0]}, ValueError, "inputs_embeds"),
+    "flat without a size": ({"input_ids": PAGE[:, 0]}, ValueError, "3 cells.*grid_size"),
+    "a size that does not fit": ({"input_ids": PAGE.flatten(1), "grid_size": (2, 2)}, ValueError, "2 x 2.*6 cells"),
+    "a size that contradicts": ({"input_ids": PAGE, "grid_size": (3, 2)}, ValueError, r"\(3, 2\).*2 x 3"),
+    "a size of three": ({"input_ids": PAGE, "grid_size": (1, 2, 3)}, ValueError, "`grid_size`.*height"),
+    "short mask": ({"input_ids": PAGE, "attention_mask": PAGE[:, :1]}, ValueError, "attention_mask"),
+    "flat mask": ({"input_ids": PAGE, "attention_mask": PAGE.flatten(1)}, ValueError, "attention_mask"),
+}
+
+
+@pytest.mark.parametrize("head", ["HeptapodModel", "HeptapodForMaskedLM"])
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input_gives_an_error_that_names_it(head, case):
+    inputs, error, match = BAD_INPUTS[case]
+    with pytest.raises(error, match=match):
+        tiny_heptapod(head)(**inputs)
+
+
+BAD_LABELS = {
+    "float labels": (PAGE.float(), TypeError, "`labels`.*float"),
+    "short labels": (PAGE[:, :1], ValueError, "`labels`"),
+    "flat labels": (PAGE.flatten(1), ValueError, "`labels`"),
+    "labels beyond the vocabulary": (PAGE + 20, ValueError, "`labels`.*20"),
+    "labels of -1": (PAGE - 1, ValueError, "`labels`.*-1"),
+    "the mask token": (PAGE + MASK, ValueError, "`labels`.*mask token.*18"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LABELS)
+def test_bad_labels_give_an_error_that_names_them(case):
+    labels, error, match = BAD_LABELS[case]
+    with pytest.raises(error, match=match):
+        tiny_heptapod()(PAGE, labels=labels)
+    if case != "the mask token":
+        return
+    with pytest.raises(ValueError, match="mask token"):
+        tiny_heptapod().elbo(PAGE + MASK)
+
+
+def test_labels_need_a_mask_token():
+    model = tiny_heptapod(mask_token_id=None)
+    assert model(PAGE).logits.isfinite().all()
+    with pytest.raises(ValueError, match=r"`labels`.*mask_token_id"):
+        model(PAGE, labels=PAGE)
+
+
+def test_bad_previous_logits():
+    logits = torch.zeros(1, 2, 3, 20)
+    with pytest.raises(ValueError, match=r"`previous_logits`.*self_conditioning"):
+        tiny_heptapod()(PAGE, previous_logits=logits)
+    model = tiny_heptapod(**VARIANTS["feedback"])
+    for wrong in (logits[..., :19], logits[:, :1], logits.flatten(1, 2)):
+        with pytest.raises(ValueError, match=r"`previous_logits`.*\[1, 2, 3, 20\]"):
+            model(PAGE, previous_logits=wrong)
+
+
+def test_public_classes_are_what_they_say():
+    for cls in (HeptapodModel, HeptapodForMaskedLM):
+        assert cls.config_class.model_type == "heptapod" and cls.__doc__

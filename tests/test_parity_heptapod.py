@@ -1,0 +1,23 @@
+"""Our operator is the prototype's `Local2DAttention` where that one can be had: queries, keys and values in one, one head."""
+
+import pytest
+import torch
+
+from modeling_heptapod.local_attention import local_attention
+
+
+prototype = pytest.importorskip("heptapod.model", reason="the prototype is not installed: pip install .[parity]")
+
+
+@pytest.mark.parametrize("radius", [0, 1, 3, 40])
+@pytest.mark.parametrize("grid", [(1, 1), (1, 17), (13, 7), (20, 20)])
+def test_values_and_gradients_equal_the_prototypes(grid, radius):
+    theirs = prototype.Local2DAttention(8, window_size=radius)
+    page = torch.randn(2, *grid, 8, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn_like(page)
+    cells = page.unsqueeze(1)  # one head
+    out = local_attention(cells, cells, cells, radius).squeeze(1)
+    expected = theirs(page)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    expected_grad = torch.autograd.grad(expected, page, grad)[0]
+    torch.testing.assert_close(torch.autograd.grad(out, page, grad)[0], expected_grad, rtol=1e-10, atol=1e-10)

@@ -1,0 +1,53 @@
+"""Small grid models for tests: large random weights, so that a wrong neighbour shows in the logits."""
+
+import torch
+
+import modeling_heptapod
+
+
+MASK, PAD = 18, 19
+
+# One entry a way in which models differ; every test that is about all of them runs over these.
+VARIANTS = {
+    "default": {},
+    "local": {"attention_types": ["local", "local"], "window_size": [1, 2]},
+    "dilated": {"attention_types": ["dilated", "dilated"], "window_size": 1, "dilation": [2, 3]},
+    "global": {"attention_types": ["global", "global"], "rope_theta": 1000.0},
+    "no borders": {"border_distances": False, "window_size": [1, 2], "dilation": 3},
+    "split": {"attention_types": ["local", "dilated"], "window_size": 1, "num_global_heads": 1},
+    "feedback": {"self_conditioning": True, "tie_word_embeddings": True, "intermediate_size": 24},
+    "neighbors": {"neighbor_loss_weight": 0.5, "attention_types": ["local", "global"], "window_size": 1},
+}
+
+
+def tiny_config(**overrides):
+    """A configuration of two layers, one of them dilated, width 32, 20 tokens of which the last two are mask and pad."""
+    values = {
+        "vocab_size": 20,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "attention_types": ["local", "dilated"],
+        "window_size": 2,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": False,
+        "mask_token_id": MASK,
+        "pad_token_id": PAD,
+    }
+    return modeling_heptapod.HeptapodConfig(**{**values, **overrides})
+
+
+def tiny_heptapod(head="HeptapodForMaskedLM", seed=0, **overrides):
+    """A model in evaluation mode. Biases, norms and what starts at zero are random, so that none can be forgotten."""
+    torch.manual_seed(seed)
+    model = getattr(modeling_heptapod, head)(tiny_config(**overrides)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name or "feedback" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def random_page(batch, height, width, seed=1):
+    """Tokens `[batch, height, width]`, none of them mask or pad."""
+    return torch.randint(MASK, (batch, height, width), generator=torch.Generator().manual_seed(seed))

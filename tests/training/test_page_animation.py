@@ -1,0 +1,84 @@
+"""training/page_animation.py: the files are there, and every cell has the colour of the iteration that wrote it."""
+
+import numpy as np
+import pytest
+import torch
+from data import build_tokenizer
+from matplotlib import colormaps
+from page_animation import GIVEN, OFF_PAGE, OPEN, draw_page
+from PIL import Image
+
+from modeling_heptapod import HeptapodProcessor
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return HeptapodProcessor(build_tokenizer("byte", [], for_pages=True))
+
+
+@pytest.fixture
+def trajectory(processor):
+    """Two rows of four: a given cell, three written in turn of which one is taken back, one off the page."""
+    mask, pad, blank = processor.tokenizer.mask_token_id, processor.tokenizer.pad_token_id, processor.blank_token_id
+    page = [[ord("a"), mask, mask, mask], [10, blank, ord("b"), pad]]
+    pages = [page]
+    for column, token in [(1, ord("x")), (2, 0xFF), (1, mask), (3, ord("y")), (1, ord("z"))]:
+        page = [list(row) for row in page]
+        page[0][column] = token
+        pages.append(page)
+    return torch.tensor(pages)
+
+
+def colours_of(frame, rows=2, columns=4):
+    """The background of each cell: the colour beside its right border."""
+    pixels = np.asarray(frame)
+    high, wide = (frame.height - 1) // rows, (frame.width - 1) // columns
+    return [[tuple(pixels[r * high + high - 2, c * wide + wide - 2]) for c in range(columns)] for r in range(rows)]
+
+
+def test_cells_have_the_colour_of_their_iteration(processor, trajectory):
+    frames = draw_page(trajectory, processor)
+    assert len(frames) == 6
+    viridis = [tuple(int(255 * x) for x in colour[:3]) for colour in colormaps["viridis"](np.linspace(0, 1, 5))]
+    expected = [GIVEN, OPEN, OPEN, OPEN]
+    for step, (column, colour) in enumerate(
+        [(0, GIVEN), (1, viridis[0]), (2, viridis[1]), (1, OPEN), (3, viridis[3]), (1, viridis[4])]
+    ):
+        expected[column] = colour
+        first, second = colours_of(frames[step])
+        assert first == expected, step
+        assert second == [GIVEN, GIVEN, GIVEN, OFF_PAGE]
+
+
+def test_files(processor, trajectory, tmp_path):
+    gif, strip = tmp_path / "page.gif", tmp_path / "page.png"
+    frames = draw_page(trajectory.numpy(), processor, gif, strip, panels=3, seconds=1.2)
+    with Image.open(gif) as animation:
+        assert animation.n_frames == 6 and animation.size == frames[0].size and animation.info["loop"] == 0
+        durations = []
+        for frame in range(6):
+            animation.seek(frame)
+            durations.append(animation.info["duration"])
+    assert durations == [200] * 5 + [2000]
+    with Image.open(strip) as picture:
+        assert picture.width > 3 * frames[0].width and picture.height > frames[0].height
+
+
+def test_long_trajectories_are_thinned_out(processor):
+    pages = torch.full((301, 3, 3), ord("a"))
+    assert len(draw_page(pages, processor, max_frames=10)) == 10
+    assert len(draw_page(pages[:1], processor)) == 1
+
+
+def test_tokens_of_several_letters_fit(processor, tmp_path):
+    tokenizer = build_tokenizer("bpe", ["return return return"] * 9, vocab_size=280, for_pages=True)
+    processor = HeptapodProcessor(tokenizer)
+    pages = processor("return x\n", height=2, width=4).input_ids
+    wide = draw_page(pages, processor)[0]
+    narrow = draw_page(processor("x\n", height=2, width=4).input_ids, processor)[0]
+    assert wide.width > 2 * narrow.width and wide.height == narrow.height
+
+
+def test_a_batch_is_no_page(processor):
+    with pytest.raises(ValueError, match=r"`trajectory` must be .*\[2, 1, 3, 4\]"):
+        draw_page(torch.zeros(2, 1, 3, 4), processor)

@@ -1,0 +1,66 @@
+"""Let a saved grid model fill a hole in a page, and draw how the page forms.
+
+    python training/fill_page.py outputs/heptapod-tiny --region hole
+
+The page is held-out source text unless `--text_file` says otherwise. The folder brings its own code; `page.gif` and
+`page.png` are written into it.
+"""
+
+from argparse import ArgumentParser
+from pathlib import Path
+
+import torch
+from data import load_texts
+from page_animation import draw_page
+from transformers import AutoModelForMaskedLM, AutoProcessor, set_seed
+
+
+def choose_page(processor, text_file: str | None, number: int) -> torch.Tensor:
+    """A page of text, `[1, height, width]`; of the held-out source text only pages that are at least half written."""
+    if text_file is not None:
+        texts = [Path(text_file).read_text()]
+    else:
+        texts = load_texts("stdlib", max_validation_bytes=131_072).validation
+    pages = torch.cat([torch.from_numpy(processor.paginate(text)) for text in texts])
+    if text_file is None:
+        pages = pages[(pages != processor.blank_token_id).float().mean((1, 2)) >= 0.5]
+    if not 0 <= number < len(pages):
+        raise ValueError(f"--page {number}: there are {len(pages)} pages")
+    return pages[number : number + 1]
+
+
+def main():
+    parser = ArgumentParser(description="Let a saved grid model fill a hole in a page.")
+    parser.add_argument("folder", help="what train.py wrote, or a name on the Hub")
+    parser.add_argument("--text_file", help="a text to take the page from")
+    parser.add_argument("--page", type=int, default=0, help="which page of it")
+    parser.add_argument("--region", default="hole", help="what to open: top, middle, bottom, hole, frame or all")
+    parser.add_argument("--num_iterations", type=int, default=16, help="in how many iterations it is written")
+    parser.add_argument("--output_dir", help="where the pictures go, the folder itself by default")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    set_seed(args.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    processor = AutoProcessor.from_pretrained(args.folder, trust_remote_code=True)
+    model = AutoModelForMaskedLM.from_pretrained(args.folder, trust_remote_code=True).to(device)
+    page = choose_page(processor, args.text_file, args.page)
+    opened = processor.open_cells(page, args.region)
+    output = model.generate(
+        opened.to(device),
+        num_iterations=args.num_iterations,
+        return_dict_in_generate=True,
+        output_trajectory=True,
+    )
+    is_open = opened != page
+    right = (output.sequences.cpu() == page)[is_open].float().mean()
+    print(f"--- the page, {int(is_open.sum())} cells opened\n{processor.decode(opened[0])}")
+    print(f"\n--- written in {output.model_calls} model calls, {right:.0%} of the opened cells as in the original")
+    print(processor.decode(output.sequences[0]))
+    folder = Path(args.output_dir or args.folder)
+    draw_page(output.trajectory[:, 0], processor, folder / "page.gif", folder / "page.png")
+    print(f"\nwritten: {folder / 'page.gif'}, {folder / 'page.png'}")
+
+
+if __name__ == "__main__":
+    main()

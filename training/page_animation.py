@@ -1,0 +1,121 @@
+"""A page as it forms, drawn: cells coloured by the iteration they were written in.
+
+    output = model.generate(**page, return_dict_in_generate=True, output_trajectory=True)
+    draw_page(output.trajectory[:, 0], processor, "page.gif", "page.png")
+
+Needs the extra `plots` (matplotlib for the colours and the font, pillow for the drawing).
+"""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.font_manager import findfont
+from PIL import Image, ImageDraw, ImageFont
+
+
+GIVEN, OPEN, OFF_PAGE = (255, 255, 255), (205, 205, 205), (120, 120, 120)
+INK, PALE_INK = (20, 20, 20), (245, 245, 245)
+
+
+def draw_page(
+    trajectory,
+    processor,
+    gif: str | Path | None = None,
+    strip: str | Path | None = None,
+    font_size: int = 13,
+    max_frames: int = 60,
+    panels: int = 4,
+    seconds: float = 5.0,
+) -> list[Image.Image]:
+    """Draw one page of `generate`'s trajectory as an animation and as a strip of pictures.
+
+    White cells were given, grey ones are open, coloured ones were written: from dark blue in the first iteration to yellow in
+    the last. A cell that is re-opened turns grey again.
+
+    Args:
+        trajectory: token ids `[iterations + 1, height, width]`, a tensor or an array: the page before the first iteration
+            and after each.
+        processor: the `HeptapodProcessor` that laid the page out.
+        gif, strip: files to write, an animated GIF and a PNG.
+        font_size: in pixels.
+        max_frames: of a longer trajectory, as many pages are shown, evenly spaced.
+        panels: pages in the strip, the first and the last among them.
+        seconds: length of the animation; its last page is shown two seconds longer.
+
+    Returns:
+        The frames.
+
+    Raises:
+        ValueError: for a trajectory of another shape.
+    """
+    pages = np.asarray(trajectory.cpu() if hasattr(trajectory, "cpu") else trajectory)
+    if pages.ndim != 3 or 0 in pages.shape:
+        raise ValueError(f"`trajectory` must be [iterations + 1, height, width] of one page, got {list(pages.shape)}.")
+    last = len(pages) - 1
+    frames = _draw(pages, processor, font_size)
+    shown = _evenly(last, max_frames)
+    if gif is not None:
+        durations = [round(1000 * seconds / len(shown))] * (len(shown) - 1) + [2000]
+        first, *others = (frames[step] for step in shown)
+        first.save(gif, save_all=True, append_images=others, duration=durations, loop=0)
+    if strip is not None:
+        _side_by_side([(step, frames[step]) for step in _evenly(last, panels)], last, font_size).save(strip)
+    return [frames[step] for step in shown]
+
+
+def _evenly(last, number):
+    """At most `number` of the steps 0 to `last`, both among them."""
+    return sorted({round(step) for step in np.linspace(0, last, max(2, number))})
+
+
+def _draw(pages, processor, font_size):
+    """A picture of each page; from one to the next only the cells that changed are drawn anew."""
+    font = ImageFont.truetype(findfont("DejaVu Sans Mono"), font_size)
+    texts = {int(token): _cell_text(int(token), processor) for token in np.unique(pages)}
+    longest = min(max(map(len, texts.values())), 8)
+    cell_width, cell_height = round(longest * font.getlength("0")) + 2, round(font_size * 1.35)
+    height, width = pages.shape[1:]
+    picture = Image.new("RGB", (width * cell_width + 1, height * cell_height + 1), OFF_PAGE)
+    colours = (colormaps["viridis"](np.linspace(0, 1, max(2, len(pages) - 1)))[:, :3] * 255).astype(int)
+    frames = []
+    for step, page in enumerate(pages):
+        picture = picture.copy()
+        canvas = ImageDraw.Draw(picture)
+        changed = page != pages[step - 1] if step else np.ones_like(page, dtype=bool)
+        for row, column in np.argwhere(changed):
+            token = int(page[row, column])
+            if token == processor.tokenizer.pad_token_id:
+                continue
+            background = GIVEN if step == 0 else tuple(colours[step - 1])
+            if token == processor.tokenizer.mask_token_id:
+                background = OPEN
+            left, top = column * cell_width, row * cell_height
+            canvas.rectangle((left, top, left + cell_width, top + cell_height), background, outline=OPEN)
+            ink = INK if sum(background) > 330 else PALE_INK
+            canvas.text((left + 1, top + 1), texts[token][:longest], ink, font)
+        frames.append(picture)
+    return frames
+
+
+def _cell_text(token, processor):
+    """What stands in a cell: nothing for blanks and open cells, a sign for a newline, a dot for what has no shape."""
+    if token in (processor.blank_token_id, processor.tokenizer.mask_token_id):
+        return ""
+    if token == processor.newline_token_id:
+        return "\u21b5"
+    text = processor.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    return "".join(c if c.isprintable() and c != "\ufffd" else "\u00b7" for c in text)
+
+
+def _side_by_side(numbered, last, font_size):
+    """Pictures next to each other, each below its number."""
+    font = ImageFont.truetype(findfont("DejaVu Sans"), font_size)
+    width, height = numbered[0][1].size
+    gap, caption = font_size, round(font_size * 1.8)
+    strip = Image.new("RGB", (len(numbered) * (width + gap) - gap, height + caption), GIVEN)
+    for place, (step, picture) in enumerate(numbered):
+        left = place * (width + gap)
+        ImageDraw.Draw(strip).text((left, 2), f"{step} of {last}", INK, font)
+        strip.paste(picture, (left, caption))
+    return strip
