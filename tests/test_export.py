@@ -34,6 +34,8 @@ CODE = {
         "auto_map.py",
         "configuration_leap.py",
         "focus.py",
+        "focus_cpu.py",
+        "focus_cpu_source.py",
         "focus_step.py",
         "modeling_leap.py",
         "recurrent_cache.py",
