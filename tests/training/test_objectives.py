@@ -82,8 +82,8 @@ class Stub:
     """As much of a trainer as `evaluate` asks for, around a model that knows nothing."""
 
     def __init__(self, objective):
-        config = page_config(**objective.config_options, initializer_range=0.0)
-        self.model = AutoModelForMaskedLM.from_config(config)
+        self.model = AutoModelForMaskedLM.from_config(page_config(**objective.config_options))
+        torch.nn.init.zeros_(self.model.lm_head.weight)
         self.args = argparse.Namespace(device=torch.device("cpu"), eval_batch_size=2)
 
     def compute_loss_context_manager(self):
