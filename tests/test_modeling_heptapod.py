@@ -388,11 +388,16 @@ def test_elbo_masks_every_number_of_cells(monkeypatch):
     assert not torch.equal(chosen[0], chosen[1]) and not torch.equal(chosen[6, 0], chosen[6, 1])
 
 
-def test_a_page_of_one_cell_costs_its_logarithm():
-    model = tiny_heptapod()
+@pytest.mark.parametrize("variant", ["default", "feedback"])
+def test_a_page_of_one_cell_costs_its_logarithm(variant):
+    model = tiny_heptapod(**VARIANTS[variant])
     page = random_page(3, 1, 1)
+    empty = torch.full_like(page, MASK)
     with torch.no_grad():
-        expected = -model(torch.full_like(page, MASK)).logits[..., :MASK].log_softmax(-1).gather(-1, page[..., None])
+        logits = model(empty).logits
+        if variant == "feedback":
+            logits = model(empty, previous_logits=logits).logits
+        expected = -logits[..., :MASK].log_softmax(-1).gather(-1, page[..., None])
     nats, error = model.elbo(page, num_samples=4)
     torch.testing.assert_close(nats.float(), expected.flatten())
     torch.testing.assert_close(error, torch.zeros_like(error))
