@@ -160,9 +160,9 @@ class _Tiling:
         across = x.unflatten(3, (self.across.count, self.across.tile))
         return across.unflatten(2, (self.down.count, self.down.tile)).transpose(3, 4)
 
-    def halos(self, x):
-        """Padded keys as a view of halos, which overlap."""
-        x = x.unfold(2, self.down.keys, self.down.tile).unfold(3, self.across.keys, self.across.tile)
+    def halos(self, x, tall=None, wide=None):
+        """Padded keys as a view of halos, which overlap, or of so many cells of each."""
+        x = x.unfold(2, tall or self.down.keys, self.down.tile).unfold(3, wide or self.across.keys, self.across.tile)
         return x.permute(0, 1, 2, 3, 5, 6, 4)
 
     def gather(self, view):
@@ -170,17 +170,25 @@ class _Tiling:
         view = view.to(self.dtype, memory_format=torch.contiguous_format)
         return view.reshape(-1, view.shape[4] * view.shape[5], view.shape[6])
 
-    def add_halos(self, halos, gathered):
-        """Add `[tiles, cells, channels]` into a view of halos.
+    def add_halos(self, total, step, gathered):
+        """Add `[tiles, cells, channels]` to padded keys, where they were gathered.
 
         One and the same piece of every halo, no larger than a tile, overlaps with no other and is added at once.
         """
-        gathered = gathered.view(halos.shape)
-        high = self.down.keys if halos.shape[2] == 1 else self.down.tile
+        pages, _, rows = step
+        count = min(rows.stop, self.down.count) - rows.start
+        gathered = gathered.view(
+            -1, self.heads, count, self.across.count, self.down.keys, self.across.keys, self.head_dim
+        )
+        high = self.down.keys if count == 1 else self.down.tile
         for y in range(0, self.down.keys, high):
             for x in range(0, self.across.keys, self.across.tile):
-                piece = ..., slice(y, y + high), slice(x, x + self.across.tile), slice(None)
-                halos[piece].add_(gathered[piece])
+                piece = gathered[..., y : y + high, x : x + self.across.tile, :]
+                tall, wide = piece.shape[4:6]
+                top, left = rows.start * self.down.tile + y, x
+                bottom, right = top + (count - 1) * self.down.tile, left + (self.across.count - 1) * self.across.tile
+                place = total[pages, :, top : bottom + tall, left : right + wide]
+                self.halos(place, tall, wide).add_(piece)
 
     def weights(self, queries, keys, step, scale):
         """Attention weights `[tiles, queries, keys]` of gathered queries and keys."""
@@ -237,7 +245,7 @@ class _TiledAttention(torch.autograd.Function):
             tiles, grads, grads_q = (tiling.tiles(x) for x in (padded, tiling.pad_queries(grad_out), grad_q))
             k, v = tiling.pad_keys(k), tiling.pad_keys(v)
             grad_k, grad_v = (torch.zeros(k.shape, dtype=tiling.dtype, device=k.device) for _ in (k, v))
-            keys, values, grads_k, grads_v = (tiling.halos(x) for x in (k, v, grad_k, grad_v))
+            keys, values = tiling.halos(k), tiling.halos(v)
             for step in tiling.steps():
                 queries, halo, grad = (tiling.gather(x[step]) for x in (tiles, keys, grads))
                 weights = tiling.weights(queries, halo, step, scale)
@@ -246,10 +254,10 @@ class _TiledAttention(torch.autograd.Function):
                 if dropout:
                     factors = drop.factors(weights)
                     dropped, grad_weights = weights * factors, grad_weights.mul_(factors)
-                tiling.add_halos(grads_v[step], torch.bmm(dropped.transpose(1, 2), grad))
+                tiling.add_halos(grad_v, step, torch.bmm(dropped.transpose(1, 2), grad))
                 # weights * (grad_weights - (weights * grad_weights).sum(-1)), in one pass over them
                 grad_logits = torch._softmax_backward_data(grad_weights, weights, -1, tiling.dtype).mul_(scale)
-                tiling.add_halos(grads_k[step], torch.bmm(grad_logits.transpose(1, 2), queries))
+                tiling.add_halos(grad_k, step, torch.bmm(grad_logits.transpose(1, 2), queries))
                 grads_q[step] = torch.bmm(grad_logits, halo).view(grads_q[step].shape)
             border = tiling.down.before, tiling.across.before
             grad_k, grad_v = (tiling.crop(x, *border).to(q.dtype) for x in (grad_k, grad_v))
