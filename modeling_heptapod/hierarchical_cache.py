@@ -26,6 +26,9 @@ class HierarchicalCache(DynamicCache):
         centers (`list[int]`): of each hierarchy, the position from which cached keys count their decay (xPos).
     """
 
+    # Keys, lengths and strides change in Python from step to step, so each would be another graph.
+    is_compileable = False
+
     def __init__(self, config):
         layers = []
         hierarchies = config.num_hierarchies
