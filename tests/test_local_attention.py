@@ -354,6 +354,17 @@ def test_no_softmax_of_nothing(monkeypatch):
         local_attention(q, k, v, radius, padding_mask=mask & False)
 
 
+def test_what_inference_leaves_behind_serves_training():
+    operator._window_bias.cache_clear()
+    q, k, v = (torch.randn(1, 1, 5, 6, 4, requires_grad=True) for _ in range(3))
+    with torch.inference_mode():
+        local_attention(q, k, v, radius=1)
+    out = local_attention(q, k, v, radius=1)
+    assert operator._window_bias.cache_info().hits == 1
+    torch.testing.assert_close(out, naive_local_attention(q, k, v, radius=1), rtol=1e-5, atol=1e-6)
+    out.sum().backward()  # raises, were the window an inference tensor
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("grid, dilation", [((9, 11), 1), ((18, 19), 1), ((9, 11), 2), ((37, 39), 2)])
 def test_compiled_equals_eager(grid, dilation):
@@ -362,6 +373,16 @@ def test_compiled_equals_eager(grid, dilation):
     *qkvg, mask = make_inputs(*grid, dtype=torch.float32)
     expected = with_gradients(lambda *qkv: local_attention(*qkv, 2, dilation, mask), *qkvg)
     compiled = torch.compile(lambda *qkv: local_attention(*qkv, 2, dilation, mask), fullgraph=True)
+    for one, other in zip(with_gradients(compiled, *qkvg), expected):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager_on_a_small_grid_without_pads():
+    torch._dynamo.reset()
+    *qkvg, _ = make_inputs(9, 11, dtype=torch.float32)
+    expected = with_gradients(lambda *qkv: local_attention(*qkv, 2), *qkvg)
+    compiled = torch.compile(lambda *qkv: local_attention(*qkv, 2), fullgraph=True)
     for one, other in zip(with_gradients(compiled, *qkvg), expected):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
