@@ -10,8 +10,8 @@ Windows are clipped at the border of the grid. They do not move inwards as those
 `Local2DAttention` of the prototype `nonlinear-transformer`.
 
 Read in this order: `naive_local_attention` (the specification), `_TiledAttention` (the fast path: tiles of queries, each
-with the halo of keys around it, computed again in the backward pass), `_dense_attention` (small grids, and windows as
-large as the grid), `local_attention` (what the model calls). `attention_weights` is for looking at; `grid_rotary` and
+with the halo of keys around it, computed again in the backward pass), `_dense_attention` (strips of whole rows: small
+and narrow grids, and windows as large as the grid), `local_attention` (what the model calls). `attention_weights` is for looking at; `grid_rotary` and
 `rotate` are the positions.
 
 Memory: between forward and backward the tiled path holds its inputs and nothing else, and what it works with at a time
@@ -19,6 +19,8 @@ is bounded whatever the size of the grid. Numerics: it accumulates in float32 (f
 """
 
 import math
+from contextlib import nullcontext
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -27,12 +29,14 @@ from torch import nn
 
 _TILE = 4  # cells along a side of a tile of queries
 _WHOLE = 32  # longer axes are cut into tiles even where a halo would cover them: one tile is a step's least work
-# Grids that are not worth cutting up: up to so many cells, or so many halos of cells, but never more than the limit.
+# Grids that are not worth cutting up: up to so many cells, or where a strip of rows sees no more cells than so many halos
+# hold, but never more than the limit.
+_STRIP = 8  # rows of queries
 _DENSE_CELLS = 256
 _DENSE_HALOS = 4
 _DENSE_LIMIT = 4096
 # Numbers to work with at a time: what the caches of a few cores hold, or enough to keep a GPU busy.
-_CPU_STEP = 2**20
+_CPU_STEP = 2**21
 _GPU_STEP = 2**26
 # Stands for minus infinity among the logits: finite, so that no difference is NaN, and exp() of it is exactly zero.
 _OUT_OF_SIGHT = -1e30
@@ -152,8 +156,8 @@ class _Tiling:
         return nn.functional.pad(x, sides) if any(sides) else x
 
     def crop(self, x, top=0, left=0):
-        """The grid itself out of a padded one."""
-        return x[:, :, top : top + self.height, left : left + self.width].contiguous()
+        """The grid itself out of a padded one, as a view."""
+        return x[:, :, top : top + self.height, left : left + self.width]
 
     def tiles(self, x):
         """Padded queries as a view of tiles."""
@@ -231,7 +235,7 @@ class _TiledAttention(torch.autograd.Function):
             outs[step] = part.view(outs[step].shape)
         ctx.save_for_backward(q, k, v, padding_mask)
         ctx.arguments = radius, scale, dropout, seed
-        return tiling.crop(out)
+        return tiling.crop(out).contiguous()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -265,34 +269,72 @@ class _TiledAttention(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# All cells at once
+# Rows at once
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _visible(height, width, radius, dilation, padding_mask, device):
-    """Which cells each cell sees, `[1 or batch, 1, 1 or cells, cells]`; `None` where every cell sees every other."""
+def _visible(height, width, radius, dilation, padding_mask, device, queries=slice(None), keys=slice(None)):
+    """Which cells of the rows `keys` each cell of the rows `queries` sees, `[1 or batch, 1, 1 or cells, cells]`.
+
+    `None` where every cell sees every other.
+    """
     visible = None
     if radius is not None and (dilation > 1 or radius < max(height, width) - 1):
         down, across = (torch.arange(length, device=device) for length in (height, width))
         down, across = ((place[:, None] - place[None, :]).abs() for place in (down, across))
         down, across = ((x <= radius * dilation) & (x % dilation == 0) for x in (down, across))
+        down = down[queries, keys]
         visible = (down[:, None, :, None] & across[None, :, None, :]).flatten(2).flatten(0, 1)[None, None]
     if padding_mask is not None:
-        real = padding_mask.flatten(1)[:, None, None, :]
+        real = padding_mask[:, keys].flatten(1)[:, None, None, :]
         visible = real if visible is None else visible & real
     return visible
 
 
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # it is kept, and may next be part of a graph
+def _window_bias(height, width, radius, dtype, device, queries, keys):
+    """What is added to the logits of a strip of a small grid, made once: making it took a twentieth of the whole."""
+    visible = _visible(height, width, radius, 1, None, device, slice(*queries), slice(*keys))
+    if visible is None:
+        return None
+    return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -math.inf)
+
+
+def _strips(height, radius):
+    """Rows of queries and the rows that they see, `((top, bottom), (first, last))`, from the top of the grid down.
+
+    One strip of all rows where strips would see more than three quarters of them.
+    """
+    if radius is None or _STRIP + radius > 0.75 * height:
+        return [((0, height), (0, height))]
+    tops = range(0, height, _STRIP)
+    bottoms = [min(top + _STRIP, height) for top in tops]
+    return [
+        ((top, bottom), (max(0, top - radius), min(height, bottom + radius))) for top, bottom in zip(tops, bottoms)
+    ]
+
+
 def _dense_attention(q, k, v, radius, scale, padding_mask, dropout):
-    """Every cell against every other, through torch's scaled dot product attention."""
-    visible = _visible(*q.shape[2:4], radius, 1, padding_mask, q.device)
-    if padding_mask is not None:  # a row of masked keys only has no softmax: it sees all, and counts for nothing
-        sees = visible.any(-1, keepdim=True)
-        visible = visible | ~sees
-    out = nn.functional.scaled_dot_product_attention(
-        *(x.flatten(2, 3) for x in (q, k, v)), attn_mask=visible, dropout_p=dropout, scale=scale
-    )
-    return (out if padding_mask is None else torch.where(sees, out, 0.0)).view(q.shape)
+    """Strips of rows against all cells of the rows that they see, through torch's scaled dot product attention."""
+    height, width = q.shape[2:4]
+    keep = padding_mask is None and height * width <= _DENSE_CELLS and not torch.compiler.is_compiling()
+    outs = []
+    for queries, keys in _strips(height, radius):
+        rows, seen = slice(*queries), slice(*keys)
+        if keep:
+            visible = _window_bias(height, width, radius, q.dtype, q.device, queries, keys)
+        else:
+            visible = _visible(height, width, radius, 1, padding_mask, q.device, rows, seen)
+        if padding_mask is not None:  # a row of masked keys only has no softmax: it sees all, and counts for nothing
+            sees = visible.any(-1, keepdim=True)
+            visible = visible | ~sees
+        parts = (q[:, :, rows], k[:, :, seen], v[:, :, seen])
+        out = nn.functional.scaled_dot_product_attention(
+            *(x.flatten(2, 3) for x in parts), attn_mask=visible, dropout_p=dropout, scale=scale
+        )
+        outs.append(out if padding_mask is None else torch.where(sees, out, 0.0))
+    return (torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]).view(q.shape)
 
 
 def attention_weights(
@@ -383,9 +425,9 @@ def _join_phases(x, phases, height, width):
 
 
 def _attention(q, k, v, radius, scale, mask, dropout):
-    """Without dilation: by tiles, or all cells at once where that is less work."""
+    """Without dilation: by tiles, or by strips of whole rows where that is less work."""
     height, width = q.shape[2:4]
-    with torch.autocast(q.device.type, enabled=False):
+    with _full_precision(q.device.type):
         if radius is None or radius >= max(height, width) - 1 or _is_small(height, width, radius):
             return _dense_attention(q, k, v, radius, scale, mask, dropout)
         seed = int(torch.randint(2**31, ())) if dropout else 0
@@ -393,13 +435,19 @@ def _attention(q, k, v, radius, scale, mask, dropout):
         return out if mask is None else torch.where(_sees_any(mask, radius)[:, None, :, :, None], out, 0.0)
 
 
+def _full_precision(device_type):
+    """No autocast inside. Where there is none, its context would cost a twentieth of a small grid."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
 def _is_small(height, width, radius):
-    """Whether a cell that looks at the whole grid is less work than a tile that looks at its halo.
+    """Whether a cell that looks at the rows around its strip is less work than a tile that looks at its halo.
 
     A logit of a tile costs about as much as four of torch's own attention, forward and backward.
     """
     halo = min(height, _TILE + 2 * radius) * min(width, _TILE + 2 * radius)
-    return height * width <= min(max(_DENSE_CELLS, _DENSE_HALOS * halo), _DENSE_LIMIT)
+    strip = min(height, _STRIP + 2 * radius) * width
+    return height * width <= _DENSE_CELLS or strip <= min(_DENSE_HALOS * halo, _DENSE_LIMIT)
 
 
 def _sees_any(mask, radius):

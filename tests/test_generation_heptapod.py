@@ -16,6 +16,7 @@ from modeling_heptapod.generation_heptapod import (
     HeptapodGenerateOutput,
     HeptapodGenerationConfig,
     HeptapodGenerationMixin,
+    _within_entropy_bound,
     num_open_after,
 )
 from tests.reference.grid_generation import schedule_left, write_page
@@ -125,6 +126,14 @@ def test_a_page_without_open_cells_comes_back_without_a_call(schedule):
     assert torch.equal(out.sequences, pages) and out.model_calls == 0 and not model.calls
     assert (out.committed_at == -1).all() and not out.scores.any() and torch.equal(out.trajectory, pages[None])
     assert torch.equal(model.generate(pages, schedule=schedule), pages)
+
+
+def test_entropies_add_up_to_the_bound_and_no_further():
+    entropy = torch.tensor([[1.0, 0.5, 1.5, 9.0], [4.0, 5.0, 6.0, 7.0]])
+    is_open = torch.tensor([[True, True, True, False], [False, True, True, True]])
+    chosen = _within_entropy_bound(entropy, is_open, 3.0)
+    assert chosen.tolist() == [[True, True, True, False], [False, True, False, False]]
+    assert _within_entropy_bound(entropy, is_open, 2.9)[0].tolist() == [True, True, False, False]
 
 
 def test_counts_by_hand():
@@ -374,14 +383,14 @@ def test_what_is_drawn_is_shaped_as_told(options, shape, left):
 @EVERY_SCHEDULE
 def test_narrow_sampling_is_greedy(schedule):
     model, pages = stub(), prompts()
-    if schedule == "random":
-        greedy = partial(model.generate, pages, schedule=schedule, num_iterations=1)
-    else:
-        greedy = partial(model.generate, pages, schedule=schedule, num_iterations=5)
+    how = {"schedule": schedule, "num_iterations": 1 if schedule == "random" else 5}
+    greedy = partial(model.generate, pages, **how)
     expected = greedy()
     for narrow in ({"temperature": 1e-4}, {"top_k": 1}, {"top_p": 1e-6}):
         assert torch.equal(greedy(do_sample=True, **narrow), expected)
-    assert torch.equal(greedy(temperature=9.0, top_k=2, top_p=0.1), expected)  # without sampling they do nothing
+    warped, plain = details(model, pages, temperature=9.0, top_k=2, top_p=0.1, **how), details(model, pages, **how)
+    assert torch.equal(warped.sequences, expected)  # without sampling they do nothing
+    assert torch.equal(warped.scores, plain.scores)
     assert not torch.equal(greedy(do_sample=True), expected)
 
 
@@ -665,9 +674,10 @@ def test_streaming_drafts(schedule):
     prompt, page = streamer.put_values
     assert torch.equal(prompt, pages.flatten(1)) and torch.equal(page, out.sequences.flatten(1)) and streamer.ended
     assert len(streamer.drafts) == out.model_calls
-    for draft, written in zip(streamer.drafts, out.trajectory[1:].flatten(2)):
-        assert torch.equal(draft[written != MASK], written[written != MASK])
-        assert (draft < SYMBOLS).all()  # no open cell in a draft
+    for draft, before, after in zip(streamer.drafts, out.trajectory, out.trajectory[1:]):
+        with torch.no_grad():
+            likeliest = model(before).logits[..., :SYMBOLS].argmax(-1)
+        assert torch.equal(draft, torch.where(after == MASK, likeliest, after).flatten(1))
     assert torch.equal(streamer.drafts[-1], page)
 
 

@@ -23,7 +23,8 @@ WINDOWS = [0, 1, 3, 40]
 
 @pytest.fixture
 def tiled(monkeypatch):
-    """No grid is small enough to be taken whole, and no step holds more than a few tiles."""
+    """No grid is small enough to be taken by rows, and no step holds more than a few tiles."""
+    monkeypatch.setattr(operator, "_DENSE_CELLS", 0)
     monkeypatch.setattr(operator, "_DENSE_LIMIT", 0)
     monkeypatch.setattr(operator, "_CPU_STEP", 4000)
 
@@ -85,6 +86,15 @@ def test_a_grid_of_many_tiles(radius, dilation):
 @pytest.mark.parametrize("case", [(21, 5, 2), (5, 21, 2), (34, 9, 16), (9, 35, 15), (17, 17, 6), (37, 1, 17)])
 def test_borders(case, padded, tiled):
     height, width, radius = case
+    check_against_naive(height, width, radius, 1, padded, heads=1)
+
+
+# Few rows in the last strip, one row, none; more strips than a window spans, and fewer.
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("case", [(35, 6, 1), (33, 3, 3), (24, 17, 3), (16, 16, 3), (25, 10, 9)])
+def test_strips_of_rows(case, padded):
+    height, width, radius = case
+    assert len(operator._strips(height, radius)) > 1 and operator._is_small(height, width, radius)
     check_against_naive(height, width, radius, 1, padded, heads=1)
 
 
@@ -200,7 +210,7 @@ def relative_rms(x, expected):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("radius", [1, 3])
 def test_half_precision_in_tiles_is_as_good_as_rounding_the_exact_result(radius, dtype):
-    q, k, v, grad, mask = make_inputs(21, 22, head_dim=8)
+    q, k, v, grad, mask = make_inputs(21, 42, head_dim=8)
     half = [x.to(dtype) for x in (2 * q, k, v, grad)]
     got = with_gradients(lambda *qkv: local_attention(*qkv, radius, 1, mask), *half)
     exact = with_gradients(lambda *qkv: naive_local_attention(*qkv, radius, 1, mask), *(x.double() for x in half))
@@ -354,6 +364,17 @@ def test_no_softmax_of_nothing(monkeypatch):
         local_attention(q, k, v, radius, padding_mask=mask & False)
 
 
+def test_what_inference_leaves_behind_serves_training():
+    operator._window_bias.cache_clear()
+    q, k, v = (torch.randn(1, 1, 5, 6, 4, requires_grad=True) for _ in range(3))
+    with torch.inference_mode():
+        local_attention(q, k, v, radius=1)
+    out = local_attention(q, k, v, radius=1)
+    assert operator._window_bias.cache_info().hits == 1
+    torch.testing.assert_close(out, naive_local_attention(q, k, v, radius=1), rtol=1e-5, atol=1e-6)
+    out.sum().backward()  # raises, were the window an inference tensor
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("grid, dilation", [((9, 11), 1), ((18, 19), 1), ((9, 11), 2), ((37, 39), 2)])
 def test_compiled_equals_eager(grid, dilation):
@@ -362,6 +383,16 @@ def test_compiled_equals_eager(grid, dilation):
     *qkvg, mask = make_inputs(*grid, dtype=torch.float32)
     expected = with_gradients(lambda *qkv: local_attention(*qkv, 2, dilation, mask), *qkvg)
     compiled = torch.compile(lambda *qkv: local_attention(*qkv, 2, dilation, mask), fullgraph=True)
+    for one, other in zip(with_gradients(compiled, *qkvg), expected):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager_on_a_small_grid_without_pads():
+    torch._dynamo.reset()
+    *qkvg, _ = make_inputs(9, 11, dtype=torch.float32)
+    expected = with_gradients(lambda *qkv: local_attention(*qkv, 2), *qkvg)
+    compiled = torch.compile(lambda *qkv: local_attention(*qkv, 2), fullgraph=True)
     for one, other in zip(with_gradients(compiled, *qkvg), expected):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 

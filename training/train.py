@@ -179,6 +179,16 @@ def write_card(results: dict, model: PreTrainedModel, pipeline_tag: str, folder:
     card.save(folder / "README.md")
 
 
+def runs_beside(folder: Path, results: dict) -> dict[str, float]:
+    """Bits per byte of the other runs next to `folder` that were measured on the same held-out bytes, by name."""
+    others = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.parent.glob("*/results.json"))}
+    return {
+        name: other["bits_per_byte"]
+        for name, other in others.items()
+        if name != folder.name and other["held_out_sha256"] == results["held_out_sha256"]
+    }
+
+
 def main():
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
     model_args, data_args, training_args = parser.parse_args_into_dataclasses()
@@ -269,6 +279,11 @@ def main():
     print(f"  before training  {before:.3f}")
     print(f"  after training   {results['bits_per_byte']:.3f}{bound}")
     print(f"  bz2 -9           {results['bits_per_byte_bz2']:.3f}")
+    beside = runs_beside(folder, results)
+    for name, bits in beside.items():
+        print(f"  {name:<16} {bits:.3f} (its own run, on the same bytes)")
+    if not beside:
+        print(f"  (other runs in {folder.parent} on the same bytes would be listed here)")
 
 
 if __name__ == "__main__":

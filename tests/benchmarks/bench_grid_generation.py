@@ -12,7 +12,6 @@ probable token. The three models are what these commands leave:
 """
 
 import math
-import time
 from functools import partial
 from pathlib import Path
 
@@ -104,6 +103,10 @@ def judged_bits(judge, pages, processor):
     return torch.stack(bits)
 
 
+def _discard(fill, opened):
+    fill(opened)
+
+
 def standard_error(values):
     return (values.std() / len(values) ** 0.5).item()
 
@@ -120,9 +123,7 @@ class Hole:
         self.right, self.bits = {}, {}
 
     def judge_filling(self, name, fill):
-        began = time.perf_counter()
         filled, calls = fill(self.opened)
-        seconds = time.perf_counter() - began
         given = torch.equal(filled[~self.is_open], self.pages[~self.is_open])
         closed = not (filled == self.processor.tokenizer.mask_token_id).any()
         harness.require(given and closed, f"{name} changed given cells or left cells open")
@@ -134,12 +135,26 @@ class Hole:
             open_cells=self.cells,
             how=name,
             model_calls=calls,
-            seconds_a_page=seconds / len(self.pages),
             cells_right=right.mean().item(),
             standard_error=standard_error(right),
             judge_bits_above_original=bits.mean().item(),
             standard_error_of_bits=standard_error(bits),
         )
+
+    def time_fillings(self, ways, rounds):
+        """Seconds for the first page alone, all ways in turns. Returns how many rounds were disturbed."""
+        seconds, disturbed = harness.in_turns(
+            {name: partial(_discard, fill, self.opened[:1]) for name, fill in ways.items()}, rounds
+        )
+        for name, each in seconds.items():
+            self.report.row(
+                region=self.region,
+                open_cells=self.cells,
+                how=name,
+                seconds_a_page=each,
+                raster_over_it=seconds["raster"] / each,
+            )
+        return disturbed
 
     def compare(self, name, peer, target):
         """How far `name` is ahead of `peer`, page by page, in standard errors."""
@@ -157,7 +172,7 @@ class Hole:
 def main():
     report, quick = harness.start("Filling holes in pages: all directions at once against one cell after another")
     grid, processor, left_to_right, judge = models(quick)
-    pages = held_out_pages(processor, 3 if quick else 12)
+    pages, rounds = held_out_pages(processor, 3 if quick else 12), 1 if quick else 3
     original = judged_bits(judge, pages, processor)
 
     def fill(opened, **options):
@@ -167,7 +182,7 @@ def main():
     for region in REGIONS[:1] if quick else REGIONS:
         hole = Hole(region, pages, original, processor, judge, report)
         some, few = max(1, hole.cells // 16), max(1, hole.cells // 64)
-        ways = {
+        schedules = {
             "raster": {"schedule": "raster"},
             "confidence, cosine, 1/16": {"schedule": "confidence", "num_iterations": some},
             "confidence, linear, 1/16": {"schedule": "confidence", "counts": "linear", "num_iterations": some},
@@ -175,15 +190,19 @@ def main():
             "entropy bound 0.5": {"schedule": "entropy", "entropy_bound": 0.5},
             "random, linear, 1/16": {"schedule": "random", "counts": "linear", "num_iterations": some},
         }
-        for name, options in ways.items():
-            hole.judge_filling(name, partial(fill, **options))
-        hole.judge_filling("left to right", partial(fill_left_to_right, left_to_right, processor=processor))
+        ways = {name: partial(fill, **options) for name, options in schedules.items()}
+        ways["left to right"] = partial(fill_left_to_right, left_to_right, processor=processor)
+        for name, way in ways.items():
+            hole.judge_filling(name, way)
+        if region == "hole":
+            disturbed = hole.time_fillings(ways, rounds)
         hole.compare("confidence, cosine, 1/16", "raster", -2.0)
         if region != "bottom":  # there is no text after that one
             hole.compare("confidence, cosine, 1/16", "left to right", 2.0)
 
     height, width = pages.shape[1:]
-    report.note(f"{len(pages)} held-out pages of {height} x {width} cells in one batch, one run of each.")
+    report.note(f"{len(pages)} held-out pages of {height} x {width} cells in one batch.")
+    report.note(f"Seconds: one page alone, medians of {rounds} rounds, {disturbed} disturbed by other processes.")
     report.note(f"The judge gives the original pages {original.mean().item():.3f} bits per byte.")
     report.note(
         f"Parameters: grid {grid.num_parameters():,}, left to right {left_to_right.num_parameters():,}, "

@@ -19,6 +19,7 @@ from modeling_heptapod.local_attention import local_attention, naive_local_atten
 BATCH, HEADS, HEAD_DIM = 4, 8, 32
 OVER_SDPA = {1: 15.0, 3: 9.0, 5: 5.0}  # radius: how many times as fast, forward and backward
 RADIUS = 3
+SHORT_ROUNDS = 100  # of what takes milliseconds
 
 
 def prototype_attention(radius, width):
@@ -123,7 +124,7 @@ def main():
     for radius in OVER_SDPA:
         check_equal(radius)
 
-    def add(side, radius, backward, **options):
+    def add(side, radius, backward, rounds=rounds, **options):
         nonlocal disturbed
         seconds, noisy = harness.in_turns(contestants(side, radius, backward, **options, **shape), rounds)
         disturbed += noisy
@@ -150,9 +151,9 @@ def main():
                 ratio = seconds["prototype"] / seconds["ours"]
                 report.check(f"prototype over ours, {side} x {side}, radius {radius}, {passes}", ratio, ">=", least)
     for radius in OVER_SDPA:
-        seconds = add(small, radius, True)
+        seconds = add(small, radius, True, rounds=1 if quick else SHORT_ROUNDS)
         ratio = seconds["masked SDPA"] / seconds["ours"]
-        report.check(f"masked SDPA over ours, {small} x {small}, radius {radius} (5% is noise)", ratio, ">=", 0.95)
+        report.check(f"masked SDPA over ours, {small} x {small}, radius {radius} (2% is noise)", ratio, ">=", 0.98)
 
     sides = (30, 34) if quick else (32, 64, 96, 128)
     runners = {each: contestants_alone(each, shape) for each in sides}
@@ -179,9 +180,11 @@ def main():
         f"Batch {BATCH}, {HEADS} heads of {HEAD_DIM}, float32, no projections; SDPA's mask is made beforehand."
     )
     report.note("The prototype has one head and one tensor for queries, keys and values.")
-    report.note("Grids of 16 x 16 go through SDPA in ours as well, which makes its mask at each call.")
+    report.note(
+        f"Grids of 16 x 16 go through SDPA in ours as well, so a tie is expected; medians of {SHORT_ROUNDS} rounds."
+    )
     report.note("Peak MB is the growth of the resident set of a process of its own, inputs not included.")
-    report.note(f"Medians of {rounds} rounds; disturbed by other processes: {disturbed}.")
+    report.note(f"Medians of {rounds} rounds otherwise; disturbed by other processes: {disturbed}.")
     report.finish()
 
 

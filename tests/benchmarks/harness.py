@@ -118,7 +118,7 @@ def _machine_seconds() -> float | None:
 
 
 def in_turns(contestants: dict, rounds: int, warmup: int = 1) -> tuple[dict[str, float], int]:
-    """Call all contestants in turns and take medians over rounds.
+    """Call all contestants in turns, forwards and backwards, and take medians over rounds.
 
     Rounds during which other processes used more than 5% of the machine are discarded and repeated, at most as often
     again as there are rounds; where even that does not give enough, the least disturbed ones count.
@@ -134,7 +134,8 @@ def in_turns(contestants: dict, rounds: int, warmup: int = 1) -> tuple[dict[str,
     kept = []
     for number in range(warmup + 2 * rounds):
         busy, own, began = _machine_seconds(), time.process_time(), time.perf_counter()
-        times = {name: _timed(run) for name, run in contestants.items()}
+        order = list(contestants) if number % 2 else list(reversed(contestants))
+        times = {name: _timed(contestants[name]) for name in order}
         wall = time.perf_counter() - began
         others = 0.0 if busy is None else _machine_seconds() - busy - (time.process_time() - own)
         if number >= warmup:

@@ -206,6 +206,13 @@ def test_steps_within_fills_the_time_and_leaves_no_trace(tmp_path, monkeypatch):
         train.steps_within(0, model, args, dataset)
 
 
+def test_runs_beside_are_those_on_the_same_bytes(tmp_path):
+    for name, digest, bits in (("ours", "a", 3.0), ("same", "a", 2.0), ("other", "b", 1.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps({"held_out_sha256": digest, "bits_per_byte": bits}))
+    assert train.runs_beside(tmp_path / "ours", {"held_out_sha256": "a"}) == {"same": 2.0}
+
+
 def test_bf16_falls_back_where_the_cpu_has_no_matrix_units(tmp_path, monkeypatch):
     for has_units, asked in [(True, True), (False, True), (True, False)]:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has_units=has_units: {"amx_bf16": has_units})
