@@ -307,6 +307,18 @@ class ChunkSummarizer(nn.Module):
         return self.proj(sums[:, :: self.stride] / counts[..., :: self.stride, :])
 
 
+class LinearFromZero(nn.Linear):
+    """A linear layer that starts at zero: a class of its own, since transformers initialises by classes."""
+
+    def reset_parameters(self):
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        init.zeros_(self.weight)
+        init.zeros_(self.bias)
+
+
 class LatentDynamics(nn.Module):
     """One step of a latent, `latent + MLP(LayerNorm([latent, summary]))`, which starts as no change."""
 
@@ -316,13 +328,8 @@ class LatentDynamics(nn.Module):
         inner = config.dynamics_hidden_size or width
         widths = [2 * width, *[inner] * (config.dynamics_num_layers - 1), width]
         self.norm = nn.LayerNorm(2 * width)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
-        self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self):
-        init.zeros_(self.layers[-1].weight)
-        init.zeros_(self.layers[-1].bias)
+        *inner_layers, last = pairwise(widths)
+        self.layers = nn.ModuleList([*(nn.Linear(*sizes) for sizes in inner_layers), LinearFromZero(*last)])
 
     def forward(self, latent: torch.Tensor, summary: torch.Tensor) -> torch.Tensor:
         change = self.norm(torch.cat((latent, summary), dim=-1))

@@ -7,8 +7,14 @@ from torch import nn
 import modeling_heptapod.linear_cross_entropy as linear_cross_entropy_file
 from modeling_heptapod.configuration_hierarchical_lm import HierarchicalLMConfig
 from modeling_heptapod.linear_cross_entropy import linear_cross_entropy, naive_linear_cross_entropy
-from modeling_heptapod.predictive_losses import ChunkSummarizer, PredictiveLosses
+from modeling_heptapod.predictive_losses import (
+    ChunkSummarizer,
+    LinearFromZero,
+    PredictiveLosses,
+    RandomProjectionQuantizer,
+)
 from tests.reference.hierarchical_lm import LossDescription, next_latent_loss, quantized_prophet_loss, token_loss
+from tests.tiny_hierarchical_lm import random_ids, tiny_hierarchical_lm
 
 
 VOCAB = 11
@@ -260,11 +266,6 @@ def test_dynamics_start_as_no_change():
     dynamics = PredictiveLosses(config).next_latent["4"].dynamics
     latent, summary = torch.randn(2, 3, 12), torch.randn(2, 3, 12)
     assert torch.equal(dynamics(latent, summary), latent)
-    with torch.no_grad():
-        dynamics.layers[-1].weight.fill_(1)
-        dynamics.layers[-1].bias.fill_(1)
-    dynamics.init_weights()
-    assert torch.equal(dynamics(latent, summary), latent)
 
 
 def test_a_summarizer_of_ones_own():
@@ -363,6 +364,107 @@ def test_losses_in_bfloat16_are_float32():
     streams = [stream.detach().bfloat16() for stream in batch.streams]
     values = losses(streams, batch.embeddings.detach().bfloat16(), *batch.inputs()[2:])
     assert all(value.dtype == torch.float and value.isfinite() for value in values.values())
+
+
+# --- in the model ------------------------------------------------------------------------------------------------------
+
+
+NAMES = ("ce_loss", "reconstruction_loss", "prophet_loss", "quantized_prophet_loss", "next_latent_loss")
+MODELS = {
+    "dense": {"hierarchies": [1, 2, 4], "hidden_sizes": [8, 12, 16], "next_latent_rollouts": 2},
+    "strided": {"hierarchies": [2, 1, 8], "strides": [2, 1, 4], "hidden_sizes": 8, "merge_into": "all"},
+}
+
+
+def tiny_model(name, **overrides):
+    """A model with all losses; what starts at zero is random."""
+    small = {"prophet_codebook_size": 7, "prophet_codebook_dim": 5, "prophet_num_codebooks": 3}
+    model = tiny_hierarchical_lm(
+        **{**MODELS[name], "vocab_size": VOCAB, "window_sizes": 4, **ALL, **small, **overrides}
+    )
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, LinearFromZero):
+                layer.weight.normal_(std=0.3)
+    return model.double()
+
+
+def all_losses(model, ids, **kwargs):
+    out = model(ids, labels=kwargs.pop("labels", ids), **kwargs)
+    weights = [1, *list(ALL.values())[:3], 1]
+    total = sum(weight * getattr(out, name) for weight, name in zip(weights, NAMES))
+    torch.testing.assert_close(out.loss, total)
+    return {name: getattr(out, name) for name in NAMES}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_of_the_model_equal_the_oracle(name):
+    model = tiny_model(name)
+    ids, config = random_ids(2, 19, VOCAB), model.config
+    with torch.no_grad():
+        found = all_losses(model, ids)
+        batch = Batch(config, "whole")
+        batch.places = [(0, 0, 19), (1, 0, 19)]
+        batch.ids, batch.embeddings = ids, model.model.embed_tokens(ids)
+        batch.streams = model(ids, output_hierarchy_embeddings=True).hierarchy_embeddings
+        expected = oracle(config, model.predictive_losses, batch)
+    assert sorted(f"{name}_loss" for name in expected) == sorted(NAMES[1:])
+    for name, value in expected.items():
+        torch.testing.assert_close(found[f"{name}_loss"], value)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_padded_and_packed_rows_have_the_same_losses(name):
+    model = tiny_model(name)
+    sequences = [random_ids(1, length, VOCAB, seed=length) for length in (19, 4, 11)]
+    expected = None
+    for side in ("right", "left", "packed"):
+        if side == "packed":
+            ids = torch.cat(sequences, dim=1)
+            positions = torch.cat([torch.arange(x.shape[1]) for x in sequences])[None]
+            labels = ids.clone().masked_fill(positions == 0, -100)  # none across a border
+            values = all_losses(model, ids, position_ids=positions, labels=labels)
+        else:
+            ids, mask = torch.full((3, 19), 7), torch.zeros(3, 19, dtype=torch.long)
+            for row, sequence in enumerate(sequences):
+                at = slice(0, sequence.shape[1]) if side == "right" else slice(19 - sequence.shape[1], 19)
+                ids[row, at], mask[row, at] = sequence[0], 1
+            first = (mask.cumsum(-1) == 1) & mask.bool()
+            labels = ids.masked_fill(mask == 0, -100).masked_fill(first, -100)
+            values = all_losses(model, ids, attention_mask=mask, labels=labels)
+        expected = values if expected is None else expected
+        torch.testing.assert_close(values, expected)
+
+
+def test_accumulated_gradients():
+    model, ids = tiny_model("strided"), random_ids(4, 19, VOCAB)
+    whole = model(ids, labels=ids, num_items_in_batch=4 * 18)
+    parts = [model(part, labels=part, num_items_in_batch=4 * 18) for part in (ids[:1], ids[1:])]
+    for name in ("loss", *NAMES):
+        torch.testing.assert_close(sum(getattr(part, name) for part in parts), getattr(whole, name))
+        torch.testing.assert_close(getattr(whole, name), getattr(model(ids, labels=ids), name))
+
+
+def test_the_start_of_training_and_what_is_saved(tmp_path):
+    model = tiny_hierarchical_lm(**{**MODELS["strided"], **ALL, "window_sizes": 4})
+    fresh = type(model)(model.config)
+    for part in fresh.predictive_losses.modules():
+        if isinstance(part, LinearFromZero):
+            assert not part.weight.any() and not part.bias.any()
+    model.save_pretrained(tmp_path / "with")
+    again, notes = type(model).from_pretrained(tmp_path / "with", output_loading_info=True)
+    assert not notes["missing_keys"] and not notes["unexpected_keys"]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    plain = tiny_hierarchical_lm(**{**MODELS["strided"], "window_sizes": 4})
+    plain.save_pretrained(tmp_path / "without")
+    begun = type(model).from_pretrained(tmp_path / "without", **ALL)
+    for part in begun.predictive_losses.modules():
+        if isinstance(part, LinearFromZero):
+            assert not part.weight.any() and not part.bias.any()
+        if isinstance(part, RandomProjectionQuantizer):
+            torch.testing.assert_close(part.codebooks.norm(dim=-1), torch.ones(part.codebooks.shape[:2]))
+            assert part.projection.std() > 0.5 and part.projection.mean(-1).abs().max() < 1e-5
 
 
 # --- errors ------------------------------------------------------------------------------------------------------------
