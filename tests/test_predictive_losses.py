@@ -348,6 +348,7 @@ def test_half_precision():
         loss = linear_cross_entropy(hidden, weight, targets)
     grads = torch.autograd.grad(loss, (hidden, weight))
     assert loss.dtype == torch.float and all(grad.dtype == torch.float for grad in grads)
+    assert not torch.equal(loss, expected)  # logits are in half precision
     halves = [x.detach().bfloat16().requires_grad_() for x in (hidden, weight)]
     low = linear_cross_entropy(*halves, targets)
     low_grads = torch.autograd.grad(low, halves)
