@@ -104,6 +104,8 @@ class HierarchicalLMConfig(PreTrainedConfig):
         Weight of each of them, equal when not given.
     next_latent_dynamic_weights (`bool`, *optional*, defaults to `True`):
         Weigh later rollouts down by what the earlier ones have lost.
+    next_latent_dynamic_decay (`float`, *optional*, defaults to 1.0):
+        How fast: a rollout's weight is `exp(-decay * loss so far)`.
     detach_summaries (`bool`, *optional*, defaults to `True`):
         No gradient from this loss to the token embeddings.
     dynamics_hidden_size (`int`, *optional*):
@@ -166,6 +168,7 @@ class HierarchicalLMConfig(PreTrainedConfig):
     next_latent_rollouts: int = 1
     next_latent_rollout_weights: list[float | int] | tuple[float | int, ...] | None = None
     next_latent_dynamic_weights: bool = True
+    next_latent_dynamic_decay: float | int = 1.0
     detach_summaries: bool = True
     dynamics_hidden_size: int | None = None
     dynamics_num_layers: int = 3
@@ -211,6 +214,7 @@ class HierarchicalLMConfig(PreTrainedConfig):
                 )
         for name in (
             "vocab_size",
+            "hidden_sizes",
             "hidden_size",
             "num_hidden_layers",
             "max_position_embeddings",
@@ -219,7 +223,6 @@ class HierarchicalLMConfig(PreTrainedConfig):
             "prophet_num_codebooks",
             "next_latent_rollouts",
             "dynamics_num_layers",
-            "hidden_sizes",
             "num_attention_heads",
             "head_dim",
         ):

@@ -466,8 +466,8 @@ class HierarchicalLMLayer(GradientCheckpointingLayer):
         plans: list[StreamPlan],
         past_key_values: HierarchicalCache | None = None,
         ablate_merge: bool = False,
-    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """Streams `[batch, steps, width]` after this layer, and the attentions of those whose plans ask for them."""
+    ) -> tuple[torch.Tensor, ...]:
+        """Streams `[batch, steps, width]` after this layer, then the attentions of those whose plans ask for them."""
         cache, attentions = past_key_values, []
         streams = list(streams)
         for h, (block, plan) in enumerate(zip(self.blocks, plans)):
@@ -478,7 +478,7 @@ class HierarchicalLMLayer(GradientCheckpointingLayer):
             if weights is not None:
                 attentions.append(weights)
         if self.merge is None:
-            return tuple(streams), tuple(attentions)
+            return (*streams, *attentions)
         at_tokens = [
             _at_tokens(x, plan, cache, block.cache_idx) for x, plan, block in zip(streams, plans, self.blocks)
         ]
@@ -486,7 +486,7 @@ class HierarchicalLMLayer(GradientCheckpointingLayer):
             for h, pooled in self.merge(at_tokens).items():
                 if plans[h].steps:
                     streams[h] = streams[h] + plans[h].at_steps(pooled)
-        return tuple(streams), tuple(attentions)
+        return (*streams, *attentions)
 
 
 def _attention_owners(config):
@@ -617,8 +617,9 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         for layer in self.layers:
             if output_hidden_states:
                 hidden_states.append(_restore(rows, streams[predicting], plans[predicting]))
-            streams, weights = layer(*streams, plans=plans, past_key_values=cache, ablate_merge=ablate_merge)
-            attentions.extend(weights)
+            out = layer(*streams, plans=plans, past_key_values=cache, ablate_merge=ablate_merge)
+            streams = out[: len(plans)]
+            attentions.extend(out[len(plans) :])
         streams = tuple(norm(x) for norm, x in zip(self.norms, streams))
         used = range(config.num_hierarchies) if config.predict_from_all else [predicting]
         last = len(self.layers) * config.num_hierarchies

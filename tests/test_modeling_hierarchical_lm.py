@@ -109,7 +109,7 @@ def test_padded_rows_equal_rows_alone(variant, side):
             for stream, expected in zip(out.hierarchy_embeddings, alone.hierarchy_embeddings):
                 torch.testing.assert_close(stream[i, : expected.shape[1]], expected[0], rtol=1e-5, atol=1e-5)
             for state, expected in zip(out.hidden_states, alone.hidden_states):
-                if expected.shape[1] == len(row):  # not of a predicting hierarchy with a stride
+                if model.config.strides[model.config.predict_index] == 1:
                     torch.testing.assert_close(state[i][mask[i].bool()], expected[0], rtol=1e-5, atol=1e-5)
         single = model(ids[1:2], attention_mask=mask[1:2]).logits  # a batch of one, padded
         torch.testing.assert_close(single[0], out.logits[1], rtol=1e-5, atol=1e-5)
@@ -127,7 +127,8 @@ def test_pads_get_no_gradient(variant):
     logits = model(inputs_embeds=embeds, attention_mask=mask).logits
     logits[mask.bool()].square().sum().backward()
     assert torch.equal(embeds.grad[mask == 0], torch.zeros_like(embeds.grad[mask == 0]))
-    assert (embeds.grad[mask == 1].abs().sum(-1) > 0).sum() >= 60
+    # The last token may come after the last step of a predicting hierarchy with a stride.
+    assert (embeds.grad[mask == 1].abs().sum(-1) > 0).sum() >= (mask == 1).sum() - 1
 
 
 def test_empty_rows_are_finite():
@@ -223,9 +224,11 @@ class Streams:
 
     def __init__(self, model):
         self.kept = []
-        model.model.layers[0].register_forward_pre_hook(lambda module, args, kwargs: self.kept.append(args), with_kwargs=True)
+        model.model.layers[0].register_forward_pre_hook(
+            lambda module, args, kwargs: self.kept.append(args), with_kwargs=True
+        )
         for layer in model.model.layers:
-            layer.register_forward_hook(lambda module, args, output: self.kept.append(output[0]))
+            layer.register_forward_hook(lambda module, args, output: self.kept.append(output))
 
     def __call__(self, model, ids):
         self.kept = []
@@ -330,7 +333,8 @@ def loss_grads(model, **inputs):
     model.zero_grad()
     loss = model(**inputs).loss
     loss.backward()
-    return loss.detach(), [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    # Reentrant checkpoints give zeros where a plain backward pass gives nothing.
+    return loss.detach(), [torch.zeros_like(x) if x.grad is None else x.grad.clone() for x in model.parameters()]
 
 
 def test_every_loss_is_returned_by_name_and_adds_up():
@@ -388,8 +392,8 @@ def test_gradient_accumulation_equals_one_batch():
         loss.backward()
         total += loss.detach()
     torch.testing.assert_close(total, whole)
-    for parameter, grad in zip([x for x in model.parameters() if x.grad is not None], grads):
-        torch.testing.assert_close(parameter.grad, grad)
+    for parameter, grad in zip(model.parameters(), grads):
+        torch.testing.assert_close(torch.zeros_like(grad) if parameter.grad is None else parameter.grad, grad)
     torch.testing.assert_close(whole, model(ids, labels=ids).loss.detach())
 
 
@@ -416,7 +420,8 @@ def test_bfloat16(variant):
         loss = model(ids, labels=ids).loss
     loss.backward()
     assert abs(loss.detach() - plain) < 0.02 * plain.abs()
-    together = [torch.cat([x.flatten() for x in grads]) for grads in ([p.grad for p in model.parameters() if p.grad is not None], plain_grads)]
+    grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in model.parameters()]
+    together = [torch.cat([x.flatten() for x in each]) for each in (grads, plain_grads)]
     assert nn.functional.cosine_similarity(*together, dim=0) > 0.98
     model.bfloat16().eval()
     with torch.no_grad():
@@ -448,7 +453,9 @@ def test_tied_weights_are_one_tensor():
 
 
 def test_shared_attention_is_held_once():
-    shared = tiny_hierarchical_lm(shared_attention=True, hierarchies=[1, 2, 4], hidden_sizes=[16, 24, 16])
+    shared = tiny_hierarchical_lm(
+        shared_attention=True, hierarchies=[1, 2, 4], hidden_sizes=[16, 24, 16], window_sizes=None
+    )
     names = [name for name in shared.state_dict() if "qkv_proj" in name and "layers.0" in name]
     assert names == [f"model.layers.0.blocks.{h}.self_attn.qkv_proj.weight" for h in (0, 1)]
     before = shared(random_ids(1, 20), output_hierarchy_embeddings=True, ablate_merge=True).hierarchy_embeddings
