@@ -123,7 +123,17 @@ class HierarchicalLMConfig(PreTrainedConfig):
     ```"""
 
     model_type = "hierarchical_lm"
-    keys_to_ignore_at_inference = ["past_key_values", "hierarchy_embeddings"]
+    # What `Trainer` must not gather as logits.
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "hierarchy_embeddings",
+        "row_layout",
+        "ce_loss",
+        "reconstruction_loss",
+        "prophet_loss",
+        "quantized_prophet_loss",
+        "next_latent_loss",
+    ]
 
     vocab_size: int = 32000
     hierarchies: int | list[int] | tuple[int, ...] = 1
