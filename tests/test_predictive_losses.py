@@ -193,6 +193,7 @@ def test_only_what_is_switched_on_is_computed_and_built():
         losses, name = losses_of(config), field.removesuffix("_loss_weight")
         assert [child for child, _ in losses.named_children()] == [name]
         assert list(losses(*Batch(config, "whole").inputs())) == [name]
+        assert list(getattr(losses, name)) == (["4", "1", "2"] if name == "next_latent" else ["4", "2"])
     config = config_of("widths", **off | {"next_latent_loss_weight": [0, 0, 1]})
     assert list(losses_of(config).next_latent) == ["2"]
 
