@@ -27,7 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .auto_map import FullAutoMapMixin
 from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .hierarchical_cache import HierarchicalCache
-from .predictive_losses import PredictiveLosses
+from .predictive_losses import LinearFromZero, PredictiveLosses, RandomProjectionQuantizer
 from .row_layout import RowLayout, packed_layout, pad_layout, segment_ids
 from .windowed_attention import first_key, step_attention, visible, windowed_attention
 
@@ -532,6 +532,8 @@ class HierarchicalLMPreTrainedModel(FullAutoMapMixin, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, AttentionCompressor):
             init.normal_(module.tap_embed, std=self.config.initializer_range)
+        elif isinstance(module, (LinearFromZero, RandomProjectionQuantizer)):
+            module.init_weights()
 
 
 @auto_docstring
@@ -848,7 +850,20 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, GenerationMixin):
         self.predictive_losses = None
         if self.predictive_losses_class.wanted(config):
             self.predictive_losses = self.predictive_losses_class(config)
+        self._freeze_unread()
         self.post_init()
+
+    def _freeze_unread(self):
+        """What neither the head nor a loss reads takes no gradient, for which data parallel training would wait."""
+        config, merge = self.config, self.model.layers[-1].merge
+        read = [] if self.predictive_losses is None else self.predictive_losses.hierarchies_read
+        for h in range(config.num_hierarchies):
+            if h == config.predict_index or config.predict_from_all or h in read:
+                continue
+            self.model.norms[h].requires_grad_(False)
+            if isinstance(merge, CrossAttentionMerge) and h in merge.receivers:
+                merge.q_proj[str(h)].requires_grad_(False)
+                merge.o_proj[str(h)].requires_grad_(False)
 
     @can_return_tuple
     @auto_docstring

@@ -50,6 +50,17 @@ class PredictiveLosses(nn.Module):
                 }
             )
 
+    @property
+    def hierarchies_read(self) -> list[int]:
+        """Places of the hierarchies whose streams any loss is made of."""
+        config = self.config
+        coarse = config.reconstruction_loss_weight, config.prophet_loss_weight, config.quantized_prophet_loss_weight
+        return [
+            h
+            for h, (factor, next_latent) in enumerate(zip(config.hierarchies, self.next_latent_weights))
+            if next_latent or (factor > 1 and any(coarse))
+        ]
+
     @staticmethod
     def wanted(config: HierarchicalLMConfig) -> bool:
         """Whether any loss is switched on."""
