@@ -7,6 +7,7 @@ import torch
 from transformers.models.auto import modeling_auto
 
 from modeling_heptapod import HierarchicalLMConfig, HierarchicalLMForCausalLM, HierarchicalLMModel
+from modeling_heptapod.predictive_losses import RandomProjectionQuantizer
 from tests.conformance import upstream
 
 
@@ -147,6 +148,17 @@ class HierarchicalLMPrototypeModelTest(HierarchicalLMModelTest):
         "prophet_num_codebooks": 2,
         "next_latent_loss_weight": [0.1, 0.0, 0.1],
     }
+
+    def test_init_weights_can_init_buffers(self):
+        # Upstream compares the buffers of two models; the quantizer's are random, and the same from one seed.
+        init_weights = RandomProjectionQuantizer.init_weights
+
+        def from_one_seed(module):
+            torch.manual_seed(0)
+            init_weights(module)
+
+        with mock.patch.object(RandomProjectionQuantizer, "init_weights", from_one_seed):
+            super().test_init_weights_can_init_buffers()
 
 
 class HierarchicalLMPlansTest(unittest.TestCase):
