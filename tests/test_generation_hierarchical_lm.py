@@ -64,16 +64,12 @@ def test_padded_chunks_equal_rows_alone(variant):
     rows, ids, mask = left_padded((40, 1, 17, 30, 23), pad_id=3)
     more = random_ids(5, 4, seed=7)
     for sizes in ([40], [40 - 9] + [1] * 9, [12, 1, 1, 1, 14, 2] + [1] * 9, [1] * 40):
-        logits, cache = in_chunks(model, ids, sizes, mask)
-        follow, _ = in_chunks(
-            model,
-            torch.cat((ids, random_ids(5, 4, seed=7)), dim=1),
-            [*sizes, 1, 3],
-            None if sizes == [] else torch.cat((mask, mask.new_ones(5, 4)), dim=1),
-        )
+        logits, _ = in_chunks(model, ids, sizes, mask)
+        longer, longer_mask = torch.cat((ids, more), dim=1), torch.cat((mask, mask.new_ones(5, 4)), dim=1)
+        follow, _ = in_chunks(model, longer, [*sizes, 1, 3], longer_mask)
         for i, row in enumerate(rows):
             with torch.no_grad():
-                alone = model(torch.cat((row, random_ids(5, 4, seed=7)[i : i + 1]), dim=1), use_cache=False).logits[0]
+                alone = model(torch.cat((row, more[i : i + 1]), dim=1), use_cache=False).logits[0]
             torch.testing.assert_close(logits[i, 40 - row.shape[1] :], alone[:-4], rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(follow[i, -4:], alone[-4:], rtol=1e-5, atol=1e-5)
 
@@ -230,3 +226,21 @@ def test_long_contexts_keep_their_precision():
         model(ids)
     chunked, _ = in_chunks(model, ids, [50] * 6)
     torch.testing.assert_close(chunked, logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rows_can_change_places(variant):
+    """Also between prompts of different length, and while there is room left in the memory of keys."""
+    model = tiny_hierarchical_lm(**VARIANTS[variant]).double()
+    rows, ids, mask = left_padded((1, 7, 30))
+    order, more = torch.tensor([2, 0, 0]), random_ids(3, 9, seed=5)
+    first = torch.cat((ids, more[:, :4]), dim=1)
+    _, cache = in_chunks(model, first, [30] + [1] * 4, torch.nn.functional.pad(mask, (0, 4), value=1))
+    cache.reorder_cache(order)
+    with torch.no_grad():
+        for t in range(4, 9):
+            logits = model(more[:, t : t + 1], past_key_values=cache).logits[:, 0]
+            for i, source in enumerate(order):
+                alone = torch.cat((rows[source], more[source : source + 1, :4], more[i : i + 1, 4 : t + 1]), dim=1)
+                expected = model(alone, use_cache=False).logits[0, -1]
+                torch.testing.assert_close(logits[i], expected, rtol=1e-5, atol=1e-5)
