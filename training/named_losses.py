@@ -31,7 +31,7 @@ class NamedLossTrainer(Trainer):
         self._batch_losses = {
             name: value.detach().mean() * (1.0 if value is loss else scale)
             for name, value in outputs.items()
-            if name.endswith("_loss") and value is not None
+            if name.endswith("_loss")
         }
         if model.training:
             self._steps += share
