@@ -184,6 +184,18 @@ class HierarchicalLMConfig(PreTrainedConfig):
     dynamics_num_layers: int = 3
 
     def __post_init__(self, **kwargs):
+        self._fill_in()
+        super().__post_init__(**kwargs)
+
+    def complete(self) -> None:
+        """Make lists of values that were set since, one by one, as `from_pretrained` sets what it overrides, and check all.
+
+        A model calls it before it is built. Raises what the constructor raises.
+        """
+        self._fill_in()
+        self.validate_architecture()
+
+    def _fill_in(self):
         if isinstance(self.hierarchies, int):
             self.hierarchies = [self.hierarchies]
         self.hierarchies = list(self.hierarchies)
@@ -199,7 +211,6 @@ class HierarchicalLMConfig(PreTrainedConfig):
             self.hidden_size = max(self.hidden_sizes, default=0)
         if self.predict_hierarchy is None:
             self.predict_hierarchy = min(self.hierarchies, default=1)
-        super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation. Raises `ValueError` for values that make no model."""

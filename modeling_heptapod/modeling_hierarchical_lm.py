@@ -527,6 +527,10 @@ class HierarchicalLMPreTrainedModel(FullAutoMapMixin, PreTrainedModel):
         "AutoModelForCausalLM": "modeling_hierarchical_lm.HierarchicalLMForCausalLM",
     }
 
+    def __init__(self, config: HierarchicalLMConfig, *args, **kwargs):
+        config.complete()
+        super().__init__(config, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -582,7 +586,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
             the same.
         """
         config = self.config
-        inputs_embeds = self._embed(input_ids, inputs_embeds)
+        inputs_embeds = self.embed(input_ids, inputs_embeds)
         batch, seq, _ = inputs_embeds.shape
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -640,7 +644,8 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
             row_layout=rows if output_hierarchy_embeddings else None,
         )
 
-    def _embed(self, input_ids, inputs_embeds):
+    def embed(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None) -> torch.FloatTensor:
+        """The embeddings `[batch, seq, hidden_size]` of one or the other. Raises `TypeError` and `ValueError` for bad input."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
         if input_ids is None:
@@ -681,7 +686,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
                 streams.append(embeds.new_zeros(embeds.shape[0], 0, width))
                 continue
             if factor == 1:
-                streams.append(compressor(embeds))
+                streams.append(compressor(embeds).to(embeds.dtype))
                 continue
             windows = joined[:, back - factor + 1 :].unfold(1, factor, 1).transpose(2, 3)
             if plan.stride > 1 and isinstance(plan.pick, slice):
@@ -692,7 +697,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
             if isinstance(compressor, AttentionCompressor):
                 taps = torch.arange(1 - factor, 1, device=embeds.device)
                 exists = (plan.token_positions.unsqueeze(-1) + taps) >= 0
-            streams.append(compressor(windows, exists))
+            streams.append(compressor(windows, exists).to(embeds.dtype))  # autocast must not make bf16 streams
         return streams
 
     def _plan(self, hierarchy, pass_):
@@ -885,8 +890,8 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, GenerationMixin):
             Whether to also return the normalised stream of every hierarchy.
         """
         predictive = self.predictive_losses is not None and labels is not None and past_key_values is None
-        if predictive and inputs_embeds is None:
-            inputs_embeds = self.model.embed_tokens(input_ids)
+        if predictive:
+            inputs_embeds = self.model.embed(input_ids, inputs_embeds)
         outputs = self.model(
             input_ids=None if predictive else input_ids,
             attention_mask=attention_mask,
@@ -920,7 +925,9 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, GenerationMixin):
             **losses,
         )
 
-    def _predictive_losses(self, outputs, embeds, input_ids, labels, num_items_in_batch=None, **kwargs):
+    def _predictive_losses(
+        self, outputs, embeds, input_ids, labels, num_items_in_batch=None, shift_labels=None, **kwargs
+    ):
         """Losses beside cross-entropy, by name; with accumulated gradients, this batch's share of them."""
         rows, mask, segments = outputs.row_layout, None, None
         if rows is not None:
@@ -929,7 +936,8 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, GenerationMixin):
             input_ids = None if input_ids is None else rows.align(input_ids.unsqueeze(-1)).squeeze(-1)
         scale = None
         if num_items_in_batch is not None:
-            scale = (labels[:, 1:] != -100).sum() / num_items_in_batch
+            targets = labels[:, 1:] if shift_labels is None else shift_labels
+            scale = (targets != -100).sum() / num_items_in_batch
         return self.predictive_losses(
             list(outputs.hierarchy_embeddings), embeds, input_ids, mask=mask, segments=segments, scale=scale
         )

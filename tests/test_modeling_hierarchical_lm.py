@@ -319,6 +319,7 @@ def test_asking_for_attentions_changes_nothing(variant):
 @pytest.mark.parametrize("variant", ["two", "stride", "blocks", "cross"])
 def test_eager_attention_equals_sdpa(variant):
     model = tiny_hierarchical_lm(**VARIANTS[variant])
+    assert model.config._attn_implementation == "sdpa"
     ids = random_ids(2, 70)
     with torch.no_grad():
         expected = model(ids).logits
@@ -395,6 +396,37 @@ def test_gradient_accumulation_equals_one_batch():
     for parameter, grad in zip(model.parameters(), grads):
         torch.testing.assert_close(torch.zeros_like(grad) if parameter.grad is None else parameter.grad, grad)
     torch.testing.assert_close(whole, model(ids, labels=ids).loss.detach())
+
+
+def test_given_shifted_labels_count_as_they_are():
+    model = tiny_hierarchical_lm(**VARIANTS["two"], **ALL_LOSSES)
+    ids = random_ids(2, 20)
+    shifted = nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    with torch.no_grad():
+        expected = model(ids, labels=ids, num_items_in_batch=38)
+        out = model(ids, labels=torch.full_like(ids, -100), shift_labels=shifted, num_items_in_batch=38)
+    torch.testing.assert_close(out.loss, expected.loss)
+    torch.testing.assert_close(out.next_latent_loss, expected.next_latent_loss)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("losses", [False, True])
+def test_what_can_be_trained_gets_a_gradient(variant, losses):
+    """Or DistributedDataParallel waits for it."""
+    model = tiny_hierarchical_lm(**VARIANTS[variant], **(ALL_LOSSES if losses else {})).train()
+    ids = random_ids(2, 40)
+    model(ids, labels=ids).loss.backward()
+    assert [name for name, x in model.named_parameters() if x.requires_grad and x.grad is None] == []
+
+
+def test_autocast_leaves_the_streams_in_float32():
+    model = tiny_hierarchical_lm("HierarchicalLMModel", **VARIANTS["stride"])
+    seen = []
+    for norm in model.embed_norms:
+        norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(random_ids(1, 20))
+    assert seen == [torch.float32] * 3
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -478,6 +510,15 @@ def test_loading_changes_no_weight(variant, tmp_path):
     assert torch.equal(out.logits, expected.logits) and torch.equal(out.loss, expected.loss)
 
 
+def test_options_overridden_at_loading_are_completed_and_checked(tmp_path):
+    tiny_hierarchical_lm().save_pretrained(tmp_path)
+    model = HierarchicalLMForCausalLM.from_pretrained(tmp_path, window_sizes=3, ff_mult=2)
+    assert model.config.window_sizes == [3, 3]
+    model(random_ids(1, 5))
+    with pytest.raises(ValueError, match="`strides`.*got stride 3"):
+        HierarchicalLMForCausalLM.from_pretrained(tmp_path, strides=3)
+
+
 def test_initial_weights_have_the_configured_size():
     torch.manual_seed(0)
     config = tiny_config(
@@ -536,6 +577,12 @@ def test_bad_input_gives_an_error_that_names_it(head, case):
     inputs, error, match = BAD_INPUTS[case]
     with pytest.raises(error, match=match):
         tiny_hierarchical_lm(head)(**inputs)
+
+
+@pytest.mark.parametrize("ids", [IDS.float(), IDS + 50])
+def test_bad_input_is_named_with_all_losses(ids):
+    with pytest.raises((TypeError, ValueError), match="`input_ids` must be"):
+        tiny_hierarchical_lm(**ALL_LOSSES)(ids, labels=IDS)
 
 
 def test_public_classes_are_what_they_say():
