@@ -49,7 +49,7 @@ SETTINGS = {
     "num_attention_heads": 4,
     "block_size": 512,
     "batch_size": 4,
-    "steps": 1_200,
+    "steps": 900,
     "learning_rate": 3e-3,
     "held_out_bytes": 131_072,
     "seed": 0,
