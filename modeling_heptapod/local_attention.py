@@ -319,6 +319,7 @@ def _dense_attention(q, k, v, radius, scale, padding_mask, dropout):
     """Strips of rows against all cells of the rows that they see, through torch's scaled dot product attention."""
     height, width = q.shape[2:4]
     keep = padding_mask is None and height * width <= _DENSE_CELLS and not torch.compiler.is_compiling()
+    keep = keep and type(q) is torch.Tensor  # what a fake tensor leaves behind serves no real one
     outs = []
     for queries, keys in _strips(height, radius):
         rows, seen = slice(*queries), slice(*keys)
@@ -388,15 +389,15 @@ def local_attention(
         padding_mask (`torch.Tensor` of shape `[batch, height, width]`, *optional*): zero or `False` at cells that
             nobody sees.
         scale (`float`, *optional*): factor of the dot products, `head_dim ** -0.5` when not given.
-        dropout (`float`): share of weights that are set to zero, the others growing accordingly.
+        dropout (`float`): share of weights that are set to zero, the others growing accordingly; less than 1.
 
     Returns:
         `torch.Tensor` of the shape and dtype of `q`; zero where a cell sees nothing.
 
     Raises:
-        TypeError, ValueError: for tensors of another dtype or shape, or a radius or dilation out of range.
+        TypeError, ValueError: for tensors of another dtype or shape, or a radius, dilation or dropout out of range.
     """
-    _check_inputs(q, k, v, radius, dilation, padding_mask)
+    _check_inputs(q, k, v, radius, dilation, padding_mask, dropout)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     mask = None if padding_mask is None else padding_mask.bool()
     if radius is None or dilation == 1:
@@ -458,7 +459,7 @@ def _sees_any(mask, radius):
     return near.squeeze(1) > 0
 
 
-def _check_inputs(q, k, v, radius, dilation, padding_mask):
+def _check_inputs(q, k, v, radius, dilation, padding_mask, dropout=0.0):
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not tensor.is_floating_point() or tensor.dtype != q.dtype:
             raise TypeError(f"`q`, `k` and `v` must share a floating point dtype, got {tensor.dtype} for `{name}`.")
@@ -471,6 +472,8 @@ def _check_inputs(q, k, v, radius, dilation, padding_mask):
         raise ValueError(f"`radius` must be at least 0 or None (the whole grid), got {radius}.")
     if dilation < 1:
         raise ValueError(f"`dilation` must be at least 1, got {dilation}.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"`dropout` must be in [0, 1), got {dropout}.")
     grid = [q.shape[0], *q.shape[2:4]]
     if padding_mask is not None and list(padding_mask.shape) != grid:
         raise ValueError(

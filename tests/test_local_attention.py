@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -375,6 +376,19 @@ def test_what_inference_leaves_behind_serves_training():
     out.sum().backward()  # raises, were the window an inference tensor
 
 
+def test_what_fake_tensors_leave_behind_serves_real_ones():
+    """Memory estimators and tracers run a model on fake tensors, which must not be kept."""
+    operator._window_bias.cache_clear()
+    q, k, v = (torch.randn(1, 1, 5, 6, 4) for _ in range(3))
+    expected = naive_local_attention(q, k, v, radius=1)
+    with FakeTensorMode() as mode:
+        local_attention(*(mode.from_tensor(x) for x in (q, k, v)), radius=1)
+    out = local_attention(q, k, v, radius=1)
+    assert type(out) is torch.Tensor
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    assert operator._window_bias.cache_info().currsize > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("grid, dilation", [((9, 11), 1), ((18, 19), 1), ((9, 11), 2), ((37, 39), 2)])
 def test_compiled_equals_eager(grid, dilation):
@@ -467,5 +481,8 @@ def test_bad_input():
     for wrong in (mask[0], mask[:, :2], mask[:1], mask[:, None]):
         with pytest.raises(ValueError, match=r"`padding_mask`.*\[2, 3, 4\]"):
             local_attention(q, k, v, 1, padding_mask=wrong)
+    for rate in (-0.1, 1.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=rf"`dropout`.*{rate}"):
+            local_attention(q, k, v, 1, dropout=rate)
     with pytest.raises(ValueError, match=r"`head_dim`.*6"):
         grid_rotary(2, 2, 6, 100.0)
