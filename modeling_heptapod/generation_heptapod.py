@@ -1,4 +1,4 @@
-"""`generate` for the grid: all open cells of a page are predicted at once, a schedule decides which of them are written.
+"""`generate` for the grid: all open cells of a page are predicted at once, a schedule decides which are written.
 
 Read top-down: the options, the four ways to choose cells, the draw of tokens, the loop. The idea is that of
 Mask-Predict (arXiv 1904.09324) and MaskGIT (arXiv 2202.04200, counts and confidence), the entropy bound that of
@@ -303,7 +303,7 @@ class _TokenDraw:
         )
 
     def _process(self, scores, ids, looked_at):
-        """The caller's processors, a page at a time: to them each cell is a row whose `input_ids` are the whole page."""
+        """The caller's processors, a page at a time: each cell is a row whose `input_ids` are the whole page."""
         processed = []
         for page, cells, page_scores in zip(ids, looked_at, scores.split(looked_at.sum(1).tolist())):
             if len(page_scores):
@@ -524,7 +524,7 @@ class HeptapodGenerationMixin:
         return mask, [mask] if pad is None else [mask, pad]
 
     def _prepare_pages(self, input_ids, attention_mask, height, width):
-        """The shape of the prompt, the pages (ours to write on) and which cells are on them, `[batch, height, width]`."""
+        """The prompt's shape, the pages (ours to write on) and their cells, both `[batch, height, width]`."""
         for name, value in (("height", height), ("width", width)):
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
@@ -587,7 +587,7 @@ class HeptapodGenerationMixin:
         trust_remote_code=None,
         **kwargs,
     ):
-        """Called by `from_pretrained`: take the options given to it, or those of the checkpoint's generation_config.json.
+        """Called by `from_pretrained`: take its `generation_config`, or the checkpoint's generation_config.json.
 
         Its other `kwargs` are fields of the model's config, or options of loading.
         """

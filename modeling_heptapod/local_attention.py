@@ -1,18 +1,18 @@
 """Local attention on a grid: every cell attends to the cells around it, in two dimensions.
 
-Cell `(y, x)` sees the cells `(y + dilation * a, x + dilation * b)` with `-radius <= a, b <= radius` that lie on the grid
-and that the padding mask keeps:
+Cell `(y, x)` sees the cells `(y + dilation * a, x + dilation * b)` with `-radius <= a, b <= radius` that lie on the
+grid and that the padding mask keeps:
 
     out[y, x] = sum_n softmax_n(scale * q[y, x] . k[n]) v[n]
 
 Windows are clipped at the border of the grid. They do not move inwards as those of neighbourhood attention do (arXiv
-2204.07143), so that a page looks the same wherever it lies in a larger padded grid. With `q = k = v` and one head this is
-`Local2DAttention` of the prototype `nonlinear-transformer`.
+2204.07143), so that a page looks the same wherever it lies in a larger padded grid. With `q = k = v` and one head this
+is `Local2DAttention` of the prototype `nonlinear-transformer`.
 
-Read in this order: `naive_local_attention` (the specification), `_TiledAttention` (the fast path: tiles of queries, each
-with the halo of keys around it, computed again in the backward pass), `_dense_attention` (strips of whole rows: small
-and narrow grids, and windows as large as the grid), `local_attention` (what the model calls). `attention_weights` is for looking at; `grid_rotary` and
-`rotate` are the positions.
+Read in this order: `naive_local_attention` (the specification), `_TiledAttention` (the fast path: tiles of queries,
+each with the halo of keys around it, computed again in the backward pass), `_dense_attention` (strips of whole rows:
+small and narrow grids, and windows as large as the grid), `local_attention` (what the model calls).
+`attention_weights` is for looking at; `grid_rotary` and `rotate` are the positions.
 
 Memory: between forward and backward the tiled path holds its inputs and nothing else, and what it works with at a time
 is bounded whatever the size of the grid. Numerics: it accumulates in float32 (float64 for float64 inputs).
@@ -29,8 +29,8 @@ from torch import nn
 
 _TILE = 4  # cells along a side of a tile of queries
 _WHOLE = 32  # longer axes are cut into tiles even where a halo would cover them: one tile is a step's least work
-# Grids that are not worth cutting up: up to so many cells, or where a strip of rows sees no more cells than so many halos
-# hold, but never more than the limit.
+# Grids that are not worth cutting up: up to so many cells, or where a strip of rows sees no more cells than so many
+# halos hold, but never more than the limit.
 _STRIP = 8  # rows of queries
 _DENSE_CELLS = 256
 _DENSE_HALOS = 4
@@ -88,8 +88,8 @@ def naive_local_attention(
 class _Axis(NamedTuple):
     """How one axis of the grid is cut: `count` tiles of `tile` queries, each of which sees `keys` keys.
 
-    Queries are padded at the end, keys by `before` and `after`, so that all halos have one size. A short axis that a halo
-    would cover stays whole, without padding.
+    Queries are padded at the end, keys by `before` and `after`, so that all halos have one size. A short axis that a
+    halo would cover stays whole, without padding.
     """
 
     tile: int

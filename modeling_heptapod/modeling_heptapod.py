@@ -1,7 +1,7 @@
 """The Heptapod grid: a page of tokens, each attending to its neighbours on all sides, trained to fill what is masked.
 
-Read bottom-up: attention, layer, model, head. The arithmetic of attention is in `local_attention.py`, writing pages is in
-`generation_heptapod.py`. The prototype is `nonlinear-transformer` on PyPI; the training objective is that of masked
+Read bottom-up: attention, layer, model, head. The arithmetic of attention is in `local_attention.py`, writing pages is
+in `generation_heptapod.py`. The prototype is `nonlinear-transformer` on PyPI; the training objective is that of masked
 diffusion (MDLM, arXiv 2406.07524).
 """
 
@@ -204,10 +204,11 @@ class HeptapodModel(HeptapodPreTrainedModel):
     ) -> BaseModelOutput:
         r"""
         input_ids (`torch.LongTensor` of shape `(batch_size, height, width)`, *optional*):
-            Tokens of a page, or flat `(batch_size, height * width)`, row after row. Outputs have the same leading shape.
+            Tokens of a page, or flat `(batch_size, height * width)`, row after row. Outputs have the same leading
+            shape.
         attention_mask (`torch.Tensor` of the shape of `input_ids`, *optional*):
-            1 for cells of a page, 0 for what lies around it: pages of different size in one batch. Without it every cell
-            is part of the page and seen by others, pad tokens as well, of which a warning tells.
+            1 for cells of a page, 0 for what lies around it: pages of different size in one batch. Without it every
+            cell is part of the page and seen by others, pad tokens as well, of which a warning tells.
         inputs_embeds (`torch.FloatTensor` of shape `(batch_size, height, width, hidden_size)`, *optional*):
             Instead of `input_ids`; may be flat as well.
         grid_size (`tuple`, *optional*, defaults to `config.grid_size`):
@@ -273,8 +274,8 @@ class HeptapodModel(HeptapodPreTrainedModel):
         if attention_mask is None and self.config.pad_token_id is not None and not is_tracing(input_ids):
             if (input_ids == self.config.pad_token_id).any():
                 logger.warning_once(
-                    f"`input_ids` hold the pad token {self.config.pad_token_id}, but there is no `attention_mask`: these "
-                    "cells are taken for part of the page and change what is predicted for the others."
+                    f"`input_ids` hold the pad token {self.config.pad_token_id}, but there is no `attention_mask`: "
+                    "these cells are taken for part of the page and change what is predicted for the others."
                 )
         return self.embed_tokens(input_ids)
 
@@ -426,21 +427,21 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
         input_ids (`torch.LongTensor` of shape `(batch_size, height, width)`, *optional*):
             Tokens of a page, or flat `(batch_size, height * width)`, row after row. Logits have the same leading shape.
         attention_mask (`torch.Tensor` of the shape of `input_ids`, *optional*):
-            1 for cells of a page, 0 for what lies around it: pages of different size in one batch. Without it every cell
-            is part of the page and seen by others, pad tokens as well, of which a warning tells.
+            1 for cells of a page, 0 for what lies around it: pages of different size in one batch. Without it every
+            cell is part of the page and seen by others, pad tokens as well, of which a warning tells.
         inputs_embeds (`torch.FloatTensor` of shape `(batch_size, height, width, hidden_size)`, *optional*):
             Instead of `input_ids`; may be flat as well.
         labels (`torch.LongTensor` of the shape of `input_ids`, *optional*):
-            The clean page, usually `input_ids` themselves; `-100` where a cell does not count, as pads never do. For each
-            row a ratio is drawn uniformly from (0, 1], stratified over the batch and over all processes of a distributed
-            run, and each cell that counts is replaced by `config.mask_token_id` with this probability. The loss is the
-            cross entropy of these cells, each over its row's ratio, over the number of cells that count: an unbiased
-            estimate of the negative ELBO in nats a cell. The logits are those of the masked page. In evaluation mode the
-            draw depends on the labels alone.
+            The clean page, usually `input_ids` themselves; `-100` where a cell does not count, as pads never do. For
+            each row a ratio is drawn uniformly from (0, 1], stratified over the batch and over all processes of a
+            distributed run, and each cell that counts is replaced by `config.mask_token_id` with this probability. The
+            loss is the cross entropy of these cells, each over its row's ratio, over the number of cells that count:
+            an unbiased estimate of the negative ELBO in nats a cell. The logits are those of the masked page. In
+            evaluation mode the draw depends on the labels alone.
 
             `Trainer` divides by a number of its own, for which it counts all labels but `-100` before the model sees
-            them. Write `-100` at pads for it, as `processor(text, return_labels=True)` does; otherwise loss and gradient
-            are too small by the share of pads.
+            them. Write `-100` at pads for it, as `processor(text, return_labels=True)` does; otherwise loss and
+            gradient are too small by the share of pads.
 
             The model does the masking: a page that was masked already is an error, as is a mask token among the labels.
             Both are noticed on the CPU only; elsewhere such a label does not count.
@@ -614,8 +615,8 @@ def draw_mask(
     """Which cells to mask, and with which probability.
 
     The ratios of a batch are evenly spaced, from a common random start: each is uniform, together they cover (0, 1].
-    Processes that draw the same numbers, as those that `Trainer` starts do, divide (0, 1] among them: each one's numbers
-    are moved on by its share, around the circle, which leaves them uniform.
+    Processes that draw the same numbers, as those that `Trainer` starts do, divide (0, 1] among them: each one's
+    numbers are moved on by its share, around the circle, which leaves them uniform.
 
     Args:
         labels (`torch.LongTensor` of shape `[batch, ...]`): `-100` at cells that are never masked.
@@ -644,8 +645,8 @@ def _warn_of_pads_that_were_counted(given, labels):
     """`Trainer` hands over how many labels of a step are not `-100`, some of them in batches that are not at hand."""
     if _may_be_looked_at(given) and (given != labels).any():
         logger.warning_once(
-            "`labels` hold pads, which do not count, but were counted in `num_items_in_batch`: the loss is too small. Give "
-            f"them the label {_IGNORED}, as `HeptapodProcessor(..., return_labels=True)` does."
+            "`labels` hold pads, which do not count, but were counted in `num_items_in_batch`: the loss is too small. "
+            f"Give them the label {_IGNORED}, as `HeptapodProcessor(..., return_labels=True)` does."
         )
 
 

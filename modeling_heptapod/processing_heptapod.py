@@ -19,8 +19,8 @@ logger = logging.get_logger(__name__)
 
 OVERFLOWS = ("wrap", "clip")
 REGIONS = ("top", "middle", "bottom", "hole", "frame", "all")
-# What tokenizers and their normalizers are known to change: blanks at either end and in twos, a blank before a comma, tabs,
-# carriage returns, control characters, upper case, composed and decomposed accents, ligatures, several bytes.
+# What tokenizers and their normalizers are known to change: blanks at either end and in twos, a blank before a comma,
+# tabs, carriage returns, control characters, upper case, composed and decomposed accents, ligatures, several bytes.
 _PROBE = "  Two  blanks ,\ta tab\r \x00 \u00e9 e\u0301 \ufb01 \u00a0\U0001f419  "
 
 
@@ -145,8 +145,8 @@ class HeptapodProcessor(ProcessorMixin):
                 for each. Open cells lose what was written there.
             return_num_clipped: give `num_clipped [batch]` as well: how many tokens of each text are not on its page.
                 Without it a warning says so.
-            return_labels: give `labels` as well, for training: `input_ids` with `-100` at cells that do not count, which
-                are pads and open cells. `Trainer` counts all others.
+            return_labels: give `labels` as well, for training: `input_ids` with `-100` at cells that do not count,
+                which are pads and open cells. `Trainer` counts all others.
             return_tensors: `"pt"` or `"np"`.
 
         Returns:

@@ -801,7 +801,6 @@ def test_trainer_can_align_special_tokens():
         ({"stability_threshold": 0}, "`stability_threshold`"),
         ({"temperature": 0.0}, "`temperature` must be positive"),
         ({"temperature": "hot"}, "`temperature`"),
-        ({"temperature": math.inf}, "`temperature` must be positive and finite"),
         ({"top_k": -1}, "`top_k`"),
         ({"top_p": 0.0}, "`top_p`"),
         ({"top_p": 1.1}, "`top_p`"),
@@ -809,6 +808,7 @@ def test_trainer_can_align_special_tokens():
         ({"seed": "1"}, "`seed`"),
         ({"num_beams": 4}, r"Unknown generation options \['num_beams'\]; there are .*num_iterations"),
         ({"max_new_tokens": 4}, "max_new_tokens"),
+        ({"temperature": math.inf}, "`temperature` must be positive and finite"),
     ],
 )
 def test_bad_options_are_named(options, message):

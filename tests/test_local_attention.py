@@ -57,7 +57,7 @@ def check_against_naive(height, width, radius, dilation, padded, dtypes=(torch.f
             )
 
 
-# --- against the loop --------------------------------------------------------------------------------------------------
+# --- against the loop ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("padded", [True, False])
@@ -135,7 +135,7 @@ def test_inputs_that_are_not_contiguous(tiled):
         torch.testing.assert_close(one, other)
 
 
-# --- who sees whom -----------------------------------------------------------------------------------------------------
+# --- who sees whom ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("grid", [(9, 11), (23, 19)])  # dense and tiled
@@ -201,7 +201,7 @@ def test_weights_times_values_are_the_output(radius, dilation, padded):
     torch.testing.assert_close(out, local_attention(q, k, v, radius, dilation, mask))
 
 
-# --- numbers -----------------------------------------------------------------------------------------------------------
+# --- numbers ---------------------------------------------------------------------------------------------------------
 
 
 def relative_rms(x, expected):
@@ -276,7 +276,7 @@ def test_dropout_on_small_grids():
     assert not torch.equal(local_attention(q, k, v, 2, dropout=0.4), local_attention(q, k, v, 2))
 
 
-# --- memory ------------------------------------------------------------------------------------------------------------
+# --- memory ----------------------------------------------------------------------------------------------------------
 
 
 class Largest(TorchDispatchMode):
@@ -411,7 +411,7 @@ def test_compiled_equals_eager_on_a_small_grid_without_pads():
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-# --- positions ---------------------------------------------------------------------------------------------------------
+# --- positions -------------------------------------------------------------------------------------------------------
 
 
 def test_rotary_turns_the_first_half_by_the_row_and_the_second_by_the_column():
@@ -458,7 +458,7 @@ def test_rotation_keeps_dtype_and_length():
         torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1), rtol=0.02, atol=0.02)
 
 
-# --- bad input ---------------------------------------------------------------------------------------------------------
+# --- bad input -------------------------------------------------------------------------------------------------------
 
 
 def test_bad_input():

@@ -1,4 +1,4 @@
-"""Grid models against the oracle in `tests/reference/heptapod.py`; pads, shapes, loss and ELBO against their definitions."""
+"""Grid models against the oracle in `tests/reference/heptapod.py`; pads, shapes, loss and ELBO against definitions."""
 
 import dataclasses
 import itertools
@@ -45,7 +45,7 @@ def part_of_page(height, width, share=0.75, batch=2, seed=3):
     return torch.rand(batch, height, width, generator=torch.Generator().manual_seed(seed)) < share
 
 
-# --- the whole model ---------------------------------------------------------------------------------------------------
+# --- the whole model -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -164,7 +164,7 @@ def test_offloaded_weights(where, variant, tmp_path):
 
 
 class Adapted(nn.Module):
-    """An embedding with an adapter on top, wrapped as adapter libraries do: no attribute is passed on but the weight."""
+    """An embedding with an adapter on top, wrapped as adapter libraries do: none of its attributes but the weight."""
 
     def __init__(self, base):
         super().__init__()
@@ -188,7 +188,7 @@ def test_adapted_embeddings():
         model(page + 20)
 
 
-# --- who sees whom -----------------------------------------------------------------------------------------------------
+# --- who sees whom ---------------------------------------------------------------------------------------------------
 
 
 def reach(model, place, height=12, width=13):
@@ -247,7 +247,7 @@ def test_the_cells_of_an_empty_page_know_where_they_are(variant):
         assert torch.pdist(logits).max() < 1e-4
 
 
-# --- pads leave no trace -----------------------------------------------------------------------------------------------
+# --- pads leave no trace ---------------------------------------------------------------------------------------------
 
 PAGES = [(3, 9), (12, 4), (1, 1), (17, 20), (1, 12)]
 
@@ -352,7 +352,7 @@ def test_pads_that_trainer_counted_are_warned_of(said):
     assert len(said) == 1 and "num_items_in_batch" in said[0]
 
 
-# --- loss --------------------------------------------------------------------------------------------------------------
+# --- loss ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_loss_is_what_it_says():
@@ -384,7 +384,7 @@ def test_the_loss_for_embeddings_is_that_for_tokens():
 
 
 def exact_nats(model, page, given=None):
-    """The bound's expectation by enumeration of all sets of masked cells: `sum over S of CE(S) / (n choose |S|) / |S|`."""
+    """The bound's mean by enumeration of all sets of masked cells: `sum over S of CE(S) / (n choose |S|) / |S|`."""
     cells = [tuple(cell) for cell in torch.ones_like(page[0]).nonzero().tolist()]
     cells = [cell for cell in cells if given is None or not given[cell]]
     total = 0.0
@@ -645,7 +645,7 @@ def test_a_loss_function_of_ones_own():
     assert model(page, labels=page).loss == 2
 
 
-# --- feedback and neighbours -------------------------------------------------------------------------------------------
+# --- feedback and neighbours -----------------------------------------------------------------------------------------
 
 
 def test_feedback_starts_as_nothing():
@@ -721,7 +721,7 @@ def test_evaluation_leaves_the_neighbor_loss_out():
     assert torch.equal(model(page, labels=page).loss, plain(page, labels=page).loss)
 
 
-# --- training ----------------------------------------------------------------------------------------------------------
+# --- training --------------------------------------------------------------------------------------------------------
 
 
 def loss_grads(model, seed=0, **inputs):
@@ -877,7 +877,7 @@ def test_compiled_forward_equals_eager(variant):
     torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-4)
 
 
-# --- attentions --------------------------------------------------------------------------------------------------------
+# --- attentions ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -920,7 +920,7 @@ def test_eager_attention_is_the_same(monkeypatch):
             torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-# --- weights -----------------------------------------------------------------------------------------------------------
+# --- weights ---------------------------------------------------------------------------------------------------------
 
 
 def test_tied_weights_are_one_tensor():
@@ -949,7 +949,7 @@ def test_optional_weights_exist_where_asked_for():
     assert len(tiny_heptapod(**VARIANTS["neighbors"]).neighbor_projs) == 4
 
 
-# --- bad input ---------------------------------------------------------------------------------------------------------
+# --- bad input -------------------------------------------------------------------------------------------------------
 
 PAGE = torch.zeros(1, 2, 3, dtype=torch.long)
 EMBEDS = torch.zeros(1, 2, 3, 32)

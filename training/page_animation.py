@@ -70,7 +70,7 @@ def _evenly(last, number):
 
 
 def _draw(pages, processor, font_size, kept):
-    """Pictures of the pages whose numbers are kept; from one page to the next only cells that changed are drawn anew."""
+    """Pictures of the pages whose numbers are kept; from page to page only cells that changed are drawn anew."""
     font = ImageFont.truetype(findfont("DejaVu Sans Mono"), font_size)
     texts = {int(token): _cell_text(int(token), processor) for token in np.unique(pages)}
     longest = min(max(map(len, texts.values())), 8)
