@@ -591,13 +591,9 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
     ):
         """The loss of masked cells once more, predicted from the cells around them; the mean over four directions."""
         grid = labels.shape[0], *page["grid_size"]
-        device, real = hidden_states.device, page["attention_mask"]
-        states, labels, masked = (
-            hidden_states.view(*grid, -1),
-            labels.view(grid).to(device),
-            masked.view(grid).to(device),
-        )
-        real = None if real is None else real.bool().view(grid).to(device)
+        states, real = hidden_states.view(*grid, -1), page["attention_mask"]
+        labels, masked = (x.view(grid).to(states.device) for x in (labels, masked))
+        real = None if real is None else real.bool().view(grid).to(states.device)
         total = 0.0
         for (down, across), projection in zip(_DIRECTIONS, self.neighbor_projs):
             here, there = _overlap(down, across, *grid[1:])
@@ -615,8 +611,8 @@ def draw_mask(
     """Which cells to mask, and with which probability.
 
     The ratios of a batch are evenly spaced, from a common random start: each is uniform, together they cover (0, 1].
-    Processes that draw the same numbers, as those that `Trainer` starts do, divide (0, 1] among them: each one's
-    numbers are moved on by its share, around the circle, which leaves them uniform.
+    Processes that draw the same numbers, as those that `Trainer` starts do, have ratios between each other's, and other
+    cells: what each draws is moved on, around the circle, which leaves it uniform.
 
     Args:
         labels (`torch.LongTensor` of shape `[batch, ...]`): `-100` at cells that are never masked.
@@ -628,7 +624,7 @@ def draw_mask(
     """
     batch, device = labels.shape[0], labels.device
     start = torch.rand((), generator=generator, device=device)
-    rows = rank * batch + torch.arange(batch, device=device)
+    rows = rank + num_ranks * torch.arange(batch, device=device)
     mask_ratio = 1 - (start + rows / (num_ranks * batch)) % 1
     chance = torch.rand(labels.shape, generator=generator, device=device)
     chance = (chance + rank / num_ranks) % 1 if rank else chance

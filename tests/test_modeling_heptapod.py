@@ -550,6 +550,7 @@ def test_ratios_of_several_processes_cover_what_is_between():
         ratios = torch.stack([ratio for _, ratio in drawn])
         assert (ratios > 0).all() and (ratios <= 1).all()
         assert (ratios.flatten().sort().values.diff() - 1 / 6).abs().max() < 1e-5
+        assert (ratios.diff().abs() - 1 / 2).abs().max() < 1e-5  # each process for itself covers all, too
         for masked, ratio in drawn:
             shares = masked.float().mean((1, 2))
             assert ((shares - ratio).abs() < 5 * (ratio * (1 - ratio) / 2000).sqrt() + 1e-3).all()

@@ -81,6 +81,7 @@ def test_only_pages_that_are_shown_are_kept(processor, tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "copy", lambda picture: copies.append(1) or copy(picture))
     frames = draw_page(pages, processor, strip=tmp_path / "page.png", max_frames=10, panels=4)
     assert len(copies) <= 14
+    assert len({frame.tobytes() for frame in frames}) == 10
     for step, frame in zip([round(x) for x in np.linspace(0, 128, 10)], frames):
         assert frame.tobytes() == every[step].tobytes(), step
 
