@@ -13,11 +13,12 @@ _ATTENTION_TYPES = ("local", "dilated", "global")
 class HeptapodConfig(PreTrainedConfig):
     r"""
     attention_types (`list`, *optional*):
-        What the cells of each layer attend to: `"local"` (the cells around them), `"dilated"` (cells around them, `dilation`
-        apart) or `"global"` (the whole page). When not given, `["local", "dilated", "local", "global"]` repeated.
+        What the cells of each layer attend to: `"local"` (the cells around them), `"dilated"` (cells around them,
+        `dilation` apart) or `"global"` (the whole page). When not given, `["local", "dilated", "local", "global"]`
+        repeated.
     window_size (`int` or `list`, *optional*, defaults to 3):
-        Radius of the neighbourhood in local and dilated layers, in neighbours: `1` is the 3 x 3 cells around a cell. One
-        number, or one for each layer.
+        Radius of the neighbourhood in local and dilated layers, in neighbours: `1` is the 3 x 3 cells around a cell.
+        One number, or one for each layer.
     dilation (`int` or `list`, *optional*, defaults to 2):
         Distance between neighbours in dilated layers, in cells. One number, or one for each layer; other layers do not
         read it.
@@ -27,14 +28,15 @@ class HeptapodConfig(PreTrainedConfig):
         Base of the two-dimensional rotary positions. Pages are not as long as texts: with 100 the slowest channel turns
         once in a few hundred cells.
     border_distances (`bool`, *optional*, defaults to `True`):
-        Whether cells are told how far they are from the four borders of their page. Without it they know only how they lie
-        to each other, and all cells of an empty page are alike.
+        Whether cells are told how far they are from the four borders of their page. Without it they know only how they
+        lie to each other, and all cells of an empty page are alike.
     grid_size (`list`, *optional*):
         Height and width of the page that flat inputs `[batch, height * width]` are laid on when a call does not say.
     self_conditioning (`bool`, *optional*, defaults to `False`):
         Whether the model reads its own last prediction (`previous_logits`), as in Analog Bits (arXiv 2208.04202).
     neighbor_loss_weight (`float`, *optional*, defaults to 0.0):
-        Weight, in training, of a loss on the prediction of each masked cell from the cells above, below, left and right.
+        Weight, in training, of a loss on the prediction of each masked cell from the cells above, below, left and
+        right.
     mask_token_id (`int`, *optional*):
         The token of cells that are yet to be written. Training and generation need it.
     hidden_dropout (`float`, *optional*, defaults to 0.0):

@@ -1,4 +1,4 @@
-"""`generate` for the grid: all open cells of a page are predicted at once, a schedule decides which of them are written.
+"""`generate` for the grid: all open cells of a page are predicted at once, a schedule decides which are written.
 
 Read top-down: the options, the four ways to choose cells, the draw of tokens, the loop. The idea is that of
 Mask-Predict (arXiv 1904.09324) and MaskGIT (arXiv 2202.04200, counts and confidence), the entropy bound that of
@@ -81,7 +81,7 @@ class HeptapodGenerationConfig(GenerationConfig):
             Seed of a generator of this call's own. Without it the global one is used.
         return_dict_in_generate (`bool`, *optional*, defaults to `False`):
             Return a [`HeptapodGenerateOutput`] instead of the pages alone.
-        output_scores (`bool`, *optional*, defaults to `False`), output_trajectory (`bool`, *optional*, defaults to `False`):
+        output_scores, output_trajectory (`bool`, *optional*, defaults to `False`):
             What else it holds.
 
     Raises:
@@ -109,7 +109,11 @@ class HeptapodGenerationConfig(GenerationConfig):
         for name, fits, expected in (
             ("entropy_bound", lambda x: x >= 0, "must not be negative"),
             ("reopen_threshold", lambda x: 0 <= x <= 1, "must be a probability"),
-            ("temperature", lambda x: x > 0, "must be positive (`do_sample=False` is the limit of zero)"),
+            (
+                "temperature",
+                lambda x: 0 < x < math.inf,
+                "must be positive and finite (`do_sample=False` is the limit of zero)",
+            ),
             ("top_p", lambda x: 0 < x <= 1, "must be in (0, 1]"),
         ):
             value = getattr(self, name)
@@ -299,7 +303,7 @@ class _TokenDraw:
         )
 
     def _process(self, scores, ids, looked_at):
-        """The caller's processors, a page at a time: to them each cell is a row whose `input_ids` are the whole page."""
+        """The caller's processors, a page at a time: each cell is a row whose `input_ids` are the whole page."""
         processed = []
         for page, cells, page_scores in zip(ids, looked_at, scores.split(looked_at.sum(1).tolist())):
             if len(page_scores):
@@ -520,7 +524,7 @@ class HeptapodGenerationMixin:
         return mask, [mask] if pad is None else [mask, pad]
 
     def _prepare_pages(self, input_ids, attention_mask, height, width):
-        """The shape of the prompt, the pages (ours to write on) and which cells are on them, `[batch, height, width]`."""
+        """The prompt's shape, the pages (ours to write on) and their cells, both `[batch, height, width]`."""
         for name, value in (("height", height), ("width", width)):
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
@@ -573,16 +577,35 @@ class HeptapodGenerationMixin:
         from_auto_class,
         from_pipeline,
         pretrained_model_name_or_path,
+        cache_dir=None,
+        force_download=False,
+        proxies=None,
+        local_files_only=False,
+        token=None,
+        revision="main",
+        subfolder="",
         trust_remote_code=None,
         **kwargs,
     ):
-        """Called by `from_pretrained`: take the options given to it, or those of the checkpoint's generation_config.json."""
+        """Called by `from_pretrained`: take its `generation_config`, or the checkpoint's generation_config.json.
+
+        Its other `kwargs` are fields of the model's config, or options of loading.
+        """
         if generation_config is not None:
             self.generation_config = HeptapodGenerationConfig(**generation_config.to_diff_dict())
         elif pretrained_model_name_or_path is not None:
             try:
                 self.generation_config = HeptapodGenerationConfig.from_pretrained(
-                    pretrained_model_name_or_path, _from_auto=from_auto_class, _from_pipeline=from_pipeline, **kwargs
+                    pretrained_model_name_or_path,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    proxies=proxies,
+                    local_files_only=local_files_only,
+                    token=token,
+                    revision=revision,
+                    subfolder=subfolder,
+                    _from_auto=from_auto_class,
+                    _from_pipeline=from_pipeline,
                 )
             except OSError:
                 logger.info("There is no generation config; all options have their defaults.")

@@ -1,18 +1,18 @@
 """Local attention on a grid: every cell attends to the cells around it, in two dimensions.
 
-Cell `(y, x)` sees the cells `(y + dilation * a, x + dilation * b)` with `-radius <= a, b <= radius` that lie on the grid
-and that the padding mask keeps:
+Cell `(y, x)` sees the cells `(y + dilation * a, x + dilation * b)` with `-radius <= a, b <= radius` that lie on the
+grid and that the padding mask keeps:
 
     out[y, x] = sum_n softmax_n(scale * q[y, x] . k[n]) v[n]
 
 Windows are clipped at the border of the grid. They do not move inwards as those of neighbourhood attention do (arXiv
-2204.07143), so that a page looks the same wherever it lies in a larger padded grid. With `q = k = v` and one head this is
-`Local2DAttention` of the prototype `nonlinear-transformer`.
+2204.07143), so that a page looks the same wherever it lies in a larger padded grid. With `q = k = v` and one head this
+is `Local2DAttention` of the prototype `nonlinear-transformer`.
 
-Read in this order: `naive_local_attention` (the specification), `_TiledAttention` (the fast path: tiles of queries, each
-with the halo of keys around it, computed again in the backward pass), `_dense_attention` (strips of whole rows: small
-and narrow grids, and windows as large as the grid), `local_attention` (what the model calls). `attention_weights` is for looking at; `grid_rotary` and
-`rotate` are the positions.
+Read in this order: `naive_local_attention` (the specification), `_TiledAttention` (the fast path: tiles of queries,
+each with the halo of keys around it, computed again in the backward pass), `_dense_attention` (strips of whole rows:
+small and narrow grids, and windows as large as the grid), `local_attention` (what the model calls).
+`attention_weights` is for looking at; `grid_rotary` and `rotate` are the positions.
 
 Memory: between forward and backward the tiled path holds its inputs and nothing else, and what it works with at a time
 is bounded whatever the size of the grid. Numerics: it accumulates in float32 (float64 for float64 inputs).
@@ -29,8 +29,8 @@ from torch import nn
 
 _TILE = 4  # cells along a side of a tile of queries
 _WHOLE = 32  # longer axes are cut into tiles even where a halo would cover them: one tile is a step's least work
-# Grids that are not worth cutting up: up to so many cells, or where a strip of rows sees no more cells than so many halos
-# hold, but never more than the limit.
+# Grids that are not worth cutting up: up to so many cells, or where a strip of rows sees no more cells than so many
+# halos hold, but never more than the limit.
 _STRIP = 8  # rows of queries
 _DENSE_CELLS = 256
 _DENSE_HALOS = 4
@@ -88,8 +88,8 @@ def naive_local_attention(
 class _Axis(NamedTuple):
     """How one axis of the grid is cut: `count` tiles of `tile` queries, each of which sees `keys` keys.
 
-    Queries are padded at the end, keys by `before` and `after`, so that all halos have one size. A short axis that a halo
-    would cover stays whole, without padding.
+    Queries are padded at the end, keys by `before` and `after`, so that all halos have one size. A short axis that a
+    halo would cover stays whole, without padding.
     """
 
     tile: int
@@ -319,6 +319,7 @@ def _dense_attention(q, k, v, radius, scale, padding_mask, dropout):
     """Strips of rows against all cells of the rows that they see, through torch's scaled dot product attention."""
     height, width = q.shape[2:4]
     keep = padding_mask is None and height * width <= _DENSE_CELLS and not torch.compiler.is_compiling()
+    keep = keep and type(q) is torch.Tensor  # what a fake tensor leaves behind serves no real one
     outs = []
     for queries, keys in _strips(height, radius):
         rows, seen = slice(*queries), slice(*keys)
@@ -388,15 +389,15 @@ def local_attention(
         padding_mask (`torch.Tensor` of shape `[batch, height, width]`, *optional*): zero or `False` at cells that
             nobody sees.
         scale (`float`, *optional*): factor of the dot products, `head_dim ** -0.5` when not given.
-        dropout (`float`): share of weights that are set to zero, the others growing accordingly.
+        dropout (`float`): share of weights that are set to zero, the others growing accordingly; less than 1.
 
     Returns:
         `torch.Tensor` of the shape and dtype of `q`; zero where a cell sees nothing.
 
     Raises:
-        TypeError, ValueError: for tensors of another dtype or shape, or a radius or dilation out of range.
+        TypeError, ValueError: for tensors of another dtype or shape, or a radius, dilation or dropout out of range.
     """
-    _check_inputs(q, k, v, radius, dilation, padding_mask)
+    _check_inputs(q, k, v, radius, dilation, padding_mask, dropout)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     mask = None if padding_mask is None else padding_mask.bool()
     if radius is None or dilation == 1:
@@ -458,7 +459,7 @@ def _sees_any(mask, radius):
     return near.squeeze(1) > 0
 
 
-def _check_inputs(q, k, v, radius, dilation, padding_mask):
+def _check_inputs(q, k, v, radius, dilation, padding_mask, dropout=0.0):
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not tensor.is_floating_point() or tensor.dtype != q.dtype:
             raise TypeError(f"`q`, `k` and `v` must share a floating point dtype, got {tensor.dtype} for `{name}`.")
@@ -471,6 +472,8 @@ def _check_inputs(q, k, v, radius, dilation, padding_mask):
         raise ValueError(f"`radius` must be at least 0 or None (the whole grid), got {radius}.")
     if dilation < 1:
         raise ValueError(f"`dilation` must be at least 1, got {dilation}.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"`dropout` must be in [0, 1), got {dropout}.")
     grid = [q.shape[0], *q.shape[2:4]]
     if padding_mask is not None and list(padding_mask.shape) != grid:
         raise ValueError(

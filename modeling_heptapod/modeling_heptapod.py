@@ -1,7 +1,7 @@
 """The Heptapod grid: a page of tokens, each attending to its neighbours on all sides, trained to fill what is masked.
 
-Read bottom-up: attention, layer, model, head. The arithmetic of attention is in `local_attention.py`, writing pages is in
-`generation_heptapod.py`. The prototype is `nonlinear-transformer` on PyPI; the training objective is that of masked
+Read bottom-up: attention, layer, model, head. The arithmetic of attention is in `local_attention.py`, writing pages is
+in `generation_heptapod.py`. The prototype is `nonlinear-transformer` on PyPI; the training objective is that of masked
 diffusion (MDLM, arXiv 2406.07524).
 """
 
@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
@@ -25,6 +25,8 @@ from .configuration_heptapod import HeptapodConfig
 from .generation_heptapod import HeptapodGenerationMixin
 from .local_attention import attention_weights, grid_rotary, local_attention, rotate
 
+
+logger = logging.get_logger(__name__)
 
 _IGNORED = -100  # the label of cells that do not count
 _DIRECTIONS = ((-1, 0), (1, 0), (0, -1), (0, 1))  # above, below, left, right
@@ -120,9 +122,14 @@ class HeptapodBorders(nn.Module):
         self.theta = config.rope_theta
         self.proj = nn.Linear(8 * self.num_frequencies, config.hidden_size, bias=False)
 
-    def forward(self, grid_size: tuple[int, int], padding_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Embeddings `[1 or batch, height, width, hidden_size]`; pages begin and end with their first and last real cell."""
-        device, dtype = self.proj.weight.device, self.proj.weight.dtype
+    def forward(
+        self, grid_size: tuple[int, int], like: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Embeddings `[1 or batch, height, width, hidden_size]` on the device and in the dtype of the tensor `like`.
+
+        Pages begin and end with their first and last real cell.
+        """
+        device = like.device  # not that of the weight, which is elsewhere while offloaded
         distances = []
         for axis, length in enumerate(grid_size):
             place = torch.arange(length, device=device)[None]
@@ -135,7 +142,7 @@ class HeptapodBorders(nn.Module):
         steps = torch.arange(self.num_frequencies, dtype=torch.float32, device=device) / self.num_frequencies
         angles = (torch.stack(distances, dim=-1).unsqueeze(-1) * self.theta**-steps).flatten(-2)
         features = torch.cat((angles.sin(), angles.cos()), dim=-1) / (4 * self.num_frequencies) ** 0.5
-        return self.proj(features.to(dtype))
+        return self.proj(features.to(like.dtype)).to(like.dtype)  # under autocast the product has another
 
 
 class HeptapodFeedback(nn.Linear):
@@ -149,6 +156,7 @@ class HeptapodPreTrainedModel(FullAutoMapMixin, PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["HeptapodLayer"]
     _supports_sdpa = True  # what the local operator and the global heads use; "eager" makes attention matrices
+    # Training breaks the graph in two places: attention dropout on pages in tiles, and the coin of self-conditioning.
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": HeptapodLayer, "attentions": HeptapodAttention}
     _family_auto_map = {
@@ -196,9 +204,11 @@ class HeptapodModel(HeptapodPreTrainedModel):
     ) -> BaseModelOutput:
         r"""
         input_ids (`torch.LongTensor` of shape `(batch_size, height, width)`, *optional*):
-            Tokens of a page, or flat `(batch_size, height * width)`, row after row. Outputs have the same leading shape.
+            Tokens of a page, or flat `(batch_size, height * width)`, row after row. Outputs have the same leading
+            shape.
         attention_mask (`torch.Tensor` of the shape of `input_ids`, *optional*):
-            1 for cells of a page, 0 for what lies around it: pages of different size in one batch.
+            1 for cells of a page, 0 for what lies around it: pages of different size in one batch. Without it every
+            cell is part of the page and seen by others, pad tokens as well, of which a warning tells.
         inputs_embeds (`torch.FloatTensor` of shape `(batch_size, height, width, hidden_size)`, *optional*):
             Instead of `input_ids`; may be flat as well.
         grid_size (`tuple`, *optional*, defaults to `config.grid_size`):
@@ -206,14 +216,14 @@ class HeptapodModel(HeptapodPreTrainedModel):
         output_attentions (`bool`, *optional*):
             Whether to also give each layer's `[batch, heads, cells, cells]`: takes time and memory quadratic in cells.
         """
-        inputs_embeds = self.embed_cells(input_ids, inputs_embeds)
+        inputs_embeds = self.embed_cells(input_ids, inputs_embeds, attention_mask)
         grid_size = self.page_size(inputs_embeds.shape[:-1], grid_size)
         padding_mask = _padding_mask(attention_mask, inputs_embeds.shape[:-1], grid_size)
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         rotary = grid_rotary(*grid_size, self.config.head_dim, self.config.rope_theta, inputs_embeds.device)
         hidden_states = inputs_embeds
         if self.borders is not None:
-            places = self.borders(grid_size, padding_mask).to(inputs_embeds.dtype)
+            places = self.borders(grid_size, inputs_embeds, padding_mask)
             hidden_states = hidden_states + places.expand(len(inputs_embeds), *places.shape[1:]).reshape_as(
                 inputs_embeds
             )
@@ -229,9 +239,14 @@ class HeptapodModel(HeptapodPreTrainedModel):
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
 
     def embed_cells(
-        self, input_ids: torch.Tensor | None = None, inputs_embeds: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embeddings of tokens, `[batch, height, width, hidden_size]` or flat, or the given ones.
+
+        Warns once of pad tokens without an attention mask.
 
         Raises:
             TypeError, ValueError: unless exactly one is given, of the right dtype and shape.
@@ -255,7 +270,13 @@ class HeptapodModel(HeptapodPreTrainedModel):
                 "`input_ids` must be [batch, height, width] or [batch, cells], none of them 0, got "
                 f"{list(input_ids.shape)}."
             )
-        _check_range("input_ids", input_ids, self.embed_tokens.num_embeddings)
+        _check_range("input_ids", input_ids, self.config.vocab_size)
+        if attention_mask is None and self.config.pad_token_id is not None and not is_tracing(input_ids):
+            if (input_ids == self.config.pad_token_id).any():
+                logger.warning_once(
+                    f"`input_ids` hold the pad token {self.config.pad_token_id}, but there is no `attention_mask`: "
+                    "these cells are taken for part of the page and change what is predicted for the others."
+                )
         return self.embed_tokens(input_ids)
 
     def page_size(self, shape: tuple[int, ...], grid_size: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -293,9 +314,14 @@ def _check_shape(name, tensor, shape):
         raise ValueError(f"`{name}` must be {list(shape)} like the page, got {list(tensor.shape)}.")
 
 
+def _may_be_looked_at(ids):
+    """On the CPU; elsewhere it would stop the device."""
+    return ids.device.type == "cpu" and not is_tracing(ids)
+
+
 def _check_range(name, ids, size):
-    """Raise a `ValueError` for ids beyond the vocabulary; on the CPU only, elsewhere it would stop the device."""
-    if ids.device.type == "cpu" and not is_tracing(ids):
+    """Raise a `ValueError` for ids beyond the vocabulary, where they may be looked at."""
+    if _may_be_looked_at(ids):
         low, high = (int(x) for x in ids.aminmax())
         if low < 0 or high >= size:
             raise ValueError(f"`{name}` must be in [0, {size}), got values from {low} to {high}.")
@@ -318,7 +344,7 @@ def cell_nats(logits: torch.Tensor, labels: torch.Tensor, excluded: list[int]) -
 
     Args:
         logits (`torch.Tensor` of shape `[..., vocab]`).
-        labels (`torch.LongTensor` of shape `[...]`): zero nats where `-100`.
+        labels (`torch.LongTensor` of shape `[...]`): zero nats where `-100`; on any device.
         excluded (`list[int]`): tokens that are never written, so that they take no probability.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -326,7 +352,7 @@ def cell_nats(logits: torch.Tensor, labels: torch.Tensor, excluded: list[int]) -
         columns = torch.tensor(excluded, device=logits.device)
         logits = logits.index_fill(-1, columns, torch.finfo(logits.dtype).min)
     nats = nn.functional.cross_entropy(
-        logits.flatten(0, -2), labels.flatten(), ignore_index=_IGNORED, reduction="none"
+        logits.flatten(0, -2), labels.flatten().to(logits.device), ignore_index=_IGNORED, reduction="none"
     )
     return nats.view(labels.shape)
 
@@ -354,13 +380,13 @@ def masked_diffusion_loss(
         num_items_in_batch (`int`, *optional*): cells that count in all batches of one optimizer step.
     """
     nats = cell_nats(logits, labels.masked_fill(~masked, _IGNORED), excluded).flatten(1).sum(1)
-    return (nats / mask_ratio.to(nats)).sum() / _count(labels, num_items_in_batch)
+    return (nats / mask_ratio.to(nats)).sum() / _count(labels, num_items_in_batch, nats.device)
 
 
-def _count(labels, num_items_in_batch):
+def _count(labels, num_items_in_batch, device):
     if num_items_in_batch is None:
-        return (labels != _IGNORED).sum().clamp_min(1)
-    return num_items_in_batch.to(labels.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch
+        num_items_in_batch = (labels != _IGNORED).sum().clamp_min(1)
+    return num_items_in_batch.to(device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch
 
 
 @auto_docstring(
@@ -401,28 +427,42 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
         input_ids (`torch.LongTensor` of shape `(batch_size, height, width)`, *optional*):
             Tokens of a page, or flat `(batch_size, height * width)`, row after row. Logits have the same leading shape.
         attention_mask (`torch.Tensor` of the shape of `input_ids`, *optional*):
-            1 for cells of a page, 0 for what lies around it: pages of different size in one batch.
+            1 for cells of a page, 0 for what lies around it: pages of different size in one batch. Without it every
+            cell is part of the page and seen by others, pad tokens as well, of which a warning tells.
         inputs_embeds (`torch.FloatTensor` of shape `(batch_size, height, width, hidden_size)`, *optional*):
             Instead of `input_ids`; may be flat as well.
         labels (`torch.LongTensor` of the shape of `input_ids`, *optional*):
-            The clean page, usually `input_ids` themselves; `-100` where a cell does not count, as pads never do. For each
-            row a ratio is drawn uniformly from (0, 1], stratified over the batch, and each cell that counts is replaced
-            by `config.mask_token_id` with this probability. The loss is the cross entropy of these cells, each over its
-            row's ratio, over the number of cells that count: an unbiased estimate of the negative ELBO in nats a cell.
-            The logits are those of the masked page. In evaluation mode the draw depends on the labels alone.
+            The clean page, usually `input_ids` themselves; `-100` where a cell does not count, as pads never do. For
+            each row a ratio is drawn uniformly from (0, 1], stratified over the batch and over all processes of a
+            distributed run, and each cell that counts is replaced by `config.mask_token_id` with this probability. The
+            loss is the cross entropy of these cells, each over its row's ratio, over the number of cells that count:
+            an unbiased estimate of the negative ELBO in nats a cell. The logits are those of the masked page. In
+            evaluation mode the draw depends on the labels alone.
+
+            `Trainer` divides by a number of its own, for which it counts all labels but `-100` before the model sees
+            them. Write `-100` at pads for it, as `processor(text, return_labels=True)` does; otherwise loss and
+            gradient are too small by the share of pads.
+
+            The model does the masking: a page that was masked already is an error, as is a mask token among the labels.
+            Both are noticed on the CPU only; elsewhere such a label does not count.
         grid_size (`tuple`, *optional*, defaults to `config.grid_size`):
             Height and width of a page that is given flat.
         previous_logits (`torch.FloatTensor` of the shape of the logits, *optional*):
             The model's last prediction for this page, with `config.self_conditioning`. When not given, training with
             labels makes one first in half of the steps, evaluation with labels always.
         """
-        inputs_embeds = self.model.embed_cells(input_ids, inputs_embeds)
+        inputs_embeds = self.model.embed_cells(input_ids, inputs_embeds, attention_mask)
         shape = inputs_embeds.shape[:-1]
         page = {"attention_mask": attention_mask, "grid_size": self.model.page_size(shape, grid_size)}
         predict_twice = False
         if labels is not None:
-            labels = self._cells_that_count(labels, shape, attention_mask)
-            masked, mask_ratio = draw_mask(labels, None if self.training else _generator_of(labels))
+            given, labels = labels, self._cells_that_count(labels, shape, attention_mask, input_ids)
+            if kwargs.get("num_items_in_batch") is not None:
+                _warn_of_pads_that_were_counted(given, labels)
+            if self.training:
+                masked, mask_ratio = draw_mask(labels, None, *_rank_and_ranks())
+            else:
+                masked, mask_ratio = draw_mask(labels, _generator_of(labels))
             inputs_embeds = self._mask(inputs_embeds, masked)
             predict_twice = self.config.self_conditioning and (not self.training or bool(torch.rand(()) < 0.5))
         if predict_twice and previous_logits is None:
@@ -471,27 +511,28 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
         """
         if num_samples < 2 or num_samples % 2:
             raise ValueError(f"`num_samples` must be an even number of at least 2, got {num_samples}.")
-        clean = self.model.embed_cells(input_ids)
+        clean = self.model.embed_cells(input_ids, attention_mask=attention_mask)
         page = {"attention_mask": attention_mask, "grid_size": self.model.page_size(input_ids.shape, grid_size)}
-        labels = self._cells_that_count(input_ids if labels is None else labels, input_ids.shape, attention_mask)
+        labels = input_ids if labels is None else labels
+        labels = self._cells_that_count(labels, input_ids.shape, attention_mask, input_ids)
         count = (labels != _IGNORED).flatten(1).sum(1)
         strata = num_samples // 2
         samples = []
         for sample in range(num_samples):
-            place = torch.rand(len(count), generator=generator, device=count.device, dtype=torch.float64)
+            place = torch.rand(len(count), generator=generator, device=count.device)
             number = ((sample // 2 + place) / strata * count).long().clamp_max(count - 1) + 1
             masked = _choose(labels != _IGNORED, number, generator)
             embeds = self._mask(clean, masked)
             previous_logits = self._first_prediction(embeds, page) if self.config.self_conditioning else None
             hidden_states = self.model(inputs_embeds=self._with_feedback(embeds, previous_logits), **page)[0]
             nats = cell_nats(self.lm_head(hidden_states), labels.masked_fill(~masked, _IGNORED), self._never_written())
-            samples.append(nats.flatten(1).sum(1).double() * count / number.clamp_min(1))
+            samples.append(nats.flatten(1).sum(1) * count / number.clamp_min(1))
         pairs = torch.stack(samples).unflatten(0, (strata, 2))  # [strata, 2, batch]
         error = (pairs[:, 0] - pairs[:, 1]).square().sum(0).sqrt() / (2 * strata)
         return ElboEstimate(pairs.mean((0, 1)), error)
 
-    def _cells_that_count(self, labels, shape, attention_mask):
-        """The labels, checked, with `-100` at pads."""
+    def _cells_that_count(self, labels, shape, attention_mask, input_ids=None):
+        """The labels, checked, with `-100` at pads; and at masks, where they go unnoticed."""
         if self.config.mask_token_id is None:
             raise ValueError("`labels` need a `config.mask_token_id` to mask cells with, got None.")
         if labels.dtype not in (torch.long, torch.int):
@@ -504,11 +545,16 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
         if attention_mask is not None:
             labels = labels.masked_fill(~attention_mask.bool(), _IGNORED)
         _check_range("labels", labels.masked_fill(labels == _IGNORED, 0), self.config.vocab_size)
-        if labels.device.type == "cpu" and not is_tracing(labels) and (labels == self.config.mask_token_id).any():
-            raise ValueError(
-                f"`labels` hold the mask token ({self.config.mask_token_id}), which stands for cells yet to be written."
-            )
-        return labels
+        mask_token_id = self.config.mask_token_id
+        for name, ids in (("input_ids", input_ids), ("labels", labels)):
+            if ids is None or not _may_be_looked_at(ids):
+                continue
+            if ((ids == mask_token_id) & (labels != _IGNORED)).any():
+                raise ValueError(
+                    f"`{name}` hold the mask token ({mask_token_id}), which stands for cells yet to be written, where "
+                    "`labels` count: give the clean page, the model masks it itself."
+                )
+        return labels.masked_fill(labels == mask_token_id, _IGNORED)
 
     def _never_written(self):
         """Tokens that no cell is ever given, so that they take no share of its probability."""
@@ -534,8 +580,10 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
         expected = [*inputs_embeds.shape[:-1], self.config.vocab_size]
         if list(previous_logits.shape) != expected:
             raise ValueError(f"`previous_logits` must be {expected}, got {list(previous_logits.shape)}.")
-        table = self.model.embed_tokens.weight
-        share = torch.softmax(previous_logits.to(torch.promote_types(table.dtype, torch.float32)), dim=-1)
+        # All embeddings as the module gives them: its weight may be offloaded, quantized or have an adapter on top.
+        table = self.model.embed_tokens(torch.arange(self.config.vocab_size, device=inputs_embeds.device))
+        dtype = torch.promote_types(table.dtype, torch.float32)
+        share = torch.softmax(previous_logits.to(inputs_embeds.device, dtype), dim=-1)
         return inputs_embeds + self.feedback_proj(share.to(table.dtype) @ table).to(inputs_embeds.dtype)
 
     def _neighbor_loss(
@@ -543,8 +591,9 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
     ):
         """The loss of masked cells once more, predicted from the cells around them; the mean over four directions."""
         grid = labels.shape[0], *page["grid_size"]
-        states, labels, masked = hidden_states.view(*grid, -1), labels.view(grid), masked.view(grid)
-        real = None if page["attention_mask"] is None else page["attention_mask"].bool().view(grid)
+        states, real = hidden_states.view(*grid, -1), page["attention_mask"]
+        labels, masked = (x.view(grid).to(states.device) for x in (labels, masked))
+        real = None if real is None else real.bool().view(grid).to(states.device)
         total = 0.0
         for (down, across), projection in zip(_DIRECTIONS, self.neighbor_projs):
             here, there = _overlap(down, across, *grid[1:])
@@ -553,26 +602,48 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
             nats = cell_nats(predicted, labels[there][wanted], excluded)
             ratio = mask_ratio.to(nats).view(-1, 1, 1).expand_as(wanted)[wanted]
             total = total + (nats / ratio).sum()
-        return total / (len(_DIRECTIONS) * _count(labels, num_items_in_batch))
+        return total / (len(_DIRECTIONS) * _count(labels, num_items_in_batch, total.device))
 
 
-def draw_mask(labels: torch.Tensor, generator: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_mask(
+    labels: torch.Tensor, generator: torch.Generator | None = None, rank: int = 0, num_ranks: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Which cells to mask, and with which probability.
 
     The ratios of a batch are evenly spaced, from a common random start: each is uniform, together they cover (0, 1].
+    Processes that draw the same numbers, as those that `Trainer` starts do, have ratios between each other's, and other
+    cells: what each draws is moved on, around the circle, which leaves it uniform.
 
     Args:
         labels (`torch.LongTensor` of shape `[batch, ...]`): `-100` at cells that are never masked.
         generator (`torch.Generator`, *optional*): the global one when not given.
+        rank, num_ranks (`int`): which of how many processes this is.
 
     Returns:
         `torch.BoolTensor` of the shape of `labels`, and the ratios, float32 `[batch]`, in (0, 1].
     """
     batch, device = labels.shape[0], labels.device
     start = torch.rand((), generator=generator, device=device)
-    mask_ratio = 1 - (start + torch.arange(batch, device=device) / batch) % 1
+    rows = rank + num_ranks * torch.arange(batch, device=device)
+    mask_ratio = 1 - (start + rows / (num_ranks * batch)) % 1
     chance = torch.rand(labels.shape, generator=generator, device=device)
+    chance = (chance + rank / num_ranks) % 1 if rank else chance
     return (labels != _IGNORED) & (chance < mask_ratio.view(-1, *[1] * (labels.dim() - 1))), mask_ratio
+
+
+def _rank_and_ranks():
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _warn_of_pads_that_were_counted(given, labels):
+    """`Trainer` hands over how many labels of a step are not `-100`, some of them in batches that are not at hand."""
+    if _may_be_looked_at(given) and (given != labels).any():
+        logger.warning_once(
+            "`labels` hold pads, which do not count, but were counted in `num_items_in_batch`: the loss is too small. "
+            f"Give them the label {_IGNORED}, as `HeptapodProcessor(..., return_labels=True)` does."
+        )
 
 
 def _generator_of(labels):

@@ -19,8 +19,9 @@ logger = logging.get_logger(__name__)
 
 OVERFLOWS = ("wrap", "clip")
 REGIONS = ("top", "middle", "bottom", "hole", "frame", "all")
-# A tokenizer that gives this back gives back every text: leading and double blanks, a tab, two and four bytes.
-_PROBE = "  two  blanks,\ta tab é \U0001f419"
+# What tokenizers and their normalizers are known to change: blanks at either end and in twos, a blank before a comma,
+# tabs, carriage returns, control characters, upper case, composed and decomposed accents, ligatures, several bytes.
+_PROBE = "  Two  blanks ,\ta tab\r \x00 \u00e9 e\u0301 \ufb01 \u00a0\U0001f419  "
 
 
 def open_region(region, height: int, width: int) -> np.ndarray:
@@ -75,7 +76,8 @@ class HeptapodProcessor(ProcessorMixin):
 
     Args:
         tokenizer ([`PreTrainedTokenizerBase`]):
-            Gives every text back unchanged, writes `"\\n"` as one token, has a mask and a pad token.
+            Gives every text back unchanged, writes `"\\n"` as one token, has a mask and a pad token. One that changes
+            what tokenizers often change (case, accents, blanks, ...) is refused; a sample of text tells.
         height, width (`int`, *optional*):
             Size of a page. Without them a page is as high or as wide as its text needs.
         overflow (`str`, *optional*, defaults to `"wrap"`):
@@ -128,6 +130,7 @@ class HeptapodProcessor(ProcessorMixin):
         overflow: str | None = None,
         mask_region=None,
         return_num_clipped: bool = False,
+        return_labels: bool = False,
         return_tensors: str = "pt",
     ) -> BatchFeature:
         """Lay out one text or several, a page each.
@@ -142,6 +145,8 @@ class HeptapodProcessor(ProcessorMixin):
                 for each. Open cells lose what was written there.
             return_num_clipped: give `num_clipped [batch]` as well: how many tokens of each text are not on its page.
                 Without it a warning says so.
+            return_labels: give `labels` as well, for training: `input_ids` with `-100` at cells that do not count,
+                which are pads and open cells. `Trainer` counts all others.
             return_tensors: `"pt"` or `"np"`.
 
         Returns:
@@ -184,6 +189,9 @@ class HeptapodProcessor(ProcessorMixin):
         data = {"input_ids": input_ids, "attention_mask": attention_mask}
         if return_num_clipped:
             data["num_clipped"] = np.array(num_clipped)
+        if return_labels:
+            counts = (attention_mask == 1) & (input_ids != self.tokenizer.mask_token_id)
+            data["labels"] = np.where(counts, input_ids, -100)
         return BatchFeature(data, tensor_type=return_tensors)
 
     def paginate(self, text: str, height: int | None = None, width: int | None = None) -> np.ndarray:
@@ -211,13 +219,13 @@ class HeptapodProcessor(ProcessorMixin):
         """Open a region of pages that are laid out already.
 
         Args:
-            pages: token ids `[..., height, width]`, a tensor or an array; it stays as it is.
+            pages: token ids `[..., height, width]`, a tensor or an array of integers; it stays as it is.
             region: see [`open_region`].
 
         Returns:
-            The pages with mask tokens in the region, pads excepted.
+            The pages with mask tokens in the region, pads excepted; a tensor, int64.
         """
-        pages = torch.as_tensor(pages)
+        pages = torch.as_tensor(pages).long()
         is_open = torch.from_numpy(open_region(region, *pages.shape[-2:])).to(pages.device)
         return pages.masked_fill(is_open & (pages != self.tokenizer.pad_token_id), self.tokenizer.mask_token_id)
 

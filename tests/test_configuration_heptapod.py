@@ -1,4 +1,4 @@
-"""HeptapodConfig: defaults, derived values, and an error with the argument's name for everything that makes no model."""
+"""HeptapodConfig: defaults, derived values, and an error with the argument's name for what makes no model."""
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError

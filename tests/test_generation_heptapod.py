@@ -8,10 +8,18 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedConfig, PreTrainedModel, TextDiffusionStreamer
+from transformers import (
+    AutoModelForMaskedLM,
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TextDiffusionStreamer,
+)
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 from transformers.modeling_outputs import MaskedLMOutput
 
+from modeling_heptapod import HeptapodForMaskedLM
 from modeling_heptapod.generation_heptapod import (
     HeptapodGenerateOutput,
     HeptapodGenerationConfig,
@@ -741,6 +749,25 @@ def test_loading_without_or_with_options_given(tmp_path):
         Stub.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("auto", [False, True])
+def test_loading_with_fields_of_the_model_changed(auto, tmp_path):
+    """The class itself hands the fields on to whoever loads the generation config; these are none of its business."""
+    tiny_heptapod().save_pretrained(tmp_path)
+    HeptapodGenerationConfig(num_iterations=3).save_pretrained(tmp_path)
+    cls = AutoModelForMaskedLM if auto else HeptapodForMaskedLM
+    changes = {"hidden_dropout": 0.1, "self_conditioning": True, "output_attentions": True, "id2label": {0: "a"}}
+    model = cls.from_pretrained(tmp_path, attn_implementation="eager", local_files_only=True, **changes)
+    assert model.config.hidden_dropout == 0.1 and hasattr(model, "feedback_proj")
+    assert model.generation_config.to_diff_dict() == HeptapodGenerationConfig(num_iterations=3).to_diff_dict()
+
+
+def test_the_generation_config_is_looked_for_where_the_model_is(tmp_path):
+    tiny_heptapod().save_pretrained(tmp_path / "inside")
+    HeptapodGenerationConfig(num_iterations=3).save_pretrained(tmp_path / "inside")
+    model = HeptapodForMaskedLM.from_pretrained(tmp_path, subfolder="inside", hidden_dropout=0.1)
+    assert model.generation_config.num_iterations == 3
+
+
 def test_a_config_of_another_class_counts_by_its_values():
     model, pages = stub(), prompts()
     stock = GenerationConfig(do_sample=True, temperature=0.7)
@@ -781,6 +808,7 @@ def test_trainer_can_align_special_tokens():
         ({"seed": "1"}, "`seed`"),
         ({"num_beams": 4}, r"Unknown generation options \['num_beams'\]; there are .*num_iterations"),
         ({"max_new_tokens": 4}, "max_new_tokens"),
+        ({"temperature": math.inf}, "`temperature` must be positive and finite"),
     ],
 )
 def test_bad_options_are_named(options, message):

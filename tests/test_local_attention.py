@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,7 +57,7 @@ def check_against_naive(height, width, radius, dilation, padded, dtypes=(torch.f
             )
 
 
-# --- against the loop --------------------------------------------------------------------------------------------------
+# --- against the loop ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("padded", [True, False])
@@ -134,7 +135,7 @@ def test_inputs_that_are_not_contiguous(tiled):
         torch.testing.assert_close(one, other)
 
 
-# --- who sees whom -----------------------------------------------------------------------------------------------------
+# --- who sees whom ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("grid", [(9, 11), (23, 19)])  # dense and tiled
@@ -200,7 +201,7 @@ def test_weights_times_values_are_the_output(radius, dilation, padded):
     torch.testing.assert_close(out, local_attention(q, k, v, radius, dilation, mask))
 
 
-# --- numbers -----------------------------------------------------------------------------------------------------------
+# --- numbers ---------------------------------------------------------------------------------------------------------
 
 
 def relative_rms(x, expected):
@@ -275,7 +276,7 @@ def test_dropout_on_small_grids():
     assert not torch.equal(local_attention(q, k, v, 2, dropout=0.4), local_attention(q, k, v, 2))
 
 
-# --- memory ------------------------------------------------------------------------------------------------------------
+# --- memory ----------------------------------------------------------------------------------------------------------
 
 
 class Largest(TorchDispatchMode):
@@ -375,6 +376,19 @@ def test_what_inference_leaves_behind_serves_training():
     out.sum().backward()  # raises, were the window an inference tensor
 
 
+def test_what_fake_tensors_leave_behind_serves_real_ones():
+    """Memory estimators and tracers run a model on fake tensors, which must not be kept."""
+    operator._window_bias.cache_clear()
+    q, k, v = (torch.randn(1, 1, 5, 6, 4) for _ in range(3))
+    expected = naive_local_attention(q, k, v, radius=1)
+    with FakeTensorMode() as mode:
+        local_attention(*(mode.from_tensor(x) for x in (q, k, v)), radius=1)
+    out = local_attention(q, k, v, radius=1)
+    assert type(out) is torch.Tensor
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    assert operator._window_bias.cache_info().currsize > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("grid, dilation", [((9, 11), 1), ((18, 19), 1), ((9, 11), 2), ((37, 39), 2)])
 def test_compiled_equals_eager(grid, dilation):
@@ -397,7 +411,7 @@ def test_compiled_equals_eager_on_a_small_grid_without_pads():
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-# --- positions ---------------------------------------------------------------------------------------------------------
+# --- positions -------------------------------------------------------------------------------------------------------
 
 
 def test_rotary_turns_the_first_half_by_the_row_and_the_second_by_the_column():
@@ -444,7 +458,7 @@ def test_rotation_keeps_dtype_and_length():
         torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1), rtol=0.02, atol=0.02)
 
 
-# --- bad input ---------------------------------------------------------------------------------------------------------
+# --- bad input -------------------------------------------------------------------------------------------------------
 
 
 def test_bad_input():
@@ -467,5 +481,8 @@ def test_bad_input():
     for wrong in (mask[0], mask[:, :2], mask[:1], mask[:, None]):
         with pytest.raises(ValueError, match=r"`padding_mask`.*\[2, 3, 4\]"):
             local_attention(q, k, v, 1, padding_mask=wrong)
+    for rate in (-0.1, 1.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=rf"`dropout`.*{rate}"):
+            local_attention(q, k, v, 1, dropout=rate)
     with pytest.raises(ValueError, match=r"`head_dim`.*6"):
         grid_rotary(2, 2, 6, 100.0)

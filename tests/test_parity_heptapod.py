@@ -1,4 +1,4 @@
-"""Our operator is the prototype's `Local2DAttention` where that one can be had: queries, keys and values in one, one head."""
+"""Our operator is the prototype's `Local2DAttention` with queries, keys and values in one, and one head."""
 
 import pytest
 import torch

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from data import build_tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast, TextDiffusionStreamer
 
 from modeling_heptapod import HeptapodProcessor
@@ -118,6 +118,19 @@ def test_pages_of_different_size_in_a_batch(processor):
     assert out.input_ids.shape == (2, 3, 4) and out.attention_mask.sum((1, 2)).tolist() == [3, 8]
 
 
+@pytest.mark.parametrize("return_tensors", ["pt", "np"])
+def test_labels_are_the_page_without_pads_and_open_cells(by_bytes, return_tensors):
+    texts = ["ab\ncdef\n", "longer one"]
+    regions = [None, (0, 0, 1, 3)]
+    out = by_bytes(texts, mask_region=regions, return_labels=True, return_tensors=return_tensors)
+    ids, labels, mask = (torch.as_tensor(out[name]) for name in ("input_ids", "labels", "attention_mask"))
+    assert labels.dtype == ids.dtype == torch.int64 and labels.shape == (2, 2, 10)
+    assert torch.equal(labels == -100, (mask == 0) | (ids == MASK))
+    assert torch.equal(labels[labels != -100], ids[labels != -100])
+    assert (labels == BLANK).any()  # blank cells are predicted like others
+    assert "labels" not in by_bytes(texts)
+
+
 def test_clipping_by_hand(by_bytes):
     text = "ab\nlonger one\nlast\nnot on it\n"
     out = by_bytes(text, height=3, width=5, overflow="clip", return_num_clipped=True)
@@ -208,6 +221,10 @@ def test_cells_of_laid_out_pages_are_opened(by_bytes):
         )
         assert torch.equal(opened[opened != MASK], before[opened != MASK]) and torch.equal(out.input_ids, before)
     assert torch.equal(by_bytes.open_cells(before[1], (0, 0, 1, 1)).flatten()[1:], before[1].flatten()[1:])
+    expected = by_bytes.open_cells(before, "bottom")
+    for small in (before.numpy().astype(np.uint16), before.numpy().astype(np.int32), before.int()):
+        opened = by_bytes.open_cells(small, "bottom")
+        assert opened.dtype == torch.int64 and torch.equal(opened, expected)
     with pytest.raises(ValueError, match="`mask_region`"):
         by_bytes.open_cells(before, "edge")
 
@@ -417,6 +434,27 @@ def test_tokenizers_that_cannot_make_pages_are_named(by_bytes):
     words.pre_tokenizer = pre_tokenizers.Split("a", "isolated")
     with pytest.raises(ValueError, match="does not give text back unchanged"):
         HeptapodProcessor(PreTrainedTokenizerFast(tokenizer_object=words, **special))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        normalizers.Lowercase(),
+        normalizers.NFC(),
+        normalizers.NFD(),
+        normalizers.NFKC(),
+        normalizers.Replace(Regex(" +$"), ""),
+        normalizers.Replace("\r", ""),
+        normalizers.BertNormalizer(handle_chinese_chars=False, strip_accents=False, lowercase=False),
+    ],
+    ids=lambda change: type(change).__name__,
+)
+def test_tokenizers_that_change_text_are_named(change):
+    tokenizer = build_tokenizer("byte", [], for_pages=True)
+    HeptapodProcessor(tokenizer)
+    tokenizer.backend_tokenizer.normalizer = change
+    with pytest.raises(ValueError, match="does not give text back unchanged"):
+        HeptapodProcessor(tokenizer)
 
 
 def test_numpy_and_trainer_names(by_bytes):

@@ -21,7 +21,7 @@ VARIANTS = {
 
 
 def tiny_config(**overrides):
-    """A configuration of two layers, one of them dilated, width 32, 20 tokens of which the last two are mask and pad."""
+    """A configuration of two layers, one of them dilated, width 32, 20 tokens, the last two of them mask and pad."""
     values = {
         "vocab_size": 20,
         "hidden_size": 32,

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from data import load_texts
 from page_animation import draw_page
-from transformers import AutoModelForMaskedLM, AutoProcessor, set_seed
+from transformers import AutoModelForMaskedLM, AutoProcessor
 
 
 def choose_page(processor, text_file: str | None, number: int) -> torch.Tensor:
@@ -37,10 +37,10 @@ def main():
     parser.add_argument("--region", default="hole", help="what to open: top, middle, bottom, hole, frame or all")
     parser.add_argument("--num_iterations", type=int, default=16, help="in how many iterations it is written")
     parser.add_argument("--output_dir", help="where the pictures go, the folder itself by default")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--do_sample", action="store_true", help="draw tokens instead of taking the likeliest")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
     args = parser.parse_args()
 
-    set_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = AutoProcessor.from_pretrained(args.folder, trust_remote_code=True)
     model = AutoModelForMaskedLM.from_pretrained(args.folder, trust_remote_code=True).to(device)
@@ -49,8 +49,10 @@ def main():
     output = model.generate(
         opened.to(device),
         num_iterations=args.num_iterations,
+        seed=args.seed,
         return_dict_in_generate=True,
         output_trajectory=True,
+        **({"do_sample": True} if args.do_sample else {}),  # otherwise as the folder's generation config says
     )
     is_open = opened != page
     right = (output.sequences.cpu() == page)[is_open].float().mean()

@@ -89,14 +89,16 @@ class Pages(torch.utils.data.Dataset):
 
 
 class MaskedPages:
-    """Texts on pages of the config's `grid_size`; masked cells are predicted from all others, see `HeptapodForMaskedLM`.
+    """Texts on pages of the config's `grid_size`; masked cells are predicted from all others.
+
+    How is said in `HeptapodForMaskedLM`.
 
     Each text begins a page of its own. Blank cells are predicted and paid for like others, so that bits per byte are
     those of the text, its line lengths included. The attributes are those of `NextTokens`.
     """
 
     auto_class = AutoModelForMaskedLM
-    pipeline_tag = "fill-mask"
+    pipeline_tag = "other"  # none of the Hub's pipelines reads pages
 
     def __init__(self, texts: Texts, data_args: DataArguments, config: PreTrainedConfig):
         if config.grid_size is None:

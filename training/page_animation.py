@@ -30,12 +30,12 @@ def draw_page(
 ) -> list[Image.Image]:
     """Draw one page of `generate`'s trajectory as an animation and as a strip of pictures.
 
-    White cells were given, grey ones are open, coloured ones were written: from dark blue in the first iteration to yellow in
-    the last. A cell that is re-opened turns grey again.
+    White cells were given, grey ones are open, coloured ones were written: from dark blue in the first iteration to
+    yellow in the last. A cell that is re-opened turns grey again.
 
     Args:
-        trajectory: token ids `[iterations + 1, height, width]`, a tensor or an array: the page before the first iteration
-            and after each.
+        trajectory: token ids `[iterations + 1, height, width]`, a tensor or an array: the page before the first
+            iteration and after each.
         processor: the `HeptapodProcessor` that laid the page out.
         gif, strip: files to write, an animated GIF and a PNG.
         font_size: in pixels.
@@ -53,14 +53,14 @@ def draw_page(
     if pages.ndim != 3 or 0 in pages.shape:
         raise ValueError(f"`trajectory` must be [iterations + 1, height, width] of one page, got {list(pages.shape)}.")
     last = len(pages) - 1
-    frames = _draw(pages, processor, font_size)
-    shown = _evenly(last, max_frames)
+    shown, in_strip = _evenly(last, max_frames), _evenly(last, panels)
+    frames = _draw(pages, processor, font_size, {*shown, *in_strip})
     if gif is not None:
         durations = [round(1000 * seconds / len(shown))] * (len(shown) - 1) + [2000]
         first, *others = (frames[step] for step in shown)
         first.save(gif, save_all=True, append_images=others, duration=durations, loop=0)
     if strip is not None:
-        _side_by_side([(step, frames[step]) for step in _evenly(last, panels)], last, font_size).save(strip)
+        _side_by_side([(step, frames[step]) for step in in_strip], last, font_size).save(strip)
     return [frames[step] for step in shown]
 
 
@@ -69,8 +69,8 @@ def _evenly(last, number):
     return sorted({round(step) for step in np.linspace(0, last, max(2, number))})
 
 
-def _draw(pages, processor, font_size):
-    """A picture of each page; from one to the next only the cells that changed are drawn anew."""
+def _draw(pages, processor, font_size, kept):
+    """Pictures of the pages whose numbers are kept; from page to page only cells that changed are drawn anew."""
     font = ImageFont.truetype(findfont("DejaVu Sans Mono"), font_size)
     texts = {int(token): _cell_text(int(token), processor) for token in np.unique(pages)}
     longest = min(max(map(len, texts.values())), 8)
@@ -78,10 +78,8 @@ def _draw(pages, processor, font_size):
     height, width = pages.shape[1:]
     picture = Image.new("RGB", (width * cell_width + 1, height * cell_height + 1), OFF_PAGE)
     colours = (colormaps["viridis"](np.linspace(0, 1, max(2, len(pages) - 1)))[:, :3] * 255).astype(int)
-    frames = []
+    canvas, frames = ImageDraw.Draw(picture), {}
     for step, page in enumerate(pages):
-        picture = picture.copy()
-        canvas = ImageDraw.Draw(picture)
         changed = page != pages[step - 1] if step else np.ones_like(page, dtype=bool)
         for row, column in np.argwhere(changed):
             token = int(page[row, column])
@@ -94,7 +92,8 @@ def _draw(pages, processor, font_size):
             canvas.rectangle((left, top, left + cell_width, top + cell_height), background, outline=OPEN)
             ink = INK if sum(background) > 330 else PALE_INK
             canvas.text((left + 1, top + 1), texts[token][:longest], ink, font)
-        frames.append(picture)
+        if step in kept:
+            frames[step] = picture.copy()
     return frames
 
 

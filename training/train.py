@@ -30,6 +30,7 @@ from objectives import objective_for
 from transformers import (
     AutoConfig,
     HfArgumentParser,
+    PreTrainedConfig,
     PreTrainedModel,
     PrinterCallback,
     TrainerCallback,
@@ -183,12 +184,23 @@ def write_card(results: dict, model: PreTrainedModel, pipeline_tag: str, folder:
 
 def runs_beside(folder: Path, results: dict) -> dict[str, float]:
     """Bits per byte of the other runs next to `folder` that were measured on the same held-out bytes, by name."""
-    others = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.parent.glob("*/results.json"))}
-    return {
-        name: other["bits_per_byte"]
-        for name, other in others.items()
-        if name != folder.name and other["held_out_sha256"] == results["held_out_sha256"]
-    }
+    beside = {}
+    for path in sorted(folder.parent.glob("*/results.json")):
+        try:
+            other = json.loads(path.read_text())
+            if path.parent.name != folder.name and other["held_out_sha256"] == results["held_out_sha256"]:
+                beside[path.parent.name] = float(other["bits_per_byte"])
+        except (OSError, ValueError, TypeError, KeyError):
+            continue  # not ours
+    return beside
+
+
+def set_use_cache(config: PreTrainedConfig, value: bool | None) -> None:
+    """What Trainer writes into every config, also of models without a cache, which have no such field: `None`."""
+    if value is not None:
+        config.use_cache = value
+    elif hasattr(config, "use_cache"):
+        del config.use_cache
 
 
 def main():
@@ -225,6 +237,7 @@ def main():
     elif model_args.train_minutes is not None:
         training_args.max_steps = steps_within(model_args.train_minutes, model, training_args, objective.train_dataset)
 
+    use_cache = getattr(model.config, "use_cache", None)
     trainer = NamedLossTrainer(
         model=model,
         args=training_args,
@@ -235,11 +248,15 @@ def main():
     )
     before = trainer.evaluate()["eval_bits_per_byte"]
     train_result = trainer.train(resume_from_checkpoint=checkpoint)
-    after = objective.evaluate(trainer)
 
-    # Model, its code, tokenizer, generation config; curve, results, card
-    model.config.use_cache = True  # Trainer turned it off
+    # Model, its code, tokenizer, generation config; before it is measured, so that an error there costs no training
+    set_use_cache(model.config, use_cache)
     trainer.save_model()
+    set_use_cache(model.config, training_args.use_cache)
+    after = objective.evaluate(trainer)
+    set_use_cache(model.config, use_cache)
+
+    # Curve, results, card
     trainer.save_state()
     if not trainer.is_world_process_zero():
         return

@@ -1,10 +1,10 @@
 """Does writing a page in all directions at once pay: model calls, seconds and quality, against one cell after another?
 
-Holes of several shapes are opened in held-out pages of source text and filled by each schedule of one grid model. Peers:
-raster order of the same model, one cell at a time, and a left-to-right model of equal size, trained as long on the same
-text, which writes a hole row by row without what follows it. Quality is the share of cells as in the original, and bits
-per byte of the text of the whole page under a judge, a left-to-right model of another seed. All that is drawn is the most
-probable token. The three models are what these commands leave:
+Holes of several shapes are opened in held-out pages of source text and filled by each schedule of one grid model.
+Peers: raster order of the same model, one cell at a time, and a left-to-right model of equal size, trained as long on
+the same text, which writes a hole row by row without what follows it. Quality is the share of cells as in the
+original, and bits per byte of the text of the whole page under a judge, a left-to-right model of another seed. All
+that is drawn is the most probable token. The three models are what these commands leave:
 
     make demo FAMILY=heptapod
     make demo

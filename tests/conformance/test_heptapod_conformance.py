@@ -61,7 +61,8 @@ class HeptapodModelTester:
 
     def prepare_config_and_inputs_for_common(self):
         config = self.get_config()
-        input_ids = common.ids_tensor([self.batch_size, self.seq_length], config.vocab_size)
+        # Neither mask nor pad: the clean page of a loss has no open cells, and pads are told by the mask.
+        input_ids = common.ids_tensor([self.batch_size, self.seq_length], config.pad_token_id)
         # Pages of a growing number of cells.
         attention_mask = torch.ones_like(input_ids).tril()
         return config, {"input_ids": input_ids, "attention_mask": attention_mask}

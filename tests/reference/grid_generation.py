@@ -7,7 +7,7 @@ import math
 
 
 def schedule_left(iteration, num_open, num_iterations, counts):
-    """Cells that may still be open after the iteration numbered from 0: MaskGIT's cosine (arXiv 2202.04200) or a line."""
+    """Cells that may be open after the iteration numbered from 0: MaskGIT's cosine (arXiv 2202.04200) or a line."""
     steps = min(num_iterations, num_open)
     done = iteration + 1
     if done >= steps:

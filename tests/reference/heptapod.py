@@ -1,7 +1,7 @@
 """The Heptapod grid from its description, cell by cell and head by head: slow, obvious, and independent of the package.
 
-`heptapod_logits` takes a state dict of a `HeptapodForMaskedLM` and plain numbers, and works in the dtype of the weights.
-Nothing here is vectorised over cells or heads.
+`heptapod_logits` takes a state dict of a `HeptapodForMaskedLM` and plain numbers, and works in the dtype of the
+weights. Nothing here is vectorised over cells or heads.
 """
 
 import math
@@ -90,7 +90,7 @@ def _page_logits(weights, page, cells, description, real, before):
 
 
 def _distances(y, x, page, theta):
-    """Sines, then cosines, of the distances to the top, bottom, left and right of the page, at eight frequencies each."""
+    """Sines, then cosines, of the distances to top, bottom, left and right of the page, at eight frequencies each."""
     rows, columns = [row for row, _ in page], [column for _, column in page]
     distances = y - min(rows), max(rows) - y, x - min(columns), max(columns) - x
     angles = [distance * theta ** (-step / 8) for distance in distances for step in range(8)]

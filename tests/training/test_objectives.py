@@ -108,12 +108,38 @@ def run(*command, cwd):
     return subprocess.run([sys.executable, *command], cwd=cwd, env=env, text=True, capture_output=True, timeout=300)
 
 
+FAILS = f"""
+import sys; sys.path.insert(0, {str(SCRIPTS)!r})
+import objectives, train
+
+def evaluate(self, trainer):
+    raise RuntimeError("no figures today")
+
+objectives.MaskedPages.evaluate = evaluate
+train.main()
+"""
+
+
+def test_what_was_trained_is_saved_before_it_is_measured(tmp_path):
+    (tmp_path / "fails.py").write_text(FAILS)
+    process = train_process(tmp_path, tmp_path / "fails.py", "--save_strategy", "no", "--max_steps", "1")
+    assert process.returncode == 1 and "no figures today" in process.stderr
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "out").generation_config.num_iterations == 5
+    assert AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True).height == 4
+
+
 def train(folder, *more):
+    process = train_process(folder, SCRIPTS / "train.py", *more)
+    assert process.returncode == 0, process.stderr
+    return folder / "out", process.stdout
+
+
+def train_process(folder, script, *more):
     (folder / "config").mkdir()
     (folder / "config" / "config.json").write_text(json.dumps(PAGE_CONFIG))
     (folder / "config" / "generation_config.json").write_text(json.dumps({"num_iterations": 5}))
-    process = run(
-        SCRIPTS / "train.py",
+    return run(
+        script,
         *(
             "--config_name",
             str(folder / "config"),
@@ -127,8 +153,6 @@ def train(folder, *more):
         *("--disable_tqdm", "true", "--use_cpu", "true", *more),
         cwd=folder,
     )
-    assert process.returncode == 0, process.stderr
-    return folder / "out", process.stdout
 
 
 def losses(out):
@@ -145,6 +169,8 @@ def test_a_grid_is_trained_resumed_and_fills_a_page(tmp_path):
     assert f"{results['bits_per_byte']:.3f} +- {results['bits_per_byte_standard_error']:.3f}" in printed
     card = (out / "README.md").read_text()
     assert "{{" not in card and "AutoProcessor" in card and "4 x 24 cells" in card
+    assert "pipeline_tag: other" in card and "fill-mask" not in card  # that pipeline cannot read pages
+    assert "use_cache" not in json.loads((out / "config.json").read_text()) and "use_cache" not in card
 
     resumed, _ = train(tmp_path / "second", "--resume_from_checkpoint", str(out / "checkpoint-4"))
     assert losses(resumed) == losses(out) and list(losses(out)) == list(range(1, 9))
@@ -155,5 +181,10 @@ def test_a_grid_is_trained_resumed_and_fills_a_page(tmp_path):
     assert process.returncode == 0, process.stderr
     assert "written in 16 model calls" in process.stdout
     assert (out / "page.gif").read_bytes().startswith(b"GIF8") and (out / "page.png").stat().st_size > 1000
+    written = []
+    for seed in ("1", "1", "2"):
+        more = ("--text_file", argparse.__file__, "--do_sample", "--seed", seed)
+        written.append(run(SCRIPTS / "fill_page.py", out, *more, cwd=tmp_path).stdout)
+    assert written[0] == written[1] != written[2] and "model calls" in written[2]
     process = run(SCRIPTS / "fill_page.py", out, "--page", "100000", cwd=tmp_path)
     assert process.returncode == 1 and "ValueError: --page 100000" in process.stderr

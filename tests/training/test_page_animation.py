@@ -70,6 +70,22 @@ def test_long_trajectories_are_thinned_out(processor):
     assert len(draw_page(pages[:1], processor)) == 1
 
 
+def test_only_pages_that_are_shown_are_kept(processor, tmp_path, monkeypatch):
+    """A page in raster order has as many steps as cells; one picture of each fills the memory."""
+    mask = processor.tokenizer.mask_token_id
+    pages = torch.full((129, 8, 16), mask)
+    for step in range(1, 129):
+        pages[step:].view(-1, 128)[:, step - 1] = ord("a") + step % 26
+    every = draw_page(pages, processor, max_frames=129)
+    copies, copy = [], Image.Image.copy
+    monkeypatch.setattr(Image.Image, "copy", lambda picture: copies.append(1) or copy(picture))
+    frames = draw_page(pages, processor, strip=tmp_path / "page.png", max_frames=10, panels=4)
+    assert len(copies) <= 14
+    assert len({frame.tobytes() for frame in frames}) == 10
+    for step, frame in zip([round(x) for x in np.linspace(0, 128, 10)], frames):
+        assert frame.tobytes() == every[step].tobytes(), step
+
+
 def test_tokens_of_several_letters_fit(processor, tmp_path):
     tokenizer = build_tokenizer("bpe", ["return return return"] * 9, vocab_size=280, for_pages=True)
     processor = HeptapodProcessor(tokenizer)

@@ -210,6 +210,12 @@ def test_runs_beside_are_those_on_the_same_bytes(tmp_path):
     for name, digest, bits in (("ours", "a", 3.0), ("same", "a", 2.0), ("other", "b", 1.0)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(json.dumps({"held_out_sha256": digest, "bits_per_byte": bits}))
+    for name, foreign in (("f", '{"accuracy": 1}'), ("g", "[1]"), ("h", "half {"), ("i", '{"held_out_sha256": "a"}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(foreign)
+    (tmp_path / "j" / "results.json").mkdir(parents=True)
+    (tmp_path / "k").mkdir()
+    (tmp_path / "k" / "results.json").write_bytes(b"\xff")
     assert train.runs_beside(tmp_path / "ours", {"held_out_sha256": "a"}) == {"same": 2.0}
 
 
