@@ -271,6 +271,9 @@ class HierarchicalLMConfig(PreTrainedConfig):
                 f"that change with length), got {rope_type!r}."
             )
 
+        if (self.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError("`rope_parameters['partial_rotary_factor']` must be 1: all channels of a head turn.")
+
     def validate_rope(self):
         """The stock validation, which knows one head dimension only."""
         PreTrainedConfig.validate_rope(self.of_hierarchy(0))

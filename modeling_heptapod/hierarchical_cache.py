@@ -120,7 +120,7 @@ class HierarchicalCache(DynamicCache):
     def scale_keys(self, hierarchy: int, factor: torch.Tensor) -> None:
         """Multiply the cached keys of a hierarchy by `factor [channels]`, in every layer."""
         for layer in self.layers[hierarchy : -1 : self.num_hierarchies]:
-            layer.keys = layer.keys * factor
+            layer.keys = (layer.keys * factor).to(layer.keys.dtype)
 
     def read_conv(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
         """A conv state, `None` before the first is written."""

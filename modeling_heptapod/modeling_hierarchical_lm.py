@@ -33,9 +33,9 @@ from .windowed_attention import first_key, step_attention, visible, windowed_att
 
 
 # xPos multiplies queries and keys by powers of a base of at least 0.4 / 1.4, with the distance to a centre over
-# `xpos_scale_base` as exponent. 60 of these are within the range of float32.
-_FARTHEST_FROM_CENTER = 60
-_RECENTER_BEYOND = 16
+# `xpos_scale_base` as exponent. 60 of these are within the range of float32 and bfloat16, 8 within that of float16.
+_FARTHEST_FROM_CENTER = {torch.float16: 8}
+_FARTHEST_FROM_CENTER_ELSE = 60
 
 
 @auto_docstring(
@@ -604,7 +604,9 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
             raise ValueError(f"`past_key_values` holds {len(past)} rows, but the batch has {batch}.")
         fresh = cache is None or cache.seen_tokens == 0
         mask = _token_mask(attention_mask, inputs_embeds, 0 if fresh else cache.seen_tokens)
-        segments = segment_ids(inputs_embeds, mask, position_ids, seq_idx, cu_seq_lens_q) if fresh else None
+        segments = None
+        if fresh:
+            segments = segment_ids(inputs_embeds, attention_mask, position_ids, seq_idx, cu_seq_lens_q)
         rows = None
         if segments is not None:
             if past_key_values is not None:
@@ -734,7 +736,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         if window == 0:
             return plan
         newest = (max(before) + steps) // dilation
-        plan.rotary = self._rotary(hierarchy, positions // dilation, newest, cache)
+        plan.rotary = self._rotary(hierarchy, positions // dilation, newest, -(-steps // dilation), cache)
         cached = 0 if cache is None else cache.steps_cached(hierarchy)
         if plan.counts is not None:
             length = cached + max(new)
@@ -755,7 +757,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
                 plan.mask = visible(positions, 1, window, dilation, block).unsqueeze(1)
         return plan
 
-    def _rotary(self, hierarchy, positions, newest, cache):
+    def _rotary(self, hierarchy, positions, newest, steps, cache):
         """Cosines and signed sines of positions `[1 or batch, steps]` within a phase, with what xPos adds."""
         dtype = self.embed_tokens.weight.dtype
         rotary_emb, head_dim = self.rotary_emb[hierarchy], self.config.head_dim[hierarchy]
@@ -766,27 +768,31 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
             base = self.config.xpos_scale_base
             decay = (torch.arange(0, head_dim, 2, device=positions.device) + 0.4 * head_dim) / (1.4 * head_dim)
             decay = decay.repeat(2)
-            center = self._center(hierarchy, newest, decay, cache)
+            center = self._center(hierarchy, newest, steps, decay, cache)
             scale = decay ** ((positions - center).unsqueeze(-1) / base)
             scale = torch.stack((scale, 1 / scale), dim=-2).unsqueeze(-2)
             cos, sin = cos * scale, sin * scale
         return cos.to(dtype), sin.to(dtype)
 
-    def _center(self, hierarchy, newest, decay, cache):
+    def _center(self, hierarchy, newest, steps, decay, cache):
         """The position from which decay is counted; it follows the newest one, and cached keys follow it."""
         base = self.config.xpos_scale_base
-        if cache is None or cache.steps_cached(hierarchy) == 0:
+        farthest = _FARTHEST_FROM_CENTER.get(self.embed_tokens.weight.dtype, _FARTHEST_FROM_CENTER_ELSE)
+        fresh = cache is None or cache.steps_cached(hierarchy) == 0
+        fit = int((2 if fresh else 1) * farthest * base)
+        if steps > fit:
+            raise ValueError(
+                f"With `use_xpos` at most {fit} steps of a hierarchy's phase fit in one pass "
+                f"{'' if fresh else 'after cached ones '}at this precision, got {steps}: give them in several passes with "
+                "a cache, or set a higher `xpos_scale_base`."
+            )
+        if fresh:
             center = newest // 2
-            if center > _FARTHEST_FROM_CENTER * base:
-                raise ValueError(
-                    f"With `use_xpos` at most {int(2 * _FARTHEST_FROM_CENTER * base)} steps of a hierarchy's phase fit in "
-                    f"one pass, got {newest}: give them in several passes with a cache, or set a higher `xpos_scale_base`."
-                )
             if cache is not None:
                 cache.centers[hierarchy] = center
             return center
         center = cache.centers[hierarchy]
-        if newest - center > _RECENTER_BEYOND * base:
+        if newest - center > farthest // 4 * base:
             cache.scale_keys(hierarchy, decay ** ((newest - center) / base))
             cache.centers[hierarchy] = center = newest
         return center
@@ -941,6 +947,13 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, GenerationMixin):
         return self.predictive_losses(
             list(outputs.hierarchy_embeddings), embeds, input_ids, mask=mask, segments=segments, scale=scale
         )
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As `PreTrainedModel`'s; the heads of losses that tell tokens follow."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if self.predictive_losses is not None:
+            self.predictive_losses.resize_vocabulary(self.config.vocab_size)
+        return embeddings
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_length):
         """A cache of our own in place of the stock one."""

@@ -75,6 +75,19 @@ class PredictiveLosses(nn.Module):
         """
         return ChunkSummarizer(self.config, h)
 
+    def resize_vocabulary(self, size: int) -> None:
+        """Make the heads that tell tokens fit a vocabulary of another size. What new tokens get is random."""
+        for name in ("reconstruction", "prophet"):
+            for factor, head in getattr(self, name, {}).items():
+                weight = head.weight.detach().unflatten(0, (int(factor), -1))
+                resized = weight.new_empty(int(factor), size, weight.shape[2]).normal_(
+                    std=self.config.initializer_range
+                )
+                kept = min(size, weight.shape[1])
+                resized[:, :kept] = weight[:, :kept]
+                head.weight = nn.Parameter(resized.flatten(0, 1), requires_grad=head.weight.requires_grad)
+                head.out_features = int(factor) * size
+
     def _token_head(self, h):
         config = self.config
         return nn.Linear(config.hidden_sizes[h], config.hierarchies[h] * config.vocab_size, bias=False)

@@ -90,6 +90,7 @@ BAD = {
     "short loss weights": ({"hierarchies": [1, 2], "next_latent_loss_weight": [1.0]}, "next_latent_loss_weight"),
     "a negative window": ({"window_sizes": -1}, "window_sizes"),
     "a window that is a word": ({"window_sizes": "some"}, "window_sizes"),
+    "a head that turns in part": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     "an odd head": ({"head_dim": 7}, "head_dim"),
     "no head": ({"num_attention_heads": 0}, "num_attention_heads"),
     "no width": ({"hidden_size": 8, "hidden_sizes": 0}, "hidden_sizes"),

@@ -228,6 +228,33 @@ def test_long_contexts_keep_their_precision():
     torch.testing.assert_close(chunked, logits, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_long_contexts_in_half_precision(dtype):
+    model = tiny_hierarchical_lm(hierarchies=[1, 2], window_sizes=[None, 6], xpos_scale_base=4).to(dtype)
+    ids = random_ids(1, 300)
+    logits, cache = in_chunks(model, ids, [5] + [1] * 295)
+    assert logits.isfinite().all() and cache.layers[0].keys.dtype == dtype
+    longest = {torch.bfloat16: 480, torch.float16: 64}[dtype]
+    with pytest.raises(ValueError, match="xpos_scale_base"):
+        model(random_ids(1, longest + 1))
+    with torch.no_grad():
+        assert model(random_ids(1, longest)).logits.isfinite().all()
+        cache = model(ids[:, :10]).past_key_values
+        assert model(random_ids(1, longest // 2), past_key_values=cache).logits.isfinite().all()
+        with pytest.raises(ValueError, match="after cached.*xpos_scale_base"):
+            model(random_ids(1, longest // 2 + 1), past_key_values=model(ids[:, :10]).past_key_values)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_left_padded_batches_in_half_precision(variant):
+    model = tiny_hierarchical_lm(**VARIANTS[variant]).bfloat16()
+    _, ids, mask = left_padded((1, 7, 30))
+    assert model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False, pad_token_id=0).shape == (
+        3,
+        50,
+    )
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rows_can_change_places(variant):
     """Also between prompts of different length, and while there is room left in the memory of keys."""

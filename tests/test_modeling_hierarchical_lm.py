@@ -209,6 +209,17 @@ def test_packed_rows_of_a_padded_batch(variant):
             torch.testing.assert_close(logits[row, start:end], alone, rtol=1e-5, atol=1e-5)
 
 
+def test_a_mask_says_that_nothing_is_packed():
+    """Whether or not another row of the batch has pads."""
+    model, ids = tiny_hierarchical_lm(**VARIANTS["stride"]), random_ids(1, 20)
+    positions = torch.arange(20)[None] % 10
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(ids, attention_mask=torch.ones(1, 20), position_ids=positions).logits, model(ids).logits
+        )
+        assert not torch.allclose(model(ids, position_ids=positions).logits, model(ids).logits)
+
+
 def test_packed_rows_fill_no_cache():
     model, ids = tiny_hierarchical_lm(), random_ids(1, sum(LENGTHS))
     assert model(ids, use_cache=True, **packing("seq_idx")).past_key_values is None
@@ -538,6 +549,21 @@ def test_resized_embeddings():
     model.resize_token_embeddings(60)
     assert model.config.vocab_size == 60 and model(ids).logits.shape[-1] == 60
     torch.testing.assert_close(model(ids).logits[..., :50], logits)
+
+
+@pytest.mark.parametrize("size", [60, 30])
+def test_resized_embeddings_with_losses_that_tell_tokens(size, tmp_path):
+    model, ids = tiny_hierarchical_lm(**VARIANTS["stride"], **ALL_LOSSES), random_ids(2, 20) % 30
+    heads = {c: x.weight.detach().unflatten(0, (int(c), 50)) for c, x in model.predictive_losses.prophet.items()}
+    model.resize_token_embeddings(size)
+    for c, head in model.predictive_losses.prophet.items():
+        kept = head.weight.unflatten(0, (int(c), size))[:, : min(size, 50)]
+        assert torch.equal(kept, heads[c][:, :size]) and head.out_features == int(c) * size
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    model.save_pretrained(tmp_path)
+    again = HierarchicalLMForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(ids, labels=ids).loss, loss)
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------------
