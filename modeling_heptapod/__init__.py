@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from .configuration_heptapod import HeptapodConfig
+from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .configuration_leap import LeapConfig
 
 
@@ -33,6 +34,10 @@ _MODULE_OF = {
     "HeptapodModel": "modeling_heptapod",
     "HeptapodPreTrainedModel": "modeling_heptapod",
     "HeptapodProcessor": "processing_heptapod",
+    "HierarchicalCache": "hierarchical_cache",
+    "HierarchicalLMForCausalLM": "modeling_hierarchical_lm",
+    "HierarchicalLMModel": "modeling_hierarchical_lm",
+    "HierarchicalLMPreTrainedModel": "modeling_hierarchical_lm",
     "LeapForCausalLM": "modeling_leap",
     "LeapForMaskedLM": "modeling_leap",
     "LeapForSequenceClassification": "modeling_leap",
@@ -44,6 +49,8 @@ _MODULE_OF = {
 _MODELS = (
     (AutoModel, HeptapodConfig, "HeptapodModel"),
     (AutoModelForMaskedLM, HeptapodConfig, "HeptapodForMaskedLM"),
+    (AutoModel, HierarchicalLMConfig, "HierarchicalLMModel"),
+    (AutoModelForCausalLM, HierarchicalLMConfig, "HierarchicalLMForCausalLM"),
     (AutoModel, LeapConfig, "LeapModel"),
     (AutoModelForCausalLM, LeapConfig, "LeapForCausalLM"),
     (AutoModelForMaskedLM, LeapConfig, "LeapForMaskedLM"),
@@ -106,6 +113,7 @@ def _register_processor(auto_processor):
 
 
 AutoConfig.register("heptapod", HeptapodConfig)
+AutoConfig.register("hierarchical_lm", HierarchicalLMConfig)
 AutoConfig.register("leap", LeapConfig)
 for _auto_class, _config_class, _name in _MODELS:
     _auto_class.register(_config_class, _ModelOnDemand(_config_class, _name))
@@ -115,4 +123,4 @@ if _processing_auto is None:
 else:
     _register_processor(_processing_auto.AutoProcessor)
 
-__all__ = ["HeptapodConfig", "LeapConfig", *_MODULE_OF]
+__all__ = ["HeptapodConfig", "HierarchicalLMConfig", "LeapConfig", *_MODULE_OF]

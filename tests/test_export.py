@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from tests.tiny_heptapod import tiny_heptapod
+from tests.tiny_hierarchical_lm import tiny_hierarchical_lm
 from tests.tiny_leap import random_ids, tiny_leap
 
 
@@ -26,6 +27,11 @@ AUTO_MAPS = {
         "AutoConfig": "configuration_heptapod.HeptapodConfig",
         "AutoModel": "modeling_heptapod.HeptapodModel",
         "AutoModelForMaskedLM": "modeling_heptapod.HeptapodForMaskedLM",
+    },
+    "hierarchical_lm": {
+        "AutoConfig": "configuration_hierarchical_lm.HierarchicalLMConfig",
+        "AutoModel": "modeling_hierarchical_lm.HierarchicalLMModel",
+        "AutoModelForCausalLM": "modeling_hierarchical_lm.HierarchicalLMForCausalLM",
     },
 }
 # The modules that a family's export consists of, and nothing else.
@@ -48,6 +54,16 @@ CODE = {
         "local_attention.py",
         "modeling_heptapod.py",
     },
+    "hierarchical_lm": {
+        "auto_map.py",
+        "configuration_hierarchical_lm.py",
+        "hierarchical_cache.py",
+        "linear_cross_entropy.py",
+        "modeling_hierarchical_lm.py",
+        "predictive_losses.py",
+        "row_layout.py",
+        "windowed_attention.py",
+    },
 }
 HEADS = {
     "LeapModel": "AutoModel",
@@ -56,6 +72,8 @@ HEADS = {
     "LeapForSequenceClassification": "AutoModelForSequenceClassification",
     "HeptapodModel": "AutoModel",
     "HeptapodForMaskedLM": "AutoModelForMaskedLM",
+    "HierarchicalLMModel": "AutoModel",
+    "HierarchicalLMForCausalLM": "AutoModelForCausalLM",
 }
 # What the exports below are made of: all the ways in which modules or weights differ.
 MODELS = {
@@ -68,6 +86,19 @@ MODELS = {
         "plain": {},
         "split": {"num_global_heads": 1, "tie_word_embeddings": True},
         "feedback": {"self_conditioning": True, "neighbor_loss_weight": 0.5},
+    },
+    "hierarchical_lm": {
+        "plain": {"hierarchies": 1, "window_sizes": 7, "tie_word_embeddings": True},
+        "streams": {
+            "hierarchies": [1, 4, 8],
+            "strides": [1, 1, 4],
+            "window_sizes": [4, None, 3],
+            "compressor": ["conv", "attention", "conv"],
+            "merge": "cross_attention",
+            "prophet_loss_weight": 0.1,
+            "quantized_prophet_loss_weight": 0.1,
+            "next_latent_loss_weight": 0.1,
+        },
     },
 }
 MASK, GRID = 50, (3, 4)  # of the grid models, whose other tokens are those of the others
@@ -128,12 +159,14 @@ def in_a_clean_room(folder, jobs, again="no"):
 
 
 def family(head):
-    return "heptapod" if head.startswith("Heptapod") else "leap"
+    return {"Hep": "heptapod", "Hie": "hierarchical_lm", "Lea": "leap"}[head[:3]]
 
 
 def tiny(head, **options):
     if family(head) == "leap":
         return tiny_leap(head, pad_token_id=0, **options)
+    if family(head) == "hierarchical_lm":
+        return tiny_hierarchical_lm(head, pad_token_id=0, **options)
     return tiny_heptapod(head, vocab_size=52, mask_token_id=MASK, pad_token_id=51, grid_size=GRID, **options)
 
 
@@ -168,7 +201,7 @@ def test_logits_are_equal_to_the_last_bit(exported):
 def test_generated_tokens_are_equal(exported):
     _, models, ids, results, _ = exported
     for name, model in models.items():
-        if name.startswith("LeapForCausalLM"):
+        if "ForCausalLM" in name:
             tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
             assert torch.equal(results[name, "tokens"], tokens)
         elif name.startswith("HeptapodForMaskedLM"):
@@ -194,13 +227,13 @@ def test_folders_have_code_weights_and_a_full_map(exported):
             files = {file.name for file in exported_folder.iterdir()}
             assert {file for file in files if file.endswith(".py")} - {"__init__.py"} == CODE[family(name)]
             assert "model.safetensors" in files
-            writes = name.startswith(("LeapForCausalLM", "HeptapodForMaskedLM"))
+            writes = name.startswith(("LeapForCausalLM", "HeptapodForMaskedLM", "HierarchicalLMForCausalLM"))
             assert ("generation_config.json" in files) == writes
 
 
 def test_what_is_saved_from_there_works_there(exported):
     folder, models, ids, *_ = exported
-    kinds = ("focus", "decay", "feedback")
+    kinds = ("focus", "decay", "feedback", "streams")
     jobs = [(f"{name}-again", HEADS[name.split("-")[0]]) for name in models if name.endswith(kinds)]
     results, _ = in_a_clean_room(folder, jobs, again="no")
     for name, auto in jobs:
@@ -230,11 +263,23 @@ def test_a_grid_checkpoint_loads_through_every_auto_class(tmp_path):
         assert torch.equal(results["grid", "AutoModelForMaskedLM"], model(ids).logits)
 
 
-@pytest.mark.parametrize("head", ["LeapForCausalLM", "HeptapodForMaskedLM"])
+def test_a_hierarchical_checkpoint_loads_through_every_auto_class(tmp_path):
+    model = tiny("HierarchicalLMForCausalLM", **MODELS["hierarchical_lm"]["streams"])
+    ids = export(tmp_path, {"hierarchical": model})
+    results, printed = in_a_clean_room(
+        tmp_path, [("hierarchical", "AutoModel"), ("hierarchical", "AutoModelForCausalLM")]
+    )
+    assert [line.split()[0] for line in printed[:2]] == ["HierarchicalLMModel", "HierarchicalLMForCausalLM"]
+    with torch.no_grad():
+        assert torch.equal(results["hierarchical", "AutoModel"], model.model(ids).last_hidden_state)
+        assert torch.equal(results["hierarchical", "AutoModelForCausalLM"], model(ids).logits)
+
+
+@pytest.mark.parametrize("head", ["LeapForCausalLM", "HeptapodForMaskedLM", "HierarchicalLMForCausalLM"])
 def test_the_package_itself_needs_no_remote_code(head, tmp_path):
     model = tiny(head)
     model.save_pretrained(tmp_path)
-    auto_class = AutoModelForCausalLM if head == "LeapForCausalLM" else AutoModelForMaskedLM
+    auto_class = AutoModelForCausalLM if "Causal" in head else AutoModelForMaskedLM
     loaded = auto_class.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
     assert torch.equal(loaded(random_ids(1, 12)).logits, model(random_ids(1, 12)).logits)

@@ -20,6 +20,11 @@ PUBLIC = [
     "HeptapodModel",
     "HeptapodPreTrainedModel",
     "HeptapodProcessor",
+    "HierarchicalCache",
+    "HierarchicalLMConfig",
+    "HierarchicalLMForCausalLM",
+    "HierarchicalLMModel",
+    "HierarchicalLMPreTrainedModel",
     "LeapConfig",
     "LeapForCausalLM",
     "LeapForMaskedLM",
@@ -37,6 +42,7 @@ AUTO = {
         "AutoModelForSequenceClassification": "LeapForSequenceClassification",
     },
     "HeptapodConfig": {"AutoModel": "HeptapodModel", "AutoModelForMaskedLM": "HeptapodForMaskedLM"},
+    "HierarchicalLMConfig": {"AutoModel": "HierarchicalLMModel", "AutoModelForCausalLM": "HierarchicalLMForCausalLM"},
 }
 
 
@@ -62,11 +68,12 @@ before = set(sys.modules)
 import modeling_heptapod
 heavy = ["transformers.modeling_utils", "transformers.generation.utils"]
 heavy += ["modeling_heptapod.modeling_leap", "modeling_heptapod.modeling_heptapod"]
+heavy += ["modeling_heptapod.modeling_hierarchical_lm"]
 print([name for name in heavy if name in sys.modules])
 print(len([name for name in set(sys.modules) - before if not name.startswith("modeling_heptapod")]) < 20)
 modeling_heptapod.LeapModel
 print("modeling_heptapod.modeling_heptapod" in sys.modules)
-modeling_heptapod.HeptapodModel
+modeling_heptapod.HeptapodModel, modeling_heptapod.HierarchicalLMModel
 print([name for name in heavy if name not in sys.modules])
 """
     assert run(code).split("\n") == ["[]", "True", "False", "[]"]

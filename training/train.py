@@ -25,6 +25,7 @@ import transformers
 from accelerate.utils import broadcast_object_list
 from data import DataArguments, load_texts
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from named_losses import NamedLossTrainer
 from objectives import objective_for
 from transformers import (
     AutoConfig,
@@ -32,7 +33,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
@@ -127,7 +127,7 @@ def steps_within(minutes: float, model: PreTrainedModel, args: TrainingArguments
     args.eval_strategy = args.save_strategy = args.logging_strategy = "no"
     args.report_to, args.push_to_hub = [], False
     timer = StepTimer()
-    trainer = Trainer(copy.deepcopy(model), args, train_dataset=train_dataset, callbacks=[timer])
+    trainer = NamedLossTrainer(copy.deepcopy(model), args, train_dataset=train_dataset, callbacks=[timer])
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     steps = [int(minutes * 60 / statistics.median(timer.seconds[args.max_steps // 4 :]))]
@@ -136,7 +136,9 @@ def steps_within(minutes: float, model: PreTrainedModel, args: TrainingArguments
 
 def plot_curve(history: list[dict], results: dict, train_bits_per_nat: float, path: Path) -> None:
     """Bits per byte by step: of the training batches, and of the held-out text beside bz2's."""
-    train = [(entry["step"], entry["loss"] * train_bits_per_nat) for entry in history if "loss" in entry]
+    # Of the losses that a model may add up, the text costs the cross-entropy.
+    nats = [(entry["step"], entry.get("ce_loss", entry["loss"])) for entry in history if "loss" in entry]
+    train = [(step, loss * train_bits_per_nat) for step, loss in nats]
     held_out = [(entry["step"], entry["eval_bits_per_byte"]) for entry in history if "eval_bits_per_byte" in entry]
     held_out = [(0, results["bits_per_byte_before"]), *held_out]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -236,7 +238,7 @@ def main():
         training_args.max_steps = steps_within(model_args.train_minutes, model, training_args, objective.train_dataset)
 
     use_cache = getattr(model.config, "use_cache", None)
-    trainer = Trainer(
+    trainer = NamedLossTrainer(
         model=model,
         args=training_args,
         train_dataset=objective.train_dataset,

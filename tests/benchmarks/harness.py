@@ -28,6 +28,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_heptapod import LeapConfig, LeapForCausalLM
 from tests.benchmarks.tables import format_cell
+from training.convert_hierarchical import convert
 
 
 THREADS = 2
@@ -165,14 +166,15 @@ def leap(**options) -> LeapForCausalLM:
     return LeapForCausalLM(LeapConfig(**{**SHAPE, **options}))
 
 
-def gpt2(positions: int) -> GPT2LMHeadModel:
-    """GPT-2 of the same shape, with torch's scaled dot product attention and without dropout."""
+def gpt2(positions: int, **shape) -> GPT2LMHeadModel:
+    """GPT-2 of the same or another shape, with torch's scaled dot product attention and without dropout."""
+    shape = {**SHAPE, **shape}
     config = GPT2Config(
-        vocab_size=SHAPE["vocab_size"],
+        vocab_size=shape["vocab_size"],
         n_positions=positions,
-        n_embd=SHAPE["hidden_size"],
-        n_layer=SHAPE["num_hidden_layers"],
-        n_head=SHAPE["num_attention_heads"],
+        n_embd=shape["hidden_size"],
+        n_layer=shape["num_hidden_layers"],
+        n_head=shape["num_attention_heads"],
         attn_pdrop=0.0,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
@@ -204,6 +206,22 @@ def prototype(positions: int):
         hidden_dropout_prob=0.0,
     )
     return module.LeapForCausalLM(config)
+
+
+def hierarchical_pair(**arguments):
+    """A model of pip's `simple-hierarchical-transformer` with random weights, norms and biases too, and ours of the same."""
+    try:
+        from simple_hierarchical_transformer import HierarchicalTransformer
+    except ImportError as error:
+        raise SystemExit(
+            "The peer is missing: pip install simple-hierarchical-transformer==0.4.0 (extra `parity`)."
+        ) from error
+    peer = HierarchicalTransformer(**arguments).eval()
+    with torch.no_grad():
+        for name, parameter in peer.named_parameters():
+            if "norm" in name or "gamma" in name or "bias" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return peer, convert(arguments, peer.state_dict())
 
 
 _RENAMED = {

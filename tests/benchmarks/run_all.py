@@ -29,6 +29,10 @@ NAMES = (
     "decode_speed",
     "grid_attention",
     "bench_grid_generation",
+    "hierarchical_equality",
+    "hierarchical_decode",
+    "hierarchical_step",
+    "compression_report",
 )
 
 

@@ -50,7 +50,7 @@ def test_every_benchmark_is_in_run_all():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", run_all.NAMES)
 def test_runs_quickly(name):
-    for peer in ("leap", "heptapod"):
+    for peer in ("leap", "heptapod", "simple_hierarchical_transformer"):
         pytest.importorskip(peer, reason="the prototypes are not installed (extra `parity`)")
     command = [sys.executable, HERE / f"{name}.py", "--quick"]
     done = subprocess.run(command, capture_output=True, text=True)

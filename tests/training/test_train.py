@@ -39,13 +39,13 @@ KILLED = f"""
 import os, signal, sys
 import train
 
-class Trainer(train.Trainer):
+class Trainer(train.NamedLossTrainer):
     def training_step(self, *args, **kwargs):
         if self.state.global_step == {KILLED_IN_STEP} - 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().training_step(*args, **kwargs)
 
-train.Trainer = Trainer
+train.NamedLossTrainer = Trainer
 train.main()
 """
 
@@ -189,12 +189,12 @@ def tiny_model():
 
 
 def test_steps_within_fills_the_time_and_leaves_no_trace(tmp_path, monkeypatch):
-    class SlowTrainer(train.Trainer):
+    class SlowTrainer(train.NamedLossTrainer):
         def training_step(self, *args, **kwargs):
             time.sleep(0.05)
             return super().training_step(*args, **kwargs)
 
-    monkeypatch.setattr(train, "Trainer", SlowTrainer)
+    monkeypatch.setattr(train, "NamedLossTrainer", SlowTrainer)
     model, dataset = tiny_model(), PackedBlocks(np.arange(258, dtype=np.uint16).repeat(20), block_size=64)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     args = TrainingArguments(str(tmp_path / "out"), use_cpu=True, per_device_train_batch_size=2, max_steps=5)
@@ -232,12 +232,12 @@ def test_configurations_make_models(folder):
     """Loadable by name alone: no code and no weights beside them."""
     assert sorted(path.name for path in (CONFIGS / folder).iterdir()) == ["config.json", "generation_config.json"]
     config = AutoConfig.from_pretrained(CONFIGS / folder)
-    assert config.model_type == folder.split("-")[0] and not hasattr(config, "auto_map")
+    assert config.model_type == folder.rsplit("-", 1)[0] and not hasattr(config, "auto_map")
     with torch.device("meta"):
         model = objective_for(config).auto_class.from_config(config)
     assert model.num_parameters() > 1e5
     generation_config = type(model.generation_config).from_pretrained(CONFIGS / folder)
-    assert generation_config.do_sample if config.model_type == "leap" else generation_config.num_iterations == 16
+    assert generation_config.num_iterations == 16 if config.model_type == "heptapod" else generation_config.do_sample
 
 
 def test_bad_checkpoints_are_named(tmp_path):

@@ -1,0 +1,116 @@
+"""Cross-entropy of several predictions from each hidden state, without ever holding all their logits.
+
+A hidden state of a coarse token predicts all `k` tokens of its block, each over the whole vocabulary:
+
+    logits[n, i] = weight[i * vocab : (i + 1) * vocab] @ hidden[n]        loss = mean over targets of -log softmax
+
+`k * vocab` logits a state is more than a training step wants to keep. The fast path takes them in pieces of
+`_PIECE` numbers and, while a piece is there, also adds what it contributes to both gradients: softmax minus one-hot.
+What is kept for the backward pass is the gradients themselves, which are as large as `hidden` and `weight`.
+"""
+
+import torch
+
+
+_IGNORED = -100  # the target that does not count
+_PIECE = 1 << 22  # logits held at a time
+
+
+def naive_linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """What `linear_cross_entropy` computes, one prediction after the other."""
+    num_targets = targets.shape[1]
+    vocab = weight.shape[0] // num_targets
+    total, count = hidden.new_zeros(()), 0
+    for state, row in zip(hidden, targets.tolist()):
+        for i, target in enumerate(row):
+            if target != _IGNORED:
+                logits = weight[i * vocab : (i + 1) * vocab] @ state
+                total, count = total + logits.logsumexp(0) - logits[target], count + 1
+    return total / max(count, 1)
+
+
+def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of `targets.shape[1]` linear predictions of each hidden state.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(n, width)`): what predicts.
+        weight (`torch.Tensor` of shape `(k * vocab, width)`): `k` linear layers, one under the other.
+        targets (`torch.LongTensor` of shape `(n, k)`): -100 where there is nothing to predict.
+
+    Returns:
+        A scalar in at least float32; 0 where no target counts. It can be differentiated once.
+
+    Raises:
+        ValueError: for shapes that do not fit each other.
+    """
+    if targets.dim() != 2 or hidden.dim() != 2 or hidden.shape[0] != targets.shape[0]:
+        raise ValueError(
+            f"`hidden` must be [n, width] and `targets` [n, k], got {list(hidden.shape)} and {list(targets.shape)}."
+        )
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] % targets.shape[1]:
+        raise ValueError(
+            f"`weight` must be [{targets.shape[1]} * vocab, {hidden.shape[1]}], got {list(weight.shape)}."
+        )
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return _LinearCrossEntropy.apply(hidden, weight, targets, dtype, torch.is_grad_enabled())
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, dtype, differentiate):
+        with torch.autocast(hidden.device.type, enabled=False):
+            loss, grad_hidden, grad_weight = _loss_and_gradients(
+                hidden.to(dtype),
+                weight.to(dtype),
+                targets,
+                differentiate and ctx.needs_input_grad[0],
+                differentiate and ctx.needs_input_grad[1],
+            )
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        grads = (
+            None if saved is None else (saved * grad).to(dtype) for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes)
+        )
+        return *grads, None, None, None
+
+
+def _loss_and_gradients(hidden, weight, targets, for_hidden, for_weight):
+    """The mean loss and its gradients (`None` where not wanted); sums in at least float32."""
+    states, num_targets = targets.shape
+    vocab = weight.shape[0] // num_targets
+    precise = torch.promote_types(hidden.dtype, torch.float32)
+    counts = targets != _IGNORED
+    share = 1 / counts.sum().clamp_min(1).to(precise)
+    places = targets.clamp_min(0).unsqueeze(-1)
+    loss = hidden.new_zeros((), dtype=precise)
+    grad_hidden = hidden.new_zeros(hidden.shape, dtype=precise) if for_hidden else None
+    grad_weight = hidden.new_zeros(weight.shape, dtype=precise) if for_weight else None
+
+    group = max(1, min(num_targets, _PIECE // (states * vocab + 1)))  # targets in a piece
+    rows = max(1, min(states, _PIECE // (group * vocab)))  # states in a piece
+    for first in range(0, num_targets, group):
+        at = slice(first, first + group)
+        part = weight[first * vocab : (first + group) * vocab]
+        for start in range(0, states, rows):
+            here = slice(start, start + rows)
+            logits = (hidden[here] @ part.t()).to(precise).unflatten(-1, (-1, vocab))
+            log_probabilities = logits.log_softmax(-1)
+            counted = counts[here, at].unsqueeze(-1)
+            loss -= (log_probabilities.gather(-1, places[here, at]) * counted).sum()
+            if not (for_hidden or for_weight):
+                continue
+            grad = log_probabilities.exp_()
+            grad.scatter_add_(-1, places[here, at], grad.new_full((1, 1, 1), -1).expand_as(counted))
+            grad = grad.mul_(counted).flatten(1).to(hidden.dtype)
+            if for_hidden:
+                grad_hidden[here] += grad @ part
+            if for_weight:
+                grad_weight[first * vocab : (first + group) * vocab] += grad.t() @ hidden[here]
+    scaled = (None if grad is None else grad.mul_(share) for grad in (grad_hidden, grad_weight))
+    return loss * share, *scaled

@@ -1,0 +1,979 @@
+"""The hierarchical LM: streams of the same text at several resolutions, each a decoder of its own, merged in every layer.
+
+Read bottom-up: compressors, attention, block, merges, layer, model, head. The arithmetic of attention is in
+`windowed_attention.py`, pads and packed rows in `row_layout.py`, losses beside cross-entropy in `predictive_losses.py`. The
+prototype is `simple-hierarchical-transformer` on PyPI; compression with strides is that of Hourglass (arXiv 2110.13711).
+
+A stream of factor `c` and stride `s` has a step for every `s`-th token: step `k` is made of tokens up to `k * s`, and a
+token reads the last step that is made of nothing later than itself. Attention and token shift in it jump `c / s` steps.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import capture_outputs
+
+from .auto_map import FullAutoMapMixin
+from .configuration_hierarchical_lm import HierarchicalLMConfig
+from .hierarchical_cache import HierarchicalCache
+from .predictive_losses import LinearFromZero, PredictiveLosses, RandomProjectionQuantizer
+from .row_layout import RowLayout, packed_layout, pad_layout, segment_ids
+from .windowed_attention import first_key, step_attention, visible, windowed_attention
+
+
+# xPos multiplies queries and keys by powers of a base of at least 0.4 / 1.4, with the distance to a centre over
+# `xpos_scale_base` as exponent. 60 of these are within the range of float32 and bfloat16, 8 within that of float16.
+_FARTHEST_FROM_CENTER = {torch.float16: 8}
+_FARTHEST_FROM_CENTER_ELSE = 60
+
+
+@auto_docstring(
+    custom_intro="""
+    Output of the base model.
+    """
+)
+@dataclass
+class HierarchicalLMModelOutput(ModelOutput):
+    r"""
+    last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, prediction_size)`):
+        What the head predicts from: the normalised stream of the predicting hierarchy, or of all side by side.
+    past_key_values (`HierarchicalCache`, *optional*):
+        What further tokens need of these.
+    hidden_states (`tuple`, *optional*):
+        The stream of the predicting hierarchy before the first and after each layer, the last as `last_hidden_state`.
+    attentions (`tuple`, *optional*):
+        `[batch_size, heads, steps, steps]` of each layer's hierarchies with attention, layer after layer.
+    hierarchy_embeddings (`tuple`, *optional*):
+        The normalised stream of every hierarchy: one step for every `stride`-th token of a sequence, counted from its own
+        beginning, so that padded and packed rows are arranged as `row_layout` says.
+    row_layout (`RowLayout`, *optional*):
+        Comes with `hierarchy_embeddings` where rows are padded or packed.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    hierarchy_embeddings: tuple[torch.FloatTensor, ...] | None = None
+    row_layout: RowLayout | None = None
+
+
+@auto_docstring(
+    custom_intro="""
+    Output of the language model, with each loss by its name.
+    """
+)
+@dataclass
+class HierarchicalLMOutput(ModelOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
+        `ce_loss` and the others times their weights.
+    logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
+        Scores of the next token.
+    past_key_values (`HierarchicalCache`, *optional*):
+        What further tokens need of these.
+    hidden_states (`tuple`, *optional*):
+        As from the base model.
+    attentions (`tuple`, *optional*):
+        As from the base model.
+    hierarchy_embeddings (`tuple`, *optional*):
+        As from the base model.
+    row_layout (`RowLayout`, *optional*):
+        As from the base model.
+    ce_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
+        Cross-entropy of the next token.
+    reconstruction_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
+        Cross-entropy of the tokens that a step was made of. Like the next two without its weight, `None` at weight 0.
+    prophet_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
+        Cross-entropy of the next tokens, as many as the factor.
+    quantized_prophet_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
+        The same with codes for tokens.
+    next_latent_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
+        Distance to the next latent, with the weights of the hierarchies.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    hierarchy_embeddings: tuple[torch.FloatTensor, ...] | None = None
+    row_layout: RowLayout | None = None
+    ce_loss: torch.FloatTensor | None = None
+    reconstruction_loss: torch.FloatTensor | None = None
+    prophet_loss: torch.FloatTensor | None = None
+    quantized_prophet_loss: torch.FloatTensor | None = None
+    next_latent_loss: torch.FloatTensor | None = None
+
+
+@dataclass
+class StreamPlan:
+    """What one forward pass does to the stream of one hierarchy, the same in every layer.
+
+    Attributes:
+        stride, dilation (`int`), window (`int`, *optional*), block (`bool`): of the hierarchy.
+        steps (`int`): new ones, of the row that has most of them.
+        fresh (`bool`): whether they are the first.
+        tokens (`int`): new ones.
+        rotary (`tuple[torch.Tensor, torch.Tensor]`, *optional*): of the new steps, see `_rotate`.
+        pick (`slice` or `torch.LongTensor` of shape `[batch, steps]`): the token that each step comes with, at strides
+            above 1.
+        spread (`torch.LongTensor` of shape `[tokens]` or `[batch, tokens]`, *optional*): the step each token reads, 0 for
+            the last cached one and from 1 on for new ones.
+        counts (`torch.LongTensor` of shape `[batch]`, *optional*): new steps of each row, where not all have as many.
+        order (`torch.LongTensor` of shape `[batch, length]`, *optional*): which cached and new steps to keep then.
+        positions, segments (`torch.LongTensor` of shape `[batch, steps]`, *optional*): of packed rows.
+        shift_mask (`torch.BoolTensor` of shape `[batch, steps, 1]`, *optional*): steps of packed rows that have another one
+            to look back at.
+        keys_seen (`int`, *optional*): how many keys a single step reads, `None` for all.
+        mask (`torch.BoolTensor` of shape `[1 or batch, 1, queries, keys]`, *optional*): where neither windows of whole
+            sequences nor a single step's say everything.
+        token_positions (`torch.LongTensor` of shape `[1 or batch, steps]`, *optional*): of the token each step comes with.
+        in_the_open (`bool`): whether to return attentions, which takes the mask.
+    """
+
+    stride: int
+    dilation: int
+    window: int | None
+    block: bool
+    steps: int
+    fresh: bool
+    tokens: int
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    pick: slice | torch.Tensor | None = None
+    spread: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
+    shift_mask: torch.Tensor | None = None
+    keys_seen: int | None = None
+    mask: torch.Tensor | None = None
+    token_positions: torch.Tensor | None = None
+    in_the_open: bool = False
+
+    def at_steps(self, x: torch.Tensor) -> torch.Tensor:
+        """`[batch, tokens, width]` -> `[batch, steps, width]`: the tokens that steps come with."""
+        if self.stride == 1:
+            return x
+        return x[:, self.pick] if isinstance(self.pick, slice) else _gather_steps(x, self.pick)
+
+    def at_tokens(self, x: torch.Tensor, last: torch.Tensor | None) -> torch.Tensor:
+        """`[batch, steps, width]` -> `[batch, tokens, width]`: the steps that tokens read, from `last [batch, 1, width]` on."""
+        if self.stride == 1:
+            return x
+        if self.fresh:
+            return x.repeat_interleave(self.stride, dim=1)[:, : self.tokens]
+        if self.tokens == 1 and self.spread is None:
+            return x if self.steps else last
+        x = torch.cat((last, x), dim=1)
+        return x[:, self.spread] if self.spread.dim() == 1 else _gather_steps(x, self.spread)
+
+    def last_of(self, x: torch.Tensor, number: int) -> torch.Tensor:
+        """The last `number` of cached and new steps, of `[batch, number + steps, width]`, as a state to keep."""
+        if self.counts is not None:
+            places = self.counts.unsqueeze(1) + torch.arange(number, device=x.device)
+            return _gather_steps(x, places)
+        last = x[:, x.shape[1] - number :]
+        return last if x.shape[1] <= 2 * number else last.clone()  # no long row is kept alive for its end
+
+
+def _gather_steps(x, places):
+    return x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def _rotate(x, rotary):
+    """Half-split rotary positions of `x [batch, steps, 2, heads, head_dim]`, queries and keys at once.
+
+    `rotary` is cosines and signed sines `[1 or batch, steps, 1 or 2, 1, head_dim]`, times what xPos adds.
+    """
+    cos, sin = rotary
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, is_causal=False, **kwargs):
+    """Attention in the open; the arguments are those of transformers' attention interface, with a boolean mask.
+
+    Returns the output `[batch, queries, heads, head_dim]` and the weights `[batch, heads, queries, keys]`.
+    """
+    logits = query @ key.transpose(2, 3) * scaling
+    if is_causal:
+        shape = query.shape[2], key.shape[2]
+        attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
+    if attention_mask is not None:
+        logits = logits.masked_fill(~attention_mask, torch.finfo(logits.dtype).min)
+    weights = torch.softmax(logits, dim=-1, dtype=torch.promote_types(torch.float32, query.dtype)).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class ConvCompressor(nn.Module):
+    """A causal convolution over the last `factor` embeddings, as two linear layers."""
+
+    def __init__(self, config: HierarchicalLMConfig, hierarchy: int):
+        super().__init__()
+        width, self.factor = config.hidden_size, config.hierarchies[hierarchy]
+        self.conv_in = nn.Linear(self.factor * width, 4 * width)
+        self.conv_out = nn.Linear(4 * width, config.hidden_sizes[hierarchy])
+
+    def forward(self, windows: torch.Tensor, exists: torch.Tensor | None) -> torch.Tensor:
+        """`windows [batch, steps, factor, hidden_size]`, oldest first, zero where there is none -> `[batch, steps, width]`."""
+        return self.conv_out(nn.functional.silu(self.conv_in(windows.flatten(2))))
+
+
+class AttentionCompressor(nn.Module):
+    """Self-attention over the last `factor` embeddings, of which the last one's output is read."""
+
+    needs_exists = True
+
+    def __init__(self, config: HierarchicalLMConfig, hierarchy: int):
+        super().__init__()
+        width, self.factor = config.hidden_size, config.hierarchies[hierarchy]
+        self.num_heads, self.head_dim = config.num_attention_heads[hierarchy], config.head_dim[hierarchy]
+        inner = self.num_heads * self.head_dim
+        self.q_proj = nn.Linear(width, inner, bias=False)
+        self.k_proj = nn.Linear(width, inner, bias=False)
+        self.v_proj = nn.Linear(width, inner, bias=False)
+        self.o_proj = nn.Linear(inner, config.hidden_sizes[hierarchy], bias=False)
+        self.tap_embed = nn.Parameter(torch.empty(self.factor, inner))  # of the places in the block, for keys
+
+    def forward(self, windows: torch.Tensor, exists: torch.Tensor | None) -> torch.Tensor:
+        """As the convolution's; `exists [1 or batch, steps, factor]` says where there is an embedding."""
+        heads = (self.num_heads, self.head_dim)
+        query = self.q_proj(windows[:, :, -1]).unflatten(-1, heads)
+        key = (self.k_proj(windows) + self.tap_embed).unflatten(-1, heads)
+        value = self.v_proj(windows).unflatten(-1, heads)
+        logits = torch.einsum("bnhd,bnchd->bnhc", query, key) * self.head_dim**-0.5
+        logits = logits.masked_fill(~exists.unsqueeze(2), torch.finfo(logits.dtype).min)
+        weights = torch.softmax(logits, dim=-1, dtype=torch.promote_types(torch.float32, logits.dtype))
+        out = torch.einsum("bnhc,bnchd->bnhd", weights.to(value.dtype), value)
+        return self.o_proj(out.flatten(2))
+
+
+def _compressor(config, hierarchy):
+    if config.hierarchies[hierarchy] == 1:
+        if config.hidden_sizes[hierarchy] == config.hidden_size:
+            return nn.Identity()
+        return nn.Linear(config.hidden_size, config.hidden_sizes[hierarchy], bias=False)
+    kind = {"conv": ConvCompressor, "attention": AttentionCompressor}[config.compressor[hierarchy]]
+    return kind(config, hierarchy)
+
+
+class HierarchicalLMAttention(nn.Module):
+    """Causal attention of one stream, or of several of equal width."""
+
+    def __init__(self, config: HierarchicalLMConfig, hierarchy: int):
+        super().__init__()
+        self.config = config
+        self.num_heads, self.head_dim = config.num_attention_heads[hierarchy], config.head_dim[hierarchy]
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        inner, width = self.num_heads * self.head_dim, config.hidden_sizes[hierarchy]
+        self.qkv_proj = nn.Linear(width, 3 * inner, bias=False)
+        self.o_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(
+        self, hidden_states: torch.Tensor, plan: StreamPlan, cache: HierarchicalCache | None, layer_idx: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch, steps, _ = hidden_states.shape
+        qkv = self.qkv_proj(hidden_states).view(batch, steps, 3, self.num_heads, self.head_dim)
+        query, key = _rotate(qkv[:, :, :2], plan.rotary).unbind(2)
+        value = qkv[:, :, 2]
+        if cache is None:
+            keys, values = key.transpose(1, 2), value.transpose(1, 2)
+        else:
+            keys, values = cache.append(layer_idx, key.transpose(1, 2), value.transpose(1, 2), plan.order)
+        weights = None
+        if plan.in_the_open:
+            out, weights = eager_attention(self, query.transpose(1, 2), keys, values, plan.mask, self.scaling)
+        elif plan.fresh:
+            where = (plan.window, plan.dilation, plan.block, plan.positions, plan.segments)
+            out = windowed_attention(self._attend, query, key, value, *where)
+        elif steps == 1:
+            query = query.transpose(1, 2)
+            out = step_attention(self._attend, query, keys, values, plan.keys_seen, plan.dilation, plan.mask)
+        else:
+            out = self._attend(query.transpose(1, 2), keys, values, plan.mask, False)
+        return self.o_proj(out.reshape(batch, steps, -1)), weights
+
+    def _attend(self, query, key, value, mask, is_causal):
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        return attention(self, query, key, value, mask, scaling=self.scaling, is_causal=is_causal)[0]
+
+
+class HierarchicalLMMLP(nn.Module):
+    def __init__(self, config: HierarchicalLMConfig, hierarchy: int):
+        super().__init__()
+        width, inner = config.hidden_sizes[hierarchy], config.intermediate_sizes[hierarchy]
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class HierarchicalLMBlock(nn.Module):
+    """Pre-norm block of one stream: attention (unless its window is 0) and feed-forward, both behind a token shift.
+
+    `attention` is the module of another block where weights are shared, `None` for a block's own.
+    """
+
+    def __init__(self, config: HierarchicalLMConfig, layer_idx: int, hierarchy: int, has_own_attention: bool):
+        super().__init__()
+        width = config.hidden_sizes[hierarchy]
+        self.cache_idx = layer_idx * config.num_hierarchies + hierarchy
+        self.has_attention = config.window_sizes[hierarchy] != 0
+        if self.has_attention:
+            norms = {
+                "rms_norm": (nn.RMSNorm, config.rms_norm_eps),
+                "layer_norm": (nn.LayerNorm, config.layer_norm_eps),
+            }
+            norm, eps = norms[config.attention_norm[hierarchy]]
+            self.input_layernorm = norm(width, eps=eps)
+        if has_own_attention:
+            self.self_attn = HierarchicalLMAttention(config, hierarchy)
+        self.post_attention_layernorm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+        self.mlp = HierarchicalLMMLP(config, hierarchy)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        plan: StreamPlan,
+        cache: HierarchicalCache | None = None,
+        attention: nn.Module | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weights = None
+        if self.has_attention:
+            shifted = self.input_layernorm(self._token_shift(hidden_states, plan, cache, 0))
+            attention = self.self_attn if attention is None else attention
+            out, weights = attention(shifted, plan, cache, self.cache_idx)
+            hidden_states = hidden_states + out
+        shifted = self.post_attention_layernorm(self._token_shift(hidden_states, plan, cache, 1))
+        return hidden_states + self.mlp(shifted), weights
+
+    def _token_shift(self, x, plan, cache, state_idx):
+        """The second half of the channels, from one (dilated) step before (RWKV's token shift)."""
+        steps, width = x.shape[1:]
+        kept, moved = x.split((width + 1) // 2, dim=-1) if width > 1 else (x, x[..., :0])
+        past = None if cache is None else cache.read_conv(self.cache_idx, state_idx)
+        if past is None:
+            past = moved.new_zeros(x.shape[0], plan.dilation, moved.shape[-1])
+        if cache is not None and steps == 1 and plan.dilation == 1 and plan.counts is None:
+            cache.write_conv(moved, self.cache_idx, state_idx)
+            return torch.cat((kept, past), dim=-1)
+        joined = torch.cat((past, moved), dim=1)
+        if cache is not None:
+            cache.write_conv(plan.last_of(joined, plan.dilation), self.cache_idx, state_idx)
+        earlier = joined[:, :steps]
+        if plan.shift_mask is not None:
+            earlier = earlier * plan.shift_mask
+        return torch.cat((kept, earlier), dim=-1)
+
+
+class ConcatMerge(nn.Module):
+    """All streams side by side through a feed-forward, into the predicting one or into all."""
+
+    def __init__(self, config: HierarchicalLMConfig):
+        super().__init__()
+        width = sum(config.hidden_sizes)
+        into_all = config.merge_into == "all"
+        self.receivers = list(range(config.num_hierarchies)) if into_all else [config.predict_index]
+        self.sizes = [config.hidden_sizes[h] for h in self.receivers]
+        self.norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+        self.up_proj = nn.Linear(width, 2 * sum(self.sizes))
+        self.down_proj = nn.Linear(2 * sum(self.sizes), sum(self.sizes))
+
+    def forward(self, streams: list[torch.Tensor]) -> dict[int, torch.Tensor]:
+        """From all streams at the resolution of tokens, what each receiving one is to add, by its place."""
+        hidden_states = nn.functional.silu(self.up_proj(self.norm(torch.cat(streams, dim=-1))))
+        return dict(zip(self.receivers, self.down_proj(hidden_states).split(self.sizes, dim=-1)))
+
+
+class CrossAttentionMerge(nn.Module):
+    """Attention over the streams at the same time step; each has projections of its own to a common width."""
+
+    def __init__(self, config: HierarchicalLMConfig):
+        super().__init__()
+        into_all = config.merge_into == "all"
+        self.receivers = list(range(config.num_hierarchies)) if into_all else [config.predict_index]
+        self.sources = {
+            i: [
+                j
+                for j, factor in enumerate(config.hierarchies)
+                if config.merge_direction == "full" or factor >= config.hierarchies[i]
+            ]
+            for i in self.receivers
+        }
+        self.num_heads = config.num_attention_heads[config.predict_index]
+        self.head_dim = config.head_dim[config.predict_index]
+        inner = self.num_heads * self.head_dim
+        used = sorted({*self.receivers, *(j for places in self.sources.values() for j in places)})
+        self.norms = nn.ModuleDict({str(j): nn.RMSNorm(config.hidden_sizes[j], eps=config.rms_norm_eps) for j in used})
+        self.kv_proj = nn.ModuleDict(
+            {
+                str(j): nn.Linear(config.hidden_sizes[j], 2 * inner, bias=False)
+                for j in sorted({j for places in self.sources.values() for j in places})
+            }
+        )
+        self.q_proj = nn.ModuleDict(
+            {str(i): nn.Linear(config.hidden_sizes[i], inner, bias=False) for i in self.receivers}
+        )
+        self.o_proj = nn.ModuleDict(
+            {str(i): nn.Linear(inner, config.hidden_sizes[i], bias=False) for i in self.receivers}
+        )
+
+    def forward(self, streams: list[torch.Tensor]) -> dict[int, torch.Tensor]:
+        """From all streams at the resolution of tokens, what each receiving one is to add, by its place."""
+        normed = {name: norm(streams[int(name)]) for name, norm in self.norms.items()}
+        heads = (self.num_heads, self.head_dim)
+        keys_values = {j: proj(normed[j]).unflatten(-1, (2, *heads)) for j, proj in self.kv_proj.items()}
+        out = {}
+        for i, sources in self.sources.items():
+            query = self.q_proj[str(i)](normed[str(i)]).unflatten(-1, heads)
+            key, value = torch.stack([keys_values[str(j)] for j in sources], dim=-2).unbind(2)
+            weights = torch.softmax((query.unsqueeze(-2) * key).sum(-1) * self.head_dim**-0.5, dim=-1)
+            out[i] = self.o_proj[str(i)]((weights.unsqueeze(-1) * value).sum(-2).flatten(2))
+        return out
+
+
+class HierarchicalLMLayer(GradientCheckpointingLayer):
+    """A block for each stream, then what they tell each other."""
+
+    def __init__(self, config: HierarchicalLMConfig, layer_idx: int):
+        super().__init__()
+        self.owners = _attention_owners(config)
+        self.blocks = nn.ModuleList(
+            HierarchicalLMBlock(config, layer_idx, h, owner == h) for h, owner in enumerate(self.owners)
+        )
+        self.merge = None
+        if config.num_hierarchies > 1:
+            self.merge = (ConcatMerge if config.merge == "concat" else CrossAttentionMerge)(config)
+
+    def forward(
+        self,
+        *streams: torch.Tensor,
+        plans: list[StreamPlan],
+        past_key_values: HierarchicalCache | None = None,
+        ablate_merge: bool = False,
+    ) -> tuple[torch.Tensor, ...]:
+        """Streams `[batch, steps, width]` after this layer, then the attentions of those whose plans ask for them."""
+        cache, attentions = past_key_values, []
+        streams = list(streams)
+        for h, (block, plan) in enumerate(zip(self.blocks, plans)):
+            if plan.steps == 0:
+                continue
+            attention = None if self.owners[h] in (None, h) else self.blocks[self.owners[h]].self_attn
+            streams[h], weights = block(streams[h], plan, cache, attention)
+            if weights is not None:
+                attentions.append(weights)
+        if self.merge is None:
+            return (*streams, *attentions)
+        at_tokens = [
+            _at_tokens(x, plan, cache, block.cache_idx) for x, plan, block in zip(streams, plans, self.blocks)
+        ]
+        if not ablate_merge:
+            for h, pooled in self.merge(at_tokens).items():
+                if plans[h].steps:
+                    streams[h] = streams[h] + plans[h].at_steps(pooled)
+        return (*streams, *attentions)
+
+
+def _attention_owners(config):
+    """Which hierarchy's block holds the attention weights of each hierarchy, `None` where there is no attention."""
+    owners, first_of = [], {}
+    for h, window in enumerate(config.window_sizes):
+        shape = (config.hidden_sizes[h], config.num_attention_heads[h], config.head_dim[h])
+        shape = shape if config.shared_attention else h
+        owners.append(None if window == 0 else first_of.setdefault(shape, h))
+    return owners
+
+
+def _at_tokens(x, plan, cache, layer_idx, state_idx=0):
+    """A stream at the resolution of tokens; its last step stays in the cache for those to come."""
+    if plan.stride == 1 or cache is None:
+        return plan.at_tokens(x, None)
+    last = cache.read_recurrent(layer_idx, state_idx)
+    if last is None:
+        last = x.new_zeros(x.shape[0], 1, x.shape[2])
+    if plan.steps:
+        seen = x if plan.counts is None else torch.cat((last, x), dim=1)
+        cache.write_recurrent(plan.last_of(seen, 1), layer_idx, state_idx)
+    return plan.at_tokens(x, last)
+
+
+@auto_docstring
+class HierarchicalLMPreTrainedModel(FullAutoMapMixin, PreTrainedModel):
+    config: HierarchicalLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HierarchicalLMLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _is_stateful = True
+    _family_auto_map = {
+        "AutoConfig": "configuration_hierarchical_lm.HierarchicalLMConfig",
+        "AutoModel": "modeling_hierarchical_lm.HierarchicalLMModel",
+        "AutoModelForCausalLM": "modeling_hierarchical_lm.HierarchicalLMForCausalLM",
+    }
+
+    def __init__(self, config: HierarchicalLMConfig, *args, **kwargs):
+        config.complete()
+        super().__init__(config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, AttentionCompressor):
+            init.normal_(module.tap_embed, std=self.config.initializer_range)
+        elif isinstance(module, (LinearFromZero, RandomProjectionQuantizer)):
+            module.init_weights()
+
+
+@auto_docstring
+class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
+    def __init__(self, config: HierarchicalLMConfig):
+        super().__init__(config)
+        hierarchies = range(config.num_hierarchies)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.rotary_emb = nn.ModuleList(LlamaRotaryEmbedding(config.of_hierarchy(h)) for h in hierarchies)
+        self.compressors = nn.ModuleList(_compressor(config, h) for h in hierarchies)
+        self.embed_norms = nn.ModuleList(
+            nn.LayerNorm(width, eps=config.layer_norm_eps) for width in config.hidden_sizes
+        )
+        self.layers = nn.ModuleList(HierarchicalLMLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=config.layer_norm_eps) for width in config.hidden_sizes)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_hierarchy_embeddings: bool = False,
+        ablate_merge: bool = False,
+        seq_idx: torch.LongTensor | None = None,
+        cu_seq_lens_q: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> HierarchicalLMModelOutput:
+        r"""
+        output_hierarchy_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether to also return the normalised stream of every hierarchy.
+        ablate_merge (`bool`, *optional*, defaults to `False`):
+            Leave out what hierarchies tell each other.
+        seq_idx (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Index of the packed sequence each token belongs to.
+        cu_seq_lens_q (`torch.LongTensor` of shape `(num_sequences + 1,)`, *optional*):
+            Boundaries of the sequences packed into one row. Restarting `position_ids` without an `attention_mask` mean
+            the same.
+        """
+        config = self.config
+        inputs_embeds = self.embed(input_ids, inputs_embeds)
+        batch, seq, _ = inputs_embeds.shape
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        use_cache = config.use_cache if use_cache is None else use_cache
+        if past_key_values is not None:
+            check_cache(past_key_values)
+        cache = past_key_values
+        if cache is None and use_cache and not self.training:
+            cache = HierarchicalCache(config)
+        if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != seq):
+            raise ValueError(f"`position_ids` must be [1 or batch, {seq}], got {list(position_ids.shape)}.")
+
+        past = [0] * batch if cache is None or cache.seen_tokens == 0 else cache.row_lengths
+        if len(past) != batch:
+            raise ValueError(f"`past_key_values` holds {len(past)} rows, but the batch has {batch}.")
+        fresh = cache is None or cache.seen_tokens == 0
+        mask = _token_mask(attention_mask, inputs_embeds, 0 if fresh else cache.seen_tokens)
+        segments = None
+        if fresh:
+            segments = segment_ids(inputs_embeds, attention_mask, position_ids, seq_idx, cu_seq_lens_q)
+        rows = None
+        if segments is not None:
+            if past_key_values is not None:
+                raise ValueError("`past_key_values` cannot be filled by packed rows: a cache row is one sequence.")
+            cache = None
+            rows = packed_layout(segments, mask, max(config.hierarchies))
+        elif mask is not None:
+            rows = pad_layout(mask)
+        new = [seq] * batch if mask is None or cache is None else mask.sum(1).tolist()
+        embeds = inputs_embeds if rows is None else rows.align(inputs_embeds)
+
+        pass_ = _Pass(embeds, past, new, rows, cache, fresh, bool(output_attentions))
+        plans = [self._plan(h, pass_) for h in range(config.num_hierarchies)]
+        streams = tuple(norm(x) for norm, x in zip(self.embed_norms, self._compress(embeds, plans, pass_)))
+        predicting, hidden_states, attentions = config.predict_index, [], []
+        for layer in self.layers:
+            if output_hidden_states:
+                hidden_states.append(_restore(rows, streams[predicting], plans[predicting]))
+            out = layer(*streams, plans=plans, past_key_values=cache, ablate_merge=ablate_merge)
+            streams = out[: len(plans)]
+            attentions.extend(out[len(plans) :])
+        streams = tuple(norm(x) for norm, x in zip(self.norms, streams))
+        used = range(config.num_hierarchies) if config.predict_from_all else [predicting]
+        last = len(self.layers) * config.num_hierarchies
+        at_tokens = [_at_tokens(streams[h], plans[h], cache, last, h) for h in used]
+        last_hidden_state = at_tokens[0] if len(at_tokens) == 1 else torch.cat(at_tokens, dim=-1)
+        if rows is not None:
+            last_hidden_state = rows.restore(last_hidden_state)
+        if cache is not None:
+            cache.advance(seq, [before + more for before, more in zip(past, new)])
+        return HierarchicalLMModelOutput(
+            last_hidden_state=last_hidden_state,
+            past_key_values=cache,
+            hidden_states=(*hidden_states, last_hidden_state) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            hierarchy_embeddings=streams if output_hierarchy_embeddings else None,
+            row_layout=rows if output_hierarchy_embeddings else None,
+        )
+
+    def embed(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None) -> torch.FloatTensor:
+        """The embeddings `[batch, seq, hidden_size]` of one or the other. Raises `TypeError` and `ValueError` for bad input."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
+        if input_ids is None:
+            if not inputs_embeds.is_floating_point():
+                raise TypeError(f"`inputs_embeds` must be floating point, got {inputs_embeds.dtype}.")
+            width = self.config.hidden_size
+            if inputs_embeds.dim() != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[2] != width:
+                raise ValueError(
+                    f"`inputs_embeds` must be [batch >= 1, seq >= 1, {width}], got {list(inputs_embeds.shape)}."
+                )
+            return inputs_embeds
+        if input_ids.dtype not in (torch.long, torch.int):
+            raise TypeError(f"`input_ids` must be torch.long or torch.int, got {input_ids.dtype}.")
+        if input_ids.dim() != 2 or 0 in input_ids.shape:
+            raise ValueError(f"`input_ids` must be [batch >= 1, seq >= 1], got {list(input_ids.shape)}.")
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError as error:  # on a CPU; elsewhere a look would stop the device
+            vocabulary = self.embed_tokens.num_embeddings
+            low, high = (int(x) for x in input_ids.aminmax())
+            raise ValueError(f"`input_ids` must be in [0, {vocabulary}), got values from {low} to {high}.") from error
+
+    def _compress(self, embeds, plans, pass_):
+        """The streams `[batch, steps, width]` that the first layer gets, without their norm."""
+        factors = self.config.hierarchies
+        back = max(factors) - 1  # embeddings that compressors look back at
+        joined, cache = embeds, pass_.cache
+        if back:
+            before = None if cache is None else cache.read_conv(-1)
+            if before is None:
+                before = embeds.new_zeros(embeds.shape[0], back, embeds.shape[2])
+            joined = torch.cat((before, embeds), dim=1)
+            if cache is not None:
+                cache.write_conv(pass_.last_of(joined, back), -1)
+        streams = []
+        for factor, width, plan, compressor in zip(factors, self.config.hidden_sizes, plans, self.compressors):
+            if plan.steps == 0:
+                streams.append(embeds.new_zeros(embeds.shape[0], 0, width))
+                continue
+            if factor == 1:
+                streams.append(compressor(embeds).to(embeds.dtype))
+                continue
+            windows = joined[:, back - factor + 1 :].unfold(1, factor, 1).transpose(2, 3)
+            if plan.stride > 1 and isinstance(plan.pick, slice):
+                windows = windows[:, plan.pick]
+            elif plan.stride > 1:
+                windows = torch.stack([plan.at_steps(x) for x in windows.unbind(2)], dim=2)
+            exists = None
+            if isinstance(compressor, AttentionCompressor):
+                taps = torch.arange(1 - factor, 1, device=embeds.device)
+                exists = (plan.token_positions.unsqueeze(-1) + taps) >= 0
+            streams.append(compressor(windows, exists).to(embeds.dtype))  # autocast must not make bf16 streams
+        return streams
+
+    def _plan(self, hierarchy, pass_):
+        config, cache, device = self.config, pass_.cache, pass_.embeds.device
+        stride, dilation = config.strides[hierarchy], config.dilations[hierarchy]
+        window, block = config.window_sizes[hierarchy], config.window_type == "block"
+        tokens, past = pass_.embeds.shape[1], pass_.past
+        before = [-(-x // stride) for x in past]  # steps of each row so far
+        steps = max(-(-(x + tokens) // stride) - k for x, k in zip(past, before))
+        plan = StreamPlan(stride, dilation, window, block, steps, pass_.fresh, tokens)
+        one_start = min(past) == max(past)
+        if stride > 1:
+            if one_start:
+                plan.pick = slice(before[0] * stride - past[0], None, stride)
+                if not pass_.fresh and tokens > 1:
+                    plan.spread = (past[0] + torch.arange(tokens, device=device)) // stride - (before[0] - 1)
+            else:
+                starts, firsts = (torch.tensor(x, device=device).unsqueeze(1) for x in (past, before))
+                pick = (firsts + torch.arange(steps, device=device)) * stride - starts
+                plan.pick = pick.clamp_max(tokens - 1)
+                plan.spread = (starts + torch.arange(tokens, device=device)) // stride - (firsts - 1)
+        if steps == 0:
+            return plan
+        new = [-(-(x + more) // stride) - k for x, more, k in zip(past, pass_.new, before)]
+        if cache is not None and min(new) < steps:
+            plan.counts = torch.tensor(new, device=device)
+        first = torch.tensor(before[:1] if one_start else before, device=device).unsqueeze(1)
+        positions = first + torch.arange(steps, device=device)
+        if pass_.rows is not None and pass_.rows.segments is not None:
+            positions = plan.positions = pass_.rows.positions[:, ::stride] // stride
+            plan.segments = pass_.rows.segments[:, ::stride]
+            plan.shift_mask = (positions >= dilation).unsqueeze(-1)
+        plan.token_positions = positions * stride
+        if window == 0:
+            return plan
+        newest = (max(before) + steps) // dilation
+        plan.rotary = self._rotary(hierarchy, positions // dilation, newest, -(-steps // dilation), cache)
+        cached = 0 if cache is None else cache.steps_cached(hierarchy)
+        if plan.counts is not None:
+            length = cached + max(new)
+            places = torch.arange(length, device=device) + plan.counts.unsqueeze(1) - max(new)
+            plan.order = places.clamp_min(0)
+        plan.in_the_open = pass_.in_the_open
+        if plan.in_the_open or (steps > 1 and not pass_.fresh):
+            if cached:
+                positions = first - cached + torch.arange(cached + steps, device=device)
+            plan.mask = visible(positions, steps, window, dilation, block, plan.segments).unsqueeze(1)
+        elif not pass_.fresh:
+            plan.keys_seen = window
+            if block:
+                plan.keys_seen = 2 * window if not one_start else window + before[0] // dilation % window + 1
+            read = first_key(cached + 1, plan.keys_seen, dilation)
+            if min(before) - cached + read < 0 or (block and not one_start):
+                positions = first - cached + torch.arange(read, cached + 1, dilation, device=device)
+                plan.mask = visible(positions, 1, window, dilation, block).unsqueeze(1)
+        return plan
+
+    def _rotary(self, hierarchy, positions, newest, steps, cache):
+        """Cosines and signed sines of positions `[1 or batch, steps]` within a phase, with what xPos adds."""
+        dtype = self.embed_tokens.weight.dtype
+        rotary_emb, head_dim = self.rotary_emb[hierarchy], self.config.head_dim[hierarchy]
+        cos, sin = rotary_emb(positions.new_zeros((), dtype=torch.float32), positions)
+        sin = torch.cat((-sin[..., : head_dim // 2], sin[..., head_dim // 2 :]), dim=-1)
+        cos, sin = (x.unsqueeze(-2).unsqueeze(-2) for x in (cos, sin))
+        if self.config.use_xpos[hierarchy]:
+            base = self.config.xpos_scale_base
+            decay = (torch.arange(0, head_dim, 2, device=positions.device) + 0.4 * head_dim) / (1.4 * head_dim)
+            decay = decay.repeat(2)
+            center = self._center(hierarchy, newest, steps, decay, cache)
+            scale = decay ** ((positions - center).unsqueeze(-1) / base)
+            scale = torch.stack((scale, 1 / scale), dim=-2).unsqueeze(-2)
+            cos, sin = cos * scale, sin * scale
+        return cos.to(dtype), sin.to(dtype)
+
+    def _center(self, hierarchy, newest, steps, decay, cache):
+        """The position from which decay is counted; it follows the newest one, and cached keys follow it."""
+        base = self.config.xpos_scale_base
+        farthest = _FARTHEST_FROM_CENTER.get(self.embed_tokens.weight.dtype, _FARTHEST_FROM_CENTER_ELSE)
+        fresh = cache is None or cache.steps_cached(hierarchy) == 0
+        fit = int((2 if fresh else 1) * farthest * base)
+        if steps > fit:
+            raise ValueError(
+                f"With `use_xpos` at most {fit} steps of a hierarchy's phase fit in one pass "
+                f"{'' if fresh else 'after cached ones '}at this precision, got {steps}: give them in several passes with "
+                "a cache, or set a higher `xpos_scale_base`."
+            )
+        if fresh:
+            center = newest // 2
+            if cache is not None:
+                cache.centers[hierarchy] = center
+            return center
+        center = cache.centers[hierarchy]
+        if newest - center > farthest // 4 * base:
+            cache.scale_keys(hierarchy, decay ** ((newest - center) / base))
+            cache.centers[hierarchy] = center = newest
+        return center
+
+
+@dataclass
+class _Pass:
+    """What the plans of all hierarchies share: embeddings as laid out, real tokens of each row before and in this pass."""
+
+    embeds: torch.Tensor
+    past: list[int]
+    new: list[int]
+    rows: RowLayout | None
+    cache: HierarchicalCache | None
+    fresh: bool
+    in_the_open: bool
+
+    def last_of(self, x, number):
+        """The last `number` of `[batch, number + tokens, width]`, as `StreamPlan.last_of`."""
+        tokens = self.embeds.shape[1]
+        counts = None if min(self.new) == tokens else torch.tensor(self.new, device=x.device)
+        return StreamPlan(1, 1, None, False, tokens, self.fresh, tokens, counts=counts).last_of(x, number)
+
+
+def _restore(rows, x, plan):
+    """A stream in the order of the input; one with a stride stays as it is laid out."""
+    return x if rows is None or plan.stride > 1 else rows.restore(x)
+
+
+def check_cache(cache: Cache) -> None:
+    """Raise a `TypeError` for caches of other kinds."""
+    if not hasattr(cache, "row_lengths"):
+        raise TypeError(
+            f"`past_key_values` must be a HierarchicalCache, got {type(cache).__name__}: build it with "
+            "`HierarchicalCache(model.config)`, or leave it out and pass `use_cache=True`."
+        )
+
+
+def _token_mask(attention_mask, inputs_embeds, past):
+    """Which of the new tokens are real, `[batch, seq]`; `None` where all are."""
+    if attention_mask is None:
+        return None
+    batch, seq, _ = inputs_embeds.shape
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
+        raise ValueError(f"`attention_mask` must be [{batch}, length], got {list(attention_mask.shape)}.")
+    if is_tracing(attention_mask):
+        return attention_mask[:, -seq:].bool()
+    if attention_mask.shape[1] not in (seq, past + seq):
+        raise ValueError(
+            f"`attention_mask` must cover the {seq} new tokens or all {past + seq} seen so far, got length "
+            f"{attention_mask.shape[1]}."
+        )
+    mask = attention_mask[:, -seq:]
+    return None if mask.all() else mask.bool()
+
+
+@auto_docstring
+class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    predictive_losses_class = PredictiveLosses
+
+    def __init__(self, config: HierarchicalLMConfig):
+        super().__init__(config)
+        self.model = HierarchicalLMModel(config)
+        self.lm_head = nn.Linear(config.prediction_size, config.vocab_size, bias=False)
+        self.predictive_losses = None
+        if self.predictive_losses_class.wanted(config):
+            self.predictive_losses = self.predictive_losses_class(config)
+        self._freeze_unread()
+        self.post_init()
+
+    def _freeze_unread(self):
+        """What neither the head nor a loss reads takes no gradient, for which data parallel training would wait."""
+        config, merge = self.config, self.model.layers[-1].merge
+        read = [] if self.predictive_losses is None else self.predictive_losses.hierarchies_read
+        for h in range(config.num_hierarchies):
+            if h == config.predict_index or config.predict_from_all or h in read:
+                continue
+            self.model.norms[h].requires_grad_(False)
+            if isinstance(merge, CrossAttentionMerge) and h in merge.receivers:
+                merge.q_proj[str(h)].requires_grad_(False)
+                merge.o_proj[str(h)].requires_grad_(False)
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_hierarchy_embeddings: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> HierarchicalLMOutput:
+        r"""
+        output_hierarchy_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether to also return the normalised stream of every hierarchy.
+        """
+        predictive = self.predictive_losses is not None and labels is not None and past_key_values is None
+        if predictive:
+            inputs_embeds = self.model.embed(input_ids, inputs_embeds)
+        outputs = self.model(
+            input_ids=None if predictive else input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hierarchy_embeddings=output_hierarchy_embeddings or predictive,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss, losses = None, {}
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            losses["ce_loss"] = loss
+        if predictive:
+            others = self._predictive_losses(outputs, inputs_embeds, input_ids, labels, **kwargs)
+            for name, value in others.items():
+                # The next-latent loss has its weights, one for each hierarchy, inside.
+                weight = 1.0 if name == "next_latent" else getattr(self.config, f"{name}_loss_weight")
+                loss = loss + weight * value
+                losses[f"{name}_loss"] = value
+        return HierarchicalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            hierarchy_embeddings=outputs.hierarchy_embeddings if output_hierarchy_embeddings else None,
+            row_layout=outputs.row_layout if output_hierarchy_embeddings else None,
+            **losses,
+        )
+
+    def _predictive_losses(
+        self, outputs, embeds, input_ids, labels, num_items_in_batch=None, shift_labels=None, **kwargs
+    ):
+        """Losses beside cross-entropy, by name; with accumulated gradients, this batch's share of them."""
+        rows, mask, segments = outputs.row_layout, None, None
+        if rows is not None:
+            mask, segments = rows.real, rows.segments
+            embeds = rows.align(embeds)
+            input_ids = None if input_ids is None else rows.align(input_ids.unsqueeze(-1)).squeeze(-1)
+        scale = None
+        if num_items_in_batch is not None:
+            targets = labels[:, 1:] if shift_labels is None else shift_labels
+            scale = (targets != -100).sum() / num_items_in_batch
+        return self.predictive_losses(
+            list(outputs.hierarchy_embeddings), embeds, input_ids, mask=mask, segments=segments, scale=scale
+        )
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As `PreTrainedModel`'s; the heads of losses that tell tokens follow."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if self.predictive_losses is not None:
+            self.predictive_losses.resize_vocabulary(self.config.vocab_size)
+        return embeddings
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_length):
+        """A cache of our own in place of the stock one."""
+        given, kind = model_kwargs.get("past_key_values"), generation_config.cache_implementation
+        if given is not None:
+            check_cache(given)
+        elif kind not in (None, "dynamic"):
+            raise ValueError(f"`cache_implementation` must be 'dynamic' for a hierarchical LM, got {kind!r}.")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, max_length)
+        if given is None and model_kwargs.get("past_key_values") is not None:
+            model_kwargs["past_key_values"] = HierarchicalCache(self.config)
+
+
+HierarchicalLMModel.register_for_auto_class("AutoModel")
+HierarchicalLMForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = [
+    "HierarchicalLMForCausalLM",
+    "HierarchicalLMModel",
+    "HierarchicalLMModelOutput",
+    "HierarchicalLMOutput",
+    "HierarchicalLMPreTrainedModel",
+]

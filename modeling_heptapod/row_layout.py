@@ -1,0 +1,132 @@
+"""Rows in which every sequence begins where a coarse step begins, whatever the padding and packing of the input.
+
+Compression, strides and dilations count from the first token of a sequence. So pads are moved behind the last real token
+of their row, where causality keeps them from being seen, and packed sequences are set apart: each begins at a multiple of
+the coarsest factor, after at least as many empty slots as a compressor looks back.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.masking_utils import find_packed_sequence_indices
+
+
+@dataclass
+class RowLayout:
+    """Where tokens go and where they came from.
+
+    Attributes:
+        take (`torch.LongTensor` of shape `[batch, slots]`): which token of the input each slot holds.
+        real (`torch.BoolTensor` of shape `[batch, slots]`): whether a slot holds one.
+        back (`torch.LongTensor` of shape `[batch, seq]`): the slot of each token of the input.
+        given (`torch.BoolTensor` of shape `[batch, seq]`): whether it is a token or a pad.
+        positions (`torch.LongTensor` of shape `[batch, slots]`, *optional*): place in its packed sequence; `None` where
+            a row is one sequence, whose slots are its positions.
+        segments (`torch.LongTensor` of shape `[batch, slots]`, *optional*): packed sequence, from 0; slots that hold no
+            token belong to the one before them.
+    """
+
+    take: torch.Tensor
+    real: torch.Tensor
+    back: torch.Tensor
+    given: torch.Tensor
+    positions: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
+
+    def align(self, x: torch.Tensor) -> torch.Tensor:
+        """`[batch, seq, width]` -> `[batch, slots, width]`, zero in slots without a token."""
+        taken = x.gather(1, self.take.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        return torch.where(self.real.unsqueeze(-1), taken, torch.zeros((), dtype=x.dtype, device=x.device))
+
+    def restore(self, x: torch.Tensor) -> torch.Tensor:
+        """`[batch, slots, width]` -> `[batch, seq, width]`, zero at pads."""
+        taken = x.gather(1, self.back.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        return torch.where(self.given.unsqueeze(-1), taken, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def segment_ids(
+    inputs_embeds: torch.Tensor,
+    mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    seq_idx: torch.Tensor | None,
+    cu_seq_lens_q: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """Which packed sequence each token belongs to, `[batch, seq]`, or `None` where nothing is packed.
+
+    Args:
+        inputs_embeds (`torch.Tensor` of shape `[batch, seq, width]`).
+        mask (`torch.Tensor` of shape `[batch, seq]`, *optional*): with one, restarting `position_ids` mean nothing.
+        position_ids (`torch.LongTensor` of shape `[1 or batch, seq]`, *optional*): may restart.
+        seq_idx (`torch.LongTensor` of shape `[batch, seq]`, *optional*): the answer itself.
+        cu_seq_lens_q (`torch.LongTensor` of shape `[sequences + 1]`, *optional*): boundaries in the one row.
+
+    Raises:
+        ValueError: for shapes that do not fit.
+    """
+    batch, seq, _ = inputs_embeds.shape
+    if seq_idx is not None:
+        if list(seq_idx.shape) != [batch, seq]:
+            raise ValueError(f"`seq_idx` must be [{batch}, {seq}], got {list(seq_idx.shape)}.")
+        return seq_idx
+    if cu_seq_lens_q is not None:
+        if batch != 1 or cu_seq_lens_q.dim() != 1:
+            raise ValueError(
+                "`cu_seq_lens_q` must be one-dimensional and needs one packed row, got shape "
+                f"{list(cu_seq_lens_q.shape)} for a batch of {batch}."
+            )
+        place = torch.arange(seq, device=inputs_embeds.device)
+        return torch.bucketize(place, cu_seq_lens_q[1:].to(place), right=True).unsqueeze(0)
+    if position_ids is None or mask is not None or seq == 1:
+        return None
+    segments = find_packed_sequence_indices(position_ids)
+    return None if segments is None else segments.expand(batch, seq)
+
+
+def pad_layout(mask: torch.Tensor) -> RowLayout:
+    """Layout of padded rows.
+
+    Args:
+        mask (`torch.BoolTensor` of shape `[batch, seq]`): which tokens are real; pads may be anywhere.
+    """
+    return _layout(mask, (mask.long().cumsum(1) - 1).clamp_min(0), mask.shape[1])
+
+
+def packed_layout(segments: torch.Tensor, mask: torch.Tensor | None, factor: int) -> RowLayout:
+    """Layout of packed rows.
+
+    Args:
+        segments (`torch.LongTensor` of shape `[batch, seq]`): which sequence each token belongs to. Equal values that do
+            not touch are different sequences.
+        mask (`torch.BoolTensor` of shape `[batch, seq]`, *optional*): which tokens are real.
+        factor (`int`): sequences begin at multiples of it, at least `factor - 1` slots after the last one's end.
+    """
+    mask = torch.ones_like(segments, dtype=torch.bool) if mask is None else mask
+    changes = torch.nn.functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
+    segments = changes.long().cumsum(1)
+    lengths = torch.zeros(segments.shape[0], int(segments.max()) + 1, dtype=torch.long, device=segments.device)
+    lengths.scatter_add_(1, segments, mask.long())
+    room = -(-(lengths + factor - 1) // factor) * factor
+    starts = room.cumsum(1) - room
+    count = mask.long().cumsum(1)
+    before = torch.nn.functional.pad(lengths.cumsum(1), (1, 0)).gather(1, segments)
+    position = (count - 1 - before).clamp_min(0)
+    slots = int(room.sum(1).max())
+    layout = _layout(mask, starts.gather(1, segments) + position, slots)
+    # The last sequence to begin at or before a slot; empty ones take no slots that others do not share.
+    places = torch.arange(slots, device=segments.device).expand(segments.shape[0], -1).contiguous()
+    layout.segments = torch.searchsorted(starts.contiguous(), places, right=True) - 1
+    layout.positions = places - starts.gather(1, layout.segments)
+    return layout
+
+
+def _layout(mask, slot, slots):
+    """From the slot of each token; pads go to one more, which is cut off."""
+    batch, seq = mask.shape
+    to = torch.where(mask, slot, slots)
+    take = torch.zeros(batch, slots + 1, dtype=torch.long, device=mask.device)
+    take = take.scatter(1, to, torch.arange(seq, device=mask.device).expand(batch, -1))[:, :slots]
+    real = torch.zeros(batch, slots + 1, dtype=torch.bool, device=mask.device).scatter(1, to, mask)[:, :slots]
+    return RowLayout(take, real, slot, mask)
+
+
+__all__ = ["RowLayout", "packed_layout", "pad_layout", "segment_ids"]

@@ -1,0 +1,94 @@
+"""Small hierarchical LMs for tests: large random weights, so that a wrong state shows in the logits."""
+
+import torch
+
+import modeling_heptapod
+
+
+# One entry a way in which models differ; every test that is about all of them runs over these.
+VARIANTS = {
+    "plain": {"hierarchies": 1, "window_sizes": None},
+    "two": {"hierarchies": [1, 2], "window_sizes": [5, None]},
+    "widths": {"hierarchies": [1, 2, 4], "hidden_sizes": [16, 24, 32], "window_sizes": [4, 0, 3]},
+    "stride": {
+        "hierarchies": [1, 2, 8],
+        "strides": [1, 1, 4],
+        "window_sizes": [5, 4, 3],
+        "hidden_sizes": [16, 24, 32],
+    },
+    "hourglass": {"hierarchies": [1, 4, 16], "strides": [1, 1, 16], "window_sizes": [6, None, None]},
+    "predict-all": {"hierarchies": [1, 2, 4], "strides": [1, 2, 4], "window_sizes": None, "predict_from_all": True},
+    "merge-all": {
+        "hierarchies": [4, 1, 2],
+        "strides": [2, 1, 2],
+        "window_sizes": [2, 3, None],
+        "merge_into": "all",
+        "predict_hierarchy": 2,
+    },
+    "blocks": {
+        "hierarchies": [1, 2, 4],
+        "strides": [1, 1, 2],
+        "window_sizes": [4, 3, 2],
+        "window_type": "block",
+        "attention_norm": "layer_norm",
+        "use_xpos": [True, False, True],
+    },
+    "cross": {
+        "hierarchies": [1, 2, 8],
+        "strides": [1, 1, 4],
+        "window_sizes": [5, None, 1],
+        "merge": "cross_attention",
+        "hidden_sizes": [16, 24, 32],
+    },
+    "cross-all": {
+        "hierarchies": [1, 4],
+        "strides": [1, 4],
+        "window_sizes": [1, None],
+        "merge": "cross_attention",
+        "merge_into": "all",
+        "merge_direction": "coarse_to_fine",
+        "shared_attention": True,
+    },
+    "attention-compressor": {
+        "hierarchies": [1, 4, 8],
+        "strides": [1, 1, 4],
+        "compressor": ["conv", "attention", "attention"],
+        "window_sizes": [0, 4, None],
+        "shared_attention": True,
+    },
+    "no-attention": {"hierarchies": [1, 2], "strides": [1, 2], "window_sizes": 0},
+}
+
+
+def tiny_config(**overrides):
+    """A configuration of two layers, width 16."""
+    values = {
+        "vocab_size": 50,
+        "hierarchies": [1, 2],
+        "hidden_sizes": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+        "ff_mult": 2,
+        "window_sizes": [5, None],
+        "xpos_scale_base": 64,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+    }
+    return modeling_heptapod.HierarchicalLMConfig(**{**values, **overrides})
+
+
+def tiny_hierarchical_lm(head="HierarchicalLMForCausalLM", seed=0, **overrides):
+    """A model in evaluation mode. Biases and norms are random as well, so that none of them can be forgotten."""
+    torch.manual_seed(seed)
+    model = getattr(modeling_heptapod, head)(tiny_config(**overrides)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def random_ids(batch, seq, vocab_size=50, seed=1):
+    """Token ids `[batch, seq]` from the whole vocabulary."""
+    return torch.randint(vocab_size, (batch, seq), generator=torch.Generator().manual_seed(seed))
