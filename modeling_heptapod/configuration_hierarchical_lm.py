@@ -296,6 +296,13 @@ class HierarchicalLMConfig(PreTrainedConfig):
                 "The hierarchy that predicts must have stride 1 unless `merge_into` is 'all', got stride "
                 f"{stride} at `predict_hierarchy`={self.predict_hierarchy}."
             )
+        finest = self.predict_hierarchy == min(self.hierarchies)
+        if self.merge == "cross_attention" and self.merge_direction == "coarse_to_fine" and not finest:
+            if not self.predict_from_all:
+                raise ValueError(
+                    "`merge_direction`='coarse_to_fine' needs the finest hierarchy to predict, or `predict_from_all`: finer "
+                    f"ones than `predict_hierarchy`={self.predict_hierarchy} would be read by nothing."
+                )
         if self.tie_word_embeddings and self.prediction_size != self.hidden_size:
             raise ValueError(
                 f"`tie_word_embeddings` needs predictions of the width of the embeddings, {self.hidden_size}, got "
@@ -304,12 +311,14 @@ class HierarchicalLMConfig(PreTrainedConfig):
 
     def _validate_losses(self):
         for name in ("reconstruction_loss_weight", "prophet_loss_weight", "quantized_prophet_loss_weight"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
-        if min(self.next_latent_loss_weight) < 0:
+        if not all(weight >= 0 for weight in self.next_latent_loss_weight):
             raise ValueError(f"`next_latent_loss_weight` must not be negative, got {self.next_latent_loss_weight}.")
         weights = self.next_latent_rollout_weights
-        if weights is not None and (len(weights) != self.next_latent_rollouts or sum(weights) <= 0):
+        if weights is not None and (
+            len(weights) != self.next_latent_rollouts or min(weights) < 0 or sum(weights) <= 0
+        ):
             raise ValueError(
                 f"`next_latent_rollout_weights` must be {self.next_latent_rollouts} numbers with a positive sum, got "
                 f"{weights}."

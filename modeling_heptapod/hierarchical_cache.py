@@ -98,6 +98,14 @@ class HierarchicalCache(DynamicCache):
 
     def _append_in_place(self, layer, layer_idx, key, value, keep):
         length, steps = layer.keys.shape[2], key.shape[2]
+        if keep is not None and steps > max(keep, 1):  # a prompt: what leaves the window is not kept alive
+            full = (
+                [torch.cat(pair, dim=2) for pair in ((layer.keys, key), (layer.values, value))]
+                if length
+                else [key, value]
+            )
+            layer.keys, layer.values = (x[:, :, x.shape[2] - keep :].clone() for x in full)
+            return tuple(full)
         memory, end, view = self._room.get(layer_idx, (None, 0, None))
         if view is not layer.keys or end + steps > memory[0].shape[2]:
             # Twice the room once it is full; no more than is needed where a batch was reordered, which takes a copy anyway.

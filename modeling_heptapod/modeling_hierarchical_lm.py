@@ -27,15 +27,16 @@ from transformers.utils.output_capturing import capture_outputs
 from .auto_map import FullAutoMapMixin
 from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .hierarchical_cache import HierarchicalCache
-from .predictive_losses import LinearFromZero, PredictiveLosses, RandomProjectionQuantizer
+from .predictive_losses import LinearFromZero, PredictionHead, PredictiveLosses, RandomProjectionQuantizer
 from .row_layout import RowLayout, packed_layout, pad_layout, segment_ids
 from .windowed_attention import first_key, step_attention, visible, windowed_attention
 
 
 # xPos multiplies queries and keys by powers of a base of at least 0.4 / 1.4, with the distance to a centre over
-# `xpos_scale_base` as exponent. 60 of these are within the range of float32 and bfloat16, 8 within that of float16.
+# `xpos_scale_base` as exponent. 30 of these on both sides make products, of masked keys too, within the range of float32
+# and bfloat16; float16 holds the factors of 8.
 _FARTHEST_FROM_CENTER = {torch.float16: 8}
-_FARTHEST_FROM_CENTER_ELSE = 60
+_FARTHEST_FROM_CENTER_ELSE = 30
 
 
 @auto_docstring(
@@ -233,8 +234,6 @@ class ConvCompressor(nn.Module):
 
 class AttentionCompressor(nn.Module):
     """Self-attention over the last `factor` embeddings, of which the last one's output is read."""
-
-    needs_exists = True
 
     def __init__(self, config: HierarchicalLMConfig, hierarchy: int):
         super().__init__()
@@ -536,6 +535,8 @@ class HierarchicalLMPreTrainedModel(FullAutoMapMixin, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, AttentionCompressor):
             init.normal_(module.tap_embed, std=self.config.initializer_range)
+        elif isinstance(module, PredictionHead):
+            init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, (LinearFromZero, RandomProjectionQuantizer)):
             module.init_weights()
 
@@ -777,7 +778,10 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
     def _center(self, hierarchy, newest, steps, decay, cache):
         """The position from which decay is counted; it follows the newest one, and cached keys follow it."""
         base = self.config.xpos_scale_base
-        farthest = _FARTHEST_FROM_CENTER.get(self.embed_tokens.weight.dtype, _FARTHEST_FROM_CENTER_ELSE)
+        device, dtype = decay.device.type, self.embed_tokens.weight.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        farthest = _FARTHEST_FROM_CENTER.get(dtype, _FARTHEST_FROM_CENTER_ELSE)
         fresh = cache is None or cache.steps_cached(hierarchy) == 0
         fit = int((2 if fresh else 1) * farthest * base)
         if steps > fit:
@@ -792,7 +796,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
                 cache.centers[hierarchy] = center
             return center
         center = cache.centers[hierarchy]
-        if newest - center > farthest // 4 * base:
+        if newest - center > farthest // 2 * base:
             cache.scale_keys(hierarchy, decay ** ((newest - center) / base))
             cache.centers[hierarchy] = center = newest
         return center
@@ -889,11 +893,20 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_hierarchy_embeddings: bool = False,
+        ablate_merge: bool = False,
+        seq_idx: torch.LongTensor | None = None,
+        cu_seq_lens_q: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> HierarchicalLMOutput:
         r"""
         output_hierarchy_embeddings (`bool`, *optional*, defaults to `False`):
             Whether to also return the normalised stream of every hierarchy.
+        ablate_merge (`bool`, *optional*, defaults to `False`):
+            Leave out what hierarchies tell each other.
+        seq_idx (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Index of the packed sequence each token belongs to.
+        cu_seq_lens_q (`torch.LongTensor` of shape `(num_sequences + 1,)`, *optional*):
+            Boundaries of the sequences packed into one row.
         """
         predictive = self.predictive_losses is not None and labels is not None and past_key_values is None
         if predictive:
@@ -906,6 +919,9 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hierarchy_embeddings=output_hierarchy_embeddings or predictive,
+            ablate_merge=ablate_merge,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))

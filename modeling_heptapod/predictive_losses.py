@@ -40,7 +40,7 @@ class PredictiveLosses(nn.Module):
             self.prophet = nn.ModuleDict({name: self._token_head(h) for name, h in coarse})
         if config.quantized_prophet_loss_weight > 0:
             self.quantized_prophet = nn.ModuleDict({name: QuantizedProphet(config, h) for name, h in coarse})
-        self.next_latent_weights = _next_latent_weights(config)
+        self.next_latent_weights = config.next_latent_loss_weight
         if any(self.next_latent_weights):
             self.next_latent = nn.ModuleDict(
                 {
@@ -65,7 +65,7 @@ class PredictiveLosses(nn.Module):
     def wanted(config: HierarchicalLMConfig) -> bool:
         """Whether any loss is switched on."""
         weights = config.reconstruction_loss_weight, config.prophet_loss_weight, config.quantized_prophet_loss_weight
-        return any((*weights, *_next_latent_weights(config)))
+        return any((*weights, *config.next_latent_loss_weight))
 
     def make_summarizer(self, h: int) -> nn.Module:
         """The module that tells hierarchy `h` what it reads between two steps, for the next-latent loss.
@@ -86,11 +86,10 @@ class PredictiveLosses(nn.Module):
                 kept = min(size, weight.shape[1])
                 resized[:, :kept] = weight[:, :kept]
                 head.weight = nn.Parameter(resized.flatten(0, 1), requires_grad=head.weight.requires_grad)
-                head.out_features = int(factor) * size
 
     def _token_head(self, h):
         config = self.config
-        return nn.Linear(config.hidden_sizes[h], config.hierarchies[h] * config.vocab_size, bias=False)
+        return PredictionHead(config.hidden_sizes[h], config.hierarchies[h] * config.vocab_size)
 
     def forward(
         self,
@@ -163,6 +162,14 @@ class PredictiveLosses(nn.Module):
         return total
 
 
+class PredictionHead(nn.Module):
+    """The weight `[outputs, width]` of predictions that are made piece by piece: no layer that is called, so no `nn.Linear`."""
+
+    def __init__(self, width: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, width) * width**-0.5)
+
+
 class QuantizedProphet(nn.Module):
     """Predicts the codes of the next block: that of the `c` tokens after the one the stream's element belongs to."""
 
@@ -176,7 +183,7 @@ class QuantizedProphet(nn.Module):
             config.prophet_num_codebooks,
         )
         codes = config.prophet_num_codebooks * config.prophet_codebook_size
-        self.head = nn.Linear(config.hidden_sizes[h], codes, bias=False)
+        self.head = PredictionHead(config.hidden_sizes[h], codes)
 
     def forward(
         self, stream: torch.Tensor, token_embeddings: torch.Tensor, owners: torch.Tensor | None = None
@@ -259,9 +266,7 @@ class NextLatent(nn.Module):
             ValueError: for a summarizer that returns another shape than the stream's.
         """
         rollouts = len(self.rollout_weights)
-        elements = stream.shape[1] - rollouts
-        if elements < 1:
-            return stream.new_zeros((), dtype=torch.float32)
+        elements = max(0, stream.shape[1] - rollouts)
         summaries = self.summarizer(token_embeddings.detach() if self.detach_summaries else token_embeddings, owners)
         if summaries.shape != stream.shape:
             raise ValueError(
@@ -282,7 +287,7 @@ class NextLatent(nn.Module):
                     past = past + seen
             total = weighted if total is None else total + weighted
         if owners is None:
-            return total.mean()
+            return total.sum() / max(1, total.numel())
         owners = owners[:, :: self.stride]
         counted = (owners[:, :elements] == owners[:, rollouts:]) & (owners[:, :elements] >= 0)
         return (total * counted).sum() / counted.sum().clamp_min(1)
@@ -360,12 +365,6 @@ class LatentDynamics(nn.Module):
         for layer in self.layers[:-1]:
             change = nn.functional.gelu(layer(change))
         return latent + self.layers[-1](change)
-
-
-def _next_latent_weights(config):
-    """One weight a hierarchy."""
-    weights = config.next_latent_loss_weight
-    return list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(config.hierarchies)
 
 
 def _owners(mask, segments):

@@ -91,6 +91,16 @@ BAD = {
     "a negative window": ({"window_sizes": -1}, "window_sizes"),
     "a window that is a word": ({"window_sizes": "some"}, "window_sizes"),
     "a head that turns in part": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    "streams that nothing reads": (
+        {
+            "hierarchies": [1, 4],
+            "merge": "cross_attention",
+            "merge_direction": "coarse_to_fine",
+            "predict_hierarchy": 4,
+        },
+        "coarse_to_fine",
+    ),
+    "a loss weight that is no number": ({"prophet_loss_weight": float("nan")}, "prophet_loss_weight"),
     "an odd head": ({"head_dim": 7}, "head_dim"),
     "no head": ({"num_attention_heads": 0}, "num_attention_heads"),
     "no width": ({"hidden_size": 8, "hidden_sizes": 0}, "hidden_sizes"),

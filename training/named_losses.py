@@ -3,6 +3,7 @@
 from collections import defaultdict
 
 import torch
+from accelerate.utils import find_batch_size
 from transformers import Trainer
 
 
@@ -23,13 +24,13 @@ class NamedLossTrainer(Trainer):
         """Like `Trainer.compute_loss`, and keeps the losses by name."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         share = 1 / self.current_gradient_accumulation_steps if model.training else 1.0
-        scale = share
+        scale = of_total = share
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
             # Already this batch's share of a step; `Trainer` has multiplied the total, in place, for all devices.
             devices = max(self.accelerator.num_processes, self.args.n_gpu)
-            scale = devices if self.args.average_tokens_across_devices else 1.0
+            scale, of_total = devices if self.args.average_tokens_across_devices else 1.0, 1.0
         self._batch_losses = {
-            name: value.detach().mean() * (1.0 if value is loss else scale)
+            name: value.detach().mean() * (of_total if value is loss else scale)
             for name, value in outputs.items()
             if name.endswith("_loss")
         }
@@ -51,9 +52,10 @@ class NamedLossTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Like `Trainer.prediction_step`, which every batch of an evaluation goes through."""
+        self._batch_losses = {}  # stays empty where there are no labels
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         for name, value in self._batch_losses.items():
-            self._evaluated[name].append(self.gather_function(value.repeat(len(inputs["labels"]))))
+            self._evaluated[name].append(self.gather_function(value.repeat(find_batch_size(inputs))))
         return result
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):

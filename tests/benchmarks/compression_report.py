@@ -17,6 +17,7 @@ import harness
 import matplotlib
 import numpy as np
 import torch
+from run_all import commit as current_commit
 from training_step import Trainee
 
 from modeling_heptapod import HierarchicalLMConfig, HierarchicalLMForCausalLM
@@ -141,23 +142,23 @@ def bits_of_blocks(model, blocks, batch_size):
 
 
 def bits_of(name, config, train_blocks, held_out, settings, quick):
-    """Bits per byte of each held-out block, from the side file where this model has been trained before."""
+    """Bits per byte of each held-out block, from the side file where this model was trained before, and at which commit."""
     described = json.dumps([settings, config.to_diff_dict()], sort_keys=True).encode()
     key = hashlib.sha256(described + train_blocks.stream.tobytes() + held_out.stream.tobytes()).hexdigest()
     path = KEPT / f"{name.replace(', ', '-').replace(' ', '_')}.json"
     if not quick and path.is_file():
         kept = json.loads(path.read_text())
         if kept["key"] == key:
-            print(f"{name}: trained before, {path.relative_to(ROOT)}", flush=True)
-            return torch.tensor(kept["bits"], dtype=torch.float64)
-    began = time.perf_counter()
+            print(f"{name}: trained before at {kept['commit']}, {path.relative_to(ROOT)}", flush=True)
+            return torch.tensor(kept["bits"], dtype=torch.float64), kept["commit"]
+    began, commit = time.perf_counter(), current_commit()
     model = train(config, train_blocks, settings)
     bits = bits_of_blocks(model, held_out, settings["batch_size"])
     print(f"{name}: {bits.mean():.3f} bits per byte after {time.perf_counter() - began:.0f} s", flush=True)
     if not quick:
         KEPT.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"key": key, "bits": bits.tolist()}))
-    return bits
+        path.write_text(json.dumps({"key": key, "commit": commit, "bits": bits.tolist()}))
+    return bits, commit
 
 
 def standard_error(values):
@@ -202,7 +203,10 @@ def main():
     unequal = max(sizes.values()) / min(sizes.values())
     harness.require(quick or unequal < 1.01, f"the numbers of parameters are not equal: {sizes}")
 
-    bits = {name: bits_of(name, config, train_blocks, held_out, settings, quick) for name, config in configs.items()}
+    trained = {
+        name: bits_of(name, config, train_blocks, held_out, settings, quick) for name, config in configs.items()
+    }
+    bits = {name: each for name, (each, _) in trained.items()}
     harness.require(all(len(each) == len(held_out) for each in bits.values()), "blocks are missing")
     batch = torch.stack([train_blocks[i]["input_ids"] for i in range(settings["batch_size"])])
     trainees = {name: Trainee(HierarchicalLMForCausalLM(config), batch) for name, config in configs.items()}
@@ -233,7 +237,7 @@ def main():
         f"{corpus}: {settings['steps']:,} steps of {settings['batch_size']} x {settings['block_size']} bytes, the same for "
         f"all, AdamW, one seed; {len(held_out)} held-out blocks. Standard errors are over blocks, those of differences over "
         f"differences of the same block. Coarse hierarchies see everything. Steps: float32, medians of rounds in turns, "
-        f"{disturbed} disturbed."
+        f"{disturbed} disturbed. Trained at {', '.join(sorted({commit for _, commit in trained.values()}))}."
     )
     if not quick:
         plot(list(rows.values()), PLOT)

@@ -124,6 +124,25 @@ def test_a_mean_over_batches_where_a_model_takes_no_number_of_items(tmp_path):
         assert logged(found)[0][name] == pytest.approx(sum(x[name].item() for x in outputs) / 2, rel=1e-5)
 
 
+def test_one_loss_alone_is_the_loss(tmp_path):
+    """Where nothing is added to it, cross-entropy and the total are one tensor."""
+    off = dict.fromkeys((f"{name}_weight" for name in (*OTHERS, "next_latent_loss")), 0.0)
+    for takes_items in (True, False):
+        model, data = hierarchical_lm(**off), rows(2)
+        found = trainer(tmp_path, model, data, gradient_accumulation_steps=2, learning_rate=0.0, max_steps=1)
+        found.model_accepts_loss_kwargs = takes_items
+        found.train()
+        assert logged(found)[0]["ce_loss"] == pytest.approx(logged(found)[0]["loss"], rel=1e-5)
+
+
+def test_rows_without_labels_are_predicted_after_training(tmp_path):
+    found = trainer(tmp_path, hierarchical_lm(), rows(2), max_steps=1)
+    found.train()
+    unlabelled = [{"input_ids": row["input_ids"]} for row in rows(3)]
+    output = found.predict(unlabelled)
+    assert output.predictions.shape[0] == 3 and not any(name.endswith("ce_loss") for name in output.metrics)
+
+
 def test_evaluation_gives_means_over_examples_and_leaves_training_alone(tmp_path):
     model, data = hierarchical_lm(), rows(5)
     found = trainer(tmp_path, model, data, per_device_eval_batch_size=2, learning_rate=0.0, max_steps=1)
