@@ -101,6 +101,11 @@ class HierarchicalLMModelTest(common.ModelTesterMixin, unittest.TestCase):
         config, inputs = super()._prepare_config_and_inputs_for_retain_grad_hidden_states_attentions()
         return config, {"input_ids": inputs["input_ids"]}
 
+    def test_model_rope_scaling_from_config_1_dynamic(self):
+        # Frequencies that change with length are refused: cached keys cannot follow them.
+        with self.assertRaisesRegex(ValueError, "rope_type.*got 'dynamic'"):
+            super().test_model_rope_scaling_from_config_1_dynamic()
+
     def test_model_rope_scaling_frequencies(self):
         # Upstream builds one rotary module from the configuration; here each hierarchy has one, with its own `head_dim`.
         config_of_one = mock.patch.object(
