@@ -437,7 +437,7 @@ def _attention(q, k, v, radius, scale, mask, dropout):
 
 
 def _full_precision(device_type):
-    """No autocast inside. Where there is none, its context would cost a twentieth of a small grid."""
+    """No autocast inside. Where there is none, its context would only cost time, which small grids notice."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
