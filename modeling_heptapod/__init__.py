@@ -20,6 +20,7 @@ from transformers import (
 from .configuration_heptapod import HeptapodConfig
 from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .configuration_leap import LeapConfig
+from .configuration_multigrid import MultiGridConfig
 
 
 try:
@@ -43,6 +44,10 @@ _MODULE_OF = {
     "LeapForSequenceClassification": "modeling_leap",
     "LeapModel": "modeling_leap",
     "LeapPreTrainedModel": "modeling_leap",
+    "MultiGridCache": "multigrid_cache",
+    "MultiGridForCausalLM": "modeling_multigrid",
+    "MultiGridModel": "modeling_multigrid",
+    "MultiGridPreTrainedModel": "modeling_multigrid",
     "RecurrentCache": "recurrent_cache",
     "StaticRecurrentCache": "recurrent_cache",
 }
@@ -55,6 +60,8 @@ _MODELS = (
     (AutoModelForCausalLM, LeapConfig, "LeapForCausalLM"),
     (AutoModelForMaskedLM, LeapConfig, "LeapForMaskedLM"),
     (AutoModelForSequenceClassification, LeapConfig, "LeapForSequenceClassification"),
+    (AutoModel, MultiGridConfig, "MultiGridModel"),
+    (AutoModelForCausalLM, MultiGridConfig, "MultiGridForCausalLM"),
 )
 
 
@@ -115,6 +122,7 @@ def _register_processor(auto_processor):
 AutoConfig.register("heptapod", HeptapodConfig)
 AutoConfig.register("hierarchical_lm", HierarchicalLMConfig)
 AutoConfig.register("leap", LeapConfig)
+AutoConfig.register("multigrid", MultiGridConfig)
 for _auto_class, _config_class, _name in _MODELS:
     _auto_class.register(_config_class, _ModelOnDemand(_config_class, _name))
 _processing_auto = sys.modules.get("transformers.models.auto.processing_auto")
@@ -123,4 +131,4 @@ if _processing_auto is None:
 else:
     _register_processor(_processing_auto.AutoProcessor)
 
-__all__ = ["HeptapodConfig", "HierarchicalLMConfig", "LeapConfig", *_MODULE_OF]
+__all__ = ["HeptapodConfig", "HierarchicalLMConfig", "LeapConfig", "MultiGridConfig", *_MODULE_OF]

@@ -1,0 +1,561 @@
+"""MultiGrid: a text and tracks beside it, aligned token for token, each a decoder of its own, reading each other in every layer.
+
+Read bottom-up: block, layer, model, head. How positions mix is in `multigrid_cores.py`. The prototype is the
+Metadata-Enhanced-Transformer notebook, on nanoGPT; without axes this is GPT-2.
+
+One layer of the main stream and `A` meta streams is `1 + 3 A` blocks, each mixing and feed-forward behind a norm:
+
+    x       <- self_block(x)                            every stream, from its own past
+    main_a  <- main_cross_blocks[a](main, meta_a)       the main stream reads axis a
+    meta_a  <- meta_cross_blocks[a](meta_a, main)       at the same time, axis a reads the main stream
+    main    <- main + sum_a axis_weights[a] * (main_a - main)
+
+Position `t` of any stream reads positions up to `t` only, its own, or another's after the self blocks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import capture_outputs
+
+from .auto_map import FullAutoMapMixin
+from .configuration_multigrid import MultiGridConfig
+from .multigrid_cache import MultiGridCache
+from .multigrid_cores import CORES, Group, MixingPlan, grouped_linear, grouped_norm
+from .row_layout import segment_ids
+
+
+@auto_docstring(
+    custom_intro="""
+    Output of the base model.
+    """
+)
+@dataclass
+class MultiGridModelOutput(ModelOutput):
+    r"""
+    last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
+        The main stream, normalised.
+    past_key_values (`MultiGridCache`, *optional*):
+        What further tokens need of these.
+    hidden_states (`tuple`, *optional*):
+        The main stream before the first and after each layer, the last as `last_hidden_state`.
+    attentions (`tuple`, *optional*):
+        Of each layer, what the streams see of themselves, `[batch_size, heads, sequence_length, keys]`: heads of the main
+        stream first, then of each axis (`core="transformer"` only).
+    meta_hidden_states (`torch.FloatTensor` of shape `(axes, batch_size, sequence_length, meta_hidden_size)`, *optional*):
+        The meta streams, normalised.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    meta_hidden_states: torch.FloatTensor | None = None
+
+
+@auto_docstring(
+    custom_intro="""
+    Output of the language model, with the loss and the scores of every axis.
+    """
+)
+@dataclass
+class MultiGridCausalLMOutput(ModelOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
+        `main_loss_weight * main_loss + (1 - main_loss_weight) * mean of meta_losses`; the main loss without axes.
+    logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
+        Scores of the next main token; in the factored order, given the next meta tokens.
+    past_key_values (`MultiGridCache`, *optional*):
+        What further tokens need of these.
+    hidden_states (`tuple`, *optional*):
+        As from the base model.
+    attentions (`tuple`, *optional*):
+        As from the base model.
+    last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+        In the factored order: the main stream before the next meta tokens are known, for `main_logits`.
+    meta_logits (`tuple`, *optional*):
+        Of each axis, scores of its next token, `[batch_size, sequence_length, axis_vocab_sizes[a]]`.
+    main_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
+        Cross-entropy of the next main token. In the factored order the code length of the text is the sum of this and of
+        `meta_losses`, this alone is not.
+    meta_losses (`tuple`, *optional*):
+        Cross-entropy of the next token of each axis, in the order of `axis_names`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+    meta_logits: tuple[torch.FloatTensor, ...] | None = None
+    main_loss: torch.FloatTensor | None = None
+    meta_losses: tuple[torch.FloatTensor, ...] | None = None
+
+
+class MultiGridMLP(nn.Module):
+    def __init__(self, config: MultiGridConfig, width: int, inner: int):
+        super().__init__()
+        self.up_proj = nn.Linear(width, inner)
+        self.down_proj = nn.Linear(inner, width)
+        # The same function in one operation instead of eight.
+        self.act_fn = ACT2FN["gelu_pytorch_tanh" if config.hidden_act == "gelu_new" else config.hidden_act]
+
+
+def grouped_mlp(mlps: list[MultiGridMLP], x: torch.Tensor) -> torch.Tensor:
+    """One feed-forward for each stream `[streams, batch, seq, width]`."""
+    x = grouped_linear([mlp.up_proj for mlp in mlps], x)
+    return grouped_linear([mlp.down_proj for mlp in mlps], mlps[0].act_fn(x))
+
+
+class MultiGridBlock(nn.Module):
+    """Weights of one pre-norm block: mixer and feed-forward of a stream that mixes its own past or reads another one.
+
+    Args:
+        config (`MultiGridConfig`): of the model.
+        is_meta (`bool`): whether the stream that is changed is a meta stream.
+        is_cross (`bool`): whether it reads a stream of the other kind.
+    """
+
+    def __init__(self, config: MultiGridConfig, is_meta: bool, is_cross: bool):
+        super().__init__()
+        core = CORES[config.core]
+        sizes = [
+            (config.hidden_size, config.intermediate_size),
+            (config.meta_hidden_size, config.meta_intermediate_size),
+        ]
+        width, inner = sizes[is_meta]
+        other_width = sizes[not is_meta][0]
+        self.input_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        if is_cross:
+            self.key_value_layernorm = nn.LayerNorm(other_width, eps=config.layer_norm_eps)
+        reach = config.meta_hidden_size
+        self.mixer = core.cross_mixer(width, other_width, reach) if is_cross else core.self_mixer(width)
+        self.mlp = None
+        if not is_cross or config.cross_feed_forward:
+            self.post_attention_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+            self.mlp = MultiGridMLP(config, width, inner)
+
+    def close(self):
+        """Let the block change nothing: what it adds to its stream becomes zero, and learns."""
+        for linear in (self.mixer.o_proj, None if self.mlp is None else self.mlp.down_proj):
+            if linear is not None:
+                init.zeros_(linear.weight)
+                init.zeros_(linear.bias)
+
+
+class MultiGridLayer(GradientCheckpointingLayer):
+    """`1 + 3 A` blocks, those of equal shape together."""
+
+    def __init__(self, config: MultiGridConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.hidden_dropout = config.hidden_dropout
+        axes = range(config.num_axes)
+        self.self_block = MultiGridBlock(config, is_meta=False, is_cross=False)
+        self.meta_self_blocks = nn.ModuleList(MultiGridBlock(config, is_meta=True, is_cross=False) for _ in axes)
+        self.main_cross_blocks = nn.ModuleList(MultiGridBlock(config, is_meta=False, is_cross=True) for _ in axes)
+        self.meta_cross_blocks = nn.ModuleList(MultiGridBlock(config, is_meta=True, is_cross=True) for _ in axes)
+        self.layer_idx = layer_idx
+        self.make_cores()
+
+    def make_cores(self):
+        """What runs the mixers; it holds no weights, but knows how many there are."""
+        core, layers = CORES[self.config.core], self.config.num_hidden_layers
+        self.core = core(self.config, self.layer_idx)
+        self.cross_core = core(self.config, layers + self.layer_idx) if self.config.num_axes else None
+
+    def forward(
+        self,
+        main: torch.Tensor,
+        meta: torch.Tensor | None = None,
+        plan: MixingPlan | None = None,
+        past_key_values: MultiGridCache | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """`main [batch, seq, hidden_size]` and `meta [axes, batch, seq, meta_hidden_size]` after this layer, and attentions."""
+        streams = [([self.self_block], main.unsqueeze(0), None)]
+        if meta is not None:
+            streams.append((self.meta_self_blocks, meta, None))
+        (main, *rest), weights = self._run(self.core, streams, plan, past_key_values)
+        main = main[0]
+        if meta is None:
+            return main, None, weights
+        meta = rest[0]
+        mains = main.expand(len(meta), *main.shape)
+        readings = [(self.main_cross_blocks, mains, meta), (self.meta_cross_blocks, meta, mains)]
+        (read, meta), _ = self._run(self.cross_core, readings, plan, past_key_values)
+        # One after the other, so that an axis that changes nothing changes no rounding either.
+        for change, share in zip(read - main, self.config.axis_weights):
+            main = torch.add(main, change, alpha=share)
+        return main, meta, weights
+
+    def _run(self, core, streams, plan, cache):
+        """Blocks of several groups of streams, given as (blocks, own, other)."""
+        groups = []
+        for blocks, own, other in streams:
+            own = grouped_norm([block.input_layernorm for block in blocks], own)
+            if other is not None:
+                other = grouped_norm([block.key_value_layernorm for block in blocks], other)
+            groups.append(Group([block.mixer for block in blocks], own, other))
+        mixed, weights = core.mix(groups, plan, cache)
+        results = []
+        for (blocks, own, _), out in zip(streams, mixed):
+            x = own + self._dropout(out)
+            if blocks[0].mlp is not None:
+                normed = grouped_norm([block.post_attention_layernorm for block in blocks], x)
+                x = x + self._dropout(grouped_mlp([block.mlp for block in blocks], normed))
+            results.append(x)
+        return results, weights
+
+    def _dropout(self, x):
+        return nn.functional.dropout(x, self.hidden_dropout, self.training) if self.hidden_dropout else x
+
+
+@auto_docstring
+class MultiGridPreTrainedModel(FullAutoMapMixin, PreTrainedModel):
+    config: MultiGridConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MultiGridLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _can_record_outputs = {"hidden_states": MultiGridLayer}
+    _family_auto_map = {
+        "AutoConfig": "configuration_multigrid.MultiGridConfig",
+        "AutoModel": "modeling_multigrid.MultiGridModel",
+        "AutoModelForCausalLM": "modeling_multigrid.MultiGridForCausalLM",
+    }
+
+
+@auto_docstring
+class MultiGridModel(MultiGridPreTrainedModel):
+    def __init__(self, config: MultiGridConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.meta_embed_tokens = nn.ModuleList(
+            nn.Embedding(size, config.meta_hidden_size) for size in config.axis_vocab_sizes
+        )
+        if config.core == "transformer":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.meta_embed_positions = None  # streams of equal width share their positions
+            if config.num_axes and config.meta_hidden_size != config.hidden_size:
+                self.meta_embed_positions = nn.Embedding(config.max_position_embeddings, config.meta_hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.layers = nn.ModuleList(MultiGridLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.meta_norms = nn.ModuleList(
+            nn.LayerNorm(config.meta_hidden_size, eps=config.layer_norm_eps) for _ in config.axis_names
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        meta_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        seq_idx: torch.LongTensor | None = None,
+        cu_seq_lens_q: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MultiGridModelOutput:
+        r"""
+        meta_ids (`torch.LongTensor` of shape `(batch_size, axes, sequence_length)`, *optional*):
+            Token of each axis at each position, in the order of `config.axis_names`; needed when there are any.
+        seq_idx (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Index of the packed sequence each token belongs to.
+        cu_seq_lens_q (`torch.LongTensor` of shape `(num_sequences + 1,)`, *optional*):
+            Boundaries of the sequences packed into one row. Restarting `position_ids` without an `attention_mask` mean
+            the same.
+        """
+        config = self.config
+        main = self.embed(input_ids, inputs_embeds)
+        meta = self.embed_meta(meta_ids, main.shape[:2])
+        seq = main.shape[1]
+        use_cache = config.use_cache if use_cache is None else use_cache
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        if past_key_values is not None:
+            check_cache(past_key_values)
+        elif use_cache and not self.training:
+            past_key_values = MultiGridCache(config)
+        if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != seq):
+            raise ValueError(f"`position_ids` must be [1 or batch, {seq}], got {list(position_ids.shape)}.")
+
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        mask = _token_mask(attention_mask, main, past)
+        segments = None
+        if past == 0:
+            segments = segment_ids(main, mask, position_ids, seq_idx, cu_seq_lens_q)
+        if position_ids is None:
+            position_ids = _position_ids(main, mask, segments, past)
+        plan = MixingPlan(
+            attention_mask=_visible(mask, segments, seq, past, main.device),
+            in_the_open=bool(output_attentions),
+        )
+        self._check_positions(position_ids)
+        main = main + self.embed_positions(position_ids)
+        if meta is not None:
+            table = self.embed_positions if self.meta_embed_positions is None else self.meta_embed_positions
+            meta = meta + table(position_ids)
+        main, meta = self.dropout(main), None if meta is None else self.dropout(meta)
+
+        attentions = []
+        for layer in self.layers:
+            main, meta, weights = layer(main, meta, plan=plan, past_key_values=past_key_values)
+            attentions.append(weights)
+        if past_key_values is not None:
+            past_key_values.advance(seq, main.device)
+        return MultiGridModelOutput(
+            last_hidden_state=self.norm(main),
+            past_key_values=past_key_values if use_cache else None,
+            attentions=tuple(attentions) if output_attentions and attentions[0] is not None else None,
+            meta_hidden_states=None if meta is None else grouped_norm(list(self.meta_norms), meta),
+        )
+
+    def embed(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None) -> torch.FloatTensor:
+        """The main axis's embeddings `[batch, seq, hidden_size]`. Raises `TypeError` and `ValueError` for bad input."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
+        if input_ids is None:
+            if not inputs_embeds.is_floating_point():
+                raise TypeError(f"`inputs_embeds` must be floating point, got {inputs_embeds.dtype}.")
+            width = self.config.hidden_size
+            if inputs_embeds.dim() != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[2] != width:
+                raise ValueError(
+                    f"`inputs_embeds` must be [batch >= 1, seq >= 1, {width}], got {list(inputs_embeds.shape)}."
+                )
+            return inputs_embeds
+        if input_ids.dtype not in (torch.long, torch.int):
+            raise TypeError(f"`input_ids` must be torch.long or torch.int, got {input_ids.dtype}.")
+        if input_ids.dim() != 2 or 0 in input_ids.shape:
+            raise ValueError(f"`input_ids` must be [batch >= 1, seq >= 1], got {list(input_ids.shape)}.")
+        return _look_up(self.embed_tokens, input_ids, "`input_ids`")
+
+    def embed_meta(self, meta_ids: torch.LongTensor | None, shape: tuple[int, int]) -> torch.FloatTensor | None:
+        """The meta axes' embeddings `[axes, batch, seq, meta_hidden_size]`, `None` without axes.
+
+        Args:
+            meta_ids (`torch.LongTensor` of shape `[batch, axes, seq]`, *optional*).
+            shape (`tuple[int, int]`): batch and seq of the main axis.
+
+        Raises:
+            TypeError: for ids that are no integers.
+            ValueError: where they are missing, do not align with the main axis, or are outside of an axis's vocabulary.
+        """
+        names = self.config.axis_names
+        expected = [shape[0], len(names), shape[1]]
+        if meta_ids is None:
+            if names:
+                raise ValueError(f"`meta_ids` must be given, {expected}: a token of each of the axes {names}.")
+            return None
+        if meta_ids.dtype not in (torch.long, torch.int):
+            raise TypeError(f"`meta_ids` must be torch.long or torch.int, got {meta_ids.dtype}.")
+        if list(meta_ids.shape) != expected:
+            raise ValueError(
+                f"`meta_ids` must be [batch, axes, seq] = {expected}, aligned with the main axis, got "
+                f"{list(meta_ids.shape)} (axes: {names})."
+            )
+        if not names:
+            return None
+        tracks = zip(self.meta_embed_tokens, meta_ids.unbind(1), names)
+        return torch.stack([_look_up(table, ids, f"`meta_ids` of axis {name!r}") for table, ids, name in tracks])
+
+    def _check_positions(self, position_ids):
+        limit = self.config.max_position_embeddings
+        if is_tracing(position_ids) or position_ids.shape[1] == 0:
+            return
+        last = int(position_ids.max())
+        if last >= limit:
+            raise ValueError(
+                f"Position {last} is out of reach: with core='transformer' there are `max_position_embeddings`={limit} "
+                "learned positions. Cores 'leap' and 'lstm' have no such bound."
+            )
+
+
+def _look_up(table, ids, what):
+    try:
+        return table(ids)
+    except IndexError as error:  # on a CPU; elsewhere a look would stop the device
+        low, high = (int(x) for x in ids.aminmax())
+        raise ValueError(f"{what} must be in [0, {table.num_embeddings}), got values from {low} to {high}.") from error
+
+
+def check_cache(cache: Cache) -> None:
+    """Raise a `TypeError` for caches of other kinds."""
+    if not hasattr(cache, "advance"):
+        raise TypeError(
+            f"`past_key_values` must be a MultiGridCache, got {type(cache).__name__}: build it with "
+            "`MultiGridCache(model.config)`, or leave it out and pass `use_cache=True`."
+        )
+
+
+def _token_mask(attention_mask, inputs_embeds, past):
+    """Which of all tokens so far are real, `[batch, past + seq]`; `None` where all are."""
+    if attention_mask is None:
+        return None
+    batch, seq, _ = inputs_embeds.shape
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
+        raise ValueError(f"`attention_mask` must be [{batch}, length], got {list(attention_mask.shape)}.")
+    if attention_mask.shape[1] not in (seq, past + seq):
+        raise ValueError(
+            f"`attention_mask` must cover the {seq} new tokens or all {past + seq} seen so far, got length "
+            f"{attention_mask.shape[1]}."
+        )
+    if not is_tracing(attention_mask) and attention_mask.all():
+        return None
+    missing = past + seq - attention_mask.shape[1]
+    return nn.functional.pad(attention_mask.bool(), (missing, 0), value=True)
+
+
+def _position_ids(inputs_embeds, mask, segments, past):
+    """Positions that count real tokens only and restart with every packed sequence, `[1 or batch, seq]`."""
+    seq, device = inputs_embeds.shape[1], inputs_embeds.device
+    if mask is not None:
+        return (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -seq:]
+    place = torch.arange(past, past + seq, device=device)
+    if segments is None:
+        return place.unsqueeze(0)
+    starts = nn.functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
+    return place - torch.where(starts, place, 0).cummax(-1).values
+
+
+def _visible(mask, segments, seq, past, device):
+    """What each new token sees, `[1 or batch, 1, seq, past + seq]`; `None` where that is everything up to itself."""
+    if mask is None and segments is None and (past == 0 or seq == 1):
+        return None
+    place = torch.arange(past + seq, device=device)
+    allowed = (place[None, :] <= place[past:, None]).unsqueeze(0)
+    if segments is not None:
+        runs = nn.functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0)).long().cumsum(-1)
+        allowed = allowed & (runs.unsqueeze(-1) == runs.unsqueeze(-2))
+    if mask is not None:
+        itself = place[None, :] == place[past:, None]  # so that a pad sees anything at all
+        allowed = allowed & (mask.unsqueeze(1) | itself)
+    return allowed.unsqueeze(1)
+
+
+@auto_docstring
+class MultiGridForCausalLM(MultiGridPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MultiGridConfig):
+        super().__init__(config)
+        self.model = MultiGridModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.meta_lm_heads = nn.ModuleList(
+            nn.Linear(config.meta_hidden_size, size, bias=False) for size in config.axis_vocab_sizes
+        )
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        meta_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        meta_labels: torch.LongTensor | None = None,
+        next_meta_ids: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MultiGridCausalLMOutput:
+        r"""
+        meta_ids (`torch.LongTensor` of shape `(batch_size, axes, sequence_length)`, *optional*):
+            Token of each axis at each position, in the order of `config.axis_names`; needed when there are any.
+        meta_labels (`torch.LongTensor` of shape `(batch_size, axes, sequence_length)`, *optional*):
+            As `labels`, of the axes. When not given: `meta_ids`, ignored wherever `labels` is -100.
+        next_meta_ids (`torch.LongTensor` of shape `(batch_size, axes)`, *optional*):
+            In the factored order: the meta tokens that follow the last position.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            meta_ids=meta_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        meta_logits = None
+        if self.config.num_axes:
+            states = outputs.meta_hidden_states
+            meta_logits = tuple(
+                head(slice_logits_to_keep(x, logits_to_keep)) for head, x in zip(self.meta_lm_heads, states)
+            )
+        losses = {}
+        if labels is not None:
+            losses = self._losses(logits, meta_logits, labels, meta_ids, meta_labels, **kwargs)
+        return MultiGridCausalLMOutput(
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            meta_logits=meta_logits,
+            **losses,
+        )
+
+    def _losses(self, logits, meta_logits, labels, meta_ids, meta_labels, **kwargs):
+        """The loss and its parts; `num_items_in_batch` counts main tokens, and is the same for all of them."""
+        config = self.config
+        main_loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
+        if meta_logits is None:
+            return {"loss": main_loss, "main_loss": main_loss}
+        if meta_labels is None:
+            meta_labels = meta_ids.masked_fill((labels == -100).unsqueeze(1), -100)
+        elif meta_labels.shape != meta_ids.shape:
+            raise ValueError(
+                f"`meta_labels` must be [batch, axes, seq] = {list(meta_ids.shape)}, got {list(meta_labels.shape)}."
+            )
+        meta_losses = tuple(
+            self.loss_function(logits=x, labels=target, vocab_size=size, **kwargs)
+            for x, target, size in zip(meta_logits, meta_labels.unbind(1), config.axis_vocab_sizes)
+        )
+        share = config.main_loss_weight
+        loss = share * main_loss + (1 - share) * sum(meta_losses) / len(meta_losses)
+        return {"loss": loss, "main_loss": main_loss, "meta_losses": meta_losses}
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_length):
+        """A cache of our own in place of the stock one."""
+        given, kind = model_kwargs.get("past_key_values"), generation_config.cache_implementation
+        if given is not None:
+            check_cache(given)
+        elif kind not in (None, "dynamic"):
+            raise ValueError(f"`cache_implementation` must be 'dynamic' for MultiGrid, got {kind!r}.")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, max_length)
+        if given is None and model_kwargs.get("past_key_values") is not None:
+            model_kwargs["past_key_values"] = MultiGridCache(self.config)
+
+
+MultiGridModel.register_for_auto_class("AutoModel")
+MultiGridForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = [
+    "MultiGridCausalLMOutput",
+    "MultiGridForCausalLM",
+    "MultiGridModel",
+    "MultiGridModelOutput",
+    "MultiGridPreTrainedModel",
+]

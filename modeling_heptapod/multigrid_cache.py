@@ -1,0 +1,32 @@
+"""The cache of MultiGrid: transformers' own layers, all axes side by side in the heads of one.
+
+Layer `l` of the first half holds what the streams of layer `l` mix of their own past, layer `l` of the second half what they
+read of each other's. So a token appends twice a layer, however many axes there are, and beams reorder plain rows.
+
+    full_attention      core "transformer": keys and values
+    linear_attention    cores "leap" (the running means) and "lstm" (hidden and cell states)
+"""
+
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache
+
+from .recurrent_cache import RecurrentCache
+
+
+class MultiGridCache(RecurrentCache):
+    """Dynamic cache of a [`MultiGridModel`]; counts the tokens it has seen for every core.
+
+    Args:
+        config (`MultiGridConfig`): of the model.
+    """
+
+    def __init__(self, config):
+        Cache.__init__(self, layers=[DYNAMIC_LAYER_TYPE_MAPPING[kind]() for kind in config.cache_layer_types])
+        self.seen_tokens = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens. Recurrent cores cannot, and raise a `RuntimeError`."""
+        super().crop(tokens_to_remove)
+        self.seen_tokens -= abs(tokens_to_remove)
+
+
+__all__ = ["MultiGridCache"]

@@ -1,0 +1,219 @@
+"""How positions mix in MultiGrid: attention, LEAP's running means, or an LSTM, for all streams of a layer at once.
+
+A core makes the weights of one mixer (`self_mixer`, `cross_mixer`) and runs many of them (`mix`). Streams of equal width come
+stacked, `[streams, batch, seq, width]`, in a `Group` with one mixer each. Weights stay plain `nn.Linear` leaves, which
+adapters and quantisation know; `grouped_linear` takes them together where nothing has replaced them.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_leap import LeapConfig
+from .modeling_leap import LeapMixer
+
+
+_BATCHED_ROWS = 256  # below this, putting the weights side by side costs more than a batched product saves
+
+
+class Group(NamedTuple):
+    """Mixers of equal shape and their normalised streams.
+
+    Attributes:
+        mixers (`list[nn.Module]`): one a stream.
+        own (`torch.Tensor` of shape `[streams, batch, seq, width]`): the streams that mix their past, or that read.
+        other (`torch.Tensor` of shape `[streams, batch, seq, other_width]`, *optional*): the streams that are read.
+    """
+
+    mixers: list[nn.Module]
+    own: torch.Tensor
+    other: torch.Tensor | None = None
+
+
+@dataclass
+class MixingPlan:
+    """What all layers of one forward pass need to know about its rows.
+
+    Attributes:
+        padding_mask (`torch.BoolTensor` of shape `[batch, seq]`, *optional*): which of the new tokens are real.
+        segment_ids (`torch.LongTensor` of shape `[batch, seq]`, *optional*): packed sequence of each token.
+        attention_mask (`torch.BoolTensor` of shape `[1 or batch, 1, seq, keys]`, *optional*): what each token sees, where
+            that is not just its past (core "transformer").
+        rotary (`tuple[torch.Tensor, torch.Tensor]`, *optional*): cosines and sines (core "leap").
+        lstm_rows (`LSTMRows`, *optional*): how pads and packed sequences are laid out (core "lstm").
+        single_step (`bool`): one real token after cached ones, without gradients.
+        in_the_open (`bool`): whether to return attention weights.
+    """
+
+    padding_mask: torch.Tensor | None = None
+    segment_ids: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    lstm_rows: "LSTMRows | None" = None
+    single_step: bool = False
+    in_the_open: bool = False
+
+
+def _is_plain(linear):
+    """Whether a leaf is what it was built as: no adapter, hook, quantised or sharded weight."""
+    hooked = (
+        linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or hasattr(linear, "_hf_hook")
+    )
+    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not hooked
+
+
+def grouped_linear(linears: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
+    """One linear layer for each stream: `[streams, batch, seq, in] -> [streams, batch, seq, out]`.
+
+    In training one batched product; in inference one product each, whose results do not depend on the number of streams to the last bit.
+    """
+    if len(linears) == 1:
+        return linears[0](x[0]).unsqueeze(0)
+    rows = x[0, ..., 0].numel()
+    if not torch.is_grad_enabled() or rows < _BATCHED_ROWS or not all(map(_is_plain, linears)):
+        return torch.stack([linear(part) for linear, part in zip(linears, x)])
+    weight = torch.stack([linear.weight for linear in linears]).transpose(1, 2)
+    if linears[0].bias is None:
+        out = torch.bmm(x.flatten(1, 2), weight)
+    else:
+        bias = torch.stack([linear.bias for linear in linears]).unsqueeze(1)
+        out = torch.baddbmm(bias, x.flatten(1, 2), weight)
+    return out.unflatten(1, x.shape[1:3])
+
+
+def grouped_norm(norms: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
+    """One norm for each stream `[streams, batch, seq, width]`."""
+    if len(norms) == 1:
+        return norms[0](x[0]).unsqueeze(0)
+    return torch.stack([norm(part) for norm, part in zip(norms, x)])
+
+
+def join_heads(x: torch.Tensor) -> torch.Tensor:
+    """`[streams, batch, seq, ..., heads, head_dim]` -> `[batch, seq, ..., streams * heads, head_dim]`."""
+    return x.movedim(0, -3).flatten(-3, -2)
+
+
+def split_heads(x: torch.Tensor, groups: list[Group], heads: list[int]) -> list[torch.Tensor]:
+    """The heads of all groups side by side, `[batch, seq, heads, head_dim]`, back as `[streams, batch, seq, width]`."""
+    parts = x.split([len(group.mixers) * count for group, count in zip(groups, heads)], dim=2)
+    return [part.unflatten(2, (-1, count)).movedim(2, 0).flatten(3) for part, count in zip(parts, heads)]
+
+
+class _Core(nn.Module):
+    """What cores have in common.
+
+    Args:
+        config (`MultiGridConfig`): of the model.
+        layer_idx (`int`): layer of the cache that holds the past.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+
+    def mix(self, groups: list[Group], plan: MixingPlan, cache) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """What each stream is to add to itself, `[streams, batch, seq, width]` for each group, and attention weights.
+
+        The weights, `[batch, all heads, seq, keys]`, are given where the plan asks for them and the core has any.
+        """
+        raise NotImplementedError
+
+
+class _SelfAttention(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.qkv_proj = nn.Linear(width, 3 * width)
+        self.o_proj = nn.Linear(width, width)
+
+
+class _CrossAttention(nn.Module):
+    def __init__(self, width, other_width, inner):
+        super().__init__()
+        self.q_proj = nn.Linear(width, inner)
+        self.kv_proj = nn.Linear(other_width, 2 * inner)
+        self.o_proj = nn.Linear(inner, width)
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, is_causal=False, **kwargs):
+    """Attention in the open; the arguments are those of transformers' attention interface, with a boolean mask.
+
+    Returns the output `[batch, queries, heads, head_dim]` and the weights `[batch, heads, queries, keys]`.
+    """
+    logits = query @ key.transpose(2, 3) * scaling
+    if is_causal:
+        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    if attention_mask is not None:
+        logits = logits.masked_fill(~attention_mask, torch.finfo(logits.dtype).min)
+    weights = torch.softmax(logits, dim=-1, dtype=torch.promote_types(torch.float32, query.dtype)).to(query.dtype)
+    out = nn.functional.dropout(weights, dropout, module.training) @ value
+    return out.transpose(1, 2), weights
+
+
+class TransformerCore(_Core):
+    """Causal attention. Streams are folded into the batch, or, where there is a cache, into the heads."""
+
+    is_causal = True
+
+    @staticmethod
+    def self_mixer(width: int) -> nn.Module:
+        """Weights of attention of a stream to itself."""
+        return _SelfAttention(width)
+
+    @staticmethod
+    def cross_mixer(width: int, other_width: int, inner: int) -> nn.Module:
+        """Weights of attention of one stream to another one, over `inner` channels."""
+        return _CrossAttention(width, other_width, inner)
+
+    def mix(self, groups, plan, cache):
+        parts = [self._project(group) for group in groups]
+        if cache is None and not plan.in_the_open:
+            outs, weights = [self._attend_in_batch(*part, plan) for part in parts], None
+        else:
+            query, key, value = (torch.cat([join_heads(x) for x in xs], dim=2).transpose(1, 2) for xs in zip(*parts))
+            if cache is not None:
+                key, value = cache.update(key, value, self.layer_idx)
+            out, weights = self._attend(query, key, value, plan)
+            outs = split_heads(out, groups, [part[0].shape[3] for part in parts])
+        return [grouped_linear([m.o_proj for m in group.mixers], out) for group, out in zip(groups, outs)], weights
+
+    def _project(self, group):
+        """Queries, keys and values `[streams, batch, seq, heads, head_dim]`."""
+        head_dim = self.config.head_dim
+        if group.other is None:
+            qkv = grouped_linear([m.qkv_proj for m in group.mixers], group.own)
+            return qkv.unflatten(-1, (3, -1, head_dim)).unbind(3)
+        query = grouped_linear([m.q_proj for m in group.mixers], group.own).unflatten(-1, (-1, head_dim))
+        key_value = grouped_linear([m.kv_proj for m in group.mixers], group.other)
+        return query, *key_value.unflatten(-1, (2, -1, head_dim)).unbind(3)
+
+    def _attend_in_batch(self, query, key, value, plan):
+        streams, batch = query.shape[:2]
+        mask = plan.attention_mask
+        if mask is not None and mask.shape[0] > 1:
+            mask = mask.repeat(streams, 1, 1, 1)
+        query, key, value = (x.flatten(0, 1).transpose(1, 2) for x in (query, key, value))
+        out = self._attention()(self, query, key, value, mask, **self._options(query, mask))[0]
+        return out.unflatten(0, (streams, batch)).flatten(3)
+
+    def _attend(self, query, key, value, plan):
+        attention = eager_attention if plan.in_the_open else self._attention()
+        return attention(self, query, key, value, plan.attention_mask, **self._options(query, plan.attention_mask))
+
+    def _attention(self):
+        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+
+    def _options(self, query, mask):
+        return {
+            "scaling": self.config.head_dim**-0.5,
+            "dropout": self.config.attention_dropout if self.training else 0.0,
+            "is_causal": mask is None and query.shape[2] > 1,
+        }
+
+
+CORES = {"transformer": TransformerCore}
+
+__all__ = ["CORES", "Group", "MixingPlan", "eager_attention", "grouped_linear", "grouped_norm"]

@@ -1,0 +1,65 @@
+"""Small MultiGrid models for tests: large random weights, so that a wrong state shows in the logits."""
+
+import torch
+
+import modeling_heptapod
+
+
+TWO_AXES = {"axis_names": ["kind", "bracket"], "axis_vocab_sizes": [7, 5]}
+# One entry a way in which models differ; every test that is about all of them runs over these.
+VARIANTS = {
+    "plain": {},
+    "axis": {"axis_names": ["kind"], "axis_vocab_sizes": [7]},
+    "axes": TWO_AXES,
+    "weights": {
+        "axis_names": ["kind", "bracket", "depth"],
+        "axis_vocab_sizes": [7, 5, 3],
+        "axis_weights": [0.5, 0.3, 0.4],
+    },
+    "light": {**TWO_AXES, "meta_hidden_size": 8, "cross_feed_forward": False},
+    "factored": {**TWO_AXES, "axis_order": "factored"},
+    "leap": {**TWO_AXES, "core": "leap", "window_sizes": [None, 3]},
+    "leap-factored": {**TWO_AXES, "core": "leap", "window_sizes": [4, None], "axis_order": "factored"},
+    "leap-light": {**TWO_AXES, "core": "leap", "meta_hidden_size": 8},
+    "lstm": {**TWO_AXES, "core": "lstm"},
+    "lstm-factored": {**TWO_AXES, "core": "lstm", "axis_order": "factored", "meta_hidden_size": 8},
+    "leap-plain": {"core": "leap"},
+    "lstm-plain": {"core": "lstm"},
+}
+
+
+def tiny_config(**overrides):
+    """A configuration of two layers, width 16, two heads."""
+    values = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+    }
+    return modeling_heptapod.MultiGridConfig(**{**values, **overrides})
+
+
+def tiny_multigrid(head="MultiGridForCausalLM", seed=0, **overrides):
+    """A model in evaluation mode. Biases and norms are random as well, so that none of them can be forgotten."""
+    torch.manual_seed(seed)
+    model = getattr(modeling_heptapod, head)(tiny_config(**overrides)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def random_ids(batch, seq, vocab_size=50, seed=1):
+    """Token ids `[batch, seq]` from the whole vocabulary."""
+    return torch.randint(vocab_size, (batch, seq), generator=torch.Generator().manual_seed(seed))
+
+
+def random_grid(model, batch, seq, seed=1):
+    """`input_ids` and `meta_ids` for a model, from its whole vocabularies."""
+    config = model.config
+    tracks = [random_ids(batch, seq, size, seed + 1 + i) for i, size in enumerate(config.axis_vocab_sizes)]
+    meta_ids = torch.stack(tracks, dim=1) if tracks else torch.zeros(batch, 0, seq, dtype=torch.long)
+    return {"input_ids": random_ids(batch, seq, config.vocab_size, seed), "meta_ids": meta_ids}
