@@ -1,0 +1,369 @@
+"""Meta axes: what stands beside the text, one id per token.
+
+An axis reads text from left to right. It is *causal* when the id of a token depends on nothing that comes after the
+token; then it can be continued while a model writes, and what a model gains from it is real. An axis that looks ahead
+tells a model what it has yet to predict. [`find_lookahead`] tells the two apart on any text.
+
+    class Vowels(MetaAxis):
+        def __init__(self, name="vowels"):
+            super().__init__(name, ("no", "yes"))
+
+        def start(self):
+            return 0
+
+        def step(self, state, characters):
+            for character in characters:
+                state = int(character in "aeiou")
+            return state, state
+
+Id 0 is what stands before the first character; special tokens and pads have it too.
+"""
+
+import json
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+
+
+AXIS_CLASSES = {}  # every subclass of MetaAxis that has been imported, by name
+
+
+class MetaAxis:
+    """An id per token, from the text and where its tokens end.
+
+    A subclass defines `start` and `step`, and `arguments` if its `__init__` takes more than `name`. Where stepping is
+    too slow for a corpus it may define `ids_after` as well; the ids must be the same.
+
+    Args:
+        name: what configs, losses and logs call it; a Python identifier.
+        vocabulary: what each id means.
+
+    Attributes:
+        causal (`bool`): whether an id depends on the past only.
+        why_not_causal (`str`): the reason where it does not.
+        short_names (`dict`): names by which [`make_axis`] finds the class, with arguments for its `__init__`.
+
+    Raises:
+        ValueError: for a name that is no identifier, and an empty vocabulary or one that repeats itself.
+    """
+
+    causal = True
+    why_not_causal = ""
+    short_names = {}
+
+    def __init__(self, name: str, vocabulary: Sequence[str]):
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ValueError(f"`name` of an axis must be a Python identifier, got {name!r}.")
+        self.name, self.vocabulary = name, tuple(vocabulary)
+        if not self.vocabulary or len(set(self.vocabulary)) < len(self.vocabulary):
+            raise ValueError(f"`vocabulary` of axis {name!r} must hold different entries, got {self.vocabulary}.")
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        AXIS_CLASSES[cls.__name__] = cls
+
+    def __repr__(self):
+        return f"{type(self).__name__}(name={self.name!r}, {len(self.vocabulary)} ids, causal={self.causal})"
+
+    def start(self) -> Hashable:
+        """The state before any text; states are never changed in place, so several beams may share one.
+
+        Raises:
+            ValueError: from an axis that is not causal.
+        """
+        self._refuse_if_not_causal()
+        raise NotImplementedError(f"{type(self).__name__} must define `start`.")
+
+    def step(self, state, characters: str) -> tuple[int, Hashable]:
+        """Read on.
+
+        Args:
+            state: from `start` or the last step.
+            characters: those that the new token completes; none for a token that is a part of a character.
+
+        Returns:
+            The id of the new token, and the state after it. A step over several characters ends where steps over each
+            of them end.
+
+        Raises:
+            ValueError: from an axis that is not causal.
+        """
+        self._refuse_if_not_causal()
+        raise NotImplementedError(f"{type(self).__name__} must define `step`.")
+
+    def ids_after(self, text: str) -> list[int]:
+        """The id after each number of characters, 0 to `len(text)`: the fold of `step`."""
+        meta_id, state = self.step(self.start(), "")
+        ids = [meta_id]
+        for character in text:
+            meta_id, state = self.step(state, character)
+            ids.append(meta_id)
+        return ids
+
+    def annotate(self, text: str, offsets=None) -> list[int]:
+        """An id for each token of a text.
+
+        Args:
+            text: the text.
+            offsets: `(start, end)` of each token in it, a list or `[tokens, 2]`, as fast tokenizers return them. Of
+                several tokens that share a character only the last one sees it. The last token is taken to complete
+                its characters: annotate first, truncate afterwards. Without offsets each character is a token.
+
+        Raises:
+            TypeError: for what is no text.
+            ValueError: for offsets that do not lie in the text or run backwards.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"`text` must be a string, got {type(text).__name__}.")
+        ids = self.ids_after(text)
+        if offsets is None:
+            return ids[1:]
+        return [ids[length] for length in visible_lengths(offsets, len(text))]
+
+    def arguments(self) -> dict:
+        """What `__init__` needs besides `name` to make this axis again, as JSON can hold it."""
+        return {}
+
+    def to_spec(self) -> dict:
+        """This axis as JSON can hold it; [`make_axis`] reads it."""
+        return {"class": type(self).__name__, "name": self.name, **self.arguments()}
+
+    def __reduce__(self):
+        # Copies and pickles are made anew from the arguments: what an axis remembers to be fast stays behind.
+        return _make_again, (type(self), {"name": self.name, **self.arguments()})
+
+    def _refuse_if_not_causal(self):
+        if not self.causal:
+            raise ValueError(f"axis {self.name!r} cannot be continued while text is written: {self.why_not_causal}")
+
+
+def _make_again(axis_class, arguments):
+    return axis_class(**arguments)
+
+
+class ConstantAxis(MetaAxis):
+    """Says nothing: a control with the cost of an axis and none of its content.
+
+    Args:
+        size: entries of its vocabulary, of which only the first is used.
+    """
+
+    short_names = {"constant": {}}
+
+    def __init__(self, name: str = "constant", size: int = 1):
+        super().__init__(name, _numbers("size", size))
+
+    def start(self):
+        return ()
+
+    def step(self, state, characters):
+        return 0, state
+
+    def ids_after(self, text):
+        return [0] * (len(text) + 1)
+
+    def arguments(self):
+        return {"size": len(self.vocabulary)}
+
+
+class RandomAxis(MetaAxis):
+    """Says nothing, in many words: a control.
+
+    The id is a hash of the seed and the whole text so far, so it is the same whenever the text is the same, and tells
+    neither what comes nor, as a random sequence that starts anew with each text would, how far the text has come.
+
+    Args:
+        size: number of ids.
+        seed: another seed, other ids.
+    """
+
+    short_names = {"random": {}}
+
+    def __init__(self, name: str = "random", size: int = 16, seed: int = 0):
+        super().__init__(name, _numbers("size", size))
+        if type(seed) is not int:
+            raise ValueError(f"`seed` must be an integer, got {seed!r}.")
+        self.seed = seed
+
+    def start(self):
+        return None
+
+    def step(self, state, characters):
+        for character in characters:
+            state = _mix(_mix(self.seed) if state is None else state, ord(character))
+        return 0 if state is None else (state >> 33) % len(self.vocabulary), state
+
+    def arguments(self):
+        return {"size": len(self.vocabulary), "seed": self.seed}
+
+
+def _mix(state, number=0):
+    # The multiplier of Knuth's MMIX generator; the upper half of the product depends on every bit that went in.
+    return (state + number + 1) * 6364136223846793005 & 0xFFFFFFFFFFFFFFFF
+
+
+def _numbers(name, size):
+    if type(size) is not int or size < 1:
+        raise ValueError(f"`{name}` must be an integer of at least 1, got {size!r}.")
+    return [str(number) for number in range(size)]
+
+
+def visible_lengths(offsets, length: int) -> list[int]:
+    """How many characters of a text are complete after each token.
+
+    Args:
+        offsets: `(start, end)` of each token, `start == end` for one without text.
+        length: characters of the text.
+
+    Raises:
+        ValueError: for offsets that do not lie in the text or run backwards.
+    """
+    pairs = offsets.tolist() if hasattr(offsets, "tolist") else offsets
+    lengths, following = [0] * len(pairs), length  # where the next token begins
+    for number in range(len(pairs) - 1, -1, -1):
+        start, end = pairs[number]
+        if start == end:
+            continue
+        if not 0 <= start < end <= length or start > following:
+            raise ValueError(
+                f"`offsets` must lie in the text of {length} characters and not run backwards, token {number} has "
+                f"({start}, {end})."
+            )
+        lengths[number] = end if end < following else following
+        following = start
+    seen = 0
+    for number, complete in enumerate(lengths):
+        if complete < seen:  # a token without text sees what the one before it saw
+            lengths[number] = seen
+        else:
+            seen = complete
+    return lengths
+
+
+def find_lookahead(axis: MetaAxis, text: str, offsets=None, every: int = 1) -> int | None:
+    """Look for a token whose id depends on what comes after it.
+
+    Annotates the text and prefixes of it; time grows with the square of the length.
+
+    Args:
+        axis: the axis.
+        text: the text.
+        offsets: of its tokens, as for `annotate`; without them each character is a token.
+        every: try every so many tokens only.
+
+    Returns:
+        The smallest tried number of tokens whose annotation changes when the text goes on; `None` where there is none:
+        the axis is then causal on this text.
+    """
+    whole = axis.annotate(text, offsets)
+    pairs = [(n, n + 1) for n in range(len(text))] if offsets is None else offsets
+    lengths = visible_lengths(pairs, len(text))
+    for number in range(every, len(whole) + 1, every):
+        length = lengths[number - 1]
+        before = [(min(start, length), min(end, length)) for start, end in pairs[:number]]
+        if axis.annotate(text[:length], before) != whole[:number]:
+            return number
+    return None
+
+
+def make_axis(spec) -> MetaAxis:
+    """An axis from what names or describes it.
+
+    Args:
+        spec: an axis, which is returned as it is; a dict from `to_spec`; a short name like `"affix"` or `"bracket"`; or
+            the path of a `.json` file that holds such a dict.
+
+    Raises:
+        ValueError: for a name that no imported class has; the module that defines a class of your own must be imported
+            before its axes are loaded.
+        TypeError: for anything else.
+    """
+    if isinstance(spec, MetaAxis):
+        return spec
+    if isinstance(spec, (str, Path)):
+        if str(spec).endswith(".json"):
+            return make_axis(json.loads(Path(spec).read_text(encoding="utf-8")))
+        short_names = {
+            name: (cls, kwargs) for cls in AXIS_CLASSES.values() for name, kwargs in cls.short_names.items()
+        }
+        if spec not in short_names:
+            raise ValueError(f"axis {spec!r} is neither a .json file nor one of {sorted(short_names)}.")
+        axis_class, arguments = short_names[spec]
+        return axis_class(**arguments)
+    if not isinstance(spec, dict) or "class" not in spec:
+        raise TypeError(f"an axis is made from an axis, a name, or a dict with a 'class', got {spec!r}.")
+    arguments = dict(spec)
+    class_name = arguments.pop("class")
+    if class_name not in AXIS_CLASSES:
+        raise ValueError(
+            f"axis {spec.get('name')!r} is of class {class_name!r}, which is not one of {sorted(AXIS_CLASSES)}; import "
+            "the module that defines it first."
+        )
+    return AXIS_CLASSES[class_name](**arguments)
+
+
+class Automaton:
+    """A function `(state, character) -> state` that remembers what it has computed, for axes at full text speed.
+
+    Args:
+        start: the first state; states are hashable.
+        advance: `(state, character) -> state`.
+        output: `state -> output`.
+        limit: how many transitions to remember before starting anew.
+    """
+
+    def __init__(self, start: Hashable, advance: Callable, output: Callable, limit: int = 200_000):
+        self.start, self.advance, self.output, self.limit = start, advance, output, limit
+        self._nodes, self._remembered = {}, 0
+
+    def trace(self, text: str) -> list:
+        """The output after each number of characters, 0 to `len(text)`."""
+        node = self._node(self.start)
+        outputs = [node.output]
+        for character in text:
+            node = node[character]
+            outputs.append(node.output)
+        return outputs
+
+    def step(self, state, characters: str) -> tuple:
+        """The output and the state after some more characters."""
+        node = self._node(state)
+        for character in characters:
+            node = node[character]
+        return node.output, node.state
+
+    def _node(self, state):
+        if state not in self._nodes:
+            self._nodes[state] = _Node(self, state)
+        return self._nodes[state]
+
+    def _after(self, state, character):
+        self._remembered += 1
+        if self._remembered > self.limit:
+            self._nodes, self._remembered = {}, 0
+        return self._node(self.advance(state, character))
+
+
+class _Node(dict):
+    """The next node for each character met so far."""
+
+    __slots__ = ("automaton", "output", "state")
+
+    def __init__(self, automaton, state):
+        super().__init__()
+        self.automaton, self.state, self.output = automaton, state, automaton.output(state)
+
+    def __missing__(self, character):
+        self[character] = node = self.automaton._after(self.state, character)
+        return node
+
+
+__all__ = [
+    "AXIS_CLASSES",
+    "Automaton",
+    "ConstantAxis",
+    "MetaAxis",
+    "RandomAxis",
+    "find_lookahead",
+    "make_axis",
+    "visible_lengths",
+]
