@@ -29,6 +29,10 @@ except PackageNotFoundError:  # run from a folder that was not installed
     __version__ = "unknown"
 
 _MODULE_OF = {
+    "AffixAxis": "meta_axes_text",
+    "ConstantAxis": "meta_axes",
+    "DecisionTreeAxis": "decision_tree_axis",
+    "GoldTagAxis": "meta_axes_text",
     "HeptapodForMaskedLM": "modeling_heptapod",
     "HeptapodGenerationConfig": "generation_heptapod",
     "HeptapodGenerationMixin": "generation_heptapod",
@@ -44,12 +48,23 @@ _MODULE_OF = {
     "LeapForSequenceClassification": "modeling_leap",
     "LeapModel": "modeling_leap",
     "LeapPreTrainedModel": "modeling_leap",
+    "MetaAxis": "meta_axes",
     "MultiGridCache": "multigrid_cache",
     "MultiGridForCausalLM": "modeling_multigrid",
+    "MultiGridGenerationMixin": "generation_multigrid",
     "MultiGridModel": "modeling_multigrid",
     "MultiGridPreTrainedModel": "modeling_multigrid",
+    "MultiGridProcessor": "processing_multigrid",
+    "PartOfSpeechAxis": "meta_axes_text",
+    "PythonBracketAxis": "meta_axes_python",
+    "PythonIndentationAxis": "meta_axes_python",
+    "PythonStringAxis": "meta_axes_python",
+    "PythonTokenKindAxis": "meta_axes_python",
+    "RandomAxis": "meta_axes",
     "RecurrentCache": "recurrent_cache",
     "StaticRecurrentCache": "recurrent_cache",
+    "find_lookahead": "meta_axes",
+    "make_axis": "meta_axes",
 }
 _MODELS = (
     (AutoModel, HeptapodConfig, "HeptapodModel"),
@@ -98,7 +113,7 @@ class _ModelOnDemand:
 
 
 class _RegisterProcessorLater:
-    """Registers the processor when AutoProcessor is imported: it brings most of transformers along, so we do not."""
+    """Registers the processors when AutoProcessor is imported: it brings most of transformers along, so we do not."""
 
     def find_spec(self, name, path=None, target=None):
         if name != "transformers.models.auto.processing_auto":
@@ -117,6 +132,7 @@ class _RegisterProcessorLater:
 
 def _register_processor(auto_processor):
     auto_processor.register(HeptapodConfig, _ModelOnDemand(HeptapodConfig, "HeptapodProcessor"))
+    auto_processor.register(MultiGridConfig, _ModelOnDemand(MultiGridConfig, "MultiGridProcessor"))
 
 
 AutoConfig.register("heptapod", HeptapodConfig)

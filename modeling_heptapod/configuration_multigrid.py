@@ -54,7 +54,7 @@ class MultiGridConfig(PreTrainedConfig):
     model_type = "multigrid"
     keys_to_ignore_at_inference = [
         "past_key_values",
-        "last_hidden_state",
+        "main_hidden_states",
         "meta_logits",
         "main_loss",
         "meta_losses",
@@ -87,18 +87,28 @@ class MultiGridConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        self._fill_in()
+        super().__post_init__(**kwargs)
+
+    def complete(self) -> None:
+        """Fill in what depends on values that were set since, one by one, as `from_pretrained` sets what it overrides.
+
+        A model calls it before it is built. Raises what the constructor raises.
+        """
+        self._fill_in()
+        self.validate_architecture()
+
+    def _fill_in(self):
         self.axis_names = list(self.axis_names or [])
         self.axis_vocab_sizes = list(self.axis_vocab_sizes or [])
-        if self.axis_weights is None:
-            self.axis_weights = [1 / self.num_axes for _ in self.axis_names]
-        self.axis_weights = list(self.axis_weights)
+        if self.axis_weights is not None:
+            self.axis_weights = list(self.axis_weights)
         if self.meta_hidden_size is None:
             self.meta_hidden_size = self.hidden_size
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.window_sizes is None and self.core == "leap":
             self.window_sizes = [(None, 4, 8, 16)[layer % 4] for layer in range(self.num_hidden_layers)]
-        super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation. Raises `ValueError` for values that make no model."""
@@ -143,14 +153,14 @@ class MultiGridConfig(PreTrainedConfig):
         names = self.axis_names
         if len(set(names)) != len(names) or not all(names):
             raise ValueError(f"`axis_names` must be unique and not empty, got {names}.")
-        for name in ("axis_vocab_sizes", "axis_weights"):
-            if len(getattr(self, name)) != len(names):
+        for name, values in (("axis_vocab_sizes", self.axis_vocab_sizes), ("axis_weights", self.axis_shares)):
+            if len(values) != len(names):
                 raise ValueError(
-                    f"`{name}` must have one entry for each of the {len(names)} axes {names}, got {getattr(self, name)}."
+                    f"`{name}` must have one entry for each of the {len(names)} axes {names}, got {values}."
                 )
         if min(self.axis_vocab_sizes, default=1) < 1:
             raise ValueError(f"`axis_vocab_sizes` must be at least 1, got {self.axis_vocab_sizes}.")
-        if not all(weight >= 0 for weight in self.axis_weights):
+        if not all(weight >= 0 for weight in self.axis_shares):
             raise ValueError(f"`axis_weights` must not be negative, got {self.axis_weights}.")
 
     def _validate_leap(self):
@@ -168,6 +178,11 @@ class MultiGridConfig(PreTrainedConfig):
     def num_axes(self) -> int:
         """How many meta axes there are."""
         return len(self.axis_names)
+
+    @property
+    def axis_shares(self) -> list[float]:
+        """`axis_weights`, or one over the number of axes each."""
+        return self.axis_weights or [1 / self.num_axes for _ in self.axis_names]
 
     @property
     def head_dim(self) -> int:

@@ -13,6 +13,7 @@ One layer of the main stream and `A` meta streams is `1 + 3 A` blocks, each mixi
 Position `t` of any stream reads positions up to `t` only, its own, or another's after the self blocks.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +21,9 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.import_utils import is_tracing
@@ -30,9 +31,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .auto_map import FullAutoMapMixin
 from .configuration_multigrid import MultiGridConfig
+from .generation_multigrid import MultiGridGenerationMixin
 from .multigrid_cache import MultiGridCache
-from .multigrid_cores import CORES, Group, MixingPlan, grouped_linear, grouped_norm
-from .row_layout import segment_ids
+from .multigrid_cores import CORES, Group, LSTMRows, MixingPlan, grouped_linear, grouped_norm, leap_config
+from .row_layout import segment_ids as find_segments
 
 
 @auto_docstring(
@@ -81,7 +83,7 @@ class MultiGridCausalLMOutput(ModelOutput):
         As from the base model.
     attentions (`tuple`, *optional*):
         As from the base model.
-    last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+    main_hidden_states (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
         In the factored order: the main stream before the next meta tokens are known, for `main_logits`.
     meta_logits (`tuple`, *optional*):
         Of each axis, scores of its next token, `[batch_size, sequence_length, axis_vocab_sizes[a]]`.
@@ -97,7 +99,7 @@ class MultiGridCausalLMOutput(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
-    last_hidden_state: torch.FloatTensor | None = None
+    main_hidden_states: torch.FloatTensor | None = None
     meta_logits: tuple[torch.FloatTensor, ...] | None = None
     main_loss: torch.FloatTensor | None = None
     meta_losses: tuple[torch.FloatTensor, ...] | None = None
@@ -195,7 +197,7 @@ class MultiGridLayer(GradientCheckpointingLayer):
         readings = [(self.main_cross_blocks, mains, meta), (self.meta_cross_blocks, meta, mains)]
         (read, meta), _ = self._run(self.cross_core, readings, plan, past_key_values)
         # One after the other, so that an axis that changes nothing changes no rounding either.
-        for change, share in zip(read - main, self.config.axis_weights):
+        for change, share in zip(read - main, self.config.axis_shares):
             main = torch.add(main, change, alpha=share)
         return main, meta, weights
 
@@ -236,6 +238,11 @@ class MultiGridPreTrainedModel(FullAutoMapMixin, PreTrainedModel):
         "AutoModelForCausalLM": "modeling_multigrid.MultiGridForCausalLM",
     }
 
+    def __init__(self, config: MultiGridConfig, *args, **kwargs):
+        config.complete()
+        super().__init__(config, *args, **kwargs)
+        self._is_stateful = config.core != "transformer"  # a recurrent state cannot be rolled back
+
 
 @auto_docstring
 class MultiGridModel(MultiGridPreTrainedModel):
@@ -245,7 +252,9 @@ class MultiGridModel(MultiGridPreTrainedModel):
         self.meta_embed_tokens = nn.ModuleList(
             nn.Embedding(size, config.meta_hidden_size) for size in config.axis_vocab_sizes
         )
-        if config.core == "transformer":
+        if config.core == "leap":
+            self.rotary_emb = LlamaRotaryEmbedding(leap_config(config, config.num_attention_heads))
+        elif config.core == "transformer":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
             self.meta_embed_positions = None  # streams of equal width share their positions
             if config.num_axes and config.meta_hidden_size != config.hidden_size:
@@ -301,18 +310,13 @@ class MultiGridModel(MultiGridPreTrainedModel):
         mask = _token_mask(attention_mask, main, past)
         segments = None
         if past == 0:
-            segments = segment_ids(main, mask, position_ids, seq_idx, cu_seq_lens_q)
-        if position_ids is None:
+            segments = find_segments(main, mask, position_ids, seq_idx, cu_seq_lens_q)
+        if position_ids is None and config.core != "lstm":
             position_ids = _position_ids(main, mask, segments, past)
-        plan = MixingPlan(
-            attention_mask=_visible(mask, segments, seq, past, main.device),
-            in_the_open=bool(output_attentions),
-        )
-        self._check_positions(position_ids)
-        main = main + self.embed_positions(position_ids)
-        if meta is not None:
-            table = self.embed_positions if self.meta_embed_positions is None else self.meta_embed_positions
-            meta = meta + table(position_ids)
+        if config.core == "transformer":
+            main, meta = self._add_positions(main, meta, position_ids, past)
+        plan = self._plan(main, mask, segments, position_ids, past)
+        plan.in_the_open = bool(output_attentions)
         main, meta = self.dropout(main), None if meta is None else self.dropout(meta)
 
         attentions = []
@@ -376,16 +380,39 @@ class MultiGridModel(MultiGridPreTrainedModel):
         tracks = zip(self.meta_embed_tokens, meta_ids.unbind(1), names)
         return torch.stack([_look_up(table, ids, f"`meta_ids` of axis {name!r}") for table, ids, name in tracks])
 
-    def _check_positions(self, position_ids):
+    def _plan(self, main, mask, segments, position_ids, past):
+        """What the core needs to know of pads, packed sequences and positions."""
+        seq, core = main.shape[1], self.config.core
+        if core == "transformer":
+            return MixingPlan(attention_mask=_visible(mask, segments, seq, past, main.device))
+        padding = None if mask is None else mask[:, -seq:]
+        if padding is not None and not is_tracing(padding) and padding.all():
+            padding = None
+        plan = MixingPlan(padding_mask=padding, segment_ids=segments)
+        if core == "leap":
+            precise = main.to(torch.promote_types(main.dtype, torch.float32))
+            plan.rotary = self.rotary_emb(precise, position_ids)
+            plan.single_step = seq == 1 and past > 0 and padding is None and not torch.is_grad_enabled()
+        elif padding is not None or segments is not None:
+            plan.lstm_rows = LSTMRows(padding, segments)
+        return plan
+
+    def _add_positions(self, main, meta, position_ids, past):
         limit = self.config.max_position_embeddings
-        if is_tracing(position_ids) or position_ids.shape[1] == 0:
-            return
-        last = int(position_ids.max())
-        if last >= limit:
+        try:
+            if past + main.shape[1] > limit and not is_tracing(position_ids) and position_ids.max() >= limit:
+                raise IndexError  # a device that is no CPU would not
+            main = main + self.embed_positions(position_ids)
+        except IndexError as error:
             raise ValueError(
-                f"Position {last} is out of reach: with core='transformer' there are `max_position_embeddings`={limit} "
-                "learned positions. Cores 'leap' and 'lstm' have no such bound."
-            )
+                f"Positions must be in [0, {limit}), got values from {int(position_ids.min())} to "
+                f"{int(position_ids.max())}: with core='transformer' there are `max_position_embeddings`={limit} learned "
+                "ones. Cores 'leap' and 'lstm' have no such bound."
+            ) from error
+        if meta is not None:
+            table = self.embed_positions if self.meta_embed_positions is None else self.meta_embed_positions
+            meta = meta + table(position_ids)
+        return main, meta
 
 
 def _look_up(table, ids, what):
@@ -450,8 +477,51 @@ def _visible(mask, segments, seq, past, device):
     return allowed.unsqueeze(1)
 
 
+def _next_meta(meta_ids, next_meta_ids, mask, segments):
+    """The meta tokens that follow each position `[batch, axes, seq]`, and where there are any `[batch, seq]`.
+
+    None follow the last position, unless they are given, nor the end of a packed sequence, nor does a pad count as one.
+    """
+    batch, axes, seq = meta_ids.shape
+    known = torch.ones(batch, seq, dtype=torch.bool, device=meta_ids.device)
+    if next_meta_ids is None:
+        next_meta_ids = torch.zeros_like(meta_ids[:, :, 0])
+        known[:, -1] = False
+    elif list(next_meta_ids.shape) != [batch, axes]:
+        raise ValueError(f"`next_meta_ids` must be [batch, axes] = {[batch, axes]}, got {list(next_meta_ids.shape)}.")
+    if segments is not None:
+        known[:, :-1] &= segments[:, 1:] == segments[:, :-1]
+    if mask is not None:
+        known[:, :-1] &= mask[:, 1 - seq :] if seq > 1 else True
+    return torch.cat((meta_ids[:, :, 1:], next_meta_ids.unsqueeze(-1)), dim=2), known
+
+
+class NextMetaBlock(nn.Module):
+    """The factored order: what the main stream learns of the next meta tokens before it predicts, and a feed-forward."""
+
+    def __init__(self, config: MultiGridConfig):
+        super().__init__()
+        self.projs = nn.ModuleList(
+            nn.Linear(config.meta_hidden_size, config.hidden_size, bias=False) for _ in config.axis_names
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MultiGridMLP(config, config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, next_embeds: list[torch.Tensor], known: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`hidden_states [batch, seq, hidden_size]`, changed by the embeddings `[batch, seq, meta_hidden_size]` of each axis.
+
+        `known [1 or batch, seq]` says at which positions there are any; `None` for all.
+        """
+        for proj, embeds in zip(self.projs, next_embeds):
+            change = proj(embeds)
+            hidden_states = hidden_states + (change if known is None else change.masked_fill(~known.unsqueeze(-1), 0))
+        return hidden_states + grouped_mlp([self.mlp], self.norm(hidden_states).unsqueeze(0))[0]
+
+
 @auto_docstring
-class MultiGridForCausalLM(MultiGridPreTrainedModel, GenerationMixin):
+class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: MultiGridConfig):
@@ -461,7 +531,12 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, GenerationMixin):
         self.meta_lm_heads = nn.ModuleList(
             nn.Linear(config.meta_hidden_size, size, bias=False) for size in config.axis_vocab_sizes
         )
+        self.next_meta = NextMetaBlock(config) if self._is_factored else None
         self.post_init()
+
+    @property
+    def _is_factored(self):
+        return self.config.axis_order == "factored" and self.config.num_axes > 0
 
     @can_return_tuple
     @auto_docstring
@@ -474,20 +549,32 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        meta_labels: torch.LongTensor | None = None,
+        meta_targets: torch.LongTensor | None = None,
         next_meta_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        seq_idx: torch.LongTensor | None = None,
+        cu_seq_lens_q: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MultiGridCausalLMOutput:
         r"""
         meta_ids (`torch.LongTensor` of shape `(batch_size, axes, sequence_length)`, *optional*):
             Token of each axis at each position, in the order of `config.axis_names`; needed when there are any.
-        meta_labels (`torch.LongTensor` of shape `(batch_size, axes, sequence_length)`, *optional*):
-            As `labels`, of the axes. When not given: `meta_ids`, ignored wherever `labels` is -100.
+        meta_targets (`torch.LongTensor` of shape `(batch_size, axes, sequence_length)`, *optional*):
+            What `labels` are, of the axes. When not given: `meta_ids`, ignored wherever `labels` is -100.
         next_meta_ids (`torch.LongTensor` of shape `(batch_size, axes)`, *optional*):
-            In the factored order: the meta tokens that follow the last position.
+            In the factored order: the meta tokens that follow the last position. Without them its logits are those of a
+            model that knows nothing of them.
+        seq_idx (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Index of the packed sequence each token belongs to.
+        cu_seq_lens_q (`torch.LongTensor` of shape `(num_sequences + 1,)`, *optional*):
+            Boundaries of the sequences packed into one row.
         """
+        if next_meta_ids is not None and not self._is_factored:
+            raise ValueError(
+                "`next_meta_ids` are for axis_order='factored' and at least one axis; this model has neither."
+            )
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
         outputs = self.model(
             input_ids=input_ids,
             meta_ids=meta_ids,
@@ -496,9 +583,21 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        main = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        if self._is_factored:
+            states = outputs.last_hidden_state
+            mask = _token_mask(attention_mask, states, past)
+            segments = find_segments(states, mask, position_ids, seq_idx, cu_seq_lens_q)
+            next_ids, known = _next_meta(meta_ids, next_meta_ids, mask, segments)
+            next_ids = slice_logits_to_keep(next_ids.transpose(1, 2), logits_to_keep).transpose(1, 2)
+            known = slice_logits_to_keep(known.unsqueeze(-1), logits_to_keep).squeeze(-1)
+            logits = self.main_logits(main, next_ids, known)
+        else:
+            logits = self.lm_head(main)
         meta_logits = None
         if self.config.num_axes:
             states = outputs.meta_hidden_states
@@ -507,31 +606,161 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, GenerationMixin):
             )
         losses = {}
         if labels is not None:
-            losses = self._losses(logits, meta_logits, labels, meta_ids, meta_labels, **kwargs)
+            losses = self._losses(logits, meta_logits, labels, meta_ids, meta_targets, **kwargs)
         return MultiGridCausalLMOutput(
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            main_hidden_states=main if self._is_factored else None,
             meta_logits=meta_logits,
             **losses,
         )
 
-    def _losses(self, logits, meta_logits, labels, meta_ids, meta_labels, **kwargs):
+    def main_logits(
+        self, main_hidden_states: torch.Tensor, next_meta_ids: torch.LongTensor, known: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Scores of the next main token given the next meta tokens, in the factored order.
+
+        Args:
+            main_hidden_states (`torch.Tensor` of shape `[batch, seq, hidden_size]`): of a forward pass's output.
+            next_meta_ids (`torch.LongTensor` of shape `[batch, axes, seq]`): what follows each position.
+            known (`torch.BoolTensor` of shape `[1 or batch, seq]`, *optional*): where it is known at all; everywhere when
+                not given.
+
+        Returns:
+            `torch.Tensor` of shape `[batch, seq, vocab_size]`.
+
+        Raises:
+            ValueError: in the parallel order, and for ids of another shape or outside of an axis's vocabulary.
+        """
+        if not self._is_factored:
+            raise ValueError(
+                "`main_logits` is for axis_order='factored' and at least one axis; this model has neither."
+            )
+        names = self.config.axis_names
+        expected = [main_hidden_states.shape[0], len(names), main_hidden_states.shape[1]]
+        if list(next_meta_ids.shape) != expected:
+            raise ValueError(
+                f"`next_meta_ids` must be [batch, axes, seq] = {expected}, got {list(next_meta_ids.shape)}."
+            )
+        tracks = zip(self.model.meta_embed_tokens, next_meta_ids.unbind(1), names)
+        embeds = [_look_up(table, ids, f"`next_meta_ids` of axis {name!r}") for table, ids, name in tracks]
+        return self.lm_head(self.next_meta(main_hidden_states, embeds, known))
+
+    def add_meta_axis(self, name: str, vocab_size: int, freeze_rest: bool = False) -> None:
+        """Attach one more meta axis, the last in `meta_ids`. Nothing that the model predicted before changes, to the last bit.
+
+        What the main stream reads from the new axis starts at zero and learns. The other axes keep their weights in
+        `config.axis_weights`, the new one gets one over the number of axes. `config` is replaced by a copy. Make the
+        optimizer afterwards: one that exists does not know the new parameters.
+
+        Args:
+            name (`str`): of the axis, not one of `config.axis_names`.
+            vocab_size (`int`): of the axis.
+            freeze_rest (`bool`): train only what is new; all that was there no longer requires gradients.
+
+        Raises:
+            ValueError: for a name that is taken or empty, or a vocabulary of no size.
+        """
+        if not name or name in self.config.axis_names:
+            raise ValueError(f"`name` must be new and not empty, got {name!r}; there are {self.config.axis_names}.")
+        if vocab_size < 1:
+            raise ValueError(f"`vocab_size` must be at least 1, got {vocab_size}.")
+        config, before = copy.deepcopy(self.config), set(self.parameters())
+        config.axis_weights = [*config.axis_shares, 1 / (config.num_axes + 1)]
+        config.axis_names = [*config.axis_names, name]
+        config.axis_vocab_sizes = [*config.axis_vocab_sizes, vocab_size]
+        self._set_config(config)
+        base = self.model
+        self._append(base.meta_embed_tokens, nn.Embedding(vocab_size, config.meta_hidden_size), base.embed_tokens)
+        self._append(base.meta_norms, nn.LayerNorm(config.meta_hidden_size, eps=config.layer_norm_eps), base.norm)
+        self._append(self.meta_lm_heads, nn.Linear(config.meta_hidden_size, vocab_size, bias=False), self.lm_head)
+        for layer in base.layers:
+            self._append(layer.meta_self_blocks, MultiGridBlock(config, True, False), layer.self_block)
+            self._append(layer.main_cross_blocks, MultiGridBlock(config, False, True), layer.self_block)
+            self._append(layer.meta_cross_blocks, MultiGridBlock(config, True, True), layer.self_block)
+            layer.main_cross_blocks[-1].close()
+            layer.make_cores()
+        if config.num_axes == 1 and config.core == "transformer" and config.meta_hidden_size != config.hidden_size:
+            table = nn.Embedding(config.max_position_embeddings, config.meta_hidden_size)
+            base.meta_embed_positions = self._like(table, base.embed_positions)
+        if self._is_factored and self.next_meta is None:
+            self.next_meta = self._like(NextMetaBlock(config), self.lm_head)
+            init.zeros_(self.next_meta.mlp.down_proj.weight)
+        elif self._is_factored:
+            self._append(
+                self.next_meta.projs, nn.Linear(config.meta_hidden_size, config.hidden_size, bias=False), self.lm_head
+            )
+        if self._is_factored:
+            init.zeros_(self.next_meta.projs[-1].weight)
+        self.train(self.training)
+        if freeze_rest:
+            for parameter in self.parameters():
+                parameter.requires_grad_(parameter not in before)
+
+    def remove_meta_axis(self, name: str) -> None:
+        """Take a meta axis off. Right after `add_meta_axis` the model predicts what it did before, to the last bit.
+
+        The other axes keep their weights in `config.axis_weights`. `config` is replaced by a copy.
+
+        Args:
+            name (`str`): one of `config.axis_names`.
+
+        Raises:
+            ValueError: for any other name.
+        """
+        if name not in self.config.axis_names:
+            raise ValueError(f"`name` must be one of {self.config.axis_names}, got {name!r}.")
+        config, place = copy.deepcopy(self.config), self.config.axis_names.index(name)
+        config.axis_weights = config.axis_shares
+        for values in (config.axis_weights, config.axis_names, config.axis_vocab_sizes):
+            del values[place]
+        self._set_config(config)
+        base = self.model
+        for modules in (base.meta_embed_tokens, base.meta_norms, self.meta_lm_heads):
+            del modules[place]
+        for layer in base.layers:
+            for blocks in (layer.meta_self_blocks, layer.main_cross_blocks, layer.meta_cross_blocks):
+                del blocks[place]
+            layer.make_cores()
+        if self.next_meta is not None:
+            del self.next_meta.projs[place]
+        if config.num_axes == 0:
+            self.next_meta = base.meta_embed_positions = None
+        self.train(self.training)
+
+    def _set_config(self, config):
+        """For this model only: others may have been built from the same config."""
+        old = self.config
+        for module in self.modules():
+            if getattr(module, "config", None) is old:
+                module.config = config
+
+    def _like(self, module, neighbour):
+        """A new module, initialised, where and what its neighbour is."""
+        module.apply(self._init_weights)
+        weight = next(neighbour.parameters())
+        return module.to(weight.device, weight.dtype)
+
+    def _append(self, modules, module, neighbour):
+        modules.append(self._like(module, neighbour))
+
+    def _losses(self, logits, meta_logits, labels, meta_ids, meta_targets, **kwargs):
         """The loss and its parts; `num_items_in_batch` counts main tokens, and is the same for all of them."""
         config = self.config
         main_loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
         if meta_logits is None:
             return {"loss": main_loss, "main_loss": main_loss}
-        if meta_labels is None:
-            meta_labels = meta_ids.masked_fill((labels == -100).unsqueeze(1), -100)
-        elif meta_labels.shape != meta_ids.shape:
+        if meta_targets is None:
+            meta_targets = meta_ids.masked_fill((labels == -100).unsqueeze(1), -100)
+        elif meta_targets.shape != meta_ids.shape:
             raise ValueError(
-                f"`meta_labels` must be [batch, axes, seq] = {list(meta_ids.shape)}, got {list(meta_labels.shape)}."
+                f"`meta_targets` must be [batch, axes, seq] = {list(meta_ids.shape)}, got {list(meta_targets.shape)}."
             )
         meta_losses = tuple(
             self.loss_function(logits=x, labels=target, vocab_size=size, **kwargs)
-            for x, target, size in zip(meta_logits, meta_labels.unbind(1), config.axis_vocab_sizes)
+            for x, target, size in zip(meta_logits, meta_targets.unbind(1), config.axis_vocab_sizes)
         )
         share = config.main_loss_weight
         loss = share * main_loss + (1 - share) * sum(meta_losses) / len(meta_losses)

@@ -6,6 +6,7 @@ adapters and quantisation know; `grouped_linear` takes them together where nothi
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -214,6 +215,199 @@ class TransformerCore(_Core):
         }
 
 
-CORES = {"transformer": TransformerCore}
+def leap_config(config, heads: int) -> LeapConfig:
+    """LEAP's own defaults for `heads` heads, in the layers of a MultiGrid and then in their readings."""
+    return LeapConfig(
+        hidden_size=heads * config.head_dim,
+        num_attention_heads=heads,
+        num_hidden_layers=2 * config.num_hidden_layers,
+        window_sizes=2 * config.window_sizes,
+    )
 
-__all__ = ["CORES", "Group", "MixingPlan", "eager_attention", "grouped_linear", "grouped_norm"]
+
+class _LeapSelfMixing(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.qfkv_proj = nn.Linear(width, 4 * width, bias=False)
+
+
+class _LeapCrossMixing(nn.Module):
+    def __init__(self, width, other_width, inner):
+        super().__init__()
+        self.q_proj = nn.Linear(width, inner, bias=False)
+        self.fkv_proj = nn.Linear(other_width, 3 * inner, bias=False)
+        self.o_proj = nn.Linear(inner, width)
+
+
+class LeapCore(_Core):
+    """LEAP's mixer on the heads of all streams; a reading takes its queries from the reader, all else from the other."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        axes, meta_heads = config.num_axes, config.meta_num_attention_heads
+        is_cross = layer_idx >= config.num_hidden_layers
+        heads = 2 * axes * meta_heads if is_cross else config.num_attention_heads + axes * meta_heads
+        self.mixer = LeapMixer(leap_config(config, heads), layer_idx)
+        self.mixer.qfkv_proj = nn.Identity()  # streams have projections of their own
+
+    @staticmethod
+    def self_mixer(width: int) -> nn.Module:
+        """Weights of LEAP's mixing step of a stream."""
+        return _LeapSelfMixing(width)
+
+    @staticmethod
+    def cross_mixer(width: int, other_width: int, inner: int) -> nn.Module:
+        """Weights of the same step of one stream over another one, over `inner` channels."""
+        return _LeapCrossMixing(width, other_width, inner)
+
+    def mix(self, groups, plan, cache):
+        parts = [self._project(group) for group in groups]
+        joined = torch.cat([join_heads(part) for part in parts], dim=3)  # [batch, seq, 4, heads, head_dim]
+        out, _ = self.mixer(
+            joined.flatten(2),
+            past_key_values=cache,
+            rotary=plan.rotary,
+            padding_mask=plan.padding_mask,
+            segment_ids=plan.segment_ids,
+            is_causal=True,
+            single_step=plan.single_step,
+        )
+        outs = split_heads(out.unflatten(-1, (-1, self.config.head_dim)), groups, [part.shape[4] for part in parts])
+        for i, group in enumerate(groups):
+            if group.other is not None:
+                outs[i] = grouped_linear([m.o_proj for m in group.mixers], outs[i])
+        return outs, None
+
+    def _project(self, group):
+        """Queries, focus, keys and values `[streams, batch, seq, 4, heads, head_dim]`."""
+        head_dim = self.config.head_dim
+        if group.other is None:
+            qfkv = grouped_linear([m.qfkv_proj for m in group.mixers], group.own)
+            return qfkv.unflatten(-1, (4, -1, head_dim))
+        query = grouped_linear([m.q_proj for m in group.mixers], group.own)
+        rest = grouped_linear([m.fkv_proj for m in group.mixers], group.other)
+        return torch.cat((query, rest), dim=-1).unflatten(-1, (4, -1, head_dim))
+
+
+class _LSTMSelfMixing(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.lstm = nn.LSTM(width, width, batch_first=True)
+
+
+class _LSTMCrossMixing(nn.Module):
+    def __init__(self, width, other_width, inner):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner)
+        self.value_proj = nn.Linear(other_width, inner)
+        self.o_proj = nn.Linear(inner, width)
+
+
+class LSTMRows:
+    """Padded and packed rows taken apart: every sequence becomes a row of its own, without pads.
+
+    Args:
+        padding_mask (`torch.BoolTensor` of shape `[batch, seq]`, *optional*): which tokens are real.
+        segment_ids (`torch.LongTensor` of shape `[batch, seq]`, *optional*): packed sequence of each token. Equal values
+            that do not touch are different sequences.
+    """
+
+    def __init__(self, padding_mask: torch.Tensor | None, segment_ids: torch.Tensor | None):
+        batch, seq = (padding_mask if segment_ids is None else segment_ids).shape
+        if segment_ids is None:
+            runs = torch.zeros(batch, seq, dtype=torch.long, device=padding_mask.device)
+        else:
+            runs = nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0)).long().cumsum(1)
+        device = runs.device
+        if padding_mask is None:
+            self.tokens = torch.arange(batch * seq, device=device)  # real ones, in a flat batch
+        else:
+            self.tokens = padding_mask.flatten().nonzero().squeeze(1)
+        rows = torch.arange(batch, device=device).unsqueeze(1)
+        names = (rows * seq + runs).flatten()[self.tokens]
+        _, self.sequence, counts = names.unique_consecutive(return_inverse=True, return_counts=True)
+        starts = counts.cumsum(0) - counts
+        self.place = torch.arange(len(self.tokens), device=device) - starts[self.sequence]
+        self.lengths = counts.tolist()
+        self.row = self.tokens[starts] // seq  # of each sequence
+        last = torch.searchsorted(self.row, rows.squeeze(1), right=True) - 1
+        self.last = last.clamp_min(0)  # sequence of each row
+        self.has_tokens = (last >= 0) & (torch.bincount(self.row, minlength=batch) > 0)
+
+    def run(self, lstm: nn.LSTM, x: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]):
+        """As the LSTM itself, `x [batch, seq, width]` and `state` of two `[1, batch, width]`; pads give zeros."""
+        out = x.new_zeros(x.shape[0] * x.shape[1], lstm.hidden_size)
+        if not self.lengths:
+            return out.unflatten(0, x.shape[:2]), state
+        take = self.tokens.new_zeros(len(self.lengths), max(self.lengths))
+        take[self.sequence, self.place] = self.tokens
+        rows = nn.utils.rnn.pack_padded_sequence(
+            x.flatten(0, 1)[take], torch.tensor(self.lengths), batch_first=True, enforce_sorted=False
+        )
+        rows, final = lstm(rows, tuple(part[:, self.row] for part in state))
+        rows, _ = nn.utils.rnn.pad_packed_sequence(rows, batch_first=True)
+        out = out.index_copy(0, self.tokens, rows[self.sequence, self.place])
+        has_tokens = self.has_tokens.unsqueeze(-1)
+        final = tuple(torch.where(has_tokens, new[:, self.last], old) for new, old in zip(final, state))
+        return out.unflatten(0, x.shape[:2]), final
+
+
+class LSTMCore(_Core):
+    """An LSTM in each stream, one after the other (recurrences of different weights have no batched form).
+
+    What a stream has in mind of its past is in its state, so another stream reads it at the same position, through a gate.
+    """
+
+    @staticmethod
+    def self_mixer(width: int) -> nn.Module:
+        """Weights of the LSTM of a stream."""
+        return _LSTMSelfMixing(width)
+
+    @staticmethod
+    def cross_mixer(width: int, other_width: int, inner: int) -> nn.Module:
+        """Weights of the gate of one stream on another one, of `inner` channels."""
+        return _LSTMCrossMixing(width, other_width, inner)
+
+    def mix(self, groups, plan, cache):
+        if groups[0].other is not None:
+            return [self._read(group) for group in groups], None
+        outs, states, offset = [], [], 0
+        past = None if cache is None else cache.get_recurrent_state(self.layer_idx)
+        for group in groups:
+            parts = []
+            for mixer, x in zip(group.mixers, group.own):
+                batch, _, width = x.shape
+                if past is None:
+                    state = x.new_zeros(2, 1, batch, width)
+                else:
+                    state = past[:, :, offset : offset + width].to(x.dtype).permute(1, 0, 2).unsqueeze(1).contiguous()
+                offset += width
+                run = mixer.lstm if plan.lstm_rows is None else partial(plan.lstm_rows.run, mixer.lstm)
+                out, state = run(x, tuple(state.unbind(0)))
+                parts.append(out)
+                states.append(torch.cat(state))
+            outs.append(parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts))
+        if cache is not None:
+            precise = torch.promote_types(states[0].dtype, torch.float32)
+            state = torch.cat(states, dim=-1).transpose(0, 1).to(precise)  # [batch, 2, width of all]
+            cache.update_recurrent_state(state, self.layer_idx)
+        return outs, None
+
+    def _read(self, group):
+        gate = torch.sigmoid(grouped_linear([m.gate_proj for m in group.mixers], group.own))
+        value = grouped_linear([m.value_proj for m in group.mixers], group.other)
+        return grouped_linear([m.o_proj for m in group.mixers], gate * value)
+
+
+CORES = {"transformer": TransformerCore, "leap": LeapCore, "lstm": LSTMCore}
+
+__all__ = [
+    "CORES",
+    "Group",
+    "MixingPlan",
+    "LSTMRows",
+    "eager_attention",
+    "grouped_linear",
+    "grouped_norm",
+    "leap_config",
+]
