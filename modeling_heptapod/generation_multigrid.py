@@ -98,6 +98,7 @@ class _MetaTracks:
         self.finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
         self.chosen = []  # of each step, [rows, axes]
         self.annotated = sources.places("annotated")
+        self.special_tokens = set(sources.processor.tokenizer.all_special_ids) if self.annotated else set()
         self.readings = [_Reading((), ())] * len(tokens)
         if self.annotated:
             self.readings = self._read_prompts(mask)
@@ -170,8 +171,8 @@ class _MetaTracks:
 
     def _parents(self, tokens):
         """For each row the first of the same prompt that has written the same so far."""
-        shape = (-1, self.beams, tokens.shape[1] - self.prompt_length)
-        new, old = (x[:, self.prompt_length :].reshape(shape) for x in (tokens, self.tokens))
+        prompts = len(tokens) // self.beams
+        new, old = (x[:, self.prompt_length :].unflatten(0, (prompts, self.beams)) for x in (tokens, self.tokens))
         same = (new.unsqueeze(2) == old.unsqueeze(1)).all(-1)
         first_rows = torch.arange(0, len(tokens), self.beams, device=tokens.device).unsqueeze(1)
         return (same.int().argmax(-1) + first_rows).flatten()
@@ -190,7 +191,9 @@ class _MetaTracks:
         return self.readings
 
     def _read(self, reading, token):
-        """Meta ids of the annotated axes for one more token, and what is known after it."""
+        """Meta ids of the annotated axes for one more token, and what is known after it; special tokens have id 0."""
+        if token in self.special_tokens:
+            return [0] * len(self.annotated), reading
         characters, pending = self.sources.processor.new_characters(reading.pending, token)
         steps = [axis.step(state, characters) for axis, state in zip(self.sources.annotators, reading.states)]
         return [meta_id for meta_id, _ in steps], _Reading(pending, tuple(state for _, state in steps))
@@ -262,6 +265,7 @@ class MultiGridGenerationMixin(GenerationMixin):
         input_ids: torch.LongTensor,
         next_sequence_length: int | None = None,
         past_key_values=None,
+        inputs_embeds: torch.FloatTensor | None = None,
         is_first_iteration: bool | None = False,
         meta_tracks: _MetaTracks | None = None,
         meta_sources: _Sources | None = None,
@@ -273,6 +277,7 @@ class MultiGridGenerationMixin(GenerationMixin):
             input_ids,
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
@@ -289,8 +294,8 @@ class MultiGridGenerationMixin(GenerationMixin):
         if tracks is not None:
             next_meta_ids = tracks.choose(tuple(logits[:, -1] for logits in outputs.meta_logits))
             if self.config.axis_order == "factored":
-                hidden = outputs.last_hidden_state
-                outputs.logits = self.main_logits(hidden, next_meta_ids.to(hidden.device))
+                hidden = outputs.main_hidden_states[:, -1:]
+                outputs.logits = self.main_logits(hidden, next_meta_ids.unsqueeze(-1).to(hidden.device))
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
@@ -359,8 +364,8 @@ class MultiGridGenerationMixin(GenerationMixin):
         axis, size = axes[name], self.config.axis_vocab_sizes[list(self.config.axis_names).index(name)]
         if not axis.causal:
             raise ValueError(
-                f"Axis {name!r} cannot be annotated during generation: {type(axis).__name__} is not causal, its meta "
-                "tokens depend on text that is not yet written. Use the source 'predicted' or 'forced' for it."
+                f"Axis {name!r} cannot be annotated during generation, for it is not causal: {axis.why_not_causal}. Use "
+                "the source 'predicted' or 'forced' for it."
             )
         if len(axis.vocabulary) != size:
             raise ValueError(

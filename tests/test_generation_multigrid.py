@@ -1,0 +1,566 @@
+"""`generate` with meta tokens predicted, annotated or forced: with a cache what the parallel forward gives, in every mode."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
+
+from modeling_heptapod import MultiGridCache
+from tests.tiny_multigrid import TWO_AXES, VARIANTS, random_grid, random_ids, tiny_multigrid
+
+
+# No token is a pad by its id: `generate` would mask it in a prompt, and beam search wants an id.
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 50}
+WITH_TRACKS = {"return_dict_in_generate": True, **GREEDY}
+WITH_AXES = [name for name, options in VARIANTS.items() if "axis_names" in options]
+BOTH_ORDERS = pytest.mark.parametrize("order", ["parallel", "factored"])
+
+
+def two_axes(order="parallel", **overrides):
+    return tiny_multigrid(axis_order=order, **{**TWO_AXES, **overrides})
+
+
+def left_padded(model, lengths):
+    rows = [random_grid(model, 1, n, seed=n) for n in lengths]
+    width = max(lengths)
+
+    def joined(name):
+        return torch.cat([torch.nn.functional.pad(row[name], (width - n, 0)) for row, n in zip(rows, lengths)])
+
+    batch = {name: joined(name) for name in ("input_ids", "meta_ids")}
+    place = torch.arange(width)
+    return rows, {**batch, "attention_mask": torch.stack([(place >= width - n).long() for n in lengths])}
+
+
+def in_chunks(model, batch, sizes, mask=None):
+    """Logits of all axes of the chunks one after the other, and the cache after the last."""
+    cache, logits, at = None, [], 0
+    with torch.no_grad():
+        for size in sizes:
+            out = model(
+                batch["input_ids"][:, at : at + size],
+                meta_ids=batch["meta_ids"][..., at : at + size],
+                attention_mask=None if mask is None else mask[:, : at + size],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache, at = out.past_key_values, at + size
+            logits.append(all_logits(model, out))
+    assert at == batch["input_ids"].shape[1] == cache.get_seq_length()
+    return torch.cat(logits, dim=1), cache
+
+
+def all_logits(model, out):
+    """Main and meta logits side by side. In the factored order a chunk's last main token does not know what follows it,
+    so what the main logits are made of stands in for them."""
+    main = out.logits if model.config.axis_order == "parallel" else out.main_hidden_states
+    return torch.cat((main, *out.meta_logits), dim=-1)
+
+
+def parallel(model, batch, **kwargs):
+    with torch.no_grad():
+        return model(batch["input_ids"], meta_ids=batch["meta_ids"], use_cache=False, **kwargs)
+
+
+def teacher_forced(model, sequences, meta_sequences):
+    """What the likeliest next main and meta tokens are at each place but the last of finished rows."""
+    out = parallel(model, {"input_ids": sequences, "meta_ids": meta_sequences})
+    return out.logits[:, :-1].argmax(-1), torch.stack([x[:, :-1].argmax(-1) for x in out.meta_logits], dim=1)
+
+
+# --- the cache ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", WITH_AXES)
+def test_steps_and_chunks_equal_the_parallel_forward(variant):
+    model = tiny_multigrid(**VARIANTS[variant]).double()
+    batch = random_grid(model, 2, 45)
+    expected = all_logits(model, parallel(model, batch))
+    for sizes in ([1] * 45, [20] + [1] * 25, [3, 1, 16, 9, 1, 1, 2, 12], [25, 20]):
+        logits, _ = in_chunks(model, batch, sizes)
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", WITH_AXES)
+def test_padded_chunks_equal_rows_alone(variant):
+    model = tiny_multigrid(pad_token_id=0, **VARIANTS[variant]).double()
+    lengths = (30, 1, 17)
+    rows, batch = left_padded(model, lengths)
+    for sizes in ([30], [20] + [1] * 10, [12, 1, 1, 14, 2], [1] * 30):
+        logits, _ = in_chunks(model, batch, sizes, batch["attention_mask"])
+        for i, (row, n) in enumerate(zip(rows, lengths)):
+            alone = all_logits(model, parallel(model, row))[0]
+            torch.testing.assert_close(logits[i, 30 - n :], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", WITH_AXES)
+def test_hundreds_of_steps_equal_the_parallel_forward(variant):
+    model = tiny_multigrid(max_position_embeddings=520, **VARIANTS[variant])
+    batch = random_grid(model, 1, 520)
+    logits, _ = in_chunks(model, batch, [5] + [1] * 515)
+    torch.testing.assert_close(logits, all_logits(model, parallel(model, batch)), rtol=1e-4, atol=1e-4)
+
+
+# --- predicted ---------------------------------------------------------------------------------------------------------
+
+
+def greedily(model, batch, steps, forced=None, annotate=None):
+    """Tokens and tracks by full forward passes: what `generate` means, without a cache or any hook of transformers'.
+
+    `forced [batch, axes, steps]` overrules predictions where it is not negative, `annotate` (from rows of tokens to
+    `{axis: ids}`) once the token is known.
+    """
+    ids, meta_ids = batch["input_ids"], batch["meta_ids"]
+    for step in range(steps):
+        out = parallel(model, {"input_ids": ids, "meta_ids": meta_ids})
+        chosen = torch.stack([logits[:, -1].argmax(-1) for logits in out.meta_logits], dim=1)
+        if forced is not None:
+            chosen = torch.where(forced[..., step] >= 0, forced[..., step], chosen)
+        if model.config.axis_order == "factored":
+            out = parallel(model, {"input_ids": ids, "meta_ids": meta_ids}, next_meta_ids=chosen)
+        ids = torch.cat((ids, out.logits[:, -1:].argmax(-1)), dim=1)
+        meta_ids = torch.cat((meta_ids, chosen.unsqueeze(-1)), dim=-1)
+        if annotate is not None:
+            for axis, track in annotate(ids).items():
+                meta_ids[:, axis, -1] = track
+    return ids, meta_ids
+
+
+@pytest.mark.parametrize("variant", WITH_AXES)
+def test_every_variant_generates_what_it_computes_without_a_cache(variant):
+    model = tiny_multigrid(**VARIANTS[variant])
+    batch = random_grid(model, 2, 12)
+    expected = greedily(model, batch, 20)
+    assert len(expected[0][0].unique()) > 5 and len(expected[1][0, 0].unique()) > 1
+    for how in ({}, {"use_cache": False}, {"prefill_chunk_size": 5}):
+        out = model.generate(**batch, max_new_tokens=20, **WITH_TRACKS, **how)
+        assert torch.equal(out.sequences, expected[0]), how
+        assert torch.equal(out.meta_sequences, expected[1]), how
+    assert torch.equal(model.generate(**batch, max_new_tokens=20, **GREEDY), expected[0])
+
+
+def test_nothing_is_left_on_the_module():
+    model = two_axes()
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    model.generate(**random_grid(model, 2, 12), max_new_tokens=3, num_beams=2, **GREEDY)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("variant", WITH_AXES)
+def test_padding_in_every_variant(variant):
+    model = tiny_multigrid(pad_token_id=0, **VARIANTS[variant])
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0].normal_()  # a pad embedding that is not zero
+    rows, batch = left_padded(model, (1, 7, 20))
+    out = model.generate(**batch, max_new_tokens=15, **WITH_TRACKS)
+    for how in ({"use_cache": False}, {"prefill_chunk_size": 8}):
+        same = model.generate(**batch, max_new_tokens=15, **WITH_TRACKS, **how)
+        assert torch.equal(same.sequences, out.sequences), how
+        assert torch.equal(same.meta_sequences, out.meta_sequences), how
+    for i, row in enumerate(rows):
+        ids, meta_ids = greedily(model, row, 15)
+        assert torch.equal(out.sequences[i, 20:], ids[0, -15:]), i
+        assert torch.equal(out.meta_sequences[i, :, 20:], meta_ids[0, :, -15:]), i
+
+
+@pytest.mark.parametrize("variant", WITH_AXES)
+def test_beam_search(variant):
+    model = tiny_multigrid(**VARIANTS[variant])
+    batch = random_grid(model, 2, 12)
+    how = {"num_beams": 4, "max_new_tokens": 15, "num_return_sequences": 3, "output_scores": True, **WITH_TRACKS}
+    out = model.generate(**batch, **how)
+    assert out.sequences.shape == (6, 27) and out.meta_sequences.shape == (6, model.config.num_axes, 27)
+    same = model.generate(**batch, use_cache=False, **how)
+    assert torch.equal(same.sequences, out.sequences) and torch.equal(same.meta_sequences, out.meta_sequences)
+    check_hypotheses(model, batch, out, prompt=12, lengths=[27] * 6)
+
+
+def check_hypotheses(model, batch, out, prompt, lengths):
+    """Tracks are what the model predicts along each hypothesis, and scores are those of its tokens given the tracks."""
+    per_prompt = len(out.sequences) // len(batch["input_ids"])
+    for i, length in enumerate(lengths):
+        ids, meta_ids = out.sequences[i : i + 1, :length], out.meta_sequences[i : i + 1, :, :length]
+        assert torch.equal(ids[0, :prompt], batch["input_ids"][i // per_prompt])
+        assert torch.equal(meta_ids[0, :, :prompt], batch["meta_ids"][i // per_prompt])
+        forward = parallel(model, {"input_ids": ids, "meta_ids": meta_ids})
+        predicted = torch.stack([x[:, prompt - 1 : -1].argmax(-1) for x in forward.meta_logits], dim=1)
+        assert torch.equal(meta_ids[..., prompt:], predicted), i
+        logs = forward.logits[0, prompt - 1 : -1].log_softmax(-1)
+        score = logs.gather(1, ids[0, prompt:, None]).sum() / (length - prompt)
+        torch.testing.assert_close(out.sequences_scores[i], score, rtol=1e-4, atol=1e-4)
+
+
+@BOTH_ORDERS
+def test_beams_that_end(order):
+    """Hypotheses of different lengths, some of which have ended long before the search does."""
+    model = two_axes(order)
+    batch = random_grid(model, 3, 6)
+    how = {"num_beams": 5, "max_new_tokens": 20, "num_return_sequences": 5, "output_scores": True}
+    out = model.generate(**batch, **how, **until(batch, list(range(0, 50, 7))))
+    ends = torch.isin(out.sequences[:, 6:], torch.arange(0, 50, 7))
+    lengths = [6 + int(row.nonzero()[0]) + 1 if row.any() else out.sequences.shape[1] for row in ends]
+    assert len(set(lengths)) > 2
+    check_hypotheses(model, batch, out, 6, lengths)
+    for i, length in enumerate(lengths):
+        assert not out.meta_sequences[i, :, length:].any()
+
+
+@BOTH_ORDERS
+def test_beam_search_over_a_padded_batch(order):
+    model = two_axes(order)
+    rows, batch = left_padded(model, (1, 7, 20))
+    how = {"num_beams": 4, "max_new_tokens": 15, **WITH_TRACKS}
+    out = model.generate(**batch, **how)
+    for i, row in enumerate(rows):
+        alone = model.generate(**row, **how)
+        n = row["input_ids"].shape[1]
+        assert torch.equal(out.sequences[i, 20:], alone.sequences[0, n:]), i
+        assert torch.equal(out.meta_sequences[i, :, 20:], alone.meta_sequences[0, :, n:]), i
+
+
+@BOTH_ORDERS
+def test_sampling_with_a_seed(order):
+    model = two_axes(order)
+    batch, how = random_grid(model, 2, 12), {"do_sample": True, "max_new_tokens": 20, "pad_token_id": 50, "top_k": 20}
+    how |= {"return_dict_in_generate": True}
+    draws = []
+    for use_cache in (True, True, False):
+        torch.manual_seed(3)
+        out = model.generate(**batch, use_cache=use_cache, **how)
+        draws.append(torch.cat((out.sequences.unsqueeze(1), out.meta_sequences), dim=1))
+    assert torch.equal(draws[0], draws[1]) and torch.equal(draws[0], draws[2])
+    torch.manual_seed(4)
+    assert not torch.equal(draws[0][:, 1:], model.generate(**batch, **how).meta_sequences)
+    torch.manual_seed(3)
+    several = model.generate(**batch, num_return_sequences=3, **how)
+    assert several.meta_sequences.shape == (6, 2, 32)
+    assert not torch.equal(several.meta_sequences[0], several.meta_sequences[1])
+
+
+def test_meta_tokens_are_drawn_from_the_model_at_the_temperature():
+    model = two_axes()
+    batch = random_grid(model, 1, 12)
+    rows = {name: ids.expand(4000, *ids.shape[1:]) for name, ids in batch.items()}
+    out = model.generate(
+        **rows,
+        do_sample=True,
+        temperature=0.5,
+        top_k=1,
+        max_new_tokens=1,
+        pad_token_id=50,
+        return_dict_in_generate=True,
+    )
+    for drawn, logits in zip(out.meta_sequences[..., -1].unbind(1), parallel(model, batch).meta_logits):
+        expected = (logits[0, -1] / 0.5).softmax(-1)
+        assert 0.05 < expected.max() < 0.999
+        shares = torch.bincount(drawn, minlength=len(expected)) / 4000
+        torch.testing.assert_close(shares, expected, rtol=0, atol=0.03)
+
+
+def test_sampled_beams_of_equal_text_have_equal_tracks():
+    """Forbidding all but one token makes all beams of a prompt write the same."""
+    model = two_axes()
+    out = model.generate(
+        **random_grid(model, 2, 12),
+        do_sample=True,
+        num_beams=3,
+        num_return_sequences=3,
+        max_new_tokens=5,
+        prefix_allowed_tokens_fn=lambda batch, ids: [7, 8],
+        pad_token_id=50,
+        return_dict_in_generate=True,
+    )
+    tracks = {}
+    for row, (ids, meta_ids) in enumerate(zip(out.sequences, out.meta_sequences)):
+        for length in range(13, 18):
+            known = tracks.setdefault((row // 3, *ids[: length - 1].tolist()), meta_ids[:, :length])
+            assert torch.equal(known, meta_ids[:, :length])
+    assert len(tracks) < 30
+
+
+class Collect(BaseStreamer):
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+def test_a_streamer_gets_the_main_tokens():
+    model, streamer = two_axes(), Collect()
+    tokens = model.generate(**random_grid(model, 1, 12), max_new_tokens=9, streamer=streamer, **GREEDY)
+    assert streamer.ended and streamer.tokens == tokens[0].tolist()
+
+
+def until(batch, eos_token_id):
+    """Token 49 is the pad, but none in the prompt."""
+    mask = torch.ones_like(batch["input_ids"])
+    return {**WITH_TRACKS, "attention_mask": mask, "eos_token_id": eos_token_id, "pad_token_id": 49}
+
+
+@BOTH_ORDERS
+def test_rows_that_end_are_filled_up(order):
+    model = two_axes(order, axis_vocab_sizes=[5, 9])
+    batch, eos = random_grid(model, 8, 6), list(range(0, 50, 5))
+    out = model.generate(**batch, max_new_tokens=20, **until(batch, eos))
+    ids, meta_ids = greedily(model, batch, out.sequences.shape[1] - 6)
+    ends = set()
+    for i, row in enumerate(ids):
+        end = next((t for t in range(6, len(row)) if int(row[t]) in eos), len(row) - 1) + 1
+        ends.add(end)
+        assert torch.equal(out.sequences[i, :end], row[:end]) and (out.sequences[i, end:] == 49).all()
+        assert torch.equal(out.meta_sequences[i, :, :end], meta_ids[i, :, :end])
+        assert not out.meta_sequences[i, :, end:].any()
+    assert len(ends) > 2 and meta_ids[..., 6:].any()
+
+
+@pytest.mark.parametrize("variant", WITH_AXES)
+def test_generation_goes_on_from_a_returned_cache(variant):
+    model = tiny_multigrid(**VARIANTS[variant])
+    first = model.generate(**random_grid(model, 2, 9), max_new_tokens=6, **WITH_TRACKS)
+    more = random_grid(model, 2, 5, seed=2)
+    follow = {
+        "input_ids": torch.cat((first.sequences, more["input_ids"]), dim=1),
+        "meta_ids": torch.cat((first.meta_sequences, more["meta_ids"]), dim=2),
+    }
+    out = model.generate(**follow, past_key_values=first.past_key_values, max_new_tokens=10, **WITH_TRACKS)
+    expected = model.generate(**follow, max_new_tokens=10, use_cache=False, **WITH_TRACKS)
+    assert torch.equal(out.sequences, expected.sequences)
+    assert torch.equal(out.meta_sequences, expected.meta_sequences)
+
+
+def test_only_the_new_tokens_may_be_given_with_a_cache():
+    model = two_axes()
+    first = model.generate(**random_grid(model, 2, 9), max_new_tokens=6, **WITH_TRACKS)
+    more = random_grid(model, 2, 5, seed=2)
+    ids = torch.cat((first.sequences, more["input_ids"]), dim=1)
+    meta_ids = torch.cat((first.meta_sequences, more["meta_ids"]), dim=2)
+    expected = model.generate(ids, meta_ids=meta_ids, max_new_tokens=10, use_cache=False, **WITH_TRACKS)
+    out = model.generate(
+        ids[:, 14:],
+        meta_ids=meta_ids[..., 14:],
+        attention_mask=torch.ones_like(ids),
+        past_key_values=first.past_key_values,
+        max_new_tokens=10,
+        **WITH_TRACKS,
+    )
+    assert torch.equal(out.sequences, expected.sequences[:, 14:])
+    assert torch.equal(out.meta_sequences, expected.meta_sequences[..., 14:])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_prompts_of_embeddings(padded):
+    model = two_axes()
+    _, batch = left_padded(model, (7, 20) if padded else (20, 20))
+    out = model.generate(**batch, max_new_tokens=10, **WITH_TRACKS)
+    embeds = model.get_input_embeddings()(batch.pop("input_ids")).detach()
+    by_embeds = model.generate(inputs_embeds=embeds, **batch, max_new_tokens=10, **WITH_TRACKS)
+    assert torch.equal(by_embeds.sequences, out.sequences[:, 20:])
+    assert torch.equal(by_embeds.meta_sequences, out.meta_sequences[..., 20:])
+
+
+def test_a_given_cache_is_used():
+    model = two_axes()
+    cache = MultiGridCache(model.config)
+    out = model.generate(**random_grid(model, 1, 9), past_key_values=cache, max_new_tokens=6, **GREEDY)
+    assert cache.get_seq_length() == out.shape[1] - 1
+
+
+def test_without_axes_generate_is_that_of_transformers():
+    model = tiny_multigrid()
+    ids = random_ids(2, 12)
+    out = model.generate(ids, max_new_tokens=20, **WITH_TRACKS)
+    assert type(out) is GenerateDecoderOnlyOutput
+    with torch.no_grad():
+        assert torch.equal(model(out.sequences[:, :-1]).logits[:, 11:].argmax(-1), out.sequences[:, 12:])
+
+
+# --- forced ------------------------------------------------------------------------------------------------------------
+
+
+@BOTH_ORDERS
+def test_forced_axes_steer_and_others_are_predicted(order):
+    model = two_axes(order, initializer_range=0.5)
+    names, batch = model.config.axis_names, random_grid(model, 2, 12)
+    forced = random_grid(model, 2, 17, seed=5)["meta_ids"]
+    source = {names[1]: "forced"}
+    wanted = torch.cat((torch.full_like(forced[:, :1], -1), forced[:, 1:]), dim=1)
+    expected = greedily(model, batch, 15, forced=wanted)
+    assert not torch.equal(expected[0], greedily(model, batch, 15)[0])
+    for tracks in (forced, forced[:, 1:]):  # of all axes, or of the forced one alone
+        out = model.generate(**batch, meta_source=source, forced_meta_ids=tracks, max_new_tokens=15, **WITH_TRACKS)
+        assert torch.equal(out.sequences, expected[0]) and torch.equal(out.meta_sequences, expected[1])
+    everything = model.generate(
+        **batch, meta_source="forced", forced_meta_ids=forced, max_new_tokens=15, **WITH_TRACKS
+    )
+    assert torch.equal(everything.meta_sequences[..., 12:], forced[..., :15])
+    assert torch.equal(everything.sequences, greedily(model, batch, 15, forced=forced)[0])
+
+
+def test_forced_axes_with_beams_and_several_rows():
+    model = two_axes("factored")
+    batch, forced = random_grid(model, 2, 12), random_grid(model, 2, 10, seed=5)["meta_ids"]
+    for how in ({"num_beams": 3}, {"num_beams": 3, "use_cache": False}, {"do_sample": True}):
+        how = {**WITH_TRACKS, "num_return_sequences": 2, "max_new_tokens": 10, **how}
+        out = model.generate(**batch, meta_source="forced", forced_meta_ids=forced, **how)
+        assert torch.equal(out.meta_sequences[..., 12:], forced.repeat_interleave(2, dim=0))
+
+
+# --- annotated ---------------------------------------------------------------------------------------------------------
+
+
+class Letters:
+    """An axis that remembers how many letters there were, modulo the size of its vocabulary."""
+
+    causal, why_not_causal = True, ""
+
+    def __init__(self, name, size, modulus=None):
+        self.name, self.vocabulary, self.modulus = name, tuple(map(str, range(size))), modulus or size
+
+    def start(self):
+        return 0
+
+    def step(self, state, characters):
+        state += len(characters)
+        return state % self.modulus, state
+
+
+class FakeProcessor:
+    """Tokens 0 to 9 are halves of a letter, 40 is special, all others are as many letters as their last digit says."""
+
+    tokenizer = SimpleNamespace(all_special_ids=[40])
+
+    def __init__(self, *axes):
+        self.axes = axes
+
+    def new_characters(self, pending, token):
+        if token < 10:
+            return ("é", ()) if pending else ("", (token,))
+        return "x" * (token % 10), ()
+
+    def annotate(self, axis, ids, prompt_pads=0):
+        """Ids of the whole row, the slow way."""
+        out, state, pending = [], axis.start(), ()
+        for token in ids[prompt_pads:].tolist():
+            if token == 40:
+                out.append(0)
+                continue
+            characters, pending = self.new_characters(pending, token)
+            meta_id, state = axis.step(state, characters)
+            out.append(meta_id)
+        return torch.tensor(out)
+
+
+def with_annotator(model):
+    """Letters on the second axis."""
+    name, size = model.config.axis_names[1], model.config.axis_vocab_sizes[1]
+    axis = Letters(name, size)
+    return FakeProcessor(axis), axis, {"meta_source": {name: "annotated"}}
+
+
+@BOTH_ORDERS
+def test_annotated_axes_say_what_the_rule_says(order):
+    model = two_axes(order)
+    processor, axis, how = with_annotator(model)
+    batch = random_grid(model, 2, 12)
+    batch["input_ids"][0, :3] = torch.tensor([40, 5, 23])
+
+    def annotate(ids):
+        return {1: torch.stack([processor.annotate(axis, row)[-1] for row in ids])}
+
+    ids, meta_ids = greedily(model, batch, 20, annotate=annotate)
+    assert (ids[:, 12:] < 10).any() and len(meta_ids[:, 1, 12:].unique()) > 2
+    for more in ({}, {"use_cache": False}, {"prefill_chunk_size": 5}):
+        out = model.generate(**batch, **how, processor=processor, max_new_tokens=20, **WITH_TRACKS, **more)
+        assert torch.equal(out.sequences, ids), more
+        assert torch.equal(out.meta_sequences, meta_ids), more
+
+
+@BOTH_ORDERS
+def test_annotated_axes_with_beams_that_end_over_a_padded_batch(order):
+    model = two_axes(order)
+    processor, axis, how = with_annotator(model)
+    lengths = (1, 7, 20)
+    _, batch = left_padded(model, lengths)
+    search = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 15, **WITH_TRACKS}
+    search |= {"eos_token_id": [40, 33, 21, 12, 5], "pad_token_id": 49, "processor": processor, **how}
+    out = model.generate(**batch, **search)
+    same = model.generate(**batch, use_cache=False, **search)
+    assert torch.equal(out.sequences, same.sequences) and torch.equal(out.meta_sequences, same.meta_sequences)
+    ended = 0
+    for i, row in enumerate(out.sequences):
+        pads = 20 - lengths[i // 4]
+        ends = torch.isin(row[20:], torch.tensor(search["eos_token_id"])).nonzero()
+        length = 20 + int(ends[0]) + 1 if len(ends) else len(row)
+        ended += length < len(row)
+        expected = processor.annotate(axis, row[:length], pads)
+        assert torch.equal(out.meta_sequences[i, 1, 20:length], expected[20 - pads :])
+        assert not out.meta_sequences[i, :, length:].any()
+    assert ended
+
+
+def test_annotated_axes_when_rows_end():
+    model = two_axes()
+    processor, axis, how = with_annotator(model)
+    batch, eos = random_grid(model, 8, 6), list(range(0, 50, 5))
+    out = model.generate(**batch, **how, processor=processor, max_new_tokens=20, **until(batch, eos))
+    for i, row in enumerate(out.sequences):
+        end = next((t for t in range(6, len(row)) if int(row[t]) in eos), len(row) - 1) + 1
+        assert torch.equal(out.meta_sequences[i, 1, 6:end], processor.annotate(axis, row[:end])[6:])
+        assert not out.meta_sequences[i, 1, end:].any()
+
+
+# --- what cannot work --------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_named():
+    model = two_axes()
+    names = model.config.axis_names
+    batch, forced = random_grid(model, 2, 6), random_grid(model, 2, 4)["meta_ids"]
+    sizes = model.config.axis_vocab_sizes
+
+    def refused(error, match, **how):
+        with pytest.raises(error, match=match):
+            model.generate(**{**batch, "max_new_tokens": 4, **GREEDY, **how})
+
+    refused(ValueError, "meta_ids.*None", meta_ids=None)
+    refused(ValueError, r"meta_ids.*\[2, 2, 6\].*\[2, 2, 5\]", meta_ids=batch["meta_ids"][..., 1:])
+    refused(ValueError, "meta_ids.*repeated for beams", meta_ids=batch["meta_ids"][:, :1], num_beams=2)
+    refused(ValueError, "unknown axes.*'syntax'", meta_source={"syntax": "predicted"})
+    refused(ValueError, "'forced'.*got 'guessed'", meta_source="guessed")
+    refused(ValueError, "'forced'.*got 'guessed'", meta_source={names[0]: "guessed"})
+    refused(TypeError, "meta_source.*list", meta_source=["predicted"])
+    refused(ValueError, "forced_meta_ids.*None", meta_source="forced")
+    refused(ValueError, "forced_meta_ids.*predicted", forced_meta_ids=forced)
+    refused(ValueError, "each of the 4 tokens.*got 3", meta_source="forced", forced_meta_ids=forced[..., :3])
+    refused(ValueError, r"\[2, 3, 4\]", meta_source="forced", forced_meta_ids=torch.zeros(2, 3, 4).long())
+    refused(ValueError, r"\[1, 2, 4\]", meta_source="forced", forced_meta_ids=forced[:1])
+    refused(ValueError, rf"\[0, {sizes[1]}\).*{sizes[1]}", meta_source="forced", forced_meta_ids=forced * 0 + sizes[1])
+    refused(ValueError, "processor.*None", meta_source="annotated")
+    refused(
+        ValueError,
+        f"no axis '{names[1]}'.*other",
+        meta_source="annotated",
+        processor=FakeProcessor(Letters(names[0], sizes[0]), Letters("other", 3)),
+    )
+    leaks = Letters(names[0], sizes[0])
+    leaks.causal, leaks.why_not_causal = False, "it reads to the end of the word"
+    refused(
+        ValueError,
+        f"'{names[0]}'.*not causal: it reads to the end",
+        meta_source={names[0]: "annotated"},
+        processor=FakeProcessor(leaks),
+    )
+    wide = FakeProcessor(Letters(names[0], sizes[0] + 1))
+    refused(ValueError, f"{sizes[0] + 1}.*{sizes[0]}", meta_source={names[0]: "annotated"}, processor=wide)
+    embeds = model.get_input_embeddings()(batch["input_ids"]).detach()
+    fits = {"processor": FakeProcessor(Letters(names[0], sizes[0])), "meta_source": {names[0]: "annotated"}}
+    refused(ValueError, "text from its beginning", input_ids=None, inputs_embeds=embeds, **fits)
+    refused(ValueError, "Assisted decoding", prompt_lookup_num_tokens=2)
+    refused(ValueError, "temprature", temprature=3)
