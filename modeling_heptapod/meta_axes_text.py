@@ -1,6 +1,10 @@
 """Meta axes of natural text: affixes and words by rule, parts of speech by NLTK's tagger, gold tags of a corpus."""
 
+import os
+import re
 from collections.abc import Sequence
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 from .meta_axes import Automaton, MetaAxis
@@ -101,4 +105,338 @@ class _WordSoFar(NamedTuple):
     is_whole: bool = True
 
 
-__all__ = ["ENGLISH_AFFIXES", "AffixAxis"]
+PENN_TAGS = tuple(
+    "# $ '' ( ) , . : CC CD DT EX FW IN JJ JJR JJS LS MD NN NNP NNPS NNS PDT POS PRP PRP$ RB RBR RBS RP SYM TO UH VB VBD "
+    "VBG VBN VBP VBZ WDT WP WP$ WRB ``".split()
+)
+UNIVERSAL_TAGS = tuple(". ADJ ADP ADV CONJ DET NOUN NUM PRON PRT VERB X".split())
+ALIGNMENTS = ("previous_word", "word")
+
+_APOSTROPHES = "'\u2019"
+_CONTRACTION = re.compile(r"(.+)(n't|'(?:s|re|ve|ll|d|m))", re.IGNORECASE)
+_SENTENCE_ENDS = frozenset(".!?")
+
+
+class PartOfSpeechAxis(MetaAxis):
+    """Parts of speech of English, by NLTK's averaged perceptron.
+
+    With `alignment="previous_word"` a token has the tag of the last word that is finished before it ends. The tagger is
+    asked once, when a word ends, and without what it would like to know of the words to come; that costs it some
+    accuracy and makes the axis causal. With `alignment="word"` each letter has the tag of the word it is in, found from
+    the whole sentence: so it knows letters that are yet to come. This is how the prototype did it; what a model gains
+    from it is no gain. Blanks have id 0 then.
+
+    Words are runs of letters and digits with apostrophes inside; contractions count as two words (`do`, `n't`), every
+    other character as one. A sentence ends with `.`, `!` or `?`.
+
+    Args:
+        alignment: `"previous_word"` or `"word"`.
+        tagset: `"universal"` for 12 tags or `"penn"` for the tagger's own 45.
+
+    Raises:
+        ValueError: for an unknown alignment or tag set.
+        ImportError, LookupError: when used, where NLTK or its data are missing.
+    """
+
+    short_names = {"part_of_speech": {}, "part_of_speech_word": {"name": "part_of_speech_word", "alignment": "word"}}
+    why_not_causal = (
+        "with alignment='word' a letter has the tag of the whole word, which depends on letters to come; use "
+        "alignment='previous_word'."
+    )
+
+    def __init__(self, name: str = "part_of_speech", alignment: str = "previous_word", tagset: str = "universal"):
+        if alignment not in ALIGNMENTS:
+            raise ValueError(f"`alignment` must be one of {ALIGNMENTS}, got {alignment!r}.")
+        if tagset not in ("universal", "penn"):
+            raise ValueError(f"`tagset` must be 'universal' or 'penn', got {tagset!r}.")
+        super().__init__(name, ("none", *(UNIVERSAL_TAGS if tagset == "universal" else PENN_TAGS)))
+        self.alignment, self.tagset, self.causal = alignment, tagset, alignment == "previous_word"
+
+    def start(self):
+        self._refuse_if_not_causal()
+        return _Reading()
+
+    def step(self, state, characters):
+        self._refuse_if_not_causal()
+        for character in characters:
+            state = self._read(state, character)
+        return state.meta_id, state
+
+    def ids_after(self, text):
+        return super().ids_after(text) if self.causal else self._ids_of_words(text)
+
+    def arguments(self):
+        return {"alignment": self.alignment, "tagset": self.tagset}
+
+    def _read(self, state, character):
+        if state.word:
+            if character.isalnum() or (character in _APOSTROPHES and state.word[-1] not in _APOSTROPHES):
+                return state._replace(word=state.word + character)
+            for word in _pieces(state.word):
+                state = self._finish(state, word)
+        if character.isalnum():
+            return state._replace(word=character)
+        return state._replace(word="") if character.isspace() else self._finish(state, character)
+
+    def _finish(self, state, word):
+        tag = _tag_from_the_left(word, state.words, state.tags)
+        meta_id = self._id(tag)
+        if word in _SENTENCE_ENDS:
+            return _Reading(meta_id=meta_id)
+        normal = _tagger().normalize(word)
+        return _Reading("", (state.words[1], normal), (state.tags[1], tag), meta_id)
+
+    def _ids_of_words(self, text):
+        ids, sentence = [0] * (len(text) + 1), []
+        words = list(_split(text))
+        for number, (_, end, word) in enumerate(words):
+            sentence.append(words[number])
+            if word in _SENTENCE_ENDS or end == words[-1][1]:
+                tagged = _tagger().tag([word for _, _, word in sentence])
+                for (start, end, _), (_, tag) in zip(sentence, tagged):
+                    ids[start + 1 : end + 1] = [self._id(tag)] * (end - start)
+                sentence = []
+        return ids
+
+    def _id(self, tag):
+        return self.vocabulary.index(_universal(tag) if self.tagset == "universal" else tag)
+
+
+class _Reading(NamedTuple):
+    """Where a reader of words is.
+
+    Attributes:
+        word: the word so far.
+        words: the two words before it, the nearer one last, as the tagger writes them.
+        tags: their tags.
+        meta_id: the id of the last finished word.
+    """
+
+    word: str = ""
+    words: tuple = ("-START-", "-START2-")
+    tags: tuple = ("-START2-", "-START-")
+    meta_id: int = 0
+
+
+def _pieces(word):
+    """What the tagger takes for words: `don't` is `do n't`, `dogs'` is `dogs '`."""
+    word = word.replace("\u2019", "'")
+    if word[-1] == "'":
+        return [*_pieces(word[:-1]), "'"]
+    match = _CONTRACTION.fullmatch(word)
+    return list(match.groups()) if match else [word]
+
+
+def _split(text):
+    """The words of a text, `(start, end, word)`."""
+    for match in re.finditer(rf"[^\W_]+(?:[{_APOSTROPHES}][^\W_]+)*|[^\w\s]|_", text):
+        start = match.start()
+        for word in _pieces(match.group()) if match.group()[0].isalnum() else [match.group()]:
+            yield start, start + len(word), word
+            start += len(word)
+
+
+@lru_cache(maxsize=2**18)
+def _tag_from_the_left(word, words, tags):
+    """The tag of a word when nothing is known of those after it."""
+    tagger = _tagger()
+    if word in tagger.tagdict:
+        return tagger.tagdict[word]
+    context = [*words, tagger.normalize(word), "", ""]
+    features = tagger._get_features(0, word, context, tags[1], tags[0])
+    return tagger.model.predict({name: value for name, value in features.items() if not name.startswith("i+")})[0]
+
+
+@cache
+def _tagger():
+    return _from_nltk("averaged_perceptron_tagger_eng", lambda nltk: nltk.tag.perceptron.PerceptronTagger())
+
+
+@cache
+def _universal(tag):
+    return _from_nltk("universal_tagset", lambda nltk: nltk.tag.map_tag("en-ptb", "universal", tag))
+
+
+def _from_nltk(data, load):
+    """What NLTK loads, or an error that says how to get it."""
+    try:
+        import nltk
+        import nltk.corpus
+        import nltk.tag
+    except ImportError as error:
+        raise ImportError("this axis needs NLTK: `pip install nltk`.") from error
+    # NLTK looks at the variable once, when it is imported.
+    folders = [folder for folder in os.environ.get("NLTK_DATA", "").split(os.pathsep) if folder]
+    nltk.data.path[:0] = [folder for folder in folders if folder not in nltk.data.path]
+    try:
+        return load(nltk)
+    except LookupError as error:
+        raise LookupError(
+            f"NLTK's data {data!r} are not on this machine: get them with `python -m nltk.downloader {data}`, or set the "
+            f"environment variable NLTK_DATA to a folder that holds them; looked in {nltk.data.path}."
+        ) from error
+
+
+class TaggedText(NamedTuple):
+    """A text and the words in it that have tags.
+
+    Attributes:
+        text: the text.
+        words: `(start, end, tag)` of each, in order.
+    """
+
+    text: str
+    words: tuple
+
+
+class GoldTagAxis(MetaAxis):
+    """Tags that people gave to the words of a corpus; each character has the tag of its word.
+
+    Args:
+        texts: the corpus, from [`read_conllu`] or [`read_nltk_tagged`]. It is not saved with a processor.
+        vocabulary: `"none"`, then all tags; those of `texts` when not given.
+
+    Raises:
+        ValueError: for a tag that is not in the vocabulary; when used, for a text that is not in the corpus.
+    """
+
+    causal = False
+    why_not_causal = "gold tags are known for texts of a corpus only, and whoever gave them saw the whole sentence."
+
+    def __init__(self, name: str = "gold", texts: Sequence[TaggedText] = (), vocabulary: Sequence[str] | None = None):
+        tags = sorted({tag for _, words in texts for _, _, tag in words})
+        super().__init__(name, ("none", *tags) if vocabulary is None else vocabulary)
+        missing = [tag for tag in tags if tag not in self.vocabulary]
+        if missing:
+            raise ValueError(f"`vocabulary` of axis {name!r} lacks tags of `texts`: {missing}.")
+        self._words = dict(texts)
+
+    def ids_after(self, text):
+        if text not in self._words:
+            raise ValueError(f"axis {self.name!r} has no gold tags for the text that begins with {text[:40]!r}.")
+        ids = [0] * (len(text) + 1)
+        for start, end, tag in self._words[text]:
+            ids[start + 1 : end + 1] = [self.vocabulary.index(tag)] * (end - start)
+        return ids
+
+    def arguments(self):
+        return {"vocabulary": list(self.vocabulary)}
+
+    def __reduce__(self):
+        texts = [TaggedText(text, words) for text, words in self._words.items()]
+        return type(self), (self.name, texts, self.vocabulary)
+
+
+def read_conllu(path: str | Path, tags: str = "upos") -> list[TaggedText]:
+    """The documents of a CoNLL-U file, one text each.
+
+    A word of several syntactic words has their tags, joined by `+`. Files of four columns (form, UPOS, XPOS, and 1 where
+    a blank follows) are read as well; `# sent_id = document-number` tells where a document of theirs begins.
+
+    Args:
+        path: the file.
+        tags: `"upos"` or `"xpos"`.
+
+    Raises:
+        ValueError: for other `tags`, and for a line that has neither ten nor four columns.
+    """
+    if tags not in ("upos", "xpos"):
+        raise ValueError(f"`tags` must be 'upos' or 'xpos', got {tags!r}.")
+    documents, document, name, joined = [], _Document(), None, {}
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        cells = line.split("\t")
+        if line.startswith("#"):
+            key, _, value = line[1:].partition("=")
+            new_name = value.strip().rpartition("-")[0] if key.strip() == "sent_id" else name
+            if key.strip().startswith("newdoc") or (new_name != name and name is not None):
+                documents.append(document)
+                document = _Document()
+            name = new_name
+        elif len(cells) == 4:
+            form, upos, xpos, blank = cells
+            document.add(form, upos if tags == "upos" else xpos, blank == "1")
+        elif len(cells) == 10:
+            index, form, tag = cells[0], cells[1], cells[3 if tags == "upos" else 4]
+            if "-" in index:
+                joined = {
+                    "form": form,
+                    "last": int(index.split("-")[1]),
+                    "tags": [],
+                    "blank": _blank_follows(cells[9]),
+                }
+            elif joined and "." not in index:
+                joined["tags"].append(tag)
+                if int(index) == joined["last"]:
+                    document.add(joined["form"], "+".join(joined["tags"]), joined["blank"])
+                    joined = {}
+            elif "." not in index:
+                document.add(form, tag, _blank_follows(cells[9]))
+        elif line.strip():
+            raise ValueError(f"line {number} of {path} has {len(cells)} columns; CoNLL-U has ten.")
+    return [each.finish() for each in (*documents, document) if each.words]
+
+
+def read_nltk_tagged(corpus: str, fileids=None, tagset: str | None = None) -> list[TaggedText]:
+    """The files of one of NLTK's tagged corpora, one text each: words with blanks between, a sentence a line.
+
+    Args:
+        corpus: its name, like `"brown"`.
+        fileids: of these files only.
+        tagset: e.g. `"universal"`; the corpus' own when not given.
+
+    Raises:
+        ImportError, LookupError: where NLTK or the corpus are missing.
+    """
+
+    def load(nltk):
+        reader = getattr(nltk.corpus, corpus)
+        return [list(reader.tagged_sents(fileid, tagset=tagset)) for fileid in fileids or reader.fileids()]
+
+    texts = []
+    for sentences in _from_nltk(corpus, load):
+        document = _Document()
+        for sentence in sentences:
+            for word, tag in sentence:
+                document.add(word, tag, True)
+            document.end_line()
+        texts.append(document.finish())
+    return texts
+
+
+def _blank_follows(misc):
+    return "SpaceAfter=No" not in misc.split("|")
+
+
+class _Document:
+    """Words put together to a text."""
+
+    def __init__(self):
+        self.parts, self.words, self.length = [], [], 0
+
+    def add(self, form, tag, blank):
+        if tag:
+            self.words.append((self.length, self.length + len(form), tag))
+        self._write(form + " " * blank)
+
+    def end_line(self):
+        self._write("\n")
+
+    def finish(self):
+        return TaggedText("".join(self.parts), tuple(self.words))
+
+    def _write(self, text):
+        self.parts.append(text)
+        self.length += len(text)
+
+
+__all__ = [
+    "ENGLISH_AFFIXES",
+    "PENN_TAGS",
+    "UNIVERSAL_TAGS",
+    "AffixAxis",
+    "GoldTagAxis",
+    "PartOfSpeechAxis",
+    "TaggedText",
+    "read_conllu",
+    "read_nltk_tagged",
+]

@@ -6,9 +6,10 @@ import numpy as np
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
+from .decision_tree_axis import DecisionTreeAxis
 from .meta_axes import ConstantAxis, MetaAxis, RandomAxis, make_axis
 from .meta_axes_python import PythonBracketAxis, PythonIndentationAxis, PythonStringAxis, PythonTokenKindAxis
-from .meta_axes_text import AffixAxis
+from .meta_axes_text import AffixAxis, GoldTagAxis, PartOfSpeechAxis
 
 
 # With their modules imported `make_axis` knows them by name, and a saved processor brings these modules along.
@@ -16,10 +17,13 @@ SHIPPED_AXES = (
     ConstantAxis,
     RandomAxis,
     AffixAxis,
+    PartOfSpeechAxis,
+    GoldTagAxis,
     PythonTokenKindAxis,
     PythonBracketAxis,
     PythonIndentationAxis,
     PythonStringAxis,
+    DecisionTreeAxis,
 )
 UNFINISHED = "\ufffd"
 

@@ -1,0 +1,122 @@
+"""A learned meta axis: a decision tree on the last few characters, as plain data."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .meta_axes import MetaAxis
+
+
+class DecisionTreeAxis(MetaAxis):
+    """The leaf that the last characters lead to; `training/distill_axis.py` makes such trees from a trained model.
+
+    Args:
+        nodes: the tree, from its root. An inner node is `[back, code, left, right]`: go to node `left` if the character
+            `back` places back (1 is the last one) has a code point of at most `code`, otherwise to node `right`; both
+            come after it. A character before the text has code point -1. A leaf is `[meta_id]`.
+        vocabulary: what each id means; id 0 is what stands before the first character.
+
+    Raises:
+        ValueError: for nodes that do not make such a tree.
+    """
+
+    def __init__(
+        self, name: str = "learned", nodes: Sequence[Sequence[int]] = ((0,),), vocabulary: Sequence[str] = ("none",)
+    ):
+        super().__init__(name, vocabulary)
+        self.nodes = tuple(tuple(node) for node in nodes)
+        for number, node in enumerate(self.nodes):
+            if not self._fits(number, node):
+                raise ValueError(
+                    f"`nodes` of axis {name!r}: node {number} must be [meta_id] below {len(self.vocabulary)}, or "
+                    f"[back, code, left, right] with later nodes of {len(self.nodes)}, got {list(node)}."
+                )
+        if not self.nodes:
+            raise ValueError(f"`nodes` of axis {name!r} must hold at least one node.")
+        self.length = max((node[0] for node in self.nodes if len(node) == 4), default=1)
+
+    def start(self):
+        return ""
+
+    def step(self, state, characters):
+        state = (state + characters)[-self.length :]
+        return self._id_of(state), state
+
+    def ids_after(self, text):
+        """All positions at once, a level of the tree at a time."""
+        codes = np.full(self.length + len(text), -1, dtype=np.int32)
+        codes[self.length :] = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        is_leaf = np.array([len(node) == 1 for node in self.nodes])
+        table = np.array([(node * 4)[:4] if len(node) == 1 else node for node in self.nodes], dtype=np.int32)
+        at, places = np.zeros(len(text), dtype=np.int32), np.arange(len(text)) + self.length
+        going = np.arange(len(text))[~is_leaf[at]]
+        while len(going):
+            back, code, left, right = table[at[going]].T
+            at[going] = np.where(codes[places[going] + 1 - back] <= code, left, right)
+            going = going[~is_leaf[at[going]]]
+        return [0, *table[at, 0].tolist()]
+
+    def arguments(self):
+        return {"nodes": [list(node) for node in self.nodes], "vocabulary": list(self.vocabulary)}
+
+    def to_python(self) -> str:
+        """The source of a module that needs nothing: `axis_id(text)` and `annotate(text)`, the tree as `if` and `else`."""
+        backs = sorted({node[0] for node in self.nodes if len(node) == 4}) or [1]
+        names = ", ".join(f"c{back}" for back in backs)
+        slices = ", ".join(f"text[-{back}:{1 - back if back > 1 else ''}]" for back in backs)
+        return "\n".join(
+            [
+                f'"""The meta axis {self.name!r}: an id for each character of a text, from it and those before it."""',
+                "",
+                f"LENGTH = {self.length}  # as many of the last characters count",
+                "VOCABULARY = (",
+                *[f"    {entry!r}," for entry in self.vocabulary],
+                ")",
+                "",
+                "",
+                "def axis_id(text):",
+                '    """The id after a text. `c1` is its last character, `c2` the one before; \'\' comes before all others."""',
+                "    if not text:",
+                "        return 0",
+                f"    {names} = {slices}",
+                *self._source(0, 1),
+                "",
+                "",
+                "def annotate(text):",
+                '    """The id of each character."""',
+                "    return [axis_id(text[max(0, end - LENGTH) : end]) for end in range(1, len(text) + 1)]",
+                "",
+            ]
+        )
+
+    def _id_of(self, last):
+        if not last:
+            return 0
+        node = self.nodes[0]
+        while len(node) == 4:
+            back, code, left, right = node
+            character = ord(last[-back]) if back <= len(last) else -1
+            node = self.nodes[left if character <= code else right]
+        return node[0]
+
+    def _source(self, number, depth):
+        """The lines of a node and all below it."""
+        node, blank = self.nodes[number], "    " * depth
+        if len(node) == 1:
+            return [f"{blank}return {node[0]}"]
+        back, code, left, right = node
+        condition = f"c{back} <= {chr(code)!a}" if code >= 0 else f'c{back} == ""'
+        return [f"{blank}if {condition}:", *self._source(left, depth + 1), *self._source(right, depth)]
+
+    def _fits(self, number, node):
+        if not all(type(entry) is int for entry in node):
+            return False
+        if len(node) == 1:
+            return 0 <= node[0] < len(self.vocabulary)
+        if len(node) != 4:
+            return False
+        back, code, left, right = node
+        return back >= 1 and -1 <= code < 0x110000 and all(number < child < len(self.nodes) for child in (left, right))
+
+
+__all__ = ["DecisionTreeAxis"]
