@@ -66,15 +66,8 @@ def multigrid_logits(weights: dict, ids: list, meta_ids: list, d: GridDescriptio
     """
     main, *metas = multigrid_streams(weights, ids, meta_ids, d)
     if d.factored:
-        seen = []
-        for t, x in enumerate(main):
-            if t + 1 < len(ids):
-                seen.append(_condition(weights, x, [track[t + 1] for track in meta_ids], d))
-            elif next_meta_ids is not None:
-                seen.append(_condition(weights, x, next_meta_ids, d))
-            else:
-                seen.append(x)
-        main = seen
+        nexts = [[track[t] for track in meta_ids] for t in range(1, len(ids))] + [next_meta_ids]
+        main = [_condition(weights, x, after, d) for x, after in zip(main, nexts)]
     main_logits = torch.stack([weights["lm_head.weight"] @ x for x in main])
     meta_logits = []
     for a, stream in enumerate(metas):
@@ -96,6 +89,13 @@ def multigrid_streams(weights: dict, ids: list, meta_ids: list, d: GridDescripti
     main = [_layer_norm(weights, "model.norm", x, d) for x in main]
     metas = [[_layer_norm(weights, f"model.meta_norms.{a}", x, d) for x in s] for a, s in enumerate(metas)]
     return [main, *metas]
+
+
+def _condition(weights, x, next_meta_ids, d):
+    """What predicts a main token in the factored order: the main stream, given the meta tokens of that very token."""
+    for a, meta_id in enumerate(next_meta_ids or []):
+        x = x + weights[f"next_meta.projs.{a}.weight"] @ weights[f"model.meta_embed_tokens.{a}.weight"][meta_id]
+    return x + _feed_forward(weights, "next_meta.norm", "next_meta.mlp", x, d)
 
 
 def _layer(weights, main, metas, layer, d):
@@ -131,7 +131,8 @@ def _block(weights, name, stream, other, layer, heads, d):
     stream = [x + y for x, y in zip(stream, mix(weights, f"{name}.mixer", normed, source, layer, heads, d))]
     if other is not None and not d.cross_feed_forward:
         return stream
-    return [x + _feed_forward(weights, name, x, d) for x in stream]
+    norm, mlp = f"{name}.post_attention_layernorm", f"{name}.mlp"
+    return [x + _feed_forward(weights, norm, mlp, x, d) for x in stream]
 
 
 def _linear(weights, name, x):
@@ -145,10 +146,10 @@ def _layer_norm(weights, name, x, d):
     return centred / torch.sqrt(variance + d.layer_norm_eps) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
 
-def _feed_forward(weights, name, x, d):
-    y = _linear(weights, f"{name}.mlp.up_proj", _layer_norm(weights, f"{name}.post_attention_layernorm", x, d))
+def _feed_forward(weights, norm, mlp, x, d):
+    y = _linear(weights, f"{mlp}.up_proj", _layer_norm(weights, norm, x, d))
     y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y * y * y)))
-    return _linear(weights, f"{name}.mlp.down_proj", y)
+    return _linear(weights, f"{mlp}.down_proj", y)
 
 
 def _cross_entropy(logits, ids):
@@ -175,4 +176,73 @@ def _attention(weights, name, stream, other, layer, heads, d):
             chances = torch.softmax(logits, 0)
             read.append(sum(chances[j] * values[j].chunk(heads)[head] for j in range(t + 1)))
         out.append(_linear(weights, f"{name}.o_proj", torch.cat(read)))
+    return out
+
+
+# --- how positions mix: LEAP -------------------------------------------------------------------------------------------
+
+
+def _leap(weights, name, stream, other, layer, heads, d):
+    """Means of keys and values over the window, with weights that the key's own position says, behind a gate."""
+    if other is None:
+        parts = [_linear(weights, f"{name}.qfkv_proj", x).chunk(4) for x in stream]
+    else:
+        parts = [
+            (_linear(weights, f"{name}.q_proj", x), *_linear(weights, f"{name}.fkv_proj", y).chunk(3))
+            for x, y in zip(stream, other)
+        ]
+    out = []
+    for t in range(len(stream)):
+        first = 0 if d.windows[layer] is None else max(0, t - d.windows[layer] + 1)
+        read = []
+        for head in range(heads):
+            total, key_sum, value_sum = 0, 0, 0
+            for j in range(first, t + 1):
+                f, k, v = (_standardize(part.chunk(heads)[head]) for part in parts[j][1:])
+                logit = d.rescale / len(k) * (f @ k)
+                weight = torch.exp(logit) if logit < 0 else 1 + logit
+                total = total + weight
+                key_sum, value_sum = key_sum + weight * _rotate(k, j, d), value_sum + weight * v
+            q = _rotate(_standardize(parts[t][0].chunk(heads)[head]), t, d)
+            gate = torch.sigmoid(d.rescale / len(q) * (q @ key_sum / total))
+            read.append(gate * value_sum / total)
+        read = torch.cat(read)
+        out.append(read if other is None else _linear(weights, f"{name}.o_proj", read))
+    return out
+
+
+def _standardize(x):
+    centred = x - x.sum() / len(x)
+    return centred / (torch.sqrt((centred * centred).sum() / (len(x) - 1)) + 1e-5)
+
+
+def _rotate(x, position, d):
+    """Channel `c` turns together with channel `c + size / 2`."""
+    half = len(x) // 2
+    angles = [position * d.rope_theta ** (-2 * c / len(x)) for c in range(half)]
+    first = [x[c] * math.cos(angle) - x[c + half] * math.sin(angle) for c, angle in enumerate(angles)]
+    second = [x[c + half] * math.cos(angle) + x[c] * math.sin(angle) for c, angle in enumerate(angles)]
+    return torch.stack(first + second)
+
+
+# --- how positions mix: LSTM -------------------------------------------------------------------------------------------
+
+
+def _lstm(weights, name, stream, other, layer, heads, d):
+    """A stream's own past through its state; another stream, whose state knows its past, at the same position."""
+    if other is not None:
+        out = []
+        for x, y in zip(stream, other):
+            gate = torch.sigmoid(_linear(weights, f"{name}.gate_proj", x))
+            out.append(_linear(weights, f"{name}.o_proj", gate * _linear(weights, f"{name}.value_proj", y)))
+        return out
+    lstm, out = f"{name}.lstm", []
+    hidden = cell = torch.zeros_like(stream[0])
+    for x in stream:
+        gates = weights[f"{lstm}.weight_ih_l0"] @ x + weights[f"{lstm}.bias_ih_l0"]
+        gates = gates + weights[f"{lstm}.weight_hh_l0"] @ hidden + weights[f"{lstm}.bias_hh_l0"]
+        enter, forget, new, leave = gates.chunk(4)
+        cell = torch.sigmoid(forget) * cell + torch.sigmoid(enter) * torch.tanh(new)
+        hidden = torch.sigmoid(leave) * torch.tanh(cell)
+        out.append(hidden)
     return out
