@@ -43,20 +43,20 @@ def in_chunks(model, batch, sizes, mask=None):
                 batch["input_ids"][:, at : at + size],
                 meta_ids=batch["meta_ids"][..., at : at + size],
                 attention_mask=None if mask is None else mask[:, : at + size],
+                next_meta_ids=following(model, batch, at + size),
                 past_key_values=cache,
                 use_cache=True,
             )
             cache, at = out.past_key_values, at + size
-            logits.append(all_logits(model, out))
+            logits.append(torch.cat((out.logits, *out.meta_logits), dim=-1))
     assert at == batch["input_ids"].shape[1] == cache.get_seq_length()
     return torch.cat(logits, dim=1), cache
 
 
-def all_logits(model, out):
-    """Main and meta logits side by side. In the factored order a chunk's last main token does not know what follows it,
-    so what the main logits are made of stands in for them."""
-    main = out.logits if model.config.axis_order == "parallel" else out.main_hidden_states
-    return torch.cat((main, *out.meta_logits), dim=-1)
+def following(model, batch, length):
+    """The meta tokens after the first `length`, for models that want to know them."""
+    known = model.config.axis_order == "factored" and length < batch["meta_ids"].shape[2]
+    return batch["meta_ids"][..., length] if known else None
 
 
 def parallel(model, batch, **kwargs):
@@ -64,10 +64,10 @@ def parallel(model, batch, **kwargs):
         return model(batch["input_ids"], meta_ids=batch["meta_ids"], use_cache=False, **kwargs)
 
 
-def teacher_forced(model, sequences, meta_sequences):
-    """What the likeliest next main and meta tokens are at each place but the last of finished rows."""
-    out = parallel(model, {"input_ids": sequences, "meta_ids": meta_sequences})
-    return out.logits[:, :-1].argmax(-1), torch.stack([x[:, :-1].argmax(-1) for x in out.meta_logits], dim=1)
+def parallel_logits(model, batch):
+    """Main and meta logits side by side."""
+    out = parallel(model, batch)
+    return torch.cat((out.logits, *out.meta_logits), dim=-1)
 
 
 # --- the cache ---------------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def teacher_forced(model, sequences, meta_sequences):
 def test_steps_and_chunks_equal_the_parallel_forward(variant):
     model = tiny_multigrid(**VARIANTS[variant]).double()
     batch = random_grid(model, 2, 45)
-    expected = all_logits(model, parallel(model, batch))
+    expected = parallel_logits(model, batch)
     for sizes in ([1] * 45, [20] + [1] * 25, [3, 1, 16, 9, 1, 1, 2, 12], [25, 20]):
         logits, _ = in_chunks(model, batch, sizes)
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
@@ -91,7 +91,7 @@ def test_padded_chunks_equal_rows_alone(variant):
     for sizes in ([30], [20] + [1] * 10, [12, 1, 1, 14, 2], [1] * 30):
         logits, _ = in_chunks(model, batch, sizes, batch["attention_mask"])
         for i, (row, n) in enumerate(zip(rows, lengths)):
-            alone = all_logits(model, parallel(model, row))[0]
+            alone = parallel_logits(model, row)[0]
             torch.testing.assert_close(logits[i, 30 - n :], alone, rtol=1e-5, atol=1e-5)
 
 
@@ -101,7 +101,7 @@ def test_hundreds_of_steps_equal_the_parallel_forward(variant):
     model = tiny_multigrid(max_position_embeddings=520, **VARIANTS[variant])
     batch = random_grid(model, 1, 520)
     logits, _ = in_chunks(model, batch, [5] + [1] * 515)
-    torch.testing.assert_close(logits, all_logits(model, parallel(model, batch)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, parallel_logits(model, batch), rtol=1e-4, atol=1e-4)
 
 
 # --- predicted ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from tests.reference.gpt2 import from_gpt2
 from tests.reference.multigrid import GridDescription, multigrid_logits, multigrid_losses
 from tests.tiny_multigrid import VARIANTS, random_grid, random_ids, tiny_multigrid
 
@@ -83,34 +84,6 @@ def test_losses_and_gradients_equal_the_oracles(variant):
 
 
 # --- GPT-2 -------------------------------------------------------------------------------------------------------------
-
-_RENAMED = {
-    "wte": "embed_tokens",
-    "wpe": "embed_positions",
-    "h": "layers",
-    "ln_f": "norm",
-    "ln_1": "self_block.input_layernorm",
-    "ln_2": "self_block.post_attention_layernorm",
-    "attn": "self_block.mixer",
-    "c_attn": "qkv_proj",
-    "mlp": "self_block.mlp",
-    "c_fc": "up_proj",
-}
-
-
-def from_gpt2(weights):
-    """GPT-2's weights, or gradients, under our names; its `Conv1D` holds them transposed."""
-    ours = {}
-    for name, value in weights.items():
-        parts = name.split(".")
-        if parts[-2] == "c_proj":
-            parts[-2] = "o_proj" if parts[-3] == "attn" else "down_proj"
-        transposed = parts[-1] == "weight" and parts[-2] in ("c_attn", "c_fc", "o_proj", "down_proj")
-        parts = [_RENAMED.get(part, part) for part in parts]
-        if parts[0] == "transformer":
-            parts[0] = "model"
-        ours[".".join(parts)] = value.t() if transposed else value
-    return ours
 
 
 def gpt2_and_ours(tied):

@@ -33,6 +33,8 @@ NAMES = (
     "hierarchical_decode",
     "hierarchical_step",
     "compression_report",
+    "multigrid_equality",
+    "multigrid_step",
 )
 
 
