@@ -64,7 +64,7 @@ _MODULE_OF = {
     "RecurrentCache": "recurrent_cache",
     "StaticRecurrentCache": "recurrent_cache",
     "find_lookahead": "meta_axes",
-    "make_axis": "meta_axes",
+    "make_axis": "shipped_axes",
 }
 _MODELS = (
     (AutoModel, HeptapodConfig, "HeptapodModel"),

@@ -19,9 +19,7 @@ tells a model what it has yet to predict. [`find_lookahead`] tells the two apart
 Id 0 is what stands before the first character; special tokens and pads have it too.
 """
 
-import json
 from collections.abc import Callable, Hashable, Sequence
-from pathlib import Path
 
 
 AXIS_CLASSES = {}  # every subclass of MetaAxis that has been imported, by name
@@ -40,7 +38,7 @@ class MetaAxis:
     Attributes:
         causal (`bool`): whether an id depends on the past only.
         why_not_causal (`str`): the reason where it does not.
-        short_names (`dict`): names by which [`make_axis`] finds the class, with arguments for its `__init__`.
+        short_names (`dict`): names by which `make_axis` finds the class, with arguments for its `__init__`.
 
     Raises:
         ValueError: for a name that is no identifier, and an empty vocabulary or one that repeats itself.
@@ -124,7 +122,7 @@ class MetaAxis:
         return {}
 
     def to_spec(self) -> dict:
-        """This axis as JSON can hold it; [`make_axis`] reads it."""
+        """This axis as JSON can hold it; `make_axis` reads it."""
         return {"class": type(self).__name__, "name": self.name, **self.arguments()}
 
     def __reduce__(self):
@@ -265,42 +263,6 @@ def find_lookahead(axis: MetaAxis, text: str, offsets=None, every: int = 1) -> i
     return None
 
 
-def make_axis(spec) -> MetaAxis:
-    """An axis from what names or describes it.
-
-    Args:
-        spec: an axis, which is returned as it is; a dict from `to_spec`; a short name like `"affix"` or `"bracket"`; or
-            the path of a `.json` file that holds such a dict.
-
-    Raises:
-        ValueError: for a name that no imported class has; the module that defines a class of your own must be imported
-            before its axes are loaded.
-        TypeError: for anything else.
-    """
-    if isinstance(spec, MetaAxis):
-        return spec
-    if isinstance(spec, (str, Path)):
-        if str(spec).endswith(".json"):
-            return make_axis(json.loads(Path(spec).read_text(encoding="utf-8")))
-        short_names = {
-            name: (cls, kwargs) for cls in AXIS_CLASSES.values() for name, kwargs in cls.short_names.items()
-        }
-        if spec not in short_names:
-            raise ValueError(f"axis {spec!r} is neither a .json file nor one of {sorted(short_names)}.")
-        axis_class, arguments = short_names[spec]
-        return axis_class(**arguments)
-    if not isinstance(spec, dict) or "class" not in spec:
-        raise TypeError(f"an axis is made from an axis, a name, or a dict with a 'class', got {spec!r}.")
-    arguments = dict(spec)
-    class_name = arguments.pop("class")
-    if class_name not in AXIS_CLASSES:
-        raise ValueError(
-            f"axis {spec.get('name')!r} is of class {class_name!r}, which is not one of {sorted(AXIS_CLASSES)}; import "
-            "the module that defines it first."
-        )
-    return AXIS_CLASSES[class_name](**arguments)
-
-
 class Automaton:
     """A function `(state, character) -> state` that remembers what it has computed, for axes at full text speed.
 
@@ -364,6 +326,5 @@ __all__ = [
     "MetaAxis",
     "RandomAxis",
     "find_lookahead",
-    "make_axis",
     "visible_lengths",
 ]

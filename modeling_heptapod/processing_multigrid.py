@@ -6,25 +6,10 @@ import numpy as np
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from .decision_tree_axis import DecisionTreeAxis
-from .meta_axes import ConstantAxis, MetaAxis, RandomAxis, make_axis
-from .meta_axes_python import PythonBracketAxis, PythonIndentationAxis, PythonStringAxis, PythonTokenKindAxis
-from .meta_axes_text import AffixAxis, GoldTagAxis, PartOfSpeechAxis
+from .meta_axes import MetaAxis
+from .shipped_axes import make_axis
 
 
-# With their modules imported `make_axis` knows them by name, and a saved processor brings these modules along.
-SHIPPED_AXES = (
-    ConstantAxis,
-    RandomAxis,
-    AffixAxis,
-    PartOfSpeechAxis,
-    GoldTagAxis,
-    PythonTokenKindAxis,
-    PythonBracketAxis,
-    PythonIndentationAxis,
-    PythonStringAxis,
-    DecisionTreeAxis,
-)
 UNFINISHED = "\ufffd"
 
 
@@ -179,4 +164,4 @@ class MultiGridProcessor(ProcessorMixin):
 
 MultiGridProcessor.register_for_auto_class()
 
-__all__ = ["SHIPPED_AXES", "MultiGridProcessor"]
+__all__ = ["MultiGridProcessor"]

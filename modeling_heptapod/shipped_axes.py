@@ -1,0 +1,62 @@
+"""All meta axes that come with this package, by name."""
+
+import json
+from pathlib import Path
+
+from .decision_tree_axis import DecisionTreeAxis
+from .meta_axes import AXIS_CLASSES, ConstantAxis, MetaAxis, RandomAxis
+from .meta_axes_python import PythonBracketAxis, PythonIndentationAxis, PythonStringAxis, PythonTokenKindAxis
+from .meta_axes_text import AffixAxis, GoldTagAxis, PartOfSpeechAxis
+
+
+SHIPPED_AXES = (
+    ConstantAxis,
+    RandomAxis,
+    AffixAxis,
+    PartOfSpeechAxis,
+    GoldTagAxis,
+    PythonTokenKindAxis,
+    PythonBracketAxis,
+    PythonIndentationAxis,
+    PythonStringAxis,
+    DecisionTreeAxis,
+)
+
+
+def make_axis(spec) -> MetaAxis:
+    """An axis from what names or describes it.
+
+    Args:
+        spec: an axis, which is returned as it is; a dict from `to_spec`; a short name like `"affix"` or `"bracket"`; or
+            the path of a `.json` file that holds such a dict.
+
+    Raises:
+        ValueError: for a name that no imported class has; the module that defines a class of your own must be imported
+            before its axes are loaded.
+        TypeError: for anything else.
+    """
+    if isinstance(spec, MetaAxis):
+        return spec
+    if isinstance(spec, (str, Path)):
+        if str(spec).endswith(".json"):
+            return make_axis(json.loads(Path(spec).read_text(encoding="utf-8")))
+        short_names = {
+            name: (cls, kwargs) for cls in AXIS_CLASSES.values() for name, kwargs in cls.short_names.items()
+        }
+        if spec not in short_names:
+            raise ValueError(f"axis {spec!r} is neither a .json file nor one of {sorted(short_names)}.")
+        axis_class, arguments = short_names[spec]
+        return axis_class(**arguments)
+    if not isinstance(spec, dict) or "class" not in spec:
+        raise TypeError(f"an axis is made from an axis, a name, or a dict with a 'class', got {spec!r}.")
+    arguments = dict(spec)
+    class_name = arguments.pop("class")
+    if class_name not in AXIS_CLASSES:
+        raise ValueError(
+            f"axis {spec.get('name')!r} is of class {class_name!r}, which is not one of {sorted(AXIS_CLASSES)}; import "
+            "the module that defines it first."
+        )
+    return AXIS_CLASSES[class_name](**arguments)
+
+
+__all__ = ["SHIPPED_AXES", "make_axis"]

@@ -1,0 +1,351 @@
+"""Every axis that says it is causal is; what looks ahead is found; tokens of a part of a character see none of it."""
+
+import copy
+import json
+import os
+import pickle
+import random
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from data import build_tokenizer
+
+from modeling_heptapod import ConstantAxis, DecisionTreeAxis, MetaAxis, RandomAxis, find_lookahead, make_axis
+from modeling_heptapod.meta_axes import Automaton, visible_lengths
+
+
+REPOSITORY = Path(__file__).parent.parent
+NLTK_DATA = REPOSITORY.parent / "shared" / "data" / "nltk_data"
+TALES = REPOSITORY.parent / "shared" / "data" / "fairy_tales"
+TREE = {
+    "class": "DecisionTreeAxis",
+    "name": "learned",
+    "nodes": [[1, 96, 1, 4], [3, -1, 2, 3], [1], [2], [2, 0x2000, 5, 6], [3], [0]],
+    "vocabulary": ["none", "a", "b", "c"],
+}
+BY_RULE = ["constant", "random", "affix", "token_kind", "bracket", "indentation", "string", TREE]
+ENGLISH = """\
+There was once an undone king's daughter, who'd been told: "Don't go into the wood!" She was (it is said) unhappy,
+and her brother's 'friends' weren't helpful. -- Nevertheless, Mr. Fox's beautiful, well-kept house stood there...
+"""
+NON_ASCII = "L'œuf d\u2019été coûte 3 €;\n\te\u0301 ﬁn \U0001f419\U0001f419 naïve — «ΣΊΣΥΦΟΣ» 漢字かな \u2028 x = f'{é}' # ½²\n"
+
+
+def corpora():
+    """Real text of each kind, or what stands in for it."""
+    tale = (TALES / "grimm_taylor.txt").read_text(encoding="utf-8")[50_000:51_500] if TALES.is_dir() else ENGLISH
+    return {
+        "english": tale,
+        "python": Path(__file__).read_text(encoding="utf-8")[2_000:3_500],
+        "others": NON_ASCII * 4,
+    }
+
+
+@pytest.fixture(scope="module")
+def axes():
+    return [make_axis(spec) for spec in BY_RULE]
+
+
+@pytest.fixture(scope="module")
+def part_of_speech():
+    """Both alignments, the causal one first."""
+    pytest.importorskip("nltk", reason="the extra `axes` is not installed")
+    if not NLTK_DATA.is_dir():
+        pytest.skip("no NLTK data in ../shared/data/nltk_data next to the repository")
+    before = os.environ.get("NLTK_DATA")
+    os.environ["NLTK_DATA"] = str(NLTK_DATA)
+    yield make_axis("part_of_speech"), make_axis("part_of_speech_word")
+    if before is None:
+        del os.environ["NLTK_DATA"]
+    else:
+        os.environ["NLTK_DATA"] = before
+
+
+def offsets_of(text, kind):
+    """`kind` byte: several tokens share a character; bpe: tokens of several characters, and of parts of two."""
+    tokenizer = build_tokenizer(kind, [text + "é€" * 40], vocab_size=300)
+    return tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+
+
+# ---- causality
+
+
+@pytest.mark.parametrize("kind", [None, "byte", "bpe"])
+@pytest.mark.parametrize("corpus", ["english", "python", "others"])
+def test_axes_that_say_so_are_causal(axes, corpus, kind):
+    text = corpora()[corpus]
+    offsets = kind and offsets_of(text, kind)
+    for axis in axes:
+        assert axis.causal and find_lookahead(axis, text, offsets, every=7) is None, axis
+        ids = axis.annotate(text, offsets)
+        assert len(ids) == (len(text) if kind is None else len(offsets))
+        assert set(ids) <= set(range(len(axis.vocabulary)))
+        assert (
+            len(set(ids)) > 1
+            or axis.name in ("constant", "indentation")
+            or (axis.name, corpus)
+            == (
+                "string",
+                "english",
+            )
+        )
+
+
+@pytest.mark.parametrize("kind", [None, "byte", "bpe"])
+@pytest.mark.parametrize("corpus", ["english", "python", "others"])
+def test_the_tag_of_the_previous_word_is_causal(part_of_speech, corpus, kind):
+    text = corpora()[corpus]
+    offsets = kind and offsets_of(text, kind)
+    assert part_of_speech[0].causal and find_lookahead(part_of_speech[0], text, offsets, every=11) is None
+
+
+@pytest.mark.parametrize("kind", [None, "byte", "bpe"])
+def test_the_tag_of_a_whole_word_looks_ahead(part_of_speech, kind):
+    for text in (corpora()["english"], ENGLISH):
+        assert not part_of_speech[1].causal
+        assert find_lookahead(part_of_speech[1], text, kind and offsets_of(text, kind)) is not None
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
+def test_steps_give_what_annotate_gives(axes, kind):
+    """As when a model writes: token by token, several axes, a second beam from the same state."""
+    for corpus, text in corpora().items():
+        offsets = offsets_of(text, kind)
+        lengths = [0, *visible_lengths(offsets, len(text))]
+        pieces = [text[start:end] for start, end in pairwise(lengths)]
+        assert "".join(pieces) == text and ("" in pieces or corpus != "others")
+        for axis in axes:
+            ids, state = [], axis.start()
+            for piece in pieces:
+                axis.step(state, "another beam's (text) \"")
+                meta_id, state = axis.step(state, piece)
+                ids.append(meta_id)
+            assert ids == axis.annotate(text, offsets), axis
+            assert hash(state) == hash(copy.deepcopy(state))
+
+
+def test_steps_of_the_tagger_give_what_annotate_gives(part_of_speech):
+    axis, text = part_of_speech[0], ENGLISH
+    offsets = offsets_of(text, "bpe")
+    lengths = [0, *visible_lengths(offsets, len(text))]
+    ids, state = [], axis.start()
+    for start, end in pairwise(lengths):
+        meta_id, state = axis.step(state, text[start:end])
+        ids.append(meta_id)
+    assert ids == axis.annotate(text, offsets)
+
+
+def test_before_the_first_character_the_id_is_0(axes):
+    for axis in axes:
+        assert axis.step(axis.start(), "")[0] == 0 == axis.annotate("abc", [(0, 0), (0, 3)])[0]
+        assert axis.annotate("") == [] and axis.ids_after("") == [0]
+
+
+class Ahead(MetaAxis):
+    """Whether the character so many places ahead is an `x`."""
+
+    def __init__(self, name="ahead", places=1):
+        super().__init__(name, ("no", "yes"))
+        self.places = places
+
+    def ids_after(self, text):
+        return [0] + [int(text[n + self.places : n + self.places + 1] == "x") for n in range(len(text))]
+
+
+def test_lookahead_is_found_where_it_begins():
+    assert find_lookahead(Ahead(places=1), "aaax") == 3
+    assert find_lookahead(Ahead(places=3), "aaax") == 1
+    assert find_lookahead(Ahead(places=0), "aaax") is None
+    assert find_lookahead(Ahead(places=1), "aaxaxaxaaaa") == 2
+    assert find_lookahead(Ahead(places=1), "aaxaxaxaaaa", every=4) == 4
+    assert find_lookahead(Ahead(places=1), "aaxaxaxaaaa", every=5) is None  # 5 and 10 are not before an x
+    assert find_lookahead(Ahead(places=1), "abcx", offsets=[(0, 2), (2, 4)]) is None
+    assert find_lookahead(Ahead(places=1), "abcxab", offsets=[(0, 3), (3, 4), (4, 6)]) == 1
+
+
+def test_bytes_that_see_their_character_too_early_are_found():
+    class Whole(ConstantAxis):
+        """Reads the end of an offset as what has been seen."""
+
+        def annotate(self, text, offsets=None):
+            return [ord(text[end - 1]) if end else 0 for _, end in offsets]
+
+    offsets = offsets_of("aé€b", "byte")
+    assert find_lookahead(Whole(), "aé€b", offsets) == 2
+    assert find_lookahead(Whole(), "abcd", offsets_of("abcd", "byte")) is None
+
+
+# ---- tokens and characters
+
+
+@pytest.mark.parametrize(
+    "offsets, length, expected",
+    [
+        ([(0, 1), (1, 3), (3, 4)], 4, [1, 3, 4]),
+        ([(0, 1), (0, 1), (1, 2), (1, 2), (1, 2)], 2, [0, 1, 1, 1, 2]),  # bytes of é and €
+        ([(0, 2), (1, 3), (2, 4)], 4, [1, 2, 4]),  # parts of two characters
+        ([(0, 0), (0, 2), (0, 0), (2, 3), (0, 0)], 3, [0, 2, 2, 3, 3]),  # special tokens
+        ([(1, 3), (4, 6)], 7, [3, 6]),  # blanks that no token covers
+        ([(0, 3), (0, 3)], 9, [0, 3]),
+        ([], 3, []),
+    ],
+)
+def test_characters_complete_after_each_token(offsets, length, expected):
+    assert visible_lengths(offsets, length) == expected
+    assert visible_lengths(torch.tensor(offsets, dtype=torch.long).view(-1, 2), length) == expected
+
+
+@pytest.mark.parametrize("offsets", [[(0, 5)], [(2, 1)], [(-1, 2)], [(2, 4), (0, 1)]])
+def test_offsets_outside_the_text_are_named(offsets):
+    with pytest.raises(ValueError, match=r"`offsets` must lie in the text of 4 characters .*token \d has \("):
+        RandomAxis().annotate("abcd", offsets)
+
+
+# ---- controls
+
+
+def test_the_random_axis_says_nothing():
+    text = corpora()["english"] * 3
+    axis = RandomAxis(size=4, seed=3)
+    ids = axis.annotate(text)
+    assert ids == RandomAxis(size=4, seed=3).annotate(text)
+    assert sum(a == b for a, b in zip(ids, RandomAxis(size=4, seed=4).annotate(text))) < 0.35 * len(text)
+    counts = torch.bincount(torch.tensor(ids))
+    assert ((counts - len(text) / 4).abs() < 5 * (len(text) * 3 / 16) ** 0.5).all()
+    # Neither the character nor its place tells the id.
+    for other in (ids[: len(text) // 3], axis.annotate("#" + text)[1:]):
+        agreement = sum(a == b for a, b in zip(ids[len(ids) - len(other) :], other)) / len(other)
+        assert agreement < 0.35
+    assert len({RandomAxis(size=1000).annotate(start + "the same text")[-1] for start in "abcdefgh"}) > 4
+    assert len({RandomAxis(size=1000).annotate(c)[0] for c in "abcdefgh"}) > 4
+
+
+def test_the_constant_axis_says_nothing():
+    assert set(ConstantAxis(size=3).annotate(ENGLISH)) == {0} and len(ConstantAxis(size=3).vocabulary) == 3
+
+
+# ---- speed
+
+
+def test_axes_by_rule_keep_up_with_a_corpus(axes):
+    """Half a million characters a second of processor time; they reach several times that."""
+    text = Path(random.__file__).read_text(encoding="utf-8") * 5
+    for axis in axes:
+        start = time.process_time()
+        axis.annotate(text)
+        assert len(text) / (time.process_time() - start) > 500_000, axis
+
+
+def test_an_automaton_that_forgets_gives_the_same():
+    computed = []
+
+    def advance(state, character):
+        computed.append(character)
+        return (state * 31 + ord(character)) % 1009
+
+    text = ENGLISH * 5
+    unlimited = Automaton(0, advance, lambda state: state % 7)
+    expected = unlimited.trace(text)
+    transitions = len(computed)
+    assert unlimited.trace(text) == expected and len(computed) == transitions < len(text)
+    forgetful = Automaton(0, advance, lambda state: state % 7, limit=50)
+    assert forgetful.trace(text) == expected and len(forgetful._nodes) <= 51
+    state = 0
+    for character, output in zip(text, expected[1:]):
+        found, state = forgetful.step(state, character)
+        assert found == output
+
+
+# ---- a learned axis
+
+
+def test_a_tree_by_hand():
+    axis = make_axis(TREE)
+    assert isinstance(axis, DecisionTreeAxis) and axis.length == 3
+    # capitals and signs: 1 while fewer than three characters are there, 2 later; else 3, or 0 behind a character > U+2000
+    assert axis.annotate("A.B.a€bAb") == [1, 1, 2, 2, 3, 3, 0, 2, 3]
+    assert MetaAxis.ids_after(axis, NON_ASCII) == axis.ids_after(NON_ASCII)
+    module = {}
+    exec(axis.to_python(), module)
+    for text in (NON_ASCII, ENGLISH, "", "x", "\ud800"):
+        assert module["annotate"](text) == axis.annotate(text)
+    assert module["VOCABULARY"] == axis.vocabulary and module["LENGTH"] == 3 and module["axis_id"]("") == 0
+    assert "import" not in axis.to_python()
+    assert DecisionTreeAxis().annotate("ab") == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "nodes, number",
+    [
+        ([[3]], 0),
+        ([[-1]], 0),
+        ([[1, 97, 1]], 0),
+        ([[0, 97, 1, 2], [0], [1]], 0),
+        ([[1, 97, 1, 3], [0], [1]], 0),
+        ([[1, 97, 1, 2], [0], [1, 97, 2, 1]], 2),
+        ([[1, 97.5, 1, 2], [0], [1]], 0),
+    ],
+)
+def test_nodes_that_make_no_tree_are_named(nodes, number):
+    with pytest.raises(ValueError, match=f"`nodes` of axis 'learned': node {number} must be"):
+        DecisionTreeAxis(nodes=nodes, vocabulary=("a", "b"))
+    with pytest.raises(ValueError, match="at least one node"):
+        DecisionTreeAxis(nodes=[])
+
+
+# ---- names and files
+
+
+def test_axes_from_names_specs_and_files(axes, tmp_path):
+    for axis in [*axes, make_axis("part_of_speech_word"), RandomAxis("noise", size=5, seed=7)]:
+        spec = json.loads(json.dumps(axis.to_spec()))
+        path = tmp_path / "axis.json"
+        path.write_text(json.dumps(spec))
+        for again in (make_axis(spec), make_axis(path), make_axis(str(path))):
+            assert type(again) is type(axis) and again.to_spec() == axis.to_spec()
+            assert (again.name, again.vocabulary, again.causal) == (axis.name, axis.vocabulary, axis.causal)
+            if axis.causal:
+                assert again.annotate(NON_ASCII) == axis.annotate(NON_ASCII)
+        assert make_axis(axis) is axis
+
+
+def test_copies_leave_behind_what_was_remembered(axes):
+    for axis in axes:
+        expected = axis.annotate(ENGLISH)
+        pickled = pickle.dumps(axis)
+        assert len(pickled) < 4_000
+        for again in (copy.deepcopy(axis), pickle.loads(pickled)):
+            assert type(again) is type(axis) and again.annotate(ENGLISH) == expected
+
+
+@pytest.mark.parametrize(
+    "spec, error, message",
+    [
+        ("syntax", ValueError, "axis 'syntax' is neither a .json file nor one of .*'affix'.*'token_kind'"),
+        ({"class": "NoAxis", "name": "mine"}, ValueError, "'mine' is of class 'NoAxis'.*AffixAxis.*import the module"),
+        ({"name": "mine"}, TypeError, "a dict with a 'class'"),
+        (3, TypeError, "an axis is made from .* got 3"),
+        ({"class": "RandomAxis", "size": 0}, ValueError, "`size` must be an integer of at least 1, got 0"),
+        ({"class": "RandomAxis", "seed": 0.5}, ValueError, "`seed` must be an integer, got 0.5"),
+        ({"class": "ConstantAxis", "name": "a b"}, ValueError, "must be a Python identifier, got 'a b'"),
+    ],
+)
+def test_bad_specs_are_named(spec, error, message):
+    with pytest.raises(error, match=message):
+        make_axis(spec)
+
+
+def test_bad_axes_and_texts_are_named():
+    for vocabulary in ([], ["a", "a"]):
+        with pytest.raises(ValueError, match="`vocabulary` of axis 'mine' must hold different entries"):
+            MetaAxis("mine", vocabulary)
+    with pytest.raises(TypeError, match="`text` must be a string, got bytes"):
+        RandomAxis().annotate(b"abc")
+    for method in (lambda axis: axis.start(), lambda axis: axis.step((), "a")):
+        with pytest.raises(NotImplementedError, match="MetaAxis must define"):
+            method(MetaAxis("mine", ["a"]))
+        with pytest.raises(ValueError, match="'part_of_speech_word' cannot be continued.*letters to come"):
+            method(make_axis("part_of_speech_word"))
