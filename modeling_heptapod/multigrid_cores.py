@@ -404,8 +404,8 @@ CORES = {"transformer": TransformerCore, "leap": LeapCore, "lstm": LSTMCore}
 __all__ = [
     "CORES",
     "Group",
-    "MixingPlan",
     "LSTMRows",
+    "MixingPlan",
     "eager_attention",
     "grouped_linear",
     "grouped_norm",
