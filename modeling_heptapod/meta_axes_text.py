@@ -345,7 +345,7 @@ def read_conllu(path: str | Path, tags: str = "upos") -> list[TaggedText]:
     documents, document, name, joined = [], _Document(), None, {}
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         cells = line.split("\t")
-        if line.startswith("#"):
+        if line.startswith("#") and len(cells) != 4:
             key, _, value = line[1:].partition("=")
             new_name = value.strip().rpartition("-")[0] if key.strip() == "sent_id" else name
             if key.strip().startswith("newdoc") or (new_name != name and name is not None):
