@@ -252,12 +252,17 @@ class MultiGridGenerationMixin(GenerationMixin):
             [`MultiGridGenerateBeamOutput`], which have `meta_sequences` beside them. Scores are those of main tokens.
 
         Raises:
+            TypeError: for a `meta_source` or `forced_meta_ids` of another type.
             ValueError: for unknown axes or sources, a missing `processor` or `meta_ids`, an axis that is not causal and
                 annotated, forced tracks of a wrong shape, too short, or with ids outside an axis's vocabulary.
         """
         sources = self._meta_sources(meta_source, processor, forced_meta_ids)
         if sources.of_axes:
             kwargs.update(meta_sources=sources, forced_meta_ids=forced_meta_ids)
+        else:
+            meta_ids = kwargs.pop("meta_ids", None)
+            if meta_ids is not None and meta_ids.numel():
+                raise ValueError(f"`meta_ids` of shape {list(meta_ids.shape)} were given, but the model has no axes.")
         return super().generate(inputs, generation_config, *args, **kwargs)
 
     def prepare_inputs_for_generation(
@@ -347,8 +352,12 @@ class MultiGridGenerationMixin(GenerationMixin):
         if ("forced" in of_axes) != (forced_meta_ids is not None):
             raise ValueError(
                 "`forced_meta_ids` and a `meta_source` of 'forced' belong together, got "
-                f"meta_source={meta_source!r} and forced_meta_ids "
-                f"{'of shape ' + str(list(forced_meta_ids.shape)) if forced_meta_ids is not None else 'None'}."
+                f"meta_source={meta_source!r} and {'no' if forced_meta_ids is None else 'some'} `forced_meta_ids`."
+            )
+        if forced_meta_ids is not None and getattr(forced_meta_ids, "dtype", None) not in (torch.long, torch.int):
+            raise TypeError(
+                "`forced_meta_ids` must be a torch.long or torch.int tensor, got "
+                f"{getattr(forced_meta_ids, 'dtype', type(forced_meta_ids).__name__)}."
             )
         annotators = tuple(self._annotator(name, processor) for name in names if by_name.get(name) == "annotated")
         return _Sources(of_axes, processor, annotators)

@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from data import build_tokenizer
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_heptapod import MultiGridCache
+from modeling_heptapod import MultiGridCache, MultiGridProcessor
 from tests.tiny_multigrid import TWO_AXES, VARIANTS, random_grid, random_ids, tiny_multigrid
 
 
@@ -15,6 +16,9 @@ from tests.tiny_multigrid import TWO_AXES, VARIANTS, random_grid, random_ids, ti
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 50}
 WITH_TRACKS = {"return_dict_in_generate": True, **GREEDY}
 WITH_AXES = [name for name, options in VARIANTS.items() if "axis_names" in options]
+# For what takes longer: one of a kind, the others among the slow tests.
+ONE_OF_A_KIND = ("light", "factored", "leap", "lstm-factored")
+MOST_SLOWLY = [x if x in ONE_OF_A_KIND else pytest.param(x, marks=pytest.mark.slow) for x in WITH_AXES]
 BOTH_ORDERS = pytest.mark.parametrize("order", ["parallel", "factored"])
 
 
@@ -76,19 +80,19 @@ def parallel_logits(model, batch):
 @pytest.mark.parametrize("variant", WITH_AXES)
 def test_steps_and_chunks_equal_the_parallel_forward(variant):
     model = tiny_multigrid(**VARIANTS[variant]).double()
-    batch = random_grid(model, 2, 45)
+    batch = random_grid(model, 2, 30)
     expected = parallel_logits(model, batch)
-    for sizes in ([1] * 45, [20] + [1] * 25, [3, 1, 16, 9, 1, 1, 2, 12], [25, 20]):
+    for sizes in ([1] * 30, [3, 1, 9, 2, 1, 1, 13], [16, 14]):
         logits, _ = in_chunks(model, batch, sizes)
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", WITH_AXES)
+@pytest.mark.parametrize("variant", MOST_SLOWLY)
 def test_padded_chunks_equal_rows_alone(variant):
     model = tiny_multigrid(pad_token_id=0, **VARIANTS[variant]).double()
     lengths = (30, 1, 17)
     rows, batch = left_padded(model, lengths)
-    for sizes in ([30], [20] + [1] * 10, [12, 1, 1, 14, 2], [1] * 30):
+    for sizes in ([20] + [1] * 10, [12, 1, 1, 14, 2]):
         logits, _ = in_chunks(model, batch, sizes, batch["attention_mask"])
         for i, (row, n) in enumerate(zip(rows, lengths)):
             alone = parallel_logits(model, row)[0]
@@ -149,24 +153,24 @@ def test_nothing_is_left_on_the_module():
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
 
 
-@pytest.mark.parametrize("variant", WITH_AXES)
+@pytest.mark.parametrize("variant", MOST_SLOWLY)
 def test_padding_in_every_variant(variant):
     model = tiny_multigrid(pad_token_id=0, **VARIANTS[variant])
     with torch.no_grad():
         model.get_input_embeddings().weight[0].normal_()  # a pad embedding that is not zero
     rows, batch = left_padded(model, (1, 7, 20))
-    out = model.generate(**batch, max_new_tokens=15, **WITH_TRACKS)
+    out = model.generate(**batch, max_new_tokens=10, **WITH_TRACKS)
     for how in ({"use_cache": False}, {"prefill_chunk_size": 8}):
-        same = model.generate(**batch, max_new_tokens=15, **WITH_TRACKS, **how)
+        same = model.generate(**batch, max_new_tokens=10, **WITH_TRACKS, **how)
         assert torch.equal(same.sequences, out.sequences), how
         assert torch.equal(same.meta_sequences, out.meta_sequences), how
     for i, row in enumerate(rows):
-        ids, meta_ids = greedily(model, row, 15)
-        assert torch.equal(out.sequences[i, 20:], ids[0, -15:]), i
-        assert torch.equal(out.meta_sequences[i, :, 20:], meta_ids[0, :, -15:]), i
+        ids, meta_ids = greedily(model, row, 10)
+        assert torch.equal(out.sequences[i, 20:], ids[0, -10:]), i
+        assert torch.equal(out.meta_sequences[i, :, 20:], meta_ids[0, :, -10:]), i
 
 
-@pytest.mark.parametrize("variant", WITH_AXES)
+@pytest.mark.parametrize("variant", MOST_SLOWLY)
 def test_beam_search(variant):
     model = tiny_multigrid(**VARIANTS[variant])
     batch = random_grid(model, 2, 12)
@@ -243,7 +247,7 @@ def test_sampling_with_a_seed(order):
 def test_meta_tokens_are_drawn_from_the_model_at_the_temperature():
     model = two_axes()
     batch = random_grid(model, 1, 12)
-    rows = {name: ids.expand(4000, *ids.shape[1:]) for name, ids in batch.items()}
+    rows = {name: ids.expand(2000, *ids.shape[1:]) for name, ids in batch.items()}
     out = model.generate(
         **rows,
         do_sample=True,
@@ -256,8 +260,8 @@ def test_meta_tokens_are_drawn_from_the_model_at_the_temperature():
     for drawn, logits in zip(out.meta_sequences[..., -1].unbind(1), parallel(model, batch).meta_logits):
         expected = (logits[0, -1] / 0.5).softmax(-1)
         assert 0.05 < expected.max() < 0.999
-        shares = torch.bincount(drawn, minlength=len(expected)) / 4000
-        torch.testing.assert_close(shares, expected, rtol=0, atol=0.03)
+        shares = torch.bincount(drawn, minlength=len(expected)) / 2000
+        torch.testing.assert_close(shares, expected, rtol=0, atol=0.04)
 
 
 def test_sampled_beams_of_equal_text_have_equal_tracks():
@@ -320,7 +324,7 @@ def test_rows_that_end_are_filled_up(order):
     assert len(ends) > 3 and meta_ids[..., 6:].any()
 
 
-@pytest.mark.parametrize("variant", WITH_AXES)
+@pytest.mark.parametrize("variant", MOST_SLOWLY)
 def test_generation_goes_on_from_a_returned_cache(variant):
     model = tiny_multigrid(**VARIANTS[variant])
     first = model.generate(**random_grid(model, 2, 9), max_new_tokens=6, **WITH_TRACKS)
@@ -375,8 +379,10 @@ def test_a_given_cache_is_used():
 def test_without_axes_generate_is_that_of_transformers():
     model = tiny_multigrid()
     ids = random_ids(2, 12)
-    out = model.generate(ids, max_new_tokens=20, **WITH_TRACKS)
+    out = model.generate(ids, meta_ids=torch.zeros(2, 0, 12).long(), max_new_tokens=20, **WITH_TRACKS)
     assert type(out) is GenerateDecoderOnlyOutput
+    with pytest.raises(ValueError, match=r"\[2, 1, 12\].*no axes"):
+        model.generate(ids, meta_ids=torch.zeros(2, 1, 12).long(), max_new_tokens=20)
     with torch.no_grad():
         assert torch.equal(model(out.sequences[:, :-1]).logits[:, 11:].argmax(-1), out.sequences[:, 12:])
 
@@ -505,6 +511,41 @@ def test_annotated_axes_with_beams_that_end_over_a_padded_batch(order):
     assert ended
 
 
+@BOTH_ORDERS
+def test_what_a_processor_annotates_is_what_it_says_of_the_written_text(order):
+    """Real axes and bytes; with beams, over a padded batch, and on from a returned cache."""
+    processor = MultiGridProcessor(build_tokenizer("byte", []), ["token_kind", "bracket"])
+    processor.tokenizer.padding_side = "left"
+    model = two_axes(order, vocab_size=len(processor.tokenizer), axis_vocab_sizes=processor.axis_vocab_sizes)
+    model.config.axis_names = processor.axis_names
+    ascii_ids = processor.tokenizer("ab1 (]'#\n:", add_special_tokens=False)["input_ids"]
+    prompts = processor(["def f(a):\n", "x = ['é'"], padding=True, return_tensors="pt")
+    how = {"prefix_allowed_tokens_fn": lambda *_: ascii_ids, "processor": processor, "meta_source": "annotated"}
+    how |= {"max_new_tokens": 20, **WITH_TRACKS, "pad_token_id": processor.tokenizer.pad_token_id}
+
+    def check(out, batch):
+        real = torch.nn.functional.pad(batch["attention_mask"], (0, 20), value=1).bool()
+        for ids, meta_ids, here in zip(
+            out.sequences, out.meta_sequences, real.repeat_interleave(len(out.sequences) // 2, 0)
+        ):
+            expected = processor(processor.decode(ids[here]), return_tensors="pt")
+            assert torch.equal(expected["input_ids"][0], ids[here])
+            assert torch.equal(expected["meta_ids"][0], meta_ids[:, here])
+
+    check(model.generate(**prompts, num_beams=3, num_return_sequences=2, **how), prompts)
+    first = model.generate(**prompts, **how)
+    check(first, prompts)
+    mask = torch.nn.functional.pad(prompts["attention_mask"], (0, 20), value=1)
+    more = {"input_ids": first.sequences, "meta_ids": first.meta_sequences, "attention_mask": mask}
+    check(model.generate(**more, past_key_values=first.past_key_values, **how), more)
+    with pytest.raises(ValueError, match="text from its beginning"):
+        cache = model(**prompts, use_cache=True).past_key_values
+        new = {name: x[..., -1:] for name, x in prompts.items() if name != "attention_mask"}
+        model.generate(
+            **new, attention_mask=torch.ones(2, prompts["input_ids"].shape[1] + 1), past_key_values=cache, **how
+        )
+
+
 def test_annotated_axes_when_rows_end():
     model = two_axes()
     processor, axis, how = with_annotator(model)
@@ -536,8 +577,10 @@ def test_bad_input_is_named():
     refused(ValueError, "'forced'.*got 'guessed'", meta_source="guessed")
     refused(ValueError, "'forced'.*got 'guessed'", meta_source={names[0]: "guessed"})
     refused(TypeError, "meta_source.*list", meta_source=["predicted"])
-    refused(ValueError, "forced_meta_ids.*None", meta_source="forced")
-    refused(ValueError, "forced_meta_ids.*predicted", forced_meta_ids=forced)
+    refused(ValueError, "'forced' and no `forced_meta_ids`", meta_source="forced")
+    refused(ValueError, "'predicted' and some `forced_meta_ids`", forced_meta_ids=forced)
+    refused(TypeError, "forced_meta_ids.*float32", meta_source="forced", forced_meta_ids=forced.float())
+    refused(TypeError, "forced_meta_ids.*list", meta_source="forced", forced_meta_ids=forced.tolist())
     refused(ValueError, "each of the 4 tokens.*got 3", meta_source="forced", forced_meta_ids=forced[..., :3])
     refused(ValueError, r"\[2, 3, 4\]", meta_source="forced", forced_meta_ids=torch.zeros(2, 3, 4).long())
     refused(ValueError, r"\[1, 2, 4\]", meta_source="forced", forced_meta_ids=forced[:1])
