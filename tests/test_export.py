@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from tests.tiny_heptapod import tiny_heptapod
 from tests.tiny_hierarchical_lm import tiny_hierarchical_lm
 from tests.tiny_leap import random_ids, tiny_leap
+from tests.tiny_multigrid import TWO_AXES, tiny_multigrid
 
 
 AUTO_MAPS = {
@@ -32,6 +33,11 @@ AUTO_MAPS = {
         "AutoConfig": "configuration_hierarchical_lm.HierarchicalLMConfig",
         "AutoModel": "modeling_hierarchical_lm.HierarchicalLMModel",
         "AutoModelForCausalLM": "modeling_hierarchical_lm.HierarchicalLMForCausalLM",
+    },
+    "multigrid": {
+        "AutoConfig": "configuration_multigrid.MultiGridConfig",
+        "AutoModel": "modeling_multigrid.MultiGridModel",
+        "AutoModelForCausalLM": "modeling_multigrid.MultiGridForCausalLM",
     },
 }
 # The modules that a family's export consists of, and nothing else.
@@ -65,6 +71,15 @@ CODE = {
         "windowed_attention.py",
     },
 }
+CODE["multigrid"] = {  # a core is LEAP's mixer
+    *CODE["leap"],
+    "configuration_multigrid.py",
+    "generation_multigrid.py",
+    "modeling_multigrid.py",
+    "multigrid_cache.py",
+    "multigrid_cores.py",
+    "row_layout.py",
+}
 HEADS = {
     "LeapModel": "AutoModel",
     "LeapForCausalLM": "AutoModelForCausalLM",
@@ -74,6 +89,8 @@ HEADS = {
     "HeptapodForMaskedLM": "AutoModelForMaskedLM",
     "HierarchicalLMModel": "AutoModel",
     "HierarchicalLMForCausalLM": "AutoModelForCausalLM",
+    "MultiGridModel": "AutoModel",
+    "MultiGridForCausalLM": "AutoModelForCausalLM",
 }
 # What the exports below are made of: all the ways in which modules or weights differ.
 MODELS = {
@@ -100,6 +117,12 @@ MODELS = {
             "next_latent_loss_weight": 0.1,
         },
     },
+    "multigrid": {
+        "plain": {"tie_word_embeddings": True},
+        "axes": {**TWO_AXES, "meta_hidden_size": 8, "cross_feed_forward": False},
+        "ordered": {**TWO_AXES, "core": "leap", "axis_order": "factored"},
+        "lstm": {**TWO_AXES, "core": "lstm", "axis_weights": [0.2, 0.3]},
+    },
 }
 MASK, GRID = 50, (3, 4)  # of the grid models, whose other tokens are those of the others
 
@@ -123,10 +146,13 @@ results = {}
 for name, auto in jobs:
     auto_class = getattr(transformers, auto)
     model = auto_class.from_pretrained(f"{folder}/{name}", trust_remote_code=True).eval()
+    tracks = {}
+    if model.config.model_type == "multigrid":
+        tracks["meta_ids"] = ids[:, None].expand(-1, model.config.num_axes, -1) % 5
     with torch.no_grad():
-        results[name, auto] = model(ids)[0]
+        results[name, auto] = model(ids, **tracks)[0]
     if auto == "AutoModelForCausalLM":
-        tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
+        tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False, **tracks)
         results[name, "tokens"] = tokens
     if auto == "AutoModelForMaskedLM" and hasattr(model, "generate"):
         page = ids.view(2, 3, 4).clone()
@@ -159,7 +185,7 @@ def in_a_clean_room(folder, jobs, again="no"):
 
 
 def family(head):
-    return {"Hep": "heptapod", "Hie": "hierarchical_lm", "Lea": "leap"}[head[:3]]
+    return {"Hep": "heptapod", "Hie": "hierarchical_lm", "Lea": "leap", "Mul": "multigrid"}[head[:3]]
 
 
 def tiny(head, **options):
@@ -167,7 +193,16 @@ def tiny(head, **options):
         return tiny_leap(head, pad_token_id=0, **options)
     if family(head) == "hierarchical_lm":
         return tiny_hierarchical_lm(head, pad_token_id=0, **options)
+    if family(head) == "multigrid":
+        return tiny_multigrid(head, pad_token_id=0, **options)
     return tiny_heptapod(head, vocab_size=52, mask_token_id=MASK, pad_token_id=51, grid_size=GRID, **options)
+
+
+def tracks(model, ids):
+    """What a model wants beside `ids`, as in the clean room."""
+    if model.config.model_type != "multigrid":
+        return {}
+    return {"meta_ids": ids[:, None].expand(-1, model.config.num_axes, -1) % 5}
 
 
 def export(folder, models):
@@ -195,15 +230,18 @@ def test_logits_are_equal_to_the_last_bit(exported):
     _, models, ids, results, _ = exported
     for name, model in models.items():
         with torch.no_grad():
-            assert torch.equal(results[name, HEADS[name.split("-")[0]]], model(ids)[0]), name
+            logits = model(ids, **tracks(model, ids))[0]
+        assert torch.equal(results[name, HEADS[name.split("-")[0]]], logits), name
 
 
 def test_generated_tokens_are_equal(exported):
     _, models, ids, results, _ = exported
     for name, model in models.items():
         if "ForCausalLM" in name:
-            tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
-            assert torch.equal(results[name, "tokens"], tokens)
+            given = {"attention_mask": torch.ones_like(ids), **tracks(model, ids)}
+            assert torch.equal(
+                results[name, "tokens"], model.generate(ids, max_new_tokens=10, do_sample=False, **given)
+            )
         elif name.startswith("HeptapodForMaskedLM"):
             page = ids.view(2, *GRID).clone()
             page[:, 1:, 1:] = MASK
@@ -227,18 +265,19 @@ def test_folders_have_code_weights_and_a_full_map(exported):
             files = {file.name for file in exported_folder.iterdir()}
             assert {file for file in files if file.endswith(".py")} - {"__init__.py"} == CODE[family(name)]
             assert "model.safetensors" in files
-            writes = name.startswith(("LeapForCausalLM", "HeptapodForMaskedLM", "HierarchicalLMForCausalLM"))
+            writes = "ForCausalLM" in name or name.startswith("HeptapodForMaskedLM")
             assert ("generation_config.json" in files) == writes
 
 
 def test_what_is_saved_from_there_works_there(exported):
     folder, models, ids, *_ = exported
-    kinds = ("focus", "decay", "feedback", "streams")
+    kinds = ("focus", "decay", "feedback", "streams", "axes", "ordered")
     jobs = [(f"{name}-again", HEADS[name.split("-")[0]]) for name in models if name.endswith(kinds)]
     results, _ = in_a_clean_room(folder, jobs, again="no")
     for name, auto in jobs:
         with torch.no_grad():
-            assert torch.equal(results[name, auto], models[name.removesuffix("-again")](ids)[0]), name
+            model = models[name.removesuffix("-again")]
+            assert torch.equal(results[name, auto], model(ids, **tracks(model, ids))[0]), name
 
 
 def test_a_causal_checkpoint_loads_through_every_auto_class(tmp_path):
@@ -275,7 +314,22 @@ def test_a_hierarchical_checkpoint_loads_through_every_auto_class(tmp_path):
         assert torch.equal(results["hierarchical", "AutoModelForCausalLM"], model(ids).logits)
 
 
-@pytest.mark.parametrize("head", ["LeapForCausalLM", "HeptapodForMaskedLM", "HierarchicalLMForCausalLM"])
+def test_a_multigrid_checkpoint_loads_through_every_auto_class(tmp_path):
+    model = tiny("MultiGridForCausalLM", **MODELS["multigrid"]["ordered"])
+    ids = export(tmp_path, {"grown": model})
+    model.add_meta_axis("new", 5)
+    export(tmp_path, {"grown": model})
+    results, printed = in_a_clean_room(tmp_path, [("grown", "AutoModel"), ("grown", "AutoModelForCausalLM")])
+    assert [line.split()[0] for line in printed[:2]] == ["MultiGridModel", "MultiGridForCausalLM"]
+    with torch.no_grad():
+        given = tracks(model, ids)
+        assert torch.equal(results["grown", "AutoModel"], model.model(ids, **given).last_hidden_state)
+        assert torch.equal(results["grown", "AutoModelForCausalLM"], model(ids, **given).logits)
+
+
+@pytest.mark.parametrize(
+    "head", ["LeapForCausalLM", "HeptapodForMaskedLM", "HierarchicalLMForCausalLM", "MultiGridForCausalLM"]
+)
 def test_the_package_itself_needs_no_remote_code(head, tmp_path):
     model = tiny(head)
     model.save_pretrained(tmp_path)

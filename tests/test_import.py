@@ -13,6 +13,10 @@ import modeling_heptapod
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = [
+    "AffixAxis",
+    "ConstantAxis",
+    "DecisionTreeAxis",
+    "GoldTagAxis",
     "HeptapodConfig",
     "HeptapodForMaskedLM",
     "HeptapodGenerationConfig",
@@ -31,8 +35,24 @@ PUBLIC = [
     "LeapForSequenceClassification",
     "LeapModel",
     "LeapPreTrainedModel",
+    "MetaAxis",
+    "MultiGridCache",
+    "MultiGridConfig",
+    "MultiGridForCausalLM",
+    "MultiGridGenerationMixin",
+    "MultiGridModel",
+    "MultiGridPreTrainedModel",
+    "MultiGridProcessor",
+    "PartOfSpeechAxis",
+    "PythonBracketAxis",
+    "PythonIndentationAxis",
+    "PythonStringAxis",
+    "PythonTokenKindAxis",
+    "RandomAxis",
     "RecurrentCache",
     "StaticRecurrentCache",
+    "find_lookahead",
+    "make_axis",
 ]
 AUTO = {
     "LeapConfig": {
@@ -43,6 +63,7 @@ AUTO = {
     },
     "HeptapodConfig": {"AutoModel": "HeptapodModel", "AutoModelForMaskedLM": "HeptapodForMaskedLM"},
     "HierarchicalLMConfig": {"AutoModel": "HierarchicalLMModel", "AutoModelForCausalLM": "HierarchicalLMForCausalLM"},
+    "MultiGridConfig": {"AutoModel": "MultiGridModel", "AutoModelForCausalLM": "MultiGridForCausalLM"},
 }
 
 
@@ -68,12 +89,12 @@ before = set(sys.modules)
 import modeling_heptapod
 heavy = ["transformers.modeling_utils", "transformers.generation.utils"]
 heavy += ["modeling_heptapod.modeling_leap", "modeling_heptapod.modeling_heptapod"]
-heavy += ["modeling_heptapod.modeling_hierarchical_lm"]
+heavy += ["modeling_heptapod.modeling_hierarchical_lm", "modeling_heptapod.modeling_multigrid"]
 print([name for name in heavy if name in sys.modules])
 print(len([name for name in set(sys.modules) - before if not name.startswith("modeling_heptapod")]) < 20)
 modeling_heptapod.LeapModel
 print("modeling_heptapod.modeling_heptapod" in sys.modules)
-modeling_heptapod.HeptapodModel, modeling_heptapod.HierarchicalLMModel
+modeling_heptapod.HeptapodModel, modeling_heptapod.HierarchicalLMModel, modeling_heptapod.MultiGridModel
 print([name for name in heavy if name not in sys.modules])
 """
     assert run(code).split("\n") == ["[]", "True", "False", "[]"]

@@ -286,7 +286,9 @@ def test_pads_get_no_gradient(variant):
     mask[1, 25:] = 0
     ids[mask == 0] = 49
     sizes = torch.tensor(config.axis_vocab_sizes, dtype=torch.long).view(1, -1, 1)
-    meta_ids = torch.where(mask[:, None].bool(), meta_ids % (sizes - 1), sizes - 1) if len(sizes.flatten()) else meta_ids
+    meta_ids = (
+        torch.where(mask[:, None].bool(), meta_ids % (sizes - 1), sizes - 1) if len(sizes.flatten()) else meta_ids
+    )
     labels = ids.masked_fill(mask == 0, -100)
     labels[0, 13] = -100  # a pad would predict it
     model(ids, meta_ids=meta_ids, attention_mask=mask, labels=labels).loss.backward()
@@ -594,7 +596,11 @@ def bad_inputs():
     yield "a far position", far, "max_position_embeddings"
     stock = {"input_ids": ids, "meta_ids": meta_ids, "past_key_values": DynamicCache()}
     yield "a stock cache", stock, "MultiGridCache"
-    yield "targets of one axis", {"input_ids": ids, "meta_ids": meta_ids, "labels": ids, "meta_targets": ids}, "meta_targ"
+    yield (
+        "targets of one axis",
+        {"input_ids": ids, "meta_ids": meta_ids, "labels": ids, "meta_targets": ids},
+        "meta_targ",
+    )
     yield "next tokens", {"input_ids": ids, "meta_ids": meta_ids, "next_meta_ids": ids[:, :2]}, "factored"
 
 
