@@ -118,8 +118,10 @@ def hidden_states(model, tokenizer, texts, layer, length, max_tokens, block_size
         )
         seen = last_characters(text, visible_lengths(encoded["offset_mapping"], len(text)), length)
         ids = [tokenizer.eos_token_id, *encoded["input_ids"]]  # documents begin so in training
-        for start in range(0, len(ids) - 1, block_size):
-            blocks.append((ids[start : start + block_size], seen[max(0, start - 1) : start + block_size - 1]))
+        for start in range(0, len(ids), block_size):
+            here = seen[max(0, start - 1) : start + block_size - 1]
+            if len(here):
+                blocks.append((ids[start : start + block_size], here))
     states, characters, number = [], [], 0
     order = np.random.default_rng(seed).permutation(len(blocks))
     for choice in tqdm(order, desc="Reading", unit=" blocks", disable=None):

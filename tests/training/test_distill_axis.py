@@ -1,0 +1,199 @@
+"""A learned axis: fitted on one text, right on another, and the same in JSON, in a file of its own and in scikit-learn."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import modeling_heptapod
+from modeling_heptapod import DecisionTreeAxis, MultiGridProcessor, find_lookahead, make_axis
+from modeling_heptapod.meta_axes import visible_lengths
+from tests.tiny_leap import tiny_leap
+
+
+pytest.importorskip("sklearn", reason="the extra `axes` is not installed")
+import distill_axis
+from data import build_tokenizer
+from distill_axis import distill, hidden_states, last_characters, tree_nodes
+from sklearn.tree import DecisionTreeClassifier
+
+
+PACKAGE = Path(modeling_heptapod.__file__).parent
+TEXTS = [(PACKAGE / name).read_text(encoding="utf-8") for name in ("meta_axes.py", "meta_axes_python.py")]
+HELD_OUT = [
+    (PACKAGE / "meta_axes_text.py").read_text(encoding="utf-8")[:12_000],
+    "L'été coûte 3 €.\n\U0001f419\U0001f419 ½\n" * 20,
+]
+TALES = Path(__file__).parents[3] / "shared" / "data" / "fairy_tales" / "jacobs_celtic.txt"
+SMALL = {"clusters": 6, "length": 4, "max_leaves": 40, "max_tokens": 6_000, "block_size": 128}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer("byte", [])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_leap(vocab_size=258).eval()
+
+
+@pytest.fixture(scope="module")
+def distilled(model, tokenizer):
+    return distill(model, tokenizer, TEXTS, HELD_OUT, **SMALL)
+
+
+class Told:
+    """Stands for a model whose hidden states are three numbers: is the last character a letter, a digit, a blank."""
+
+    device = torch.device("cpu")
+
+    def __call__(self, input_ids, output_hidden_states):
+        tests = (str.isalpha, str.isdigit, str.isspace)
+        rows = [[float(test(chr(token % 256))) for test in tests] for token in input_ids[0].tolist()]
+        return SimpleNamespace(hidden_states=(None, torch.tensor([rows])))
+
+
+def test_what_the_last_character_tells_is_found(tokenizer):
+    result = distill(Told(), tokenizer, TEXTS, HELD_OUT[:1], **{**SMALL, "clusters": 4})
+    assert result.agreement > 0.999 > 0.8 > result.chance
+    ids = dict(zip("aZ09 \n({", result.axis.annotate("aZ09 \n({")))
+    assert ids["a"] == ids["Z"] and ids["0"] == ids["9"] and ids[" "] == ids["\n"] and ids["("] == ids["{"]
+    assert len({*ids.values()}) > 2 and ids["a"] != ids[" "]
+
+
+def test_a_model_is_distilled(distilled):
+    assert distilled.tokens == 6_000 and distilled.held_out_tokens == 1_500
+    assert distilled.chance + 0.1 < distilled.agreement < 1
+    axis = distilled.axis
+    assert type(axis) is DecisionTreeAxis and axis.name == "learned" and axis.length <= 4
+    assert axis.vocabulary == ("none", *[f"cluster {number}" for number in range(6)])
+    leaves = {node[0] for node in axis.nodes if len(node) == 1}
+    assert len(leaves) > 2 and 0 not in leaves
+
+
+def test_agreement_is_counted_on_the_held_out_text(model, tokenizer):
+    """With nothing of the text to hold on to, agreement falls to chance."""
+    torch.manual_seed(0)
+    table = torch.randn(4096, 3)
+
+    class Noise(Told):
+        calls = 0
+
+        def __call__(self, input_ids, output_hidden_states):
+            Noise.calls += 1
+            start = 131 * Noise.calls % 3000
+            return SimpleNamespace(hidden_states=(None, table[None, start : start + input_ids.shape[1]]))
+
+    result = distill(Noise(), tokenizer, TEXTS, HELD_OUT[:1], **{**SMALL, "max_leaves": 400})
+    assert result.agreement < result.chance + 0.1
+
+
+@pytest.mark.parametrize("text", ["", "x", *HELD_OUT, "\x00\ud800\U0010ffff"])
+def test_the_exported_file_is_the_axis(distilled, tmp_path, text):
+    """Run alone, without a site folder; nothing is imported."""
+    (tmp_path / "axis.py").write_text(distilled.axis.to_python(), encoding="utf-8")
+    (tmp_path / "text.json").write_text(json.dumps(text))
+    code = "import json; from axis import annotate; print(json.dumps(annotate(json.load(open('text.json')))))"
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == distilled.axis.annotate(text)
+
+
+@pytest.mark.skipif(not TALES.is_file(), reason="no fairy tales in ../shared/data next to the repository")
+def test_the_exported_file_is_the_axis_on_a_book(distilled):
+    module = {}
+    exec(distilled.axis.to_python(), module)
+    text = TALES.read_text(encoding="utf-8")
+    assert module["annotate"](text) == distilled.axis.annotate(text)
+
+
+def test_it_is_causal_in_bytes_too(distilled, tokenizer):
+    for text in (HELD_OUT[0][:1500], HELD_OUT[1][:300]):
+        offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+        assert find_lookahead(distilled.axis, text, offsets, every=7) is None
+    processor = MultiGridProcessor(tokenizer, [distilled.axis.to_spec()])
+    assert processor(HELD_OUT[1])["meta_ids"][0][0] == distilled.axis.annotate(HELD_OUT[1], offsets_of(tokenizer))
+
+
+def offsets_of(tokenizer):
+    return tokenizer(HELD_OUT[1], return_offsets_mapping=True)["offset_mapping"]
+
+
+def test_nodes_are_the_fitted_tree(tokenizer):
+    """The axis and scikit-learn's own predictions, on text with bytes, and on characters it was not fitted on."""
+    text = TEXTS[0][:5000] + HELD_OUT[1]
+    characters = last_characters(text, list(range(1, len(text) + 1)), 3)
+    targets = np.array([0, 1, 3, 4])[(characters[:, 0] * 7 + characters[:, 2]) % 4]  # a cluster that is never met
+    tree = DecisionTreeClassifier(max_leaf_nodes=60, random_state=0).fit(characters, targets)
+    axis = DecisionTreeAxis(nodes=tree_nodes(tree), vocabulary=["none", *"abcde"])
+    for other in (text, TEXTS[1][:4000]):
+        characters = last_characters(other, list(range(1, len(other) + 1)), 3)
+        assert axis.annotate(other) == (tree.predict(characters) + 1).tolist()
+
+
+def test_equal_leaves_are_one():
+    characters = np.array([[97], [98], [99], [100]] * 5)
+    tree = DecisionTreeClassifier(random_state=0).fit(characters, np.array([0, 1, 1, 1] * 5))
+    tree.tree_.value[tree.tree_.children_left < 0] = [[1.0, 0.0]]
+    assert tree_nodes(tree) == [[1]]
+
+
+def test_last_characters_by_hand():
+    rows = last_characters("ab€", [0, 1, 3], 3)
+    assert rows.tolist() == [[-1] * 3, [97, -1, -1], [0x20AC, 98, 97]]
+
+
+def test_hidden_states_stand_at_their_characters(model, tokenizer):
+    """Blocks of a document; the token before it is read and left out; a byte of a character does not see it."""
+    text = "aé€b\U0001f419c"
+    states, characters = hidden_states(model, tokenizer, [text], -1, 2, 1000, 64, seed=0)
+    ids = tokenizer(text, return_offsets_mapping=True)
+    with torch.no_grad():
+        whole = model(torch.tensor([[256, *ids["input_ids"]]]), output_hidden_states=True).hidden_states[-1][0, 1:]
+    assert np.allclose(states, whole.numpy(), atol=1e-6)
+    lengths = visible_lengths(ids["offset_mapping"], len(text))
+    assert characters.tolist() == last_characters(text, lengths, 2).tolist()
+    for size in (2, 3, 4, 6, 12):
+        blocks, seen = hidden_states(model, tokenizer, [text], 0, 2, 1000, size, seed=0)
+        assert sorted(seen.tolist()) == sorted(characters.tolist()) and len(blocks) == len(states)
+    few, _ = hidden_states(model, tokenizer, [text] * 9, 0, 2, 20, 4, seed=0)
+    assert len(few) == 20
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"clusters": 1}, "--clusters must be at least 2, got 1"),
+        ({"length": 0}, "--length must be at least 1, got 0"),
+        ({"max_leaves": 1}, "--max_leaves must be at least 2, got 1"),
+        ({"texts": ["ab"]}, "--clusters 6 is more than the 2 tokens of the text"),
+        ({"texts": [""]}, "there is no text to read hidden states on"),
+    ],
+)
+def test_bad_arguments_are_named(model, tokenizer, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        distill(model, tokenizer, **{"texts": TEXTS, "held_out_texts": HELD_OUT, **SMALL, **arguments})
+
+
+def test_from_a_saved_model_to_files(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("".join(TEXTS), encoding="utf-8")
+    command = [sys.executable, distill_axis.__file__, tmp_path / "model", "--output_dir", tmp_path / "axis"]
+    command += ["--dataset", tmp_path / "text.txt", "--name", "habits", "--clusters", "5", "--max_tokens", "3000"]
+    env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    axis = make_axis(tmp_path / "axis" / "axis.json")
+    assert axis.name == "habits" and len(axis.vocabulary) == 6
+    assert (tmp_path / "axis" / "axis.py").read_text(encoding="utf-8") == axis.to_python()
+    report = json.loads((tmp_path / "axis" / "report.json").read_text())
+    assert report["tokens"] == 3000 and report["agreement"] > report["chance"]
+    assert f"{report['agreement']:.1%}" in done.stdout and "held-out tokens" in done.stdout
