@@ -220,13 +220,14 @@ def test_an_empty_cache_and_none_are_the_same():
 # --- causality ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("use_cache", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_no_axis_sees_the_future_of_any_axis(variant):
+def test_no_axis_sees_the_future_of_any_axis(variant, use_cache):
     """Every token of every axis is changed, one at a time; a position sees its past, and the factored main axis one meta token more."""
     model = tiny_multigrid(**VARIANTS[variant]).double()
     config, seq = model.config, 9
     grid = random_grid(model, 1, seq)
-    expected, _ = run(model, grid)
+    expected, _ = run(model, grid, use_cache=use_cache)
     factored = config.axis_order == "factored"
     for axis in range(-1, config.num_axes):
         for place in range(seq):
@@ -235,12 +236,28 @@ def test_no_axis_sees_the_future_of_any_axis(variant):
                 ids[0, place] = (ids[0, place] + 1) % config.vocab_size
             else:
                 meta_ids[0, axis, place] = (meta_ids[0, axis, place] + 1) % config.axis_vocab_sizes[axis]
-            logits, _ = run(model, {"input_ids": ids, "meta_ids": meta_ids})
+            logits, _ = run(model, {"input_ids": ids, "meta_ids": meta_ids}, use_cache=use_cache)
             for stream, (x, y) in enumerate(zip(logits, expected)):
                 changed = (x != y).any(-1)[0]
                 first = place - 1 if factored and axis >= 0 and stream == 0 else place
                 assert not changed[: max(first, 0)].any(), (axis, place, stream)
                 assert changed[max(first, 0)], (axis, place, stream)  # and what is seen does matter, across axes too
+
+
+@pytest.mark.parametrize("variant", [name for name in WITH_AXES if name != "axis"])
+def test_in_one_layer_axes_see_the_main_axis_and_not_each_other(variant):
+    options = {**VARIANTS[variant], "num_hidden_layers": 1}
+    model = tiny_multigrid(**options | ({"window_sizes": [None]} if options.get("core") == "leap" else {}))
+    grid = random_grid(model, 1, 9)
+    expected, _ = run(model, grid)
+    for axis, size in enumerate(model.config.axis_vocab_sizes):
+        meta_ids = grid["meta_ids"].clone()
+        meta_ids[0, axis, 4] = (meta_ids[0, axis, 4] + 1) % size
+        logits, _ = run(model, {**grid, "meta_ids": meta_ids})
+        changed = [not torch.equal(x, y) for x, y in zip(logits, expected)]
+        assert changed == [i in (0, axis + 1) for i in range(len(logits))]
+    other = {**grid, "input_ids": (grid["input_ids"] + 1) % 50}
+    assert not any(torch.equal(x, y) for x, y in zip(run(model, other)[0], expected))
 
 
 @pytest.mark.parametrize("variant", WITH_AXES)
@@ -260,16 +277,17 @@ def test_meta_and_main_are_not_swapped(variant):
 # --- pads leave no trace -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("use_cache", [False, True])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_padded_rows_equal_rows_alone(variant, side):
+def test_padded_rows_equal_rows_alone(variant, side, use_cache):
     model = tiny_multigrid(pad_token_id=3, **VARIANTS[variant]).double()
     lengths, width = (1, 7, 30), 33
     grid, mask, alone = left_padded(model, lengths, width)
     if side == "right":
         grid, mask = {name: x.flip(-1) for name, x in grid.items()}, mask.flip(-1)
         alone = [{name: x.flip(-1) for name, x in one.items()} for one in alone]
-    logits, _ = run(model, grid, attention_mask=mask)
+    logits, _ = run(model, grid, attention_mask=mask, use_cache=use_cache)
     for row, one in enumerate(alone):
         at = mask[row].bool()
         assert_same([x[row : row + 1][:, at] for x in logits], run(model, one)[0], tolerance=1e-6)
@@ -291,7 +309,7 @@ def test_pads_get_no_gradient(variant):
     )
     labels = ids.masked_fill(mask == 0, -100)
     labels[0, 13] = -100  # a pad would predict it
-    model(ids, meta_ids=meta_ids, attention_mask=mask, labels=labels).loss.backward()
+    model.train()(ids, meta_ids=meta_ids, attention_mask=mask, labels=labels).loss.backward()
     grads = [table.weight.grad for table in (model.model.embed_tokens, *model.model.meta_embed_tokens)]
     for grad in grads:
         assert not grad[-1].any() and grad.any()
@@ -332,7 +350,7 @@ def packing(how):
 def test_packed_rows_equal_separate_rows(variant, how):
     model = tiny_multigrid(**VARIANTS[variant]).double()
     grid = random_grid(model, 1, sum(LENGTHS))
-    logits, _ = run(model, grid, **packing(how))
+    logits, _ = run(model, grid, use_cache=how == "seq_idx", **packing(how))
     rows = zip(grid["input_ids"].split(LENGTHS, dim=-1), grid["meta_ids"].split(LENGTHS, dim=-1))
     separate = [run(model, {"input_ids": ids, "meta_ids": meta_ids})[0] for ids, meta_ids in rows]
     assert_same(logits, [torch.cat(x, dim=1) for x in zip(*separate)], tolerance=1e-6)
