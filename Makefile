@@ -27,9 +27,11 @@ TRAIN_leap := --block_size 512 --per_device_train_batch_size 4 --per_device_eval
 TRAIN_heptapod := --per_device_train_batch_size 4 --per_device_eval_batch_size 16
 # On CPUs the backward pass of attention to short windows is slower in bfloat16.
 TRAIN_hierarchical_lm := $(TRAIN_leap) --bf16_if_fast false
+TRAIN_multigrid := $(TRAIN_leap)
 SHOW_leap := training/sample.py
 SHOW_heptapod := training/fill_page.py
 SHOW_hierarchical_lm := training/sample.py
+SHOW_multigrid := training/sample_axes.py
 
 demo: $(INSTALLED)
 	$(TRAIN) $(TRAIN_$(FAMILY)) --config_name configs/$(FAMILY)-tiny --output_dir $(OUTPUT)

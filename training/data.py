@@ -12,7 +12,7 @@ import bz2
 import gzip
 import hashlib
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,6 +61,10 @@ class DataArguments:
     )
     vocab_size: int = field(default=4096, metadata={"help": "Size of the vocabulary of a 'bpe' tokenizer."})
     block_size: int = field(default=1024, metadata={"help": "Length of a training sequence in tokens."})
+    axes: list[str] = field(
+        default_factory=lambda: ["token_kind", "bracket", "indentation", "string"],
+        metadata={"help": "The meta axes of a MultiGrid: names that `make_axis` knows, or JSON files with a spec."},
+    )
 
 
 @dataclass
@@ -305,6 +309,36 @@ def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, desc: str = "To
     return np.concatenate(stream)
 
 
+def annotate(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, axes: Sequence, desc: str = "Annotating"
+) -> np.ndarray:
+    """Meta ids for the stream that [`encode`] makes of the same texts: a row for each axis.
+
+    Each text is annotated on its own, from its beginning; separators have meta id 0.
+
+    Args:
+        texts, tokenizer: as for `encode`; the tokenizer must be a fast one, which knows where its tokens are.
+        axes: annotators, see `MetaAxis`.
+
+    Returns:
+        [axes, number of tokens], uint8 where the vocabularies allow it, else int32.
+    """
+    dtype = np.uint8 if max((len(axis.vocabulary) for axis in axes), default=0) <= 2**8 else np.int32
+    separator = np.zeros((len(axes), 1), dtype=dtype)
+    columns = [separator]
+    for text in tqdm(texts, desc=desc, unit=" texts", disable=None):
+        offsets = tokenizer(
+            text,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_offsets_mapping=True,
+            verbose=False,
+        )["offset_mapping"]
+        columns += [np.array([axis.annotate(text, offsets) for axis in axes], dtype=dtype), separator]
+    return np.concatenate(columns, axis=1)
+
+
 class PackedBlocks(torch.utils.data.Dataset):
     """A stream of tokens cut into `input_ids` and `labels` of [block_size], int64.
 
@@ -315,12 +349,16 @@ class PackedBlocks(torch.utils.data.Dataset):
         stream: [number of tokens], from [`encode`].
         block_size: tokens in a block.
         pad_token_id: if given, the tail that does not fill a block is padded (label -100); otherwise it is left out.
+        meta: [axes, number of tokens] if given, from [`annotate`]: blocks then have `meta_ids` of [axes, block_size] too.
 
     Raises:
-        ValueError: naming `--block_size` if it is below 2 or the text is too short for one block.
+        ValueError: naming `--block_size` if it is below 2 or the text is too short for one block; naming `meta` if it
+            has not a column for each token.
     """
 
-    def __init__(self, stream: np.ndarray, block_size: int, pad_token_id: int | None = None):
+    def __init__(
+        self, stream: np.ndarray, block_size: int, pad_token_id: int | None = None, meta: np.ndarray | None = None
+    ):
         if block_size < 2:
             raise ValueError(f"--block_size must be at least 2, got {block_size}")
         predicted = len(stream) - 1
@@ -329,7 +367,9 @@ class PackedBlocks(torch.utils.data.Dataset):
                 f"--block_size {block_size} is too long for this text: all of it is {len(stream)} tokens; give a "
                 "smaller --block_size or a larger --dataset"
             )
-        self.stream, self.stride, self.pad_token_id = stream, block_size - 1, pad_token_id
+        if meta is not None and (meta.ndim != 2 or meta.shape[1] != len(stream)):
+            raise ValueError(f"`meta` must be [axes, {len(stream)}], a column for each token, got {list(meta.shape)}")
+        self.stream, self.stride, self.pad_token_id, self.meta = stream, block_size - 1, pad_token_id, meta
         self.length = predicted // self.stride if pad_token_id is None else -(-predicted // self.stride)
 
     def __len__(self) -> int:
@@ -339,10 +379,12 @@ class PackedBlocks(torch.utils.data.Dataset):
         if not 0 <= index < self.length:
             raise IndexError(index)
         start = index * self.stride
-        ids = torch.from_numpy(self.stream[start : start + self.stride + 1].astype(np.int64))
-        missing = self.stride + 1 - len(ids)
-        if not missing:
-            return {"input_ids": ids, "labels": ids.clone()}
+        here = slice(start, start + self.stride + 1)
+        ids = torch.from_numpy(self.stream[here].astype(np.int64))
         # Padding on the right of a causal model needs no attention mask: no real token sees it.
-        pad = torch.nn.functional.pad(ids, (0, missing), value=self.pad_token_id)
-        return {"input_ids": pad, "labels": torch.nn.functional.pad(ids, (0, missing), value=-100)}
+        missing = (0, self.stride + 1 - len(ids))
+        pad = torch.nn.functional.pad
+        block = {"input_ids": pad(ids, missing, value=self.pad_token_id), "labels": pad(ids, missing, value=-100)}
+        if self.meta is not None:
+            block["meta_ids"] = pad(torch.from_numpy(self.meta[:, here].astype(np.int64)), missing)
+        return block

@@ -7,8 +7,15 @@ from accelerate.utils import find_batch_size
 from transformers import Trainer
 
 
+def losses_by_name(outputs, config) -> dict[str, torch.Tensor]:
+    """The losses `<name>_loss` of a model's output; `meta_losses` have the names of the config's axes."""
+    losses = {name: value for name, value in outputs.items() if name.endswith("_loss")}
+    metas = outputs.get("meta_losses") or ()
+    return losses | {f"{axis}_loss": value for axis, value in zip(getattr(config, "axis_names", ()), metas)}
+
+
 class NamedLossTrainer(Trainer):
-    """A `Trainer` that also logs the losses `<name>_loss` of a model's output.
+    """A `Trainer` that also logs the losses `<name>_loss` of a model's output, see [`losses_by_name`].
 
     While training: means over the optimizer steps since the last log, as `loss` is. While evaluating: means over the
     examples, as `eval_loss` is. What a model leaves at `None` is not logged.
@@ -31,8 +38,7 @@ class NamedLossTrainer(Trainer):
             scale, of_total = devices if self.args.average_tokens_across_devices else 1.0, 1.0
         self._batch_losses = {
             name: value.detach().mean() * (of_total if value is loss else scale)
-            for name, value in outputs.items()
-            if name.endswith("_loss")
+            for name, value in losses_by_name(outputs, self.model.config).items()
         }
         if model.training:
             self._steps += share

@@ -1,17 +1,17 @@
-"""What a family learns from text: the next token of a stream, or the masked cells of pages. `train.py` serves both.
+"""What a family learns from text: the next token of a stream, with meta axes beside it or without, or masked cells of pages.
 
-An objective holds the data sets and what the trainer must know of them; `objective_for(config)` picks it.
+An objective holds the data sets and what the trainer must know of them; `objective_for(config)` picks it, for `train.py`.
 """
 
 import math
 
 import numpy as np
 import torch
-from data import DataArguments, PackedBlocks, Texts, build_tokenizer, encode
+from data import DataArguments, PackedBlocks, Texts, annotate, build_tokenizer, encode
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, Trainer
 
-from modeling_heptapod import HeptapodProcessor
+from modeling_heptapod import HeptapodProcessor, MultiGridProcessor, make_axis
 
 
 ELBO_SAMPLES = 8  # forward passes over the held-out pages, for the figure that is reported
@@ -37,12 +37,16 @@ class NextTokens:
         processing_class: what turns text into inputs, saved beside the model.
         config_options (`dict`): fields of the config that follow from the data.
         train_dataset, eval_dataset: of `Trainer`.
+        label_names, ignore_keys: what evaluation keeps of inputs and drops of outputs, of `Trainer`; `None`: its default.
+        text_losses (`list[str]`): the named losses that the text costs, where a model has losses of these names.
         bits_per_byte_of_loss (`float`): factor from a training loss to bits per byte.
         about (`dict`): figures for `results.json`.
     """
 
     auto_class = AutoModelForCausalLM
     pipeline_tag = "text-generation"
+    label_names = ignore_keys = None
+    text_losses = ["ce_loss"]
 
     def __init__(self, texts: Texts, data_args: DataArguments, config: PreTrainedConfig):
         tokenizer = build_tokenizer(data_args.tokenizer, texts.train, data_args.vocab_size)
@@ -71,7 +75,65 @@ class NextTokens:
 
     def evaluate(self, trainer: Trainer) -> dict[str, float]:
         """The figures to report of a trained model."""
-        return {"bits_per_byte": trainer.evaluate()["eval_bits_per_byte"]}
+        return {"bits_per_byte": trainer.evaluate(ignore_keys=self.ignore_keys)["eval_bits_per_byte"]}
+
+
+def choose_axes(names: list[str]) -> list:
+    """The annotators that `--axes` names.
+
+    Raises:
+        ValueError: naming `--axes` for an unknown axis, the same one twice, or one that looks ahead.
+    """
+    try:
+        axes = [make_axis(name) for name in names]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--axes {' '.join(names)}: {error}") from error
+    if len({axis.name for axis in axes}) < len(axes):
+        raise ValueError(f"--axes {' '.join(names)}: two axes have the same name")
+    ahead = [axis.name for axis in axes if not axis.causal]
+    if ahead:
+        raise ValueError(
+            f"--axes {' '.join(ahead)}: looks ahead in the text, so a model that reads it has seen what it predicts, and "
+            "its bits per byte mean nothing; training/multigrid_experiment.py measures how much"
+        )
+    return axes
+
+
+class AnnotatedTokens(NextTokens):
+    """A stream of tokens and meta axes beside it; tokens and meta ids are predicted from those before them.
+
+    Causal axes are functions of the text so far, so the text costs what its tokens cost. In the factored order tokens are
+    predicted from meta ids that nobody knows yet, and the text costs both.
+    """
+
+    def __init__(self, texts: Texts, data_args: DataArguments, config: PreTrainedConfig):
+        super().__init__(texts, data_args, config)
+        tokenizer, size = self.processing_class, data_args.block_size
+        axes = choose_axes(data_args.axes)
+        meta, held_out = (annotate(part, tokenizer, axes) for part in (texts.train, texts.validation))
+        self.train_dataset = PackedBlocks(self.train_dataset.stream, size, meta=meta)
+        self.eval_dataset = PackedBlocks(self.eval_dataset.stream, size, tokenizer.pad_token_id, held_out)
+        self.processing_class = MultiGridProcessor(tokenizer, axes)
+        names = [axis.name for axis in axes]
+        self.config_options["axis_names"] = names
+        self.config_options["axis_vocab_sizes"] = [len(axis.vocabulary) for axis in axes]
+        self.about["axes"] = dict(zip(names, self.config_options["axis_vocab_sizes"]))
+        self.is_factored = config.axis_order == "factored"
+        self.text_losses = ["main_loss", *(f"{name}_loss" for name in names if self.is_factored)]
+        # Evaluation needs the meta ids among the labels, and the meta logits beside the logits.
+        self.label_names = ["labels", "meta_ids"]
+        self.ignore_keys = [key for key in config.keys_to_ignore_at_inference if key != "meta_logits"]
+
+    def trainer_options(self) -> dict:
+        return {**super().trainer_options(), "preprocess_logits_for_metrics": self._sum_nats}
+
+    def _sum_nats(self, logits, labels):
+        (logits, meta_logits), (labels, meta_ids) = logits, labels
+        nats = sum_nats(logits, labels)
+        if self.is_factored:
+            meta_ids = meta_ids.masked_fill(labels[:, None] == -100, -100)
+            nats += sum(sum_nats(logits, ids) for logits, ids in zip(meta_logits, meta_ids.unbind(1)))
+        return nats
 
 
 class Pages(torch.utils.data.Dataset):
@@ -99,6 +161,8 @@ class MaskedPages:
 
     auto_class = AutoModelForMaskedLM
     pipeline_tag = "other"  # none of the Hub's pipelines reads pages
+    label_names = ignore_keys = None
+    text_losses = []
 
     def __init__(self, texts: Texts, data_args: DataArguments, config: PreTrainedConfig):
         if config.grid_size is None:
@@ -156,7 +220,7 @@ class MaskedPages:
 
 def objective_for(config: PreTrainedConfig) -> type:
     """The objective of a family."""
-    return MaskedPages if config.model_type == "heptapod" else NextTokens
+    return {"heptapod": MaskedPages, "multigrid": AnnotatedTokens}.get(config.model_type, NextTokens)
 
 
 def _bytes_of(texts):

@@ -134,11 +134,17 @@ def steps_within(minutes: float, model: PreTrainedModel, args: TrainingArguments
     return max(1, broadcast_object_list(steps)[0])
 
 
-def plot_curve(history: list[dict], results: dict, train_bits_per_nat: float, path: Path) -> None:
+def text_loss(entry: dict, names: list[str]) -> float:
+    """What the text costs by a log entry: of the losses that a model may add up, those named, or the only one."""
+    return sum(entry[name] for name in names if name in entry) if set(names) & set(entry) else entry["loss"]
+
+
+def plot_curve(
+    history: list[dict], results: dict, train_bits_per_nat: float, path: Path, text_losses: list[str]
+) -> None:
     """Bits per byte by step: of the training batches, and of the held-out text beside bz2's."""
-    # Of the losses that a model may add up, the text costs the cross-entropy.
-    nats = [(entry["step"], entry.get("ce_loss", entry["loss"])) for entry in history if "loss" in entry]
-    train = [(step, loss * train_bits_per_nat) for step, loss in nats]
+    losses = [(entry["step"], text_loss(entry, text_losses)) for entry in history if "loss" in entry]
+    train = [(step, loss * train_bits_per_nat) for step, loss in losses]
     held_out = [(entry["step"], entry["eval_bits_per_byte"]) for entry in history if "eval_bits_per_byte" in entry]
     held_out = [(0, results["bits_per_byte_before"]), *held_out]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -225,6 +231,8 @@ def main():
     objective = objective_for(config)(texts, data_args, config)
     eval_text = "".join(texts.validation).encode()
 
+    training_args.label_names = objective.label_names
+
     # A model from its configuration, untrained
     config = AutoConfig.from_pretrained(model_args.config_name, **objective.config_options)
     model = objective.auto_class.from_config(config)
@@ -246,8 +254,8 @@ def main():
         processing_class=objective.processing_class,
         **objective.trainer_options(),
     )
-    before = trainer.evaluate()["eval_bits_per_byte"]
-    train_result = trainer.train(resume_from_checkpoint=checkpoint)
+    before = trainer.evaluate(ignore_keys=objective.ignore_keys)["eval_bits_per_byte"]
+    train_result = trainer.train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=objective.ignore_keys)
 
     # Model, its code, tokenizer, generation config; before it is measured, so that an error there costs no training
     set_use_cache(model.config, use_cache)
@@ -288,7 +296,8 @@ def main():
         "command": " ".join(["python", *sys.argv]),
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    plot_curve(trainer.state.log_history, results, objective.bits_per_byte_of_loss, folder / "curve.png")
+    history, factor = trainer.state.log_history, objective.bits_per_byte_of_loss
+    plot_curve(history, results, factor, folder / "curve.png", objective.text_losses)
     write_card(results, model, objective.pipeline_tag, folder)
 
     print(f"\n{folder}: {results['steps']} steps in {results['train_seconds']:.0f} s, {results['precision']}")

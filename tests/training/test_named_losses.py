@@ -198,7 +198,9 @@ def test_the_curve_shows_cross_entropy(tmp_path, monkeypatch):
         {"step": 2, "loss": 8.0, "ce_loss": 1.0},
         {"step": 3, "loss": 0.5},
     ]
-    train.plot_curve(history, {"bits_per_byte_before": 8.0, "bits_per_byte_bz2": 2.0}, 10.0, tmp_path / "curve.png")
+    train.plot_curve(
+        history, {"bits_per_byte_before": 8.0, "bits_per_byte_bz2": 2.0}, 10.0, tmp_path / "curve.png", ["ce_loss"]
+    )
     assert list(train.plt.gca().lines[0].get_ydata()) == [20.0, 10.0, 5.0]
 
 

@@ -1,0 +1,93 @@
+"""Let a saved MultiGrid write, with its meta tracks below each line: `python training/sample_axes.py outputs/multigrid-tiny`.
+
+It writes twice from the same seed: with meta tokens that the model predicts, and with those that its annotators give the
+text so far. Nothing of this repository is imported: the folder brings its own code.
+"""
+
+import string
+from argparse import ArgumentParser
+
+import torch
+from transformers import AutoModelForCausalLM, AutoProcessor, set_seed
+
+
+def letters_for(vocabulary: tuple[str, ...]) -> list[str]:
+    """A character for each entry of an axis: a blank for the first, else one of its own where that is still free."""
+    letters = [" "]
+    for entry in vocabulary[1:]:
+        letters.append(next((letter for letter in (*entry, *string.printable) if letter not in letters), "?"))
+    return letters
+
+
+def characters_of(processor, ids: list[int]) -> list[str]:
+    """What each token completes."""
+    pending, characters = (), []
+    for token in ids:
+        new, pending = processor.new_characters(pending, token)
+        characters.append(new)
+    return characters
+
+
+def annotations_of(processor, characters: list[str]) -> list[list[int]]:
+    """What the annotators say of the same tokens, a row for each axis."""
+    rows = []
+    for axis in processor.axes:
+        state, row = axis.start(), []
+        for new in characters:
+            meta_id, state = axis.step(state, new)
+            row.append(meta_id)
+        rows.append(row)
+    return rows
+
+
+def lines_with_tracks(processor, characters: list[str], tracks: list[list[int]]) -> str:
+    """The text line by line, and below each line what stands beside it on each axis."""
+    text = "".join(characters)
+    rows = []
+    for axis, track in zip(processor.axes, tracks):
+        letters = letters_for(axis.vocabulary)
+        rows.append((axis.name, "".join(letters[meta_id] * len(new) for new, meta_id in zip(characters, track))))
+    margin, start, output = max(len(name) for name, _ in rows) + 2, 0, []
+    for line in text.split("\n"):
+        here = slice(start, start + len(line))
+        output.append(" " * margin + line)
+        output += [f"{name:<{margin}}{row[here]}".rstrip() for name, row in rows if line]
+        start += len(line) + 1
+    return "\n".join(output)
+
+
+def main():
+    parser = ArgumentParser(description="Let a saved MultiGrid write, with its meta tracks below each line.")
+    parser.add_argument("folder", help="what train.py wrote, or a name on the Hub")
+    parser.add_argument("--prompt", default="import os\nimport sys\n\n\nclass ", help="the text to continue")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="how much to write")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another text")
+    args = parser.parse_args()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    processor = AutoProcessor.from_pretrained(args.folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=True).to(device)
+    inputs = processor(args.prompt, return_tensors="pt").to(device)
+    for axis in processor.axes:
+        letters = letters_for(axis.vocabulary)
+        print(f"{axis.name}:", ", ".join(f"{letter!r} {entry}" for letter, entry in zip(letters, axis.vocabulary)))
+    for source in ("predicted", "annotated"):
+        set_seed(args.seed)
+        output = model.generate(
+            **inputs,
+            meta_source=source,
+            processor=processor,
+            max_new_tokens=args.max_new_tokens,
+            return_dict_in_generate=True,
+        )
+        characters = characters_of(processor, output.sequences[0].tolist())
+        tracks, rules = output.meta_sequences[0].tolist(), annotations_of(processor, characters)
+        print(f"\n--- with meta tokens {source}\n{lines_with_tracks(processor, characters, tracks)}")
+        for axis, track, rule in zip(processor.axes, tracks, rules):
+            written = range(inputs["input_ids"].shape[1], len(track))
+            same = sum(track[place] == rule[place] for place in written) / len(written)
+            print(f"{axis.name}: {same:.0%} of the meta tokens written are what the annotator says of the text")
+
+
+if __name__ == "__main__":
+    main()
