@@ -123,8 +123,6 @@ class _MetaTracks:
                 chances = (logits.float() / self.temperature).softmax(-1)
                 chosen.append(torch.multinomial(chances, 1).squeeze(-1))
         chosen = torch.stack([ids.to(self.tokens.device) for ids in chosen], dim=1)
-        if self.beams > 1 and self.temperature is not None:  # equal hypotheses have equal tracks
-            chosen = chosen[self._parents(self.tokens)]
         self.chosen.append(chosen.masked_fill(self.writes_pads.unsqueeze(1), 0))
         self.meta_ids = torch.cat((self.meta_ids, self.chosen[-1].unsqueeze(-1)), dim=-1)
         return self.chosen[-1]
