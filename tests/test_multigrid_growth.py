@@ -182,6 +182,22 @@ def test_new_weights_are_like_the_old_ones():
     assert all(x.dtype == torch.bfloat16 for x in all_logits(model, grid))
 
 
+def test_new_weights_start_as_the_model_starts_them():
+    model = tiny_multigrid(hidden_size=128, initializer_range=0.05)
+    old = {id(parameter) for parameter in model.parameters()}
+    grow(model, size=50)
+    for name, parameter in model.named_parameters():
+        closed = "main_cross_blocks" in name and ("o_proj" in name or "down_proj" in name)
+        if id(parameter) in old:
+            continue
+        if name.endswith("bias") or closed:
+            assert not parameter.any(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+        else:
+            assert 0.04 < parameter.std() < 0.06, name
+
+
 def test_bad_values_are_named():
     model = tiny_multigrid(**TWO_AXES)
     for name in ("kind", ""):
