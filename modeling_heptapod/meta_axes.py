@@ -21,6 +21,8 @@ Id 0 is what stands before the first character; special tokens and pads have it 
 
 from collections.abc import Callable, Hashable, Sequence
 
+import numpy as np
+
 
 AXIS_CLASSES = {}  # every subclass of MetaAxis that has been imported, by name
 
@@ -38,7 +40,8 @@ class MetaAxis:
     Attributes:
         causal (`bool`): whether an id depends on the past only.
         why_not_causal (`str`): the reason where it does not.
-        short_names (`dict`): names by which `make_axis` finds the class, with arguments for its `__init__`.
+        short_names (`dict`): names by which `make_axis` finds the class, with arguments for its `__init__`; a subclass
+            has none of these.
 
     Raises:
         ValueError: for a name that is no identifier, and an empty vocabulary or one that repeats itself.
@@ -57,7 +60,8 @@ class MetaAxis:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        AXIS_CLASSES[cls.__name__] = cls
+        if not cls.__name__.startswith("_"):
+            AXIS_CLASSES[cls.__name__] = cls
 
     def __repr__(self):
         return f"{type(self).__name__}(name={self.name!r}, {len(self.vocabulary)} ids, causal={self.causal})"
@@ -215,26 +219,20 @@ def visible_lengths(offsets, length: int) -> list[int]:
     Raises:
         ValueError: for offsets that do not lie in the text or run backwards.
     """
-    pairs = offsets.tolist() if hasattr(offsets, "tolist") else offsets
-    lengths, following = [0] * len(pairs), length  # where the next token begins
-    for number in range(len(pairs) - 1, -1, -1):
-        start, end = pairs[number]
-        if start == end:
-            continue
-        if not 0 <= start < end <= length or start > following:
-            raise ValueError(
-                f"`offsets` must lie in the text of {length} characters and not run backwards, token {number} has "
-                f"({start}, {end})."
-            )
-        lengths[number] = end if end < following else following
-        following = start
-    seen = 0
-    for number, complete in enumerate(lengths):
-        if complete < seen:  # a token without text sees what the one before it saw
-            lengths[number] = seen
-        else:
-            seen = complete
-    return lengths
+    start, end = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
+    has_text = start != end
+    # A character is complete when the next token with text begins behind it.
+    following = np.append(np.where(has_text, start, length), length)[::-1]
+    following = np.minimum.accumulate(following)[::-1][1:]
+    wrong = has_text & ((start < 0) | (start > end) | (end > length) | (start > following))
+    if wrong.any():
+        number = int(wrong.argmax())
+        raise ValueError(
+            f"`offsets` must lie in the text of {length} characters and not run backwards, token {number} has "
+            f"({start[number]}, {end[number]})."
+        )
+    # A token without text sees what the one before it saw.
+    return np.maximum.accumulate(np.where(has_text, np.minimum(end, following), 0)).tolist()
 
 
 def find_lookahead(axis: MetaAxis, text: str, offsets=None, every: int = 1) -> int | None:

@@ -41,7 +41,9 @@ def make_axis(spec) -> MetaAxis:
         if str(spec).endswith(".json"):
             return make_axis(json.loads(Path(spec).read_text(encoding="utf-8")))
         short_names = {
-            name: (cls, kwargs) for cls in AXIS_CLASSES.values() for name, kwargs in cls.short_names.items()
+            name: (axis_class, arguments)
+            for axis_class in AXIS_CLASSES.values()
+            for name, arguments in vars(axis_class).get("short_names", {}).items()
         }
         if spec not in short_names:
             raise ValueError(f"axis {spec!r} is neither a .json file nor one of {sorted(short_names)}.")

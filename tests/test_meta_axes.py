@@ -312,6 +312,14 @@ def test_axes_from_names_specs_and_files(axes, tmp_path):
         assert make_axis(axis) is axis
 
 
+def test_a_subclass_does_not_take_a_name():
+    class Quiet(ConstantAxis):
+        pass
+
+    assert type(make_axis("constant")) is ConstantAxis
+    assert type(make_axis({"class": "Quiet"})) is Quiet
+
+
 def test_copies_leave_behind_what_was_remembered(axes):
     for axis in axes:
         expected = axis.annotate(ENGLISH)
