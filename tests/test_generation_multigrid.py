@@ -431,9 +431,9 @@ class Letters:
 
 
 class FakeProcessor:
-    """Tokens 0 to 9 are halves of a letter, 40 is special, all others are as many letters as their last digit says."""
+    """Tokens 0 to 9 are halves of a letter, some are special, all others are as many letters as their last digit says."""
 
-    tokenizer = SimpleNamespace(all_special_ids=[40])
+    tokenizer = SimpleNamespace(all_special_ids=list(range(12, 50, 4)))
 
     def __init__(self, *axes):
         self.axes = axes
@@ -447,7 +447,7 @@ class FakeProcessor:
         """Ids of the whole row, the slow way."""
         out, state, pending = [], axis.start(), ()
         for token in ids[prompt_pads:].tolist():
-            if token == 40:
+            if token in self.tokenizer.all_special_ids:
                 out.append(0)
                 continue
             characters, pending = self.new_characters(pending, token)
@@ -468,7 +468,7 @@ def test_annotated_axes_say_what_the_rule_says(order):
     model = two_axes(order)
     processor, axis, how = with_annotator(model)
     batch = random_grid(model, 2, 12)
-    batch["input_ids"][0, :3] = torch.tensor([40, 5, 23])
+    batch["input_ids"][0, :3] = torch.tensor([24, 5, 23])
 
     def annotate(ids):
         return {1: torch.stack([processor.annotate(axis, row)[-1] for row in ids])}
@@ -483,12 +483,12 @@ def test_annotated_axes_say_what_the_rule_says(order):
 
 @BOTH_ORDERS
 def test_annotated_axes_with_beams_that_end_over_a_padded_batch(order):
-    model = two_axes(order)
+    model = two_axes(order, initializer_range=0.5)
     processor, axis, how = with_annotator(model)
     lengths = (1, 7, 20)
     _, batch = left_padded(model, lengths)
-    search = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 15, **WITH_TRACKS}
-    search |= {"eos_token_id": [40, 33, 21, 12, 5], "pad_token_id": 49, "processor": processor, **how}
+    search = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 15, **WITH_TRACKS, "output_scores": True}
+    search |= {"eos_token_id": list(range(0, 50, 6)), "pad_token_id": 49, "processor": processor, **how}
     out = model.generate(**batch, **search)
     same = model.generate(**batch, use_cache=False, **search)
     assert torch.equal(out.sequences, same.sequences) and torch.equal(out.meta_sequences, same.meta_sequences)
@@ -501,6 +501,11 @@ def test_annotated_axes_with_beams_that_end_over_a_padded_batch(order):
         expected = processor.annotate(axis, row[:length], pads)
         assert torch.equal(out.meta_sequences[i, 1, 20:length], expected[20 - pads :])
         assert not out.meta_sequences[i, :, length:].any()
+        if order == "parallel":  # in the factored order tokens were scored given what was guessed of the rule
+            tracks = {"input_ids": row[None, pads:length], "meta_ids": out.meta_sequences[i : i + 1, :, pads:length]}
+            logs = parallel(model, tracks).logits[0, 19 - pads : -1].log_softmax(-1)
+            score = logs.gather(1, row[20:length, None]).sum() / (length - 20)
+            torch.testing.assert_close(out.sequences_scores[i], score, rtol=1e-4, atol=1e-4)
     assert ended
 
 
@@ -577,7 +582,12 @@ def test_bad_input_is_named():
     refused(ValueError, "each of the 4 tokens.*got 3", meta_source="forced", forced_meta_ids=forced[..., :3])
     refused(ValueError, r"\[2, 3, 4\]", meta_source="forced", forced_meta_ids=torch.zeros(2, 3, 4).long())
     refused(ValueError, r"\[1, 2, 4\]", meta_source="forced", forced_meta_ids=forced[:1])
-    refused(ValueError, rf"\[0, {sizes[1]}\).*{sizes[1]}", meta_source="forced", forced_meta_ids=forced * 0 + sizes[1])
+    refused(
+        ValueError,
+        rf"forced_meta_ids. of axis.*\[0, {sizes[1]}\).*{sizes[1]}",
+        meta_source="forced",
+        forced_meta_ids=forced * 0 + sizes[1],
+    )
     refused(ValueError, "processor.*None", meta_source="annotated")
     refused(
         ValueError,
