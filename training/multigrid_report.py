@@ -1,0 +1,275 @@
+"""From the runs of `multigrid_experiment.py` to a table, sentences and charts. Each number is a mean over seeds with the
+half-width of its 95% interval (t distribution); a gain is the difference of two runs of the same seed, in bits per character.
+
+A run is a dict: `corpus`, `model`, `seed`, `rival` (the plain decoder as large as it, `None` for plain decoders themselves),
+`looks_ahead`, `factored`, `parameters`, `step_seconds`, `tokens_per_step` and `curve`, a list of `tokens`, `bits` (what the
+text costs a character), `main` and `axes`.
+"""
+
+import math
+from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from scipy import stats
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+PLAIN = "plain"
+CORPUS_NAMES = {"fairy_tales": "Fairy tales", "python": "Python source"}
+CONTROLS = ("random", "constant")
+REMARKS = {
+    "random": " (a control)",
+    "constant": " (a control)",
+    "all lexer axes, of the block alone": " (annotators see no more text than the model)",
+    "all, factored": " (the sum of all axes' code lengths, which is what the text costs)",
+    "learned": " (distilled from a plain decoder, whose training is not counted)",
+}
+LEAKING, CAUSAL = "part of speech, whole word", "part of speech, previous word"
+
+
+def interval(values) -> tuple[float, float]:
+    """Mean and half-width of the 95% interval, `nan` for a single value."""
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) < 2:
+        return float(values.mean()), math.nan
+    return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
+
+
+def bits_at(run: dict, tokens: float) -> float:
+    """The held-out bits after so many tokens, between two points of the curve on a straight line over log tokens.
+
+    Raises:
+        ValueError: before the curve's first point or after its last.
+    """
+    x = [point["tokens"] for point in run["curve"]]
+    if not x[0] <= tokens <= x[-1] * (1 + 1e-9):
+        raise ValueError(f"`tokens` must lie between {x[0]} and {x[-1]}, got {tokens}")
+    return float(np.interp(math.log(tokens), np.log(x), [point["bits"] for point in run["curve"]]))
+
+
+def tokens_until(run: dict, bits: float) -> float:
+    """After how many tokens the held-out text costs no more than `bits`; infinity if it never does."""
+    curve = run["curve"]
+    if curve[0]["bits"] <= bits:
+        return float(curve[0]["tokens"])
+    for before, after in pairwise(curve):
+        if after["bits"] <= bits:
+            share = (before["bits"] - bits) / (before["bits"] - after["bits"])
+            return math.exp((1 - share) * math.log(before["tokens"]) + share * math.log(after["tokens"]))
+    return math.inf
+
+
+def final(run: dict) -> float:
+    return run["curve"][-1]["bits"]
+
+
+def tokens_per_second(run: dict) -> float:
+    return run["tokens_per_step"] / run["step_seconds"]
+
+
+def gain_at_equal_seconds(run: dict, other: dict) -> float:
+    """Of a run over another after equal seconds of training: as many as both have, which one of them ends with."""
+    seconds = min(each["curve"][-1]["tokens"] / tokens_per_second(each) for each in (run, other))
+    return bits_at(other, seconds * tokens_per_second(other)) - bits_at(run, seconds * tokens_per_second(run))
+
+
+def compare(runs: list[dict], others: list[dict]) -> dict:
+    """A model against another, run by run of the same seed."""
+    pairs = [(run, next(each for each in others if each["seed"] == run["seed"])) for run in runs]
+    shares = [tokens_until(run, final(other)) / other["curve"][-1]["tokens"] for run, other in pairs]
+    return {
+        "gain": interval([final(other) - final(run) for run, other in pairs]),
+        "gain_at_equal_seconds": interval([gain_at_equal_seconds(run, other) for run, other in pairs]),
+        "share_of_tokens": interval(shares) if all(map(math.isfinite, shares)) else None,
+    }
+
+
+def report_on(runs: list[dict]) -> dict:
+    """`rows` of the table, `comparisons`, `checks` and the verdict as `notes`."""
+    by_corpus = defaultdict(lambda: defaultdict(list))
+    for run in sorted(runs, key=lambda run: run["seed"]):
+        by_corpus[run["corpus"]][run["model"]].append(run)
+    rows, comparisons, checks, notes = [], [], [], []
+    for corpus, models in by_corpus.items():
+        against = {
+            (model, other): compare(models[model], models[other])
+            for model in models
+            for other in others_of(model, models)
+        }
+        comparisons += [
+            {"corpus": corpus, "model": model, "against": other, **result}
+            for (model, other), result in against.items()
+        ]
+        rows += [row_of(corpus, model, models, against) for model in models]
+        notes += verdict(corpus, models, against)
+        if corpus == "python":
+            best = causal_grids(models, against)[0]
+            gain, half = against[best, models[best][0]["rival"]]["gain"]
+            checks.append(
+                {
+                    "what": f"Python source, {best}: gain over a plain decoder of equal parameters, lower end of its interval",
+                    "measured": round(gain - half, 4),
+                    "target": "> 0.0",
+                    "met": bool(gain - half > 0),
+                }
+            )
+    return {"rows": rows, "comparisons": comparisons, "checks": checks, "notes": notes}
+
+
+def others_of(model: str, models: dict) -> list[str]:
+    """What a model is compared with: the plain decoders of its width and of its size, and a random axis of its size."""
+    size = models[model][0]["rival"]
+    same_size = [name for name in ("random",) if name in models and size and models[name][0]["rival"] == size]
+    return [name for name in dict.fromkeys([PLAIN, size, *same_size]) if name not in (None, model)]
+
+
+def row_of(corpus: str, model: str, models: dict, against: dict) -> dict:
+    runs = models[model]
+    bits, half = interval([final(run) for run in runs])
+    row = {
+        "corpus": corpus.replace("_", " "),
+        "model": model,
+        "looks ahead": runs[0]["looks_ahead"],
+        "parameters": runs[0]["parameters"],
+        "step ms": 1e3 * float(np.median([run["step_seconds"] for run in runs])),
+        "bits per character": bits,
+        "bits +-": half,
+    }
+    result = against.get((model, runs[0]["rival"]))
+    if result is not None:
+        row["gain over equal parameters"], row["gain +-"] = result["gain"]
+        row["gain at equal time"], row["equal time +-"] = result["gain_at_equal_seconds"]
+        row["share of its text needed"] = result["share_of_tokens"] and result["share_of_tokens"][0]
+    return {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in row.items()}
+
+
+def causal_grids(models: dict, against: dict) -> list[str]:
+    """Models with axes that do not look ahead, controls left out; those that gain most over their size come first."""
+    grids = [
+        model
+        for model, runs in models.items()
+        if runs[0]["rival"] and not runs[0]["looks_ahead"] and model not in CONTROLS
+    ]
+    return sorted(grids, key=lambda model: -against[model, models[model][0]["rival"]]["gain"][0])
+
+
+def says(gain: tuple[float, float]) -> str:
+    """A gain in words: one whose interval holds 0 is none."""
+    mean, half = gain
+    if not abs(mean) > half:
+        return f"neither gains nor loses ({mean:+.3f} +- {half:.3f})"
+    return f"{'gains' if mean > 0 else 'loses'} {abs(mean):.3f} +- {half:.3f}"
+
+
+def verdict(corpus: str, models: dict, against: dict) -> list[str]:
+    """What the runs of one corpus show, sentence by sentence, from the numbers alone."""
+    sentences = []
+
+    def gain(model, key="gain"):
+        return against[model, models[model][0]["rival"]][key]
+
+    name = CORPUS_NAMES[corpus]
+    tokens, seeds = models[PLAIN][0]["curve"][-1]["tokens"], len(models[PLAIN])
+    bits = interval([final(run) for run in models[PLAIN]])
+    sentences.append(
+        f"{name}: {tokens:,} characters read once, {seeds} seeds; the plain decoder of the grids' width needs "
+        f"{bits[0]:.3f} +- {bits[1]:.3f} bits per character. Gains are in bits per character over plain decoders of equal "
+        "parameters after equal text, unless said otherwise; intervals cover seeds, not the choice of text."
+    )
+    if LEAKING in models and CAUSAL in models:
+        leaked = interval([final(b) - final(a) for a, b in zip(models[LEAKING], models[CAUSAL])])
+        sentences.append(
+            f"{name}, leakage: with the prototype's alignment (the tag of the whole word, which looks ahead) part of speech "
+            f"{says(gain(LEAKING))}, with the tag of the previous word it {says(gain(CAUSAL))}. The "
+            f"{leaked[0]:.3f} +- {leaked[1]:.3f} bits per character between the two are leakage: what looking ahead gives away."
+        )
+    for model, runs in models.items():
+        if runs[0]["rival"] and not runs[0]["looks_ahead"] and model != CAUSAL:
+            sentences.append(f"{name}: {model}{REMARKS.get(model, '')} {says(gain(model))}.")
+            if (model, "random") in against:
+                sentences[-1] += (
+                    f" Against a random axis instead, what it says {says(against[model, 'random']['gain'])}."
+                )
+    best, *others = causal_grids(models, against)
+    sentences.append(
+        f"{name}, where it comes from: over the plain decoder of equal width, {best} {says(against[best, PLAIN]['gain'])}, the "
+        f"random axis, which is machinery without content, {says(against['random', PLAIN]['gain'])}, and the plain decoder of "
+        f"the size of {best}, which spends the parameters on width, {says(against[models[best][0]['rival'], PLAIN]['gain'])}."
+    )
+    sentences.append(
+        f"{name}, equal step time: after as many seconds of training the best causal grid ({best}) "
+        f"{says(gain(best, 'gain_at_equal_seconds'))} against the plain decoder of equal parameters, and "
+        f"{says(against[best, PLAIN]['gain_at_equal_seconds'])} against that of equal width."
+    )
+    share = gain(best, "share_of_tokens")
+    sentences.append(
+        f"{name}, sample efficiency: the best causal grid ({best}) "
+        + (
+            f"needs {share[0]:.0%} +- {share[1]:.0%} of the text to cost what the plain decoder of equal parameters ends with."
+            if share
+            else "does not reach in every seed what the plain decoder of equal parameters ends with."
+        )
+    )
+    mean, half = gain(best)
+    control = max((gain(model)[0] for model in CONTROLS if model in models), default=0.0)
+    if mean > half and mean > control:
+        found = "a real gain at equal parameters and equal text"
+    else:
+        why = "its interval does not lie above 0" if mean <= half else "a control gains as much"
+        found = f"no gain at equal parameters and equal text, since {why}"
+    sentences.append(
+        f"{name}, verdict: {found} ({best}, the best of {1 + len(others)} causal grids; intervals are not widened for the "
+        "choice)."
+    )
+    return sentences
+
+
+def draw(corpus: str, runs: list[dict], rows: list[dict], path: Path) -> None:
+    """Loss against tokens, loss against seconds, and gains with their intervals; what looks ahead is dashed or hollow."""
+    models = defaultdict(list)
+    for run in runs:
+        if run["corpus"] == corpus:
+            models[run["model"]].append(run)
+    figure, (by_tokens, by_seconds, gains) = plt.subplots(1, 3, figsize=(17, 5.5), layout="constrained")
+    colors = dict(zip(models, plt.get_cmap("tab20").colors))
+    for model, of_model in models.items():
+        tokens = [point["tokens"] for point in of_model[0]["curve"]]
+        bits = np.mean([[point["bits"] for point in run["curve"]] for run in of_model], axis=0)
+        speed = np.median([tokens_per_second(run) for run in of_model])
+        style = {"color": colors[model], "linestyle": "--" if of_model[0]["looks_ahead"] else "-", "label": model}
+        style["linewidth"] = 2.5 if model.startswith(PLAIN) else 1.2
+        by_tokens.plot(tokens, bits, **style)
+        by_seconds.plot(np.array(tokens) / speed, bits, **style)
+    by_tokens.set(xscale="log", xlabel="characters read", ylabel="bits per character, held out")
+    by_seconds.set(xscale="log", xlabel="seconds of training on one core")
+    by_tokens.legend(fontsize=7)
+    rows = [row for row in rows if row["corpus"] == corpus.replace("_", " ") and "gain +-" in row]
+    for place, row in enumerate(reversed(rows)):
+        for key, error, shift, label in (
+            ("gain over equal parameters", "gain +-", 0.13, "equal text"),
+            ("gain at equal time", "equal time +-", -0.13, "equal seconds"),
+        ):
+            gains.errorbar(
+                row[key],
+                place + shift,
+                xerr=row[error],
+                fmt="o" if shift > 0 else "s",
+                color=colors[row["model"]],
+                fillstyle="none" if row["looks ahead"] else "full",
+                capsize=3,
+                label=label if place == 0 else None,
+            )
+    gains.set_yticks(range(len(rows)), [r["model"] + (" (looks ahead)" * r["looks ahead"]) for r in reversed(rows)])
+    gains.axvline(0, color="gray", linewidth=1)
+    gains.set(xlabel="gain over the plain decoder of equal parameters, bits per character, 95% interval")
+    gains.legend(fontsize=8)
+    figure.suptitle(f"{CORPUS_NAMES[corpus]}: dashed and hollow is what looks ahead")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
