@@ -312,6 +312,9 @@ class _Node(dict):
         super().__init__()
         self.automaton, self.state, self.output = automaton, state, automaton.output(state)
 
+    def __repr__(self):  # a dict's own would go through the whole graph
+        return f"_Node({self.state!r})"
+
     def __missing__(self, character):
         self[character] = node = self.automaton._after(self.state, character)
         return node

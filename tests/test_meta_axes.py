@@ -251,6 +251,7 @@ def test_an_automaton_that_forgets_gives_the_same():
     expected = unlimited.trace(text)
     transitions = len(computed)
     assert unlimited.trace(text) == expected and len(computed) == transitions < len(text)
+    assert len(repr(unlimited._nodes)) < 30 * len(unlimited._nodes)  # and not of all that can be reached
     forgetful = Automaton(0, advance, lambda state: state % 7, limit=50)
     assert forgetful.trace(text) == expected and len(forgetful._nodes) <= 51
     state = 0
