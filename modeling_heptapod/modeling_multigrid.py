@@ -561,7 +561,8 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGenerationMixin):
         meta_ids (`torch.LongTensor` of shape `(batch_size, axes, sequence_length)`, *optional*):
             Token of each axis at each position, in the order of `config.axis_names`; needed when there are any.
         meta_targets (`torch.LongTensor` of shape `(batch_size, axes, sequence_length)`, *optional*):
-            What `labels` are, of the axes. When not given: `meta_ids`, ignored wherever `labels` is -100.
+            What `labels` are, of the axes, or `shift_labels`, where those are given. When not given: `meta_ids`, ignored
+            wherever the main targets are -100.
         next_meta_ids (`torch.LongTensor` of shape `(batch_size, axes)`, *optional*):
             In the factored order: the meta tokens that follow the last position. Without them its logits are those of a
             model that knows nothing of them.
@@ -746,25 +747,33 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGenerationMixin):
     def _append(self, modules, module, neighbour):
         modules.append(self._like(module, neighbour))
 
-    def _losses(self, logits, meta_logits, labels, meta_ids, meta_targets, **kwargs):
-        """The loss and its parts; `num_items_in_batch` counts main tokens, and is the same for all of them."""
-        config = self.config
-        main_loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
+    def _losses(self, logits, meta_logits, labels, meta_ids, meta_targets, shift_labels=None, **kwargs):
+        """The loss and its parts; `num_items_in_batch` counts main tokens, and is the same for all of them.
+
+        `shift_labels` are aligned with the logits; then so are `meta_targets`.
+        """
+
+        def loss(logits, targets, vocab_size):
+            shifted = None if shift_labels is None else targets.contiguous()
+            return self.loss_function(
+                logits=logits, labels=targets, vocab_size=vocab_size, shift_labels=shifted, **kwargs
+            )
+
+        config, targets = self.config, labels if shift_labels is None else shift_labels
+        main_loss = loss(logits, targets, config.vocab_size)
         if meta_logits is None:
             return {"loss": main_loss, "main_loss": main_loss}
         if meta_targets is None:
-            meta_targets = meta_ids.masked_fill((labels == -100).unsqueeze(1), -100)
+            own = meta_ids if shift_labels is None else nn.functional.pad(meta_ids[:, :, 1:], (0, 1), value=-100)
+            meta_targets = own.masked_fill((targets == -100).unsqueeze(1), -100)
         elif meta_targets.shape != meta_ids.shape:
             raise ValueError(
                 f"`meta_targets` must be [batch, axes, seq] = {list(meta_ids.shape)}, got {list(meta_targets.shape)}."
             )
-        meta_losses = tuple(
-            self.loss_function(logits=x, labels=target, vocab_size=size, **kwargs)
-            for x, target, size in zip(meta_logits, meta_targets.unbind(1), config.axis_vocab_sizes)
-        )
+        meta_losses = tuple(map(loss, meta_logits, meta_targets.unbind(1), config.axis_vocab_sizes))
         share = config.main_loss_weight
-        loss = share * main_loss + (1 - share) * sum(meta_losses) / len(meta_losses)
-        return {"loss": loss, "main_loss": main_loss, "meta_losses": meta_losses}
+        whole = share * main_loss + (1 - share) * sum(meta_losses) / len(meta_losses)
+        return {"loss": whole, "main_loss": main_loss, "meta_losses": meta_losses}
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_length):
         """A cache of our own in place of the stock one."""

@@ -442,6 +442,33 @@ def test_targets_of_the_axes_can_be_given():
 
 
 @pytest.mark.parametrize("variant", ["plain", "axes", "factored"])
+def test_targets_can_be_given_shifted(variant):
+    """As `shift_labels`, in place of `labels`: where sequences are split over devices, say."""
+    model = tiny_multigrid(**VARIANTS[variant])
+    grid = random_grid(model, 3, 12)
+    labels = grid["input_ids"].clone()
+    labels[0, :5] = labels[1, 7] = -100
+    shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    with torch.no_grad():
+        expected = model(**grid, labels=labels)
+        given = model(**grid, labels=grid["input_ids"], shift_labels=shifted)
+    losses = [(x.loss, x.main_loss, *(x.meta_losses or ())) for x in (given, expected)]
+    torch.testing.assert_close(*losses)
+
+
+def test_shifted_targets_of_the_axes_can_be_given():
+    model = tiny_multigrid(**TWO_AXES)
+    grid = random_grid(model, 2, 9)
+    targets = random_grid(model, 2, 9, seed=5)
+    shifted = {"shift_labels": targets["input_ids"], "meta_targets": targets["meta_ids"]}
+    with torch.no_grad():
+        outputs = model(**grid, labels=grid["input_ids"], **shifted)
+    tracks = (targets["input_ids"], *targets["meta_ids"].unbind(1))
+    for logits, ids, loss in zip(all_logits(outputs), tracks, (outputs.main_loss, *outputs.meta_losses), strict=True):
+        torch.testing.assert_close(loss, nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()))
+
+
+@pytest.mark.parametrize("variant", ["plain", "axes", "factored"])
 def test_gradient_accumulation_equals_one_batch(variant):
     model = tiny_multigrid(**VARIANTS[variant]).double()
     grid = random_grid(model, 4, 12)
