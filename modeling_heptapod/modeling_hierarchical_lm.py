@@ -170,15 +170,22 @@ class StreamPlan:
             return x
         return x[:, self.pick] if isinstance(self.pick, slice) else _gather_steps(x, self.pick)
 
-    def at_tokens(self, x: torch.Tensor, last: torch.Tensor | None) -> torch.Tensor:
-        """`[batch, steps, width]` -> `[batch, tokens, width]`: the steps that tokens read, from `last [batch, 1, width]` on."""
+    def to_read(self, x: torch.Tensor, last: torch.Tensor | None) -> torch.Tensor:
+        """`[batch, steps, width]` and `last [batch, 1, width]`, the step before -> the steps that tokens read."""
+        if self.stride == 1 or self.fresh:
+            return x
+        if self.tokens == 1 and self.spread is None:
+            return x if self.steps else last
+        return torch.cat((last, x), dim=1)
+
+    def at_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """What `to_read` gave, or any function of each of its steps -> `[batch, tokens, width]`: what each token reads."""
         if self.stride == 1:
             return x
         if self.fresh:
             return x.repeat_interleave(self.stride, dim=1)[:, : self.tokens]
-        if self.tokens == 1 and self.spread is None:
-            return x if self.steps else last
-        x = torch.cat((last, x), dim=1)
+        if self.spread is None:
+            return x
         return x[:, self.spread] if self.spread.dim() == 1 else _gather_steps(x, self.spread)
 
     def last_of(self, x: torch.Tensor, number: int) -> torch.Tensor:
@@ -381,21 +388,32 @@ class HierarchicalLMBlock(nn.Module):
 
 
 class ConcatMerge(nn.Module):
-    """All streams side by side through a feed-forward, into the predicting one or into all."""
+    """All streams side by side, behind an RMSNorm without gain, through a feed-forward into the predicting one or all.
+
+    The first linear map reads each stream at its own resolution and the norm is applied behind it, which is the same
+    for less work: `norm([x, y]) @ [U, V] = (x @ U + y @ V) / rms([x, y])`.
+    """
 
     def __init__(self, config: HierarchicalLMConfig):
         super().__init__()
-        width = sum(config.hidden_sizes)
         into_all = config.merge_into == "all"
         self.receivers = list(range(config.num_hierarchies)) if into_all else [config.predict_index]
         self.sizes = [config.hidden_sizes[h] for h in self.receivers]
-        self.norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
-        self.up_proj = nn.Linear(width, 2 * sum(self.sizes))
-        self.down_proj = nn.Linear(2 * sum(self.sizes), sum(self.sizes))
+        self.width, self.eps = sum(config.hidden_sizes), config.rms_norm_eps
+        inner = 2 * sum(self.sizes)
+        self.up_proj = nn.ModuleList(nn.Linear(width, inner, bias=False) for width in config.hidden_sizes)
+        self.up_bias = nn.Parameter(torch.zeros(inner))
+        self.down_proj = nn.Linear(inner, sum(self.sizes))
 
-    def forward(self, streams: list[torch.Tensor]) -> dict[int, torch.Tensor]:
-        """From all streams at the resolution of tokens, what each receiving one is to add, by its place."""
-        hidden_states = nn.functional.silu(self.up_proj(self.norm(torch.cat(streams, dim=-1))))
+    def forward(self, streams: list[torch.Tensor], plans: list[StreamPlan]) -> dict[int, torch.Tensor]:
+        """From the steps of all streams that tokens read, what each receiving one is to add per token, by its place."""
+        up, squares = 0.0, 0.0
+        for x, proj, plan in zip(streams, self.up_proj, plans):
+            wide = torch.promote_types(x.dtype, torch.float32)
+            squares = squares + plan.at_tokens(torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square())
+            up = up + plan.at_tokens(proj(x))
+        inverse_rms = torch.rsqrt(squares / self.width + self.eps).to(up.dtype)
+        hidden_states = nn.functional.silu(torch.addcmul(self.up_bias, up, inverse_rms))
         return dict(zip(self.receivers, self.down_proj(hidden_states).split(self.sizes, dim=-1)))
 
 
@@ -432,8 +450,9 @@ class CrossAttentionMerge(nn.Module):
             {str(i): nn.Linear(inner, config.hidden_sizes[i], bias=False) for i in self.receivers}
         )
 
-    def forward(self, streams: list[torch.Tensor]) -> dict[int, torch.Tensor]:
-        """From all streams at the resolution of tokens, what each receiving one is to add, by its place."""
+    def forward(self, streams: list[torch.Tensor], plans: list[StreamPlan]) -> dict[int, torch.Tensor]:
+        """From the steps of all streams that tokens read, what each receiving one is to add per token, by its place."""
+        streams = [plan.at_tokens(x) for x, plan in zip(streams, plans)]
         normed = {name: norm(streams[int(name)]) for name, norm in self.norms.items()}
         heads = (self.num_heads, self.head_dim)
         keys_values = {j: proj(normed[j]).unflatten(-1, (2, *heads)) for j, proj in self.kv_proj.items()}
@@ -478,11 +497,9 @@ class HierarchicalLMLayer(GradientCheckpointingLayer):
                 attentions.append(weights)
         if self.merge is None:
             return (*streams, *attentions)
-        at_tokens = [
-            _at_tokens(x, plan, cache, block.cache_idx) for x, plan, block in zip(streams, plans, self.blocks)
-        ]
+        to_read = [_to_read(x, plan, cache, block.cache_idx) for x, plan, block in zip(streams, plans, self.blocks)]
         if not ablate_merge:
-            for h, pooled in self.merge(at_tokens).items():
+            for h, pooled in self.merge(to_read, plans).items():
                 if plans[h].steps:
                     streams[h] = streams[h] + plans[h].at_steps(pooled)
         return (*streams, *attentions)
@@ -498,17 +515,17 @@ def _attention_owners(config):
     return owners
 
 
-def _at_tokens(x, plan, cache, layer_idx, state_idx=0):
-    """A stream at the resolution of tokens; its last step stays in the cache for those to come."""
+def _to_read(x, plan, cache, layer_idx, state_idx=0):
+    """The steps of a stream that tokens read; the last one stays in the cache for tokens to come."""
     if plan.stride == 1 or cache is None:
-        return plan.at_tokens(x, None)
+        return x
     last = cache.read_recurrent(layer_idx, state_idx)
     if last is None:
         last = x.new_zeros(x.shape[0], 1, x.shape[2])
     if plan.steps:
         seen = x if plan.counts is None else torch.cat((last, x), dim=1)
         cache.write_recurrent(plan.last_of(seen, 1), layer_idx, state_idx)
-    return plan.at_tokens(x, last)
+    return plan.to_read(x, last)
 
 
 @auto_docstring
@@ -535,6 +552,8 @@ class HierarchicalLMPreTrainedModel(FullAutoMapMixin, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, AttentionCompressor):
             init.normal_(module.tap_embed, std=self.config.initializer_range)
+        elif isinstance(module, ConcatMerge):
+            init.zeros_(module.up_bias)
         elif isinstance(module, PredictionHead):
             init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, (LinearFromZero, RandomProjectionQuantizer)):
@@ -632,7 +651,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         streams = tuple(norm(x) for norm, x in zip(self.norms, streams))
         used = range(config.num_hierarchies) if config.predict_from_all else [predicting]
         last = len(self.layers) * config.num_hierarchies
-        at_tokens = [_at_tokens(streams[h], plans[h], cache, last, h) for h in used]
+        at_tokens = [plans[h].at_tokens(_to_read(streams[h], plans[h], cache, last, h)) for h in used]
         last_hidden_state = at_tokens[0] if len(at_tokens) == 1 else torch.cat(at_tokens, dim=-1)
         if rows is not None:
             last_hidden_state = rows.restore(last_hidden_state)
@@ -691,10 +710,9 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
             if factor == 1:
                 streams.append(compressor(embeds).to(embeds.dtype))
                 continue
-            windows = joined[:, back - factor + 1 :].unfold(1, factor, 1).transpose(2, 3)
-            if plan.stride > 1 and isinstance(plan.pick, slice):
-                windows = windows[:, plan.pick]
-            elif plan.stride > 1:
+            first, stride = (plan.pick.start, plan.stride) if isinstance(plan.pick, slice) else (0, 1)
+            windows = joined[:, back - factor + 1 + first :].unfold(1, factor, stride).transpose(2, 3)
+            if stride < plan.stride:
                 windows = torch.stack([plan.at_steps(x) for x in windows.unbind(2)], dim=2)
             exists = None
             if isinstance(compressor, AttentionCompressor):
