@@ -25,18 +25,22 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .auto_map import FullAutoMapMixin
+from .causal_compressors import AttentionCompressor, make_compressor
 from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .hierarchical_cache import HierarchicalCache
+from .packed_rows import segment_ids
 from .predictive_losses import LinearFromZero, PredictionHead, PredictiveLosses, RandomProjectionQuantizer
-from .row_layout import RowLayout, packed_layout, pad_layout, segment_ids
+from .row_layout import RowLayout, packed_layout, pad_layout
+from .stream_merges import ConcatMerge, CrossAttentionMerge
+from .stream_plan import StreamPlan
 from .windowed_attention import first_key, step_attention, visible, windowed_attention
 
 
 # xPos multiplies queries and keys by powers of a base of at least 0.4 / 1.4, with the distance to a centre over
 # `xpos_scale_base` as exponent. 30 of these on both sides make products, of masked keys too, within the range of float32
 # and bfloat16; float16 holds the factors of 8.
-_FARTHEST_FROM_CENTER = {torch.float16: 8}
-_FARTHEST_FROM_CENTER_ELSE = 30
+_FARTHEST_FROM_CENTER = 30
+_FARTHEST_FROM_CENTER_IN_FLOAT16 = 8
 
 
 @auto_docstring(
@@ -118,82 +122,6 @@ class HierarchicalLMOutput(ModelOutput):
     next_latent_loss: torch.FloatTensor | None = None
 
 
-@dataclass
-class StreamPlan:
-    """What one forward pass does to the stream of one hierarchy, the same in every layer.
-
-    Attributes:
-        stride, dilation (`int`), window (`int`, *optional*), block (`bool`): of the hierarchy.
-        steps (`int`): new ones, of the row that has most of them.
-        fresh (`bool`): whether they are the first.
-        tokens (`int`): new ones.
-        rotary (`tuple[torch.Tensor, torch.Tensor]`, *optional*): of the new steps, see `_rotate`.
-        pick (`slice` or `torch.LongTensor` of shape `[batch, steps]`): the token that each step comes with, at strides
-            above 1.
-        spread (`torch.LongTensor` of shape `[tokens]` or `[batch, tokens]`, *optional*): the step each token reads, 0 for
-            the last cached one and from 1 on for new ones.
-        counts (`torch.LongTensor` of shape `[batch]`, *optional*): new steps of each row, where not all have as many.
-        order (`torch.LongTensor` of shape `[batch, length]`, *optional*): which cached and new steps to keep then.
-        positions, segments (`torch.LongTensor` of shape `[batch, steps]`, *optional*): of packed rows.
-        shift_mask (`torch.BoolTensor` of shape `[batch, steps, 1]`, *optional*): steps of packed rows that have another one
-            to look back at.
-        keys_seen (`int`, *optional*): how many keys a single step reads, `None` for all.
-        mask (`torch.BoolTensor` of shape `[1 or batch, 1, queries, keys]`, *optional*): where neither windows of whole
-            sequences nor a single step's say everything.
-        token_positions (`torch.LongTensor` of shape `[1 or batch, steps]`, *optional*): of the token each step comes with.
-        in_the_open (`bool`): whether to return attentions, which takes the mask.
-    """
-
-    stride: int
-    dilation: int
-    window: int | None
-    block: bool
-    steps: int
-    fresh: bool
-    tokens: int
-    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
-    pick: slice | torch.Tensor | None = None
-    spread: torch.Tensor | None = None
-    counts: torch.Tensor | None = None
-    order: torch.Tensor | None = None
-    positions: torch.Tensor | None = None
-    segments: torch.Tensor | None = None
-    shift_mask: torch.Tensor | None = None
-    keys_seen: int | None = None
-    mask: torch.Tensor | None = None
-    token_positions: torch.Tensor | None = None
-    in_the_open: bool = False
-
-    def at_steps(self, x: torch.Tensor) -> torch.Tensor:
-        """`[batch, tokens, width]` -> `[batch, steps, width]`: the tokens that steps come with."""
-        if self.stride == 1:
-            return x
-        return x[:, self.pick] if isinstance(self.pick, slice) else _gather_steps(x, self.pick)
-
-    def at_tokens(self, x: torch.Tensor, last: torch.Tensor | None) -> torch.Tensor:
-        """`[batch, steps, width]` -> `[batch, tokens, width]`: the steps that tokens read, from `last [batch, 1, width]` on."""
-        if self.stride == 1:
-            return x
-        if self.fresh:
-            return x.repeat_interleave(self.stride, dim=1)[:, : self.tokens]
-        if self.tokens == 1 and self.spread is None:
-            return x if self.steps else last
-        x = torch.cat((last, x), dim=1)
-        return x[:, self.spread] if self.spread.dim() == 1 else _gather_steps(x, self.spread)
-
-    def last_of(self, x: torch.Tensor, number: int) -> torch.Tensor:
-        """The last `number` of cached and new steps, of `[batch, number + steps, width]`, as a state to keep."""
-        if self.counts is not None:
-            places = self.counts.unsqueeze(1) + torch.arange(number, device=x.device)
-            return _gather_steps(x, places)
-        last = x[:, x.shape[1] - number :]
-        return last if x.shape[1] <= 2 * number else last.clone()  # no long row is kept alive for its end
-
-
-def _gather_steps(x, places):
-    return x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
 def _rotate(x, rotary):
     """Half-split rotary positions of `x [batch, steps, 2, heads, head_dim]`, queries and keys at once.
 
@@ -216,56 +144,6 @@ def eager_attention(module, query, key, value, attention_mask, scaling, is_causa
         logits = logits.masked_fill(~attention_mask, torch.finfo(logits.dtype).min)
     weights = torch.softmax(logits, dim=-1, dtype=torch.promote_types(torch.float32, query.dtype)).to(query.dtype)
     return (weights @ value).transpose(1, 2), weights
-
-
-class ConvCompressor(nn.Module):
-    """A causal convolution over the last `factor` embeddings, as two linear layers."""
-
-    def __init__(self, config: HierarchicalLMConfig, hierarchy: int):
-        super().__init__()
-        width, self.factor = config.hidden_size, config.hierarchies[hierarchy]
-        self.conv_in = nn.Linear(self.factor * width, 4 * width)
-        self.conv_out = nn.Linear(4 * width, config.hidden_sizes[hierarchy])
-
-    def forward(self, windows: torch.Tensor, exists: torch.Tensor | None) -> torch.Tensor:
-        """`windows [batch, steps, factor, hidden_size]`, oldest first, zero where there is none -> `[batch, steps, width]`."""
-        return self.conv_out(nn.functional.silu(self.conv_in(windows.flatten(2))))
-
-
-class AttentionCompressor(nn.Module):
-    """Self-attention over the last `factor` embeddings, of which the last one's output is read."""
-
-    def __init__(self, config: HierarchicalLMConfig, hierarchy: int):
-        super().__init__()
-        width, self.factor = config.hidden_size, config.hierarchies[hierarchy]
-        self.num_heads, self.head_dim = config.num_attention_heads[hierarchy], config.head_dim[hierarchy]
-        inner = self.num_heads * self.head_dim
-        self.q_proj = nn.Linear(width, inner, bias=False)
-        self.k_proj = nn.Linear(width, inner, bias=False)
-        self.v_proj = nn.Linear(width, inner, bias=False)
-        self.o_proj = nn.Linear(inner, config.hidden_sizes[hierarchy], bias=False)
-        self.tap_embed = nn.Parameter(torch.empty(self.factor, inner))  # of the places in the block, for keys
-
-    def forward(self, windows: torch.Tensor, exists: torch.Tensor | None) -> torch.Tensor:
-        """As the convolution's; `exists [1 or batch, steps, factor]` says where there is an embedding."""
-        heads = (self.num_heads, self.head_dim)
-        query = self.q_proj(windows[:, :, -1]).unflatten(-1, heads)
-        key = (self.k_proj(windows) + self.tap_embed).unflatten(-1, heads)
-        value = self.v_proj(windows).unflatten(-1, heads)
-        logits = torch.einsum("bnhd,bnchd->bnhc", query, key) * self.head_dim**-0.5
-        logits = logits.masked_fill(~exists.unsqueeze(2), torch.finfo(logits.dtype).min)
-        weights = torch.softmax(logits, dim=-1, dtype=torch.promote_types(torch.float32, logits.dtype))
-        out = torch.einsum("bnhc,bnchd->bnhd", weights.to(value.dtype), value)
-        return self.o_proj(out.flatten(2))
-
-
-def _compressor(config, hierarchy):
-    if config.hierarchies[hierarchy] == 1:
-        if config.hidden_sizes[hierarchy] == config.hidden_size:
-            return nn.Identity()
-        return nn.Linear(config.hidden_size, config.hidden_sizes[hierarchy], bias=False)
-    kind = {"conv": ConvCompressor, "attention": AttentionCompressor}[config.compressor[hierarchy]]
-    return kind(config, hierarchy)
 
 
 class HierarchicalLMAttention(nn.Module):
@@ -380,72 +258,6 @@ class HierarchicalLMBlock(nn.Module):
         return torch.cat((kept, earlier), dim=-1)
 
 
-class ConcatMerge(nn.Module):
-    """All streams side by side through a feed-forward, into the predicting one or into all."""
-
-    def __init__(self, config: HierarchicalLMConfig):
-        super().__init__()
-        width = sum(config.hidden_sizes)
-        into_all = config.merge_into == "all"
-        self.receivers = list(range(config.num_hierarchies)) if into_all else [config.predict_index]
-        self.sizes = [config.hidden_sizes[h] for h in self.receivers]
-        self.norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
-        self.up_proj = nn.Linear(width, 2 * sum(self.sizes))
-        self.down_proj = nn.Linear(2 * sum(self.sizes), sum(self.sizes))
-
-    def forward(self, streams: list[torch.Tensor]) -> dict[int, torch.Tensor]:
-        """From all streams at the resolution of tokens, what each receiving one is to add, by its place."""
-        hidden_states = nn.functional.silu(self.up_proj(self.norm(torch.cat(streams, dim=-1))))
-        return dict(zip(self.receivers, self.down_proj(hidden_states).split(self.sizes, dim=-1)))
-
-
-class CrossAttentionMerge(nn.Module):
-    """Attention over the streams at the same time step; each has projections of its own to a common width."""
-
-    def __init__(self, config: HierarchicalLMConfig):
-        super().__init__()
-        into_all = config.merge_into == "all"
-        self.receivers = list(range(config.num_hierarchies)) if into_all else [config.predict_index]
-        self.sources = {
-            i: [
-                j
-                for j, factor in enumerate(config.hierarchies)
-                if config.merge_direction == "full" or factor >= config.hierarchies[i]
-            ]
-            for i in self.receivers
-        }
-        self.num_heads = config.num_attention_heads[config.predict_index]
-        self.head_dim = config.head_dim[config.predict_index]
-        inner = self.num_heads * self.head_dim
-        used = sorted({*self.receivers, *(j for places in self.sources.values() for j in places)})
-        self.norms = nn.ModuleDict({str(j): nn.RMSNorm(config.hidden_sizes[j], eps=config.rms_norm_eps) for j in used})
-        self.kv_proj = nn.ModuleDict(
-            {
-                str(j): nn.Linear(config.hidden_sizes[j], 2 * inner, bias=False)
-                for j in sorted({j for places in self.sources.values() for j in places})
-            }
-        )
-        self.q_proj = nn.ModuleDict(
-            {str(i): nn.Linear(config.hidden_sizes[i], inner, bias=False) for i in self.receivers}
-        )
-        self.o_proj = nn.ModuleDict(
-            {str(i): nn.Linear(inner, config.hidden_sizes[i], bias=False) for i in self.receivers}
-        )
-
-    def forward(self, streams: list[torch.Tensor]) -> dict[int, torch.Tensor]:
-        """From all streams at the resolution of tokens, what each receiving one is to add, by its place."""
-        normed = {name: norm(streams[int(name)]) for name, norm in self.norms.items()}
-        heads = (self.num_heads, self.head_dim)
-        keys_values = {j: proj(normed[j]).unflatten(-1, (2, *heads)) for j, proj in self.kv_proj.items()}
-        out = {}
-        for i, sources in self.sources.items():
-            query = self.q_proj[str(i)](normed[str(i)]).unflatten(-1, heads)
-            key, value = torch.stack([keys_values[str(j)] for j in sources], dim=-2).unbind(2)
-            weights = torch.softmax((query.unsqueeze(-2) * key).sum(-1) * self.head_dim**-0.5, dim=-1)
-            out[i] = self.o_proj[str(i)]((weights.unsqueeze(-1) * value).sum(-2).flatten(2))
-        return out
-
-
 class HierarchicalLMLayer(GradientCheckpointingLayer):
     """A block for each stream, then what they tell each other."""
 
@@ -478,11 +290,9 @@ class HierarchicalLMLayer(GradientCheckpointingLayer):
                 attentions.append(weights)
         if self.merge is None:
             return (*streams, *attentions)
-        at_tokens = [
-            _at_tokens(x, plan, cache, block.cache_idx) for x, plan, block in zip(streams, plans, self.blocks)
-        ]
+        to_read = [_to_read(x, plan, cache, block.cache_idx) for x, plan, block in zip(streams, plans, self.blocks)]
         if not ablate_merge:
-            for h, pooled in self.merge(at_tokens).items():
+            for h, pooled in self.merge(to_read, plans).items():
                 if plans[h].steps:
                     streams[h] = streams[h] + plans[h].at_steps(pooled)
         return (*streams, *attentions)
@@ -498,17 +308,17 @@ def _attention_owners(config):
     return owners
 
 
-def _at_tokens(x, plan, cache, layer_idx, state_idx=0):
-    """A stream at the resolution of tokens; its last step stays in the cache for those to come."""
+def _to_read(x, plan, cache, layer_idx, state_idx=0):
+    """The steps of a stream that tokens read; the last one stays in the cache for tokens to come."""
     if plan.stride == 1 or cache is None:
-        return plan.at_tokens(x, None)
+        return x
     last = cache.read_recurrent(layer_idx, state_idx)
     if last is None:
         last = x.new_zeros(x.shape[0], 1, x.shape[2])
     if plan.steps:
         seen = x if plan.counts is None else torch.cat((last, x), dim=1)
         cache.write_recurrent(plan.last_of(seen, 1), layer_idx, state_idx)
-    return plan.at_tokens(x, last)
+    return plan.to_read(x, last)
 
 
 @auto_docstring
@@ -535,6 +345,8 @@ class HierarchicalLMPreTrainedModel(FullAutoMapMixin, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, AttentionCompressor):
             init.normal_(module.tap_embed, std=self.config.initializer_range)
+        elif isinstance(module, ConcatMerge):
+            init.zeros_(module.up_bias)
         elif isinstance(module, PredictionHead):
             init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, (LinearFromZero, RandomProjectionQuantizer)):
@@ -548,7 +360,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         hierarchies = range(config.num_hierarchies)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.rotary_emb = nn.ModuleList(LlamaRotaryEmbedding(config.of_hierarchy(h)) for h in hierarchies)
-        self.compressors = nn.ModuleList(_compressor(config, h) for h in hierarchies)
+        self.compressors = nn.ModuleList(make_compressor(config, h) for h in hierarchies)
         self.embed_norms = nn.ModuleList(
             nn.LayerNorm(width, eps=config.layer_norm_eps) for width in config.hidden_sizes
         )
@@ -632,7 +444,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         streams = tuple(norm(x) for norm, x in zip(self.norms, streams))
         used = range(config.num_hierarchies) if config.predict_from_all else [predicting]
         last = len(self.layers) * config.num_hierarchies
-        at_tokens = [_at_tokens(streams[h], plans[h], cache, last, h) for h in used]
+        at_tokens = [plans[h].at_tokens(_to_read(streams[h], plans[h], cache, last, h)) for h in used]
         last_hidden_state = at_tokens[0] if len(at_tokens) == 1 else torch.cat(at_tokens, dim=-1)
         if rows is not None:
             last_hidden_state = rows.restore(last_hidden_state)
@@ -691,10 +503,9 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
             if factor == 1:
                 streams.append(compressor(embeds).to(embeds.dtype))
                 continue
-            windows = joined[:, back - factor + 1 :].unfold(1, factor, 1).transpose(2, 3)
-            if plan.stride > 1 and isinstance(plan.pick, slice):
-                windows = windows[:, plan.pick]
-            elif plan.stride > 1:
+            first, stride = (plan.pick.start, plan.stride) if isinstance(plan.pick, slice) else (0, 1)
+            windows = joined[:, back - factor + 1 + first :].unfold(1, factor, stride).transpose(2, 3)
+            if stride < plan.stride:
                 windows = torch.stack([plan.at_steps(x) for x in windows.unbind(2)], dim=2)
             exists = None
             if isinstance(compressor, AttentionCompressor):
@@ -781,7 +592,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         device, dtype = decay.device.type, self.embed_tokens.weight.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        farthest = _FARTHEST_FROM_CENTER.get(dtype, _FARTHEST_FROM_CENTER_ELSE)
+        farthest = _FARTHEST_FROM_CENTER_IN_FLOAT16 if dtype == torch.float16 else _FARTHEST_FROM_CENTER
         fresh = cache is None or cache.steps_cached(hierarchy) == 0
         fit = int((2 if fresh else 1) * farthest * base)
         if steps > fit:

@@ -16,7 +16,6 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.loss.loss_utils import ForMaskedLMLoss
-from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -36,6 +35,7 @@ from .configuration_leap import LeapConfig
 from .focus import FocusSettings, attention_matrix, focus_mean, focus_mixing, log_weight, rotate, standardize
 from .focus_cpu import step
 from .focus_step import gate_output, pack_state, prepare_step, step_global_mean, step_window_mean, unpack_state
+from .packed_rows import segment_ids as find_segments
 from .recurrent_cache import RecurrentCache, StaticRecurrentCache
 
 
@@ -372,7 +372,7 @@ class LeapModel(LeapPreTrainedModel):
         padding_mask = _padding_mask(attention_mask, inputs_embeds, past_key_values)
         segment_ids = None
         if not continues:
-            segment_ids = _segment_ids(inputs_embeds, padding_mask, position_ids, seq_idx, cu_seq_lens_q)
+            segment_ids = find_segments(inputs_embeds, padding_mask, position_ids, seq_idx, cu_seq_lens_q)
         counted = position_ids is None
         if counted and self.position_type in ("learned", "rotary"):
             position_ids = _position_ids(inputs_embeds, padding_mask, segment_ids, past_key_values)
@@ -473,27 +473,6 @@ def _padding_mask(attention_mask, inputs_embeds, past_key_values):
             f"{attention_mask.shape[1]}."
         )
     return None if attention_mask.all() else attention_mask
-
-
-def _segment_ids(inputs_embeds, padding_mask, position_ids, seq_idx, cu_seq_lens_q):
-    """Which packed sequence each token belongs to, `[batch, seq]`, or `None`."""
-    batch, seq, _ = inputs_embeds.shape
-    if seq_idx is not None:
-        if list(seq_idx.shape) != [batch, seq]:
-            raise ValueError(f"`seq_idx` must be [{batch}, {seq}], got {list(seq_idx.shape)}.")
-        return seq_idx
-    if cu_seq_lens_q is not None:
-        if batch != 1 or cu_seq_lens_q.dim() != 1:
-            raise ValueError(
-                "`cu_seq_lens_q` must be one-dimensional and needs one packed row, got shape "
-                f"{list(cu_seq_lens_q.shape)} for a batch of {batch}."
-            )
-        place = torch.arange(seq, device=inputs_embeds.device)
-        return torch.bucketize(place, cu_seq_lens_q[1:].to(place), right=True).unsqueeze(0)
-    if position_ids is None or padding_mask is not None or seq == 1:
-        return None
-    segments = find_packed_sequence_indices(position_ids)
-    return None if segments is None else segments.expand(batch, seq)
 
 
 def _position_ids(inputs_embeds, padding_mask, segment_ids, past_key_values):

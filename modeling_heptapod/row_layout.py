@@ -8,7 +8,6 @@ the coarsest factor, after at least as many empty slots as a compressor looks ba
 from dataclasses import dataclass
 
 import torch
-from transformers.masking_utils import find_packed_sequence_indices
 
 
 @dataclass
@@ -42,44 +41,6 @@ class RowLayout:
         """`[batch, slots, width]` -> `[batch, seq, width]`, zero at pads."""
         taken = x.gather(1, self.back.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         return torch.where(self.given.unsqueeze(-1), taken, torch.zeros((), dtype=x.dtype, device=x.device))
-
-
-def segment_ids(
-    inputs_embeds: torch.Tensor,
-    mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    seq_idx: torch.Tensor | None,
-    cu_seq_lens_q: torch.Tensor | None,
-) -> torch.Tensor | None:
-    """Which packed sequence each token belongs to, `[batch, seq]`, or `None` where nothing is packed.
-
-    Args:
-        inputs_embeds (`torch.Tensor` of shape `[batch, seq, width]`).
-        mask (`torch.Tensor` of shape `[batch, seq]`, *optional*): with one, restarting `position_ids` mean nothing.
-        position_ids (`torch.LongTensor` of shape `[1 or batch, seq]`, *optional*): may restart.
-        seq_idx (`torch.LongTensor` of shape `[batch, seq]`, *optional*): the answer itself.
-        cu_seq_lens_q (`torch.LongTensor` of shape `[sequences + 1]`, *optional*): boundaries in the one row.
-
-    Raises:
-        ValueError: for shapes that do not fit.
-    """
-    batch, seq, _ = inputs_embeds.shape
-    if seq_idx is not None:
-        if list(seq_idx.shape) != [batch, seq]:
-            raise ValueError(f"`seq_idx` must be [{batch}, {seq}], got {list(seq_idx.shape)}.")
-        return seq_idx
-    if cu_seq_lens_q is not None:
-        if batch != 1 or cu_seq_lens_q.dim() != 1:
-            raise ValueError(
-                "`cu_seq_lens_q` must be one-dimensional and needs one packed row, got shape "
-                f"{list(cu_seq_lens_q.shape)} for a batch of {batch}."
-            )
-        place = torch.arange(seq, device=inputs_embeds.device)
-        return torch.bucketize(place, cu_seq_lens_q[1:].to(place), right=True).unsqueeze(0)
-    if position_ids is None or mask is not None or seq == 1:
-        return None
-    segments = find_packed_sequence_indices(position_ids)
-    return None if segments is None else segments.expand(batch, seq)
 
 
 def pad_layout(mask: torch.Tensor) -> RowLayout:
@@ -129,4 +90,4 @@ def _layout(mask, slot, slots):
     return RowLayout(take, real, slot, mask)
 
 
-__all__ = ["RowLayout", "packed_layout", "pad_layout", "segment_ids"]
+__all__ = ["RowLayout", "packed_layout", "pad_layout"]

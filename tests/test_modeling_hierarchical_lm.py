@@ -448,6 +448,17 @@ def test_merging_can_be_ablated_in_generate():
     assert torch.equal(logits[:, 8:].argmax(-1), written[:, 9:])
 
 
+def test_own_parameters_that_a_checkpoint_lacks_are_initialised(tmp_path):
+    model = tiny_hierarchical_lm(**VARIANTS["stride"], compressor=["conv", "conv", "attention"])
+    for name, std in (("tap_embed", 0.2), ("up_bias", 0.0)):
+        kept = {key: value for key, value in model.state_dict().items() if name not in key}
+        assert len(kept) < len(model.state_dict())
+        model.save_pretrained(tmp_path, state_dict=kept)
+        found = HierarchicalLMForCausalLM.from_pretrained(tmp_path).state_dict()
+        values = torch.cat([value.flatten() for key, value in found.items() if name in key])
+        assert abs(values.std() - std) <= 0.2 * std, name
+
+
 def test_heads_of_losses_are_no_linear_layers():
     """They are never called, so an adapter on one would do nothing."""
     heads = tiny_hierarchical_lm(**VARIANTS["stride"], **ALL_LOSSES).predictive_losses

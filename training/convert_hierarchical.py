@@ -143,8 +143,8 @@ def parameter_names(config: HierarchicalLMConfig) -> dict[str, str]:
             names[f"{ours}.mlp.down_proj.weight"] = f"{theirs}.ff.net.3.weight"
         if config.num_hierarchies > 1:
             ours, theirs = f"model.layers.{layer}.merge", f"hierarchical_merges.{layer}.net"
-            names[f"{ours}.norm.weight"] = f"{theirs}.0.gamma"
-            names |= _both(f"{ours}.up_proj", f"{theirs}.1") | _both(f"{ours}.down_proj", f"{theirs}.3")
+            names |= {f"{ours}.up_proj.{h}.weight": f"{theirs}.1.weight" for h in range(config.num_hierarchies)}
+            names |= {f"{ours}.up_bias": f"{theirs}.1.bias"} | _both(f"{ours}.down_proj", f"{theirs}.3")
     return names | _loss_names(config)
 
 
@@ -178,12 +178,12 @@ def convert_state_dict(source: dict[str, torch.Tensor], config: HierarchicalLMCo
         ValueError: for missing or unknown keys, or tensors of another shape.
     """
     names = parameter_names(config)
-    missing = sorted(set(names.values()) - set(source))
+    gain = "hierarchical_merges.{}.net.0.gamma"
+    read = {*names.values(), *(gain.format(i) for i in range(config.num_hidden_layers) if config.num_hierarchies > 1)}
+    missing = sorted(read - set(source))
     unused = ("chunk_summarizers.", "latent_dynamics.")
     unknown = sorted(
-        name
-        for name in set(source) - set(names.values())
-        if not name.endswith(FREQUENCIES) and not name.startswith(unused)
+        name for name in set(source) - read if not name.endswith(FREQUENCIES) and not name.startswith(unused)
     )
     if missing or unknown:
         raise ValueError(f"Keys do not match the prototype's: missing {missing}, unknown {unknown}.")
@@ -196,6 +196,9 @@ def convert_state_dict(source: dict[str, torch.Tensor], config: HierarchicalLMCo
             tensor = tensor.transpose(1, 2).flatten(1)  # [out, in, tap] -> [out, tap * in]
         elif theirs.endswith("compress_fn.3.weight"):
             tensor = tensor.squeeze(-1)
+        elif ".merge.up_proj." in ours:  # the norm's gain, and of all streams one
+            _, _, layer, _, _, h, _ = ours.split(".")
+            tensor = (tensor * source[gain.format(layer)]).split(config.hidden_sizes, dim=1)[int(h)]
         if tensor.shape != expected[ours].shape:
             raise ValueError(
                 f"`{theirs}` becomes {list(tensor.shape)}, by the arguments it is {list(expected[ours].shape)}."

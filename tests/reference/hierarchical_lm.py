@@ -207,8 +207,8 @@ def _concat_merge(weights, streams, name, seq, d):
     pooled = []
     for t in range(seq):
         x = torch.cat([stream[t // s] for stream, s in zip(streams, d.strides)])
-        x = _rms_norm(x, weights[f"{name}.norm.weight"], d)
-        x = _silu(weights[f"{name}.up_proj.weight"] @ x + weights[f"{name}.up_proj.bias"])
+        up_proj = torch.cat([weights[f"{name}.up_proj.{h}.weight"] for h in range(len(streams))], dim=1)
+        x = _silu(up_proj @ _rms_norm(x, 1.0, d) + weights[f"{name}.up_bias"])
         pooled.append(weights[f"{name}.down_proj.weight"] @ x + weights[f"{name}.down_proj.bias"])
     out, first = [], 0
     for h, (stream, s) in enumerate(zip(streams, d.strides)):

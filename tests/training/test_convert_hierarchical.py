@@ -38,8 +38,10 @@ def prototype_state(**overrides):
             tensor = tensor.view(len(tensor), -1, config.hidden_size).transpose(1, 2).contiguous()
         if theirs.endswith("compress_fn.3.weight"):
             tensor = tensor.unsqueeze(-1)
-        state[theirs] = tensor
-    for layer in range(2):  # what we compute ourselves
+        # What the prototype has in one matrix, ours have in one for each stream.
+        state[theirs] = torch.cat((state[theirs], tensor), dim=1) if theirs in state else tensor
+    for layer in range(2):  # what we compute ourselves, and gains
+        state[f"hierarchical_merges.{layer}.net.0.gamma"] = torch.ones(sum(config.hidden_sizes))
         state[f"layers.{layer}.0.attn.attn_fn.rel_pos.inv_freq"] = torch.ones(2)
         state[f"layers.{layer}.1.attn.rotary_emb.freqs"] = torch.ones(2)
     return state
@@ -49,8 +51,19 @@ def test_every_number_arrives():
     state = prototype_state()
     ours = convert(ARGUMENTS, state).state_dict()
     for name, theirs in parameter_names(convert_config(ARGUMENTS)).items():
+        if ".merge.up_proj." in name:
+            continue
         assert torch.equal(ours[name].flatten().sort().values, state[theirs].flatten().sort().values), name
     assert set(ours) == set(parameter_names(convert_config(ARGUMENTS)))
+
+
+def test_the_gain_of_a_merge_moves_into_its_first_matrix():
+    state = prototype_state()
+    gain = state["hierarchical_merges.1.net.0.gamma"] = torch.randn(36)
+    merge = convert(ARGUMENTS, state).model.layers[1].merge
+    ours = torch.cat([proj.weight for proj in merge.up_proj], dim=1)
+    assert torch.equal(ours, state["hierarchical_merges.1.net.1.weight"] * gain)
+    assert [proj.in_features for proj in merge.up_proj] == [8, 12, 16]
 
 
 def test_taps_of_the_convolution_are_oldest_first():

@@ -1,0 +1,60 @@
+"""Compressors of the hierarchical LM: a step of a coarse stream from the last embeddings, as many as its factor."""
+
+import torch
+from torch import nn
+
+from .configuration_hierarchical_lm import HierarchicalLMConfig
+
+
+class ConvCompressor(nn.Module):
+    """A causal convolution over the last `factor` embeddings, as two linear layers."""
+
+    def __init__(self, config: HierarchicalLMConfig, hierarchy: int):
+        super().__init__()
+        width, self.factor = config.hidden_size, config.hierarchies[hierarchy]
+        self.conv_in = nn.Linear(self.factor * width, 4 * width)
+        self.conv_out = nn.Linear(4 * width, config.hidden_sizes[hierarchy])
+
+    def forward(self, windows: torch.Tensor, exists: torch.Tensor | None) -> torch.Tensor:
+        """`windows [batch, steps, factor, hidden_size]`, oldest first, zero where there is none -> `[batch, steps, width]`."""
+        return self.conv_out(nn.functional.silu(self.conv_in(windows.flatten(2))))
+
+
+class AttentionCompressor(nn.Module):
+    """Self-attention over the last `factor` embeddings, of which the last one's output is read."""
+
+    def __init__(self, config: HierarchicalLMConfig, hierarchy: int):
+        super().__init__()
+        width, self.factor = config.hidden_size, config.hierarchies[hierarchy]
+        self.num_heads, self.head_dim = config.num_attention_heads[hierarchy], config.head_dim[hierarchy]
+        inner = self.num_heads * self.head_dim
+        self.q_proj = nn.Linear(width, inner, bias=False)
+        self.k_proj = nn.Linear(width, inner, bias=False)
+        self.v_proj = nn.Linear(width, inner, bias=False)
+        self.o_proj = nn.Linear(inner, config.hidden_sizes[hierarchy], bias=False)
+        self.tap_embed = nn.Parameter(torch.empty(self.factor, inner))  # of the places in the block, for keys
+
+    def forward(self, windows: torch.Tensor, exists: torch.Tensor | None) -> torch.Tensor:
+        """As the convolution's; `exists [1 or batch, steps, factor]` says where there is an embedding."""
+        heads = (self.num_heads, self.head_dim)
+        query = self.q_proj(windows[:, :, -1]).unflatten(-1, heads)
+        key = (self.k_proj(windows) + self.tap_embed).unflatten(-1, heads)
+        value = self.v_proj(windows).unflatten(-1, heads)
+        logits = torch.einsum("bnhd,bnchd->bnhc", query, key) * self.head_dim**-0.5
+        logits = logits.masked_fill(~exists.unsqueeze(2), torch.finfo(logits.dtype).min)
+        weights = torch.softmax(logits, dim=-1, dtype=torch.promote_types(torch.float32, logits.dtype))
+        out = torch.einsum("bnhc,bnchd->bnhd", weights.to(value.dtype), value)
+        return self.o_proj(out.flatten(2))
+
+
+def make_compressor(config: HierarchicalLMConfig, hierarchy: int) -> nn.Module:
+    """The compressor of a hierarchy; at factor 1 what brings embeddings to its width, if anything."""
+    if config.hierarchies[hierarchy] == 1:
+        if config.hidden_sizes[hierarchy] == config.hidden_size:
+            return nn.Identity()
+        return nn.Linear(config.hidden_size, config.hidden_sizes[hierarchy], bias=False)
+    kind = {"conv": ConvCompressor, "attention": AttentionCompressor}[config.compressor[hierarchy]]
+    return kind(config, hierarchy)
+
+
+__all__ = ["AttentionCompressor", "ConvCompressor", "make_compressor"]
