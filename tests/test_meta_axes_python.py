@@ -213,6 +213,7 @@ def test_indentation_by_hand():
         ("([a)b", "((w)w", "([[.."),  # closes what is inside as well
         ("f'{(x}y", "ws((w)s", "..f((.."),
         ("f'{x)}y", "ws(w))s", "..fff.."),
+        ("(f'{x)}' y)", "(ws(w))s_w)", "(((fff((((."),  # nor anything around the string
         ("f'{x:\n' y", "ws(wonsss", "..fff...."),
         ("f'{x:' y", "ws(wos_w", "..fff..."),
         (")]}", ")))", "..."),
