@@ -34,7 +34,7 @@ from .configuration_multigrid import MultiGridConfig
 from .generation_multigrid import MultiGridGenerationMixin
 from .multigrid_cache import MultiGridCache
 from .multigrid_cores import CORES, Group, LSTMRows, MixingPlan, grouped_linear, grouped_norm, leap_config
-from .row_layout import segment_ids as find_segments
+from .packed_rows import segment_ids as find_segments
 
 
 @auto_docstring(

@@ -83,7 +83,6 @@ CODE["multigrid"] = {  # a core is LEAP's mixer
     "modeling_multigrid.py",
     "multigrid_cache.py",
     "multigrid_cores.py",
-    "row_layout.py",
 }
 HEADS = {
     "LeapModel": "AutoModel",
