@@ -8,14 +8,18 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-import multigrid_experiment as experiment
-import multigrid_report as report
 import numpy as np
 import pytest
 import torch
 from data import PackedBlocks, annotate, build_tokenizer, encode
 
 from modeling_heptapod import make_axis
+
+
+pytest.importorskip("sklearn", reason="the extra `axes` is not installed")
+
+import multigrid_experiment as experiment
+import multigrid_report as report
 
 
 SETTINGS = {**experiment.SETTINGS, **experiment.QUICK, "steps": 4, "evaluations": 2}
@@ -339,6 +343,7 @@ def test_an_interval_needs_two_seeds():
 
 @pytest.mark.slow
 def test_it_runs_quickly():
+    pytest.importorskip("nltk", reason="the extra `axes` is not installed")
     results = Path(experiment.RESULTS) / "multigrid_experiment.json"
     before = results.read_bytes() if results.is_file() else None
     process = run_script("--quick", "--seeds", "2", "--jobs", "1")
