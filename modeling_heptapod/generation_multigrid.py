@@ -99,10 +99,7 @@ class _MetaTracks:
         self.chosen = []  # of each step, [rows, axes]
         self.annotated = sources.places("annotated")
         self.special_tokens = set(sources.processor.tokenizer.all_special_ids) if self.annotated else set()
-        self.readings = [_Reading((), ())] * len(tokens)
-        if self.annotated:
-            self.readings = self._read_prompts(mask)
-        self.prompt_readings = self.readings
+        self.readings = self.prompt_readings = self._read_prompts(mask)
 
     def at(self, first: int, length: int) -> torch.LongTensor:
         """Meta ids of `length` tokens, the first of which has `first` tokens before it: `[rows, axes, length]`."""
@@ -155,9 +152,9 @@ class _MetaTracks:
             beam_indices (`torch.LongTensor` of shape `[rows, steps]`): which row each token was written by, -1: none.
             per_prompt (`int`): hypotheses returned for each prompt.
         """
-        steps = beam_indices.shape[1]
+        steps = torch.arange(beam_indices.shape[1], device=sequences.device)
         first_rows = torch.arange(len(sequences), device=sequences.device) // per_prompt * self.beams
-        written = torch.stack(self.chosen[:steps])[torch.arange(steps), beam_indices.clamp_min(0).long()]
+        written = torch.stack(self.chosen[: len(steps)])[steps, beam_indices.clamp_min(0).long()]
         written = written.masked_fill((beam_indices < 0).unsqueeze(-1), 0).transpose(1, 2)
         for row, first_row in enumerate(first_rows.tolist() if self.annotated else ()):
             reading = self.prompt_readings[first_row]
@@ -177,7 +174,10 @@ class _MetaTracks:
 
     def _read_prompts(self, mask):
         start = _Reading((), tuple(axis.start() for axis in self.sources.annotators))
+        if not self.annotated:
+            return [start] * len(self.tokens)
         known = {}  # beams share their prompt
+        readings = []
         for row, tokens in enumerate(self.tokens):
             tokens = tuple((tokens if mask is None else tokens[mask[row].bool()]).tolist())
             if tokens not in known:
@@ -185,8 +185,8 @@ class _MetaTracks:
                 for token in tokens:
                     _, reading = self._read(reading, token)
                 known[tokens] = reading
-            self.readings[row] = known[tokens]
-        return self.readings
+            readings.append(known[tokens])
+        return readings
 
     def _read(self, reading, token):
         """Meta ids of the annotated axes for one more token, and what is known after it; special tokens have id 0."""
