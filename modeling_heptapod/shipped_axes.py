@@ -32,14 +32,14 @@ def make_axis(spec) -> MetaAxis:
 
     Raises:
         ValueError: for a name that no imported class has; the module that defines a class of your own must be imported
-            before its axes are loaded.
+            before its axes are loaded; for arguments that its class does not take.
         TypeError: for anything else.
     """
     if isinstance(spec, MetaAxis):
         return spec
-    if isinstance(spec, (str, Path)):
-        if str(spec).endswith(".json"):
-            return make_axis(json.loads(Path(spec).read_text(encoding="utf-8")))
+    if isinstance(spec, (str, Path)) and str(spec).endswith(".json"):
+        spec = json.loads(Path(spec).read_text(encoding="utf-8"))
+    elif isinstance(spec, (str, Path)):
         short_names = {
             name: (axis_class, arguments)
             for axis_class in AXIS_CLASSES.values()
@@ -49,7 +49,7 @@ def make_axis(spec) -> MetaAxis:
             raise ValueError(f"axis {spec!r} is neither a .json file nor one of {sorted(short_names)}.")
         axis_class, arguments = short_names[spec]
         return axis_class(**arguments)
-    if not isinstance(spec, dict) or "class" not in spec:
+    if not isinstance(spec, dict) or not isinstance(spec.get("class"), str):
         raise TypeError(f"an axis is made from an axis, a name, or a dict with a 'class', got {spec!r}.")
     arguments = dict(spec)
     class_name = arguments.pop("class")
@@ -58,7 +58,13 @@ def make_axis(spec) -> MetaAxis:
             f"axis {spec.get('name')!r} is of class {class_name!r}, which is not one of {sorted(AXIS_CLASSES)}; import "
             "the module that defines it first."
         )
-    return AXIS_CLASSES[class_name](**arguments)
+    try:
+        return AXIS_CLASSES[class_name](**arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"axis {spec.get('name')!r}: {class_name} cannot be made from {arguments}, which another version may have "
+            f"written: {error}."
+        ) from error
 
 
 __all__ = ["SHIPPED_AXES", "make_axis"]

@@ -340,11 +340,22 @@ def test_copies_leave_behind_what_was_remembered(axes):
         ({"class": "RandomAxis", "size": 0}, ValueError, "`size` must be an integer of at least 1, got 0"),
         ({"class": "RandomAxis", "seed": 0.5}, ValueError, "`seed` must be an integer, got 0.5"),
         ({"class": "ConstantAxis", "name": "a b"}, ValueError, "must be a Python identifier, got 'a b'"),
+        ({"class": "ConstantAxis", "name": "mine", "later": 1}, ValueError, "axis 'mine'.*ConstantAxis.*'later'"),
+        ({"class": "DecisionTreeAxis", "name": "mine", "nodes": 5}, ValueError, "axis 'mine'.*DecisionTreeAxis"),
+        ({"class": ["ConstantAxis"]}, TypeError, "a dict with a 'class'"),
     ],
 )
 def test_bad_specs_are_named(spec, error, message):
     with pytest.raises(error, match=message):
         make_axis(spec)
+
+
+def test_a_file_holds_a_spec_itself(tmp_path):
+    path = tmp_path / "axis.json"
+    for content in ([1, 2], "bracket", str(path)):
+        path.write_text(json.dumps(content))
+        with pytest.raises(TypeError, match="a dict with a 'class'"):
+            make_axis(path)
 
 
 def test_bad_axes_and_texts_are_named():

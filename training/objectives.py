@@ -82,11 +82,11 @@ def choose_axes(names: list[str]) -> list:
     """The annotators that `--axes` names.
 
     Raises:
-        ValueError: naming `--axes` for an unknown axis, the same one twice, or one that looks ahead.
+        ValueError: naming `--axes` for an unknown axis, a file that describes none, the same one twice, or one that looks ahead.
     """
     try:
         axes = [make_axis(name) for name in names]
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"--axes {' '.join(names)}: {error}") from error
     if len({axis.name for axis in axes}) < len(axes):
         raise ValueError(f"--axes {' '.join(names)}: two axes have the same name")

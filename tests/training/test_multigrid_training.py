@@ -100,6 +100,9 @@ def test_an_axis_from_a_file(tmp_path):
     (tmp_path / "axis.json").write_text(json.dumps(ConstantAxis("mine", size=3).to_spec()))
     (axis,) = choose_axes([str(tmp_path / "axis.json")])
     assert axis.name == "mine" and len(axis.vocabulary) == 3
+    (tmp_path / "axis.json").write_text("[]")
+    with pytest.raises(ValueError, match="--axes .*axis.json.*a dict with a 'class'"):
+        choose_axes([str(tmp_path / "axis.json")])
 
 
 def objective(**changes):
