@@ -266,7 +266,7 @@ def test_runs_are_compared_seed_by_seed():
     assert report.compare(others, ours)["share_of_tokens"] is None
 
 
-def known_runs(leak=1.0, causal=0.0, control=0.0):
+def known_runs(leak=1.0, causal=0.0, control=0.0, alone=-0.4):
     """Grids that gain so much over their rivals, give or take what a seed does."""
     runs = []
     for seed in range(3):
@@ -276,7 +276,7 @@ def known_runs(leak=1.0, causal=0.0, control=0.0):
                 "fairy_tales",
                 {report.LEAKING: leak, report.CAUSAL: -0.05, "affixes": -0.1, "random": control, "constant": -0.2},
             ),
-            ("python", {"all lexer axes": causal, "learned": -0.3, "random": control}),
+            ("python", {"all lexer axes": causal, report.BLOCK_ALONE: alone, "learned": -0.3, "random": control}),
         ):
             runs.append(a_run("plain", seed, [5, 4, 3.5], corpus=corpus))
             runs.append(a_run("plain, size of one axis", seed, [5, 4, 3.0], seconds=2.0, corpus=corpus))
@@ -300,11 +300,43 @@ def test_the_verdict_is_computed_from_the_numbers():
         "Python source: all lexer axes gains 0.190 +- 0.025. Against a random axis instead, what it says gains 0.200"
         in notes["good"]
     )
-    assert "Python source, verdict: a real gain" in notes["good"] and good["checks"][0]["met"]
-    assert "Fairy tales, verdict: no gain" in notes["good"]
+    assert (
+        "Python source, verdict: all lexer axes gains 0.190 +- 0.025: a real gain" in notes["good"]
+        and good["checks"][0]["met"]
+    )
+    assert f"Fairy tales, verdict: {report.CAUSAL} loses 0.060 +- 0.025: no gain" in notes["good"]
     assert "all lexer axes neither gains nor loses (+0.010 +- 0.025)" in notes["bad"]
-    assert "Python source, verdict: no gain" in notes["bad"] and not bad["checks"][0]["met"]
+    assert (
+        "Python source, verdict: all lexer axes neither gains nor loses (+0.010 +- 0.025): no gain" in notes["bad"]
+        and not bad["checks"][0]["met"]
+    )
     assert "since a control gains as much" in notes["control"]
+
+
+def test_annotators_that_know_more_than_the_model_are_told():
+    for alone, best, tells in ((0.1, "all lexer axes", True), (0.3, report.BLOCK_ALONE, False)):
+        notes = report.report_on(known_runs(causal=0.2, alone=alone))["notes"]
+        verdict = next(note for note in notes if note.startswith("Python source, verdict"))
+        assert f"verdict: {best} " in verdict and tells == ("have read what stands before each block" in verdict)
+        memory = next(note for note in notes if note.startswith("Python source, what stands before the block"))
+        assert memory.endswith(f"this {'gains' if tells else 'loses'} 0.100 +- 0.000.")
+
+
+def test_a_smaller_plain_decoder_may_be_the_better_one():
+    runs = known_runs(causal=0.2)
+    for run in runs:
+        run["parameters"] = 10 if run["model"].startswith("plain") else 9
+    for parameters, bits, met in ((8, 2.7, False), (11, 2.7, True), (8, 3.1, True)):
+        other = [
+            {**a_run("plain, size of few", seed, [5, 4, bits], seconds=2.0), "parameters": parameters}
+            for seed in range(3)
+        ]
+        result = report.report_on(runs + other)
+        assert result["checks"][0]["met"] == met
+        verdict = next(note for note in result["notes"] if note.startswith("Python source, verdict"))
+        assert ("a real gain" in verdict) == met and ("plain, size of few" in verdict) != met
+        row = next(row for row in result["rows"] if row["model"] == "all lexer axes")
+        assert row["gain over equal parameters"] == pytest.approx(0.19)
 
 
 def test_what_looks_ahead_is_never_the_best():
