@@ -251,5 +251,6 @@ def test_nothing_raises_and_nothing_looks_ahead():
 def test_depth_has_an_end(deep):
     for axis in (KIND, BRACKET, LEVEL, STRING):
         assert len(axis.annotate(deep + "x}'")) == len(deep) + 3
+    assert kinds("(" * 200 + "f'{x}'") == "(" * 200 + "wsssss"  # a field that cannot be opened is text
     blocks = "".join(" " * column + "if x:\n" for column in range(150))
     assert max(LEVEL.annotate(blocks)) == 100
