@@ -311,6 +311,10 @@ class MultiGridModel(MultiGridPreTrainedModel):
         segments = None
         if past == 0:
             segments = find_segments(main, mask, position_ids, seq_idx, cu_seq_lens_q)
+            if past_key_values is not None and segments is not None:
+                past_key_values.packed = not is_tracing(segments) and bool((segments.diff() != 0).any())
+        elif past_key_values.packed:
+            check_continuation(config.core, position_ids)
         if position_ids is None and config.core != "lstm":
             position_ids = _position_ids(main, mask, segments, past)
         if config.core == "transformer":
@@ -425,10 +429,24 @@ def _look_up(table, ids, what):
 
 def check_cache(cache: Cache) -> None:
     """Raise a `TypeError` for caches of other kinds."""
-    if not hasattr(cache, "advance"):
+    if not hasattr(cache, "packed"):
         raise TypeError(
             f"`past_key_values` must be a MultiGridCache, got {type(cache).__name__}: build it with "
             "`MultiGridCache(model.config)`, or leave it out and pass `use_cache=True`."
+        )
+
+
+def check_continuation(core: str, position_ids: torch.Tensor | None) -> None:
+    """Raise a `ValueError` where new tokens cannot follow the last of the sequences that are packed in a cache's rows."""
+    if core == "transformer":
+        raise ValueError(
+            "`past_key_values` holds packed sequences, and with core='transformer' new tokens would see all of them: "
+            "continue from a cache of the last sequence alone."
+        )
+    if core == "leap" and position_ids is None:
+        raise ValueError(
+            "`past_key_values` holds packed sequences: `position_ids` must say where in the last one the new tokens are, "
+            "got None."
         )
 
 
@@ -780,6 +798,8 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGenerationMixin):
         given, kind = model_kwargs.get("past_key_values"), generation_config.cache_implementation
         if given is not None:
             check_cache(given)
+            if given.packed:
+                check_continuation(self.config.core, None)  # generate's own positions are those of one sequence
         elif kind not in (None, "dynamic"):
             raise ValueError(f"`cache_implementation` must be 'dynamic' for MultiGrid, got {kind!r}.")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, max_length)

@@ -17,11 +17,20 @@ class MultiGridCache(RecurrentCache):
 
     Args:
         config (`MultiGridConfig`): of the model.
+
+    Attributes:
+        packed (`bool`): whether a row holds more than one sequence.
     """
 
     def __init__(self, config):
         Cache.__init__(self, layers=[DYNAMIC_LAYER_TYPE_MAPPING[kind]() for kind in config.cache_layer_types])
         self.seen_tokens = 0
+        self.packed = False
+
+    def reset(self) -> None:
+        """Forget everything, keep the memory."""
+        super().reset()
+        self.packed = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens. Recurrent cores cannot, and raise a `RuntimeError`."""

@@ -5,7 +5,8 @@ stacked, `[streams, batch, seq, width]`, in a `Group` with one mixer each. Weigh
 adapters and quantisation know; `grouped_linear` takes them together where nothing has replaced them.
 """
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -57,12 +58,18 @@ class MixingPlan:
     single_step: bool = False
     in_the_open: bool = False
 
+    def to(self, device: torch.device) -> "MixingPlan":
+        """The same on another device: where layers are spread over devices, accelerate asks it of their arguments."""
+        rotary = None if self.rotary is None else tuple(part.to(device) for part in self.rotary)
+        names = ("padding_mask", "segment_ids", "attention_mask", "lstm_rows")
+        moved = {name: getattr(self, name).to(device) for name in names if getattr(self, name) is not None}
+        return replace(self, rotary=rotary, **moved)
+
 
 def _is_plain(linear):
     """Whether a leaf is what it was built as: no adapter, hook, quantised or sharded weight."""
-    hooked = (
-        linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or hasattr(linear, "_hf_hook")
-    )
+    hooked = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    hooked = hooked or "forward" in vars(linear)  # accelerate, and others, put a function of their own in its place
     return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not hooked
 
 
@@ -333,6 +340,14 @@ class LSTMRows:
         last = torch.searchsorted(self.row, rows.squeeze(1), right=True) - 1
         self.last = last.clamp_min(0)  # sequence of each row
         self.has_tokens = (last >= 0) & (torch.bincount(self.row, minlength=batch) > 0)
+
+    def to(self, device: torch.device) -> "LSTMRows":
+        """The same on another device."""
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(moved, name, value.to(device))
+        return moved
 
     def run(self, lstm: nn.LSTM, x: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]):
         """As the LSTM itself, `x [batch, seq, width]` and `state` of two `[1, batch, width]`; pads give zeros."""

@@ -374,6 +374,21 @@ def test_the_last_packed_sequence_goes_on_from_the_cache(variant):
     assert_same(logits, [x[:, 12:] for x in run(model, grid, 8, 30)[0]])
 
 
+@pytest.mark.parametrize("variant", ["axes", "leap"])
+def test_packed_rows_do_not_go_on_where_their_past_would_be_taken_for_one_sequence(variant):
+    model = tiny_multigrid(**VARIANTS[variant])
+    grid = random_grid(model, 1, 30)
+    options = {"past_key_values": None, "use_cache": True}
+    _, options["past_key_values"] = run(model, grid, 0, 20, seq_idx=(torch.arange(20) >= 8).long()[None], **options)
+    with pytest.raises(ValueError, match="packed sequences"):
+        run(model, grid, 20, 30, **options)
+    with pytest.raises(ValueError, match="packed sequences"):
+        model.generate(**grid, **options, max_new_tokens=2, pad_token_id=0)
+    options["past_key_values"].reset()
+    run(model, grid, 0, 20, seq_idx=torch.zeros(1, 20, dtype=torch.long), **options)
+    run(model, grid, 20, 30, **options)
+
+
 # --- the factored order ------------------------------------------------------------------------------------------------
 
 
@@ -560,12 +575,42 @@ def test_leaves_that_were_replaced_or_hooked_are_called():
     linears[1].register_forward_hook(lambda module, args, output: seen.append(output) or output + 1)
     torch.testing.assert_close(grouped_linear(linears, x)[1], seen[0] + 1)
 
+    linears = [nn.Linear(6, 10), nn.Linear(6, 10)]
+    linears[1].register_full_backward_pre_hook(lambda module, grads: seen.append(grads[0]))
+    grouped_linear(linears, x.requires_grad_()).sum().backward()
+    assert seen[-1].shape == (4, 70, 10)
+
+    linears[1].forward = lambda x: seen[0]
+    torch.testing.assert_close(grouped_linear(linears, x)[1], seen[0])
+
     class Adapter(nn.Linear):
         def forward(self, x):
             return super().forward(x) * 2
 
     linears = [nn.Linear(6, 10), Adapter(6, 10)]
     torch.testing.assert_close(grouped_linear(linears, x)[1], linears[1](x[1]))
+
+
+@pytest.mark.parametrize("core", ["transformer", "leap", "lstm"])
+def test_what_layers_are_told_goes_to_their_device(core):
+    """As accelerate sends the arguments of layers that are spread over devices."""
+    send_to_device = pytest.importorskip("accelerate.utils").send_to_device
+    model, plans = tiny_multigrid(**TWO_AXES, core=core), []
+    hook = model.model.layers[0].register_forward_pre_hook(
+        lambda *args: plans.append(args[2]["plan"]), with_kwargs=True
+    )
+    run(model, random_grid(model, 2, 9), attention_mask=(torch.arange(9) > torch.tensor([[2], [-1]])).long())
+    hook.remove()
+    moved = send_to_device({"plan": plans[0]}, "meta")["plan"]
+
+    def tensors(x):
+        if isinstance(x, torch.Tensor):
+            return [x]
+        parts = x if isinstance(x, tuple) else vars(x).values() if hasattr(x, "__dict__") else ()
+        return [tensor for part in parts for tensor in tensors(part)]
+
+    assert len(tensors(moved)) == len(tensors(plans[0])) > 0
+    assert all(tensor.is_meta for tensor in tensors(moved))
 
 
 @pytest.mark.parametrize("variant", WITH_AXES)
