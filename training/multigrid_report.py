@@ -27,11 +27,10 @@ CORPUS_NAMES = {
     "python_wide": "Python source, twice the width",
 }
 CONTROLS = ("random", "constant")
-WHOLE_TEXTS, BLOCK_ALONE = "all lexer axes", "all lexer axes, of the block alone"
+ALONE = ", of the block alone"  # ends the name of a grid whose annotators see no more text than the model
 REMARKS = {
     "random": " (a control)",
     "constant": " (a control)",
-    BLOCK_ALONE: " (annotators see no more text than the model)",
     "all, factored": " (the sum of all axes' code lengths, an upper bound of what the text costs: axes are predicted apart)",
     "learned": " (distilled from the plain decoder of seed 0 for all seeds; its training is not counted)",
 }
@@ -189,6 +188,10 @@ def says(gain: tuple[float, float]) -> str:
     return f"{'gains' if mean > 0 else 'loses'} {abs(mean):.3f} +- {half:.3f}"
 
 
+def remark(model: str) -> str:
+    return " (annotators see no more text than the model)" if model.endswith(ALONE) else REMARKS.get(model, "")
+
+
 def verdict(corpus: str, models: dict, against: dict) -> list[str]:
     """What the runs of one corpus show, sentence by sentence, from the numbers alone."""
     sentences = []
@@ -206,7 +209,7 @@ def verdict(corpus: str, models: dict, against: dict) -> list[str]:
         f"{name}: {tokens:,} characters read once, {seeds} seeds; the plain decoder of the grids' width needs "
         f"{bits[0]:.3f} +- {bits[1]:.3f} bits per character. Gains are in bits per character over plain decoders of equal "
         "parameters after equal text, unless said otherwise; intervals cover seeds, not the choice of text. The learning "
-        "rate was chosen on the plain decoder of the grids' width; the grids have the same, wider decoders a lower one."
+        "rate depends on a model's width alone and was not tuned for each model."
     )
     if LEAKING in models and CAUSAL in models:
         leaked = interval([final(b) - final(a) for a, b in zip(models[LEAKING], models[CAUSAL])])
@@ -217,7 +220,7 @@ def verdict(corpus: str, models: dict, against: dict) -> list[str]:
         )
     for model, runs in models.items():
         if runs[0]["rival"] and not runs[0]["looks_ahead"] and model != CAUSAL:
-            sentences.append(f"{name}: {model}{REMARKS.get(model, '')} {says(gain(model))}.")
+            sentences.append(f"{name}: {model}{remark(model)} {says(gain(model))}.")
             if (model, "random") in against:
                 sentences[-1] += (
                     f" Against a random axis instead, what it says {says(against[model, 'random']['gain'])}."
@@ -244,11 +247,12 @@ def verdict(corpus: str, models: dict, against: dict) -> list[str]:
             else f"does not reach in every seed what {opponent} ends with."
         )
     )
-    if WHOLE_TEXTS in models and BLOCK_ALONE in models:
-        memory = interval([final(b) - final(a) for a, b in zip(models[WHOLE_TEXTS], models[BLOCK_ALONE])])
+    for alone in (model for model in models if model.endswith(ALONE)):
+        whole = alone.removesuffix(ALONE)
+        memory = interval([final(b) - final(a) for a, b in zip(models[whole], models[alone])])
         sentences.append(
             f"{name}, what stands before the block: models see one block, annotators the text before it as well. Against "
-            f"annotators that see the block alone, this {says(memory)}."
+            f"annotators that see the block alone, this {says(memory)} ({whole})."
         )
     mean, half = hardest(best)
     control = max((hardest(model)[0] for model in CONTROLS if model in models), default=0.0)
@@ -259,7 +263,7 @@ def verdict(corpus: str, models: dict, against: dict) -> list[str]:
         found = f"no gain at equal text over {opponent}, since {why}"
     sentences.append(
         f"{name}, verdict: {best} {says(hardest(best))}: {found} (the best of {1 + len(others)} causal grids"
-        f"{'' if best == BLOCK_ALONE else ', whose annotators have read what stands before each block'}; intervals are not "
+        f"{'' if best.endswith(ALONE) else ', whose annotators have read what stands before each block'}; intervals are not "
         "widened for the choice)."
     )
     return sentences

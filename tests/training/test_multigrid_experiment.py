@@ -276,7 +276,10 @@ def known_runs(leak=1.0, causal=0.0, control=0.0, alone=-0.4):
                 "fairy_tales",
                 {report.LEAKING: leak, report.CAUSAL: -0.05, "affixes": -0.1, "random": control, "constant": -0.2},
             ),
-            ("python", {"all lexer axes": causal, report.BLOCK_ALONE: alone, "learned": -0.3, "random": control}),
+            (
+                "python",
+                {"all lexer axes": causal, "all lexer axes" + report.ALONE: alone, "learned": -0.3, "random": control},
+            ),
         ):
             runs.append(a_run("plain", seed, [5, 4, 3.5], corpus=corpus))
             runs.append(a_run("plain, size of one axis", seed, [5, 4, 3.0], seconds=2.0, corpus=corpus))
@@ -314,12 +317,12 @@ def test_the_verdict_is_computed_from_the_numbers():
 
 
 def test_annotators_that_know_more_than_the_model_are_told():
-    for alone, best, tells in ((0.1, "all lexer axes", True), (0.3, report.BLOCK_ALONE, False)):
+    for alone, best, tells in ((0.1, "all lexer axes", True), (0.3, "all lexer axes" + report.ALONE, False)):
         notes = report.report_on(known_runs(causal=0.2, alone=alone))["notes"]
         verdict = next(note for note in notes if note.startswith("Python source, verdict"))
         assert f"verdict: {best} " in verdict and tells == ("have read what stands before each block" in verdict)
         memory = next(note for note in notes if note.startswith("Python source, what stands before the block"))
-        assert memory.endswith(f"this {'gains' if tells else 'loses'} 0.100 +- 0.000.")
+        assert memory.endswith(f"this {'gains' if tells else 'loses'} 0.100 +- 0.000 (all lexer axes).")
 
 
 def test_a_smaller_plain_decoder_may_be_the_better_one():
