@@ -4,91 +4,36 @@ import unittest
 from unittest import mock
 
 import torch
-from transformers.models.auto import modeling_auto
 
 from modeling_heptapod import HierarchicalLMConfig, HierarchicalLMForCausalLM, HierarchicalLMModel
 from modeling_heptapod.predictive_losses import RandomProjectionQuantizer
-from tests.conformance import upstream
+from tests.conformance import families
 
 
-common = upstream.load("test_modeling_common")
-ConfigTester = upstream.load("test_configuration_common").ConfigTester
-FSDPTesterMixin = upstream.load("test_fsdp_mixin").FSDPTesterMixin
-TensorParallelTesterMixin = upstream.load("test_tensor_parallel_mixin").TensorParallelTesterMixin
-TrainingTesterMixin = upstream.load("test_training_mixin").TrainingTesterMixin
-
-torch.set_num_threads(1)  # tensors this small only make threads wait for each other
-
-# Upstream finds out by class name which head it looks at: which labels to build, which class is the base model.
-for names, model_class in (
-    (modeling_auto.MODEL_MAPPING_NAMES, HierarchicalLMModel),
-    (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, HierarchicalLMForCausalLM),
-):
-    names[HierarchicalLMConfig.model_type] = model_class.__name__
+families.register(HierarchicalLMConfig, MODEL=HierarchicalLMModel, MODEL_FOR_CAUSAL_LM=HierarchicalLMForCausalLM)
 
 
-class HierarchicalLMModelTester:
-    """A tiny hierarchical LM: a windowed fine stream and a full coarse one of half the steps, weights large enough for
-    differences to show.
+class HierarchicalLMModelTester(families.ModelTester):
+    """A tiny hierarchical LM: a windowed fine stream and a full coarse one of half the steps."""
 
-    Args:
-        overrides: configuration fields that differ from those below.
-    """
-
-    batch_size = 13
-    seq_length = 11
-    hidden_size = 32
-    num_hidden_layers = 2
-    num_attention_heads = 4
-    is_training = True
-
-    def __init__(self, **overrides):
-        self.overrides = overrides
-
-    def get_config(self):
-        fields = {
-            "vocab_size": 99,
-            "hierarchies": [1, 2],
-            "strides": [1, 2],
-            "hidden_sizes": self.hidden_size,
-            "num_hidden_layers": type(self).num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "head_dim": 8,
-            "ff_mult": 2,
-            "window_sizes": [4, None],
-            "xpos_scale_base": 64,
-            "max_position_embeddings": 64,
-            "initializer_range": 0.2,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        }
-        return HierarchicalLMConfig(**{**fields, **self.overrides})
-
-    def prepare_config_and_inputs_for_common(self):
-        config = self.get_config()
-        input_ids = common.ids_tensor([self.batch_size, self.seq_length], config.vocab_size)
-        # Rows of growing length, padded on the right.
-        attention_mask = torch.ones_like(input_ids).tril()
-        return config, {"input_ids": input_ids, "attention_mask": attention_mask}
+    config_class = HierarchicalLMConfig
+    fields = {
+        **families.TEXT_FIELDS,
+        "hierarchies": [1, 2],
+        "strides": [1, 2],
+        "hidden_sizes": families.ModelTester.hidden_size,
+        "head_dim": 8,
+        "ff_mult": 2,
+        "window_sizes": [4, None],
+        "xpos_scale_base": 64,
+    }
 
 
-class HierarchicalLMModelTest(common.ModelTesterMixin, unittest.TestCase):
+class HierarchicalLMModelTest(families.ModelTests, unittest.TestCase):
     all_model_classes = (HierarchicalLMModel, HierarchicalLMForCausalLM)
-    test_can_init_all_missing_weights_before_2023 = True  # upstream asks for the year on top of a file; ours have none
+    model_tester_class = HierarchicalLMModelTester
     _torch_compile_train_cls = HierarchicalLMForCausalLM
-    overrides = {}
-
-    def setUp(self):
-        self.model_tester = HierarchicalLMModelTester(**self.overrides)
-
-    def test_config(self):
-        fields = {"hidden_size": 32, "num_hidden_layers": 2, "hierarchies": [1, 2], **self.overrides}
-        ConfigTester(self, config_class=HierarchicalLMConfig, **fields).run_common_tests()
-
-    @unittest.skip("GenerationTesterMixin is not part of the source distribution")
-    def test_generation_tester_mixin_inheritance(self):
-        pass
+    config_fields = {"hierarchies": [1, 2]}
 
     def test_attention_outputs(self):
         # A layer has as many attention matrices as hierarchies that attend; upstream counts one a layer.
@@ -166,21 +111,16 @@ class HierarchicalLMPrototypeModelTest(HierarchicalLMModelTest):
             super().test_init_weights_can_init_buffers()
 
 
-class HierarchicalLMPlansTest(unittest.TestCase):
-    """The declarations for several devices; upstream's runs on them take the launcher that the archive leaves out."""
-
+class HierarchicalLMPlansTest(families.PlansTests, unittest.TestCase):
     all_model_classes = HierarchicalLMModelTest.all_model_classes
     model_tester = HierarchicalLMModelTester()
-    _has_fsdp_plan = FSDPTesterMixin._has_fsdp_plan
-    test_fsdp_plan_declared = FSDPTesterMixin.test_fsdp_plan_declared
-    test_tp_plan_shards_input_embeddings = TensorParallelTesterMixin.test_tp_plan_shards_input_embeddings
 
 
-class HierarchicalLMForCausalLMTrainingTest(TrainingTesterMixin, unittest.TestCase):
+class HierarchicalLMForCausalLMTrainingTest(families.TrainingTesterMixin, unittest.TestCase):
     all_model_classes = (HierarchicalLMForCausalLM,)
     model_tester = HierarchicalLMModelTester()
 
 
-class HierarchicalLMWithLossesTrainingTest(TrainingTesterMixin, unittest.TestCase):
+class HierarchicalLMWithLossesTrainingTest(families.TrainingTesterMixin, unittest.TestCase):
     all_model_classes = (HierarchicalLMForCausalLM,)
     model_tester = HierarchicalLMModelTester(**HierarchicalLMPrototypeModelTest.overrides)

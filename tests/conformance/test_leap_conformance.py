@@ -3,7 +3,6 @@
 import unittest
 
 import torch
-from transformers.models.auto import modeling_auto
 
 from modeling_heptapod import (
     LeapConfig,
@@ -12,88 +11,41 @@ from modeling_heptapod import (
     LeapForSequenceClassification,
     LeapModel,
 )
-from tests.conformance import upstream
+from tests.conformance import families
 
 
-common = upstream.load("test_modeling_common")
-ConfigTester = upstream.load("test_configuration_common").ConfigTester
-FSDPTesterMixin = upstream.load("test_fsdp_mixin").FSDPTesterMixin
-TensorParallelTesterMixin = upstream.load("test_tensor_parallel_mixin").TensorParallelTesterMixin
-TrainingTesterMixin = upstream.load("test_training_mixin").TrainingTesterMixin
-
-torch.set_num_threads(1)  # tensors this small only make threads wait for each other
-
-# Upstream finds out by class name which head it looks at: which labels to build, which class is the base model.
-for names, model_class in (
-    (modeling_auto.MODEL_MAPPING_NAMES, LeapModel),
-    (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, LeapForCausalLM),
-    (modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, LeapForMaskedLM),
-    (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, LeapForSequenceClassification),
-):
-    names[LeapConfig.model_type] = model_class.__name__
+families.register(
+    LeapConfig,
+    MODEL=LeapModel,
+    MODEL_FOR_CAUSAL_LM=LeapForCausalLM,
+    MODEL_FOR_MASKED_LM=LeapForMaskedLM,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION=LeapForSequenceClassification,
+)
 
 
-class LeapModelTester:
-    """A tiny LEAP: one global and one windowed layer, weights large enough for differences to show.
+class LeapModelTester(families.ModelTester):
+    """A tiny LEAP: one global and one windowed layer."""
 
-    Args:
-        overrides: configuration fields that differ from those below.
-    """
-
-    batch_size = 13
-    seq_length = 11
-    hidden_size = 32
-    num_hidden_layers = 2
-    num_attention_heads = 4
+    config_class = LeapConfig
+    fields = {
+        **families.TEXT_FIELDS,
+        "hidden_size": families.ModelTester.hidden_size,
+        "intermediate_size": 64,
+        "window_sizes": [None, 4],
+    }
     key_length = 2  # the last dimension of `attentions`: log focus weight and query gate
-    is_training = True
-
-    def __init__(self, **overrides):
-        self.overrides = overrides
-
-    def get_config(self):
-        fields = {
-            "vocab_size": 99,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": 64,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "window_sizes": [None, 4],
-            "max_position_embeddings": 64,
-            "initializer_range": 0.2,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        }
-        return LeapConfig(**{**fields, **self.overrides})
-
-    def prepare_config_and_inputs_for_common(self):
-        config = self.get_config()
-        input_ids = common.ids_tensor([self.batch_size, self.seq_length], config.vocab_size)
-        # Rows of growing length, padded on the right.
-        attention_mask = torch.ones_like(input_ids).tril()
-        return config, {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
-class LeapModelTest(common.ModelTesterMixin, unittest.TestCase):
+class LeapModelTest(families.ModelTests, unittest.TestCase):
     all_model_classes = (LeapModel, LeapForCausalLM, LeapForMaskedLM, LeapForSequenceClassification)
-    test_can_init_all_missing_weights_before_2023 = True  # upstream asks for the year on top of a file; ours have none
+    model_tester_class = LeapModelTester
     _torch_compile_train_cls = LeapForCausalLM
-    overrides = {}
 
     def setUp(self):
-        self.model_tester = LeapModelTester(**self.overrides)
+        super().setUp()
         positions = self.model_tester.get_config().position_embedding_type
         if "rope_scaling" in self._testMethodName and positions != "rotary":
             self.skipTest(f"the positions of this model are {positions}, not rotary")
-
-    def test_config(self):
-        fields = {"hidden_size": 32, "num_hidden_layers": 2, **self.overrides}
-        ConfigTester(self, config_class=LeapConfig, **fields).run_common_tests()
-
-    @unittest.skip("GenerationTesterMixin is not part of the source distribution")
-    def test_generation_tester_mixin_inheritance(self):
-        pass
 
     def test_retain_grad_hidden_states_attentions(self):
         self.has_attentions = False  # leaves upstream's half about hidden states
@@ -128,27 +80,22 @@ class LeapAdditiveModelTest(LeapModelTest):
     overrides = {"mixer": "additive", "position_embedding_type": "decay"}
 
 
-class LeapPlansTest(unittest.TestCase):
-    """The declarations for several devices; upstream's runs on them take the launcher that the archive leaves out."""
-
+class LeapPlansTest(families.PlansTests, unittest.TestCase):
     all_model_classes = LeapModelTest.all_model_classes
     model_tester = LeapModelTester()
-    _has_fsdp_plan = FSDPTesterMixin._has_fsdp_plan
-    test_fsdp_plan_declared = FSDPTesterMixin.test_fsdp_plan_declared
-    test_tp_plan_shards_input_embeddings = TensorParallelTesterMixin.test_tp_plan_shards_input_embeddings
 
 
-class LeapForCausalLMTrainingTest(TrainingTesterMixin, unittest.TestCase):
+class LeapForCausalLMTrainingTest(families.TrainingTesterMixin, unittest.TestCase):
     all_model_classes = (LeapForCausalLM,)
     model_tester = LeapModelTester()
 
 
-class LeapForMaskedLMTrainingTest(TrainingTesterMixin, unittest.TestCase):
+class LeapForMaskedLMTrainingTest(families.TrainingTesterMixin, unittest.TestCase):
     all_model_classes = (LeapForMaskedLM,)
     model_tester = LeapModelTester()
 
 
-class LeapForSequenceClassificationTrainingTest(TrainingTesterMixin, unittest.TestCase):
+class LeapForSequenceClassificationTrainingTest(families.TrainingTesterMixin, unittest.TestCase):
     all_model_classes = (LeapForSequenceClassification,)
     model_tester = LeapModelTester()
 
