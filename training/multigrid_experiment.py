@@ -63,7 +63,7 @@ SETTINGS = {
     "block_size": 64,
     "batch_size": 8,
     "steps": 1300,
-    "learning_rate": 5e-3,  # at `hidden_size`; falls with the square root of the width
+    "learning_rate": 5e-3,  # at `hidden_size`; falls with the width
     "warmup_steps": 50,
     "weight_average": 0.98,
     "evaluations": 7,  # one at the end, each other after 2 ** (-2 / 3) of the next one's tokens
@@ -302,12 +302,17 @@ def averaged(decay: float):
     return update
 
 
+def learning_rate(config: MultiGridConfig, settings: dict) -> float:
+    """Of a model of this width. With the inverse of the width; with that of its square root wide decoders did worse."""
+    return settings["learning_rate"] * (settings["hidden_size"] / config.hidden_size)
+
+
 def train(config: MultiGridConfig, train_blocks, held_out, settings: dict, seed: int) -> tuple[torch.nn.Module, dict]:
     """The averaged model, and its curve with the CPU seconds of one training step (median)."""
     torch.manual_seed(seed)
     model = MultiGridForCausalLM(config).train()
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=averaged(settings["weight_average"]))
-    peak = settings["learning_rate"] * (settings["hidden_size"] / config.hidden_size) ** 0.5
+    peak = learning_rate(config, settings)
     optimizer = torch.optim.AdamW(model.parameters(), peak, betas=(0.9, 0.99), weight_decay=0.1)
     steps, size = settings["steps"], settings["batch_size"]
     order = np.random.default_rng(seed).permutation(len(train_blocks))
@@ -398,7 +403,8 @@ def run(task: Task) -> dict:
     settings = corpus.settings
     grid, config = models_of(task.corpus, corpus, settings)[task.model]
     blocks = corpus.blocks(grid, settings)
-    described = json.dumps([settings, asdict(grid), config.to_diff_dict(), task.seed], sort_keys=True).encode()
+    own = {**settings, "learning_rate": learning_rate(config, settings)}
+    described = json.dumps([own, asdict(grid), config.to_diff_dict(), task.seed], sort_keys=True).encode()
     arrays = [array for part in blocks for array in (part.stream, part.meta) if array is not None]
     key = hashlib.sha256(b"".join([described, *(array.tobytes() for array in arrays)])).hexdigest()
     path, learned = WORK.folder / task.path, learned_path(WORK.folder, task.corpus)
