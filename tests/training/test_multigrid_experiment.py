@@ -113,6 +113,13 @@ def test_plain_decoders_are_as_large_as_the_largest_grid_of_their_size(corpus):
     assert sizes["all, light wiring"] < sizes["token kind"] < sizes["indentation + bracket"] < sizes["all lexer axes"]
 
 
+def test_learning_rates_fall_with_the_width():
+    settings = {"hidden_size": 48, "learning_rate": 5e-3}
+    for width, rate in ((48, 5e-3), (96, 2.5e-3), (144, 5e-3 / 3)):
+        config = experiment.MultiGridConfig(hidden_size=width)
+        assert experiment.learning_rate(config, settings) == pytest.approx(rate, rel=1e-12)
+
+
 # Runs
 
 
