@@ -153,6 +153,8 @@ class MultiGridConfig(PreTrainedConfig):
         names = self.axis_names
         if len(set(names)) != len(names) or not all(names):
             raise ValueError(f"`axis_names` must be unique and not empty, got {names}.")
+        if "main" in names:
+            raise ValueError(f"`axis_names` must not hold 'main', the name of the main axis in logs, got {names}.")
         for name, values in (("axis_vocab_sizes", self.axis_vocab_sizes), ("axis_weights", self.axis_shares)):
             if len(values) != len(names):
                 raise ValueError(

@@ -93,6 +93,7 @@ BAD = {
     "no meta width": ({"meta_hidden_size": 0}, "meta_hidden_size"),
     "an axis twice": ({"axis_names": ["a", "a"], "axis_vocab_sizes": [2, 2]}, "axis_names"),
     "an axis without a name": ({"axis_names": [""], "axis_vocab_sizes": [2]}, "axis_names"),
+    "an axis with the main axis's name": ({"axis_names": ["main"], "axis_vocab_sizes": [2]}, "'main'"),
     "an axis without a size": ({"axis_names": ["a"]}, "axis_vocab_sizes"),
     "a size without an axis": ({"axis_vocab_sizes": [3]}, "axis_vocab_sizes"),
     "an axis of size zero": ({"axis_names": ["a"], "axis_vocab_sizes": [0]}, "axis_vocab_sizes"),
