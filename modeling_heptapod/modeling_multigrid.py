@@ -424,7 +424,9 @@ def _look_up(table, ids, what):
         return table(ids)
     except IndexError as error:  # on a CPU; elsewhere a look would stop the device
         low, high = (int(x) for x in ids.aminmax())
-        raise ValueError(f"{what} must be in [0, {table.num_embeddings}), got values from {low} to {high}.") from error
+        raise ValueError(
+            f"{what} must be in [0, {table.weight.shape[0]}), got values from {low} to {high}."
+        ) from error
 
 
 def check_cache(cache: Cache) -> None:
@@ -802,6 +804,8 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGenerationMixin):
                 check_continuation(self.config.core, None)  # generate's own positions are those of one sequence
         elif kind not in (None, "dynamic"):
             raise ValueError(f"`cache_implementation` must be 'dynamic' for MultiGrid, got {kind!r}.")
+        elif self.training and self.model.gradient_checkpointing:  # whose layers ignore any cache
+            generation_config.use_cache = model_kwargs["use_cache"] = False
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, max_length)
         if given is None and model_kwargs.get("past_key_values") is not None:
             model_kwargs["past_key_values"] = MultiGridCache(self.config)

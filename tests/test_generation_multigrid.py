@@ -146,6 +146,16 @@ def test_every_variant_generates_what_it_computes_without_a_cache(variant):
     assert torch.equal(model.generate(**batch, max_new_tokens=20, **GREEDY), expected[0])
 
 
+@pytest.mark.parametrize("variant", ["axes", "leap-factored", "lstm-factored"])
+def test_generation_between_steps_of_training_with_checkpoints(variant):
+    """Checkpointed layers are given no cache; without one they must be given the whole text."""
+    model = tiny_multigrid(**VARIANTS[variant])
+    batch = random_grid(model, 2, 12)
+    expected = model.generate(**batch, max_new_tokens=6, **GREEDY)
+    model.train().gradient_checkpointing_enable()
+    assert torch.equal(model.generate(**batch, max_new_tokens=6, **GREEDY), expected)
+
+
 def test_nothing_is_left_on_the_module():
     model = two_axes()
     before = {name: set(vars(module)) for name, module in model.named_modules()}
