@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data import PackedBlocks, annotate, build_tokenizer, encode
+from data import PackedBlocks, Texts, annotate, build_tokenizer, encode
 
 from modeling_heptapod import make_axis
 
@@ -44,11 +44,14 @@ def test_fairy_tales_are_split_by_books():
     assert held_out[1] in experiment.prepare(book)
 
 
-def test_python_source_is_ascii_and_of_the_size_asked_for():
-    train, held_out = experiment.python_source(50_000, 20_000)
-    assert (sum(map(len, train)), sum(map(len, held_out))) == (50_000, 20_000)
-    assert all(text.isascii() for text in train + held_out) and not set(train) & set(held_out)
-    assert experiment.python_source(50_000, 20_000) == (train, held_out)
+def test_python_source_is_ascii_and_of_the_size_asked_for(monkeypatch):
+    files = [f"# {letter}\n" * 10 for letter in "abcdéf"]
+    monkeypatch.setattr(experiment, "load_texts", lambda dataset: Texts(files[:5], files[5:]))
+    train, held_out = experiment.python_source(150, 25)
+    assert list(map(len, train)) == [40, 40, 40, 30] and held_out == [files[5][:25]]
+    assert {text[2] for text in train} == set("abcd")
+    monkeypatch.setattr(experiment, "load_texts", lambda dataset: Texts(files[4::-1], files[5:]))
+    assert experiment.python_source(150, 25)[0] == train  # their order is of their own
 
 
 @pytest.fixture(scope="module")

@@ -238,14 +238,14 @@ def test_tracks_stand_below_their_characters():
     assert "".join(characters) == "f(é)\n\ng" and "" in characters
     tracks = sample_axes.annotations_of(processor, characters)
     assert tracks == processor("f(é)\n\ng")["meta_ids"][0]
-    shown = sample_axes.lines_with_tracks(processor, ["f", "(", "é", ")\n", "\n", "g"], [[0, 1, 1, 0, 0, 0], [0] * 6])
-    assert shown.split("\n") == [
+    characters, brackets = ["f", "(", "é", ")\n", "\n", "g", "["], [0, 1, 1, 0, 0, 0, 2]
+    assert sample_axes.lines_with_tracks(processor, characters, [brackets, [0] * 7]).split("\n") == [
         "          f(é)",
         "bracket    ((",
         "constant",
         "          ",
-        "          g",
-        "bracket",
+        "          g[",
+        "bracket    [",
         "constant",
     ]
 
