@@ -61,16 +61,20 @@ def corpus():
 
 def test_columns_are_annotations_of_whole_texts(corpus):
     size = SETTINGS["block_size"]
-    for name in ("bracket", "indentation"):
+    names = ("token_kind", "bracket")
+    for name in names:
         expected = [0]
         for text in corpus.texts[1]:
             expected += [*make_axis(name).annotate(text), 0]
         (column,) = corpus.columns[name][1]
         assert column.tolist() == expected
-    _, held_out = corpus.blocks(experiment.Grid(("bracket", "indentation"), ""), SETTINGS)
+    _, held_out = corpus.blocks(experiment.Grid(names, ""), SETTINGS)
     block = held_out[3]["meta_ids"]
     here = slice(3 * (size - 1), 3 * (size - 1) + size)
-    assert block.tolist() == [corpus.columns[name][1][0, here].tolist() for name in ("bracket", "indentation")]
+    assert block.tolist() == [corpus.columns[name][1][0, here].tolist() for name in names]
+    assert not torch.equal(block[0], block[1])
+    for alone, kind in ((True, experiment.BlocksAlone), (False, PackedBlocks)):
+        assert {type(part) for part in corpus.blocks(experiment.Grid(names, "", alone=alone), SETTINGS)} == {kind}
 
 
 def test_alone_a_block_is_annotated_from_its_beginning():
