@@ -112,6 +112,14 @@ def test_finished_words_keep_their_tags(nltk_data):
         assert axis.annotate(start + end)[: len(start)] == tags
 
 
+def test_a_sentence_is_tagged_as_if_none_were_before_it(nltk_data):
+    axis = PartOfSpeechAxis(tagset="penn")
+    for sentence in ("Found gold ", "Shot dogs bark ", "Work hurts ", "Cut wood burns "):
+        first = sentence.index(" ")  # until then the last finished word is one of the sentence before
+        for before in ("He said it. ", "The old!", "To be or not to?"):
+            assert axis.annotate(before + sentence)[len(before) + first :] == axis.annotate(sentence)[first:]
+
+
 def test_the_whole_word_has_its_tag(nltk_data):
     axis = PartOfSpeechAxis("leak", alignment="word")
     assert axis.name == "leak" and not axis.causal and axis.why_not_causal
