@@ -132,7 +132,7 @@ def test_learning_rates_fall_with_the_width():
 
 @pytest.fixture
 def work(corpus, tmp_path, monkeypatch):
-    work = experiment.Work({"python": corpus}, SETTINGS, tmp_path, "abc")
+    work = experiment.Work({"python": corpus}, tmp_path, "abc")
     monkeypatch.setattr(experiment, "WORK", work, raising=False)
     return work
 
@@ -154,10 +154,10 @@ def test_a_run_gives_its_curve_and_is_not_repeated(work, monkeypatch):
     monkeypatch.setattr(experiment, "train", never)
     assert experiment.run(task) == figures
     for change in ({"learning_rate": 1.0}, {"steps": 3}):
-        monkeypatch.setattr(work, "settings", {**SETTINGS, **change})
+        monkeypatch.setattr(work.corpora["python"], "settings", {**SETTINGS, **change})
         with pytest.raises(AssertionError, match="trained again"):
             experiment.run(task)
-    monkeypatch.setattr(work, "settings", SETTINGS)
+    monkeypatch.setattr(work.corpora["python"], "settings", SETTINGS)
     monkeypatch.setattr(experiment, "train", trained)
     (work.folder / task.path).unlink()
     again = experiment.run(task)
