@@ -4,7 +4,8 @@
 in the prototype's wiring are 1 + 3 A blocks a layer where a plain decoder has one, so that many times its step is their share.
 The light wiring (meta streams of a quarter of the width, readings without a feed-forward) stands beside it. With two axes the
 peer is the same wiring in loops of modules (`tests/reference/multigrid_loops.py`), as a lecture writes it and with fused
-attention. All take turns in one process.
+attention; beside them stands the time of nothing but the matrix products and attention that two axes need, which no
+arrangement of them can go below. All take turns in one process.
 """
 
 import time
@@ -20,6 +21,7 @@ from tests.reference.multigrid_loops import FusedAttention, LectureAttention, Mu
 AXIS_VOCABULARIES = [64, 16, 32, 8]
 LENGTHS = (256, 1_024)
 TOKENS = 2_048
+WARMUP = 4  # fresh memory makes the first steps of the largest model half as slow again
 LIGHT = {"cross_feed_forward": False}
 TARGET_PLAIN, TARGET_SHARE, TARGET_LOOPS = 1.05, 1.15, 1.5
 
@@ -143,6 +145,32 @@ def check_loops(attention, shape, length, grid):
     require_equal(attention.__name__, peer, ours, grid, watched)
 
 
+class ArithmeticAlone:
+    """The matrix products and the fused attention of a step with `axes` axes, forward and backward, on tensors at hand.
+
+    Blocks of all streams cost the same: 12 width^2 products a token, each twice more in the backward pass. Embeddings, heads,
+    norms, activations, residuals and the optimizer are left out. Calling it returns its seconds.
+    """
+
+    def __init__(self, shape, length, axes):
+        width, tokens = shape["hidden_size"], max(1, TOKENS // length) * length
+        self.blocks = shape["num_hidden_layers"] * (1 + 3 * axes)
+        sizes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
+        self.products = [(torch.randn(tokens, n), torch.randn(m, n), torch.randn(tokens, m)) for n, m in sizes]
+        heads = (tokens // length, shape["num_attention_heads"], length, width // shape["num_attention_heads"])
+        self.query, self.key, self.value = (torch.randn(heads, requires_grad=True) for _ in range(3))
+        self.gradient = torch.randn(heads)
+
+    def __call__(self):
+        began = time.perf_counter()
+        for _ in range(self.blocks):
+            for x, weight, gradient in self.products:
+                x @ weight.T, gradient @ weight, gradient.T @ x
+            out = torch.nn.functional.scaled_dot_product_attention(self.query, self.key, self.value, is_causal=True)
+            torch.autograd.grad(out, (self.query, self.key, self.value), self.gradient)
+        return time.perf_counter() - began
+
+
 def million_parameters(model):
     return sum(parameter.numel() for parameter in model.parameters()) / 1e6
 
@@ -168,17 +196,19 @@ def main():
         models["2 axes in loops, as in the lecture"] = make_loops(LectureAttention, shape, length, 2)
         models["2 axes in loops, fused attention"] = make_loops(FusedAttention, shape, length, 2)
         parameters = {name: million_parameters(model) for name, model in models.items()}
-        seconds, noisy = harness.in_turns({name: Trainee(model, grid) for name, model in models.items()}, rounds)
+        contestants = {name: Trainee(model, grid) for name, model in models.items()}
+        contestants["2 axes, products and attention alone"] = ArithmeticAlone(shape, length, 2)
+        seconds, noisy = harness.in_turns(contestants, rounds, warmup=1 if quick else WARMUP)
         disturbed += noisy
 
         plain = seconds["no axes"]
         for name, value in seconds.items():
             axes = int(name[0]) if name[0].isdigit() else 0
-            has_share = axes and "light" not in name
+            has_share = axes and "light" not in name and name in parameters
             report.row(
                 length=length,
                 model=name,
-                million_parameters=parameters[name],
+                million_parameters=parameters.get(name),
                 milliseconds=value * 1e3,
                 over_no_axes=value / plain,
                 over_its_share=value / plain / (1 + 3 * axes) if has_share else None,
