@@ -52,7 +52,9 @@ def render(result: dict) -> str:
         {"target": f"{check['what']} {check['target']}", "measured": check["measured"], "met": check["met"]}
         for check in result["checks"]
     ]
-    return "\n\n".join((table(result["rows"]), table(targets), " ".join(result["notes"]), source))
+    notes = result["notes"]
+    notes = " ".join(notes) if len(notes) < 6 else "\n".join(f"- {note}" for note in notes)
+    return "\n\n".join((table(result["rows"]), table(targets), notes, source))
 
 
 def fill(text: str, results: dict[str, dict]) -> str:
