@@ -26,6 +26,8 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 
+from .model_inputs import check_ids
+
 
 META_SOURCES = ("predicted", "annotated", "forced")
 
@@ -352,11 +354,8 @@ class MultiGridGenerationMixin(GenerationMixin):
                 "`forced_meta_ids` and a `meta_source` of 'forced' belong together, got "
                 f"meta_source={meta_source!r} and {'no' if forced_meta_ids is None else 'some'} `forced_meta_ids`."
             )
-        if forced_meta_ids is not None and getattr(forced_meta_ids, "dtype", None) not in (torch.long, torch.int):
-            raise TypeError(
-                "`forced_meta_ids` must be a torch.long or torch.int tensor, got "
-                f"{getattr(forced_meta_ids, 'dtype', type(forced_meta_ids).__name__)}."
-            )
+        if forced_meta_ids is not None:
+            check_ids("forced_meta_ids", forced_meta_ids)
         annotators = tuple(self._annotator(name, processor) for name in names if by_name.get(name) == "annotated")
         return _Sources(of_axes, processor, annotators)
 

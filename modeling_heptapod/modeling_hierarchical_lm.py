@@ -21,13 +21,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
-from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .auto_map import FullAutoMapMixin
 from .causal_compressors import AttentionCompressor, make_compressor
 from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .hierarchical_cache import HierarchicalCache
+from .model_inputs import check_position_ids, embed_text, of_new_tokens, token_mask
+from .own_cache import OwnCacheMixin
 from .packed_rows import segment_ids
 from .predictive_losses import LinearFromZero, PredictionHead, PredictiveLosses, RandomProjectionQuantizer
 from .row_layout import RowLayout, packed_layout, pad_layout
@@ -322,7 +323,7 @@ def _to_read(x, plan, cache, layer_idx, state_idx=0):
 
 
 @auto_docstring
-class HierarchicalLMPreTrainedModel(FullAutoMapMixin, PreTrainedModel):
+class HierarchicalLMPreTrainedModel(FullAutoMapMixin, OwnCacheMixin, PreTrainedModel):
     config: HierarchicalLMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -330,6 +331,7 @@ class HierarchicalLMPreTrainedModel(FullAutoMapMixin, PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _is_stateful = True
+    _cache_classes = {"dynamic": HierarchicalCache}
     _family_auto_map = {
         "AutoConfig": "configuration_hierarchical_lm.HierarchicalLMConfig",
         "AutoModel": "modeling_hierarchical_lm.HierarchicalLMModel",
@@ -405,18 +407,17 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         use_cache = config.use_cache if use_cache is None else use_cache
         if past_key_values is not None:
-            check_cache(past_key_values)
+            self.check_cache(past_key_values)
         cache = past_key_values
         if cache is None and use_cache and not self.training:
             cache = HierarchicalCache(config)
-        if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != seq):
-            raise ValueError(f"`position_ids` must be [1 or batch, {seq}], got {list(position_ids.shape)}.")
+        check_position_ids(position_ids, seq)
 
         past = [0] * batch if cache is None or cache.seen_tokens == 0 else cache.row_lengths
         if len(past) != batch:
             raise ValueError(f"`past_key_values` holds {len(past)} rows, but the batch has {batch}.")
         fresh = cache is None or cache.seen_tokens == 0
-        mask = _token_mask(attention_mask, inputs_embeds, 0 if fresh else cache.seen_tokens)
+        mask = of_new_tokens(token_mask(attention_mask, inputs_embeds, 0 if fresh else cache.seen_tokens), seq)
         segments = None
         if fresh:
             segments = segment_ids(inputs_embeds, attention_mask, position_ids, seq_idx, cu_seq_lens_q)
@@ -461,27 +462,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
 
     def embed(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None) -> torch.FloatTensor:
         """The embeddings `[batch, seq, hidden_size]` of one or the other. Raises `TypeError` and `ValueError` for bad input."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
-        if input_ids is None:
-            if not inputs_embeds.is_floating_point():
-                raise TypeError(f"`inputs_embeds` must be floating point, got {inputs_embeds.dtype}.")
-            width = self.config.hidden_size
-            if inputs_embeds.dim() != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[2] != width:
-                raise ValueError(
-                    f"`inputs_embeds` must be [batch >= 1, seq >= 1, {width}], got {list(inputs_embeds.shape)}."
-                )
-            return inputs_embeds
-        if input_ids.dtype not in (torch.long, torch.int):
-            raise TypeError(f"`input_ids` must be torch.long or torch.int, got {input_ids.dtype}.")
-        if input_ids.dim() != 2 or 0 in input_ids.shape:
-            raise ValueError(f"`input_ids` must be [batch >= 1, seq >= 1], got {list(input_ids.shape)}.")
-        try:
-            return self.embed_tokens(input_ids)
-        except IndexError as error:  # on a CPU; elsewhere a look would stop the device
-            vocabulary = self.embed_tokens.num_embeddings
-            low, high = (int(x) for x in input_ids.aminmax())
-            raise ValueError(f"`input_ids` must be in [0, {vocabulary}), got values from {low} to {high}.") from error
+        return embed_text(self.embed_tokens, input_ids, inputs_embeds, self.config.hidden_size)
 
     def _compress(self, embeds, plans, pass_):
         """The streams `[batch, steps, width]` that the first layer gets, without their norm."""
@@ -637,33 +618,6 @@ def _restore(rows, x, plan):
     return x if rows is None or plan.stride > 1 else rows.restore(x)
 
 
-def check_cache(cache: Cache) -> None:
-    """Raise a `TypeError` for caches of other kinds."""
-    if not hasattr(cache, "row_lengths"):
-        raise TypeError(
-            f"`past_key_values` must be a HierarchicalCache, got {type(cache).__name__}: build it with "
-            "`HierarchicalCache(model.config)`, or leave it out and pass `use_cache=True`."
-        )
-
-
-def _token_mask(attention_mask, inputs_embeds, past):
-    """Which of the new tokens are real, `[batch, seq]`; `None` where all are."""
-    if attention_mask is None:
-        return None
-    batch, seq, _ = inputs_embeds.shape
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
-        raise ValueError(f"`attention_mask` must be [{batch}, length], got {list(attention_mask.shape)}.")
-    if is_tracing(attention_mask):
-        return attention_mask[:, -seq:].bool()
-    if attention_mask.shape[1] not in (seq, past + seq):
-        raise ValueError(
-            f"`attention_mask` must cover the {seq} new tokens or all {past + seq} seen so far, got length "
-            f"{attention_mask.shape[1]}."
-        )
-    mask = attention_mask[:, -seq:]
-    return None if mask.all() else mask.bool()
-
-
 @auto_docstring
 class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -781,17 +735,6 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, GenerationMixin):
         if self.predictive_losses is not None:
             self.predictive_losses.resize_vocabulary(self.config.vocab_size)
         return embeddings
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_length):
-        """A cache of our own in place of the stock one."""
-        given, kind = model_kwargs.get("past_key_values"), generation_config.cache_implementation
-        if given is not None:
-            check_cache(given)
-        elif kind not in (None, "dynamic"):
-            raise ValueError(f"`cache_implementation` must be 'dynamic' for a hierarchical LM, got {kind!r}.")
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, max_length)
-        if given is None and model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"] = HierarchicalCache(self.config)
 
 
 HierarchicalLMModel.register_for_auto_class("AutoModel")

@@ -32,8 +32,18 @@ from transformers.utils.output_capturing import capture_outputs
 from .auto_map import FullAutoMapMixin
 from .configuration_multigrid import MultiGridConfig
 from .generation_multigrid import MultiGridGenerationMixin
+from .model_inputs import (
+    check_ids,
+    check_position_ids,
+    count_positions,
+    embed_text,
+    look_up,
+    of_new_tokens,
+    token_mask,
+)
 from .multigrid_cache import MultiGridCache
 from .multigrid_cores import CORES, Group, LSTMRows, MixingPlan, grouped_linear, grouped_norm, leap_config
+from .own_cache import OwnCacheMixin
 from .packed_rows import segment_ids as find_segments
 
 
@@ -224,7 +234,7 @@ class MultiGridLayer(GradientCheckpointingLayer):
 
 
 @auto_docstring
-class MultiGridPreTrainedModel(FullAutoMapMixin, PreTrainedModel):
+class MultiGridPreTrainedModel(FullAutoMapMixin, OwnCacheMixin, PreTrainedModel):
     config: MultiGridConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -232,6 +242,7 @@ class MultiGridPreTrainedModel(FullAutoMapMixin, PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _can_record_outputs = {"hidden_states": MultiGridLayer}
+    _cache_classes = {"dynamic": MultiGridCache}
     _family_auto_map = {
         "AutoConfig": "configuration_multigrid.MultiGridConfig",
         "AutoModel": "modeling_multigrid.MultiGridModel",
@@ -300,14 +311,13 @@ class MultiGridModel(MultiGridPreTrainedModel):
         use_cache = config.use_cache if use_cache is None else use_cache
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         if past_key_values is not None:
-            check_cache(past_key_values)
+            self.check_cache(past_key_values)
         elif use_cache and not self.training:
             past_key_values = MultiGridCache(config)
-        if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != seq):
-            raise ValueError(f"`position_ids` must be [1 or batch, {seq}], got {list(position_ids.shape)}.")
+        check_position_ids(position_ids, seq)
 
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        mask = _token_mask(attention_mask, main, past)
+        mask = _whole_mask(attention_mask, main, past)
         segments = None
         if past == 0:
             segments = find_segments(main, mask, position_ids, seq_idx, cu_seq_lens_q)
@@ -316,7 +326,7 @@ class MultiGridModel(MultiGridPreTrainedModel):
         elif past_key_values.packed:
             check_continuation(config.core, position_ids)
         if position_ids is None and config.core != "lstm":
-            position_ids = _position_ids(main, mask, segments, past)
+            position_ids = count_positions(main, mask, segments, past)
         if config.core == "transformer":
             main, meta = self._add_positions(main, meta, position_ids, past)
         plan = self._plan(main, mask, segments, position_ids, past)
@@ -338,22 +348,7 @@ class MultiGridModel(MultiGridPreTrainedModel):
 
     def embed(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None) -> torch.FloatTensor:
         """The main axis's embeddings `[batch, seq, hidden_size]`. Raises `TypeError` and `ValueError` for bad input."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
-        if input_ids is None:
-            if not inputs_embeds.is_floating_point():
-                raise TypeError(f"`inputs_embeds` must be floating point, got {inputs_embeds.dtype}.")
-            width = self.config.hidden_size
-            if inputs_embeds.dim() != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[2] != width:
-                raise ValueError(
-                    f"`inputs_embeds` must be [batch >= 1, seq >= 1, {width}], got {list(inputs_embeds.shape)}."
-                )
-            return inputs_embeds
-        if input_ids.dtype not in (torch.long, torch.int):
-            raise TypeError(f"`input_ids` must be torch.long or torch.int, got {input_ids.dtype}.")
-        if input_ids.dim() != 2 or 0 in input_ids.shape:
-            raise ValueError(f"`input_ids` must be [batch >= 1, seq >= 1], got {list(input_ids.shape)}.")
-        return _look_up(self.embed_tokens, input_ids, "`input_ids`")
+        return embed_text(self.embed_tokens, input_ids, inputs_embeds, self.config.hidden_size)
 
     def embed_meta(self, meta_ids: torch.LongTensor | None, shape: tuple[int, int]) -> torch.FloatTensor | None:
         """The meta axes' embeddings `[axes, batch, seq, meta_hidden_size]`, `None` without axes.
@@ -372,8 +367,7 @@ class MultiGridModel(MultiGridPreTrainedModel):
             if names:
                 raise ValueError(f"`meta_ids` must be given, {expected}: a token of each of the axes {names}.")
             return None
-        if meta_ids.dtype not in (torch.long, torch.int):
-            raise TypeError(f"`meta_ids` must be torch.long or torch.int, got {meta_ids.dtype}.")
+        check_ids("meta_ids", meta_ids)
         if list(meta_ids.shape) != expected:
             raise ValueError(
                 f"`meta_ids` must be [batch, axes, seq] = {expected}, aligned with the main axis, got "
@@ -382,16 +376,14 @@ class MultiGridModel(MultiGridPreTrainedModel):
         if not names:
             return None
         tracks = zip(self.meta_embed_tokens, meta_ids.unbind(1), names)
-        return torch.stack([_look_up(table, ids, f"`meta_ids` of axis {name!r}") for table, ids, name in tracks])
+        return torch.stack([look_up(table, ids, f"`meta_ids` of axis {name!r}") for table, ids, name in tracks])
 
     def _plan(self, main, mask, segments, position_ids, past):
         """What the core needs to know of pads, packed sequences and positions."""
         seq, core = main.shape[1], self.config.core
         if core == "transformer":
             return MixingPlan(attention_mask=_visible(mask, segments, seq, past, main.device))
-        padding = None if mask is None else mask[:, -seq:]
-        if padding is not None and not is_tracing(padding) and padding.all():
-            padding = None
+        padding = of_new_tokens(mask, seq)
         plan = MixingPlan(padding_mask=padding, segment_ids=segments)
         if core == "leap":
             precise = main.to(torch.promote_types(main.dtype, torch.float32))
@@ -419,25 +411,6 @@ class MultiGridModel(MultiGridPreTrainedModel):
         return main, meta
 
 
-def _look_up(table, ids, what):
-    try:
-        return table(ids)
-    except IndexError as error:  # on a CPU; elsewhere a look would stop the device
-        low, high = (int(x) for x in ids.aminmax())
-        raise ValueError(
-            f"{what} must be in [0, {table.weight.shape[0]}), got values from {low} to {high}."
-        ) from error
-
-
-def check_cache(cache: Cache) -> None:
-    """Raise a `TypeError` for caches of other kinds."""
-    if not hasattr(cache, "packed"):
-        raise TypeError(
-            f"`past_key_values` must be a MultiGridCache, got {type(cache).__name__}: build it with "
-            "`MultiGridCache(model.config)`, or leave it out and pass `use_cache=True`."
-        )
-
-
 def check_continuation(core: str, position_ids: torch.Tensor | None) -> None:
     """Raise a `ValueError` where new tokens cannot follow the last of the sequences that are packed in a cache's rows."""
     if core == "transformer":
@@ -452,34 +425,13 @@ def check_continuation(core: str, position_ids: torch.Tensor | None) -> None:
         )
 
 
-def _token_mask(attention_mask, inputs_embeds, past):
+def _whole_mask(attention_mask, inputs_embeds, past):
     """Which of all tokens so far are real, `[batch, past + seq]`; `None` where all are."""
-    if attention_mask is None:
+    mask = token_mask(attention_mask, inputs_embeds, past)
+    if mask is None:
         return None
-    batch, seq, _ = inputs_embeds.shape
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
-        raise ValueError(f"`attention_mask` must be [{batch}, length], got {list(attention_mask.shape)}.")
-    if attention_mask.shape[1] not in (seq, past + seq):
-        raise ValueError(
-            f"`attention_mask` must cover the {seq} new tokens or all {past + seq} seen so far, got length "
-            f"{attention_mask.shape[1]}."
-        )
-    if not is_tracing(attention_mask) and attention_mask.all():
-        return None
-    missing = past + seq - attention_mask.shape[1]
-    return nn.functional.pad(attention_mask.bool(), (missing, 0), value=True)
-
-
-def _position_ids(inputs_embeds, mask, segments, past):
-    """Positions that count real tokens only and restart with every packed sequence, `[1 or batch, seq]`."""
-    seq, device = inputs_embeds.shape[1], inputs_embeds.device
-    if mask is not None:
-        return (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -seq:]
-    place = torch.arange(past, past + seq, device=device)
-    if segments is None:
-        return place.unsqueeze(0)
-    starts = nn.functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
-    return place - torch.where(starts, place, 0).cummax(-1).values
+    missing = past + inputs_embeds.shape[1] - mask.shape[1]
+    return nn.functional.pad(mask, (missing, 0), value=True)
 
 
 def _visible(mask, segments, seq, past, device):
@@ -611,7 +563,7 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGenerationMixin):
         main = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         if self._is_factored:
             states = outputs.last_hidden_state
-            mask = _token_mask(attention_mask, states, past)
+            mask = _whole_mask(attention_mask, states, past)
             segments = find_segments(states, mask, position_ids, seq_idx, cu_seq_lens_q)
             next_ids, known = _next_meta(meta_ids, next_meta_ids, mask, segments)
             next_ids = slice_logits_to_keep(next_ids.transpose(1, 2), logits_to_keep).transpose(1, 2)
@@ -666,7 +618,7 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGenerationMixin):
                 f"`next_meta_ids` must be [batch, axes, seq] = {expected}, got {list(next_meta_ids.shape)}."
             )
         tracks = zip(self.model.meta_embed_tokens, next_meta_ids.unbind(1), names)
-        embeds = [_look_up(table, ids, f"`next_meta_ids` of axis {name!r}") for table, ids, name in tracks]
+        embeds = [look_up(table, ids, f"`next_meta_ids` of axis {name!r}") for table, ids, name in tracks]
         return self.lm_head(self.next_meta(main_hidden_states, embeds, known))
 
     def add_meta_axis(self, name: str, vocab_size: int, freeze_rest: bool = False) -> None:
@@ -795,20 +747,13 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGenerationMixin):
         whole = share * main_loss + (1 - share) * sum(meta_losses) / len(meta_losses)
         return {"loss": whole, "main_loss": main_loss, "meta_losses": meta_losses}
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_length):
-        """A cache of our own in place of the stock one."""
-        given, kind = model_kwargs.get("past_key_values"), generation_config.cache_implementation
-        if given is not None:
-            check_cache(given)
-            if given.packed:
-                check_continuation(self.config.core, None)  # generate's own positions are those of one sequence
-        elif kind not in (None, "dynamic"):
-            raise ValueError(f"`cache_implementation` must be 'dynamic' for MultiGrid, got {kind!r}.")
-        elif self.training and self.model.gradient_checkpointing:  # whose layers ignore any cache
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+        """As that of all families; packed sequences are no beginning, and layers with checkpointing ignore any cache."""
+        if getattr(model_kwargs.get("past_key_values"), "packed", False):
+            check_continuation(self.config.core, None)  # generate's own positions are those of one sequence
+        if self.training and self.model.gradient_checkpointing and model_kwargs.get("past_key_values") is None:
             generation_config.use_cache = model_kwargs["use_cache"] = False
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, max_length)
-        if given is None and model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"] = MultiGridCache(self.config)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
 
 
 MultiGridModel.register_for_auto_class("AutoModel")
