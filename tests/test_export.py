@@ -68,6 +68,8 @@ CODE = {
         "auto_map.py",
         "causal_compressors.py",
         "configuration_hierarchical_lm.py",
+        "eager_attention.py",
+        "hierarchical_block.py",
         "hierarchical_cache.py",
         "linear_cross_entropy.py",
         "model_inputs.py",
@@ -84,10 +86,13 @@ CODE = {
 CODE["multigrid"] = {  # a core is LEAP's mixer
     *CODE["leap"],
     "configuration_multigrid.py",
+    "eager_attention.py",
     "generation_multigrid.py",
     "modeling_multigrid.py",
+    "multigrid_blocks.py",
     "multigrid_cache.py",
     "multigrid_cores.py",
+    "multigrid_growth.py",
 }
 HEADS = {
     "LeapModel": "AutoModel",
