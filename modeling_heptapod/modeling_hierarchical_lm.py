@@ -263,15 +263,13 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         use_cache = config.use_cache if use_cache is None else use_cache
         if past_key_values is not None:
-            self.check_cache(past_key_values)
+            self.check_cache(past_key_values, batch)
         cache = past_key_values
         if cache is None and use_cache and not self.training:
             cache = HierarchicalCache(config)
         check_position_ids(position_ids, seq)
 
         past = [0] * batch if cache is None or cache.seen_tokens == 0 else cache.row_lengths
-        if len(past) != batch:
-            raise ValueError(f"`past_key_values` holds {len(past)} rows, but the batch has {batch}.")
         fresh = cache is None or cache.seen_tokens == 0
         mask = of_new_tokens(token_mask(attention_mask, inputs_embeds, 0 if fresh else cache.seen_tokens), seq)
         segments = None

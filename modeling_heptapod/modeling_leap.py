@@ -352,7 +352,7 @@ class LeapModel(LeapPreTrainedModel):
             the same.
         """
         inputs_embeds = embed_text(self.embed_tokens, input_ids, inputs_embeds, self.config.hidden_size, least_batch=0)
-        seq = inputs_embeds.shape[1]
+        batch, seq, _ = inputs_embeds.shape
         # Not by `merge_with_config_defaults`, which also writes `is_causal` into the config: a token would feel that.
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -364,7 +364,7 @@ class LeapModel(LeapPreTrainedModel):
                     "`past_key_values` was given, but a bidirectional model has no past to continue from."
                 )
         elif past_key_values is not None:
-            self.check_cache(past_key_values)
+            self.check_cache(past_key_values, batch)
         elif use_cache and not self.training:
             past_key_values = RecurrentCache(self.config)
 

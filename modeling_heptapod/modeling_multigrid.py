@@ -179,11 +179,11 @@ class MultiGridModel(MultiGridPreTrainedModel):
         config = self.config
         main = self.embed(input_ids, inputs_embeds)
         meta = self.embed_meta(meta_ids, main.shape[:2])
-        seq = main.shape[1]
+        batch, seq, _ = main.shape
         use_cache = config.use_cache if use_cache is None else use_cache
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         if past_key_values is not None:
-            self.check_cache(past_key_values)
+            self.check_cache(past_key_values, batch)
         elif use_cache and not self.training:
             past_key_values = MultiGridCache(config)
         check_position_ids(position_ids, seq)

@@ -12,15 +12,20 @@ class OwnCacheMixin:
 
     _cache_classes: dict[str, type[Cache]]
 
-    @classmethod
-    def check_cache(cls, cache: Cache) -> None:
-        """Raise a `TypeError` for caches of other kinds."""
-        names = [cache_class.__name__ for cache_class in cls._cache_classes.values()]
+    def check_cache(self, cache: Cache, batch: int | None = None) -> None:
+        """Raise a `TypeError` for caches of other kinds, a `ValueError` for one of another batch size."""
+        names = [cache_class.__name__ for cache_class in self._cache_classes.values()]
         # By name: a cache that was made here also serves a model whose code came with its folder.
         if not any(base.__name__ in names for base in type(cache).__mro__):
             raise TypeError(
                 f"`past_key_values` must be a {' or '.join(names)}, got {type(cache).__name__}: build it with "
                 f"`{names[0]}(model.config)`, or leave it out and pass `use_cache=True`."
+            )
+        rows = cache.num_rows()
+        if None not in (rows, batch) and rows != batch:
+            raise ValueError(
+                f"`past_key_values` holds {rows} rows, but the batch has {batch}. `batch_repeat_interleave` and "
+                "`batch_select_indices` of the cache repeat and choose rows."
             )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_length):

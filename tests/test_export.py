@@ -45,6 +45,7 @@ CODE = {
     "leap": {
         "auto_map.py",
         "configuration_leap.py",
+        "counting_cache.py",
         "focus.py",
         "focus_cpu.py",
         "focus_cpu_source.py",
@@ -68,6 +69,7 @@ CODE = {
         "auto_map.py",
         "causal_compressors.py",
         "configuration_hierarchical_lm.py",
+        "counting_cache.py",
         "eager_attention.py",
         "hierarchical_block.py",
         "hierarchical_cache.py",
