@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from data import build_tokenizer
@@ -128,6 +129,14 @@ def test_without_axes_it_is_a_tokenizer(by_bytes):
 def test_text_without_tokens(processor):
     out = processor(["", "a"], padding=True, return_tensors="pt")
     assert out.meta_ids.shape == (2, len(AXES), 1) and not out.meta_ids[0].any()
+    for tensors, dtype in (("pt", torch.int64), ("np", np.dtype("int64"))):
+        out = processor("", return_tensors=tensors)
+        assert {name: tuple(values.shape) for name, values in out.items()} == {
+            "input_ids": (1, 0),
+            "attention_mask": (1, 0),
+            "meta_ids": (1, len(AXES), 0),
+        }
+        assert {values.dtype for values in out.values()} == {dtype}
 
 
 # ---- while a model writes
