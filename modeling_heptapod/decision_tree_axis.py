@@ -79,7 +79,7 @@ class DecisionTreeAxis(MetaAxis):
                 "    if not text:",
                 "        return 0",
                 f"    {names} = {slices}",
-                *self._source(0, 1),
+                *self._source(0, 1, self._sizes()),
                 "",
                 "",
                 "def annotate(text):",
@@ -99,14 +99,24 @@ class DecisionTreeAxis(MetaAxis):
             node = self.nodes[left if character <= code else right]
         return node[0]
 
-    def _source(self, number, depth):
-        """The lines of a node and all below it."""
-        node, blank = self.nodes[number], "    " * depth
-        if len(node) == 1:
-            return [f"{blank}return {node[0]}"]
-        back, code, left, right = node
-        condition = f"c{back} <= {chr(code)!a}" if code >= 0 else f'c{back} == ""'
-        return [f"{blank}if {condition}:", *self._source(left, depth + 1), *self._source(right, depth)]
+    def _sizes(self):
+        """How many lines the source of each node takes."""
+        sizes = [1] * len(self.nodes)
+        for number in reversed(range(len(self.nodes))):
+            if len(self.nodes[number]) == 4:
+                sizes[number] = 1 + sum(sizes[child] for child in self.nodes[number][2:])
+        return sizes
+
+    def _source(self, number, depth, sizes):
+        """The lines of a node and all below it. The smaller side is indented, for Python takes 100 levels at most."""
+        lines, blank = [], "    " * depth
+        while len(self.nodes[number]) == 4:
+            back, code, left, right = self.nodes[number]
+            inside, number = (left, right) if sizes[left] <= sizes[right] else (right, left)
+            sign, entry = ("<=", "==") if inside == left else (">", "!=")
+            condition = f"{sign} {chr(code)!a}" if code >= 0 else f'{entry} ""'
+            lines += [f"{blank}if c{back} {condition}:", *self._source(inside, depth + 1, sizes)]
+        return [*lines, f"{blank}return {self.nodes[number][0]}"]
 
     def _fits(self, number, node):
         if not all(type(entry) is int for entry in node):

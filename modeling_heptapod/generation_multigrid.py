@@ -26,6 +26,8 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 
+from .model_inputs import check_ids
+
 
 META_SOURCES = ("predicted", "annotated", "forced")
 
@@ -250,11 +252,13 @@ class MultiGridGenerationMixin(GenerationMixin):
             [`MultiGridGenerateBeamOutput`], which have `meta_sequences` beside them. Scores are those of main tokens.
 
         Raises:
-            TypeError: for a `meta_source` or `forced_meta_ids` of another type.
-            ValueError: for unknown axes or sources, a missing `processor` or `meta_ids`, an axis that is not causal and
+            TypeError: for a `meta_source`, `meta_ids` or `forced_meta_ids` of another type.
+            ValueError: for a `guidance_scale` or assisted decoding, unknown axes or sources, a missing `processor` or `meta_ids`, an axis that is not causal and
                 annotated, forced tracks of a wrong shape, too short, or with ids outside an axis's vocabulary.
         """
         sources = self._meta_sources(meta_source, processor, forced_meta_ids)
+        if kwargs.get("meta_ids") is not None:
+            check_ids("meta_ids", kwargs["meta_ids"])
         if sources.of_axes:
             kwargs.update(meta_sources=sources, forced_meta_ids=forced_meta_ids)
         else:
@@ -352,11 +356,8 @@ class MultiGridGenerationMixin(GenerationMixin):
                 "`forced_meta_ids` and a `meta_source` of 'forced' belong together, got "
                 f"meta_source={meta_source!r} and {'no' if forced_meta_ids is None else 'some'} `forced_meta_ids`."
             )
-        if forced_meta_ids is not None and getattr(forced_meta_ids, "dtype", None) not in (torch.long, torch.int):
-            raise TypeError(
-                "`forced_meta_ids` must be a torch.long or torch.int tensor, got "
-                f"{getattr(forced_meta_ids, 'dtype', type(forced_meta_ids).__name__)}."
-            )
+        if forced_meta_ids is not None:
+            check_ids("forced_meta_ids", forced_meta_ids)
         annotators = tuple(self._annotator(name, processor) for name in names if by_name.get(name) == "annotated")
         return _Sources(of_axes, processor, annotators)
 
@@ -387,6 +388,11 @@ class MultiGridGenerationMixin(GenerationMixin):
         )
         if sources is None:
             return None
+        if generation_config.guidance_scale not in (None, 1):
+            raise ValueError(
+                f"`guidance_scale` must be 1 with meta axes, got {generation_config.guidance_scale}: what the model would say "
+                "without the prompt is asked for without meta tokens."
+            )
         embeds, cache, mask = (model_kwargs.get(x) for x in ("inputs_embeds", "past_key_values", "attention_mask"))
         rows, length = (input_ids if embeds is None else embeds).shape[:2]
         expected = [rows, len(sources.of_axes), length]

@@ -13,8 +13,10 @@ into memory with room to spare, so that a token costs what a window holds, not w
 import torch
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicCache
 
+from .counting_cache import CountingCacheMixin
 
-class HierarchicalCache(DynamicCache):
+
+class HierarchicalCache(CountingCacheMixin, DynamicCache):
     """Dynamic cache of a [`HierarchicalLMModel`].
 
     Args:
@@ -44,14 +46,6 @@ class HierarchicalCache(DynamicCache):
         self.seen_tokens = 0
         self.row_lengths = None
         self._room = {}
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Number of tokens seen, pads included, the same for every layer."""
-        return self.seen_tokens
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int):
-        """Length and offset of a mask over everything seen and `query_length` new tokens."""
-        return self.seen_tokens + query_length, 0
 
     def advance(self, tokens: int, row_lengths: list[int]) -> None:
         """Count `tokens` more; a model calls it once a forward pass, after its last layer."""
@@ -155,10 +149,12 @@ class HierarchicalCache(DynamicCache):
         layer.recurrent_states[state_idx] = state
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Reorder the rows for beam search."""
+        """Reorder the rows for beam search; there may be more or fewer than before."""
         super().reorder_cache(beam_idx)
-        if self.row_lengths is not None and len(set(self.row_lengths)) > 1:
-            self.row_lengths = [self.row_lengths[row] for row in beam_idx.tolist()]
+        if self.row_lengths is not None:
+            equal = len(set(self.row_lengths)) == 1  # then rows need not be known, which would stop a device
+            rows = [0] * len(beam_idx) if equal else beam_idx.tolist()
+            self.row_lengths = [self.row_lengths[row] for row in rows]
 
     def reset(self) -> None:
         """Forget everything."""

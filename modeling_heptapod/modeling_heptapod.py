@@ -24,6 +24,7 @@ from .auto_map import FullAutoMapMixin
 from .configuration_heptapod import HeptapodConfig
 from .generation_heptapod import HeptapodGenerationMixin
 from .local_attention import attention_weights, grid_rotary, local_attention, rotate
+from .model_inputs import check_ids, check_one_input
 
 
 logger = logging.get_logger(__name__)
@@ -251,11 +252,8 @@ class HeptapodModel(HeptapodPreTrainedModel):
         Raises:
             TypeError, ValueError: unless exactly one is given, of the right dtype and shape.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
+        check_one_input(input_ids, inputs_embeds)
         if input_ids is None:
-            if not inputs_embeds.is_floating_point():
-                raise TypeError(f"`inputs_embeds` must be floating point, got {inputs_embeds.dtype}.")
             width = self.config.hidden_size
             if inputs_embeds.dim() not in (3, 4) or 0 in inputs_embeds.shape or inputs_embeds.shape[-1] != width:
                 raise ValueError(
@@ -263,8 +261,6 @@ class HeptapodModel(HeptapodPreTrainedModel):
                     f"0, got {list(inputs_embeds.shape)}."
                 )
             return inputs_embeds
-        if input_ids.dtype not in (torch.long, torch.int):
-            raise TypeError(f"`input_ids` must be torch.long or torch.int, got {input_ids.dtype}.")
         if input_ids.dim() not in (2, 3) or 0 in input_ids.shape:
             raise ValueError(
                 "`input_ids` must be [batch, height, width] or [batch, cells], none of them 0, got "
@@ -535,8 +531,7 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
         """The labels, checked, with `-100` at pads; and at masks, where they go unnoticed."""
         if self.config.mask_token_id is None:
             raise ValueError("`labels` need a `config.mask_token_id` to mask cells with, got None.")
-        if labels.dtype not in (torch.long, torch.int):
-            raise TypeError(f"`labels` must be torch.long or torch.int, got {labels.dtype}.")
+        check_ids("labels", labels)
         _check_shape("labels", labels, shape)
         _check_shape("attention_mask", attention_mask, shape)
         labels = labels.long()

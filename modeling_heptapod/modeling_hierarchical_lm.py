@@ -1,8 +1,8 @@
 """The hierarchical LM: streams of the same text at several resolutions, each a decoder of its own, merged in every layer.
 
-Read bottom-up: compressors, attention, block, merges, layer, model, head. The arithmetic of attention is in
-`windowed_attention.py`, pads and packed rows in `row_layout.py`, losses beside cross-entropy in `predictive_losses.py`. The
-prototype is `simple-hierarchical-transformer` on PyPI; compression with strides is that of Hourglass (arXiv 2110.13711).
+Read bottom-up: layer, model, head. Blocks are in `hierarchical_block.py`, what a pass does to each stream in `stream_plan.py`,
+pads and packed rows in `row_layout.py`, losses beside cross-entropy in `predictive_losses.py`. The prototype is
+`simple-hierarchical-transformer` on PyPI; compression with strides is that of Hourglass (arXiv 2110.13711).
 
 A stream of factor `c` and stride `s` has a step for every `s`-th token: step `k` is made of tokens up to `k * s`, and a
 token reads the last step that is made of nothing later than itself. Attention and token shift in it jump `c / s` steps.
@@ -13,34 +13,27 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
-from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .auto_map import FullAutoMapMixin
 from .causal_compressors import AttentionCompressor, make_compressor
 from .configuration_hierarchical_lm import HierarchicalLMConfig
+from .hierarchical_block import HierarchicalLMBlock
 from .hierarchical_cache import HierarchicalCache
+from .model_inputs import check_position_ids, embed_text, of_new_tokens, token_mask
+from .own_cache import OwnCacheMixin
 from .packed_rows import segment_ids
 from .predictive_losses import LinearFromZero, PredictionHead, PredictiveLosses, RandomProjectionQuantizer
 from .row_layout import RowLayout, packed_layout, pad_layout
 from .stream_merges import ConcatMerge, CrossAttentionMerge
-from .stream_plan import StreamPlan
-from .windowed_attention import first_key, step_attention, visible, windowed_attention
-
-
-# xPos multiplies queries and keys by powers of a base of at least 0.4 / 1.4, with the distance to a centre over
-# `xpos_scale_base` as exponent. 30 of these on both sides make products, of masked keys too, within the range of float32
-# and bfloat16; float16 holds the factors of 8.
-_FARTHEST_FROM_CENTER = 30
-_FARTHEST_FROM_CENTER_IN_FLOAT16 = 8
+from .stream_plan import Pass, StreamPlan, make_plan
 
 
 @auto_docstring(
@@ -122,142 +115,6 @@ class HierarchicalLMOutput(ModelOutput):
     next_latent_loss: torch.FloatTensor | None = None
 
 
-def _rotate(x, rotary):
-    """Half-split rotary positions of `x [batch, steps, 2, heads, head_dim]`, queries and keys at once.
-
-    `rotary` is cosines and signed sines `[1 or batch, steps, 1 or 2, 1, head_dim]`, times what xPos adds.
-    """
-    cos, sin = rotary
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-
-
-def eager_attention(module, query, key, value, attention_mask, scaling, is_causal=False, **kwargs):
-    """Attention in the open; the arguments are those of transformers' attention interface, with a boolean mask.
-
-    Returns the output `[batch, queries, heads, head_dim]` and the weights `[batch, heads, queries, keys]`.
-    """
-    logits = query @ key.transpose(2, 3) * scaling
-    if is_causal:
-        shape = query.shape[2], key.shape[2]
-        attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
-    if attention_mask is not None:
-        logits = logits.masked_fill(~attention_mask, torch.finfo(logits.dtype).min)
-    weights = torch.softmax(logits, dim=-1, dtype=torch.promote_types(torch.float32, query.dtype)).to(query.dtype)
-    return (weights @ value).transpose(1, 2), weights
-
-
-class HierarchicalLMAttention(nn.Module):
-    """Causal attention of one stream, or of several of equal width."""
-
-    def __init__(self, config: HierarchicalLMConfig, hierarchy: int):
-        super().__init__()
-        self.config = config
-        self.num_heads, self.head_dim = config.num_attention_heads[hierarchy], config.head_dim[hierarchy]
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = True
-        inner, width = self.num_heads * self.head_dim, config.hidden_sizes[hierarchy]
-        self.qkv_proj = nn.Linear(width, 3 * inner, bias=False)
-        self.o_proj = nn.Linear(inner, width, bias=False)
-
-    def forward(
-        self, hidden_states: torch.Tensor, plan: StreamPlan, cache: HierarchicalCache | None, layer_idx: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        batch, steps, _ = hidden_states.shape
-        qkv = self.qkv_proj(hidden_states).view(batch, steps, 3, self.num_heads, self.head_dim)
-        query, key = _rotate(qkv[:, :, :2], plan.rotary).unbind(2)
-        value = qkv[:, :, 2]
-        if cache is None:
-            keys, values = key.transpose(1, 2), value.transpose(1, 2)
-        else:
-            keys, values = cache.append(layer_idx, key.transpose(1, 2), value.transpose(1, 2), plan.order)
-        weights = None
-        if plan.in_the_open:
-            out, weights = eager_attention(self, query.transpose(1, 2), keys, values, plan.mask, self.scaling)
-        elif plan.fresh:
-            where = (plan.window, plan.dilation, plan.block, plan.positions, plan.segments)
-            out = windowed_attention(self._attend, query, key, value, *where)
-        elif steps == 1:
-            query = query.transpose(1, 2)
-            out = step_attention(self._attend, query, keys, values, plan.keys_seen, plan.dilation, plan.mask)
-        else:
-            out = self._attend(query.transpose(1, 2), keys, values, plan.mask, False)
-        return self.o_proj(out.reshape(batch, steps, -1)), weights
-
-    def _attend(self, query, key, value, mask, is_causal):
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        return attention(self, query, key, value, mask, scaling=self.scaling, is_causal=is_causal)[0]
-
-
-class HierarchicalLMMLP(nn.Module):
-    def __init__(self, config: HierarchicalLMConfig, hierarchy: int):
-        super().__init__()
-        width, inner = config.hidden_sizes[hierarchy], config.intermediate_sizes[hierarchy]
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
-
-
-class HierarchicalLMBlock(nn.Module):
-    """Pre-norm block of one stream: attention (unless its window is 0) and feed-forward, both behind a token shift.
-
-    `attention` is the module of another block where weights are shared, `None` for a block's own.
-    """
-
-    def __init__(self, config: HierarchicalLMConfig, layer_idx: int, hierarchy: int, has_own_attention: bool):
-        super().__init__()
-        width = config.hidden_sizes[hierarchy]
-        self.cache_idx = layer_idx * config.num_hierarchies + hierarchy
-        self.has_attention = config.window_sizes[hierarchy] != 0
-        if self.has_attention:
-            norms = {
-                "rms_norm": (nn.RMSNorm, config.rms_norm_eps),
-                "layer_norm": (nn.LayerNorm, config.layer_norm_eps),
-            }
-            norm, eps = norms[config.attention_norm[hierarchy]]
-            self.input_layernorm = norm(width, eps=eps)
-        if has_own_attention:
-            self.self_attn = HierarchicalLMAttention(config, hierarchy)
-        self.post_attention_layernorm = nn.RMSNorm(width, eps=config.rms_norm_eps)
-        self.mlp = HierarchicalLMMLP(config, hierarchy)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        plan: StreamPlan,
-        cache: HierarchicalCache | None = None,
-        attention: nn.Module | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        weights = None
-        if self.has_attention:
-            shifted = self.input_layernorm(self._token_shift(hidden_states, plan, cache, 0))
-            attention = self.self_attn if attention is None else attention
-            out, weights = attention(shifted, plan, cache, self.cache_idx)
-            hidden_states = hidden_states + out
-        shifted = self.post_attention_layernorm(self._token_shift(hidden_states, plan, cache, 1))
-        return hidden_states + self.mlp(shifted), weights
-
-    def _token_shift(self, x, plan, cache, state_idx):
-        """The second half of the channels, from one (dilated) step before (RWKV's token shift)."""
-        steps, width = x.shape[1:]
-        kept, moved = x.split((width + 1) // 2, dim=-1) if width > 1 else (x, x[..., :0])
-        past = None if cache is None else cache.read_conv(self.cache_idx, state_idx)
-        if past is None:
-            past = moved.new_zeros(x.shape[0], plan.dilation, moved.shape[-1])
-        if cache is not None and steps == 1 and plan.dilation == 1 and plan.counts is None:
-            cache.write_conv(moved, self.cache_idx, state_idx)
-            return torch.cat((kept, past), dim=-1)
-        joined = torch.cat((past, moved), dim=1)
-        if cache is not None:
-            cache.write_conv(plan.last_of(joined, plan.dilation), self.cache_idx, state_idx)
-        earlier = joined[:, :steps]
-        if plan.shift_mask is not None:
-            earlier = earlier * plan.shift_mask
-        return torch.cat((kept, earlier), dim=-1)
-
-
 class HierarchicalLMLayer(GradientCheckpointingLayer):
     """A block for each stream, then what they tell each other."""
 
@@ -322,7 +179,7 @@ def _to_read(x, plan, cache, layer_idx, state_idx=0):
 
 
 @auto_docstring
-class HierarchicalLMPreTrainedModel(FullAutoMapMixin, PreTrainedModel):
+class HierarchicalLMPreTrainedModel(FullAutoMapMixin, OwnCacheMixin, PreTrainedModel):
     config: HierarchicalLMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -330,6 +187,7 @@ class HierarchicalLMPreTrainedModel(FullAutoMapMixin, PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _is_stateful = True
+    _cache_classes = {"dynamic": HierarchicalCache}
     _family_auto_map = {
         "AutoConfig": "configuration_hierarchical_lm.HierarchicalLMConfig",
         "AutoModel": "modeling_hierarchical_lm.HierarchicalLMModel",
@@ -405,18 +263,15 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         use_cache = config.use_cache if use_cache is None else use_cache
         if past_key_values is not None:
-            check_cache(past_key_values)
+            self.check_cache(past_key_values, batch)
         cache = past_key_values
         if cache is None and use_cache and not self.training:
             cache = HierarchicalCache(config)
-        if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != seq):
-            raise ValueError(f"`position_ids` must be [1 or batch, {seq}], got {list(position_ids.shape)}.")
+        check_position_ids(position_ids, seq)
 
         past = [0] * batch if cache is None or cache.seen_tokens == 0 else cache.row_lengths
-        if len(past) != batch:
-            raise ValueError(f"`past_key_values` holds {len(past)} rows, but the batch has {batch}.")
         fresh = cache is None or cache.seen_tokens == 0
-        mask = _token_mask(attention_mask, inputs_embeds, 0 if fresh else cache.seen_tokens)
+        mask = of_new_tokens(token_mask(attention_mask, inputs_embeds, 0 if fresh else cache.seen_tokens), seq)
         segments = None
         if fresh:
             segments = segment_ids(inputs_embeds, attention_mask, position_ids, seq_idx, cu_seq_lens_q)
@@ -431,8 +286,11 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         new = [seq] * batch if mask is None or cache is None else mask.sum(1).tolist()
         embeds = inputs_embeds if rows is None else rows.align(inputs_embeds)
 
-        pass_ = _Pass(embeds, past, new, rows, cache, fresh, bool(output_attentions))
-        plans = [self._plan(h, pass_) for h in range(config.num_hierarchies)]
+        pass_ = Pass(embeds, past, new, rows, cache, fresh, bool(output_attentions))
+        plans = [
+            make_plan(config, h, pass_, self.rotary_emb[h], self.embed_tokens.weight.dtype)
+            for h in range(config.num_hierarchies)
+        ]
         streams = tuple(norm(x) for norm, x in zip(self.embed_norms, self._compress(embeds, plans, pass_)))
         predicting, hidden_states, attentions = config.predict_index, [], []
         for layer in self.layers:
@@ -461,27 +319,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
 
     def embed(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None) -> torch.FloatTensor:
         """The embeddings `[batch, seq, hidden_size]` of one or the other. Raises `TypeError` and `ValueError` for bad input."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
-        if input_ids is None:
-            if not inputs_embeds.is_floating_point():
-                raise TypeError(f"`inputs_embeds` must be floating point, got {inputs_embeds.dtype}.")
-            width = self.config.hidden_size
-            if inputs_embeds.dim() != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[2] != width:
-                raise ValueError(
-                    f"`inputs_embeds` must be [batch >= 1, seq >= 1, {width}], got {list(inputs_embeds.shape)}."
-                )
-            return inputs_embeds
-        if input_ids.dtype not in (torch.long, torch.int):
-            raise TypeError(f"`input_ids` must be torch.long or torch.int, got {input_ids.dtype}.")
-        if input_ids.dim() != 2 or 0 in input_ids.shape:
-            raise ValueError(f"`input_ids` must be [batch >= 1, seq >= 1], got {list(input_ids.shape)}.")
-        try:
-            return self.embed_tokens(input_ids)
-        except IndexError as error:  # on a CPU; elsewhere a look would stop the device
-            vocabulary = self.embed_tokens.num_embeddings
-            low, high = (int(x) for x in input_ids.aminmax())
-            raise ValueError(f"`input_ids` must be in [0, {vocabulary}), got values from {low} to {high}.") from error
+        return embed_text(self.embed_tokens, input_ids, inputs_embeds, self.config.hidden_size)
 
     def _compress(self, embeds, plans, pass_):
         """The streams `[batch, steps, width]` that the first layer gets, without their norm."""
@@ -514,154 +352,10 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
             streams.append(compressor(windows, exists).to(embeds.dtype))  # autocast must not make bf16 streams
         return streams
 
-    def _plan(self, hierarchy, pass_):
-        config, cache, device = self.config, pass_.cache, pass_.embeds.device
-        stride, dilation = config.strides[hierarchy], config.dilations[hierarchy]
-        window, block = config.window_sizes[hierarchy], config.window_type == "block"
-        tokens, past = pass_.embeds.shape[1], pass_.past
-        before = [-(-x // stride) for x in past]  # steps of each row so far
-        steps = max(-(-(x + tokens) // stride) - k for x, k in zip(past, before))
-        plan = StreamPlan(stride, dilation, window, block, steps, pass_.fresh, tokens)
-        one_start = min(past) == max(past)
-        if stride > 1:
-            if one_start:
-                plan.pick = slice(before[0] * stride - past[0], None, stride)
-                if not pass_.fresh and tokens > 1:
-                    plan.spread = (past[0] + torch.arange(tokens, device=device)) // stride - (before[0] - 1)
-            else:
-                starts, firsts = (torch.tensor(x, device=device).unsqueeze(1) for x in (past, before))
-                pick = (firsts + torch.arange(steps, device=device)) * stride - starts
-                plan.pick = pick.clamp_max(tokens - 1)
-                plan.spread = (starts + torch.arange(tokens, device=device)) // stride - (firsts - 1)
-        if steps == 0:
-            return plan
-        new = [-(-(x + more) // stride) - k for x, more, k in zip(past, pass_.new, before)]
-        if cache is not None and min(new) < steps:
-            plan.counts = torch.tensor(new, device=device)
-        first = torch.tensor(before[:1] if one_start else before, device=device).unsqueeze(1)
-        positions = first + torch.arange(steps, device=device)
-        if pass_.rows is not None and pass_.rows.segments is not None:
-            positions = plan.positions = pass_.rows.positions[:, ::stride] // stride
-            plan.segments = pass_.rows.segments[:, ::stride]
-            plan.shift_mask = (positions >= dilation).unsqueeze(-1)
-        plan.token_positions = positions * stride
-        if window == 0:
-            return plan
-        newest = (max(before) + steps) // dilation
-        plan.rotary = self._rotary(hierarchy, positions // dilation, newest, -(-steps // dilation), cache)
-        cached = 0 if cache is None else cache.steps_cached(hierarchy)
-        if plan.counts is not None:
-            length = cached + max(new)
-            places = torch.arange(length, device=device) + plan.counts.unsqueeze(1) - max(new)
-            plan.order = places.clamp_min(0)
-        plan.in_the_open = pass_.in_the_open
-        if plan.in_the_open or (steps > 1 and not pass_.fresh):
-            if cached:
-                positions = first - cached + torch.arange(cached + steps, device=device)
-            plan.mask = visible(positions, steps, window, dilation, block, plan.segments).unsqueeze(1)
-        elif not pass_.fresh:
-            plan.keys_seen = window
-            if block:
-                plan.keys_seen = 2 * window if not one_start else window + before[0] // dilation % window + 1
-            read = first_key(cached + 1, plan.keys_seen, dilation)
-            if min(before) - cached + read < 0 or (block and not one_start):
-                positions = first - cached + torch.arange(read, cached + 1, dilation, device=device)
-                plan.mask = visible(positions, 1, window, dilation, block).unsqueeze(1)
-        return plan
-
-    def _rotary(self, hierarchy, positions, newest, steps, cache):
-        """Cosines and signed sines of positions `[1 or batch, steps]` within a phase, with what xPos adds."""
-        dtype = self.embed_tokens.weight.dtype
-        rotary_emb, head_dim = self.rotary_emb[hierarchy], self.config.head_dim[hierarchy]
-        cos, sin = rotary_emb(positions.new_zeros((), dtype=torch.float32), positions)
-        sin = torch.cat((-sin[..., : head_dim // 2], sin[..., head_dim // 2 :]), dim=-1)
-        cos, sin = (x.unsqueeze(-2).unsqueeze(-2) for x in (cos, sin))
-        if self.config.use_xpos[hierarchy]:
-            base = self.config.xpos_scale_base
-            decay = (torch.arange(0, head_dim, 2, device=positions.device) + 0.4 * head_dim) / (1.4 * head_dim)
-            decay = decay.repeat(2)
-            center = self._center(hierarchy, newest, steps, decay, cache)
-            scale = decay ** ((positions - center).unsqueeze(-1) / base)
-            scale = torch.stack((scale, 1 / scale), dim=-2).unsqueeze(-2)
-            cos, sin = cos * scale, sin * scale
-        return cos.to(dtype), sin.to(dtype)
-
-    def _center(self, hierarchy, newest, steps, decay, cache):
-        """The position from which decay is counted; it follows the newest one, and cached keys follow it."""
-        base = self.config.xpos_scale_base
-        device, dtype = decay.device.type, self.embed_tokens.weight.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        farthest = _FARTHEST_FROM_CENTER_IN_FLOAT16 if dtype == torch.float16 else _FARTHEST_FROM_CENTER
-        fresh = cache is None or cache.steps_cached(hierarchy) == 0
-        fit = int((2 if fresh else 1) * farthest * base)
-        if steps > fit:
-            raise ValueError(
-                f"With `use_xpos` at most {fit} steps of a hierarchy's phase fit in one pass "
-                f"{'' if fresh else 'after cached ones '}at this precision, got {steps}: give them in several passes with "
-                "a cache, or set a higher `xpos_scale_base`."
-            )
-        if fresh:
-            center = newest // 2
-            if cache is not None:
-                cache.centers[hierarchy] = center
-            return center
-        center = cache.centers[hierarchy]
-        if newest - center > farthest // 2 * base:
-            cache.scale_keys(hierarchy, decay ** ((newest - center) / base))
-            cache.centers[hierarchy] = center = newest
-        return center
-
-
-@dataclass
-class _Pass:
-    """What the plans of all hierarchies share: embeddings as laid out, real tokens of each row before and in this pass."""
-
-    embeds: torch.Tensor
-    past: list[int]
-    new: list[int]
-    rows: RowLayout | None
-    cache: HierarchicalCache | None
-    fresh: bool
-    in_the_open: bool
-
-    def last_of(self, x, number):
-        """The last `number` of `[batch, number + tokens, width]`, as `StreamPlan.last_of`."""
-        tokens = self.embeds.shape[1]
-        counts = None if min(self.new) == tokens else torch.tensor(self.new, device=x.device)
-        return StreamPlan(1, 1, None, False, tokens, self.fresh, tokens, counts=counts).last_of(x, number)
-
 
 def _restore(rows, x, plan):
     """A stream in the order of the input; one with a stride stays as it is laid out."""
     return x if rows is None or plan.stride > 1 else rows.restore(x)
-
-
-def check_cache(cache: Cache) -> None:
-    """Raise a `TypeError` for caches of other kinds."""
-    if not hasattr(cache, "row_lengths"):
-        raise TypeError(
-            f"`past_key_values` must be a HierarchicalCache, got {type(cache).__name__}: build it with "
-            "`HierarchicalCache(model.config)`, or leave it out and pass `use_cache=True`."
-        )
-
-
-def _token_mask(attention_mask, inputs_embeds, past):
-    """Which of the new tokens are real, `[batch, seq]`; `None` where all are."""
-    if attention_mask is None:
-        return None
-    batch, seq, _ = inputs_embeds.shape
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
-        raise ValueError(f"`attention_mask` must be [{batch}, length], got {list(attention_mask.shape)}.")
-    if is_tracing(attention_mask):
-        return attention_mask[:, -seq:].bool()
-    if attention_mask.shape[1] not in (seq, past + seq):
-        raise ValueError(
-            f"`attention_mask` must cover the {seq} new tokens or all {past + seq} seen so far, got length "
-            f"{attention_mask.shape[1]}."
-        )
-    mask = attention_mask[:, -seq:]
-    return None if mask.all() else mask.bool()
 
 
 @auto_docstring
@@ -781,17 +475,6 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, GenerationMixin):
         if self.predictive_losses is not None:
             self.predictive_losses.resize_vocabulary(self.config.vocab_size)
         return embeddings
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_length):
-        """A cache of our own in place of the stock one."""
-        given, kind = model_kwargs.get("past_key_values"), generation_config.cache_implementation
-        if given is not None:
-            check_cache(given)
-        elif kind not in (None, "dynamic"):
-            raise ValueError(f"`cache_implementation` must be 'dynamic' for a hierarchical LM, got {kind!r}.")
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, max_length)
-        if given is None and model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"] = HierarchicalCache(self.config)
 
 
 HierarchicalLMModel.register_for_auto_class("AutoModel")

@@ -35,6 +35,8 @@ from .configuration_leap import LeapConfig
 from .focus import FocusSettings, attention_matrix, focus_mean, focus_mixing, log_weight, rotate, standardize
 from .focus_cpu import step
 from .focus_step import gate_output, pack_state, prepare_step, step_global_mean, step_window_mean, unpack_state
+from .model_inputs import check_position_ids, count_positions, embed_text, of_new_tokens, token_mask
+from .own_cache import OwnCacheMixin
 from .packed_rows import segment_ids as find_segments
 from .recurrent_cache import RecurrentCache, StaticRecurrentCache
 
@@ -276,7 +278,7 @@ class LeapLayer(GradientCheckpointingLayer):
 
 
 @auto_docstring
-class LeapPreTrainedModel(FullAutoMapMixin, PreTrainedModel):
+class LeapPreTrainedModel(FullAutoMapMixin, OwnCacheMixin, PreTrainedModel):
     config: LeapConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -284,6 +286,7 @@ class LeapPreTrainedModel(FullAutoMapMixin, PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _is_stateful = True
     _can_compile_fullgraph = True
+    _cache_classes = {"dynamic": RecurrentCache, "static": StaticRecurrentCache}
     _can_record_outputs = {"hidden_states": LeapLayer, "attentions": _Mixer}
     _family_auto_map = {
         "AutoConfig": "configuration_leap.LeapConfig",
@@ -348,8 +351,8 @@ class LeapModel(LeapPreTrainedModel):
             Boundaries of the sequences packed into one row. Restarting `position_ids` without an `attention_mask` mean
             the same.
         """
-        inputs_embeds = self._embed(input_ids, inputs_embeds)
-        seq = inputs_embeds.shape[1]
+        inputs_embeds = embed_text(self.embed_tokens, input_ids, inputs_embeds, self.config.hidden_size, least_batch=0)
+        batch, seq, _ = inputs_embeds.shape
         # Not by `merge_with_config_defaults`, which also writes `is_causal` into the config: a token would feel that.
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -361,24 +364,26 @@ class LeapModel(LeapPreTrainedModel):
                     "`past_key_values` was given, but a bidirectional model has no past to continue from."
                 )
         elif past_key_values is not None:
-            check_cache(past_key_values)
+            self.check_cache(past_key_values, batch)
         elif use_cache and not self.training:
             past_key_values = RecurrentCache(self.config)
 
-        if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != seq):
-            raise ValueError(f"`position_ids` must be [1 or batch, {seq}], got {list(position_ids.shape)}.")
+        check_position_ids(position_ids, seq)
 
         continues = past_key_values is not None and past_key_values.has_previous_state(0)
-        padding_mask = _padding_mask(attention_mask, inputs_embeds, past_key_values)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if isinstance(attention_mask, dict):
+            attention_mask = attention_mask.get("linear_attention")
+        mask = token_mask(attention_mask, inputs_embeds, past)
         segment_ids = None
         if not continues:
-            segment_ids = find_segments(inputs_embeds, padding_mask, position_ids, seq_idx, cu_seq_lens_q)
+            segment_ids = find_segments(inputs_embeds, mask, position_ids, seq_idx, cu_seq_lens_q)
         counted = position_ids is None
         if counted and self.position_type in ("learned", "rotary"):
-            position_ids = _position_ids(inputs_embeds, padding_mask, segment_ids, past_key_values)
+            position_ids = count_positions(inputs_embeds, mask, segment_ids, past)
         hidden_states = inputs_embeds
         if self.position_type == "learned":
-            self._check_positions(position_ids, counted, past_key_values)
+            self._check_positions(position_ids, counted, past)
             hidden_states = hidden_states + self.embed_positions(position_ids)
         rotary = None
         if self.position_type == "rotary":
@@ -387,16 +392,14 @@ class LeapModel(LeapPreTrainedModel):
         if self.training:
             hidden_states = self.dropout(hidden_states)
 
-        local_mask = None if padding_mask is None else padding_mask[:, -seq:]
-        if seq == 1 and continues and local_mask is not None and not is_tracing(local_mask) and local_mask.all():
-            local_mask = None
-        single_step = seq == 1 and continues and local_mask is None and not torch.is_grad_enabled()
+        padding_mask = of_new_tokens(mask, seq)
+        single_step = seq == 1 and continues and padding_mask is None and not torch.is_grad_enabled()
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
                 past_key_values=past_key_values,
                 rotary=rotary,
-                padding_mask=local_mask,
+                padding_mask=padding_mask,
                 segment_ids=segment_ids,
                 is_causal=is_causal,
                 single_step=single_step,
@@ -408,31 +411,7 @@ class LeapModel(LeapPreTrainedModel):
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
 
-    def _embed(self, input_ids, inputs_embeds):
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
-        if input_ids is None:
-            if not inputs_embeds.is_floating_point():
-                raise TypeError(f"`inputs_embeds` must be floating point, got {inputs_embeds.dtype}.")
-            width = self.config.hidden_size
-            if inputs_embeds.dim() != 3 or inputs_embeds.shape[1] == 0 or inputs_embeds.shape[2] != width:
-                raise ValueError(
-                    f"`inputs_embeds` must be [batch, seq >= 1, {width}], got {list(inputs_embeds.shape)}."
-                )
-            return inputs_embeds
-        if input_ids.dtype not in (torch.long, torch.int):
-            raise TypeError(f"`input_ids` must be torch.long or torch.int, got {input_ids.dtype}.")
-        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-            raise ValueError(f"`input_ids` must be [batch, seq >= 1], got {list(input_ids.shape)}.")
-        try:
-            return self.embed_tokens(input_ids)
-        except IndexError as error:  # on a CPU; elsewhere a look would stop the device
-            vocabulary = self.embed_tokens.num_embeddings
-            low, high = (int(x) for x in input_ids.aminmax())
-            raise ValueError(f"`input_ids` must be in [0, {vocabulary}), got values from {low} to {high}.") from error
-
-    def _check_positions(self, position_ids, counted, past_key_values):
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    def _check_positions(self, position_ids, counted, past):
         limit = self.config.max_position_embeddings
         within = counted and isinstance(past, int) and past + position_ids.shape[1] <= limit
         if within or is_tracing(position_ids):
@@ -444,49 +423,6 @@ class LeapModel(LeapPreTrainedModel):
                 f"`max_position_embeddings`={limit} positions. Use 'rotary', 'decay' or 'none' for contexts without "
                 "bound."
             )
-
-
-def check_cache(cache: Cache) -> None:
-    """Raise a `TypeError` for caches that cannot count tokens for a recurrent model."""
-    if not hasattr(cache, "advance"):
-        raise TypeError(
-            f"`past_key_values` must be a RecurrentCache or StaticRecurrentCache, got {type(cache).__name__}: build it "
-            "with `RecurrentCache(model.config)`, or leave it out and pass `use_cache=True`."
-        )
-
-
-def _padding_mask(attention_mask, inputs_embeds, past_key_values):
-    """The 2D mask over everything seen or over the new tokens, `None` where nothing is padded."""
-    if isinstance(attention_mask, dict):
-        attention_mask = attention_mask.get("linear_attention")
-    if attention_mask is None:
-        return None
-    batch, seq, _ = inputs_embeds.shape
-    past = 0 if past_key_values is None else past_key_values.get_seq_length()
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
-        raise ValueError(f"`attention_mask` must be [{batch}, length], got {list(attention_mask.shape)}.")
-    if is_tracing(attention_mask):
-        return attention_mask
-    if attention_mask.shape[1] not in (seq, int(past) + seq):
-        raise ValueError(
-            f"`attention_mask` must cover the {seq} new tokens or all {int(past) + seq} seen so far, got length "
-            f"{attention_mask.shape[1]}."
-        )
-    return None if attention_mask.all() else attention_mask
-
-
-def _position_ids(inputs_embeds, padding_mask, segment_ids, past_key_values):
-    """Positions that count real tokens only and restart with every packed sequence, `[1 or batch, seq]`."""
-    seq, device = inputs_embeds.shape[1], inputs_embeds.device
-    past = 0 if past_key_values is None else past_key_values.get_seq_length()
-    if padding_mask is not None:
-        positions = (padding_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -seq:]
-        return positions if padding_mask.shape[1] > seq else positions + past
-    place = torch.arange(seq, device=device)
-    if segment_ids is None:
-        return (place + past).unsqueeze(0)
-    starts = nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0))
-    return place - torch.where(starts, place, 0).cummax(-1).values
 
 
 @auto_docstring
@@ -538,21 +474,6 @@ class LeapForCausalLM(LeapPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_length):
-        """Caches of our own in place of the stock ones, which cannot count tokens when all layers are recurrent."""
-        given = model_kwargs.get("past_key_values")
-        kind = generation_config.cache_implementation
-        if given is not None:
-            check_cache(given)
-        elif kind not in (None, "dynamic", "static"):
-            raise ValueError(
-                f"`cache_implementation` must be 'dynamic' or 'static' for a recurrent model, got {kind!r}."
-            )
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, max_length)
-        if given is None and model_kwargs.get("past_key_values") is not None:
-            cache_class = StaticRecurrentCache if kind == "static" else RecurrentCache
-            model_kwargs["past_key_values"] = cache_class(self.config)
 
 
 @auto_docstring(

@@ -1,27 +1,15 @@
 """MultiGrid: a text and tracks beside it, aligned token for token, each a decoder of its own, reading each other in every layer.
 
-Read bottom-up: block, layer, model, head. How positions mix is in `multigrid_cores.py`. The prototype is the
-Metadata-Enhanced-Transformer notebook, on nanoGPT; without axes this is GPT-2.
-
-One layer of the main stream and `A` meta streams is `1 + 3 A` blocks, each mixing and feed-forward behind a norm:
-
-    x       <- self_block(x)                            every stream, from its own past
-    main_a  <- main_cross_blocks[a](main, meta_a)       the main stream reads axis a
-    meta_a  <- meta_cross_blocks[a](meta_a, main)       at the same time, axis a reads the main stream
-    main    <- main + sum_a axis_weights[a] * (main_a - main)
-
-Position `t` of any stream reads positions up to `t` only, its own, or another's after the self blocks.
+Read bottom-up: model, head. Layers are in `multigrid_blocks.py`, how positions mix in `multigrid_cores.py`, adding and removing
+axes in `multigrid_growth.py`. The prototype is the Metadata-Enhanced-Transformer notebook, on nanoGPT; without axes this is
+GPT-2.
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
@@ -32,8 +20,20 @@ from transformers.utils.output_capturing import capture_outputs
 from .auto_map import FullAutoMapMixin
 from .configuration_multigrid import MultiGridConfig
 from .generation_multigrid import MultiGridGenerationMixin
+from .model_inputs import (
+    check_ids,
+    check_position_ids,
+    count_positions,
+    embed_text,
+    look_up,
+    of_new_tokens,
+    token_mask,
+)
+from .multigrid_blocks import MultiGridLayer, NextMetaBlock
 from .multigrid_cache import MultiGridCache
-from .multigrid_cores import CORES, Group, LSTMRows, MixingPlan, grouped_linear, grouped_norm, leap_config
+from .multigrid_cores import LSTMRows, MixingPlan, grouped_norm, leap_config
+from .multigrid_growth import MultiGridGrowthMixin
+from .own_cache import OwnCacheMixin
 from .packed_rows import segment_ids as find_segments
 
 
@@ -105,126 +105,8 @@ class MultiGridCausalLMOutput(ModelOutput):
     meta_losses: tuple[torch.FloatTensor, ...] | None = None
 
 
-class MultiGridMLP(nn.Module):
-    def __init__(self, config: MultiGridConfig, width: int, inner: int):
-        super().__init__()
-        self.up_proj = nn.Linear(width, inner)
-        self.down_proj = nn.Linear(inner, width)
-        # The same function in one operation instead of eight.
-        self.act_fn = ACT2FN["gelu_pytorch_tanh" if config.hidden_act == "gelu_new" else config.hidden_act]
-
-
-def grouped_mlp(mlps: list[MultiGridMLP], x: torch.Tensor) -> torch.Tensor:
-    """One feed-forward for each stream `[streams, batch, seq, width]`."""
-    x = grouped_linear([mlp.up_proj for mlp in mlps], x)
-    return grouped_linear([mlp.down_proj for mlp in mlps], mlps[0].act_fn(x))
-
-
-class MultiGridBlock(nn.Module):
-    """Weights of one pre-norm block: mixer and feed-forward of a stream that mixes its own past or reads another one.
-
-    Args:
-        config (`MultiGridConfig`): of the model.
-        is_meta (`bool`): whether the stream that is changed is a meta stream.
-        is_cross (`bool`): whether it reads a stream of the other kind.
-    """
-
-    def __init__(self, config: MultiGridConfig, is_meta: bool, is_cross: bool):
-        super().__init__()
-        core = CORES[config.core]
-        sizes = [
-            (config.hidden_size, config.intermediate_size),
-            (config.meta_hidden_size, config.meta_intermediate_size),
-        ]
-        width, inner = sizes[is_meta]
-        other_width = sizes[not is_meta][0]
-        self.input_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        if is_cross:
-            self.key_value_layernorm = nn.LayerNorm(other_width, eps=config.layer_norm_eps)
-        reach = config.meta_hidden_size
-        self.mixer = core.cross_mixer(width, other_width, reach) if is_cross else core.self_mixer(width)
-        self.mlp = None
-        if not is_cross or config.cross_feed_forward:
-            self.post_attention_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-            self.mlp = MultiGridMLP(config, width, inner)
-
-    def close(self):
-        """Let the block change nothing: what it adds to its stream becomes zero, and learns."""
-        for linear in (self.mixer.o_proj, None if self.mlp is None else self.mlp.down_proj):
-            if linear is not None:
-                init.zeros_(linear.weight)
-                init.zeros_(linear.bias)
-
-
-class MultiGridLayer(GradientCheckpointingLayer):
-    """`1 + 3 A` blocks, those of equal shape together."""
-
-    def __init__(self, config: MultiGridConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.hidden_dropout = config.hidden_dropout
-        axes = range(config.num_axes)
-        self.self_block = MultiGridBlock(config, is_meta=False, is_cross=False)
-        self.meta_self_blocks = nn.ModuleList(MultiGridBlock(config, is_meta=True, is_cross=False) for _ in axes)
-        self.main_cross_blocks = nn.ModuleList(MultiGridBlock(config, is_meta=False, is_cross=True) for _ in axes)
-        self.meta_cross_blocks = nn.ModuleList(MultiGridBlock(config, is_meta=True, is_cross=True) for _ in axes)
-        self.layer_idx = layer_idx
-        self.make_cores()
-
-    def make_cores(self):
-        """What runs the mixers; it holds no weights, but knows how many there are."""
-        core, layers = CORES[self.config.core], self.config.num_hidden_layers
-        self.core = core(self.config, self.layer_idx)
-        self.cross_core = core(self.config, layers + self.layer_idx) if self.config.num_axes else None
-
-    def forward(
-        self,
-        main: torch.Tensor,
-        meta: torch.Tensor | None = None,
-        plan: MixingPlan | None = None,
-        past_key_values: MultiGridCache | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """`main [batch, seq, hidden_size]` and `meta [axes, batch, seq, meta_hidden_size]` after this layer, and attentions."""
-        streams = [([self.self_block], main.unsqueeze(0), None)]
-        if meta is not None:
-            streams.append((self.meta_self_blocks, meta, None))
-        (main, *rest), weights = self._run(self.core, streams, plan, past_key_values)
-        main = main[0]
-        if meta is None:
-            return main, None, weights
-        meta = rest[0]
-        mains = main.expand(len(meta), *main.shape)
-        readings = [(self.main_cross_blocks, mains, meta), (self.meta_cross_blocks, meta, mains)]
-        (read, meta), _ = self._run(self.cross_core, readings, plan, past_key_values)
-        # One after the other, so that an axis that changes nothing changes no rounding either.
-        for change, share in zip(read - main, self.config.axis_shares):
-            main = torch.add(main, change, alpha=share)
-        return main, meta, weights
-
-    def _run(self, core, streams, plan, cache):
-        """Blocks of several groups of streams, given as (blocks, own, other)."""
-        groups = []
-        for blocks, own, other in streams:
-            own = grouped_norm([block.input_layernorm for block in blocks], own)
-            if other is not None:
-                other = grouped_norm([block.key_value_layernorm for block in blocks], other)
-            groups.append(Group([block.mixer for block in blocks], own, other))
-        mixed, weights = core.mix(groups, plan, cache)
-        results = []
-        for (blocks, own, _), out in zip(streams, mixed):
-            x = own + self._dropout(out)
-            if blocks[0].mlp is not None:
-                normed = grouped_norm([block.post_attention_layernorm for block in blocks], x)
-                x = x + self._dropout(grouped_mlp([block.mlp for block in blocks], normed))
-            results.append(x)
-        return results, weights
-
-    def _dropout(self, x):
-        return nn.functional.dropout(x, self.hidden_dropout, self.training) if self.hidden_dropout else x
-
-
 @auto_docstring
-class MultiGridPreTrainedModel(FullAutoMapMixin, PreTrainedModel):
+class MultiGridPreTrainedModel(FullAutoMapMixin, OwnCacheMixin, PreTrainedModel):
     config: MultiGridConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -232,6 +114,7 @@ class MultiGridPreTrainedModel(FullAutoMapMixin, PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _can_record_outputs = {"hidden_states": MultiGridLayer}
+    _cache_classes = {"dynamic": MultiGridCache}
     _family_auto_map = {
         "AutoConfig": "configuration_multigrid.MultiGridConfig",
         "AutoModel": "modeling_multigrid.MultiGridModel",
@@ -296,18 +179,17 @@ class MultiGridModel(MultiGridPreTrainedModel):
         config = self.config
         main = self.embed(input_ids, inputs_embeds)
         meta = self.embed_meta(meta_ids, main.shape[:2])
-        seq = main.shape[1]
+        batch, seq, _ = main.shape
         use_cache = config.use_cache if use_cache is None else use_cache
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         if past_key_values is not None:
-            check_cache(past_key_values)
+            self.check_cache(past_key_values, batch)
         elif use_cache and not self.training:
             past_key_values = MultiGridCache(config)
-        if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != seq):
-            raise ValueError(f"`position_ids` must be [1 or batch, {seq}], got {list(position_ids.shape)}.")
+        check_position_ids(position_ids, seq)
 
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        mask = _token_mask(attention_mask, main, past)
+        mask = _whole_mask(attention_mask, main, past)
         segments = None
         if past == 0:
             segments = find_segments(main, mask, position_ids, seq_idx, cu_seq_lens_q)
@@ -316,7 +198,7 @@ class MultiGridModel(MultiGridPreTrainedModel):
         elif past_key_values.packed:
             check_continuation(config.core, position_ids)
         if position_ids is None and config.core != "lstm":
-            position_ids = _position_ids(main, mask, segments, past)
+            position_ids = count_positions(main, mask, segments, past)
         if config.core == "transformer":
             main, meta = self._add_positions(main, meta, position_ids, past)
         plan = self._plan(main, mask, segments, position_ids, past)
@@ -338,22 +220,7 @@ class MultiGridModel(MultiGridPreTrainedModel):
 
     def embed(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None) -> torch.FloatTensor:
         """The main axis's embeddings `[batch, seq, hidden_size]`. Raises `TypeError` and `ValueError` for bad input."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
-        if input_ids is None:
-            if not inputs_embeds.is_floating_point():
-                raise TypeError(f"`inputs_embeds` must be floating point, got {inputs_embeds.dtype}.")
-            width = self.config.hidden_size
-            if inputs_embeds.dim() != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[2] != width:
-                raise ValueError(
-                    f"`inputs_embeds` must be [batch >= 1, seq >= 1, {width}], got {list(inputs_embeds.shape)}."
-                )
-            return inputs_embeds
-        if input_ids.dtype not in (torch.long, torch.int):
-            raise TypeError(f"`input_ids` must be torch.long or torch.int, got {input_ids.dtype}.")
-        if input_ids.dim() != 2 or 0 in input_ids.shape:
-            raise ValueError(f"`input_ids` must be [batch >= 1, seq >= 1], got {list(input_ids.shape)}.")
-        return _look_up(self.embed_tokens, input_ids, "`input_ids`")
+        return embed_text(self.embed_tokens, input_ids, inputs_embeds, self.config.hidden_size)
 
     def embed_meta(self, meta_ids: torch.LongTensor | None, shape: tuple[int, int]) -> torch.FloatTensor | None:
         """The meta axes' embeddings `[axes, batch, seq, meta_hidden_size]`, `None` without axes.
@@ -372,8 +239,7 @@ class MultiGridModel(MultiGridPreTrainedModel):
             if names:
                 raise ValueError(f"`meta_ids` must be given, {expected}: a token of each of the axes {names}.")
             return None
-        if meta_ids.dtype not in (torch.long, torch.int):
-            raise TypeError(f"`meta_ids` must be torch.long or torch.int, got {meta_ids.dtype}.")
+        check_ids("meta_ids", meta_ids)
         if list(meta_ids.shape) != expected:
             raise ValueError(
                 f"`meta_ids` must be [batch, axes, seq] = {expected}, aligned with the main axis, got "
@@ -382,16 +248,14 @@ class MultiGridModel(MultiGridPreTrainedModel):
         if not names:
             return None
         tracks = zip(self.meta_embed_tokens, meta_ids.unbind(1), names)
-        return torch.stack([_look_up(table, ids, f"`meta_ids` of axis {name!r}") for table, ids, name in tracks])
+        return torch.stack([look_up(table, ids, f"`meta_ids` of axis {name!r}") for table, ids, name in tracks])
 
     def _plan(self, main, mask, segments, position_ids, past):
         """What the core needs to know of pads, packed sequences and positions."""
         seq, core = main.shape[1], self.config.core
         if core == "transformer":
             return MixingPlan(attention_mask=_visible(mask, segments, seq, past, main.device))
-        padding = None if mask is None else mask[:, -seq:]
-        if padding is not None and not is_tracing(padding) and padding.all():
-            padding = None
+        padding = of_new_tokens(mask, seq)
         plan = MixingPlan(padding_mask=padding, segment_ids=segments)
         if core == "leap":
             precise = main.to(torch.promote_types(main.dtype, torch.float32))
@@ -419,25 +283,6 @@ class MultiGridModel(MultiGridPreTrainedModel):
         return main, meta
 
 
-def _look_up(table, ids, what):
-    try:
-        return table(ids)
-    except IndexError as error:  # on a CPU; elsewhere a look would stop the device
-        low, high = (int(x) for x in ids.aminmax())
-        raise ValueError(
-            f"{what} must be in [0, {table.weight.shape[0]}), got values from {low} to {high}."
-        ) from error
-
-
-def check_cache(cache: Cache) -> None:
-    """Raise a `TypeError` for caches of other kinds."""
-    if not hasattr(cache, "packed"):
-        raise TypeError(
-            f"`past_key_values` must be a MultiGridCache, got {type(cache).__name__}: build it with "
-            "`MultiGridCache(model.config)`, or leave it out and pass `use_cache=True`."
-        )
-
-
 def check_continuation(core: str, position_ids: torch.Tensor | None) -> None:
     """Raise a `ValueError` where new tokens cannot follow the last of the sequences that are packed in a cache's rows."""
     if core == "transformer":
@@ -452,34 +297,13 @@ def check_continuation(core: str, position_ids: torch.Tensor | None) -> None:
         )
 
 
-def _token_mask(attention_mask, inputs_embeds, past):
+def _whole_mask(attention_mask, inputs_embeds, past):
     """Which of all tokens so far are real, `[batch, past + seq]`; `None` where all are."""
-    if attention_mask is None:
+    mask = token_mask(attention_mask, inputs_embeds, past)
+    if mask is None:
         return None
-    batch, seq, _ = inputs_embeds.shape
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
-        raise ValueError(f"`attention_mask` must be [{batch}, length], got {list(attention_mask.shape)}.")
-    if attention_mask.shape[1] not in (seq, past + seq):
-        raise ValueError(
-            f"`attention_mask` must cover the {seq} new tokens or all {past + seq} seen so far, got length "
-            f"{attention_mask.shape[1]}."
-        )
-    if not is_tracing(attention_mask) and attention_mask.all():
-        return None
-    missing = past + seq - attention_mask.shape[1]
-    return nn.functional.pad(attention_mask.bool(), (missing, 0), value=True)
-
-
-def _position_ids(inputs_embeds, mask, segments, past):
-    """Positions that count real tokens only and restart with every packed sequence, `[1 or batch, seq]`."""
-    seq, device = inputs_embeds.shape[1], inputs_embeds.device
-    if mask is not None:
-        return (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -seq:]
-    place = torch.arange(past, past + seq, device=device)
-    if segments is None:
-        return place.unsqueeze(0)
-    starts = nn.functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
-    return place - torch.where(starts, place, 0).cummax(-1).values
+    missing = past + inputs_embeds.shape[1] - mask.shape[1]
+    return nn.functional.pad(mask, (missing, 0), value=True)
 
 
 def _visible(mask, segments, seq, past, device):
@@ -516,32 +340,8 @@ def _next_meta(meta_ids, next_meta_ids, mask, segments):
     return torch.cat((meta_ids[:, :, 1:], next_meta_ids.unsqueeze(-1)), dim=2), known
 
 
-class NextMetaBlock(nn.Module):
-    """The factored order: what the main stream learns of the next meta tokens before it predicts, and a feed-forward."""
-
-    def __init__(self, config: MultiGridConfig):
-        super().__init__()
-        self.projs = nn.ModuleList(
-            nn.Linear(config.meta_hidden_size, config.hidden_size, bias=False) for _ in config.axis_names
-        )
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = MultiGridMLP(config, config.hidden_size, config.intermediate_size)
-
-    def forward(
-        self, hidden_states: torch.Tensor, next_embeds: list[torch.Tensor], known: torch.Tensor | None
-    ) -> torch.Tensor:
-        """`hidden_states [batch, seq, hidden_size]`, changed by the embeddings `[batch, seq, meta_hidden_size]` of each axis.
-
-        `known [1 or batch, seq]` says at which positions there are any; `None` for all.
-        """
-        for proj, embeds in zip(self.projs, next_embeds):
-            change = proj(embeds)
-            hidden_states = hidden_states + (change if known is None else change.masked_fill(~known.unsqueeze(-1), 0))
-        return hidden_states + grouped_mlp([self.mlp], self.norm(hidden_states).unsqueeze(0))[0]
-
-
 @auto_docstring
-class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGenerationMixin):
+class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, MultiGridGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: MultiGridConfig):
@@ -611,7 +411,7 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGenerationMixin):
         main = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         if self._is_factored:
             states = outputs.last_hidden_state
-            mask = _token_mask(attention_mask, states, past)
+            mask = _whole_mask(attention_mask, states, past)
             segments = find_segments(states, mask, position_ids, seq_idx, cu_seq_lens_q)
             next_ids, known = _next_meta(meta_ids, next_meta_ids, mask, segments)
             next_ids = slice_logits_to_keep(next_ids.transpose(1, 2), logits_to_keep).transpose(1, 2)
@@ -666,106 +466,8 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGenerationMixin):
                 f"`next_meta_ids` must be [batch, axes, seq] = {expected}, got {list(next_meta_ids.shape)}."
             )
         tracks = zip(self.model.meta_embed_tokens, next_meta_ids.unbind(1), names)
-        embeds = [_look_up(table, ids, f"`next_meta_ids` of axis {name!r}") for table, ids, name in tracks]
+        embeds = [look_up(table, ids, f"`next_meta_ids` of axis {name!r}") for table, ids, name in tracks]
         return self.lm_head(self.next_meta(main_hidden_states, embeds, known))
-
-    def add_meta_axis(self, name: str, vocab_size: int, freeze_rest: bool = False) -> None:
-        """Attach one more meta axis, the last in `meta_ids`. Nothing that the model predicted before changes, to the last bit.
-
-        What the main stream reads from the new axis starts at zero and learns. The other axes keep their weights in
-        `config.axis_weights`, the new one gets one over the number of axes. `config` is replaced by a copy. Make the
-        optimizer afterwards: one that exists does not know the new parameters.
-
-        Args:
-            name (`str`): of the axis, not one of `config.axis_names`.
-            vocab_size (`int`): of the axis.
-            freeze_rest (`bool`): train only what is new; all that was there no longer requires gradients.
-
-        Raises:
-            ValueError: for a name that is taken or empty, or a vocabulary of no size.
-        """
-        if not name or name in self.config.axis_names:
-            raise ValueError(f"`name` must be new and not empty, got {name!r}; there are {self.config.axis_names}.")
-        if vocab_size < 1:
-            raise ValueError(f"`vocab_size` must be at least 1, got {vocab_size}.")
-        config, before = copy.deepcopy(self.config), set(self.parameters())
-        config.axis_weights = [*config.axis_shares, 1 / (config.num_axes + 1)]
-        config.axis_names = [*config.axis_names, name]
-        config.axis_vocab_sizes = [*config.axis_vocab_sizes, vocab_size]
-        self._set_config(config)
-        base = self.model
-        self._append(base.meta_embed_tokens, nn.Embedding(vocab_size, config.meta_hidden_size), base.embed_tokens)
-        self._append(base.meta_norms, nn.LayerNorm(config.meta_hidden_size, eps=config.layer_norm_eps), base.norm)
-        self._append(self.meta_lm_heads, nn.Linear(config.meta_hidden_size, vocab_size, bias=False), self.lm_head)
-        for layer in base.layers:
-            self._append(layer.meta_self_blocks, MultiGridBlock(config, True, False), layer.self_block)
-            self._append(layer.main_cross_blocks, MultiGridBlock(config, False, True), layer.self_block)
-            self._append(layer.meta_cross_blocks, MultiGridBlock(config, True, True), layer.self_block)
-            layer.main_cross_blocks[-1].close()
-            layer.make_cores()
-        if config.num_axes == 1 and config.core == "transformer" and config.meta_hidden_size != config.hidden_size:
-            table = nn.Embedding(config.max_position_embeddings, config.meta_hidden_size)
-            base.meta_embed_positions = self._like(table, base.embed_positions)
-        if self._is_factored and self.next_meta is None:
-            self.next_meta = self._like(NextMetaBlock(config), self.lm_head)
-            init.zeros_(self.next_meta.mlp.down_proj.weight)
-        elif self._is_factored:
-            self._append(
-                self.next_meta.projs, nn.Linear(config.meta_hidden_size, config.hidden_size, bias=False), self.lm_head
-            )
-        if self._is_factored:
-            init.zeros_(self.next_meta.projs[-1].weight)
-        self.train(self.training)
-        if freeze_rest:
-            for parameter in self.parameters():
-                parameter.requires_grad_(parameter not in before)
-
-    def remove_meta_axis(self, name: str) -> None:
-        """Take a meta axis off. Right after `add_meta_axis` the model predicts what it did before, to the last bit.
-
-        The other axes keep their weights in `config.axis_weights`. `config` is replaced by a copy.
-
-        Args:
-            name (`str`): one of `config.axis_names`.
-
-        Raises:
-            ValueError: for any other name.
-        """
-        if name not in self.config.axis_names:
-            raise ValueError(f"`name` must be one of {self.config.axis_names}, got {name!r}.")
-        config, place = copy.deepcopy(self.config), self.config.axis_names.index(name)
-        config.axis_weights = config.axis_shares
-        for values in (config.axis_weights, config.axis_names, config.axis_vocab_sizes):
-            del values[place]
-        self._set_config(config)
-        base = self.model
-        for modules in (base.meta_embed_tokens, base.meta_norms, self.meta_lm_heads):
-            del modules[place]
-        for layer in base.layers:
-            for blocks in (layer.meta_self_blocks, layer.main_cross_blocks, layer.meta_cross_blocks):
-                del blocks[place]
-            layer.make_cores()
-        if self.next_meta is not None:
-            del self.next_meta.projs[place]
-        if config.num_axes == 0:
-            self.next_meta = base.meta_embed_positions = None
-        self.train(self.training)
-
-    def _set_config(self, config):
-        """For this model only: others may have been built from the same config."""
-        old = self.config
-        for module in self.modules():
-            if getattr(module, "config", None) is old:
-                module.config = config
-
-    def _like(self, module, neighbour):
-        """A new module, initialised, where and what its neighbour is."""
-        module.apply(self._init_weights)
-        weight = next(neighbour.parameters())
-        return module.to(weight.device, weight.dtype)
-
-    def _append(self, modules, module, neighbour):
-        modules.append(self._like(module, neighbour))
 
     def _losses(self, logits, meta_logits, labels, meta_ids, meta_targets, shift_labels=None, **kwargs):
         """The loss and its parts; `num_items_in_batch` counts main tokens, and is the same for all of them.
@@ -795,20 +497,13 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGenerationMixin):
         whole = share * main_loss + (1 - share) * sum(meta_losses) / len(meta_losses)
         return {"loss": whole, "main_loss": main_loss, "meta_losses": meta_losses}
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_length):
-        """A cache of our own in place of the stock one."""
-        given, kind = model_kwargs.get("past_key_values"), generation_config.cache_implementation
-        if given is not None:
-            check_cache(given)
-            if given.packed:
-                check_continuation(self.config.core, None)  # generate's own positions are those of one sequence
-        elif kind not in (None, "dynamic"):
-            raise ValueError(f"`cache_implementation` must be 'dynamic' for MultiGrid, got {kind!r}.")
-        elif self.training and self.model.gradient_checkpointing:  # whose layers ignore any cache
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+        """As that of all families; packed sequences are no beginning, and layers with checkpointing ignore any cache."""
+        if getattr(model_kwargs.get("past_key_values"), "packed", False):
+            check_continuation(self.config.core, None)  # generate's own positions are those of one sequence
+        if self.training and self.model.gradient_checkpointing and model_kwargs.get("past_key_values") is None:
             generation_config.use_cache = model_kwargs["use_cache"] = False
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, max_length)
-        if given is None and model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"] = MultiGridCache(self.config)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
 
 
 MultiGridModel.register_for_auto_class("AutoModel")

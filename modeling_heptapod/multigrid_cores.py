@@ -15,6 +15,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_leap import LeapConfig
+from .eager_attention import eager_attention
 from .modeling_leap import LeapMixer
 
 
@@ -144,21 +145,6 @@ class _CrossAttention(nn.Module):
         self.q_proj = nn.Linear(width, inner)
         self.kv_proj = nn.Linear(other_width, 2 * inner)
         self.o_proj = nn.Linear(inner, width)
-
-
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, is_causal=False, **kwargs):
-    """Attention in the open; the arguments are those of transformers' attention interface, with a boolean mask.
-
-    Returns the output `[batch, queries, heads, head_dim]` and the weights `[batch, heads, queries, keys]`.
-    """
-    logits = query @ key.transpose(2, 3) * scaling
-    if is_causal:
-        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-    if attention_mask is not None:
-        logits = logits.masked_fill(~attention_mask, torch.finfo(logits.dtype).min)
-    weights = torch.softmax(logits, dim=-1, dtype=torch.promote_types(torch.float32, query.dtype)).to(query.dtype)
-    out = nn.functional.dropout(weights, dropout, module.training) @ value
-    return out.transpose(1, 2), weights
 
 
 class TransformerCore(_Core):
@@ -421,7 +407,6 @@ __all__ = [
     "Group",
     "LSTMRows",
     "MixingPlan",
-    "eager_attention",
     "grouped_linear",
     "grouped_norm",
     "leap_config",

@@ -99,6 +99,8 @@ class MultiGridProcessor(ProcessorMixin):
             else:
                 offsets = [np.array(pairs)[here] for pairs, here in zip(encoded["offset_mapping"], is_text)]
             data["meta_ids"] = [self._lay(*each) for each in zip(texts, offsets, is_text)]
+        if return_tensors is not None:  # which would be of floats where a text is empty
+            data = {name: [np.array(row, dtype=np.int64) for row in rows] for name, rows in data.items()}
         return BatchFeature(data, tensor_type=return_tensors)
 
     def annotate(self, text: str, offsets=None) -> list[list[int]]:

@@ -7,17 +7,11 @@ seen, which `generate` and position embeddings need. These subclasses count; the
 import torch
 from transformers.cache_utils import DynamicCache, StaticCache
 
+from .counting_cache import CountingCacheMixin
 
-class _TokenCounter:
-    """The part of both caches that knows how many tokens have been seen: `seen_tokens`."""
 
-    def get_seq_length(self, layer_idx: int = 0):
-        """Number of tokens seen, the same for every layer."""
-        return self.seen_tokens
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int):
-        """Length and offset of a mask over everything seen and `query_length` new tokens."""
-        return self.seen_tokens + query_length, 0
+class _RecurrentCacheMixin(CountingCacheMixin):
+    """What both caches change in the stock ones."""
 
     def update_recurrent_state(self, recurrent_states, layer_idx, state_idx=0, **kwargs):
         """As the stock method; also marks the state as present, which stock layers leave to their conv state."""
@@ -26,7 +20,7 @@ class _TokenCounter:
         return states
 
 
-class RecurrentCache(_TokenCounter, DynamicCache):
+class RecurrentCache(_RecurrentCacheMixin, DynamicCache):
     """Dynamic cache that counts the tokens it has seen.
 
     Args:
@@ -51,7 +45,7 @@ class RecurrentCache(_TokenCounter, DynamicCache):
         self.seen_tokens = 0
 
 
-class StaticRecurrentCache(_TokenCounter, StaticCache):
+class StaticRecurrentCache(_RecurrentCacheMixin, StaticCache):
     """The same for compiled steps: the count is a tensor changed in place, so that one graph serves every step.
 
     Args:

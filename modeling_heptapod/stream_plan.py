@@ -3,6 +3,19 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+
+from .configuration_hierarchical_lm import HierarchicalLMConfig
+from .hierarchical_cache import HierarchicalCache
+from .row_layout import RowLayout
+from .windowed_attention import first_key, visible
+
+
+# xPos multiplies queries and keys by powers of a base of at least 0.4 / 1.4, with the distance to a centre over
+# `xpos_scale_base` as exponent. 30 of these on both sides make products, of masked keys too, within the range of float32
+# and bfloat16; float16 holds the factors of 8.
+_FARTHEST_FROM_CENTER = 30
+_FARTHEST_FROM_CENTER_IN_FLOAT16 = 8
 
 
 @dataclass
@@ -14,7 +27,7 @@ class StreamPlan:
         steps (`int`): new ones, of the row that has most of them.
         fresh (`bool`): whether they are the first.
         tokens (`int`): new ones.
-        rotary (`tuple[torch.Tensor, torch.Tensor]`, *optional*): of the new steps, see `_rotate` in `modeling_hierarchical_lm.py`.
+        rotary (`tuple[torch.Tensor, torch.Tensor]`, *optional*): of the new steps, see `_rotate` in `hierarchical_block.py`.
         pick (`slice` or `torch.LongTensor` of shape `[batch, steps]`): the token that each step comes with, at strides
             above 1.
         spread (`torch.LongTensor` of shape `[tokens]` or `[batch, tokens]`, *optional*): the step each token reads, 0 for
@@ -89,4 +102,132 @@ def gather_steps(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-__all__ = ["StreamPlan", "gather_steps"]
+@dataclass
+class Pass:
+    """What the plans of all hierarchies share: embeddings as laid out, real tokens of each row before and in this pass."""
+
+    embeds: torch.Tensor
+    past: list[int]
+    new: list[int]
+    rows: RowLayout | None
+    cache: HierarchicalCache | None
+    fresh: bool
+    in_the_open: bool
+
+    def last_of(self, x, number):
+        """The last `number` of `[batch, number + tokens, width]`, as `StreamPlan.last_of`."""
+        tokens = self.embeds.shape[1]
+        counts = None if min(self.new) == tokens else torch.tensor(self.new, device=x.device)
+        return StreamPlan(1, 1, None, False, tokens, self.fresh, tokens, counts=counts).last_of(x, number)
+
+
+def make_plan(
+    config: HierarchicalLMConfig, hierarchy: int, pass_: Pass, rotary_emb: nn.Module, dtype: torch.dtype
+) -> StreamPlan:
+    """The plan for one hierarchy. Its cosines and sines, of `rotary_emb`, come in `dtype`.
+
+    Raises:
+        ValueError: with xPos, for more steps than `dtype` can hold the decay of.
+    """
+    cache, device = pass_.cache, pass_.embeds.device
+    stride, dilation = config.strides[hierarchy], config.dilations[hierarchy]
+    window, block = config.window_sizes[hierarchy], config.window_type == "block"
+    tokens, past = pass_.embeds.shape[1], pass_.past
+    before = [-(-x // stride) for x in past]  # steps of each row so far
+    steps = max(-(-(x + tokens) // stride) - k for x, k in zip(past, before))
+    plan = StreamPlan(stride, dilation, window, block, steps, pass_.fresh, tokens)
+    one_start = min(past) == max(past)
+    if stride > 1:
+        if one_start:
+            plan.pick = slice(before[0] * stride - past[0], None, stride)
+            if not pass_.fresh and tokens > 1:
+                plan.spread = (past[0] + torch.arange(tokens, device=device)) // stride - (before[0] - 1)
+        else:
+            starts, firsts = (torch.tensor(x, device=device).unsqueeze(1) for x in (past, before))
+            pick = (firsts + torch.arange(steps, device=device)) * stride - starts
+            plan.pick = pick.clamp_max(tokens - 1)
+            plan.spread = (starts + torch.arange(tokens, device=device)) // stride - (firsts - 1)
+    if steps == 0:
+        return plan
+    new = [-(-(x + more) // stride) - k for x, more, k in zip(past, pass_.new, before)]
+    if cache is not None and min(new) < steps:
+        plan.counts = torch.tensor(new, device=device)
+    first = torch.tensor(before[:1] if one_start else before, device=device).unsqueeze(1)
+    positions = first + torch.arange(steps, device=device)
+    if pass_.rows is not None and pass_.rows.segments is not None:
+        positions = plan.positions = pass_.rows.positions[:, ::stride] // stride
+        plan.segments = pass_.rows.segments[:, ::stride]
+        plan.shift_mask = (positions >= dilation).unsqueeze(-1)
+    plan.token_positions = positions * stride
+    if window == 0:
+        return plan
+    newest = (max(before) + steps) // dilation
+    plan.rotary = _rotary(
+        config, hierarchy, positions // dilation, newest, -(-steps // dilation), cache, rotary_emb, dtype
+    )
+    cached = 0 if cache is None else cache.steps_cached(hierarchy)
+    if plan.counts is not None:
+        length = cached + max(new)
+        places = torch.arange(length, device=device) + plan.counts.unsqueeze(1) - max(new)
+        plan.order = places.clamp_min(0)
+    plan.in_the_open = pass_.in_the_open
+    if plan.in_the_open or (steps > 1 and not pass_.fresh):
+        if cached:
+            positions = first - cached + torch.arange(cached + steps, device=device)
+        plan.mask = visible(positions, steps, window, dilation, block, plan.segments).unsqueeze(1)
+    elif not pass_.fresh:
+        plan.keys_seen = window
+        if block:
+            plan.keys_seen = 2 * window if not one_start else window + before[0] // dilation % window + 1
+        read = first_key(cached + 1, plan.keys_seen, dilation)
+        if min(before) - cached + read < 0 or (block and not one_start):
+            positions = first - cached + torch.arange(read, cached + 1, dilation, device=device)
+            plan.mask = visible(positions, 1, window, dilation, block).unsqueeze(1)
+    return plan
+
+
+def _rotary(config, hierarchy, positions, newest, steps, cache, rotary_emb, dtype):
+    """Cosines and signed sines of positions `[1 or batch, steps]` within a phase, with what xPos adds."""
+    head_dim = config.head_dim[hierarchy]
+    cos, sin = rotary_emb(positions.new_zeros((), dtype=torch.float32), positions)
+    sin = torch.cat((-sin[..., : head_dim // 2], sin[..., head_dim // 2 :]), dim=-1)
+    cos, sin = (x.unsqueeze(-2).unsqueeze(-2) for x in (cos, sin))
+    if config.use_xpos[hierarchy]:
+        base = config.xpos_scale_base
+        decay = (torch.arange(0, head_dim, 2, device=positions.device) + 0.4 * head_dim) / (1.4 * head_dim)
+        decay = decay.repeat(2)
+        center = _center(config, hierarchy, newest, steps, decay, cache, dtype)
+        scale = decay ** ((positions - center).unsqueeze(-1) / base)
+        scale = torch.stack((scale, 1 / scale), dim=-2).unsqueeze(-2)
+        cos, sin = cos * scale, sin * scale
+    return cos.to(dtype), sin.to(dtype)
+
+
+def _center(config, hierarchy, newest, steps, decay, cache, dtype):
+    """The position from which decay is counted; it follows the newest one, and cached keys follow it."""
+    base = config.xpos_scale_base
+    device = decay.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    farthest = _FARTHEST_FROM_CENTER_IN_FLOAT16 if dtype == torch.float16 else _FARTHEST_FROM_CENTER
+    fresh = cache is None or cache.steps_cached(hierarchy) == 0
+    fit = int((2 if fresh else 1) * farthest * base)
+    if steps > fit:
+        raise ValueError(
+            f"With `use_xpos` at most {fit} steps of a hierarchy's phase fit in one pass "
+            f"{'' if fresh else 'after cached ones '}at this precision, got {steps}: give them in several passes with "
+            "a cache, or set a higher `xpos_scale_base`."
+        )
+    if fresh:
+        center = newest // 2
+        if cache is not None:
+            cache.centers[hierarchy] = center
+        return center
+    center = cache.centers[hierarchy]
+    if newest - center > farthest // 2 * base:
+        cache.scale_keys(hierarchy, decay ** ((newest - center) / base))
+        cache.centers[hierarchy] = center = newest
+    return center
+
+
+__all__ = ["Pass", "StreamPlan", "gather_steps", "make_plan"]

@@ -1,15 +1,12 @@
 """Exported folders work where this package is not installed: other interpreter, other directory, no Triton."""
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+from tests.clean_room import run_alone
 from tests.tiny_heptapod import tiny_heptapod
 from tests.tiny_hierarchical_lm import tiny_hierarchical_lm
 from tests.tiny_leap import random_ids, tiny_leap
@@ -45,11 +42,14 @@ CODE = {
     "leap": {
         "auto_map.py",
         "configuration_leap.py",
+        "counting_cache.py",
         "focus.py",
         "focus_cpu.py",
         "focus_cpu_source.py",
         "focus_step.py",
+        "model_inputs.py",
         "modeling_leap.py",
+        "own_cache.py",
         "packed_rows.py",
         "recurrent_cache.py",
         "running_mean.py",
@@ -59,15 +59,21 @@ CODE = {
         "configuration_heptapod.py",
         "generation_heptapod.py",
         "local_attention.py",
+        "model_inputs.py",
         "modeling_heptapod.py",
     },
     "hierarchical_lm": {
         "auto_map.py",
         "causal_compressors.py",
         "configuration_hierarchical_lm.py",
+        "counting_cache.py",
+        "eager_attention.py",
+        "hierarchical_block.py",
         "hierarchical_cache.py",
         "linear_cross_entropy.py",
+        "model_inputs.py",
         "modeling_hierarchical_lm.py",
+        "own_cache.py",
         "packed_rows.py",
         "predictive_losses.py",
         "row_layout.py",
@@ -79,10 +85,13 @@ CODE = {
 CODE["multigrid"] = {  # a core is LEAP's mixer
     *CODE["leap"],
     "configuration_multigrid.py",
+    "eager_attention.py",
     "generation_multigrid.py",
     "modeling_multigrid.py",
+    "multigrid_blocks.py",
     "multigrid_cache.py",
     "multigrid_cores.py",
+    "multigrid_growth.py",
 }
 HEADS = {
     "LeapModel": "AutoModel",
@@ -131,16 +140,7 @@ MODELS = {
 MASK, GRID = 50, (3, 4)  # of the grid models, whose other tokens are those of the others
 
 CLEAN_ROOM = """
-import json, sys
-
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("triton", "modeling_heptapod"):
-            raise ImportError(f"{name} is blocked in this test")
-
-
-sys.meta_path.insert(0, Blocked())
+import json
 import torch
 import transformers
 
@@ -171,21 +171,8 @@ torch.save(results, folder + "/results.pt")
 
 def in_a_clean_room(folder, jobs, again="no"):
     """Load exports in a new interpreter that has nothing of this repository; `jobs` are (folder, Auto class)."""
-    elsewhere = folder / "elsewhere"
-    elsewhere.mkdir(exist_ok=True)
-    script = elsewhere / "clean_room.py"
-    script.write_text(textwrap.dedent(CLEAN_ROOM))
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    env |= {"HF_HOME": str(folder / f"home-{again}"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, script, folder, json.dumps(jobs), again],
-        capture_output=True,
-        text=True,
-        cwd=elsewhere,
-        env=env,
-    )
-    assert done.returncode == 0, done.stderr
-    return torch.load(folder / "results.pt"), done.stdout.split("\n")
+    said = run_alone(CLEAN_ROOM, folder, folder, json.dumps(jobs), again, home=f"home-{again}")
+    return torch.load(folder / "results.pt"), said.split("\n")
 
 
 def family(head):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from data import build_tokenizer
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_heptapod import MultiGridCache, MultiGridProcessor
@@ -386,8 +386,12 @@ def test_without_axes_generate_is_that_of_transformers():
     assert type(out) is GenerateDecoderOnlyOutput
     with pytest.raises(ValueError, match=r"\[2, 1, 12\].*no axes"):
         model.generate(ids, meta_ids=torch.zeros(2, 1, 12).long(), max_new_tokens=20)
+    with pytest.raises(TypeError, match="`meta_ids` must be .*got list"):
+        model.generate(ids, meta_ids=[[[0] * 12]] * 2, max_new_tokens=20)
     with torch.no_grad():
         assert torch.equal(model(out.sequences[:, :-1]).logits[:, 11:].argmax(-1), out.sequences[:, 12:])
+    guided = model.generate(ids, guidance_scale=1.5, max_new_tokens=4, **GREEDY)
+    assert guided.shape == (2, 16)
 
 
 # --- forced ------------------------------------------------------------------------------------------------------------
@@ -619,4 +623,10 @@ def test_bad_input_is_named():
     fits = {"processor": FakeProcessor(Letters(names[0], sizes[0])), "meta_source": {names[0]: "annotated"}}
     refused(ValueError, "text from its beginning", input_ids=None, inputs_embeds=embeds, **fits)
     refused(ValueError, "Assisted decoding", prompt_lookup_num_tokens=2)
+    refused(ValueError, "`guidance_scale` must be 1 with meta axes, got 1.5", guidance_scale=1.5)
+    config = GenerationConfig(guidance_scale=1.5, max_new_tokens=4)
+    refused(ValueError, "`guidance_scale` must be 1", generation_config=config, num_beams=2)
+    refused(TypeError, "`meta_ids` must be torch.long or torch.int, got list", meta_ids=batch["meta_ids"].tolist())
+    refused(TypeError, "`meta_ids` must be .*got torch.float32", meta_ids=batch["meta_ids"].float())
+    assert model.generate(**batch, guidance_scale=1.0, max_new_tokens=4).shape == (2, 10)
     refused(ValueError, "temprature", temprature=3)

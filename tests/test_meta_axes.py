@@ -278,6 +278,24 @@ def test_a_tree_by_hand():
     assert DecisionTreeAxis().annotate("ab") == [0, 0]
 
 
+@pytest.mark.parametrize("side", ["left", "right", "zigzag"])
+def test_a_deep_tree_is_python_too(side):
+    """Python takes 100 levels of indentation, and stops at 1000 calls."""
+    depth, nodes, code = 1500, [], 3000
+    for level in range(depth):
+        leaf, inner = 2 * level + 1, 2 * level + 2
+        left = side == "left" or (side == "zigzag" and level % 2)
+        # What is left over is below `code` where the chain goes left, else above the numbers of the level.
+        nodes += [[1, code - level if left else level, *((inner, leaf) if left else (leaf, inner))], [level % 3]]
+    nodes.append([3])
+    axis = DecisionTreeAxis(nodes=nodes, vocabulary=("a", "b", "c", "d"))
+    module = {}
+    exec(axis.to_python(), module)
+    text = "".join(map(chr, range(4000)))
+    found = axis.annotate(text)
+    assert module["annotate"](text) == found and set(found) == {0, 1, 2, 3}
+
+
 @pytest.mark.parametrize(
     "nodes, number",
     [

@@ -728,20 +728,3 @@ def test_other_bad_inputs_are_named():
         model.main_logits(torch.zeros(2, 1, 16), torch.zeros(2, 2, dtype=torch.long))
     with pytest.raises(ValueError, match="factored"):
         tiny_multigrid(**TWO_AXES).main_logits(torch.zeros(2, 1, 16), torch.zeros(2, 2, 1, dtype=torch.long))
-
-
-def test_ids_are_named_where_an_adapter_stands_for_a_table():
-    class Adapter(nn.Module):
-        """As PEFT's: of the table's attributes it has the weight."""
-
-        def __init__(self, table):
-            super().__init__()
-            self.base_layer, self.weight = table, table.weight
-
-        def forward(self, ids):
-            return self.base_layer(ids)
-
-    model = tiny_multigrid()
-    model.model.embed_tokens = Adapter(model.model.embed_tokens)
-    with pytest.raises(ValueError, match=r"input_ids.*\[0, 50\).*50"):
-        model(torch.full((2, 9), 50))

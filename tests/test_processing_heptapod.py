@@ -1,10 +1,7 @@
 """Text to pages and back: nothing lost, nothing in the wrong cell; what is clipped is counted; holes where told."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +13,7 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast, 
 
 from modeling_heptapod import HeptapodProcessor
 from modeling_heptapod.processing_heptapod import open_region
+from tests.clean_room import run_alone, run_beside
 from tests.tiny_heptapod import tiny_heptapod
 
 
@@ -301,16 +299,6 @@ def test_saved_and_loaded(processor, tmp_path):
 
 
 CLEAN_ROOM = """
-import sys
-
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "modeling_heptapod":
-            raise ImportError(f"{name} is blocked in this test")
-
-
-sys.meta_path.insert(0, Blocked())
 import torch
 from transformers import AutoModelForMaskedLM, AutoProcessor
 
@@ -334,13 +322,8 @@ def test_a_saved_folder_works_without_this_package(by_bytes, tmp_path):
     by_bytes.save_pretrained(tmp_path)
     texts = random_texts(5, seed=8)
     torch.save(texts, tmp_path / "texts.pt")
-    (tmp_path / "script.py").write_text(CLEAN_ROOM)
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    env |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, tmp_path / "script.py", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["HeptapodProcessor", "transformers_modules"]
+    said = run_alone(CLEAN_ROOM, tmp_path, tmp_path)
+    assert said.split() == ["HeptapodProcessor", "transformers_modules"]
     expected = by_bytes(texts, height=40, width=12, mask_region="hole")
     expected["written"] = model.generate(**expected, num_iterations=2)
     for name, value in torch.load(tmp_path / "out.pt").items():
@@ -362,9 +345,7 @@ processor = AutoProcessor.from_pretrained({str(tmp_path)!r})
 assert type(processor) is modeling_heptapod.HeptapodProcessor
 assert processor.decode(processor("ab").input_ids[0]) == "ab"
 """
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
+    run_beside(code)
 
 
 # ---- bad input

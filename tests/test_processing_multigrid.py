@@ -1,12 +1,10 @@
 """Meta ids stand at their tokens: padded, truncated, with special tokens, saved, loaded, and while a model writes."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from data import build_tokenizer
@@ -14,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from modeling_heptapod import GoldTagAxis, MetaAxis, MultiGridProcessor, RandomAxis, make_axis
+from tests.clean_room import run_alone, run_beside
 
 
 SOURCE = Path(__file__).read_text(encoding="utf-8")
@@ -128,6 +127,14 @@ def test_without_axes_it_is_a_tokenizer(by_bytes):
 def test_text_without_tokens(processor):
     out = processor(["", "a"], padding=True, return_tensors="pt")
     assert out.meta_ids.shape == (2, len(AXES), 1) and not out.meta_ids[0].any()
+    for tensors, dtype in (("pt", torch.int64), ("np", np.dtype("int64"))):
+        out = processor("", return_tensors=tensors)
+        assert {name: tuple(values.shape) for name, values in out.items()} == {
+            "input_ids": (1, 0),
+            "attention_mask": (1, 0),
+            "meta_ids": (1, len(AXES), 0),
+        }
+        assert {values.dtype for values in out.values()} == {dtype}
 
 
 # ---- while a model writes
@@ -223,16 +230,6 @@ def test_an_axis_of_ones_own(by_bytes, tmp_path):
 
 
 CLEAN_ROOM = """
-import sys
-
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "modeling_heptapod":
-            raise ImportError(f"{name} is blocked in this test")
-
-
-sys.meta_path.insert(0, Blocked())
 sys.modules["nltk"] = None
 import torch
 from transformers import AutoProcessor
@@ -258,13 +255,7 @@ def test_a_saved_folder_works_without_this_package(by_bytes, tmp_path):
     processor.save_pretrained(tmp_path)
     texts = random_texts(5, seed=3)
     torch.save(texts, tmp_path / "texts.pt")
-    (tmp_path / "script.py").write_text(CLEAN_ROOM)
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    env |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, tmp_path / "script.py", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stderr
-    said = done.stdout.strip().split("\n")
+    said = run_alone(CLEAN_ROOM, tmp_path, tmp_path).strip().split("\n")
     assert said == [
         "this axis needs NLTK: `pip install nltk`.",
         f"MultiGridProcessor transformers_modules {len(axes)}",
@@ -285,9 +276,7 @@ processor = AutoProcessor.from_pretrained({str(tmp_path)!r})
 assert type(processor) is modeling_heptapod.MultiGridProcessor
 assert len(processor("ab")["meta_ids"][0]) == {len(AXES)}
 """
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
+    run_beside(code)
 
 
 # ---- bad input

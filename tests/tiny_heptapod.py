@@ -3,6 +3,7 @@
 import torch
 
 import modeling_heptapod
+from tests.tiny import build_tiny
 
 
 MASK, PAD = 18, 19
@@ -38,14 +39,8 @@ def tiny_config(**overrides):
 
 
 def tiny_heptapod(head="HeptapodForMaskedLM", seed=0, **overrides):
-    """A model in evaluation mode. Biases, norms and what starts at zero are random, so that none can be forgotten."""
-    torch.manual_seed(seed)
-    model = getattr(modeling_heptapod, head)(tiny_config(**overrides)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name or "feedback" in name:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+    """As `build_tiny`, with random feedback, which starts at zero."""
+    return build_tiny(head, tiny_config(**overrides), seed, also="feedback")
 
 
 def random_page(batch, height, width, seed=1):

@@ -1,8 +1,7 @@
 """Small LEAP models for tests: large random weights, so that a wrong state shows in the logits."""
 
-import torch
-
 import modeling_heptapod
+from tests.tiny import build_tiny, random_ids
 
 
 # One entry a way in which models differ; every test that is about all of them runs over these.
@@ -33,16 +32,8 @@ def tiny_config(**overrides):
 
 
 def tiny_leap(head="LeapForCausalLM", seed=0, **overrides):
-    """A model in evaluation mode. Biases and norms are random as well, so that none of them can be forgotten."""
-    torch.manual_seed(seed)
-    model = getattr(modeling_heptapod, head)(tiny_config(**overrides)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+    """As `build_tiny`."""
+    return build_tiny(head, tiny_config(**overrides), seed)
 
 
-def random_ids(batch, seq, vocab_size=50, seed=1):
-    """Token ids `[batch, seq]` from the whole vocabulary."""
-    return torch.randint(vocab_size, (batch, seq), generator=torch.Generator().manual_seed(seed))
+__all__ = ["VARIANTS", "random_ids", "tiny_config", "tiny_leap"]

@@ -3,6 +3,7 @@
 import torch
 
 import modeling_heptapod
+from tests.tiny import build_tiny, random_ids
 
 
 TWO_AXES = {"axis_names": ["kind", "bracket"], "axis_vocab_sizes": [7, 5]}
@@ -42,19 +43,8 @@ def tiny_config(**overrides):
 
 
 def tiny_multigrid(head="MultiGridForCausalLM", seed=0, **overrides):
-    """A model in evaluation mode. Biases and norms are random as well, so that none of them can be forgotten."""
-    torch.manual_seed(seed)
-    model = getattr(modeling_heptapod, head)(tiny_config(**overrides)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
-
-
-def random_ids(batch, seq, vocab_size=50, seed=1):
-    """Token ids `[batch, seq]` from the whole vocabulary."""
-    return torch.randint(vocab_size, (batch, seq), generator=torch.Generator().manual_seed(seed))
+    """As `build_tiny`."""
+    return build_tiny(head, tiny_config(**overrides), seed)
 
 
 def random_grid(model, batch, seq, seed=1):
@@ -63,3 +53,6 @@ def random_grid(model, batch, seq, seed=1):
     tracks = [random_ids(batch, seq, size, seed + 1 + i) for i, size in enumerate(config.axis_vocab_sizes)]
     meta_ids = torch.stack(tracks, dim=1) if tracks else torch.zeros(batch, 0, seq, dtype=torch.long)
     return {"input_ids": random_ids(batch, seq, config.vocab_size, seed), "meta_ids": meta_ids}
+
+
+__all__ = ["TWO_AXES", "VARIANTS", "random_grid", "random_ids", "tiny_config", "tiny_multigrid"]

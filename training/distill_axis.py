@@ -10,6 +10,7 @@ How often the tree is right on text that neither was fitted on is printed.
 
 import json
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +18,9 @@ import numpy as np
 import torch
 from data import load_texts
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-from modeling_heptapod import DecisionTreeAxis
+from modeling_heptapod import DecisionTreeAxis, MetaAxis
 from modeling_heptapod.meta_axes import visible_lengths
 
 
@@ -54,6 +55,7 @@ def distill(
     max_tokens: int = 200_000,
     block_size: int = 512,
     seed: int = 0,
+    axes: Sequence[MetaAxis] = (),
 ) -> Distilled:
     """Make an axis.
 
@@ -69,9 +71,11 @@ def distill(
         max_tokens: how many hidden states to fit on, and a quarter of it to report on.
         block_size: tokens that the model reads at a time.
         seed: chooses blocks of text and where the clusters begin.
+        axes: those that the model itself reads, of a MultiGrid.
 
     Raises:
-        ValueError: for a text too short to hold as many tokens as clusters, and numbers that do not fit.
+        ValueError: for a text too short to hold as many tokens as clusters, for numbers that do not fit, and for axes that
+            are not the model's.
     """
     from sklearn.cluster import MiniBatchKMeans
     from sklearn.tree import DecisionTreeClassifier
@@ -79,7 +83,7 @@ def distill(
     for argument, value, least in (("clusters", clusters, 2), ("length", length, 1), ("max_leaves", max_leaves, 2)):
         if value < least:
             raise ValueError(f"--{argument} must be at least {least}, got {value}")
-    states, characters = hidden_states(model, tokenizer, texts, layer, length, max_tokens, block_size, seed)
+    states, characters = hidden_states(model, tokenizer, texts, layer, length, max_tokens, block_size, seed, axes)
     if len(states) < clusters:
         raise ValueError(f"--clusters {clusters} is more than the {len(states)} tokens of the text")
     mean, deviation = states.mean(0), states.std(0) + 1e-6
@@ -90,7 +94,7 @@ def distill(
     axis = DecisionTreeAxis(name, tree_nodes(tree), ["none", *[f"cluster {n}" for n in range(clusters)]])
 
     states, characters = hidden_states(
-        model, tokenizer, held_out_texts, layer, length, max_tokens // 4, block_size, seed
+        model, tokenizer, held_out_texts, layer, length, max_tokens // 4, block_size, seed, axes
     )
     held_out = grouping.predict((states - mean) / deviation)
     return Distilled(
@@ -103,7 +107,7 @@ def distill(
 
 
 @torch.no_grad()
-def hidden_states(model, tokenizer, texts, layer, length, max_tokens, block_size, seed):
+def hidden_states(model, tokenizer, texts, layer, length, max_tokens, block_size, seed, axes=()):
     """Hidden states at tokens, and the characters each token ends with.
 
     Returns:
@@ -111,6 +115,9 @@ def hidden_states(model, tokenizer, texts, layer, length, max_tokens, block_size
     """
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer must be a fast one, which gives offsets, got {type(tokenizer).__name__}")
+    names, wanted = [axis.name for axis in axes], list(getattr(getattr(model, "config", None), "axis_names", ()))
+    if names != wanted:
+        raise ValueError(f"the model has the axes {wanted}, which its processor must have as well, got {names}")
     blocks = []
     for text in texts:
         encoded = tokenizer(
@@ -118,15 +125,18 @@ def hidden_states(model, tokenizer, texts, layer, length, max_tokens, block_size
         )
         seen = last_characters(text, visible_lengths(encoded["offset_mapping"], len(text)), length)
         ids = [tokenizer.eos_token_id, *encoded["input_ids"]]  # documents begin so in training
+        tracks = [[0, *axis.annotate(text, encoded["offset_mapping"])] for axis in axes]
         for start in range(0, len(ids), block_size):
             here = seen[max(0, start - 1) : start + block_size - 1]
             if len(here):
-                blocks.append((ids[start : start + block_size], here))
+                end = start + block_size
+                blocks.append((ids[start:end], [track[start:end] for track in tracks], here))
     states, characters, number = [], [], 0
     order = np.random.default_rng(seed).permutation(len(blocks))
     for choice in tqdm(order, desc="Reading", unit=" blocks", disable=None):
-        ids, seen = blocks[choice]
-        output = model(torch.tensor([ids], device=model.device), output_hidden_states=True)
+        ids, tracks, seen = blocks[choice]
+        meta = {"meta_ids": torch.tensor([tracks], device=model.device)} if tracks else {}
+        output = model(torch.tensor([ids], device=model.device), output_hidden_states=True, **meta)
         states.append(output.hidden_states[layer][0, -len(seen) :].float().cpu().numpy())
         characters.append(seen)
         number += len(seen)
@@ -189,6 +199,9 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=True).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
+    axes = ()
+    if getattr(model.config, "axis_names", None):
+        axes = AutoProcessor.from_pretrained(args.folder, trust_remote_code=True).axes
     texts = load_texts(args.dataset)
     result = distill(
         model,
@@ -201,7 +214,9 @@ def main():
         length=args.length,
         max_leaves=args.max_leaves,
         max_tokens=args.max_tokens,
+        block_size=min(512, getattr(model.config, "max_position_embeddings", 512)),
         seed=args.seed,
+        axes=axes,
     )
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ import modeling_heptapod
 from modeling_heptapod import DecisionTreeAxis, MultiGridProcessor, find_lookahead, make_axis
 from modeling_heptapod.meta_axes import visible_lengths
 from tests.tiny_leap import tiny_leap
+from tests.tiny_multigrid import tiny_multigrid
 
 
 pytest.importorskip("sklearn", reason="the extra `axes` is not installed")
@@ -58,6 +59,50 @@ class Told:
         tests = (str.isalpha, str.isdigit, str.isspace)
         rows = [[float(test(chr(token % 256))) for test in tests] for token in input_ids[0].tolist()]
         return SimpleNamespace(hidden_states=(None, torch.tensor([rows])))
+
+
+def test_a_model_with_axes_reads_them_too(tokenizer):
+    """Its hidden states depend on the tracks, which are those of its axes on the whole text."""
+    axes = [make_axis("bracket"), make_axis("indentation")]
+    sizes = [len(axis.vocabulary) for axis in axes]
+    model = tiny_multigrid(vocab_size=258, axis_names=["bracket", "indentation"], axis_vocab_sizes=sizes)
+    text = TEXTS[0][:300]
+    how = {"layer": -1, "length": 4, "max_tokens": 10_000, "block_size": 64, "seed": 0}
+    states, _ = hidden_states(model, tokenizer, [text], axes=axes, **how)
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    ids = torch.tensor([tokenizer.eos_token_id, *encoded["input_ids"]])
+    tracks = torch.tensor([[0, *axis.annotate(text, encoded["offset_mapping"])] for axis in axes])
+    expected = []
+    for block, track in zip(ids.split(64), tracks.split(64, dim=1)):
+        with torch.no_grad():
+            out = model(block[None], meta_ids=track[None], output_hidden_states=True)
+        expected.append(out.hidden_states[-1][0])
+    expected = torch.cat(expected)[1:].numpy()  # without the token that begins a document
+    assert states.shape == expected.shape
+    np.testing.assert_allclose(np.sort(states, axis=0), np.sort(expected, axis=0), rtol=1e-5, atol=1e-5)
+    result = distill(model, tokenizer, TEXTS, HELD_OUT[:1], axes=axes, **SMALL)
+    assert result.tokens == 6_000 and 0 < result.agreement <= 1
+    with pytest.raises(ValueError, match=r"model has the axes \['bracket', 'indentation'\], .* got \['bracket'\]"):
+        hidden_states(model, tokenizer, [text], axes=axes[:1], **how)
+
+
+def test_a_saved_multigrid_is_distilled(tokenizer, tmp_path, monkeypatch):
+    axis = make_axis("bracket")
+    model = tiny_multigrid(vocab_size=258, axis_names=["bracket"], axis_vocab_sizes=[len(axis.vocabulary)])
+    model.save_pretrained(tmp_path / "model")
+    MultiGridProcessor(tokenizer, [axis]).save_pretrained(tmp_path / "model")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text(TEXTS[0], encoding="utf-8")
+    (tmp_path / "text" / "b.txt").write_text(TEXTS[1], encoding="utf-8")
+    options = {
+        "--output_dir": tmp_path / "axis",
+        "--dataset": tmp_path / "text",
+        "--clusters": 4,
+        "--max_tokens": 2000,
+    }
+    monkeypatch.setattr(sys, "argv", ["distill_axis.py", str(tmp_path / "model"), *map(str, sum(options.items(), ()))])
+    distill_axis.main()
+    assert make_axis(str(tmp_path / "axis" / "axis.json")).name == "learned"
 
 
 def test_what_the_last_character_tells_is_found(tokenizer):

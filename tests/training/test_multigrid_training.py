@@ -17,9 +17,11 @@ import train
 from data import DataArguments, PackedBlocks, Texts, annotate, build_tokenizer, encode
 from named_losses import losses_by_name
 from objectives import AnnotatedTokens, choose_axes, objective_for
+from torch.nn.parallel import scatter_gather
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
 from modeling_heptapod import ConstantAxis, MetaAxis, MultiGridProcessor, RandomAxis, make_axis
+from tests.tiny_multigrid import TWO_AXES, random_grid, tiny_multigrid
 
 
 SCRIPTS = Path(objectives.__file__).parent
@@ -127,6 +129,31 @@ def test_losses_by_name_are_named_by_their_axes():
     outputs = {"loss": 1, "main_loss": 2, "meta_losses": (3, 4), "logits": 5}
     assert losses_by_name(outputs, config) == {"main_loss": 2, "a_loss": 3, "b_loss": 4}
     assert losses_by_name({"loss": 1, "ce_loss": 2}, argparse.Namespace()) == {"ce_loss": 2}
+
+
+@pytest.mark.parametrize("order", ["parallel", "factored"])
+def test_losses_by_name_of_several_devices(order, monkeypatch):
+    """`DataParallel` puts the outputs of its devices side by side; scalars become vectors, also within a tuple."""
+
+    def on_cpu(device, dim, *parts):  # torch's own gathers on accelerators only
+        return torch.cat([part.view(1) for part in parts] if parts[0].dim() == 0 else parts, dim)
+
+    monkeypatch.setattr(scatter_gather.Gather, "apply", on_cpu)
+    model = tiny_multigrid(**TWO_AXES, axis_order=order).train()
+    whole = random_grid(model, 4, 9)
+    whole["labels"] = whole["input_ids"]
+    halves = [{name: values[rows] for name, values in whole.items()} for rows in (slice(2), slice(2, 4))]
+    gathered = scatter_gather.gather([model(**half) for half in halves], 0)
+    expected = model(**whole)
+    assert type(gathered) is type(expected) and type(gathered.meta_losses) is tuple
+    for found, logits in zip((gathered.logits, *gathered.meta_logits), (expected.logits, *expected.meta_logits)):
+        torch.testing.assert_close(found, logits)
+    wanted, found = (losses_by_name(outputs, model.config) for outputs in (expected, gathered))
+    assert list(found) == ["main_loss", "kind_loss", "bracket_loss"]
+    for name, value in found.items():
+        assert value.shape == (2,)
+        torch.testing.assert_close(value.mean(), wanted[name])
+    torch.testing.assert_close(gathered.loss.mean(), expected.loss)
 
 
 def test_what_a_text_costs():

@@ -1,0 +1,128 @@
+"""What all families ask of the inputs of a forward pass, and what masks and positions they make of them."""
+
+import torch
+from torch import nn
+from transformers.utils.import_utils import is_tracing
+
+
+def check_ids(name: str, ids: torch.Tensor) -> None:
+    """Raise a `TypeError` unless `ids` is a tensor of integers."""
+    kind = getattr(ids, "dtype", type(ids).__name__)
+    if kind not in (torch.long, torch.int):
+        raise TypeError(f"`{name}` must be torch.long or torch.int, got {kind}.")
+
+
+def check_one_input(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
+    """Raise a `ValueError` unless exactly one is given, a `TypeError` where it is of a wrong dtype."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
+    if input_ids is not None:
+        check_ids("input_ids", input_ids)
+    elif not inputs_embeds.is_floating_point():
+        raise TypeError(f"`inputs_embeds` must be floating point, got {inputs_embeds.dtype}.")
+
+
+def embed_text(
+    table: nn.Module,
+    input_ids: torch.LongTensor | None,
+    inputs_embeds: torch.FloatTensor | None,
+    width: int,
+    least_batch: int = 1,
+) -> torch.FloatTensor:
+    """Embeddings `[batch, seq, width]` of tokens `[batch, seq]`, or the given ones.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: unless exactly one is given, of the right shape, and for ids outside of the vocabulary.
+    """
+    check_one_input(input_ids, inputs_embeds)
+    rows = f"batch >= {least_batch}" if least_batch else "batch"
+    if input_ids is None:
+        shape = inputs_embeds.shape
+        if len(shape) != 3 or shape[0] < least_batch or shape[1] == 0 or shape[2] != width:
+            raise ValueError(f"`inputs_embeds` must be [{rows}, seq >= 1, {width}], got {list(shape)}.")
+        return inputs_embeds
+    shape = input_ids.shape
+    if len(shape) != 2 or shape[0] < least_batch or shape[1] == 0:
+        raise ValueError(f"`input_ids` must be [{rows}, seq >= 1], got {list(shape)}.")
+    return look_up(table, input_ids, "`input_ids`")
+
+
+def look_up(table: nn.Module, ids: torch.LongTensor, what: str) -> torch.FloatTensor:
+    """Rows of an embedding. Raises a `ValueError` about `what` for ids that it has not."""
+    try:
+        return table(ids)
+    except IndexError as error:  # on a CPU; elsewhere a look would stop the device
+        size = table.weight.shape[0]  # what an adapter in place of the table has as well
+        low, high = (int(x) for x in ids.aminmax())
+        raise ValueError(f"{what} must be in [0, {size}), got values from {low} to {high}.") from error
+
+
+def check_position_ids(position_ids: torch.LongTensor | None, seq: int) -> None:
+    """Raise a `ValueError` for positions of another shape."""
+    if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != seq):
+        raise ValueError(f"`position_ids` must be [1 or batch, {seq}], got {list(position_ids.shape)}.")
+
+
+def token_mask(
+    attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, past: int | torch.Tensor
+) -> torch.BoolTensor | None:
+    """Which tokens are real, `[batch, seq]` or `[batch, past + seq]` as given; `None` where all are.
+
+    Raises:
+        ValueError: for a mask of another shape.
+    """
+    if attention_mask is None:
+        return None
+    batch, seq, _ = inputs_embeds.shape
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
+        raise ValueError(f"`attention_mask` must be [{batch}, length], got {list(attention_mask.shape)}.")
+    if is_tracing(attention_mask):
+        return attention_mask.bool()
+    if attention_mask.shape[1] not in (seq, int(past) + seq):
+        raise ValueError(
+            f"`attention_mask` must cover the {seq} new tokens or all {int(past) + seq} seen so far, got length "
+            f"{attention_mask.shape[1]}."
+        )
+    return None if attention_mask.all() else attention_mask.bool()
+
+
+def of_new_tokens(mask: torch.BoolTensor | None, seq: int) -> torch.BoolTensor | None:
+    """The last `seq` columns of what `token_mask` gave; `None` where all of them are real."""
+    if mask is None or mask.shape[1] == seq:
+        return mask
+    mask = mask[:, -seq:]
+    return None if not is_tracing(mask) and mask.all() else mask
+
+
+def count_positions(
+    inputs_embeds: torch.Tensor,
+    mask: torch.BoolTensor | None,
+    segment_ids: torch.LongTensor | None,
+    past: int | torch.Tensor,
+) -> torch.LongTensor:
+    """Positions `[1 or batch, seq]` that count real tokens only and restart with every packed sequence.
+
+    `mask` is what `token_mask` gave.
+    """
+    seq, device = inputs_embeds.shape[1], inputs_embeds.device
+    if mask is not None:
+        positions = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -seq:]
+        return positions if mask.shape[1] > seq else positions + past
+    place = torch.arange(seq, device=device)
+    if segment_ids is None:
+        return (place + past).unsqueeze(0)
+    starts = nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0))
+    return place - torch.where(starts, place, 0).cummax(-1).values
+
+
+__all__ = [
+    "check_ids",
+    "check_one_input",
+    "check_position_ids",
+    "count_positions",
+    "embed_text",
+    "look_up",
+    "of_new_tokens",
+    "token_mask",
+]

@@ -1,0 +1,113 @@
+"""Meta axes that come and go: what a trained MultiGrid predicted stays, to the last bit."""
+
+import copy
+
+from torch import nn
+from transformers import initialization as init
+
+from .multigrid_blocks import MultiGridBlock, NextMetaBlock
+
+
+class MultiGridGrowthMixin:
+    """For [`MultiGridForCausalLM`]: adds and removes meta axes."""
+
+    def add_meta_axis(self, name: str, vocab_size: int, freeze_rest: bool = False) -> None:
+        """Attach one more meta axis, the last in `meta_ids`. Nothing that the model predicted before changes, to the last bit.
+
+        What the main stream reads from the new axis starts at zero and learns. The other axes keep their weights in
+        `config.axis_weights`, the new one gets one over the number of axes. `config` is replaced by a copy. Make the
+        optimizer afterwards: one that exists does not know the new parameters.
+
+        Args:
+            name (`str`): of the axis, not one of `config.axis_names`.
+            vocab_size (`int`): of the axis.
+            freeze_rest (`bool`): train only what is new; all that was there no longer requires gradients.
+
+        Raises:
+            ValueError: for a name that is taken or empty, or a vocabulary of no size.
+        """
+        if not name or name in self.config.axis_names:
+            raise ValueError(f"`name` must be new and not empty, got {name!r}; there are {self.config.axis_names}.")
+        if vocab_size < 1:
+            raise ValueError(f"`vocab_size` must be at least 1, got {vocab_size}.")
+        config, before = copy.deepcopy(self.config), set(self.parameters())
+        config.axis_weights = [*config.axis_shares, 1 / (config.num_axes + 1)]
+        config.axis_names = [*config.axis_names, name]
+        config.axis_vocab_sizes = [*config.axis_vocab_sizes, vocab_size]
+        self._set_config(config)
+        base = self.model
+        self._append(base.meta_embed_tokens, nn.Embedding(vocab_size, config.meta_hidden_size), base.embed_tokens)
+        self._append(base.meta_norms, nn.LayerNorm(config.meta_hidden_size, eps=config.layer_norm_eps), base.norm)
+        self._append(self.meta_lm_heads, nn.Linear(config.meta_hidden_size, vocab_size, bias=False), self.lm_head)
+        for layer in base.layers:
+            self._append(layer.meta_self_blocks, MultiGridBlock(config, True, False), layer.self_block)
+            self._append(layer.main_cross_blocks, MultiGridBlock(config, False, True), layer.self_block)
+            self._append(layer.meta_cross_blocks, MultiGridBlock(config, True, True), layer.self_block)
+            layer.main_cross_blocks[-1].close()
+            layer.make_cores()
+        if config.num_axes == 1 and config.core == "transformer" and config.meta_hidden_size != config.hidden_size:
+            table = nn.Embedding(config.max_position_embeddings, config.meta_hidden_size)
+            base.meta_embed_positions = self._like(table, base.embed_positions)
+        if self._is_factored and self.next_meta is None:
+            self.next_meta = self._like(NextMetaBlock(config), self.lm_head)
+            init.zeros_(self.next_meta.mlp.down_proj.weight)
+        elif self._is_factored:
+            self._append(
+                self.next_meta.projs, nn.Linear(config.meta_hidden_size, config.hidden_size, bias=False), self.lm_head
+            )
+        if self._is_factored:
+            init.zeros_(self.next_meta.projs[-1].weight)
+        self.train(self.training)
+        if freeze_rest:
+            for parameter in self.parameters():
+                parameter.requires_grad_(parameter not in before)
+
+    def remove_meta_axis(self, name: str) -> None:
+        """Take a meta axis off. Right after `add_meta_axis` the model predicts what it did before, to the last bit.
+
+        The other axes keep their weights in `config.axis_weights`. `config` is replaced by a copy.
+
+        Args:
+            name (`str`): one of `config.axis_names`.
+
+        Raises:
+            ValueError: for any other name.
+        """
+        if name not in self.config.axis_names:
+            raise ValueError(f"`name` must be one of {self.config.axis_names}, got {name!r}.")
+        config, place = copy.deepcopy(self.config), self.config.axis_names.index(name)
+        config.axis_weights = config.axis_shares
+        for values in (config.axis_weights, config.axis_names, config.axis_vocab_sizes):
+            del values[place]
+        self._set_config(config)
+        base = self.model
+        for modules in (base.meta_embed_tokens, base.meta_norms, self.meta_lm_heads):
+            del modules[place]
+        for layer in base.layers:
+            for blocks in (layer.meta_self_blocks, layer.main_cross_blocks, layer.meta_cross_blocks):
+                del blocks[place]
+            layer.make_cores()
+        if self.next_meta is not None:
+            del self.next_meta.projs[place]
+        if config.num_axes == 0:
+            self.next_meta = base.meta_embed_positions = None
+        self.train(self.training)
+
+    def _set_config(self, config):
+        """For this model only: others may have been built from the same config."""
+        old = self.config
+        for module in self.modules():
+            if getattr(module, "config", None) is old:
+                module.config = config
+
+    def _like(self, module, neighbour):
+        """A new module, initialised, where and what its neighbour is."""
+        module.apply(self._init_weights)
+        weight = next(neighbour.parameters())
+        return module.to(weight.device, weight.dtype)
+
+    def _append(self, modules, module, neighbour):
+        modules.append(self._like(module, neighbour))
+
+
+__all__ = ["MultiGridGrowthMixin"]
