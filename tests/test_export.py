@@ -169,12 +169,12 @@ torch.save(results, folder + "/results.pt")
 """
 
 
-def in_a_clean_room(folder, jobs, again="no"):
+def in_a_clean_room(folder, jobs, again="no", code=CLEAN_ROOM):
     """Load exports in a new interpreter that has nothing of this repository; `jobs` are (folder, Auto class)."""
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir(exist_ok=True)
     script = elsewhere / "clean_room.py"
-    script.write_text(textwrap.dedent(CLEAN_ROOM))
+    script.write_text(textwrap.dedent(code))
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     env |= {"HF_HOME": str(folder / f"home-{again}"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(

@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from tests.test_export import in_a_clean_room
 from tests.tiny_heptapod import random_page, tiny_heptapod
 from tests.tiny_hierarchical_lm import VARIANTS as HIERARCHICAL
 from tests.tiny_hierarchical_lm import tiny_hierarchical_lm
@@ -280,23 +281,100 @@ def test_an_lstm_is_adapted_by_its_parameters(tmp_path):
         torch.testing.assert_close(everything(model.merge_and_unload(), inputs), before, rtol=1e-5, atol=1e-5)
 
 
+WITH_ADAPTERS = """
+import json, sys
+
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "modeling_heptapod":
+            raise ImportError(f"{name} is blocked in this test")
+
+
+sys.meta_path.insert(0, Blocked())
+import torch
+import transformers
+from peft import AutoPeftModelForCausalLM, PeftModel
+
+folder, jobs = sys.argv[1], json.loads(sys.argv[2])
+results = {}
+for name, auto in jobs:
+    inputs = torch.load(f"{folder}/{name}.pt")
+    plain = getattr(transformers, auto).from_pretrained(f"{folder}/{name}", trust_remote_code=True)
+    model = PeftModel.from_pretrained(plain, f"{folder}/{name}-adapters").eval()
+    with torch.no_grad():
+        results[name] = model(**inputs).logits
+        if auto == "AutoModelForCausalLM":
+            model = AutoPeftModelForCausalLM.from_pretrained(f"{folder}/{name}-adapters", trust_remote_code=True)
+            results[name, "by the adapters' folder"] = model.eval()(**inputs).logits
+    results[name, "adapters"] = {key: value for key, value in model.state_dict().items() if "lora_" in key}
+torch.save(results, folder + "/results.pt")
+"""
+
+
+def test_adapters_load_onto_exports_where_the_package_is_not(tmp_path):
+    jobs = [
+        (name, auto)
+        for name, case in CASES.items()
+        for auto, model in case.model()._family_auto_map.items()
+        if model.split(".")[1] == type(case.model()).__name__
+    ]
+    assert len(jobs) == len(CASES)
+    expected = {}
+    for name, auto in jobs:
+        case = CASES[name]
+        model = case.model(pad_token_id=0) if name == "leap-classification" else case.model()
+        model.save_pretrained(tmp_path / name)
+        inputs = case.inputs(model)
+        del inputs["labels"]
+        torch.save(inputs, tmp_path / f"{name}.pt")
+        model = adapted(type(model).from_pretrained(tmp_path / name)).eval()
+        model.save_pretrained(tmp_path / f"{name}-adapters")
+        with torch.no_grad():
+            expected[name] = model(**inputs).logits
+        expected[name, "adapters"] = {key: value for key, value in model.state_dict().items() if "lora_" in key}
+        if auto == "AutoModelForCausalLM":
+            expected[name, "by the adapters' folder"] = expected[name]
+    results, _ = in_a_clean_room(tmp_path, jobs, code=WITH_ADAPTERS)
+    assert set(results) == set(expected)
+    for key, value in expected.items():
+        if isinstance(value, dict):
+            assert set(results[key]) == set(value)
+            assert all(torch.equal(results[key][name], weight) for name, weight in value.items()), key
+        else:
+            torch.testing.assert_close(results[key], value, rtol=1e-5, atol=1e-5)
+
+
+# --- the README's table of modules -----------------------------------------------------------------------------------
+
+
 def documented_names():
-    """The README's table of a family's modules."""
+    """By family, the names of the layers that mix positions, and of all others."""
     page = (ROOT / "README.md").read_text().split("## Fine-tune")[1]
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", page, re.MULTILINE)
-    return {family: (re.findall(r"`(\w+)`", few), re.findall(r"`(\w+)`", all_)) for family, few, all_ in rows}
+    return {family: [re.findall(r"`([\w.]+)`", column) for column in columns] for family, *columns in rows}
+
+
+def leaf(name):
+    """How the table calls a layer: without its number, where it is one of several."""
+    *_, parent, last = name.split(".")
+    return f"{parent}.0" if last.isdigit() else last
+
+
+def test_the_documented_names_are_those_of_all_linear_layers():
+    found = {}
+    for case in CASES.values():
+        model = adapted(case.model())
+        found.setdefault(case.model().config.model_type, set()).update(map(leaf, adapters(model)))
+    assert found == {family: {*mixing, *others} for family, (mixing, others) in documented_names().items()}
 
 
 @every_case
-def test_documented_names_are_all_linear_layers(case):
+def test_layers_that_mix_are_adapted_by_name(case):
+    """A name that something else has as well, such as a list of layers, would be an error."""
     model = case.model()
-    few, names = documented_names()[model.config.model_type]
-    present = {part for name, module in model.named_modules() for part in name.split(".")}
-    found = adapters(adapted(case.model(), target_modules=[name for name in names if name in present]))
-    assert set(found) | head_of(model) == set(adapters(adapted(model))) | head_of(model)
-    found = adapters(adapted(case.model(), target_modules=[name for name in few if name in present]))
-    assert found and {name.split(".")[-1] for name in found} <= set(few)
-
-
-def head_of(model):
-    return {"base_model.model.lm_head"}
+    names, _ = documented_names()[model.config.model_type]
+    present = {leaf(name) for name, module in model.named_modules() if isinstance(module, nn.Linear) and "." in name}
+    wanted = [name for name in names if name in present]
+    found = adapters(adapted(case.model(), target_modules=wanted))
+    assert {leaf(name) for name in found} == set(wanted)
