@@ -18,17 +18,17 @@ from tests.tiny_leap import tiny_leap
 
 
 ROOT = Path(__file__).parent.parent.parent
-LETTERS = "abcdefgh"
+WORDS = ["one", "two", "six", "ten"]
 
 
 def write_rows(path, number=400):
-    """Eight letters in order or turned around: words alone tell nothing, their order all."""
+    """Four words in order or turned around: words alone tell nothing, their order all."""
     draw = random.Random(0)
     rows = []
     for _ in range(number):
         label = draw.choice(["forward", "forward", "back"])
-        letters = " ".join(LETTERS if label == "forward" else reversed(LETTERS))
-        rows.append({"line": letters, "way": label})
+        words = " ".join(WORDS if label == "forward" else reversed(WORDS))
+        rows.append({"line": words, "way": label})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
