@@ -382,8 +382,8 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, GenerationMixin):
                 continue
             self.model.norms[h].requires_grad_(False)
             if isinstance(merge, CrossAttentionMerge) and h in merge.receivers:
-                merge.q_proj[str(h)].requires_grad_(False)
-                merge.o_proj[str(h)].requires_grad_(False)
+                merge.q_projs[str(h)].requires_grad_(False)
+                merge.o_projs[str(h)].requires_grad_(False)
 
     @can_return_tuple
     @auto_docstring

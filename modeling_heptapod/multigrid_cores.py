@@ -232,6 +232,10 @@ class _LeapCrossMixing(nn.Module):
         self.o_proj = nn.Linear(inner, width)
 
 
+def _as_projected(x):
+    return x
+
+
 class LeapCore(_Core):
     """LEAP's mixer on the heads of all streams; a reading takes its queries from the reader, all else from the other."""
 
@@ -241,7 +245,9 @@ class LeapCore(_Core):
         is_cross = layer_idx >= config.num_hidden_layers
         heads = 2 * axes * meta_heads if is_cross else config.num_attention_heads + axes * meta_heads
         self.mixer = LeapMixer(leap_config(config, heads), layer_idx)
-        self.mixer.qfkv_proj = nn.Identity()  # streams have projections of their own
+        # Streams have projections of their own; a module of this name would be taken for one of them by adapters.
+        del self.mixer.qfkv_proj
+        self.mixer.qfkv_proj = _as_projected
 
     @staticmethod
     def self_mixer(width: int) -> nn.Module:

@@ -21,14 +21,14 @@ class ConcatMerge(nn.Module):
         self.sizes = [config.hidden_sizes[h] for h in self.receivers]
         self.width, self.eps = sum(config.hidden_sizes), config.rms_norm_eps
         inner = 2 * sum(self.sizes)
-        self.up_proj = nn.ModuleList(nn.Linear(width, inner, bias=False) for width in config.hidden_sizes)
+        self.up_projs = nn.ModuleList(nn.Linear(width, inner, bias=False) for width in config.hidden_sizes)
         self.up_bias = nn.Parameter(torch.zeros(inner))
         self.down_proj = nn.Linear(inner, sum(self.sizes))
 
     def forward(self, streams: list[torch.Tensor], plans: list[StreamPlan]) -> dict[int, torch.Tensor]:
         """From the steps of all streams that tokens read, what each receiving one is to add per token, by its place."""
         up, squares = 0.0, 0.0
-        for x, proj, plan in zip(streams, self.up_proj, plans):
+        for x, proj, plan in zip(streams, self.up_projs, plans):
             wide = torch.promote_types(x.dtype, torch.float32)
             squares = squares + plan.at_tokens(torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square())
             up = up + plan.at_tokens(proj(x))
@@ -57,16 +57,16 @@ class CrossAttentionMerge(nn.Module):
         inner = self.num_heads * self.head_dim
         used = sorted({*self.receivers, *(j for places in self.sources.values() for j in places)})
         self.norms = nn.ModuleDict({str(j): nn.RMSNorm(config.hidden_sizes[j], eps=config.rms_norm_eps) for j in used})
-        self.kv_proj = nn.ModuleDict(
+        self.kv_projs = nn.ModuleDict(
             {
                 str(j): nn.Linear(config.hidden_sizes[j], 2 * inner, bias=False)
                 for j in sorted({j for places in self.sources.values() for j in places})
             }
         )
-        self.q_proj = nn.ModuleDict(
+        self.q_projs = nn.ModuleDict(
             {str(i): nn.Linear(config.hidden_sizes[i], inner, bias=False) for i in self.receivers}
         )
-        self.o_proj = nn.ModuleDict(
+        self.o_projs = nn.ModuleDict(
             {str(i): nn.Linear(inner, config.hidden_sizes[i], bias=False) for i in self.receivers}
         )
 
@@ -75,13 +75,13 @@ class CrossAttentionMerge(nn.Module):
         streams = [plan.at_tokens(x) for x, plan in zip(streams, plans)]
         normed = {name: norm(streams[int(name)]) for name, norm in self.norms.items()}
         heads = (self.num_heads, self.head_dim)
-        keys_values = {j: proj(normed[j]).unflatten(-1, (2, *heads)) for j, proj in self.kv_proj.items()}
+        keys_values = {j: proj(normed[j]).unflatten(-1, (2, *heads)) for j, proj in self.kv_projs.items()}
         out = {}
         for i, sources in self.sources.items():
-            query = self.q_proj[str(i)](normed[str(i)]).unflatten(-1, heads)
+            query = self.q_projs[str(i)](normed[str(i)]).unflatten(-1, heads)
             key, value = torch.stack([keys_values[str(j)] for j in sources], dim=-2).unbind(2)
             weights = torch.softmax((query.unsqueeze(-2) * key).sum(-1) * self.head_dim**-0.5, dim=-1)
-            out[i] = self.o_proj[str(i)]((weights.unsqueeze(-1) * value).sum(-2).flatten(2))
+            out[i] = self.o_projs[str(i)]((weights.unsqueeze(-1) * value).sum(-2).flatten(2))
         return out
 
 

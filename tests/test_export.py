@@ -169,9 +169,9 @@ torch.save(results, folder + "/results.pt")
 """
 
 
-def in_a_clean_room(folder, jobs, again="no"):
+def in_a_clean_room(folder, jobs, again="no", code=CLEAN_ROOM):
     """Load exports in a new interpreter that has nothing of this repository; `jobs` are (folder, Auto class)."""
-    said = run_alone(CLEAN_ROOM, folder, folder, json.dumps(jobs), again, home=f"home-{again}")
+    said = run_alone(code, folder, folder, json.dumps(jobs), again, home=f"home-{again}")
     return torch.load(folder / "results.pt"), said.split("\n")
 
 

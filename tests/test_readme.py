@@ -1,17 +1,133 @@
 """The README's code runs as it is printed."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from data import build_tokenizer
+
+from modeling_heptapod import HeptapodProcessor, MultiGridProcessor
+from tests.tiny_heptapod import tiny_heptapod
+from tests.tiny_hierarchical_lm import tiny_hierarchical_lm
+from tests.tiny_leap import tiny_leap
+from tests.tiny_multigrid import tiny_multigrid
+
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_quickstart_runs_as_printed():
-    code = re.search(r"## Quickstart\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
-    assert len(code.strip().splitlines()) <= 12
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+def blocks(heading, language="python"):
+    """The blocks of code below a heading, down to the next of its rank."""
+    section = re.split(r"^## ", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    (section,) = [part for part in section if part.startswith(f"{heading}\n")]
+    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+
+
+def run(code, folder, **env):
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, **env},
+    )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("def add(a, b):\n    return")
+    return result.stdout
+
+
+def save_tiny_models(folder):
+    """What `make demo` of each family leaves in `folder`/outputs, untrained and smaller."""
+    tokenizer, page_tokenizer = build_tokenizer("byte", []), build_tokenizer("byte", [], for_pages=True)
+    processor = MultiGridProcessor(tokenizer, ["token_kind", "bracket"])
+    ids = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+    }
+    axes = {"axis_names": processor.axis_names, "axis_vocab_sizes": processor.axis_vocab_sizes}
+    page_ids = {"vocab_size": len(page_tokenizer), "pad_token_id": page_tokenizer.pad_token_id}
+    page_ids["mask_token_id"] = page_tokenizer.mask_token_id
+    models = {
+        "leap": (tiny_leap(**ids), tokenizer),
+        "hierarchical_lm": (tiny_hierarchical_lm(**ids), tokenizer),
+        "heptapod": (tiny_heptapod(grid_size=(4, 32), **page_ids), HeptapodProcessor(page_tokenizer, 4, 32)),
+        "multigrid": (tiny_multigrid(**ids, **axes), processor),
+    }
+    for family, (model, processor) in models.items():
+        for part in (model, processor):
+            part.save_pretrained(folder / "outputs" / f"{family}-tiny")
+
+
+def test_quickstart_runs_as_printed():
+    (code,) = blocks("Quickstart")
+    assert len(code.strip().splitlines()) <= 12
+    assert run(code, ROOT).startswith("def add(a, b):\n    return")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder with the package and nothing else of this repository, installed from a wheel of what git knows of it."""
+    folder = tmp_path_factory.mktemp("installed")
+    clone, target = folder / "clone", folder / "site"
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file():
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            (clone / name).write_bytes((ROOT / name).read_bytes())
+    wheel, install = blocks("Install", "bash")[0].strip().splitlines()
+    for command, more in ((wheel, "--no-build-isolation"), (install, f"--no-deps --target {target}")):
+        command = f"{sys.executable} -m {command} {more} --quiet --disable-pip-version-check"  # and no network
+        done = subprocess.run(command, shell=True, cwd=clone, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    return target
+
+
+def test_the_wheel_is_the_whole_package(installed):
+    modules = {path.name for path in (ROOT / "modeling_heptapod").glob("*.py")}
+    assert {path.name for path in (installed / "modeling_heptapod").glob("*.py")} == modules
+    assert not (installed / "training").exists() and not (installed / "tests").exists()
+
+
+def test_a_new_user_without_a_checkout(installed, tmp_path):
+    """As printed, for each family where the names of the folders differ only; in one process, which imports once."""
+    save_tiny_models(tmp_path)
+    causal, grid = blocks("Install")
+    assert all(len(code.strip().splitlines()) <= 13 for code in (causal, grid))
+    families = ("leap", "hierarchical_lm", "multigrid")
+    codes = {family: causal.replace("leap-tiny", f"{family}-tiny") for family in families} | {"heptapod": grid}
+    checks = f"""
+for family, code in {codes!r}.items():
+    names = {{}}
+    exec(code.replace("outputs/mine", f"outputs/my-{{family}}"), names)
+    before, after = names["model"].state_dict(), names["again"].state_dict()
+    assert set(before) == set(after) and all(before[name].equal(after[name]) for name in before)
+    assert names["model"].config.model_type == family
+    module = names["modeling_heptapod"]
+print("from", module.__file__)
+"""
+    printed = run(checks, tmp_path, PYTHONPATH=str(installed))
+    assert printed.count("def area(width, height):") == 4
+    assert f"from {installed}" in printed and str(ROOT / "modeling_heptapod") not in printed
+    for family in codes:
+        folders = [tmp_path / "outputs" / name for name in (f"{family}-tiny", f"my-{family}")]
+        names, mine = ({path.name for path in folder.iterdir()} for folder in folders)
+        assert names <= mine  # code, processor and all
+        weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
+        assert weights[0] != weights[1]  # it learned
+
+
+def test_fine_tuning_runs_as_printed(tmp_path):
+    """All four, in one process, which imports once; what they write is what they were asked to."""
+    save_tiny_models(tmp_path)
+    codes = blocks("Fine-tune")
+    assert len(codes) == 4
+    printed = run(f"for code in {codes!r}:\n    exec(code, {{}})", tmp_path, PYTHONPATH=str(ROOT))
+    assert re.search(r"^\[[01] [01]\]$", printed, re.MULTILINE)  # two rows, told apart or not
+    saved = {str(path.relative_to(tmp_path / "outputs")) for path in tmp_path.glob("outputs/*/*.safetensors")}
+    assert saved >= {"lora/adapter_model.safetensors", "merged/model.safetensors", "sft/model.safetensors"}
+    assert "lora/model.safetensors" not in saved

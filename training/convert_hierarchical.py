@@ -143,7 +143,7 @@ def parameter_names(config: HierarchicalLMConfig) -> dict[str, str]:
             names[f"{ours}.mlp.down_proj.weight"] = f"{theirs}.ff.net.3.weight"
         if config.num_hierarchies > 1:
             ours, theirs = f"model.layers.{layer}.merge", f"hierarchical_merges.{layer}.net"
-            names |= {f"{ours}.up_proj.{h}.weight": f"{theirs}.1.weight" for h in range(config.num_hierarchies)}
+            names |= {f"{ours}.up_projs.{h}.weight": f"{theirs}.1.weight" for h in range(config.num_hierarchies)}
             names |= {f"{ours}.up_bias": f"{theirs}.1.bias"} | _both(f"{ours}.down_proj", f"{theirs}.3")
     return names | _loss_names(config)
 
@@ -196,7 +196,7 @@ def convert_state_dict(source: dict[str, torch.Tensor], config: HierarchicalLMCo
             tensor = tensor.transpose(1, 2).flatten(1)  # [out, in, tap] -> [out, tap * in]
         elif theirs.endswith("compress_fn.3.weight"):
             tensor = tensor.squeeze(-1)
-        elif ".merge.up_proj." in ours:  # the norm's gain, and of all streams one
+        elif ".merge.up_projs." in ours:  # the norm's gain, and of all streams one
             _, _, layer, _, _, h, _ = ours.split(".")
             tensor = (tensor * source[gain.format(layer)]).split(config.hidden_sizes, dim=1)[int(h)]
         if tensor.shape != expected[ours].shape:

@@ -207,7 +207,7 @@ def _concat_merge(weights, streams, name, seq, d):
     pooled = []
     for t in range(seq):
         x = torch.cat([stream[t // s] for stream, s in zip(streams, d.strides)])
-        up_proj = torch.cat([weights[f"{name}.up_proj.{h}.weight"] for h in range(len(streams))], dim=1)
+        up_proj = torch.cat([weights[f"{name}.up_projs.{h}.weight"] for h in range(len(streams))], dim=1)
         x = _silu(up_proj @ _rms_norm(x, 1.0, d) + weights[f"{name}.up_bias"])
         pooled.append(weights[f"{name}.down_proj.weight"] @ x + weights[f"{name}.down_proj.bias"])
     out, first = [], 0
@@ -237,12 +237,12 @@ def _cross_merge(weights, streams, name, seq, d):
         seen = [j for j in range(len(streams)) if not d.coarse_to_fine or d.factors[j] >= d.factors[h]]
         new = []
         for i, x in enumerate(stream):
-            q = (weights[f"{name}.q_proj.{h}.weight"] @ normed(h, i)).view(heads, head_dim)
+            q = (weights[f"{name}.q_projs.{h}.weight"] @ normed(h, i)).view(heads, head_dim)
             kv = []
             for j in seen:
                 other = normed(j, i * d.strides[h] // d.strides[j])
-                kv.append((weights[f"{name}.kv_proj.{j}.weight"] @ other).view(2, heads, head_dim))
-            new.append(x + weights[f"{name}.o_proj.{h}.weight"] @ _read(q, kv))
+                kv.append((weights[f"{name}.kv_projs.{j}.weight"] @ other).view(2, heads, head_dim))
+            new.append(x + weights[f"{name}.o_projs.{h}.weight"] @ _read(q, kv))
         out.append(new)
     return out
 

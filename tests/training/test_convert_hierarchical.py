@@ -51,7 +51,7 @@ def test_every_number_arrives():
     state = prototype_state()
     ours = convert(ARGUMENTS, state).state_dict()
     for name, theirs in parameter_names(convert_config(ARGUMENTS)).items():
-        if ".merge.up_proj." in name:
+        if ".merge.up_projs." in name:
             continue
         assert torch.equal(ours[name].flatten().sort().values, state[theirs].flatten().sort().values), name
     assert set(ours) == set(parameter_names(convert_config(ARGUMENTS)))
@@ -61,9 +61,9 @@ def test_the_gain_of_a_merge_moves_into_its_first_matrix():
     state = prototype_state()
     gain = state["hierarchical_merges.1.net.0.gamma"] = torch.randn(36)
     merge = convert(ARGUMENTS, state).model.layers[1].merge
-    ours = torch.cat([proj.weight for proj in merge.up_proj], dim=1)
+    ours = torch.cat([proj.weight for proj in merge.up_projs], dim=1)
     assert torch.equal(ours, state["hierarchical_merges.1.net.1.weight"] * gain)
-    assert [proj.in_features for proj in merge.up_proj] == [8, 12, 16]
+    assert [proj.in_features for proj in merge.up_projs] == [8, 12, 16]
 
 
 def test_taps_of_the_convolution_are_oldest_first():

@@ -1,0 +1,110 @@
+"""A classifier beside what always says the same and what knows words alone, and the numbers that compare them."""
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from classify import difference, read_rows, scores, split, words_alone
+from data import build_tokenizer
+from transformers import AutoModelForSequenceClassification
+
+from tests.tiny_leap import tiny_leap
+
+
+ROOT = Path(__file__).parent.parent.parent
+WORDS = ["one", "two", "six", "ten"]
+
+
+def write_rows(path, number=400):
+    """Four words in order or turned around: words alone tell nothing, their order all."""
+    draw = random.Random(0)
+    rows = []
+    for _ in range(number):
+        label = draw.choice(["forward", "forward", "back"])
+        words = " ".join(WORDS if label == "forward" else reversed(WORDS))
+        rows.append({"line": words, "way": label})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def test_order_is_learned_that_words_alone_do_not_tell(tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl")
+    tokenizer = build_tokenizer("byte", [])
+    model = tiny_leap(
+        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_hidden_layers=2, window_sizes=[3, None]
+    )
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-W", "ignore", "training/classify.py", "--model", tmp_path / "model"]
+    command += ["--rows", tmp_path / "rows.jsonl", "--text_column", "line", "--label_column", "way", "--use_cpu"]
+    command += [
+        "--output_dir",
+        tmp_path / "out",
+        "--max_steps",
+        "40",
+        "--learning_rate",
+        "1e-2",
+        "--report_to",
+        "none",
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out" / "classification.json").read_text())
+    held_out = [row["way"] for row in rows[::10]]
+    most = held_out.count("forward") / len(held_out)
+    assert (results["rows"], results["held_out_rows"], results["labels"]) == (360, 40, ["back", "forward"])
+    assert results["scores"]["always the same"]["accuracy"] == pytest.approx(most)
+    assert results["scores"]["words alone"]["accuracy"] == pytest.approx(most)
+    ours = results["scores"]["LeapForSequenceClassification"]
+    assert ours["accuracy"] == ours["macro_f1"] == 1
+    assert results["above_words_alone"] == pytest.approx(1 - most)
+    assert f"accuracy 1.000 +- 0.000, macro F1 1.000\n  above words alone, row by row: +{1 - most:.3f}" in done.stdout
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert loaded.config.id2label == {0: "back", 1: "forward"}
+
+
+def test_every_tenth_row_is_held_out():
+    train, held_out = split(list(range(25)))
+    assert held_out == [0, 10, 20] and sorted(train + held_out) == list(range(25))
+
+
+def test_words_alone_tell_what_words_tell():
+    texts, labels = ["red apple", "red rose", "blue sea", "blue sky"] * 3, ["r", "r", "b", "b"] * 3
+    assert words_alone(texts, labels, ["sea so blue", "red red red"]).tolist() == ["b", "r"]
+
+
+def test_scores_by_hand():
+    truth, said = np.array(["a", "a", "b", "c"]), np.array(["a", "b", "b", "b"])
+    found = scores(said, truth)
+    assert found["accuracy"] == 0.5 and found["standard_error"] == 0.25
+    assert found["macro_f1"] == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
+
+
+def test_a_difference_is_of_the_same_rows():
+    """Three rows of eight are won, one is lost."""
+    truth = np.array(list("aaaaaaaa"))
+    ours, other = np.array(list("aaaaaaab")), np.array(list("aaaabbba"))
+    gain, error = difference(ours, other, truth)
+    gains = np.array([0, 0, 0, 0, 1, 1, 1, -1])
+    assert gain == 0.25
+    assert error == pytest.approx(math.sqrt(((gains - 0.25) ** 2).sum() / 7 / 8))
+
+
+def test_bad_rows_are_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a", "label": "x"}\n{"text": "b"}\n')
+    with pytest.raises(ValueError, match=r"--label_column label: line 2 of .* has only \['text'\]"):
+        read_rows(str(path), "text", "label")
+    with pytest.raises(ValueError, match="--text_column words: line 1"):
+        read_rows(str(path), "words", "label")
+    path.write_text('{"text": "a", "label": "x"}\n' * 30)
+    with pytest.raises(ValueError, match="--rows .* must have at least 20 rows of two labels, got 30 of 1"):
+        read_rows(str(path), "text", "label")

@@ -1,0 +1,164 @@
+"""Fine-tune a trained LEAP to tell classes of texts apart, and compare it with what their words alone tell.
+
+    python training/classify.py --model outputs/leap-wiki --rows en.jsonl --label_column topic --output_dir outputs/topics
+
+Copy and edit it like one of transformers' examples: everything here is `Trainer`. All of `TrainingArguments` can be
+given as well; `--help` lists them.
+"""
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+import modeling_heptapod  # noqa: F401  registers our families with the Auto classes
+
+
+HELD_OUT = 10  # one row in so many
+
+
+@dataclass
+class ClassificationArguments:
+    """What to tell apart, and by which model."""
+
+    model: str = field(metadata={"help": "A folder that training/train.py made of a LEAP, with its tokenizer."})
+    rows: str = field(metadata={"help": "A file of JSON objects, one a line. Every tenth is held out."})
+    text_column: str = field(default="text", metadata={"help": "What is read."})
+    label_column: str = field(default="label", metadata={"help": "What is told."})
+    max_length: int = field(default=256, metadata={"help": "Longer texts are cut off after so many tokens."})
+    from_scratch: bool = field(default=False, metadata={"help": "Take of the model its sizes only, not its weights."})
+
+
+def read_rows(path: str, text_column: str, label_column: str) -> tuple[list[str], list[str]]:
+    """Texts and their labels.
+
+    Raises:
+        ValueError: naming the column that a line has not, or `--rows` where there is nothing to tell apart.
+    """
+    texts, labels = [], []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        row = json.loads(line)
+        for name, column in (("--text_column", text_column), ("--label_column", label_column)):
+            if column not in row:
+                raise ValueError(f"{name} {column}: line {number} of {path} has only {sorted(row)}")
+        texts.append(str(row[text_column]))
+        labels.append(str(row[label_column]))
+    if len(set(labels)) < 2 or len(texts) < 2 * HELD_OUT:
+        raise ValueError(
+            f"--rows {path} must have at least {2 * HELD_OUT} rows of two labels, got {len(texts)} of {len(set(labels))}"
+        )
+    return texts, labels
+
+
+def split(rows: list) -> tuple[list, list]:
+    """Rows to train on, and every tenth, which is held out."""
+    return [row for i, row in enumerate(rows) if i % HELD_OUT], rows[::HELD_OUT]
+
+
+def words_alone(texts: list[str], labels: list[str], held_out: list[str]) -> np.ndarray:
+    """What a logistic regression on the words of a text, weighted by how rare they are, says of the held-out ones."""
+    vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2)
+    regression = LogisticRegression(C=10, max_iter=1000)
+    return regression.fit(vectorizer.fit_transform(texts), labels).predict(vectorizer.transform(held_out))
+
+
+def scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Accuracy with its standard error, and the mean of the classes' F1."""
+    accuracy = float((predicted == labels).mean())
+    return {
+        "accuracy": accuracy,
+        "standard_error": math.sqrt(accuracy * (1 - accuracy) / len(labels)),
+        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
+    }
+
+
+def difference(predicted: np.ndarray, other: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """By how much one accuracy is above another, and the standard error of that on the same rows."""
+    gain = (predicted == labels).astype(float) - (other == labels)
+    return float(gain.mean()), float(gain.std(ddof=1) / math.sqrt(len(gain)))
+
+
+def main():
+    parser = HfArgumentParser((ClassificationArguments, TrainingArguments))
+    args, training_args = parser.parse_args_into_dataclasses()
+    set_seed(training_args.seed)
+
+    # Rows -> tokens
+    texts, labels = read_rows(args.rows, args.text_column, args.label_column)
+    names = sorted(set(labels))
+    (train_texts, test_texts), (train_labels, test_labels) = split(texts), split(labels)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+
+    def tokens(texts, labels):
+        encoded = tokenizer(texts, truncation=True, max_length=args.max_length)
+        return Dataset.from_dict({**encoded, "labels": [names.index(label) for label in labels]})
+
+    # A trained model with a new head; `num_labels` follows from the names
+    about = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    auto_class = AutoModelForSequenceClassification
+    if args.from_scratch:
+        model = auto_class.from_config(AutoConfig.from_pretrained(args.model, **about))
+    else:
+        model = auto_class.from_pretrained(args.model, **about)
+
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=tokens(train_texts, train_labels),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
+    seconds = trainer.train().metrics["train_runtime"]
+    trainer.save_model()
+    logits = trainer.predict(tokens(test_texts, test_labels)).predictions
+    if not trainer.is_world_process_zero():
+        return
+
+    # Beside what always says the same, and what knows no order of words
+    truth = np.array(test_labels)
+    predicted = {
+        "always the same": np.full(len(truth), Counter(train_labels).most_common(1)[0][0]),
+        "words alone": words_alone(train_texts, train_labels, test_texts),
+        type(model).__name__: np.array(names)[logits.argmax(-1)],
+    }
+    ours, words = predicted[type(model).__name__], predicted["words alone"]
+    gain, error = difference(ours, words, truth)
+    results = {
+        "rows": len(train_texts),
+        "held_out_rows": len(test_texts),
+        "labels": names,
+        "parameters": model.num_parameters(),
+        "train_seconds": round(seconds, 1),
+        "above_words_alone": gain,
+        "above_words_alone_standard_error": error,
+        "scores": {name: scores(said, truth) for name, said in predicted.items()},
+    }
+    Path(training_args.output_dir, "classification.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(
+        f"\n{len(test_texts):,} held-out rows of {len(names)} classes, {seconds:.0f} s on {len(train_texts):,} others"
+    )
+    for name, score in results["scores"].items():
+        accuracy = f"{score['accuracy']:.3f} +- {score['standard_error']:.3f}"
+        print(f"  {name:<30} accuracy {accuracy}, macro F1 {score['macro_f1']:.3f}")
+    print(f"  above words alone, row by row: {gain:+.3f} +- {error:.3f}")
+
+
+if __name__ == "__main__":
+    main()
