@@ -1,5 +1,6 @@
 """Tiny models of all families in folders, with the tokenizer or processor that reads bytes: what train.py leaves, untrained."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,3 +38,41 @@ def save_tiny(family: str, folder: Path, seed: int = 0, axes: Sequence[str] = AX
         model = make(seed=seed, **ids, **options)
     model.save_pretrained(folder)
     processing.save_pretrained(folder)
+
+
+def results_of(family: str) -> dict:
+    """As train.py writes them; of no real run."""
+    common = {
+        "dataset": "stdlib",
+        "tokenizer": "byte",
+        "vocab_size": 260 if family == "heptapod" else 258,
+        "train_bytes": 12345,
+        "held_out_bytes": 150,
+        "held_out_sha256": "0" * 64,
+        "parameters": 4321,
+        "steps": 17,
+        "tokens_per_step": 99,
+        "train_seconds": 12.3,
+        "precision": "float32",
+        "bits_per_byte_before": None if family == "leap" else 9.876,
+        "bits_per_byte": 7.654,
+        "bits_per_byte_bz2": 3.21,
+        "device": "a computer",
+        "threads": 1,
+        "versions": {"python": "3.1", "torch": "2.3"},
+        "command": "python training/train.py --of_this test",
+        "commit": "abcdef123456",
+    }
+    if family == "heptapod":
+        return {**common, "page": list(PAGE), "bits_per_byte_standard_error": 0.012, "elbo_samples": 8}
+    return {**common, "block_size": 20, **({"axes": dict.fromkeys(AXES, 5)} if family == "multigrid" else {})}
+
+
+def save_with_results(family: str, folder: Path, seed: int = 0) -> None:
+    """As `save_tiny`, with the results of training and what else it leaves."""
+    save_tiny(family, folder, seed=seed)
+    (folder / "results.json").write_text(json.dumps(results_of(family)))
+    for name in ("training_args.bin", "optimizer.pt", "trainer_state.json"):
+        (folder / name).write_text("{}")
+    (folder / "checkpoint-1").mkdir(exist_ok=True)
+    (folder / "checkpoint-1" / "model.safetensors").write_text("old")

@@ -15,6 +15,7 @@ from data import NOT_STDLIB, _hash, annotate, encode
 from tests.saved_models import save_tiny
 
 
+pytestmark = pytest.mark.slow  # a minute and a half: lm_eval starts slowly
 TASKS = Path(evaluate.__file__).parent / "lm_eval_tasks"
 LIMIT, WINDOW = 9, 512  # so that neither batch size divides the number of documents
 # Folder -> what is saved there, and the `--model` that reads it.
@@ -57,12 +58,12 @@ sys.path.insert(0, tasks)
 import multigrid_lm
 
 names = ["stdlib_bits_per_byte", "stdlib_next_line", "write"]
-loaded = get_task_dict(names, TaskManager(include_path=[tasks, str(folder / "tasks")]))
+loaded = get_task_dict(names, TaskManager(include_path=[tasks, str(folder / "tasks")], include_defaults=False))
 results = {}
 for name, reader in models.items():
     for batch_size in (1, 8):
         pretrained = {"pretrained": f"{folder}/{name}"} | ({"trust_remote_code": True} if reader == "hf" else {})
-        found = simple_evaluate(reader, pretrained, list(loaded.values()), batch_size=batch_size, limit=limit, device="cpu")
+        found = simple_evaluate(reader, pretrained, list(loaded.values()), batch_size=batch_size, limit=limit, device="cpu", bootstrap_iters=0)
         results[f"{name}-{batch_size}"] = {
             "figures": {task: values for task, values in found["results"].items()},
             "samples": {task: [sample["filtered_resps"] for sample in each] for task, each in found["samples"].items()},

@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 
 from tests.hub_server import HubServer, find_errors
-from tests.saved_models import AXES, FAMILIES, PAGE, save_tiny
+from tests.saved_models import AXES, FAMILIES, results_of, save_tiny, save_with_results
 
 
 SCRIPTS = Path(publish.__file__).parent
@@ -92,43 +92,6 @@ for key, name, revision, adapter in json.loads(sys.argv[1]):
         results[key] = model.eval()(**inputs).logits
 torch.save(results, sys.argv[2])
 """
-
-
-def results_of(family):
-    """As train.py writes them; of no real run."""
-    common = {
-        "dataset": "stdlib",
-        "tokenizer": "byte",
-        "vocab_size": 260 if family == "heptapod" else 258,
-        "train_bytes": 12345,
-        "held_out_bytes": 150,
-        "held_out_sha256": "0" * 64,
-        "parameters": 4321,
-        "steps": 17,
-        "tokens_per_step": 99,
-        "train_seconds": 12.3,
-        "precision": "float32",
-        "bits_per_byte_before": 9.876,
-        "bits_per_byte": 7.654,
-        "bits_per_byte_bz2": 3.21,
-        "device": "a computer",
-        "threads": 1,
-        "versions": {"python": "3.1", "torch": "2.3"},
-        "command": "python training/train.py --of_this test",
-        "commit": "abcdef123456",
-    }
-    if family == "heptapod":
-        return {**common, "page": list(PAGE), "bits_per_byte_standard_error": 0.012, "elbo_samples": 8}
-    return {**common, "block_size": 20, **({"axes": dict.fromkeys(AXES, 5)} if family == "multigrid" else {})}
-
-
-def save_with_results(family, folder, seed=0):
-    save_tiny(family, folder, seed=seed)
-    (folder / "results.json").write_text(json.dumps(results_of(family)))
-    for name in ("training_args.bin", "optimizer.pt", "trainer_state.json"):
-        (folder / name).write_text("{}")
-    (folder / "checkpoint-1").mkdir(exist_ok=True)
-    (folder / "checkpoint-1" / "model.safetensors").write_text("old")
 
 
 def evaluate_here(folder):
