@@ -19,7 +19,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 
 # What a folder on the Hub is made of; all of it lies at its top.
-PUBLISHED = ["*.safetensors", "*.safetensors.index.json", "*.py", "*.json", "*.jinja", "*.model", "*.txt", "*.png"]
+PUBLISHED = ["*.safetensors", "*.py", "*.json", "*.jinja", "*.model", "*.txt", "*.png"]
 LEFT_BEHIND = {"trainer_state.json"}
 
 
