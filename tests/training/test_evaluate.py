@@ -21,7 +21,7 @@ from tests.tiny_leap import tiny_leap
 
 
 CORPUS = argparse.__file__  # one file of real text on every machine
-SIZE = 400
+SIZE = 200
 WINDOW, STRIDE = 24, 10
 FOLDERS = {**{family: (family, {}) for family in FAMILIES}, "factored": ("multigrid", {"axis_order": "factored"})}
 CAUSAL = [name for name in FOLDERS if name != "heptapod"]
