@@ -10,6 +10,7 @@ import pytest
 from data import build_tokenizer
 
 from modeling_heptapod import HeptapodProcessor, MultiGridProcessor
+from tests.saved_models import save_with_results
 from tests.tiny_heptapod import tiny_heptapod
 from tests.tiny_hierarchical_lm import tiny_hierarchical_lm
 from tests.tiny_leap import tiny_leap
@@ -131,3 +132,25 @@ def test_fine_tuning_runs_as_printed(tmp_path):
     saved = {str(path.relative_to(tmp_path / "outputs")) for path in tmp_path.glob("outputs/*/*.safetensors")}
     assert saved >= {"lora/adapter_model.safetensors", "merged/model.safetensors", "sft/model.safetensors"}
     assert "lora/model.safetensors" not in saved
+
+
+@pytest.mark.slow  # five commands, each of which reads the standard library
+def test_evaluate_and_publish_run_as_printed(tmp_path):
+    """On an untrained folder in the place of the demo's."""
+    save_with_results("leap", tmp_path / "outputs" / "leap-tiny")
+    (tmp_path / "training").symlink_to(ROOT / "training")
+    (tmp_path / "hub_cards").mkdir()
+    text = (ROOT / "README.md").read_text()
+    text = text[text.index("## Evaluate") : text.index("## Fine-tune")]
+    commands = re.findall(r"```bash\n\.venv/bin/python (.*?)\n```", text, re.DOTALL)
+    assert len(commands) == 4 == text.count("```bash")
+    printed = []
+    for command in commands:
+        run = subprocess.run(
+            [sys.executable, *command.split()], cwd=tmp_path, capture_output=True, text=True, timeout=600
+        )
+        assert run.returncode == 0, run.stderr
+        printed.append(run.stdout)
+    assert "bits per byte with a sliding window" in printed[0] and "|stdlib_next_line" in printed[1]
+    assert "nothing was pushed to me/leap-tiny" in printed[2]
+    assert (tmp_path / "hub_cards" / "leap-tiny.md").is_file()

@@ -44,7 +44,6 @@ class NextTokens:
     """
 
     auto_class = AutoModelForCausalLM
-    pipeline_tag = "text-generation"
     label_names = ignore_keys = None
     text_losses = ["ce_loss"]
 
@@ -160,7 +159,6 @@ class MaskedPages:
     """
 
     auto_class = AutoModelForMaskedLM
-    pipeline_tag = "other"  # none of the Hub's pipelines reads pages
     label_names = ignore_keys = None
     text_losses = []
 

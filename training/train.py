@@ -12,21 +12,19 @@ import dataclasses
 import hashlib
 import json
 import os
-import platform
 import statistics
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
 import torch
-import transformers
 from accelerate.utils import broadcast_object_list
 from data import DataArguments, load_texts
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from model_card import write_card
 from named_losses import NamedLossTrainer
 from objectives import objective_for
+from provenance import provenance
 from transformers import (
     AutoConfig,
     HfArgumentParser,
@@ -45,9 +43,6 @@ import modeling_heptapod  # noqa: F401  registers our families with the Auto cla
 
 matplotlib.use("Agg")  # the curve is written to a file, on machines without a screen as well
 import matplotlib.pyplot as plt
-
-
-CARD_TEMPLATE = Path(__file__).parent.parent / "hub_cards" / "template.md"
 
 
 @dataclass
@@ -158,36 +153,6 @@ def plot_curve(
     plt.close(figure)
 
 
-def write_card(results: dict, model: PreTrainedModel, pipeline_tag: str, folder: Path) -> None:
-    """A model card with the figures of this run."""
-    result = EvalResult(
-        task_type=pipeline_tag,
-        dataset_type=results["dataset"],
-        dataset_name=results["dataset"],
-        dataset_split="held out",
-        metric_type="bits_per_byte",
-        metric_name="bits per byte",
-        metric_value=round(results["bits_per_byte"], 4),
-    )
-    card_data = ModelCardData(
-        license="mit",
-        library_name="transformers",
-        pipeline_tag=pipeline_tag,
-        tags=["heptapod", model.config.model_type],
-        model_name=folder.name,
-        eval_results=[result],
-    )
-    card = ModelCard.from_template(
-        card_data,
-        template_path=str(CARD_TEMPLATE),
-        model_name=folder.name,
-        model_class=type(model).__name__,
-        config=model.config.to_diff_dict(),
-        **results,
-    )
-    card.save(folder / "README.md")
-
-
 def runs_beside(folder: Path, results: dict) -> dict[str, float]:
     """Bits per byte of the other runs next to `folder` that were measured on the same held-out bytes, by name."""
     beside = {}
@@ -286,19 +251,12 @@ def main():
         "bits_per_byte_before": before,
         **after,
         "bits_per_byte_bz2": 8 * len(bz2.compress(eval_text, 9)) / len(eval_text),
-        "device": torch.cuda.get_device_name() if training_args.device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "command": " ".join(["python", *sys.argv]),
+        **provenance(training_args.device),
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     history, factor = trainer.state.log_history, objective.bits_per_byte_of_loss
     plot_curve(history, results, factor, folder / "curve.png", objective.text_losses)
-    write_card(results, model, objective.pipeline_tag, folder)
+    write_card(folder)
 
     print(f"\n{folder}: {results['steps']} steps in {results['train_seconds']:.0f} s, {results['precision']}")
     print(f"bits per byte on {len(eval_text):,} held-out bytes")

@@ -169,7 +169,7 @@ def test_a_grid_is_trained_resumed_and_fills_a_page(tmp_path):
     assert f"{results['bits_per_byte']:.3f} +- {results['bits_per_byte_standard_error']:.3f}" in printed
     card = (out / "README.md").read_text()
     assert "{{" not in card and "AutoProcessor" in card and "4 x 24 cells" in card
-    assert "pipeline_tag: other" in card and "fill-mask" not in card  # that pipeline cannot read pages
+    assert "pipeline_tag: other" in card and "pipeline_tag: fill-mask" not in card  # that pipeline cannot read pages
     assert "use_cache" not in json.loads((out / "config.json").read_text()) and "use_cache" not in card
 
     resumed, _ = train(tmp_path / "second", "--resume_from_checkpoint", str(out / "checkpoint-4"))

@@ -1,0 +1,334 @@
+"""training/publish.py, Trainer's own push and LoRA adapters, over HTTP to a Hub of this test, and back in another process."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import model_card
+import publish
+import pytest
+import torch
+import yaml
+from data import load_texts
+from evaluate import evaluate, load_model, weights_digest
+from huggingface_hub import ModelCard
+from peft import PeftModel
+
+from tests.hub_server import HubServer, find_errors
+from tests.saved_models import AXES, FAMILIES, results_of, save_tiny, save_with_results
+
+
+SCRIPTS = Path(publish.__file__).parent
+CORPUS = argparse.__file__
+PRIVATE = "multigrid"
+
+# Publishes folders as the command line does; then one step of Trainer and one adapter for each family.
+PUBLISH = """
+import json, runpy, sys
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoProcessor, AutoTokenizer, Trainer, TrainingArguments
+
+import modeling_heptapod
+
+script, folder, commands, families = sys.argv[1], Path(sys.argv[2]), *map(json.loads, sys.argv[3:])
+sys.path.insert(0, script.rsplit("/", 1)[0])
+for command in commands:
+    sys.argv = [script, *command]
+    runpy.run_path(script, run_name="__main__")
+
+for family in families:
+    auto_class = AutoModelForMaskedLM if family == "heptapod" else AutoModelForCausalLM
+    processing_class = AutoProcessor if family in ("heptapod", "multigrid") else AutoTokenizer
+    processing = processing_class.from_pretrained(folder / family)
+    model = auto_class.from_pretrained(folder / family)
+    ids = torch.arange(64).view(4, 16) + 40
+    example = {"input_ids": ids if family == "heptapod" else ids.flatten()}
+    example["labels"] = example["input_ids"]
+    if family == "multigrid":
+        example["meta_ids"] = torch.zeros(2, 64, dtype=torch.long)
+    arguments = TrainingArguments(
+        str(folder / f"{family}-trained"), max_steps=1, per_device_train_batch_size=2, use_cpu=True, report_to=[],
+        push_to_hub=True, hub_model_id=f"me/{family}-trained", save_strategy="no", disable_tqdm=True,
+    )
+    trainer = Trainer(model, arguments, train_dataset=[example] * 2, processing_class=processing)
+    trainer.train()
+    trainer.push_to_hub()
+
+    torch.manual_seed(1)
+    model = auto_class.from_pretrained(folder / family)
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    adapted.push_to_hub(f"me/{family}-lora")
+    adapted.save_pretrained(folder / f"{family}-lora")
+"""
+
+# Loads by name, in a process that cannot import this package and has an empty cache.
+LOAD = """
+import json, sys
+sys.modules["modeling_heptapod"] = None
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoProcessor, AutoTokenizer
+
+results = {}
+for key, name, revision, adapter in json.loads(sys.argv[1]):
+    is_grid = name.startswith("me/heptapod")
+    options = {"trust_remote_code": True, "revision": revision}
+    auto_class = AutoModelForMaskedLM if is_grid else AutoModelForCausalLM
+    model = auto_class.from_pretrained(name, **options)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    has_processor = is_grid or name.startswith("me/multigrid")
+    processing = (AutoProcessor if has_processor else AutoTokenizer).from_pretrained(name, **options)
+    inputs = processing("import os\\n", return_tensors="pt")
+    with torch.no_grad():
+        results[key] = model.eval()(**inputs).logits
+torch.save(results, sys.argv[2])
+"""
+
+
+def evaluate_here(folder):
+    (text,) = load_texts(CORPUS, max_validation_bytes=200).validation
+    (folder / "evaluation.json").write_text(json.dumps(evaluate(folder, [text], CORPUS)))
+
+
+def run(*command, cwd, hub):
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent), **hub.environment(cwd / "home")}
+    process = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def published(hub, tmp_path_factory):
+    """The folder of all that was pushed, and what was printed."""
+    folder = tmp_path_factory.mktemp("published")
+    commands = [[str(folder / "leap"), "--repo-id", "me/other", "--dry-run"]]
+    for family in FAMILIES:
+        save_with_results(family, folder / family)
+        if family != "leap":  # which is evaluated when it is published
+            evaluate_here(folder / family)
+        private = ["--private"] if family == PRIVATE else []
+        commands.append([str(folder / family), "--repo-id", f"me/{family}", *private])
+    save_with_results("leap", folder / "changed" / "leap", seed=7)
+    evaluate_here(folder / "changed" / "leap")
+    commands.append([str(folder / "changed" / "leap"), "--repo-id", "me/leap"])
+    script = folder / "script.py"
+    script.write_text(PUBLISH)
+    printed = run(
+        script, SCRIPTS / "publish.py", folder, json.dumps(commands), json.dumps(FAMILIES), cwd=folder, hub=hub
+    )
+    return folder, printed
+
+
+@pytest.fixture(scope="module")
+def loaded(hub, published, tmp_path_factory):
+    """Logits of what another process loaded from the Hub."""
+    folder = tmp_path_factory.mktemp("loaded")
+    (folder / "script.py").write_text(LOAD)
+    jobs = []
+    for family in FAMILIES:
+        first = hub.repos[f"me/{family}"].commits[1].oid
+        jobs.append([family, f"me/{family}", first, None])
+        jobs.append([f"{family}-trained", f"me/{family}-trained", "main", None])
+        jobs.append([f"{family}-lora", f"me/{family}", first, f"me/{family}-lora"])
+    jobs.append(["changed", "me/leap", None, None])
+    run(folder / "script.py", json.dumps(jobs), folder / "results.pt", cwd=folder, hub=hub)
+    return torch.load(folder / "results.pt")
+
+
+def logits_of(folder, adapter=None):
+    """Those of the local folder, from the same text."""
+    model, processing = load_model(folder)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    with torch.no_grad():
+        return model(**processing("import os\n", return_tensors="pt")).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_was_published_loads_by_name_bit_for_bit(family, published, loaded):
+    assert torch.equal(loaded[family], logits_of(published[0] / family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_is_pushed_in_one_commit_and_no_leftovers(family, hub, published):
+    commits = hub.repos[f"me/{family}"].commits
+    assert len(commits) == (3 if family == "leap" else 2)  # the first is the empty repository
+    files = commits[1].files
+    local = {path.name for path in (published[0] / family).iterdir() if path.is_file()}
+    left_behind = {"training_args.bin", "optimizer.pt", "trainer_state.json"}
+    assert set(files) == (local - left_behind) | {".gitattributes"}
+    assert {"README.md", "model.safetensors", "config.json", "tokenizer.json", "evaluation.json"} <= set(files)
+    for name in set(files) - {".gitattributes"}:
+        assert files[name] == (published[0] / family / name).read_bytes()
+
+
+def test_a_pinned_revision_gives_the_older_weights(hub, published, loaded):
+    new = logits_of(published[0] / "changed" / "leap")
+    assert torch.equal(loaded["changed"], new)
+    assert not torch.equal(loaded["leap"], new)
+    for commit in hub.repos["me/leap"].commits[1:]:
+        assert f'pushed: me/leap, revision="{commit.oid}"' in published[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trainer_pushes_what_loads_without_the_package(family, published, loaded):
+    trained = logits_of(published[0] / f"{family}-trained")
+    assert torch.equal(loaded[f"{family}-trained"], trained) and not torch.equal(trained, loaded[family])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_is_pushed_and_loaded(family, hub, published, loaded):
+    files = hub.repos[f"me/{family}-lora"].commits[-1].files
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(files) and "model.safetensors" not in files
+    adapted = logits_of(published[0] / family, published[0] / f"{family}-lora")
+    assert torch.equal(loaded[f"{family}-lora"], adapted) and not torch.equal(adapted, loaded[family])
+
+
+def test_private_is_private(hub, published):
+    for family in FAMILIES:
+        url = f"{hub.url}/me/{family}/resolve/main/config.json"
+        if family == PRIVATE:
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.urlopen(url)
+        else:
+            assert json.load(urllib.request.urlopen(url))["model_type"] == family
+
+
+def test_a_dry_run_shows_files_and_pushes_nothing(hub, published):
+    folder, printed = published
+    assert "me/other" not in hub.repos and "nothing was pushed to me/other" in printed
+    shown = printed[: printed.index("nothing was pushed")]
+    for name in ("model.safetensors", "modeling_leap.py", "tokenizer.json"):
+        assert f"{(folder / 'leap' / name).stat().st_size:>13,}  {name}\n" in shown
+    assert "README.md" in shown and "optimizer.pt" not in shown
+
+
+def test_what_is_not_evaluated_is_evaluated_on_what_training_held_out(published):
+    evaluation = json.loads((published[0] / "leap" / "evaluation.json").read_text())
+    assert (evaluation["dataset"], evaluation["held_out_bytes"], evaluation["window"]) == ("stdlib", 150, 20)
+
+
+def test_an_evaluation_of_other_weights_does_not_count(tmp_path, monkeypatch):
+    save_with_results("leap", tmp_path)
+    calls = []
+    monkeypatch.setattr(
+        publish, "evaluate", lambda *_: calls.append(1) or {"weights_sha256": weights_digest(tmp_path)}
+    )
+    monkeypatch.setattr(publish, "load_texts", lambda *_, **__: argparse.Namespace(validation=[]))
+    for _ in range(2):
+        publish.evaluate_if_needed(tmp_path)
+    assert len(calls) == 1
+    save_tiny("leap", tmp_path, seed=1)
+    publish.evaluate_if_needed(tmp_path)
+    assert len(calls) == 2
+    (tmp_path / "results.json").write_text(json.dumps({"dataset": "book.txt"}))
+    save_tiny("leap", tmp_path, seed=2)
+    with pytest.raises(ValueError, match=r"not known where book.txt is; evaluate first: python training/evaluate.py"):
+        publish.evaluate_if_needed(tmp_path)
+
+
+@pytest.mark.parametrize("family, left_out", [("leap", "auto_map.py"), ("heptapod", "processing_heptapod.py")])
+def test_a_folder_without_its_code_is_refused(family, left_out, tmp_path):
+    save_with_results(family, tmp_path)
+    publish.published_files(tmp_path)
+    (tmp_path / left_out).unlink()
+    with pytest.raises(ValueError, match=f"lacks code that it is loaded with: {left_out}"):
+        publish.published_files(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds no model"):
+        publish.published_files(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_card_says_what_was_measured(family, hub, published):
+    card = hub.repos[f"me/{family}"].commits[1].files["README.md"].decode()
+    evaluation = json.loads((published[0] / family / "evaluation.json").read_text())
+    results = results_of(family)
+    assert "{{" not in card and "{%" not in card and "None" not in card and "unknown" not in card.replace("`", "")
+    for said in (results["command"], results["commit"], "12,345 bytes", "17 steps of 99 tokens in 12 s", "a computer"):
+        assert said in card
+    assert evaluation["command"] in card and f"{results['bits_per_byte']:.3f}" in card
+    assert f"{evaluation['standard_error_over_text']:.3f} (over" in card
+    assert f"writes {evaluation['generation']['tokens_per_second']:,.0f} tokens per second" in card
+    assert "blocks of 20 tokens that share no context" in card or family == "heptapod"
+    assert f'name = "me/{family}"' in card and "What does not work:" in card
+    if family == "heptapod":
+        assert f"{evaluation['bound_bits_per_byte']:.3f} | {evaluation['bound_standard_error']:.3f} (draw" in card
+    else:
+        assert f"**{evaluation['sliding_window_bits_per_byte']:.3f}**" in card
+        assert "sliding window of 512 tokens" in card or "sliding window of 20 tokens" in card
+    if family == "multigrid":
+        for axis in AXES:
+            assert f"| {axis} | {evaluation['losses'][axis]['nats_per_token']:.3f} |" in card
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_hub_accepts_the_metadata_and_reads_the_figures(family, hub, published):
+    content = hub.repos[f"me/{family}"].commits[1].files["README.md"].decode()
+    assert ("POST", "/api/validate-yaml") in hub.log and find_errors(content) == []
+    data = ModelCard(content).data
+    assert data.license == "mit" and data.library_name == "transformers" and data.model_name == family
+    assert data.pipeline_tag == ("other" if family == "heptapod" else "text-generation")
+    evaluation = json.loads((published[0] / family / "evaluation.json").read_text())
+    figures = {result.metric_name: (result.dataset_name, result.metric_value) for result in data.eval_results}
+    if family == "heptapod":
+        bound = round(evaluation["bound_bits_per_byte"], 4)
+        assert figures == {"bits per byte, upper bound (negative ELBO)": ("argparse.py", bound)}
+    else:
+        assert figures == {
+            "bits per byte, blocks without shared context": ("stdlib", 7.654),
+            "bits per byte, sliding window": (
+                evaluation["dataset"],
+                round(evaluation["sliding_window_bits_per_byte"], 4),
+            ),
+        }
+    # And the test's Hub does refuse what the Hub refuses.
+    header = yaml.safe_load(content.split("---\n")[1])
+    for key, wrong in [("license", "mine"), ("pipeline_tag", "page-writing"), ("model-index", [{"name": family}])]:
+        broken = yaml.safe_dump({**header, key: wrong})
+        assert len(find_errors(f"---\n{broken}---\n")) == 1
+
+
+def test_code_of_a_card_runs(published):
+    """The example of the card, with the folder for the name."""
+    for family in FAMILIES:
+        card = (published[0] / family / "README.md").read_text()
+        code = card.split("```python\n")[1].split("```")[0].replace(f'"me/{family}"', repr(str(published[0] / family)))
+        exec(code.replace("max_new_tokens=200", "max_new_tokens=3"), {"print": lambda text: None})
+
+
+def test_cards_of_folders_without_an_evaluation(published, tmp_path):
+    for family in FAMILIES:
+        save_with_results(family, tmp_path / family)
+        model_card.write_card(tmp_path / family, tmp_path / f"{family}.md")
+        card = (tmp_path / f"{family}.md").read_text()
+        assert "`evaluate.py` has not been run" in card and "{{" not in card and find_errors(card) == []
+        assert "curve.png" not in card  # it lies elsewhere
+    (tmp_path / "leap" / "results.json").unlink()
+    with pytest.raises(ValueError, match=r"has no results\.json"):
+        model_card.write_card(tmp_path / "leap")
+
+
+def test_one_command_writes_the_cards_of_many_folders(published, tmp_path, monkeypatch, capsys):
+    folders = [str(published[0] / family) for family in FAMILIES]
+    monkeypatch.setattr(sys, "argv", ["model_card.py", *folders, "--output_dir", str(tmp_path)])
+    model_card.main()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{family}.md" for family in FAMILIES)
+    assert capsys.readouterr().out.count("written: ") == len(FAMILIES)

@@ -1,0 +1,341 @@
+"""Measure a saved model on any text: what the text costs, what each axis costs, how fast the model writes.
+
+    python training/evaluate.py outputs/leap-tiny --max_validation_bytes 131072
+
+A model that reads from left to right is measured with a sliding window: each token is predicted once, with at least
+`window - stride` tokens before it to look at. That is less than what train.py reports, whose blocks share no context
+(`--stride` of one less than the window gives its figure). A grid is measured by its bound, the negative ELBO.
+
+Nothing of this repository's package is imported: the folder brings its own code, so any machine will do. The figures go
+to `evaluation.json` in the folder, from where the model card takes them.
+"""
+
+import hashlib
+import json
+import math
+import os
+import statistics
+import time
+from argparse import ArgumentParser
+from pathlib import Path
+
+import numpy as np
+import torch
+from data import annotate, encode, load_texts
+from huggingface_hub import snapshot_download
+from provenance import provenance
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+
+
+MASK_SAMPLES = 8  # forward passes over each page
+SPEED_ROUNDS = 3
+
+
+def load_model(folder: str | Path) -> tuple[PreTrainedModel, object]:
+    """A saved model in evaluation mode, and its tokenizer or processor.
+
+    Raises:
+        ValueError: for a head that gives no text a cost.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    head = (config.architectures or ["none"])[0]
+    if head.endswith("ForCausalLM"):
+        auto_class = AutoModelForCausalLM
+    elif head == "HeptapodForMaskedLM":
+        auto_class = AutoModelForMaskedLM
+    else:
+        raise ValueError(
+            f"{folder} holds a {head}: only causal models and the grid's HeptapodForMaskedLM say what a text costs"
+        )
+    has_processor = config.model_type in ("heptapod", "multigrid")
+    processing = (AutoProcessor if has_processor else AutoTokenizer).from_pretrained(folder, trust_remote_code=True)
+    return auto_class.from_pretrained(folder, trust_remote_code=True).eval(), processing
+
+
+@torch.inference_mode()
+def sliding_window_nats(
+    model: PreTrainedModel,
+    stream: np.ndarray,
+    meta: np.ndarray | None = None,
+    *,
+    window: int,
+    stride: int,
+    batch_size: int = 8,
+) -> np.ndarray:
+    """What each token of a stream costs given those before it in its window.
+
+    The first window predicts all of its tokens but the first; each further one starts `stride` tokens later and predicts
+    the last `stride` of its `window` tokens.
+
+    Args:
+        model: a causal model, in evaluation mode.
+        stream: [tokens], integers.
+        meta: [axes, tokens] for a MultiGrid with axes.
+        window: tokens that the model is given at once.
+        stride: tokens that each window predicts, at most `window - 1`.
+        batch_size: windows at once.
+
+    Returns:
+        [1 + axes, tokens - 1], float64: nats of the tokens, then of the meta tokens of each axis.
+
+    Raises:
+        ValueError: naming `--window` or `--stride` where these do not fit.
+    """
+    if window < 2:
+        raise ValueError(f"--window must be at least 2, got {window}")
+    if not 1 <= stride < window:
+        raise ValueError(f"--stride must lie between 1 and --window less 1, here {window - 1}, got {stride}")
+    tracks = torch.from_numpy(stream.astype(np.int64))[None]
+    if meta is not None:
+        tracks = torch.cat([tracks, torch.from_numpy(meta.astype(np.int64))])
+    predicted = tracks.shape[1] - 1
+    nats = np.full((len(tracks), predicted), np.nan)
+    starts = range(0, max(predicted + 1 - window + stride, 1), stride)
+    # On the right of a causal model padding needs no attention mask: no token of the text sees it.
+    tracks = torch.nn.functional.pad(tracks, (0, max(starts[-1] + window - tracks.shape[1], 0)))
+    for first in tqdm(range(0, len(starts), batch_size), desc="Predicting", unit=" batches", disable=None):
+        some = starts[first : first + batch_size]
+        batch = torch.stack([tracks[:, start : start + window] for start in some]).to(model.device)
+        inputs = {} if meta is None else {"meta_ids": batch[:, 1:]}
+        outputs = model(input_ids=batch[:, 0], use_cache=False, **inputs)
+        logits = (outputs.logits, *((outputs.meta_logits or ()) if meta is not None else ()))
+        cost = torch.stack([_next_token_nats(each, batch[:, track]) for track, each in enumerate(logits)], dim=1)
+        for start, row in zip(some, cost.double().cpu().numpy()):
+            new = 0 if start == 0 else window - 1 - stride  # the first column of this window that no other one has
+            end = min(start + window - 1, predicted)
+            nats[:, start + new : end] = row[:, new : end - start]
+    return nats
+
+
+def _next_token_nats(logits, ids):
+    """[batch, length, vocabulary], [batch, length] -> [batch, length - 1]"""
+    return torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+def diffusion_bound(
+    model: PreTrainedModel, pages: torch.Tensor, batch_size: int, num_samples: int = MASK_SAMPLES
+) -> tuple[np.ndarray, float]:
+    """The negative ELBO of pages, an upper bound of what they cost.
+
+    Args:
+        model: a grid, in evaluation mode.
+        pages: [pages, height, width].
+        batch_size: pages at once.
+        num_samples: forward passes over each page, an even number.
+
+    Returns:
+        [pages], float64: nats of each page; and the standard error of their sum, which is that of the draw of masks.
+    """
+    generator = torch.Generator(model.device).manual_seed(0)
+    nats, variance = [], 0.0
+    for some in tqdm(pages.split(batch_size), desc="Negative ELBO", unit=" batches", disable=None):
+        estimate = model.elbo(some.to(model.device), num_samples=num_samples, generator=generator)
+        nats.append(estimate.nats.double().cpu().numpy())
+        variance += estimate.standard_error.double().square().sum().item()
+    return np.concatenate(nats), math.sqrt(variance)
+
+
+def error_over_text(nats: np.ndarray, sizes: np.ndarray) -> float | None:
+    """Standard error of a sum of nats over text: how much other text of this kind and size would change it.
+
+    Args:
+        nats, sizes: [stretches] of text: what each costs, and how many tokens it has.
+
+    Returns:
+        That of the ratio of both times all tokens, `None` for a single stretch.
+    """
+    if len(nats) < 2:
+        return None
+    residuals = nats - sizes * (nats.sum() / sizes.sum())
+    return math.sqrt(len(nats) / (len(nats) - 1) * (residuals**2).sum())
+
+
+def measure_causal(model, processing, texts, num_bytes, window, stride, batch_size) -> dict:
+    """Bits per byte with a sliding window, each loss by its name, generation speed."""
+    axes = getattr(processing, "axes", ())
+    tokenizer = getattr(processing, "tokenizer", processing)
+    stream = encode(texts, tokenizer)
+    meta = annotate(texts, tokenizer, axes) if axes else None
+    nats = sliding_window_nats(model, stream, meta, window=window, stride=stride, batch_size=batch_size)
+    # Causal axes are functions of the text so far and cost nothing. In the factored order tokens are predicted from
+    # meta tokens that nobody knows yet, so the text costs all of them.
+    pays_for_axes = getattr(model.config, "axis_order", None) == "factored"
+    text = nats.sum(0) if pays_for_axes else nats[0]
+    edges = np.arange(0, len(text), window)
+    sizes = np.diff([*edges, len(text)])
+    error = error_over_text(np.add.reduceat(text, edges), sizes)
+    to_bits_per_byte = 1 / math.log(2) / num_bytes
+    return {
+        "sliding_window_bits_per_byte": text.sum() * to_bits_per_byte,
+        "standard_error_over_text": None if error is None else error * to_bits_per_byte,
+        "window": window,
+        "stride": stride,
+        "least_context": window - stride,
+        "tokens": len(text),
+        "text_pays_for_axes": pays_for_axes,
+        "losses": {
+            name: {"nats_per_token": row.mean(), "bits_per_byte": row.sum() * to_bits_per_byte}
+            for name, row in zip(["text", *(axis.name for axis in axes)], nats)
+        },
+        "generation": generation_speed(model, stream, meta, prompt=max(window // 4, 1), new=max(window // 2, 1)),
+    }
+
+
+def measure_grid(model, processor, texts, num_bytes, batch_size) -> dict:
+    """The bound with both of its errors, and generation speed."""
+    pages = torch.cat([torch.from_numpy(processor.paginate(text)) for text in texts])
+    nats, error = diffusion_bound(model, pages, batch_size)
+    over_text = error_over_text(nats, np.ones(len(nats)))
+    to_bits_per_byte = 1 / math.log(2) / num_bytes
+    return {
+        "bound_bits_per_byte": nats.sum() * to_bits_per_byte,
+        "bound_standard_error": error * to_bits_per_byte,
+        "standard_error_over_text": None if over_text is None else over_text * to_bits_per_byte,
+        "mask_samples": MASK_SAMPLES,
+        "bits_per_cell": nats.sum() / math.log(2) / pages.numel(),
+        "page": [processor.height, processor.width],
+        "cells": pages.numel(),
+        "generation": page_speed(model, processor.height, processor.width),
+    }
+
+
+def generation_speed(model, stream, meta, prompt: int, new: int) -> dict:
+    """Greedy, cached, one text at a time: `new` tokens after the first `prompt` ones of a stream."""
+    inputs = {"input_ids": torch.from_numpy(stream[None, :prompt].astype(np.int64)).to(model.device)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if meta is not None:
+        inputs["meta_ids"] = torch.from_numpy(meta[None, :, :prompt].astype(np.int64)).to(model.device)
+    seconds = _median_seconds(
+        lambda: model.generate(**inputs, do_sample=False, min_new_tokens=new, max_new_tokens=new), model.device
+    )
+    return {"tokens_per_second": new / seconds, "prompt_tokens": inputs["input_ids"].shape[1], "new_tokens": new}
+
+
+def page_speed(model, height: int, width: int) -> dict:
+    """An empty page, written as the folder's generation config says."""
+    seconds = _median_seconds(lambda: model.generate(height=height, width=width), model.device)
+    iterations = model.generation_config.num_iterations
+    return {"tokens_per_second": height * width / seconds, "new_tokens": height * width, "num_iterations": iterations}
+
+
+def _median_seconds(write, device):
+    seconds = []
+    for _ in range(1 + SPEED_ROUNDS):  # the first one warms up
+        began = time.perf_counter()
+        write()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of a folder's weights, by which an evaluation knows whose it is."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def evaluate(
+    folder: Path,
+    texts: list[str],
+    dataset: str,
+    window: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+) -> dict:
+    """All figures of a saved model on some texts, as they are written to `evaluation.json`.
+
+    Args:
+        folder: of the model.
+        texts: what it has not been trained on.
+        dataset: what they are from, for the reader.
+        window: tokens that the model is given at once; as in training if the folder tells, else all its positions.
+        stride: tokens that each window predicts, half of it by default.
+        batch_size: windows or pages at once.
+
+    Raises:
+        ValueError: for a model that gives no text a cost, and for windows and strides that do not fit.
+    """
+    model, processing = load_model(folder)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    text = "".join(texts).encode()
+    if hasattr(model, "elbo"):
+        measured = measure_grid(model, processing, texts, len(text), batch_size)
+    else:
+        window = window or _window_of_training(folder) or model.config.max_position_embeddings
+        stride = window // 2 if stride is None else stride
+        measured = measure_causal(model, processing, texts, len(text), window, stride, batch_size)
+    return {
+        "model_type": model.config.model_type,
+        "weights_sha256": weights_digest(folder),
+        "dataset": os.path.basename(os.path.normpath(dataset)) if os.path.exists(dataset) else dataset,
+        "held_out_bytes": len(text),
+        "held_out_sha256": hashlib.sha256(text).hexdigest(),
+        **measured,
+        **provenance(model.device),
+    }
+
+
+def _window_of_training(folder):
+    try:
+        return json.loads((folder / "results.json").read_text()).get("block_size")
+    except OSError:
+        return None
+
+
+def main():
+    parser = ArgumentParser(description="Measure a saved model on any text.")
+    parser.add_argument("model", help="what train.py wrote, or a name on the Hub")
+    parser.add_argument("--revision", help="which commit or branch of a name on the Hub")
+    parser.add_argument("--dataset", default="stdlib", help="the text, as for train.py; what is held out of it counts")
+    parser.add_argument("--dataset_config", help="configuration of a named data set")
+    parser.add_argument("--text_column", default="text", help="the column of a named data set that holds the text")
+    parser.add_argument("--validation_percent", type=float, default=5.0, help="how much of the text is held out")
+    parser.add_argument("--max_validation_bytes", type=int, help="at most this many bytes of the held-out text")
+    parser.add_argument("--window", type=int, help="tokens given at once; by default as many as in training")
+    parser.add_argument("--stride", type=int, help="tokens that each window predicts, half of the window by default")
+    parser.add_argument("--batch_size", type=int, default=8, help="windows or pages at once")
+    parser.add_argument("--output", help="by default evaluation.json in the folder, or here for a name on the Hub")
+    args = parser.parse_args()
+
+    is_folder = os.path.isdir(args.model)
+    folder = Path(args.model if is_folder else snapshot_download(args.model, revision=args.revision))
+    texts = load_texts(
+        args.dataset, args.dataset_config, args.text_column, args.validation_percent, args.max_validation_bytes
+    )
+    results = evaluate(folder, texts.validation, args.dataset, args.window, args.stride, args.batch_size)
+    output = Path(args.output or (folder / "evaluation.json" if is_folder else "evaluation.json"))
+    output.write_text(json.dumps(results, indent=2) + "\n")
+
+    print(f"{args.model} on {results['held_out_bytes']:,} held-out bytes of {results['dataset']}")
+    over_text = results["standard_error_over_text"]
+    over_text = "" if over_text is None else f", +- {over_text:.3f} over text"
+    if "page" in results:
+        print(
+            f"  at most {results['bound_bits_per_byte']:.3f} bits per byte (the negative ELBO; "
+            f"+- {results['bound_standard_error']:.3f} by the draw of masks{over_text})"
+        )
+    else:
+        print(
+            f"  {results['sliding_window_bits_per_byte']:.3f} bits per byte with a sliding window of "
+            f"{results['window']} tokens, stride {results['stride']}{over_text}"
+        )
+        for name, loss in results["losses"].items():
+            print(f"  {name}: {loss['nats_per_token']:.3f} nats per token, {loss['bits_per_byte']:.3f} bits per byte")
+    speed = results["generation"]["tokens_per_second"]
+    print(f"  writes {speed:,.0f} tokens per second on {results['device']}, {results['threads']} threads")
+    print(f"written: {output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""lm_eval for a MultiGrid with axes: `--model hf` gives it tokens alone, `--model multigrid` annotates them first.
+
+    python training/lm_eval_tasks/multigrid_lm.py --model multigrid --model_args pretrained=outputs/multigrid-tiny \\
+        --include_path training/lm_eval_tasks --tasks stdlib_next_line
+
+Everything else is lm_eval's own command line. Tokens are annotated from the beginning of what lm_eval gives at once, so a
+window in the middle of a long text starts as if nothing came before it; evaluate.py annotates whole texts.
+"""
+
+import torch
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoProcessor
+
+
+@register_model("multigrid")
+class MultiGridLM(HFLM):
+    """A MultiGrid in the parallel order, whose meta ids are those that its annotators give.
+
+    Raises:
+        ValueError: in the factored order, where a token is predicted from meta tokens that it decides itself.
+    """
+
+    def __init__(self, pretrained: str, **kwargs):
+        super().__init__(pretrained, trust_remote_code=True, **kwargs)
+        if self.config.axis_order == "factored":
+            raise ValueError(
+                f"pretrained={pretrained}: with axis_order='factored' a token is predicted from its own meta tokens, "
+                "which lm_eval does not count; training/evaluate.py measures what such a text costs"
+            )
+        self.processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=True)
+
+    def _model_call(self, inps, attn_mask=None, labels=None):
+        with torch.no_grad():
+            return self.model(inps, meta_ids=self._annotate(inps)).logits
+
+    def _model_generate(self, context, max_length, stop, **generation_kwargs):
+        annotated = {"meta_ids": self._annotate(context), "meta_source": "annotated", "processor": self.processor}
+        return super()._model_generate(context, max_length, stop, **annotated, **generation_kwargs)
+
+    def _annotate(self, ids):
+        """[batch, tokens] -> [batch, axes, tokens], token by token as when writing; pads leave no trace."""
+        meta_ids = []
+        for row in ids.tolist():
+            pending, states = (), [axis.start() for axis in self.processor.axes]
+            columns = []
+            for token in row:
+                new, pending = self.processor.new_characters(pending, token)
+                steps = [axis.step(state, new) for axis, state in zip(self.processor.axes, states)]
+                states = [state for _, state in steps]
+                columns.append([meta_id for meta_id, _ in steps])
+            meta_ids.append(list(zip(*columns)))
+        return torch.tensor(meta_ids, device=ids.device)
+
+
+if __name__ == "__main__":
+    cli_evaluate()

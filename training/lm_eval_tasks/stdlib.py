@@ -1,0 +1,42 @@
+"""Documents of two lm_eval tasks, made when they are run: source files of Python's standard library that train.py holds out."""
+
+import importlib.util
+import random
+from pathlib import Path
+
+import datasets
+
+
+FILES, CHARACTERS = 16, 2000  # what is read of the held-out text
+LINES, CONTEXT, CHOICES = 128, 400, 4
+
+
+def _held_out() -> list[str]:
+    # By its path: putting training/ on sys.path would hide the package `evaluate` behind our script.
+    spec = importlib.util.spec_from_file_location("heptapod_data", Path(__file__).parent.parent / "data.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.load_texts("stdlib").validation
+
+
+def files(**_) -> dict[str, datasets.Dataset]:
+    """The first characters of some held-out files: `text`."""
+    return {"test": datasets.Dataset.from_list([{"text": text[:CHARACTERS]} for text in _held_out()[:FILES]])}
+
+
+def lines(**_) -> dict[str, datasets.Dataset]:
+    """What precedes a line, and four lines of the same file of which one is the next: `context`, `choices`, `answer`."""
+    draw = random.Random(0)
+    documents = []
+    for text in _held_out():
+        numbered = text.splitlines(keepends=True)
+        candidates = sorted({line for line in numbered if len(line.strip()) >= 10})
+        places = [place for place in range(5, len(numbered)) if numbered[place] in candidates]
+        if len(candidates) < 2 * CHOICES or not places:
+            continue
+        place = draw.choice(places)
+        others = draw.sample([line for line in candidates if line != numbered[place]], CHOICES - 1)
+        choices = draw.sample([numbered[place], *others], CHOICES)
+        context = "".join(numbered[:place])[-CONTEXT:]
+        documents.append({"context": context, "choices": choices, "answer": choices.index(numbered[place])})
+    return {"test": datasets.Dataset.from_list(documents[:LINES])}

@@ -1,0 +1,113 @@
+"""Fill the model card of folders that train.py wrote, from the figures beside the weights.
+
+    python training/model_card.py outputs/leap-tiny outputs/heptapod-tiny --output_dir hub_cards
+
+Without `--output_dir` each folder gets its own README.md, as train.py and publish.py write it. `results.json` is what
+train.py measured, `evaluation.json`, if there is one, what evaluate.py did.
+"""
+
+import json
+from argparse import ArgumentParser
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+
+TEMPLATE = Path(__file__).parent.parent / "hub_cards" / "template.md"
+
+
+def write_card(folder: Path, path: Path | None = None, repo_id: str | None = None) -> None:
+    """A model card from the files of an output folder.
+
+    Args:
+        folder: with `config.json`, `results.json` and perhaps `evaluation.json`.
+        path: where the card goes, `README.md` in the folder by default. Elsewhere it shows no curve.
+        repo_id: the name that its examples load, that of the folder by default.
+
+    Raises:
+        ValueError: naming the folder, where it holds no results, or figures of other weights.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    try:
+        results = json.loads((folder / "results.json").read_text())
+    except OSError as error:
+        raise ValueError(f"{folder} has no results.json, which train.py writes and a card is filled from") from error
+    evaluation = read_evaluation(folder)
+    is_grid = config["model_type"] == "heptapod"
+    card_data = ModelCardData(
+        license="mit",
+        library_name="transformers",
+        pipeline_tag="other" if is_grid else "text-generation",  # none of the Hub's pipelines reads pages
+        tags=["heptapod", config["model_type"], "custom_code"],
+        model_name=folder.resolve().name,
+        eval_results=_eval_results(results, evaluation),
+    )
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATE),
+        name=repo_id or folder.resolve().name,
+        has_curve=path is None and (folder / "curve.png").is_file(),
+        config=config,
+        results=results,
+        evaluation=evaluation,
+    )
+    card.save(path or folder / "README.md")
+
+
+def read_evaluation(folder: Path) -> dict | None:
+    """What evaluate.py measured of a folder; `None` if it did not."""
+    try:
+        return json.loads((folder / "evaluation.json").read_text())
+    except OSError:
+        return None
+
+
+def _eval_results(results, evaluation):
+    """What the Hub shows beside the card: bits per byte, each figure by what it is of."""
+    is_grid = "page" in results
+    task = "other" if is_grid else "text-generation"
+
+    def result(dataset, name, value, args):
+        return EvalResult(
+            task_type=task,
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split="held out",
+            metric_type="bits_per_byte",
+            metric_name=name,
+            metric_value=round(value, 4),
+            metric_args=args,
+        )
+
+    if is_grid:
+        name = "bits per byte, upper bound (negative ELBO)"
+        if evaluation is None:
+            figures = [(results["dataset"], name, results["bits_per_byte"], {"mask_samples": results["elbo_samples"]})]
+        else:
+            args = {"mask_samples": evaluation["mask_samples"]}
+            figures = [(evaluation["dataset"], name, evaluation["bound_bits_per_byte"], args)]
+    else:
+        name, args = "bits per byte, blocks without shared context", {"block_size": results["block_size"]}
+        figures = [(results["dataset"], name, results["bits_per_byte"], args)]
+        if evaluation is not None:
+            args = {"window": evaluation["window"], "stride": evaluation["stride"]}
+            value = evaluation["sliding_window_bits_per_byte"]
+            figures.append((evaluation["dataset"], "bits per byte, sliding window", value, args))
+    return [result(*figure) for figure in figures]
+
+
+def main():
+    parser = ArgumentParser(description="Fill the model cards of folders that train.py wrote.")
+    parser.add_argument("folders", nargs="+", type=Path, help="what train.py wrote")
+    parser.add_argument(
+        "--output_dir", type=Path, help="cards go here as <folder>.md, else to README.md in each folder"
+    )
+    args = parser.parse_args()
+    for folder in args.folders:
+        path = args.output_dir and args.output_dir / f"{folder.resolve().name}.md"
+        write_card(folder, path)
+        print(f"written: {path or folder / 'README.md'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Where a number comes from: machine, versions, command and commit, written beside every figure."""
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+
+def provenance(device: torch.device) -> dict:
+    """What a reader needs to measure again.
+
+    Args:
+        device: what the model ran on.
+
+    Returns:
+        `device` and `threads`, `versions` of Python, torch and transformers, `command`, and `commit` of these scripts:
+        `None` outside of a git repository, with `-dirty` where a tracked file was changed.
+    """
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit(Path(__file__).parent),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, or of this machine's processor as far as it tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def commit(folder: Path) -> str | None:
+    """The commit that a folder is at, 12 digits; `-dirty` if tracked files differ from it, `None` without git."""
+    try:
+        head = _git(folder, "rev-parse", "--short=12", "HEAD")
+        return head + ("-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(folder, *command):
+    return subprocess.run(["git", *command], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()

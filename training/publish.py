@@ -1,0 +1,106 @@
+"""Put a folder that train.py wrote on the Hub: weights, code, tokenizer or processor, figures and the card, in one commit.
+
+    python training/publish.py outputs/leap-tiny --repo-id me/leap-tiny --dry-run
+    python training/publish.py outputs/leap-tiny --repo-id me/leap-tiny --private
+
+A model that has not been evaluated, or whose weights changed since, is evaluated first, on the text that training held
+out. The card is filled anew. What is left behind by training (checkpoints, optimizer, logs) stays where it is.
+"""
+
+import json
+from argparse import ArgumentParser
+from pathlib import Path
+
+from data import load_texts
+from evaluate import evaluate, weights_digest
+from huggingface_hub import CommitOperationAdd, HfApi
+from model_card import read_evaluation, write_card
+from transformers.dynamic_module_utils import get_relative_imports
+
+
+# What a folder on the Hub is made of; all of it lies at its top.
+PUBLISHED = ["*.safetensors", "*.py", "*.json", "*.jinja", "*.model", "*.txt", "*.png"]
+LEFT_BEHIND = {"trainer_state.json"}
+
+
+def published_files(folder: Path) -> list[Path]:
+    """The files of a folder that belong on the Hub, the card first.
+
+    Raises:
+        ValueError: naming what a model cannot be loaded without and the folder does not hold.
+    """
+    config = folder / "config.json"
+    if not config.is_file() or not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder} holds no model: config.json and *.safetensors are needed")
+    found = {path for pattern in PUBLISHED for path in folder.glob(pattern) if path.name not in LEFT_BEHIND}
+    missing = sorted(_code(folder) - {path.name for path in found})
+    if missing:
+        raise ValueError(f"{folder} lacks code that it is loaded with: {', '.join(missing)}; save it again")
+    return [folder / "README.md", *sorted(found)]
+
+
+def _code(folder):
+    """Names of the modules that the Auto classes import from a folder, and of those that these import."""
+    names = set()
+    for path in folder.glob("*config.json"):
+        for reference in json.loads(path.read_text()).get("auto_map", {}).values():
+            names.add(f"{reference.split('.')[0]}.py")
+    waiting = set(names)
+    while waiting:
+        module = folder / waiting.pop()
+        if module.is_file():
+            imported = {f"{name}.py" for name in get_relative_imports(module)}
+            waiting |= imported - names
+            names |= imported
+    return names
+
+
+def evaluate_if_needed(folder: Path) -> None:
+    """Write `evaluation.json` where there is none for these weights, on as much held-out text as training measured.
+
+    Raises:
+        ValueError: where only the user knows the text, and for a folder without results.
+    """
+    evaluation = read_evaluation(folder)
+    if evaluation is not None and evaluation["weights_sha256"] == weights_digest(folder):
+        return
+    try:
+        results = json.loads((folder / "results.json").read_text())
+    except OSError as error:
+        raise ValueError(f"{folder} has no results.json, which train.py writes") from error
+    if results["dataset"] != "stdlib":
+        raise ValueError(
+            f"{folder} has no evaluation of its weights, and it is not known where {results['dataset']} is; evaluate "
+            f"first: python training/evaluate.py {folder} --dataset ..."
+        )
+    texts = load_texts("stdlib", max_validation_bytes=results["held_out_bytes"]).validation
+    evaluation = evaluate(folder, texts, "stdlib")
+    (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
+
+
+def main():
+    parser = ArgumentParser(description="Put a folder that train.py wrote on the Hub.")
+    parser.add_argument("folder", type=Path, help="what train.py wrote")
+    parser.add_argument("--repo-id", required=True, help="its name on the Hub, as in me/my-model")
+    parser.add_argument("--private", action="store_true", help="nobody else sees it; of a new repository only")
+    parser.add_argument("--dry-run", action="store_true", help="make everything ready and show it, push nothing")
+    args = parser.parse_args()
+
+    evaluate_if_needed(args.folder)
+    write_card(args.folder, repo_id=args.repo_id)
+    files = published_files(args.folder)
+    for path in files:
+        print(f"{path.stat().st_size:>13,}  {path.name}")
+    print(f"{sum(path.stat().st_size for path in files):>13,}  bytes in {len(files)} files")
+    if args.dry_run:
+        print(f"nothing was pushed to {args.repo_id}")
+        return
+    api = HfApi()
+    api.create_repo(args.repo_id, private=args.private or None, exist_ok=True)
+    operations = [CommitOperationAdd(path.name, path) for path in files]
+    commit = api.create_commit(args.repo_id, operations, commit_message=f"Add {args.folder.resolve().name}")
+    print(f'pushed: {args.repo_id}, revision="{commit.oid}"')
+
+
+if __name__ == "__main__":
+    main()
