@@ -217,7 +217,18 @@ def test_a_hierarchical_lm_through_train_and_sample(tmp_path):
         *(SCRIPTS / "train.py", "--config_name", "config", "--output_dir", "out", "--dataset", argparse.__file__),
         *("--block_size", "32", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"),
         *("--max_steps", "4", "--logging_steps", "2", "--learning_rate", "1e-2", "--eval_strategy", "steps"),
-        *("--eval_steps", "2", "--max_validation_bytes", "500", "--disable_tqdm", "true", "--use_cpu", "true"),
+        *(
+            "--eval_steps",
+            "2",
+            "--max_validation_bytes",
+            "500",
+            "--disable_tqdm",
+            "true",
+            "--use_cpu",
+            "true",
+            "--eval_on_start",
+            "true",
+        ),
     ]
     process = run(*command, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
