@@ -227,6 +227,14 @@ def test_bf16_falls_back_where_the_cpu_has_no_matrix_units(tmp_path, monkeypatch
         assert args.bf16 == (has_units and asked)
 
 
+FAMILIES = ("heptapod", "hierarchical_lm", "leap", "multigrid")
+
+
+def test_every_family_has_every_size():
+    expected = {f"{family}-{size}" for family in FAMILIES for size in ("tiny", "small", "base")}
+    assert {path.name for path in CONFIGS.iterdir()} == expected
+
+
 @pytest.mark.parametrize("folder", sorted(path.name for path in CONFIGS.iterdir()))
 def test_configurations_make_models(folder):
     """Loadable by name alone: no code and no weights beside them."""
@@ -235,7 +243,8 @@ def test_configurations_make_models(folder):
     assert config.model_type == folder.rsplit("-", 1)[0] and not hasattr(config, "auto_map")
     with torch.device("meta"):
         model = objective_for(config).auto_class.from_config(config)
-    assert model.num_parameters() > 1e5
+    least, most = {"tiny": (5e5, 2e6), "small": (1e7, 6e7), "base": (8e7, 1.3e8)}[folder.rsplit("-", 1)[1]]
+    assert least < model.num_parameters() < most
     generation_config = type(model.generation_config).from_pretrained(CONFIGS / folder)
     assert generation_config.num_iterations == 16 if config.model_type == "heptapod" else generation_config.do_sample
 
