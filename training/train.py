@@ -164,12 +164,29 @@ class Samples(TrainerCallback):
             print(f"--- a sample at step {state.global_step}\n{text}\n---", flush=True)
 
 
-class FirstStep(TrainerCallback):
-    """Seconds from the start of this process until its first optimizer step was done."""
+class Speed(TrainerCallback):
+    """How long it took from the start of this process until its first optimizer step was done, and from then on.
+
+    Attributes:
+        seconds (`float`): to the end of the first step.
+        steps_per_second (`float`): of those after it, without what evaluating and saving took; `None` where there are none.
+    """
 
     seconds = None
 
+    def __init__(self):
+        self.timer = StepTimer()
+
+    def on_step_begin(self, *args, **kwargs):
+        self.timer.on_step_begin(*args, **kwargs)
+
+    @property
+    def steps_per_second(self):
+        later = self.timer.seconds[1:]
+        return len(later) / sum(later) if later else None
+
     def on_step_end(self, args, state, control, **kwargs):
+        self.timer.on_step_end(args, state, control)
         if self.seconds is None:
             self.seconds = round(time.time() - psutil.Process().create_time(), 2)
             if state.is_world_process_zero:
@@ -349,8 +366,8 @@ def main():
         training_args.max_steps = steps_within(model_args.train_minutes, model, training_args, objective.train_dataset)
 
     use_cache = getattr(model.config, "use_cache", None)
-    first_step = FirstStep()
-    callbacks = [Samples(objective.sample), first_step]
+    speed = Speed()
+    callbacks = [Samples(objective.sample), speed]
     if model_args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(model_args.early_stopping_patience))
     trainer = ShardingTrainer(
@@ -391,7 +408,8 @@ def main():
         "tokens_per_step": tokens_per_step,
         "processes": processes,
         "wrapper": type(trainer.model_wrapped).__name__,
-        "seconds_to_first_step": first_step.seconds,
+        "seconds_to_first_step": speed.seconds,
+        "tokens_per_second": speed.steps_per_second and round(speed.steps_per_second * tokens_per_step, 1),
         "train_seconds": round(train_result.metrics["train_runtime"], 1),
         "precision": "bfloat16 autocast" if training_args.bf16 else "float32",
         "bits_per_byte_before": bits_before(trainer.state.log_history),

@@ -37,7 +37,7 @@ train.main()
 
 def run(*command, cwd):
     env = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True, timeout=600)
+    return subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True, timeout=3600)
 
 
 @pytest.fixture(scope="module")

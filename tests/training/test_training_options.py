@@ -263,3 +263,37 @@ def test_ids_of_bytes_are_made_without_the_tokenizer(monkeypatch):
         )
     for fast, slow in zip(*found):
         assert np.array_equal(fast, slow) and fast.dtype == slow.dtype
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "trackio"])
+def test_trackers_get_every_named_loss(tracker, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
+    run = tiny_runs.trainer("hierarchical_lm", tmp_path, report_to=[tracker], project="tiny", run_name="tiny")
+    run.train()
+    expected = [entry["ce_loss"] for entry in run.state.log_history if "ce_loss" in entry]
+    if tracker == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+        found = [event.value for event in events.Scalars("train/ce_loss")]
+    else:
+        import trackio
+
+        rows = trackio.Api().runs("tiny")[0].history("train/ce_loss")
+        found = [row["value"] for row in rows]
+    assert found == pytest.approx(expected) and len(found) == 4
+
+
+@pytest.mark.parametrize("family", tiny_runs.FAMILIES)
+def test_training_stops_early_with_its_best_model(family, tmp_path):
+    """Where each step climbs the loss, the first evaluation was the best."""
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 9}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "bits_per_byte", "greater_is_better": False}
+    stop = train.EarlyStoppingCallback(2)
+    run = tiny_runs.trainer(family, tmp_path, [stop], **options, **best, learning_rate=-1.0)
+    run.train(ignore_keys_for_eval=run.objective.ignore_keys)
+    bits = [entry["eval_bits_per_byte"] for entry in run.state.log_history if "eval_loss" in entry]
+    assert len(bits) == 3 and bits == sorted(bits)
+    again = run.evaluate(ignore_keys=run.objective.ignore_keys)["eval_bits_per_byte"]
+    assert again == pytest.approx(bits[0], rel=1e-6)
