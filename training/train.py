@@ -128,6 +128,11 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
             f"--label_smoothing_factor {args.label_smoothing_factor}: Trainer would put a loss of its own in place of the "
             "model's, unshifted and without its other losses; it must be 0"
         )
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != args.world_size:
+        raise ValueError(
+            f"torchrun started {started} processes, which would train on their own: without GPUs they need --use_cpu true"
+        )
     lengths = {"--train_minutes": model_args.train_minutes, "--train_tokens": model_args.train_tokens}
     lengths["--max_steps"] = args.max_steps if args.max_steps > 0 else None
     given = [name for name, value in lengths.items() if value is not None]

@@ -186,3 +186,17 @@ def test_train_minutes_is_the_same_in_all_processes(tmp_path):
     assert process.returncode == 0, process.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["steps"] >= 1 and results["wrapper"] == "DistributedDataParallel"
+
+
+@pytest.mark.slow
+def test_the_readme_trains_in_two_processes_as_printed(tmp_path):
+    readme = (SCRIPTS.parent / "README.md").read_text()
+    commands = [line for line in readme.splitlines() if line.startswith("torchrun --standalone")]
+    assert len(commands) == 2
+    for command, wrapper in zip(commands, ("DistributedDataParallel", "FSDPLeapForCausalLM")):
+        outputs = str(tmp_path / "outputs")
+        words = command.replace("outputs/", f"{outputs}/").split()
+        process = run(*TORCHRUN[:3], *words[1:], cwd=SCRIPTS.parent)
+        assert process.returncode == 0, process.stderr
+        folder = Path(words[words.index("--output_dir") + 1])
+        assert json.loads((folder / "results.json").read_text())["wrapper"] == wrapper

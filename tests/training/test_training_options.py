@@ -159,6 +159,13 @@ def test_what_does_not_go_together_is_named(model, data, args, message, tmp_path
         train.check_arguments(train.ModelArguments("", **model), DataArguments(**data), arguments(tmp_path, **args))
 
 
+def test_processes_that_would_train_on_their_own_are_refused(tmp_path, monkeypatch):
+    args = arguments(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="torchrun started 2 processes.*--use_cpu true"):
+        train.check_arguments(train.ModelArguments(""), DataArguments(), args)
+
+
 @pytest.mark.parametrize("family", tiny_runs.FAMILIES)
 def test_a_stream_has_the_examples_of_the_text_in_memory(family, tmp_path):
     """Joined over texts, each of them once, in an order of the seed's."""
