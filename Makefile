@@ -16,13 +16,13 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install $(shell grep '^torch==' constraints.txt)
-	$(PY) -m pip install -c constraints.txt -e .[train,test,parity,axes,finetune,eval]
+	$(PY) -m pip install -c constraints.txt -e .[train,report,test,parity,axes,finetune,eval]
 	touch $@
 
 # What the families share of a demo, what each adds, and how it shows what it learned.
 TRAIN := $(PY) training/train.py --train_minutes 3 --bf16_if_fast --max_validation_bytes 131072 \
 	--learning_rate 3e-3 --lr_scheduler_type cosine --warmup_steps 0.05 --weight_decay 0.1 --adam_beta2 0.99 \
-	--eval_strategy steps --eval_steps 0.3 --logging_steps 10 --save_strategy no
+	--eval_on_start true --eval_strategy steps --eval_steps 0.3 --logging_steps 10 --save_strategy no
 TRAIN_leap := --block_size 512 --per_device_train_batch_size 4 --per_device_eval_batch_size 8
 TRAIN_heptapod := --per_device_train_batch_size 4 --per_device_eval_batch_size 16
 # On CPUs the backward pass of attention to short windows is slower in bfloat16.

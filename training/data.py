@@ -11,6 +11,8 @@ megabytes of real text, without a download.
 import bz2
 import gzip
 import hashlib
+import json
+import os
 import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from cache import default_folder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
+
+from modeling_heptapod.meta_axes import visible_lengths
 
 
 logger = logging.get_logger(__name__)
@@ -61,6 +66,25 @@ class DataArguments:
     )
     vocab_size: int = field(default=4096, metadata={"help": "Size of the vocabulary of a 'bpe' tokenizer."})
     block_size: int = field(default=1024, metadata={"help": "Length of a training sequence in tokens."})
+    packing: str = field(
+        default="continuous",
+        metadata={
+            "help": "'continuous': a block is a piece of one long stream of texts, each read with what stands before it. "
+            "'isolated': texts in a block do not see each other. Pages hold one text each anyway.",
+            "choices": ["continuous", "isolated"],
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the corpus while training on it, for what does not fit in memory; needs --max_steps or "
+            "--train_tokens. See training/streaming.py."
+        },
+    )
+    cache_dir: str | None = field(
+        default_factory=default_folder,
+        metadata={"help": "Where tokens, annotations and pages are kept for the next run; 'none' keeps nothing."},
+    )
     axes: list[str] = field(
         default_factory=lambda: ["token_kind", "bracket", "indentation", "string"],
         metadata={"help": "The meta axes of a MultiGrid: names that `make_axis` knows, or JSON files with a spec."},
@@ -97,13 +121,13 @@ def load_texts(
         raise ValueError(f"--max_validation_bytes must be positive, got {max_validation_bytes}")
 
     def held_out(name: str) -> bool:
-        return _hash(name) < validation_percent / 100
+        return hash_of(name) < validation_percent / 100
 
     path = Path(dataset).expanduser()
     if dataset == "stdlib":
-        texts = _split(_read_folder(Path(sysconfig.get_path("stdlib")), dataset, _is_stdlib_source), held_out)
+        texts = _split(_read_folder(Path(sysconfig.get_path("stdlib")), dataset), held_out)
     elif path.is_dir():
-        texts = _split(_read_folder(path, dataset, _is_visible), held_out)
+        texts = _split(_read_folder(path, dataset), held_out)
     elif path.is_file():
         text = _read_file(path)
         if text is None:
@@ -121,7 +145,7 @@ def load_texts(
     return texts
 
 
-def _hash(name: str) -> float:
+def hash_of(name: str) -> float:
     """A number in [0, 1) that depends on the name alone."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
@@ -146,13 +170,21 @@ def _read_file(path: Path) -> str | None:
     return None if "\0" in text else text
 
 
-def _read_folder(folder: Path, dataset: str, wanted: Callable[[Path], bool]) -> dict[str, str]:
-    """All wanted text files below a folder, as {relative path: text}, sorted by path; empty files are left out."""
-    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    names = [name for name in names if wanted(name)]
-    texts = {
-        name.as_posix(): _read_file(folder / name) for name in tqdm(names, desc="Reading", unit=" files", disable=None)
-    }
+def folder_files(folder: Path, is_stdlib: bool) -> list[str]:
+    """Relative paths of the files below a folder that may be text, sorted: all that are visible, or the library's source."""
+    wanted, left_out = (_is_stdlib_source, NOT_STDLIB) if is_stdlib else (_is_visible, set())
+    names = []
+    for where, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in left_out]  # not even looked into
+        here = Path(where).relative_to(folder)
+        names += [here / name for name in files if wanted(here / name) and (folder / here / name).is_file()]
+    return [name.as_posix() for name in sorted(names)]
+
+
+def _read_folder(folder: Path, dataset: str) -> dict[str, str]:
+    """All text files below a folder, as {relative path: text}, sorted by path; empty files are left out."""
+    names = folder_files(folder, dataset == "stdlib")
+    texts = {name: _read_file(folder / name) for name in tqdm(names, desc="Reading", unit=" files", disable=None)}
     skipped = [name for name, text in texts.items() if text is None]
     if skipped and len(skipped) == len(texts):
         raise ValueError(
@@ -191,7 +223,7 @@ def _load_named(dataset: str, config: str | None, text_column: str, held_out: Ca
 def _split(texts: dict[str, str], held_out: Callable[[str], bool]) -> Texts:
     train = [text for name, text in texts.items() if not held_out(name)]
     # By hash rather than by name: the first bytes of the held-out text are then a fair sample of it.
-    validation = [texts[name] for name in sorted(texts, key=_hash) if held_out(name)]
+    validation = [texts[name] for name in sorted(texts, key=hash_of) if held_out(name)]
     return Texts(train, validation)
 
 
@@ -259,6 +291,11 @@ def build_tokenizer(
             show_progress=True,
         )
         tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+    return wrap_tokenizer(tokenizer, for_pages)
+
+
+def wrap_tokenizer(tokenizer: Tokenizer, for_pages: bool = False) -> PreTrainedTokenizerBase:
+    """A tokenizer of `tokenizers` as one of transformers, with our special tokens."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
@@ -285,39 +322,66 @@ def _byte_vocabulary() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, desc: str = "Tokenizing") -> np.ndarray:
+def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the ids of a text are its bytes, so that nobody needs to be asked."""
+    if not getattr(tokenizer, "is_fast", False):
+        return False
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, before = parts["model"], parts["pre_tokenizer"] or {}
+    is_plain = parts["normalizer"] is None and before.get("type") == "ByteLevel" and not before["add_prefix_space"]
+    return is_plain and model["type"] == "BPE" and model["vocab"] == _byte_vocabulary()
+
+
+def encode(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, desc: str = "Tokenizing", isolated: bool = False
+) -> np.ndarray:
     """All texts as one stream of ids, with an end-of-sequence token before the first text and after each.
+
+    Args:
+        texts, tokenizer: what to encode, and with what.
+        desc: of the progress bar.
+        isolated: with one more before each text but the first, so that none begins with the end of another.
 
     Returns:
         [number of tokens], uint16 where the vocabulary allows it, else int32.
     """
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
     separator = np.array([tokenizer.eos_token_id], dtype=dtype)
-    stream = [separator]
+    between = np.repeat(separator, 2 if isolated else 1)
     batch = 16
-    for start in tqdm(range(0, len(texts), batch), desc=desc, unit_scale=batch, unit=" texts", disable=None):
-        # split_special_tokens: a text that spells "<|endoftext|>" is text.
-        encoded = tokenizer(
-            texts[start : start + batch],
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        for ids in encoded["input_ids"]:
-            stream += [np.array(ids, dtype=dtype), separator]
-    return np.concatenate(stream)
+    bytes_are_ids = is_byte_tokenizer(tokenizer)
+    stream = []
+    for start in tqdm(range(0, len(texts), batch), desc=desc, unit_scale=batch, unit=" texts", disable=_no_bar(desc)):
+        some = texts[start : start + batch]
+        if bytes_are_ids:
+            ids_of_texts = [np.frombuffer(text.encode(), dtype=np.uint8) for text in some]
+        else:
+            # split_special_tokens: a text that spells "<|endoftext|>" is text.
+            ids_of_texts = tokenizer(
+                some,
+                add_special_tokens=False,
+                split_special_tokens=True,
+                return_attention_mask=False,
+                verbose=False,
+            )["input_ids"]
+        for ids in ids_of_texts:
+            stream += [between, np.array(ids, dtype=dtype)]
+    return np.concatenate([separator, *stream[1:], separator]) if stream else separator
 
 
 def annotate(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, axes: Sequence, desc: str = "Annotating"
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    axes: Sequence,
+    desc: str = "Annotating",
+    isolated: bool = False,
 ) -> np.ndarray:
     """Meta ids for the stream that [`encode`] makes of the same texts: a row for each axis.
 
     Each text is annotated on its own, from its beginning; separators have meta id 0.
 
     Args:
-        texts, tokenizer: as for `encode`; the tokenizer must be a fast one, which knows where its tokens are.
+        texts, tokenizer, isolated: as for `encode`; the tokenizer must be a fast one, which knows where its tokens are.
         axes: annotators, see `MetaAxis`.
 
     Returns:
@@ -325,18 +389,37 @@ def annotate(
     """
     dtype = np.uint8 if max((len(axis.vocabulary) for axis in axes), default=0) <= 2**8 else np.int32
     separator = np.zeros((len(axes), 1), dtype=dtype)
-    columns = [separator]
-    for text in tqdm(texts, desc=desc, unit=" texts", disable=None):
-        offsets = tokenizer(
-            text,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_offsets_mapping=True,
-            verbose=False,
-        )["offset_mapping"]
-        columns += [np.array([axis.annotate(text, offsets) for axis in axes], dtype=dtype), separator]
-    return np.concatenate(columns, axis=1)
+    between = np.repeat(separator, 2 if isolated else 1, axis=1)
+    bytes_are_ids = is_byte_tokenizer(tokenizer)
+    columns = []
+    for text in tqdm(texts, desc=desc, unit=" texts", disable=_no_bar(desc)):
+        offsets = _byte_offsets(text) if bytes_are_ids else _offsets(text, tokenizer)
+        seen = visible_lengths(offsets, len(text))
+        rows = [np.array(axis.ids_after(text), dtype=dtype)[seen] for axis in axes]
+        columns += [between, np.stack(rows) if rows else np.empty((0, len(seen)), dtype)]
+    return np.concatenate([separator, *columns[1:], separator], axis=1) if columns else separator
+
+
+def _no_bar(desc):
+    return True if desc is None else None  # None: only where nobody watches
+
+
+def _offsets(text, tokenizer):
+    return tokenizer(
+        text,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_offsets_mapping=True,
+        verbose=False,
+    )["offset_mapping"]
+
+
+def _byte_offsets(text):
+    """`(start, end)` of the character that each byte is a part of, [bytes, 2]."""
+    data = np.frombuffer(text.encode(), dtype=np.uint8)
+    start = np.cumsum((data & 0xC0) != 0x80) - 1  # of a character's bytes only the first does not begin with bits 10
+    return np.stack([start, start + 1], axis=1)
 
 
 class PackedBlocks(torch.utils.data.Dataset):
@@ -350,6 +433,8 @@ class PackedBlocks(torch.utils.data.Dataset):
         block_size: tokens in a block.
         pad_token_id: if given, the tail that does not fill a block is padded (label -100); otherwise it is left out.
         meta: [axes, number of tokens] if given, from [`annotate`]: blocks then have `meta_ids` of [axes, block_size] too.
+        isolate_at: the token that ends and begins texts, if the stream was made with `isolated=True`: blocks then have
+            `position_ids` [block_size] that restart with each text, and no text's beginning is predicted from another.
 
     Raises:
         ValueError: naming `--block_size` if it is below 2 or the text is too short for one block; naming `meta` if it
@@ -357,7 +442,12 @@ class PackedBlocks(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, stream: np.ndarray, block_size: int, pad_token_id: int | None = None, meta: np.ndarray | None = None
+        self,
+        stream: np.ndarray,
+        block_size: int,
+        pad_token_id: int | None = None,
+        meta: np.ndarray | None = None,
+        isolate_at: int | None = None,
     ):
         if block_size < 2:
             raise ValueError(f"--block_size must be at least 2, got {block_size}")
@@ -370,6 +460,7 @@ class PackedBlocks(torch.utils.data.Dataset):
         if meta is not None and (meta.ndim != 2 or meta.shape[1] != len(stream)):
             raise ValueError(f"`meta` must be [axes, {len(stream)}], a column for each token, got {list(meta.shape)}")
         self.stream, self.stride, self.pad_token_id, self.meta = stream, block_size - 1, pad_token_id, meta
+        self.isolate_at = isolate_at
         self.length = predicted // self.stride if pad_token_id is None else -(-predicted // self.stride)
 
     def __len__(self) -> int:
@@ -387,4 +478,9 @@ class PackedBlocks(torch.utils.data.Dataset):
         block = {"input_ids": pad(ids, missing, value=self.pad_token_id), "labels": pad(ids, missing, value=-100)}
         if self.meta is not None:
             block["meta_ids"] = pad(torch.from_numpy(self.meta[:, here].astype(np.int64)), missing)
+        if self.isolate_at is not None:
+            place = torch.arange(self.stride + 1)
+            begins = pad((ids[1:] == self.isolate_at) & (ids[:-1] == self.isolate_at), (1, missing[1]))
+            block["labels"] = block["labels"].masked_fill(begins, -100)
+            block["position_ids"] = place - torch.where(begins, place, 0).cummax(0).values
         return block

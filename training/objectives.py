@@ -3,18 +3,36 @@
 An objective holds the data sets and what the trainer must know of them; `objective_for(config)` picks it, for `train.py`.
 """
 
+import inspect
+import json
 import math
+from collections.abc import Iterator
+from pathlib import Path
 
+import data
 import numpy as np
+import tokenizers
 import torch
-from data import DataArguments, PackedBlocks, Texts, annotate, build_tokenizer, encode
+from cache import Cache
+from data import (
+    DataArguments,
+    PackedBlocks,
+    Texts,
+    annotate,
+    build_tokenizer,
+    encode,
+    is_byte_tokenizer,
+    wrap_tokenizer,
+)
+from streaming import StreamedExamples
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, Trainer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, Trainer
 
 from modeling_heptapod import HeptapodProcessor, MultiGridProcessor, make_axis
 
 
 ELBO_SAMPLES = 8  # forward passes over the held-out pages, for the figure that is reported
+SAMPLE_TOKENS = 64  # that are read and written for a sample during training
 
 
 def sum_nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -47,21 +65,85 @@ class NextTokens:
     label_names = ignore_keys = None
     text_losses = ["ce_loss"]
 
-    def __init__(self, texts: Texts, data_args: DataArguments, config: PreTrainedConfig):
-        tokenizer = build_tokenizer(data_args.tokenizer, texts.train, data_args.vocab_size)
-        stream = encode(texts.train, tokenizer, desc="Tokenizing training text")
-        held_out = encode(texts.validation, tokenizer, desc="Tokenizing held-out text")
-        self.processing_class = tokenizer
-        self.config_options = {"vocab_size": len(tokenizer)}
-        self.train_dataset = PackedBlocks(stream, data_args.block_size)
-        self.eval_dataset = PackedBlocks(held_out, data_args.block_size, tokenizer.pad_token_id)
+    def __init__(
+        self,
+        texts: Texts,
+        data_args: DataArguments,
+        config: PreTrainedConfig,
+        streamed: StreamedExamples | None = None,
+    ):
+        self.cache = _cache(data_args)
+        tokenizer = _tokenizer(texts, data_args, self.cache)
+        self.processing_class, self.block_size = tokenizer, data_args.block_size
+        self.isolate_at = tokenizer.eos_token_id if data_args.packing == "isolated" else None
+        self._read_config(data_args, config)
+        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        self.config_options = {"vocab_size": len(tokenizer), **ids, **self._axis_options()}
+        held_out = self._columns(texts.validation, "held-out text")
+        self.eval_dataset = self._blocks(*held_out, tokenizer.pad_token_id)
+        self.held_out_texts = texts.validation
         self.held_out_bytes = _bytes_of(texts.validation)
-        self.bits_per_byte_of_loss = (len(stream) - 1) / _bytes_of(texts.train) / math.log(2)
+        if streamed is None:
+            columns = self._columns(texts.train, "training text")
+            self.train_dataset = self._blocks(*columns)
+            tokens_per_byte = (len(columns[0]) - 1) / _bytes_of(texts.train)
+        else:
+            streamed.examples_of = self._stream_blocks
+            self.train_dataset = streamed
+            tokens_per_byte = (len(held_out[0]) - 1) / self.held_out_bytes
+        self.bits_per_byte_of_loss = tokens_per_byte / math.log(2)
         self.about = {
             "vocab_size": len(tokenizer),
             "block_size": data_args.block_size,
+            "packing": data_args.packing,
             "tokens_per_example": data_args.block_size,
         }
+
+    def _read_config(self, data_args, config):
+        """What a subclass needs to know before any text is read."""
+
+    def _axis_options(self):
+        return {}
+
+    def _columns(self, texts, desc):
+        """The stream of some texts, and what stands beside it."""
+        return self._stream(texts, f"Tokenizing {desc}"), None
+
+    def _stream(self, texts, desc):
+        is_isolated = self.isolate_at is not None
+        made_of = ["stream", str(is_isolated), _json_of(self.tokenizer), *texts]
+        return self.cache.array(made_of, lambda: encode(texts, self.tokenizer, desc, is_isolated))
+
+    @property
+    def tokenizer(self):
+        return getattr(self.processing_class, "tokenizer", self.processing_class)
+
+    def _blocks(self, stream, meta, pad_token_id=None):
+        return PackedBlocks(stream, self.block_size, pad_token_id, meta, self.isolate_at)
+
+    def _stream_blocks(self, texts: Iterator[str]) -> Iterator[dict]:
+        """The blocks of texts that are read one after the other; only the end that does not fill a block is left out."""
+        rest, stride = None, self.block_size - 1
+        for text in texts:
+            columns = self._columns_of(text)
+            if rest is not None:  # continuous texts share the separator between them
+                shared = self.isolate_at is None
+                columns = [_join(before, new, shared) for before, new in zip(rest, columns)]
+            whole = (len(columns[0]) - 1) // stride * stride
+            if whole:
+                yield from self._blocks(*(None if x is None else x[..., : whole + 1] for x in columns))
+            rest = [None if x is None else x[..., whole:] for x in columns]
+
+    def _columns_of(self, text):
+        return encode([text], self.tokenizer, desc=None), None
+
+    def sample(self, model: PreTrainedModel) -> str:
+        """How the model goes on from the beginning of the held-out text."""
+        size = min(SAMPLE_TOKENS, self.block_size // 2)
+        inputs = self.processing_class(self.held_out_texts[0][:size], return_tensors="pt").to(model.device)
+        inputs = {name: ids[..., :size] for name, ids in inputs.items()}
+        written = model.generate(**inputs, max_new_tokens=size, use_cache=True, do_sample=True)
+        return self.processing_class.decode(written[0])
 
     def trainer_options(self) -> dict:
         """Of the logits only their sums of nats are kept, so the whole held-out text fits."""
@@ -105,23 +187,38 @@ class AnnotatedTokens(NextTokens):
     predicted from meta ids that nobody knows yet, and the text costs both.
     """
 
-    def __init__(self, texts: Texts, data_args: DataArguments, config: PreTrainedConfig):
-        super().__init__(texts, data_args, config)
-        tokenizer, size = self.processing_class, data_args.block_size
+    def _read_config(self, data_args, config):
         axes = choose_axes(data_args.axes)
-        meta, held_out = (annotate(part, tokenizer, axes) for part in (texts.train, texts.validation))
-        self.train_dataset = PackedBlocks(self.train_dataset.stream, size, meta=meta)
-        self.eval_dataset = PackedBlocks(self.eval_dataset.stream, size, tokenizer.pad_token_id, held_out)
-        self.processing_class = MultiGridProcessor(tokenizer, axes)
+        self.processing_class = MultiGridProcessor(self.processing_class, axes)
         names = [axis.name for axis in axes]
-        self.config_options["axis_names"] = names
-        self.config_options["axis_vocab_sizes"] = [len(axis.vocabulary) for axis in axes]
-        self.about["axes"] = dict(zip(names, self.config_options["axis_vocab_sizes"]))
         self.is_factored = config.axis_order == "factored"
         self.text_losses = ["main_loss", *(f"{name}_loss" for name in names if self.is_factored)]
         # Evaluation needs the meta ids among the labels, and the meta logits beside the logits.
         self.label_names = ["labels", "meta_ids"]
         self.ignore_keys = [key for key in config.keys_to_ignore_at_inference if key != "meta_logits"]
+
+    def __init__(self, texts, data_args, config, streamed=None):
+        super().__init__(texts, data_args, config, streamed)
+        self.about["axes"] = dict(zip(self.config_options["axis_names"], self.config_options["axis_vocab_sizes"]))
+
+    def _axis_options(self):
+        axes = self.processing_class.axes
+        return {
+            "axis_names": [axis.name for axis in axes],
+            "axis_vocab_sizes": [len(axis.vocabulary) for axis in axes],
+        }
+
+    def _columns(self, texts, desc):
+        axes, is_isolated = self.processing_class.axes, self.isolate_at is not None
+        made_of = ["axes", str(is_isolated), _json_of(self.tokenizer), *map(_source_of, axes), *texts]
+        meta = self.cache.array(
+            made_of, lambda: annotate(texts, self.tokenizer, axes, f"Annotating {desc}", is_isolated)
+        )
+        return self._stream(texts, f"Tokenizing {desc}"), meta
+
+    def _columns_of(self, text):
+        axes = self.processing_class.axes
+        return encode([text], self.tokenizer, desc=None), annotate([text], self.tokenizer, axes, desc=None)
 
     def trainer_options(self) -> dict:
         return {**super().trainer_options(), "preprocess_logits_for_metrics": self._sum_nats}
@@ -133,6 +230,39 @@ class AnnotatedTokens(NextTokens):
             meta_ids = meta_ids.masked_fill(labels[:, None] == -100, -100)
             nats += sum(sum_nats(logits, ids) for logits, ids in zip(meta_logits, meta_ids.unbind(1)))
         return nats
+
+
+def _cache(data_args):
+    folder = None if data_args.cache_dir in (None, "none") else data_args.cache_dir
+    return Cache(folder, [data.__file__, inspect.getfile(HeptapodProcessor)])
+
+
+def _tokenizer(texts, data_args, cache, for_pages=False):
+    """As `build_tokenizer` makes it; one that is trained here is trained once."""
+    name, size = data_args.tokenizer, data_args.vocab_size
+    if name != "bpe":
+        return build_tokenizer(name, texts.train, size, for_pages)
+    trained = cache.text(
+        ["bpe", str(size), str(for_pages), *texts.train],
+        lambda: _json_of(build_tokenizer("bpe", texts.train, size, for_pages)),
+    )
+    return wrap_tokenizer(tokenizers.Tokenizer.from_str(trained), for_pages)
+
+
+def _json_of(tokenizer):
+    return tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
+
+
+def _source_of(axis):
+    """All that the ids of an axis depend on: its arguments and the code of its class."""
+    files = {inspect.getfile(kind) for kind in type(axis).__mro__ if kind is not object}
+    return json.dumps(axis.to_spec()) + "".join(Path(file).read_text() for file in sorted(files))
+
+
+def _join(before, new, shared):
+    if before is None:
+        return None
+    return np.concatenate([before, new[..., 1:] if shared else new], axis=-1)
 
 
 class Pages(torch.utils.data.Dataset):
@@ -162,11 +292,18 @@ class MaskedPages:
     label_names = ignore_keys = None
     text_losses = []
 
-    def __init__(self, texts: Texts, data_args: DataArguments, config: PreTrainedConfig):
+    def __init__(
+        self,
+        texts: Texts,
+        data_args: DataArguments,
+        config: PreTrainedConfig,
+        streamed: StreamedExamples | None = None,
+    ):
         if config.grid_size is None:
             raise ValueError("--config_name: its `grid_size` must be the height and width of a page, got None")
         height, width = config.grid_size
-        tokenizer = build_tokenizer(data_args.tokenizer, texts.train, data_args.vocab_size, for_pages=True)
+        self.cache = _cache(data_args)
+        tokenizer = _tokenizer(texts, data_args, self.cache, for_pages=True)
         processor = HeptapodProcessor(tokenizer, height, width)
         self.processing_class = processor
         self.config_options = {
@@ -174,18 +311,38 @@ class MaskedPages:
             "mask_token_id": tokenizer.mask_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         }
-        self.train_dataset = Pages(_paginate(texts.train, processor, "Laying out training text"))
-        self.eval_dataset = Pages(_paginate(texts.validation, processor, "Laying out held-out text"))
+        self.eval_dataset = Pages(self._pages(texts.validation, "held-out text"))
         self.held_out_bytes = _bytes_of(texts.validation)
-        train_cells = self.train_dataset.pages.size
         self.held_out_cells = self.eval_dataset.pages.size
-        self.bits_per_byte_of_loss = train_cells / _bytes_of(texts.train) / math.log(2)
+        if streamed is None:
+            self.train_dataset = Pages(self._pages(texts.train, "training text"))
+            cells_per_byte = self.train_dataset.pages.size / _bytes_of(texts.train)
+        else:
+            streamed.examples_of = self._stream_pages
+            self.train_dataset = streamed
+            cells_per_byte = self.held_out_cells / self.held_out_bytes
+        self.bits_per_byte_of_loss = cells_per_byte / math.log(2)
         self.about = {
             "vocab_size": len(tokenizer),
             "page": [height, width],
             "held_out_cells": self.held_out_cells,
             "tokens_per_example": height * width,
         }
+
+    def _pages(self, texts, desc):
+        processor = self.processing_class
+        made_of = ["pages", str(processor.height), str(processor.width), _json_of(processor.tokenizer), *texts]
+        return self.cache.array(made_of, lambda: _paginate(texts, processor, f"Laying out {desc}"))
+
+    def _stream_pages(self, texts: Iterator[str]) -> Iterator[dict]:
+        for text in texts:
+            yield from Pages(_paginate([text], self.processing_class, desc=None))
+
+    def sample(self, model: PreTrainedModel) -> str:
+        """The first held-out page, with a hole in it that the model has filled."""
+        page = torch.from_numpy(self.eval_dataset.pages[:1].astype(np.int64))
+        opened = self.processing_class.open_cells(page, "hole").to(model.device)
+        return self.processing_class.decode(model.generate(opened)[0])
 
     def trainer_options(self) -> dict:
         """While training, one draw of masks a page tells how it goes; logits are not kept at all."""
@@ -227,4 +384,22 @@ def _bytes_of(texts):
 
 def _paginate(texts, processor, desc):
     dtype = np.uint16 if len(processor.tokenizer) <= 2**16 else np.int32
-    return np.concatenate([processor.paginate(text).astype(dtype) for text in tqdm(texts, desc=desc, disable=None)])
+    lay_out = _paginate_bytes if is_byte_tokenizer(processor.tokenizer) else HeptapodProcessor.paginate
+    # Without a description: of a text among many, which needs no bar.
+    texts = texts if desc is None else tqdm(texts, desc=desc, disable=None)
+    return np.concatenate([lay_out(processor, text).astype(dtype) for text in texts])
+
+
+def _paginate_bytes(processor, text):
+    """`processor.paginate(text)`, all cells at once, where a token is a byte."""
+    height, width = processor.height, processor.width
+    ids = np.frombuffer(text.encode(), dtype=np.uint8)
+    ends = np.flatnonzero(ids == processor.newline_token_id) + 1  # of lines
+    starts = np.concatenate([[0], ends])
+    lengths = np.diff(np.append(starts, len(ids)))
+    rows = -(-lengths // width)
+    column = np.arange(len(ids)) - np.repeat(starts, lengths)
+    row = np.repeat(np.cumsum(rows) - rows, lengths) + column // width
+    pages = np.full((-(-int(rows.sum()) // height), height, width), processor.blank_token_id, dtype=np.int64)
+    pages.reshape(-1, width)[row, column % width] = ids
+    return pages

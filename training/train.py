@@ -1,6 +1,7 @@
 """Train a language model on text, measure it in bits per byte, and leave a folder that is ready to be pushed.
 
     python training/train.py --config_name configs/leap-tiny --output_dir outputs/leap-tiny --train_minutes 3
+    torchrun --nproc_per_node 2 training/train.py ...    # several processes, --fsdp to shard the weights over them
 
 Copy and edit it like one of transformers' examples: everything here is `Trainer`. All of `TrainingArguments` can be
 given as well; `--help` lists them.
@@ -17,16 +18,18 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
+import psutil
 import torch
 from accelerate.utils import broadcast_object_list
 from data import DataArguments, load_texts
 from model_card import write_card
-from named_losses import NamedLossTrainer
 from objectives import objective_for
 from provenance import provenance
+from sharding import ShardingTrainer
+from streaming import StreamedExamples, stream_texts
 from transformers import (
     AutoConfig,
+    EarlyStoppingCallback,
     HfArgumentParser,
     PreTrainedConfig,
     PreTrainedModel,
@@ -41,10 +44,6 @@ from transformers.utils import is_torch_bf16_gpu_available
 import modeling_heptapod  # noqa: F401  registers our families with the Auto classes
 
 
-matplotlib.use("Agg")  # the curve is written to a file, on machines without a screen as well
-import matplotlib.pyplot as plt
-
-
 @dataclass
 class ModelArguments:
     """What to train, and for how long."""
@@ -53,6 +52,16 @@ class ModelArguments:
     train_minutes: float | None = field(
         default=None,
         metadata={"help": "Sets --max_steps to what fits into these minutes, by timing the first steps of a copy."},
+    )
+    train_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Sets --max_steps to what it takes to read this many tokens, or cells, in all processes."},
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after this many evaluations that were no better than the best; needs --load_best_model_at_end."
+        },
     )
     bf16_if_fast: bool = field(
         default=False,
@@ -75,14 +84,17 @@ def choose_precision(model_args: ModelArguments, training_args: TrainingArgument
     return dataclasses.replace(training_args, bf16=True, use_cpu=training_args.device.type == "cpu")
 
 
-def find_checkpoint(resume_from: str, output_dir: str) -> str:
+def find_checkpoint(resume_from: str, output_dir: str, num_processes: int = 1) -> str:
     """The folder to resume from: `resume_from` itself, or the last complete checkpoint if it is "last".
 
-    The trainer's state is what a checkpoint is finished with: a folder without it was cut off while being written.
+    The first process finishes a checkpoint with the trainer's state, the others with the state of their random numbers:
+    a folder without these was cut off while being written. A checkpoint that is named is not asked for the latter, so
+    that a run may go on with another number of processes.
 
     Raises:
         ValueError: naming `--resume_from_checkpoint` if there is no such checkpoint.
     """
+    drawn = ["rng_state.pth"] if num_processes == 1 else [f"rng_state_{rank}.pth" for rank in range(num_processes)]
     if resume_from == "last":
         folders = sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda p: int(p.name.split("-")[-1]))
     else:
@@ -90,11 +102,95 @@ def find_checkpoint(resume_from: str, output_dir: str) -> str:
     for folder in reversed(folders):
         try:
             json.loads((folder / "trainer_state.json").read_text())
-            return str(folder)
+            if resume_from != "last" or all((folder / name).is_file() for name in drawn):
+                return str(folder)
         except (OSError, ValueError):
             continue
     where = output_dir if resume_from == "last" else resume_from
-    raise ValueError(f"--resume_from_checkpoint {resume_from}: there is no complete checkpoint in {where}")
+    raise ValueError(
+        f"--resume_from_checkpoint {resume_from}: there is no complete checkpoint of {num_processes} processes in {where}"
+    )
+
+
+def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
+    """What does not go together.
+
+    Raises:
+        ValueError: naming the arguments.
+    """
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"--label_smoothing_factor {args.label_smoothing_factor}: Trainer would put a loss of its own in place of the "
+            "model's, unshifted and without its other losses; it must be 0"
+        )
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != args.world_size:
+        raise ValueError(
+            f"torchrun started {started} processes, which would train on their own: without GPUs they need --use_cpu true"
+        )
+    lengths = {"--train_minutes": model_args.train_minutes, "--train_tokens": model_args.train_tokens}
+    lengths["--max_steps"] = args.max_steps if args.max_steps > 0 else None
+    given = [name for name, value in lengths.items() if value is not None]
+    if len(given) > 1 and args.resume_from_checkpoint is None:
+        raise ValueError(f"{' and '.join(given)} say how long to train; give one of them")
+    if model_args.train_tokens is not None and model_args.train_tokens < 1:
+        raise ValueError(f"--train_tokens must be positive, got {model_args.train_tokens}")
+    if data_args.streaming and not given:
+        raise ValueError(
+            "--streaming needs --max_steps, --train_tokens or --train_minutes: nobody knows the corpus's end"
+        )
+    if model_args.early_stopping_patience is not None and not args.load_best_model_at_end:
+        raise ValueError("--early_stopping_patience needs --load_best_model_at_end, and what that needs")
+
+
+class Samples(TrainerCallback):
+    """At each evaluation a sample of what the model writes, printed and among the log's entries.
+
+    It draws from a seed of its own, so that training goes as it would without it.
+    """
+
+    def __init__(self, sample):
+        self.sample = sample
+
+    def on_evaluate(self, args, state, control, model, **kwargs):
+        was_training = model.training
+        model.eval()
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            text = self.sample(model)  # in all processes, since weights may be sharded
+        model.train(was_training)
+        state.log_history.append({"sample": text, "step": state.global_step})
+        if state.is_world_process_zero:
+            print(f"--- a sample at step {state.global_step}\n{text}\n---", flush=True)
+
+
+class Speed(TrainerCallback):
+    """How long it took from the start of this process until its first optimizer step was done, and from then on.
+
+    Attributes:
+        seconds (`float`): to the end of the first step.
+        steps_per_second (`float`): of those after it, without what evaluating and saving took; `None` where there are none.
+    """
+
+    seconds = None
+
+    def __init__(self):
+        self.timer = StepTimer()
+
+    def on_step_begin(self, *args, **kwargs):
+        self.timer.on_step_begin(*args, **kwargs)
+
+    @property
+    def steps_per_second(self):
+        later = self.timer.seconds[1:]
+        return len(later) / sum(later) if later else None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.timer.on_step_end(args, state, control)
+        if self.seconds is None:
+            self.seconds = round(time.time() - psutil.Process().create_time(), 2)
+            if state.is_world_process_zero:
+                print(f"seconds to the first step: {self.seconds:.1f}", flush=True)
 
 
 class StepTimer(TrainerCallback):
@@ -120,9 +216,10 @@ def steps_within(minutes: float, model: PreTrainedModel, args: TrainingArguments
     args = copy.copy(args)
     args.max_steps, args.disable_tqdm = 20, True
     args.eval_strategy = args.save_strategy = args.logging_strategy = "no"
-    args.report_to, args.push_to_hub = [], False
+    args.load_best_model_at_end = args.eval_on_start = args.push_to_hub = False
+    args.report_to = []
     timer = StepTimer()
-    trainer = NamedLossTrainer(copy.deepcopy(model), args, train_dataset=train_dataset, callbacks=[timer])
+    trainer = ShardingTrainer(copy.deepcopy(model), args, train_dataset=train_dataset, callbacks=[timer])
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     steps = [int(minutes * 60 / statistics.median(timer.seconds[args.max_steps // 4 :]))]
@@ -138,10 +235,14 @@ def plot_curve(
     history: list[dict], results: dict, train_bits_per_nat: float, path: Path, text_losses: list[str]
 ) -> None:
     """Bits per byte by step: of the training batches, and of the held-out text beside bz2's."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # into a file, on machines without a screen as well
+    import matplotlib.pyplot as plt
+
     losses = [(entry["step"], text_loss(entry, text_losses)) for entry in history if "loss" in entry]
     train = [(step, loss * train_bits_per_nat) for step, loss in losses]
     held_out = [(entry["step"], entry["eval_bits_per_byte"]) for entry in history if "eval_bits_per_byte" in entry]
-    held_out = [(0, results["bits_per_byte_before"]), *held_out]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     if train:
         axes.plot(*zip(*train), label="training batches", linewidth=1)
@@ -151,6 +252,13 @@ def plot_curve(
     axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def bits_before(history: list[dict]) -> float | None:
+    """Bits per byte of the untrained model, where `--eval_on_start` asked for them."""
+    return next(
+        (entry["eval_bits_per_byte"] for entry in history if entry["step"] == 0 and "eval_loss" in entry), None
+    )
 
 
 def runs_beside(folder: Path, results: dict) -> dict[str, float]:
@@ -177,23 +285,34 @@ def set_use_cache(config: PreTrainedConfig, value: bool | None) -> None:
 def main():
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
     model_args, data_args, training_args = parser.parse_args_into_dataclasses()
+    check_arguments(model_args, data_args, training_args)
     training_args = choose_precision(model_args, training_args)
     training_args.include_for_metrics = ["loss"]
+    if training_args.load_best_model_at_end and training_args.metric_for_best_model == "loss":
+        training_args.metric_for_best_model = "bits_per_byte"
+    training_args.greater_is_better = False  # in every metric there is
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint is not None:
-        checkpoint = find_checkpoint(checkpoint, training_args.output_dir)
+        checkpoint = find_checkpoint(checkpoint, training_args.output_dir, training_args.world_size)
+        training_args.eval_on_start = False
     set_seed(training_args.seed)
 
-    # Text -> tokens -> blocks or pages
-    texts = load_texts(
-        data_args.dataset,
-        data_args.dataset_config,
-        data_args.text_column,
-        data_args.validation_percent,
-        data_args.max_validation_bytes,
-    )
+    # Text -> tokens -> blocks or pages; the first process does it, the others find what it kept
     config = AutoConfig.from_pretrained(model_args.config_name)
-    objective = objective_for(config)(texts, data_args, config)
+    with training_args.main_process_first(desc="reading the corpus"):
+        streamed = None
+        if data_args.streaming:
+            documents, texts = stream_texts(data_args)
+            streamed = StreamedExamples(documents, seed=training_args.seed)
+        else:
+            texts = load_texts(
+                data_args.dataset,
+                data_args.dataset_config,
+                data_args.text_column,
+                data_args.validation_percent,
+                data_args.max_validation_bytes,
+            )
+        objective = objective_for(config)(texts, data_args, config, streamed)
     eval_text = "".join(texts.validation).encode()
 
     training_args.label_names = objective.label_names
@@ -203,23 +322,34 @@ def main():
     model = objective.auto_class.from_config(config)
     if os.path.isfile(os.path.join(model_args.config_name, "generation_config.json")):
         model.generation_config = type(model.generation_config).from_pretrained(model_args.config_name)
+    parameters = model.num_parameters()
 
+    processes = training_args.world_size
+    examples_per_step = training_args.train_batch_size * training_args.gradient_accumulation_steps * processes
+    tokens_per_step = examples_per_step * objective.about["tokens_per_example"]
     if checkpoint is not None:
         # The schedule of the run that is being resumed, not one that is measured anew.
         training_args.max_steps = json.loads(Path(checkpoint, "trainer_state.json").read_text())["max_steps"]
+    elif model_args.train_tokens is not None:
+        training_args.max_steps = -(-model_args.train_tokens // tokens_per_step)
     elif model_args.train_minutes is not None:
         training_args.max_steps = steps_within(model_args.train_minutes, model, training_args, objective.train_dataset)
 
     use_cache = getattr(model.config, "use_cache", None)
-    trainer = NamedLossTrainer(
+    speed = Speed()
+    callbacks = [Samples(objective.sample), speed]
+    if model_args.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(model_args.early_stopping_patience))
+    trainer = ShardingTrainer(
         model=model,
         args=training_args,
         train_dataset=objective.train_dataset,
         eval_dataset=objective.eval_dataset,
         processing_class=objective.processing_class,
+        callbacks=callbacks,
         **objective.trainer_options(),
     )
-    before = trainer.evaluate(ignore_keys=objective.ignore_keys)["eval_bits_per_byte"]
+    # No evaluation before this line: Trainer would take the model for wrapped, and train each process on its own.
     train_result = trainer.train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=objective.ignore_keys)
 
     # Model, its code, tokenizer, generation config; before it is measured, so that an error there costs no training
@@ -240,15 +370,19 @@ def main():
         else data_args.dataset,
         "tokenizer": data_args.tokenizer,
         **objective.about,
-        "train_bytes": sum(len(text.encode()) for text in texts.train),
+        "train_bytes": streamed.bytes_read if streamed else sum(len(text.encode()) for text in texts.train),
         "held_out_bytes": len(eval_text),
         "held_out_sha256": hashlib.sha256(eval_text).hexdigest(),
-        "parameters": model.num_parameters(),
+        "parameters": parameters,
         "steps": trainer.state.global_step,
-        "tokens_per_step": trainer.get_total_train_batch_size(training_args) * objective.about["tokens_per_example"],
+        "tokens_per_step": tokens_per_step,
+        "processes": processes,
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "seconds_to_first_step": speed.seconds,
+        "tokens_per_second": speed.steps_per_second and round(speed.steps_per_second * tokens_per_step, 1),
         "train_seconds": round(train_result.metrics["train_runtime"], 1),
         "precision": "bfloat16 autocast" if training_args.bf16 else "float32",
-        "bits_per_byte_before": before,
+        "bits_per_byte_before": bits_before(trainer.state.log_history),
         **after,
         "bits_per_byte_bz2": 8 * len(bz2.compress(eval_text, 9)) / len(eval_text),
         **provenance(training_args.device),
@@ -262,7 +396,8 @@ def main():
     print(f"bits per byte on {len(eval_text):,} held-out bytes")
     error = results.get("bits_per_byte_standard_error")
     bound = "" if error is None else f" +- {error:.3f} (an upper bound: the negative ELBO)"
-    print(f"  before training  {before:.3f}")
+    if results["bits_per_byte_before"] is not None:
+        print(f"  before training  {results['bits_per_byte_before']:.3f}")
     print(f"  after training   {results['bits_per_byte']:.3f}{bound}")
     print(f"  bz2 -9           {results['bits_per_byte_bz2']:.3f}")
     beside = runs_beside(folder, results)

@@ -35,6 +35,8 @@ NAMES = (
     "compression_report",
     "multigrid_equality",
     "multigrid_step",
+    "two_processes",
+    "training_start",
 )
 
 

@@ -115,7 +115,8 @@ def objective(**changes):
 def test_the_objective_of_a_multigrid():
     found = objective()
     assert type(found) is AnnotatedTokens
-    assert found.config_options == {"vocab_size": 258, "axis_names": AXES, "axis_vocab_sizes": [11, 5]}
+    special = {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 257}
+    assert found.config_options == {"vocab_size": 258, **special, "axis_names": AXES, "axis_vocab_sizes": [11, 5]}
     assert isinstance(found.processing_class, MultiGridProcessor)
     assert [axis.name for axis in found.processing_class.axes] == AXES
     assert found.train_dataset[0]["meta_ids"].shape == (2, 16)
@@ -180,7 +181,7 @@ def trained(request, tmp_path_factory):
         *("--axes", *AXES, "--block_size", "32", "--per_device_train_batch_size", "2", "--max_steps", "6"),
         *("--per_device_eval_batch_size", "4", "--logging_steps", "2", "--learning_rate", "1e-2"),
         *("--eval_strategy", "steps", "--eval_steps", "3", "--max_validation_bytes", "300"),
-        *("--disable_tqdm", "true", "--use_cpu", "true"),
+        *("--disable_tqdm", "true", "--use_cpu", "true", "--eval_on_start", "true"),
     ]
     process = run(*command, cwd=folder)
     assert process.returncode == 0, process.stderr

@@ -150,7 +150,7 @@ def train_process(folder, script, *more):
         ),
         *("--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "8", "--learning_rate", "1e-2"),
         *("--logging_steps", "1", "--save_steps", "4", "--max_steps", "8", "--max_validation_bytes", "2000"),
-        *("--disable_tqdm", "true", "--use_cpu", "true", *more),
+        *("--disable_tqdm", "true", "--use_cpu", "true", "--eval_on_start", "true", *more),
         cwd=folder,
     )
 

@@ -39,13 +39,13 @@ KILLED = f"""
 import os, signal, sys
 import train
 
-class Trainer(train.NamedLossTrainer):
+class Trainer(train.ShardingTrainer):
     def training_step(self, *args, **kwargs):
         if self.state.global_step == {KILLED_IN_STEP} - 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().training_step(*args, **kwargs)
 
-train.NamedLossTrainer = Trainer
+train.ShardingTrainer = Trainer
 train.main()
 """
 
@@ -61,7 +61,7 @@ def arguments(folder, *more):
         *("--tokenizer", "bpe", "--vocab_size", "300", "--block_size", "64", "--per_device_train_batch_size", "4"),
         *("--per_device_eval_batch_size", "4", "--learning_rate", "1e-2", "--lr_scheduler_type", "cosine"),
         *("--logging_steps", "1", "--save_steps", str(SAVE_STEPS), "--eval_strategy", "steps", "--eval_steps", "6"),
-        *("--max_validation_bytes", "3000", "--disable_tqdm", "true", "--use_cpu", "true"),
+        *("--max_validation_bytes", "3000", "--eval_on_start", "true", "--disable_tqdm", "true", "--use_cpu", "true"),
         *more,
     ]
 
@@ -124,7 +124,7 @@ def test_training_learns_and_says_what(finished):
     assert f"{results['held_out_bytes']:,} held-out bytes" in printed
 
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    assert [entry["step"] for entry in history if "eval_bits_per_byte" in entry] == [6, 12, 12]
+    assert [entry["step"] for entry in history if "eval_bits_per_byte" in entry] == [0, 6, 12, 12]
 
     card = (folder / "README.md").read_text()
     assert "{{" not in card and "model-index" in card and f"**{results['bits_per_byte']:.3f}**" in card
@@ -189,12 +189,12 @@ def tiny_model():
 
 
 def test_steps_within_fills_the_time_and_leaves_no_trace(tmp_path, monkeypatch):
-    class SlowTrainer(train.NamedLossTrainer):
+    class SlowTrainer(train.ShardingTrainer):
         def training_step(self, *args, **kwargs):
             time.sleep(0.05)
             return super().training_step(*args, **kwargs)
 
-    monkeypatch.setattr(train, "NamedLossTrainer", SlowTrainer)
+    monkeypatch.setattr(train, "ShardingTrainer", SlowTrainer)
     model, dataset = tiny_model(), PackedBlocks(np.arange(258, dtype=np.uint16).repeat(20), block_size=64)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     args = TrainingArguments(str(tmp_path / "out"), use_cpu=True, per_device_train_batch_size=2, max_steps=5)
@@ -227,6 +227,14 @@ def test_bf16_falls_back_where_the_cpu_has_no_matrix_units(tmp_path, monkeypatch
         assert args.bf16 == (has_units and asked)
 
 
+FAMILIES = ("heptapod", "hierarchical_lm", "leap", "multigrid")
+
+
+def test_every_family_has_every_size():
+    expected = {f"{family}-{size}" for family in FAMILIES for size in ("tiny", "small", "base")}
+    assert {path.name for path in CONFIGS.iterdir()} == expected
+
+
 @pytest.mark.parametrize("folder", sorted(path.name for path in CONFIGS.iterdir()))
 def test_configurations_make_models(folder):
     """Loadable by name alone: no code and no weights beside them."""
@@ -235,7 +243,8 @@ def test_configurations_make_models(folder):
     assert config.model_type == folder.rsplit("-", 1)[0] and not hasattr(config, "auto_map")
     with torch.device("meta"):
         model = objective_for(config).auto_class.from_config(config)
-    assert model.num_parameters() > 1e5
+    least, most = {"tiny": (5e5, 2e6), "small": (1e7, 6e7), "base": (8e7, 1.3e8)}[folder.rsplit("-", 1)[1]]
+    assert least < model.num_parameters() < most
     generation_config = type(model.generation_config).from_pretrained(CONFIGS / folder)
     assert generation_config.num_iterations == 16 if config.model_type == "heptapod" else generation_config.do_sample
 
@@ -249,7 +258,13 @@ def test_bad_checkpoints_are_named(tmp_path):
     for step in (90, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        (tmp_path / f"checkpoint-{step}" / "rng_state.pth").touch()
+        (tmp_path / f"checkpoint-{step}" / "rng_state_0.pth").touch()
     assert train.find_checkpoint("last", str(tmp_path)) == str(tmp_path / "checkpoint-100")
+    # Of two processes the second one was cut off while it wrote the last one.
+    (tmp_path / "checkpoint-90" / "rng_state_1.pth").touch()
+    assert train.find_checkpoint("last", str(tmp_path), 2) == str(tmp_path / "checkpoint-90")
+    assert train.find_checkpoint(str(tmp_path / "checkpoint-100"), "", 2) == str(tmp_path / "checkpoint-100")
 
 
 def test_bad_corpus_ends_the_run_with_the_arguments_name(tmp_path):

@@ -1,0 +1,49 @@
+"""Weights that are sharded over processes (FSDP2): what `Trainer` needs besides, to do it with our models and on CPUs."""
+
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
+from named_losses import NamedLossTrainer
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+
+class ShardingTrainer(NamedLossTrainer):
+    """A [`NamedLossTrainer`] for which `--fsdp` does what it says in three places where it does not otherwise.
+
+    On CPUs accelerate ignores it without a word and trains with DDP. What it saves is sharded on CPUs, and is saved with
+    the code of torch's wrapper in place of the model's. And methods beside `forward` and `generate` see sharded weights.
+    """
+
+    def create_accelerator_and_postprocess(self):
+        """Like `Trainer`'s; on CPUs it then does what accelerate does elsewhere."""
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if not self.args.fsdp or state.distributed_type != DistributedType.MULTI_CPU:
+            return
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        if state.mixed_precision != "no":
+            state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
+        state.distributed_type = DistributedType.FSDP
+        self.is_fsdp_enabled = True
+
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if isinstance(self.model, FSDPModule) and hasattr(self.model, "elbo"):
+            register_fsdp_forward_method(self.model, "elbo")
+        return prepared
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Like `Trainer.save_model`. All processes must call it."""
+        if not isinstance(self.model, FSDPModule):
+            return super().save_model(output_dir, _internal_call)
+        weights = {}
+        for name, value in self.model.state_dict().items():
+            whole = value.full_tensor() if isinstance(value, DTensor) else value  # all processes take part
+            if self.args.should_save:
+                weights[name] = whole.cpu()
+        sharded = type(self.model)
+        self.model.__class__ = next(kind for kind in sharded.__mro__[1:] if not issubclass(kind, FSDPModule))
+        try:
+            self._save(output_dir or self.args.output_dir, state_dict=weights)
+        finally:
+            self.model.__class__ = sharded

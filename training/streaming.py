@@ -1,0 +1,162 @@
+"""Corpora that do not fit in memory: read while they are trained on, in an order that a resumed run repeats.
+
+Files are read in pieces of about a megabyte that end with a line, each a text of its own; data sets on the Hub through
+`datasets.load_dataset(..., streaming=True)`. Examples leave through a buffer that they are drawn from at random.
+"""
+
+import bz2
+import gzip
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from data import DataArguments, Texts, folder_files, hash_of
+
+
+PIECE = 2**20  # characters that are read from a file at once
+HELD_OUT_BYTES = 2**20  # kept in memory for evaluation, if --max_validation_bytes does not say otherwise
+TOKENIZER_BYTES = 2**24  # of training text that a BPE tokenizer is trained on
+SHUFFLED = 1024  # examples in the buffer
+
+
+class StreamedTexts:
+    """The training texts of a corpus, one after the other, from the beginning each time that they are asked for."""
+
+    def __init__(self, read: Callable[[], Iterator[tuple[str, str]]], held_out: Callable[[str], bool]):
+        self.read, self.held_out = read, held_out
+
+    def __iter__(self) -> Iterator[str]:
+        return (text for name, text in self.read() if text and not self.held_out(name))
+
+    def head(self, size: int) -> list[str]:
+        """The first texts that have `size` bytes together."""
+        texts = []
+        for text in self:
+            texts.append(text)
+            size -= len(text.encode())
+            if size <= 0:
+                break
+        return texts
+
+
+def stream_texts(data_args: DataArguments) -> tuple[StreamedTexts, Texts]:
+    """The texts to train on, and a beginning of them in memory, with those that are held out.
+
+    Which are held out depends on a hash of their names: the path and the number of the piece, or the number of the row.
+
+    Raises:
+        ValueError: naming `--dataset`, `--text_column` or `--validation_percent` where these do not fit.
+    """
+    if not 0 < data_args.validation_percent < 100:
+        raise ValueError(f"--validation_percent must lie between 0 and 100, got {data_args.validation_percent}")
+    path = Path(data_args.dataset).expanduser()
+    if data_args.dataset == "stdlib" or path.is_dir():
+        folder = Path(sysconfig.get_path("stdlib")) if data_args.dataset == "stdlib" else path
+        files = {name: folder / name for name in folder_files(folder, data_args.dataset == "stdlib")}
+    elif path.is_file():
+        files = {path.name: path}
+    else:
+        files = None
+    if files is None:
+        read, read_held_out = _rows(data_args)
+    else:
+        read, read_held_out = lambda: _pieces(files), None
+
+    if read_held_out is None:
+        texts = StreamedTexts(read, lambda name: hash_of(name) < data_args.validation_percent / 100)
+        held_out = StreamedTexts(read, lambda name: not texts.held_out(name))
+    else:  # the data set has a split of its own
+        texts = StreamedTexts(read, lambda name: False)
+        held_out = StreamedTexts(read_held_out, lambda name: False)
+    size = data_args.max_validation_bytes or HELD_OUT_BYTES
+    memory = Texts(texts.head(TOKENIZER_BYTES), held_out.head(size))
+    if not memory.train or not memory.validation:
+        raise ValueError(
+            f"--dataset {data_args.dataset} is too short for --streaming: of its pieces of {PIECE:,} characters there are "
+            f"{len(memory.train)} to train on and {len(memory.validation)} held out; leave --streaming out"
+        )
+    return texts, memory
+
+
+def _pieces(files):
+    for name, path in files.items():
+        unpack = {".gz": gzip.open, ".bz2": bz2.open}.get(path.suffix, open)
+        number = 0
+        with unpack(path, "rt", encoding="utf-8", newline="") as file:
+            try:
+                while piece := file.read(PIECE):
+                    yield f"{name}#{number}", piece + file.readline()
+                    number += 1
+            except UnicodeDecodeError:  # no text, or no longer
+                continue
+
+
+def _rows(data_args):
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            f"--dataset {data_args.dataset} is no file or folder, and `datasets` is not installed"
+        ) from error
+    try:
+        splits = datasets.load_dataset(data_args.dataset, data_args.dataset_config, streaming=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--dataset {data_args.dataset} does not exist: it is neither 'stdlib', nor a file or folder, nor a data set "
+            f"that `datasets` can stream ({error})"
+        ) from error
+    column = data_args.text_column
+    if "train" not in splits or column not in next(iter(splits["train"]), {}):
+        raise ValueError(
+            f"--text_column {column}: no such column in a 'train' split of --dataset {data_args.dataset}: {splits}"
+        )
+
+    def read(split):
+        return lambda: ((str(number), row[column]) for number, row in enumerate(splits[split]))
+
+    return read("train"), read("validation") if "validation" in splits else None
+
+
+class StreamedExamples(torch.utils.data.IterableDataset):
+    """Examples of texts as they are read, in a random order that depends on the seed and the epoch alone.
+
+    Args:
+        texts: can be read again and again.
+        seed: of the order.
+        buffer: how many examples the next one is drawn from.
+
+    Attributes:
+        examples_of (`Callable`): from an iterator of texts to one of examples; an objective sets it.
+        bytes_read (`int`): of text, since the beginning of the epoch.
+    """
+
+    examples_of: Callable[[Iterator[str]], Iterator[dict]]
+
+    def __init__(self, texts: Iterable[str], seed: int, buffer: int = SHUFFLED):
+        self.texts, self.seed, self.buffer = texts, seed, buffer
+        self.epoch = self.bytes_read = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """What `Trainer` calls before each epoch."""
+        self.epoch = epoch
+
+    def _counted(self):
+        self.bytes_read = 0
+        for text in self.texts:
+            self.bytes_read += len(text.encode())
+            yield text
+
+    def __iter__(self) -> Iterator[dict]:
+        if torch.utils.data.get_worker_info() is not None:
+            raise ValueError("--dataloader_num_workers must be 0 with --streaming: each worker would read all of it")
+        draw, waiting = np.random.default_rng((self.seed, self.epoch)), []
+        for example in self.examples_of(self._counted()):
+            if len(waiting) < self.buffer:
+                waiting.append(example)
+                continue
+            place = int(draw.integers(self.buffer))
+            waiting[place], example = example, waiting[place]
+            yield example
+        yield from (waiting[place] for place in draw.permutation(len(waiting)))
