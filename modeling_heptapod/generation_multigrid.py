@@ -136,7 +136,7 @@ class _MetaTracks:
         if self.annotated:
             self.readings = list(self.readings)
             for row in (~self.writes_pads).nonzero().flatten().tolist():
-                ids, self.readings[row] = self._read(self.readings[row], int(tokens[row, -1]))
+                ids, self.readings[row] = self.read(self.readings[row], int(tokens[row, -1]))
                 self.meta_ids[row, self.annotated, -1] = self.meta_ids.new_tensor(ids)
 
     def of_rows(self, sequences: torch.LongTensor) -> torch.LongTensor:
@@ -161,7 +161,7 @@ class _MetaTracks:
         for row, first_row in enumerate(first_rows.tolist() if self.annotated else ()):
             reading = self.prompt_readings[first_row]
             for step in range(int((beam_indices[row] >= 0).sum())):
-                ids, reading = self._read(reading, int(sequences[row, self.prompt_length + step]))
+                ids, reading = self.read(reading, int(sequences[row, self.prompt_length + step]))
                 written[row, self.annotated, step] = written.new_tensor(ids)
         prompts = self.prompt_meta_ids[first_rows][..., self.prompt_meta_ids.shape[-1] - self.prompt_length :]
         return torch.cat((prompts, written), dim=-1)
@@ -185,12 +185,12 @@ class _MetaTracks:
             if tokens not in known:
                 reading = start
                 for token in tokens:
-                    _, reading = self._read(reading, token)
+                    _, reading = self.read(reading, token)
                 known[tokens] = reading
             readings.append(known[tokens])
         return readings
 
-    def _read(self, reading, token):
+    def read(self, reading, token):
         """Meta ids of the annotated axes for one more token, and what is known after it; special tokens have id 0."""
         if token in self.special_tokens:
             return [0] * len(self.annotated), reading
@@ -231,8 +231,9 @@ class MultiGridGenerationMixin(GenerationMixin):
 
         Args:
             inputs, generation_config, args, kwargs:
-                As there. `meta_ids` (`torch.LongTensor` of shape `[batch, axes, prompt]`) is required where there are
-                axes; a [`MultiGridProcessor`] returns them with the `input_ids`.
+                As there. `meta_ids` (`torch.LongTensor` of shape `[batch, axes, prompt]`) are those of the prompt; a
+                [`MultiGridProcessor`] returns them with the `input_ids`. Where there are axes they are required, or
+                `processor`, which then annotates the prompt: a pipeline hands over nothing but `input_ids`.
             meta_source (`str` or `dict[str, str]`, *optional*, defaults to `"predicted"`):
                 Where meta tokens come from, for all axes or by the axis's name (`"predicted"` where one is left out):
 
@@ -242,7 +243,8 @@ class MultiGridGenerationMixin(GenerationMixin):
                 - `"forced"`: `forced_meta_ids`. In the parallel order a forced meta token reaches the main stream with
                   its own position, so it steers what comes after it; in the factored order it steers its own token.
             processor ([`MultiGridProcessor`], *optional*):
-                Its tokenizer turns tokens into characters, its axes annotate.
+                Its tokenizer turns tokens into characters, its axes annotate what is written, and the prompt where
+                `meta_ids` are not given.
             forced_meta_ids (`torch.LongTensor` of shape `[batch, forced axes or all axes, steps]`, *optional*):
                 Meta ids of the tokens to come, at least as many as are generated. Of all axes, only the forced ones are
                 read.
@@ -396,14 +398,16 @@ class MultiGridGenerationMixin(GenerationMixin):
         embeds, cache, mask = (model_kwargs.get(x) for x in ("inputs_embeds", "past_key_values", "attention_mask"))
         rows, length = (input_ids if embeds is None else embeds).shape[:2]
         expected = [rows, len(sources.of_axes), length]
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if meta_ids is None and sources.processor is not None and embeds is None and past == 0:
+            meta_ids = self._annotate_prompts(sources.processor, input_ids, mask)
         if meta_ids is None or list(meta_ids.shape) != expected:
             got = "None" if meta_ids is None else list(meta_ids.shape)
             raise ValueError(
                 f"`meta_ids` must be [batch, axes, prompt] = {expected} (rows repeated for beams), got {got}: the "
-                "processor returns them with the `input_ids`."
+                "processor returns them with the `input_ids`; or pass `processor`, which annotates a prompt of tokens."
             )
         annotated = sources.places("annotated")
-        past = 0 if cache is None else int(cache.get_seq_length())
         whole = embeds is not None or past == 0 or length == self._mask_length(mask, generation_config)
         if annotated and (embeds is not None or not whole):
             raise ValueError(
@@ -426,6 +430,26 @@ class MultiGridGenerationMixin(GenerationMixin):
             beams=beams,
             temperature=temperature,
         )
+
+    def _annotate_prompts(self, processor, tokens, mask) -> torch.LongTensor:
+        """What the axes of `processor` say of prompts `[rows, length]`: `[rows, axes, length]`, 0 at pads."""
+        names = self.config.axis_names
+        ahead = [axis.name for axis in processor.axes if axis.name in names and not axis.causal]
+        if ahead:
+            raise ValueError(
+                f"`meta_ids` of the prompt must be given: axes {ahead} of `processor` look ahead and can't be stepped."
+            )
+        axes = tuple(self._annotator(name, processor) for name in names)
+        meta_ids = tokens.new_zeros(len(tokens), len(names), tokens.shape[1])
+        reader = _MetaTracks(
+            _Sources(("annotated",) * len(names), processor, axes), tokens[:, :0], None, meta_ids[..., :0], None
+        )
+        for row, reading in enumerate(reader.readings):
+            places = range(tokens.shape[1]) if mask is None else mask[row].nonzero().flatten().tolist()
+            for place in places:
+                ids, reading = reader.read(reading, int(tokens[row, place]))
+                meta_ids[row, :, place] = meta_ids.new_tensor(ids)
+        return meta_ids
 
     @staticmethod
     def _mask_length(mask, generation_config):

@@ -72,7 +72,7 @@ def _evenly(last, number):
 def _draw(pages, processor, font_size, kept):
     """Pictures of the pages whose numbers are kept; from page to page only cells that changed are drawn anew."""
     font = ImageFont.truetype(findfont("DejaVu Sans Mono"), font_size)
-    texts = {int(token): _cell_text(int(token), processor) for token in np.unique(pages)}
+    texts = {int(token): cell_text(int(token), processor) for token in np.unique(pages)}
     longest = min(max(map(len, texts.values())), 8)
     cell_width, cell_height = round(longest * font.getlength("0")) + 2, round(font_size * 1.35)
     height, width = pages.shape[1:]
@@ -97,7 +97,7 @@ def _draw(pages, processor, font_size, kept):
     return frames
 
 
-def _cell_text(token, processor):
+def cell_text(token, processor):
     """What stands in a cell: nothing for blanks and open cells, a sign for a newline, a dot for what has no shape."""
     if token in (processor.blank_token_id, processor.tokenizer.mask_token_id):
         return ""

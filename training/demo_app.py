@@ -1,0 +1,522 @@
+"""A page in the browser to try a saved model of any family: `python training/demo_app.py outputs/leap-tiny`.
+
+Causal models write on from a prompt, token by token. LEAP also shows where it looks, MultiGrid its tracks below each line.
+The grid shows a page as it forms: type what is known, leave holes, and watch them being filled.
+
+Read top-down: models, what each family does (plain functions and generators, which know nothing of the page), the page.
+Needs the extra `app`. Nothing of the package is imported: a folder brings its own code, which runs here, so open only those
+that you trust. The page itself asks no other machine for anything.
+"""
+
+import os
+
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+
+import time
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from html import escape
+from pathlib import Path
+from threading import Event, Lock, Thread
+from typing import Any
+
+import gradio
+import torch
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+from page_animation import cell_text
+from sample_axes import characters_of, letters_for, lines_with_tracks
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    StoppingCriteria,
+    TextIteratorStreamer,
+    set_seed,
+)
+
+
+HOLE = "\u2591"  # what stands for an open cell where a page is typed
+_HOLE_CHARACTER = "\0"  # what the tokenizer is given for it: no text has one, and it is a token of its own
+REGIONS = ("only the typed holes", "hole", "frame", "top", "middle", "bottom", "all")
+SCHEDULES = ("confidence", "entropy", "random", "raster")
+FRAMES, SECONDS = 48, 4.0  # of a page that forms
+EXAMPLE_PROMPT = "import os\nimport sys\n\n\nclass "
+EXAMPLE_PAGE = f"""def area(width, height):
+    {HOLE * 6} width * height
+
+
+def longest(words):
+    best = None
+    for word in words:
+        if best is None or len(word) > len(best):
+            {HOLE * 11}
+    return best
+"""
+
+
+@dataclass
+class Loaded:
+    """A model and what turns text into its inputs: a processor where the family has one, else a tokenizer."""
+
+    model: PreTrainedModel
+    processor: Any
+
+    @property
+    def family(self) -> str:
+        return self.model.config.model_type
+
+    @property
+    def tokenizer(self):
+        return getattr(self.processor, "tokenizer", self.processor)
+
+
+_one_load_at_a_time = Lock()  # `from_pretrained` changes where tensors are made, for all threads
+
+
+def load(folder: str) -> Loaded:
+    """A saved model of any family, by folder or name on the Hub; the last two are kept.
+
+    Raises:
+        ValueError: where there is no model that writes.
+        OSError: where there is nothing at all.
+    """
+    with _one_load_at_a_time:
+        return _load(folder)
+
+
+@lru_cache(maxsize=2)
+def _load(folder):
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    head = (config.architectures or ["no model"])[0]
+    classes = {"ForCausalLM": AutoModelForCausalLM, "ForMaskedLM": AutoModelForMaskedLM}
+    auto_class = next((auto for name, auto in classes.items() if head.endswith(name)), None)
+    if auto_class is None or (auto_class is AutoModelForMaskedLM and config.model_type != "heptapod"):
+        raise ValueError(f"{folder} holds {head}, which doesn't write; a causal model or a grid does.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = auto_class.from_pretrained(folder, trust_remote_code=True).to(device).eval()
+    reader = AutoProcessor if config.model_type in ("heptapod", "multigrid") else AutoTokenizer
+    return Loaded(model, reader.from_pretrained(folder, trust_remote_code=True))
+
+
+def describe(loaded: Loaded) -> str:
+    """One line about a model."""
+    million = loaded.model.num_parameters() / 1e6
+    return f"**{type(loaded.model).__name__}**, {million:.1f} million parameters, on {loaded.model.device.type}"
+
+
+# Causal models: text, and what stands beside it
+
+
+class _StopWhen(StoppingCriteria):
+    def __init__(self, event):
+        self.event = event
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+def write(
+    loaded: Loaded,
+    prompt: str,
+    max_new_tokens: int = 200,
+    temperature: float = 1.0,
+    seed: int = 0,
+    meta_source: str = "predicted",
+) -> Iterator[tuple[str, str]]:
+    """The text so far again and again, each time with what has been written, and an HTML view of its tracks, empty until it is done.
+
+    Args:
+        loaded: a causal model.
+        prompt: not empty.
+        max_new_tokens: how much to write.
+        temperature: of the draws; 0 takes the likeliest token.
+        seed: of the draws.
+        meta_source: of a MultiGrid with axes: `"predicted"` or `"annotated"`.
+
+    Raises:
+        ValueError: for an empty prompt, and what `generate` raises.
+    """
+    if not prompt:
+        raise ValueError("The prompt is empty: type something to write on from.")
+    inputs = loaded.processor(prompt, return_tensors="pt").to(loaded.model.device)
+    streamer = TextIteratorStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    draw = {"do_sample": True, "temperature": float(temperature)} if temperature else {"do_sample": False}
+    has_axes = "meta_ids" in inputs
+    axes = {"meta_source": meta_source, "processor": loaded.processor} if has_axes else {}
+    stop, done = Event(), {}
+
+    def run():
+        try:
+            set_seed(int(seed))
+            done["output"] = loaded.model.generate(
+                **inputs,
+                **axes,
+                **draw,
+                max_new_tokens=int(max_new_tokens),
+                return_dict_in_generate=True,
+                streamer=streamer,
+                stopping_criteria=[_StopWhen(stop)],
+            )
+        except Exception as error:  # raised again where somebody sees it
+            done["error"] = error
+            streamer.end()
+
+    thread = Thread(target=run)
+    thread.start()
+    text = prompt
+    try:
+        for piece in streamer:
+            text += piece
+            yield text, ""
+    finally:  # also where the page stops listening
+        stop.set()
+        thread.join()
+    if "error" in done:
+        raise done["error"]
+    if has_axes:
+        yield text, show_tracks(loaded.processor, done["output"])
+
+
+def show_tracks(processor, output) -> str:
+    """HTML: the text line by line, below each line its tracks, and what their letters stand for."""
+    characters = characters_of(processor, output.sequences[0].tolist())
+    lines = lines_with_tracks(processor, characters, output.meta_sequences[0].tolist()).split("\n")
+    names = {axis.name for axis in processor.axes}
+    rows = []
+    for line in lines:
+        is_track = line.split(" ", 1)[0] in names
+        rows.append(f'<div class="{"track" if is_track else "text"}">{escape(line) or "&nbsp;"}</div>')
+    legend = []
+    for axis in processor.axes:
+        letters = letters_for(axis.vocabulary)
+        entries = ", ".join(
+            f"<code>{escape(x)}</code> {escape(name)}" for x, name in zip(letters[1:], axis.vocabulary[1:])
+        )
+        legend.append(f"<li><b>{escape(axis.name)}</b>: {entries}; blank: {escape(axis.vocabulary[0])}</li>")
+    return f'<div class="tracks">{"".join(rows)}</div><ul class="legend">{"".join(legend)}</ul>'
+
+
+@torch.no_grad()
+def look(loaded: Loaded, prompt: str, head: int = 0, position: int = 0) -> str:
+    """HTML: how much each token of a text counts for one position, layer by layer.
+
+    Args:
+        loaded: a LEAP.
+        prompt: the text.
+        head: from 1, or 0 for the mean of all.
+        position: which token looks, from 1, or 0 for the last.
+
+    Raises:
+        ValueError: for an empty text, a head or a position that is not there.
+    """
+    model, tokenizer = loaded.model, loaded.tokenizer
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+    length, heads = ids.shape[1], model.config.num_attention_heads
+    for name, value, limit in (("head", head, heads), ("position", position, length)):
+        if not 0 <= value <= limit:
+            raise ValueError(f"`{name}` must lie between 0 and {limit}, got {value}.")
+    if not length:
+        raise ValueError("The prompt is empty: type something to look at.")
+    here = (position or length) - 1
+    outputs = model(ids, output_attentions=True, use_cache=False)
+    pieces = [tokenizer.decode([token]) for token in ids[0].tolist()]
+    layers = []
+    for number, (layer, attentions) in enumerate(zip(model.model.layers, outputs.attentions)):
+        matrix = layer.mixer.attention_matrix(attentions)[0, ..., here, :]
+        matrix = matrix.abs().view(heads, -1, length).mean(1)  # of the additive mixer's two poolings the mean
+        weights = matrix.mean(0) if head == 0 else matrix[head - 1]
+        window = layer.mixer.settings.window
+        about = "everything so far" if window is None else f"the last {window} tokens"
+        layers.append(
+            f'<div class="layer"><div class="about">layer {number + 1}: {about}</div>'
+            f'<div class="text">{_heat(pieces, weights.tolist(), here)}</div></div>'
+        )
+    return f'<div class="looks">{"".join(layers)}</div>'
+
+
+def _heat(pieces, weights, here):
+    """Tokens on a background as strong as their weights, the strongest of which is full; the looking one is framed."""
+    strongest = max(weights) or 1.0
+    spans = []
+    for place, (piece, weight) in enumerate(zip(pieces, weights)):
+        shown = escape(piece).replace("\n", "\u21b5\n")
+        kind = ' class="here"' if place == here else ""
+        colour = f"rgba(220,80,20,{weight / strongest:.2f})"
+        spans.append(f'<span{kind} title="{weight:.4f}" style="background:{colour}">{shown}</span>')
+    return "".join(spans)
+
+
+# The grid: a page with holes
+
+
+def lay_out(loaded: Loaded, text: str, region: str = REGIONS[0]) -> torch.LongTensor:
+    """A page `[1, height, width]` of the model's size, with open cells where `HOLE` was typed and in a region.
+
+    Raises:
+        ValueError: for a text that doesn't fit on the page, and a page without open cells.
+    """
+    processor = loaded.processor
+    height, width = processor.height, processor.width
+    if _HOLE_CHARACTER in text:
+        raise ValueError("The page holds a zero byte, which is no text.")
+    size = {"height": height or loaded.model.config.grid_size[0], "width": width or loaded.model.config.grid_size[1]}
+    page = processor(text.replace(HOLE, _HOLE_CHARACTER), **size)["input_ids"]
+    hole = int(processor(_HOLE_CHARACTER, height=1, width=1)["input_ids"])
+    page[page == hole] = processor.tokenizer.mask_token_id
+    if region != REGIONS[0]:
+        page = processor.open_cells(page, region)
+    if not (page == processor.tokenizer.mask_token_id).any():
+        raise ValueError(f"No cell is open: type {HOLE} where something is missing, or choose a region to open.")
+    return page
+
+
+def fill(
+    loaded: Loaded,
+    text: str,
+    region: str = REGIONS[0],
+    schedule: str = "confidence",
+    num_iterations: int = 16,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Iterator[tuple[str, str]]:
+    """HTML of the page before the first iteration and after each, at most `FRAMES` of them, and the text on it.
+
+    Args:
+        loaded: a grid.
+        text: what is known, with `HOLE` at open cells.
+        region: what to open besides, one of `REGIONS`.
+        schedule, num_iterations: as for `generate`; `"entropy"` and `"raster"` take as many iterations as they need.
+        temperature: of the draws; 0 takes the likeliest token.
+        seed: of the draws.
+    """
+    page = lay_out(loaded, text, region)
+    draw = {"do_sample": True, "temperature": float(temperature)} if temperature else {"do_sample": False}
+    counted = {"num_iterations": int(num_iterations)} if schedule in ("confidence", "random") else {}
+    options = {"schedule": schedule, "seed": int(seed), **counted, **draw}
+    output = loaded.model.generate(
+        page.to(loaded.model.device), return_dict_in_generate=True, output_trajectory=True, **options
+    )
+    pages, last = output.trajectory[:, 0].cpu(), len(output.trajectory) - 1
+    steps = sorted({round(step) for step in torch.linspace(0, last, min(last + 1, FRAMES)).tolist()})
+    for step in steps:
+        caption = f"{step} of {last} iterations, {int((pages[step] == page[0]).logical_not().sum())} cells written"
+        yield show_page(loaded.processor, pages[: step + 1], last, caption), loaded.processor.decode(pages[step])
+
+
+def show_page(processor, pages: torch.LongTensor, iterations: int, caption: str = "") -> str:
+    """HTML of the last of `pages [steps + 1, height, width]`: cells coloured by the iteration that wrote them, dark first."""
+    mask = processor.tokenizer.mask_token_id
+    changed = (pages[1:] != pages[:-1]).int()
+    steps = torch.arange(1, len(pages)).view(-1, 1, 1)
+    written_at = (changed * steps).amax(0) if len(pages) > 1 else torch.zeros_like(pages[0])
+    colours = [
+        to_hex(colour) for colour in colormaps["viridis"]([i / max(1, iterations - 1) for i in range(iterations)])
+    ]
+    rows = []
+    for tokens, times in zip(pages[-1].tolist(), written_at.tolist()):
+        cells = []
+        for token, at in zip(tokens, times):
+            kind, style = ("open", "") if token == mask else ("given", "")
+            if token != mask and at:
+                kind = "written early" if at <= 0.6 * iterations else "written"
+                style = f' style="background:{colours[at - 1]}"'
+            cells.append(f'<i class="{kind}"{style}>{escape(cell_text(token, processor)) or " "}</i>')
+        rows.append(f"<div>{''.join(cells)}</div>")
+    return f'<div class="page">{"".join(rows)}</div><div class="about">{escape(caption)}</div>'
+
+
+# The page in the browser
+
+CSS = """
+.page, .tracks, .looks .text { font-family: "DejaVu Sans Mono", ui-monospace, monospace; font-size: 13px; color: #141414;
+    background: #fff; border: 1px solid #bbb; border-radius: 6px; padding: 10px; overflow-x: auto; }
+.page > div { display: flex; }
+.page i { font-style: normal; flex: 0 0 auto; min-width: 1.25ch; height: 1.45em; line-height: 1.45em; text-align: center; white-space: pre;
+    box-shadow: inset 0 0 0 0.5px #e4e4e4; }
+.page i.open { background: repeating-linear-gradient(45deg, #cfcfcf, #cfcfcf 3px, #e2e2e2 3px, #e2e2e2 6px); }
+.page i.early { color: #f5f5f5; }
+.tracks div { white-space: pre; line-height: 1.35; }
+.tracks .text { font-weight: 600; }
+.tracks .track { color: #8a4b08; font-size: 12px; line-height: 1.15; }
+.tracks .track, .tracks .text { font-family: inherit; font-size: 13px; }
+.legend { font-size: 12px; margin-top: 8px; }
+.looks .text { white-space: pre-wrap; line-height: 1.6; overflow-wrap: anywhere; }
+.looks .layer { margin-bottom: 10px; }
+.looks .here { outline: 2px solid #1f4fd8; }
+.about { font-size: 13px; opacity: 0.8; margin: 4px 2px; }
+textarea { font-family: "DejaVu Sans Mono", ui-monospace, monospace !important; font-size: 13px !important; }
+"""
+SYSTEM_FONTS = ("system-ui", "Helvetica", "Arial", "sans-serif")
+MONO_FONTS = ("DejaVu Sans Mono", "ui-monospace", "monospace")
+
+
+def _theme():
+    """Fonts that the machine has: gradio's own would be asked of another one."""
+    fonts = {
+        "font": [gradio.themes.Font(name) for name in SYSTEM_FONTS],
+        "font_mono": [gradio.themes.Font(name) for name in MONO_FONTS],
+    }
+    return gradio.themes.Default(primary_hue="orange", **fonts)
+
+
+def _shown(function):
+    """A handler whose errors of input appear on the page."""
+
+    def handler(*arguments):
+        try:
+            yield from function(*arguments)
+        except (ValueError, OSError) as error:
+            raise gradio.Error(str(error), print_exception=False) from error
+
+    return handler
+
+
+def build_app(folders: list[str], first: str | None = None) -> gradio.Blocks:
+    """The page.
+
+    Args:
+        folders: what to choose from; any other folder or name on the Hub can be typed.
+        first: what is loaded when the page opens.
+    """
+    with gradio.Blocks(title="Heptapod", analytics_enabled=False) as app:
+        gradio.Markdown("# Heptapod\nLanguage models that do not read and write in one straight line.")
+        with gradio.Row(equal_height=True):
+            folder = gradio.Dropdown(
+                folders,
+                value=first,
+                allow_custom_value=True,
+                label="Model: a folder or a name on the Hub (its code runs on this machine)",
+                scale=4,
+                elem_id="folder",
+            )
+            load_button = gradio.Button("Load", scale=1, elem_id="load")
+        about = gradio.Markdown(elem_id="about")
+
+        with gradio.Group(visible=False) as causal:
+            with gradio.Row():
+                with gradio.Column(scale=2):
+                    prompt = gradio.Textbox(EXAMPLE_PROMPT, label="Prompt", lines=6, max_lines=12, elem_id="prompt")
+                    with gradio.Row():
+                        max_new_tokens = gradio.Slider(
+                            10, 1000, 200, step=10, label="New tokens", elem_id="new_tokens"
+                        )
+                        temperature = gradio.Slider(0, 2, 0.7, step=0.1, label="Temperature (0: likeliest)")
+                    with gradio.Row():
+                        seed = gradio.Number(0, label="Seed", precision=0, minimum=0)
+                        meta_source = gradio.Radio(
+                            ["predicted", "annotated"], value="predicted", label="Meta tokens", visible=False
+                        )
+                    with gradio.Row():
+                        write_button = gradio.Button("Write", variant="primary", elem_id="write")
+                        stop_button = gradio.Button("Stop", elem_id="stop")
+                with gradio.Column(scale=3):
+                    written = gradio.Textbox(
+                        label="Text", lines=18, max_lines=18, interactive=False, elem_id="written"
+                    )
+        tracks = gradio.HTML(visible=False, elem_id="tracks")
+
+        with gradio.Group(visible=False) as looks:
+            gradio.Markdown("### Where it looks", padding=True)
+            with gradio.Row():
+                head = gradio.Slider(0, 1, 0, step=1, label="Head (0: the mean of all)", elem_id="head")
+                position = gradio.Number(0, label="Token that looks (0: the last)", precision=0, minimum=0)
+                look_button = gradio.Button("Look at the prompt", elem_id="look")
+            looked = gradio.HTML(padding=True, elem_id="looked")
+
+        with gradio.Group(visible=False) as grid:
+            with gradio.Row():
+                with gradio.Column(scale=2):
+                    page = gradio.Textbox(
+                        EXAMPLE_PAGE,
+                        label=f"What is known; {HOLE} is an open cell",
+                        lines=16,
+                        max_lines=16,
+                        elem_id="page_text",
+                    )
+                    region = gradio.Dropdown(list(REGIONS), value=REGIONS[0], label="Open", elem_id="region")
+                    with gradio.Row():
+                        schedule = gradio.Dropdown(list(SCHEDULES), value=SCHEDULES[0], label="Schedule")
+                        iterations = gradio.Slider(1, 64, 16, step=1, label="Iterations")
+                    with gradio.Row():
+                        page_temperature = gradio.Slider(0, 2, 0, step=0.1, label="Temperature (0: likeliest)")
+                        page_seed = gradio.Number(0, label="Seed", precision=0, minimum=0)
+                    fill_button = gradio.Button("Fill", variant="primary", elem_id="fill")
+                with gradio.Column(scale=3):
+                    formed = gradio.HTML(padding=True, elem_id="formed")
+                    read = gradio.Textbox(
+                        label="Read as text", lines=8, max_lines=8, interactive=False, elem_id="read"
+                    )
+
+        def show(name):
+            loaded = load(name)
+            leap, is_grid = loaded.family == "leap", loaded.family == "heptapod"
+            has_axes = loaded.family == "multigrid" and loaded.model.config.num_axes > 0
+            heads = getattr(loaded.model.config, "num_attention_heads", 1) if leap else 1
+            yield {
+                about: describe(loaded),
+                causal: gradio.update(visible=not is_grid),
+                meta_source: gradio.update(visible=has_axes),
+                tracks: gradio.update(value="", visible=has_axes),
+                looks: gradio.update(visible=leap),
+                head: gradio.update(maximum=heads, value=0),
+                grid: gradio.update(visible=is_grid),
+                written: "",
+                looked: "",
+                formed: "",
+                read: "",
+            }
+
+        def on_write(name, *arguments):
+            yield from write(load(name), *arguments)
+
+        def on_look(name, text, head, position):
+            yield look(load(name), text, int(head), int(position))
+
+        def on_fill(name, *arguments):
+            frames = list(fill(load(name), *arguments))
+            for frame in frames:
+                yield frame
+                time.sleep(SECONDS / len(frames))
+
+        shown = [about, causal, meta_source, tracks, looks, head, grid, written, looked, formed, read]
+        for event in (load_button.click, folder.input) + ((app.load,) if first else ()):
+            event(_shown(show), folder, shown)
+        options = [folder, prompt, max_new_tokens, temperature, seed, meta_source]
+        writing = write_button.click(_shown(on_write), options, [written, tracks])
+        stop_button.click(None, cancels=[writing])
+        look_button.click(_shown(on_look), [folder, prompt, head, position], looked)
+        options = [folder, page, region, schedule, iterations, page_temperature, page_seed]
+        fill_button.click(_shown(on_fill), options, [formed, read])
+    return app
+
+
+def launch(app: gradio.Blocks, **options):
+    """Start the page with its looks; options as for `Blocks.launch`."""
+    return app.queue().launch(theme=_theme(), css=CSS, footer_links=[], **options)
+
+
+def saved_folders(root: str = "outputs") -> list[str]:
+    """Folders below `root` that hold a model."""
+    return sorted(str(path.parent) for path in Path(root).glob("*/config.json"))
+
+
+def main():
+    parser = ArgumentParser(description="A page in the browser to try a saved model.")
+    parser.add_argument("folder", nargs="?", help="what train.py wrote, or a name on the Hub")
+    parser.add_argument("--port", type=int, default=7860, help="of the page, on this machine only")
+    args = parser.parse_args()
+    folders = saved_folders()
+    launch(
+        build_app(folders, args.folder or next(iter(folders), None)), server_name="127.0.0.1", server_port=args.port
+    )
+
+
+if __name__ == "__main__":
+    main()
