@@ -46,7 +46,7 @@ HOLE = "\u2591"  # what stands for an open cell where a page is typed
 _HOLE_CHARACTER = "\0"  # what the tokenizer is given for it: no text has one, and it is a token of its own
 REGIONS = ("only the typed holes", "hole", "frame", "top", "middle", "bottom", "all")
 SCHEDULES = ("confidence", "entropy", "random", "raster")
-FRAMES, SECONDS = 48, 4.0  # of a page that forms
+MOST_FRAMES, FRAME_SECONDS = 48, 0.12  # of a page that forms
 EXAMPLE_PROMPT = "import os\nimport sys\n\n\nclass "
 EXAMPLE_PAGE = f"""def area(width, height):
     {HOLE * 6} width * height
@@ -197,7 +197,8 @@ def show_tracks(processor, output) -> str:
     for axis in processor.axes:
         letters = letters_for(axis.vocabulary)
         entries = ", ".join(
-            f"<code>{escape(x)}</code> {escape(name)}" for x, name in zip(letters[1:], axis.vocabulary[1:])
+            f"<code>{escape(letter)}</code>{'' if letter == name else ' ' + escape(name)}"
+            for letter, name in zip(letters[1:], axis.vocabulary[1:])
         )
         legend.append(f"<li><b>{escape(axis.name)}</b>: {entries}; blank: {escape(axis.vocabulary[0])}</li>")
     return f'<div class="tracks">{"".join(rows)}</div><ul class="legend">{"".join(legend)}</ul>'
@@ -286,7 +287,7 @@ def fill(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Iterator[tuple[str, str]]:
-    """HTML of the page before the first iteration and after each, at most `FRAMES` of them, and the text on it.
+    """HTML of the page before the first iteration and after each, at most `MOST_FRAMES` of them, and the text on it.
 
     Args:
         loaded: a grid.
@@ -297,6 +298,7 @@ def fill(
         seed: of the draws.
     """
     page = lay_out(loaded, text, region)
+    yield show_page(loaded.processor, page, 1, "before the first iteration"), loaded.processor.decode(page[0])
     draw = {"do_sample": True, "temperature": float(temperature)} if temperature else {"do_sample": False}
     counted = {"num_iterations": int(num_iterations)} if schedule in ("confidence", "random") else {}
     options = {"schedule": schedule, "seed": int(seed), **counted, **draw}
@@ -304,8 +306,8 @@ def fill(
         page.to(loaded.model.device), return_dict_in_generate=True, output_trajectory=True, **options
     )
     pages, last = output.trajectory[:, 0].cpu(), len(output.trajectory) - 1
-    steps = sorted({round(step) for step in torch.linspace(0, last, min(last + 1, FRAMES)).tolist()})
-    for step in steps:
+    steps = sorted({round(step) for step in torch.linspace(0, last, min(last + 1, MOST_FRAMES)).tolist()})
+    for step in steps[1:]:
         caption = f"{step} of {last} iterations, {int((pages[step] == page[0]).logical_not().sum())} cells written"
         yield show_page(loaded.processor, pages[: step + 1], last, caption), loaded.processor.decode(pages[step])
 
@@ -343,12 +345,11 @@ CSS = """
 .page i.open { background: repeating-linear-gradient(45deg, #cfcfcf, #cfcfcf 3px, #e2e2e2 3px, #e2e2e2 6px); }
 .page i.early { color: #f5f5f5; }
 .tracks div { white-space: pre; line-height: 1.35; }
-.tracks .text { font-weight: 600; }
-.tracks .track { color: #8a4b08; font-size: 12px; line-height: 1.15; }
-.tracks .track, .tracks .text { font-family: inherit; font-size: 13px; }
+.tracks .text { margin-top: 4px; font-weight: 600; }
+.tracks .track { color: #8a4b08; line-height: 1.15; }
 .legend { font-size: 12px; margin-top: 8px; }
 .looks .text { white-space: pre-wrap; line-height: 1.6; overflow-wrap: anywhere; }
-.looks .layer { margin-bottom: 10px; }
+.looks { display: grid; grid-template-columns: repeat(auto-fill, minmax(420px, 1fr)); gap: 10px; }
 .looks .here { outline: 2px solid #1f4fd8; }
 .about { font-size: 13px; opacity: 0.8; margin: 4px 2px; }
 textarea { font-family: "DejaVu Sans Mono", ui-monospace, monospace !important; font-size: 13px !important; }
@@ -396,10 +397,10 @@ def build_app(folders: list[str], first: str | None = None) -> gradio.Blocks:
                 scale=4,
                 elem_id="folder",
             )
-            load_button = gradio.Button("Load", scale=1, elem_id="load")
+            load_button = gradio.Button("Load", scale=0, min_width=120, elem_id="load")
         about = gradio.Markdown(elem_id="about")
 
-        with gradio.Group(visible=False) as causal:
+        with gradio.Column(visible=False) as causal:
             with gradio.Row():
                 with gradio.Column(scale=2):
                     prompt = gradio.Textbox(EXAMPLE_PROMPT, label="Prompt", lines=6, max_lines=12, elem_id="prompt")
@@ -422,7 +423,7 @@ def build_app(folders: list[str], first: str | None = None) -> gradio.Blocks:
                     )
         tracks = gradio.HTML(visible=False, elem_id="tracks")
 
-        with gradio.Group(visible=False) as looks:
+        with gradio.Column(visible=False) as looks:
             gradio.Markdown("### Where it looks", padding=True)
             with gradio.Row():
                 head = gradio.Slider(0, 1, 0, step=1, label="Head (0: the mean of all)", elem_id="head")
@@ -430,7 +431,7 @@ def build_app(folders: list[str], first: str | None = None) -> gradio.Blocks:
                 look_button = gradio.Button("Look at the prompt", elem_id="look")
             looked = gradio.HTML(padding=True, elem_id="looked")
 
-        with gradio.Group(visible=False) as grid:
+        with gradio.Column(visible=False) as grid:
             with gradio.Row():
                 with gradio.Column(scale=2):
                     page = gradio.Textbox(
@@ -449,17 +450,20 @@ def build_app(folders: list[str], first: str | None = None) -> gradio.Blocks:
                         page_seed = gradio.Number(0, label="Seed", precision=0, minimum=0)
                     fill_button = gradio.Button("Fill", variant="primary", elem_id="fill")
                 with gradio.Column(scale=3):
-                    formed = gradio.HTML(padding=True, elem_id="formed")
+                    formed = gradio.HTML(padding=True, min_height=300, elem_id="formed")
                     read = gradio.Textbox(
                         label="Read as text", lines=8, max_lines=8, interactive=False, elem_id="read"
                     )
 
         def show(name):
-            loaded = load(name)
+            try:
+                loaded = load(name)
+            except (ValueError, OSError) as error:  # a message beside what is still there
+                return {about: f"**{name} was not loaded.** {error}"}
             leap, is_grid = loaded.family == "leap", loaded.family == "heptapod"
             has_axes = loaded.family == "multigrid" and loaded.model.config.num_axes > 0
             heads = getattr(loaded.model.config, "num_attention_heads", 1) if leap else 1
-            yield {
+            return {
                 about: describe(loaded),
                 causal: gradio.update(visible=not is_grid),
                 meta_source: gradio.update(visible=has_axes),
@@ -480,14 +484,13 @@ def build_app(folders: list[str], first: str | None = None) -> gradio.Blocks:
             yield look(load(name), text, int(head), int(position))
 
         def on_fill(name, *arguments):
-            frames = list(fill(load(name), *arguments))
-            for frame in frames:
+            for frame in fill(load(name), *arguments):
                 yield frame
-                time.sleep(SECONDS / len(frames))
+                time.sleep(FRAME_SECONDS)
 
         shown = [about, causal, meta_source, tracks, looks, head, grid, written, looked, formed, read]
         for event in (load_button.click, folder.input) + ((app.load,) if first else ()):
-            event(_shown(show), folder, shown)
+            event(show, folder, shown)
         options = [folder, prompt, max_new_tokens, temperature, seed, meta_source]
         writing = write_button.click(_shown(on_write), options, [written, tracks])
         stop_button.click(None, cancels=[writing])
