@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from data import annotate, encode, load_texts
 from huggingface_hub import snapshot_download
-from provenance import provenance
+from provenance import provenance, weights_digest
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -235,14 +235,6 @@ def _median_seconds(write, device):
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[1:])
-
-
-def weights_digest(folder: Path) -> str:
-    """SHA-256 of a folder's weights, by which an evaluation knows whose it is."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def evaluate(

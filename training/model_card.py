@@ -3,7 +3,7 @@
     python training/model_card.py outputs/leap-tiny outputs/heptapod-tiny --output_dir hub_cards
 
 Without `--output_dir` each folder gets its own README.md, as train.py and publish.py write it. `results.json` is what
-train.py measured, `evaluation.json`, if there is one, what evaluate.py did.
+train.py measured, `evaluation.json` what evaluate.py did, if it is there and of these weights.
 """
 
 import json
@@ -11,6 +11,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from provenance import weights_digest
 
 
 TEMPLATE = Path(__file__).parent.parent / "hub_cards" / "template.md"
@@ -25,7 +26,7 @@ def write_card(folder: Path, path: Path | None = None, repo_id: str | None = Non
         repo_id: the name that its examples load, that of the folder by default.
 
     Raises:
-        ValueError: naming the folder, where it holds no results, or figures of other weights.
+        ValueError: naming the folder, where it holds no results.
     """
     config = json.loads((folder / "config.json").read_text())
     try:
@@ -55,11 +56,12 @@ def write_card(folder: Path, path: Path | None = None, repo_id: str | None = Non
 
 
 def read_evaluation(folder: Path) -> dict | None:
-    """What evaluate.py measured of a folder; `None` if it did not."""
+    """What evaluate.py measured of a folder; `None` if it did not, or if the weights have changed since."""
     try:
-        return json.loads((folder / "evaluation.json").read_text())
+        evaluation = json.loads((folder / "evaluation.json").read_text())
     except OSError:
         return None
+    return evaluation if evaluation["weights_sha256"] == weights_digest(folder) else None
 
 
 def _eval_results(results, evaluation):

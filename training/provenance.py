@@ -1,5 +1,6 @@
-"""Where a number comes from: machine, versions, command and commit, written beside every figure."""
+"""Where a number comes from: machine, versions, command, commit and weights, written beside every figure."""
 
+import hashlib
 import platform
 import subprocess
 import sys
@@ -50,6 +51,14 @@ def commit(folder: Path) -> str | None:
         return head + ("-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of a folder's weights, by which an evaluation knows whose it is."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _git(folder, *command):

@@ -12,7 +12,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from data import load_texts
-from evaluate import evaluate, weights_digest
+from evaluate import evaluate
 from huggingface_hub import CommitOperationAdd, HfApi
 from model_card import read_evaluation, write_card
 from transformers.dynamic_module_utils import get_relative_imports
@@ -61,8 +61,7 @@ def evaluate_if_needed(folder: Path) -> None:
     Raises:
         ValueError: where only the user knows the text, and for a folder without results.
     """
-    evaluation = read_evaluation(folder)
-    if evaluation is not None and evaluation["weights_sha256"] == weights_digest(folder):
+    if read_evaluation(folder) is not None:
         return
     try:
         results = json.loads((folder / "results.json").read_text())

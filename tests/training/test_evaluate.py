@@ -60,7 +60,7 @@ def measured(folders):
         cwd=folders,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert process.returncode == 0, process.stderr
     return process.stdout, {name: json.loads((folders / name / "evaluation.json").read_text()) for name in FOLDERS}

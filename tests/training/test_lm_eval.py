@@ -108,7 +108,7 @@ def scored(tmp_path_factory):
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
     )
     assert process.returncode == 0, process.stderr
     return folder, json.loads((folder / "results.json").read_text())

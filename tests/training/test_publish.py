@@ -15,9 +15,10 @@ import pytest
 import torch
 import yaml
 from data import load_texts
-from evaluate import evaluate, load_model, weights_digest
+from evaluate import evaluate, load_model
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from provenance import weights_digest
 
 from tests.hub_server import HubServer, find_errors
 from tests.saved_models import AXES, FAMILIES, results_of, save_tiny, save_with_results
@@ -75,6 +76,7 @@ import json, sys
 sys.modules["modeling_heptapod"] = None
 import torch
 from peft import PeftModel
+from provenance import weights_digest
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoProcessor, AutoTokenizer
 
 results = {}
@@ -102,7 +104,7 @@ def evaluate_here(folder):
 def run(*command, cwd, hub):
     environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent), **hub.environment(cwd / "home")}
     process = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=900
     )
     assert process.returncode == 0, process.stderr
     return process.stdout
@@ -236,6 +238,8 @@ def test_an_evaluation_of_other_weights_does_not_count(tmp_path, monkeypatch):
         publish.evaluate_if_needed(tmp_path)
     assert len(calls) == 1
     save_tiny("leap", tmp_path, seed=1)
+    model_card.write_card(tmp_path)  # as train.py does after training again
+    assert "`evaluate.py` has not been run on these weights" in (tmp_path / "README.md").read_text()
     publish.evaluate_if_needed(tmp_path)
     assert len(calls) == 2
     (tmp_path / "results.json").write_text(json.dumps({"dataset": "book.txt"}))
