@@ -285,9 +285,9 @@ def test_trackers_get_every_named_loss(tracker, tmp_path, monkeypatch):
         events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
         found = [event.value for event in events.Scalars("train/ce_loss")]
     else:
-        import trackio
+        from trackio.sqlite_storage import SQLiteStorage
 
-        rows = trackio.Api().runs("tiny")[0].history("train/ce_loss")
+        rows = SQLiteStorage.get_metric_values("tiny", "tiny", "train/ce_loss")
         found = [row["value"] for row in rows]
     assert found == pytest.approx(expected) and len(found) == 4
 
@@ -298,7 +298,17 @@ def test_training_stops_early_with_its_best_model(family, tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 9}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "bits_per_byte", "greater_is_better": False}
     stop = train.EarlyStoppingCallback(2)
-    run = tiny_runs.trainer(family, tmp_path, [stop], **options, **best, learning_rate=-1.0)
+    run = tiny_runs.trainer(family, tmp_path, [stop], **options, **best, learning_rate=0.5)
+    step = run.training_step
+
+    def climb(*args, **kwargs):
+        loss = step(*args, **kwargs)
+        for parameter in run.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.neg_()
+        return loss
+
+    run.training_step = climb
     run.train(ignore_keys_for_eval=run.objective.ignore_keys)
     bits = [entry["eval_bits_per_byte"] for entry in run.state.log_history if "eval_loss" in entry]
     assert len(bits) == 3 and bits == sorted(bits)
