@@ -154,3 +154,21 @@ def test_evaluate_and_publish_run_as_printed(tmp_path):
     assert "bits per byte with a sliding window" in printed[0] and "|stdlib_next_line" in printed[1]
     assert "nothing was pushed to me/leap-tiny" in printed[2]
     assert (tmp_path / "hub_cards" / "leap-tiny.md").is_file()
+
+
+def test_a_test_stands_behind_each_tick():
+    """Every row of the table names tests that exist, and every cross a reason that is given."""
+    section = (ROOT / "README.md").read_text().split("## Which family does what")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"][
+        2:
+    ]
+    reasons = section.split("\n\n")[-2]
+    above = []
+    for _, *ticks, tests in rows:
+        tests = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", tests) or above  # "the same"
+        assert tests
+        for path, name in tests:
+            assert not name or re.search(rf"^def {name}\(", (ROOT / path).read_text(), re.MULTILINE), name
+        for tick in ticks:
+            assert tick == "yes" or re.search(r"\([1-8]\)$", tick)[0] + " " in reasons, tick
+        above = tests
