@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,19 @@ def test_fine_tuning_runs_as_printed(tmp_path):
     saved = {str(path.relative_to(tmp_path / "outputs")) for path in tmp_path.glob("outputs/*/*.safetensors")}
     assert saved >= {"lora/adapter_model.safetensors", "merged/model.safetensors", "sft/model.safetensors"}
     assert "lora/model.safetensors" not in saved
+
+
+@pytest.mark.slow  # torch.onnx takes its time
+def test_deployment_runs_as_printed(tmp_path):
+    save_tiny_models(tmp_path)
+    codes, (command,) = blocks("Pipelines and deployment"), blocks("Pipelines and deployment", "bash")
+    printed = run(f"for code in {codes!r}:\n    exec(code, {{}})", tmp_path)
+    assert printed.count("import os\n") >= 2 and "'token_str'" in printed and " of the size" in printed
+    (tmp_path / "training").symlink_to(ROOT / "training")
+    arguments = shlex.split(command.removeprefix(".venv/bin/python "))
+    done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "import os" in done.stdout and (tmp_path / "outputs/leap-tiny/onnx/step.onnx").is_file()
 
 
 @pytest.mark.slow  # five commands, each of which reads the standard library
