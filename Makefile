@@ -42,14 +42,17 @@ demo: $(INSTALLED)
 judge: $(INSTALLED)
 	$(TRAIN) $(TRAIN_leap) --config_name configs/leap-tiny --output_dir outputs/leap-judge --seed 1
 
+# A process a core, each with one thread (tests/conftest.py); a file's tests share what they prepare.
+PYTEST := $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+
 test: $(INSTALLED)
-	$(PY) -m pytest -q $(if $(SLOW),-m slow)
+	$(PYTEST) $(if $(SLOW),-m slow)
 
 test-slow: $(INSTALLED)
-	$(PY) -m pytest -q -m slow
+	$(PYTEST) -m slow
 
 conformance: $(INSTALLED)
-	$(PY) -m pytest -q tests/conformance
+	$(PYTEST) tests/conformance
 
 bench: $(INSTALLED)
 	$(PY) tests/benchmarks/run_all.py
