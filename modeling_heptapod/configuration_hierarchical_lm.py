@@ -278,6 +278,14 @@ class HierarchicalLMConfig(PreTrainedConfig):
         """The stock validation, which knows one head dimension only."""
         PreTrainedConfig.validate_rope(self.of_hierarchy(0))
 
+    def to_dict(self):
+        """As `PreTrainedConfig`'s, with one `head_dim` where hierarchies agree: `Trainer` reads a checkpoint's config as
+        one of no family before it resumes, and cannot validate a list."""
+        output = super().to_dict()
+        if isinstance(output["head_dim"], list) and len(set(output["head_dim"])) == 1:
+            output["head_dim"] = output["head_dim"][0]
+        return output
+
     def of_hierarchy(self, index: int) -> "HierarchicalLMConfig":
         """A copy whose `num_attention_heads` and `head_dim` are the integers of one hierarchy, as stock code reads them."""
         config = copy.copy(self)

@@ -2,7 +2,7 @@
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from modeling_heptapod import HierarchicalLMConfig
 
@@ -144,3 +144,14 @@ def test_bad_values_are_named(case):
     values, name = BAD[case]
     with pytest.raises((ValueError, TypeError, StrictDataclassError), match=name):
         HierarchicalLMConfig(**values)
+
+
+def test_what_is_saved_can_be_read_as_a_config_of_no_family(tmp_path):
+    """As `Trainer` does before it resumes."""
+    for head_dim, written in ((32, 32), ([32, 64, 32], [32, 64, 32])):
+        config = HierarchicalLMConfig(hierarchies=[1, 2, 8], strides=[1, 1, 4], head_dim=head_dim)
+        assert config.to_dict()["head_dim"] == written
+        config.save_pretrained(tmp_path)
+        assert HierarchicalLMConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+        if head_dim == 32:
+            assert PreTrainedConfig.from_json_file(tmp_path / "config.json").head_dim == 32
