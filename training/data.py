@@ -26,8 +26,6 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from modeling_heptapod.meta_axes import visible_lengths
-
 
 logger = logging.get_logger(__name__)
 
@@ -394,9 +392,8 @@ def annotate(
     columns = []
     for text in tqdm(texts, desc=desc, unit=" texts", disable=_no_bar(desc)):
         offsets = _byte_offsets(text) if bytes_are_ids else _offsets(text, tokenizer)
-        seen = visible_lengths(offsets, len(text))
-        rows = [np.array(axis.ids_after(text), dtype=dtype)[seen] for axis in axes]
-        columns += [between, np.stack(rows) if rows else np.empty((0, len(seen)), dtype)]
+        rows = [np.array(axis.annotate(text, offsets), dtype=dtype) for axis in axes]
+        columns += [between, np.stack(rows) if rows else np.empty((0, len(offsets)), dtype)]
     return np.concatenate([separator, *columns[1:], separator], axis=1) if columns else separator
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import evaluate
 import pytest
-from data import NOT_STDLIB, _hash, annotate, encode
+from data import NOT_STDLIB, annotate, encode, hash_of
 
 from tests.saved_models import save_tiny
 
@@ -84,7 +84,7 @@ def save_standard_library(folder):
     library = Path(sysconfig.get_path("stdlib"))
     names = [path.relative_to(library) for path in sorted(library.rglob("*.py")) if path.stat().st_size > WINDOW]
     names = [name for name in names if not NOT_STDLIB & set(name.parts)]
-    held_out = [name for name in names if _hash(name.as_posix()) < 0.05]
+    held_out = [name for name in names if hash_of(name.as_posix()) < 0.05]
     for name in [*held_out[: 3 * LIMIT], next(name for name in names if name not in held_out)]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes((library / name).read_bytes()[: WINDOW - 20].decode(errors="ignore").encode())

@@ -238,7 +238,7 @@ def test_the_folder_gives_tokenizer_and_axes_back(trained):
     assert inputs["meta_ids"].tolist() == [[make_axis(axis).annotate("f(x") for axis in AXES]]
     card = (folder / "out" / "README.md").read_text()
     assert "{{" not in card and "{%" not in card
-    assert "axes: token_kind, bracket" in card and "AutoProcessor" in card and "AutoTokenizer" not in card
+    assert "axes token_kind, bracket" in card and "AutoProcessor" in card and "AutoTokenizer" not in card
     assert ("sum of\nall axes" in card or "the sum of all axes" in card) == (order == "factored")
 
 
