@@ -25,8 +25,8 @@ class CountingCacheMixin:
             for name in ("conv_states", "recurrent_states"):
                 states += getattr(layer, name, {}).values()
             for state in states:
-                if state is not None and len(state):
-                    return len(state)
+                if state is not None and state.shape[0]:
+                    return state.shape[0]  # `len` would make a number of what an export leaves open
         return None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
