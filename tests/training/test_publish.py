@@ -76,7 +76,6 @@ import json, sys
 sys.modules["modeling_heptapod"] = None
 import torch
 from peft import PeftModel
-from provenance import weights_digest
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoProcessor, AutoTokenizer
 
 results = {}
