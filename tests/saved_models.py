@@ -1,10 +1,12 @@
 """Tiny models of all families in folders, with the tokenizer or processor that reads bytes: what train.py leaves, untrained."""
 
+import hashlib
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
-from data import build_tokenizer
+from data import build_tokenizer, load_texts
 
 from modeling_heptapod import HeptapodProcessor, MultiGridProcessor
 from tests.tiny_heptapod import tiny_heptapod
@@ -40,6 +42,11 @@ def save_tiny(family: str, folder: Path, seed: int = 0, axes: Sequence[str] = AX
     processing.save_pretrained(folder)
 
 
+@cache
+def _held_out_digest():
+    return hashlib.sha256("".join(load_texts("stdlib", max_validation_bytes=150).validation).encode()).hexdigest()
+
+
 def results_of(family: str) -> dict:
     """As train.py writes them; of no real run."""
     common = {
@@ -48,7 +55,7 @@ def results_of(family: str) -> dict:
         "vocab_size": 260 if family == "heptapod" else 258,
         "train_bytes": 12345,
         "held_out_bytes": 150,
-        "held_out_sha256": "0" * 64,
+        "held_out_sha256": _held_out_digest(),
         "parameters": 4321,
         "steps": 17,
         "tokens_per_step": 99,

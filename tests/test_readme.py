@@ -82,6 +82,8 @@ def installed(tmp_path_factory):
             (clone / name).parent.mkdir(parents=True, exist_ok=True)
             (clone / name).write_bytes((ROOT / name).read_bytes())
     wheel, install = blocks("Install", "bash")[0].strip().splitlines()
+    assert install.endswith(" accelerate")  # which is here already
+    install = install.removesuffix(" accelerate")
     for command, more in ((wheel, "--no-build-isolation"), (install, f"--no-deps --target {target}")):
         command = f"{sys.executable} -m {command} {more} --quiet --disable-pip-version-check"  # and no network
         done = subprocess.run(command, shell=True, cwd=clone, capture_output=True, text=True, timeout=300)

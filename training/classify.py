@@ -53,8 +53,12 @@ def read_rows(path: str, text_column: str, label_column: str) -> tuple[list[str]
         ValueError: naming the column that a line has not, or `--rows` where there is nothing to tell apart.
     """
     texts, labels = [], []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        row = json.loads(line)
+    # Not `splitlines`, which also ends lines at characters that JSON may hold.
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--rows {path}: line {number} is no JSON object ({error})") from error
         for name, column in (("--text_column", text_column), ("--label_column", label_column)):
             if column not in row:
                 raise ValueError(f"{name} {column}: line {number} of {path} has only {sorted(row)}")

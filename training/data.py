@@ -139,7 +139,7 @@ def load_texts(
     if not texts.train or not texts.validation:  # one text, or too few for the hash to divide
         texts = _split_tail("".join(texts.train + texts.validation), validation_percent)
     if max_validation_bytes is not None:
-        texts.validation = _first_bytes(texts.validation, max_validation_bytes)
+        texts.validation = first_bytes(texts.validation, max_validation_bytes)
     return texts
 
 
@@ -232,7 +232,7 @@ def _split_tail(text: str, percent: float) -> Texts:
     return Texts([text[:cut]], [text[cut:]])
 
 
-def _first_bytes(texts: list[str], size: int) -> list[str]:
+def first_bytes(texts: list[str], size: int) -> list[str]:
     """The first `size` bytes of the texts, less the character that the cut would divide."""
     kept = []
     for text in texts:

@@ -9,6 +9,7 @@ Needs the extra `deploy`. The folder brings its own code.
 
 from argparse import ArgumentParser
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +102,13 @@ class OnnxStep:
 
 
 def write(step: OnnxStep, prompt: np.ndarray, max_new_tokens: int) -> Iterator[np.ndarray]:
-    """Greedy continuation of prompts of one length, `[rows, tokens]`: the next token of each row, `[rows]`, one by one."""
+    """Greedy continuation of prompts of one length, `[rows, tokens]`: the next token of each row, `[rows]`, one by one.
+
+    Raises:
+        ValueError: for prompts without tokens.
+    """
+    if not prompt.size:
+        raise ValueError(f"`prompt` must be [rows, tokens >= 1], got {list(prompt.shape)}.")
     for tokens in prompt.T:
         logits = step(tokens)
     for _ in range(max_new_tokens):
@@ -113,17 +120,20 @@ def write(step: OnnxStep, prompt: np.ndarray, max_new_tokens: int) -> Iterator[n
 def main():
     parser = ArgumentParser(description="Export the recurrent step of a saved LEAP to ONNX, and let it write.")
     parser.add_argument("folder", help="what train.py wrote, or a name on the Hub")
-    parser.add_argument("--output_dir", help="where the graph goes, `onnx` in the folder by default")
+    parser.add_argument("--output_dir", help="where the graph goes; by default `onnx` in the folder, or here")
     parser.add_argument("--prompt", default="import os\nimport sys\n\n\nclass ", help="the text to continue")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="how much to write")
     args = parser.parse_args()
 
-    output_dir = Path(args.output_dir or Path(args.folder) / "onnx")
+    # A folder of the name of a model on the Hub would be taken for that model.
+    output_dir = Path(args.output_dir or (Path(args.folder) / "onnx" if Path(args.folder).is_dir() else "onnx"))
     tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=True)
-    export_step(AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=True), output_dir)
+    model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=True, dtype=torch.float32)
+    export_step(model, output_dir)
     prompt = tokenizer(args.prompt, return_tensors="np")["input_ids"]
-    written = [int(tokens[0]) for tokens in write(OnnxStep(output_dir), prompt, args.max_new_tokens)]
-    print(args.prompt + tokenizer.decode(written))
+    written = (int(tokens[0]) for tokens in write(OnnxStep(output_dir), prompt, args.max_new_tokens))
+    written = takewhile(lambda token: token != tokenizer.eos_token_id, written)
+    print(args.prompt + tokenizer.decode(list(written)))
     print(f"\nwritten: {output_dir / 'step.onnx'}")
 
 

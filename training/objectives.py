@@ -140,7 +140,8 @@ class NextTokens:
     def sample(self, model: PreTrainedModel) -> str:
         """How the model goes on from the beginning of the held-out text."""
         size = min(SAMPLE_TOKENS, self.block_size // 2)
-        inputs = self.processing_class(self.held_out_texts[0][:size], return_tensors="pt").to(model.device)
+        text = next(filter(None, self.held_out_texts))
+        inputs = self.processing_class(text[:size], return_tensors="pt").to(model.device)
         inputs = {name: ids[..., :size] for name, ids in inputs.items()}
         written = model.generate(**inputs, max_new_tokens=size, use_cache=True, do_sample=True)
         return self.processing_class.decode(written[0])

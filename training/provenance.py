@@ -1,7 +1,9 @@
 """Where a number comes from: machine, versions, command, commit and weights, written beside every figure."""
 
 import hashlib
+import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -28,9 +30,14 @@ def provenance(device: torch.device) -> dict:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join([*_launcher(), *sys.argv]),
         "commit": commit(Path(__file__).parent),
     }
+
+
+def _launcher():
+    processes = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun's
+    return ["python"] if processes is None else ["torchrun", "--nproc_per_node", processes]
 
 
 def device_name(device: torch.device) -> str:

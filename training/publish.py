@@ -7,13 +7,14 @@ A model that has not been evaluated, or whose weights changed since, is evaluate
 out. The card is filled anew. What is left behind by training (checkpoints, optimizer, logs) stays where it is.
 """
 
+import hashlib
 import json
 from argparse import ArgumentParser
 from pathlib import Path
 
 from data import load_texts
 from evaluate import evaluate
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from model_card import read_evaluation, write_card
 from transformers.dynamic_module_utils import get_relative_imports
 
@@ -59,7 +60,8 @@ def evaluate_if_needed(folder: Path) -> None:
     """Write `evaluation.json` where there is none for these weights, on as much held-out text as training measured.
 
     Raises:
-        ValueError: where only the user knows the text, and for a folder without results.
+        ValueError: where only the user knows the text, where it is not what training held out, and for a folder without
+            results.
     """
     if read_evaluation(folder) is not None:
         return
@@ -73,6 +75,11 @@ def evaluate_if_needed(folder: Path) -> None:
             f"first: python training/evaluate.py {folder} --dataset ..."
         )
     texts = load_texts("stdlib", max_validation_bytes=results["held_out_bytes"]).validation
+    if hashlib.sha256("".join(texts).encode()).hexdigest() != results["held_out_sha256"]:
+        raise ValueError(
+            f"{folder} has no evaluation of its weights, and this machine holds out another part of stdlib than training did "
+            f"(another Python, or --streaming); evaluate first: python training/evaluate.py {folder} --dataset ..."
+        )
     evaluation = evaluate(folder, texts, "stdlib")
     (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
 
@@ -96,7 +103,15 @@ def main():
         return
     api = HfApi()
     api.create_repo(args.repo_id, private=args.private or None, exist_ok=True)
+    if args.private and not api.model_info(args.repo_id).private:
+        raise ValueError(f"--private: {args.repo_id} is there and public; nothing was pushed")
     operations = [CommitOperationAdd(path.name, path) for path in files]
+    # Of weights that were cut into other files the old ones would still be found, and before the new ones.
+    names = {path.name for path in files}
+    old = [
+        name for name in api.list_repo_files(args.repo_id) if Path(name).match("*.safetensors*") and "/" not in name
+    ]
+    operations += [CommitOperationDelete(name) for name in old if name not in names]
     commit = api.create_commit(args.repo_id, operations, commit_message=f"Add {args.folder.resolve().name}")
     print(f'pushed: {args.repo_id}, revision="{commit.oid}"')
 

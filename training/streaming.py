@@ -6,14 +6,19 @@ Files are read in pieces of about a megabyte that end with a line, each a text o
 
 import bz2
 import gzip
+import itertools
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from data import DataArguments, Texts, folder_files, hash_of
+from data import DataArguments, Texts, first_bytes, folder_files, hash_of
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 PIECE = 2**20  # characters that are read from a file at once
 HELD_OUT_BYTES = 2**20  # kept in memory for evaluation, if --max_validation_bytes does not say otherwise
@@ -47,8 +52,11 @@ def stream_texts(data_args: DataArguments) -> tuple[StreamedTexts, Texts]:
     Which are held out depends on a hash of their names: the path and the number of the piece, or the number of the row.
 
     Raises:
-        ValueError: naming `--dataset`, `--text_column` or `--validation_percent` where these do not fit.
+        ValueError: naming `--dataset`, `--text_column`, `--validation_percent` or `--max_validation_bytes` where these do not
+            fit.
     """
+    if data_args.max_validation_bytes is not None and data_args.max_validation_bytes < 1:
+        raise ValueError(f"--max_validation_bytes must be positive, got {data_args.max_validation_bytes}")
     if not 0 < data_args.validation_percent < 100:
         raise ValueError(f"--validation_percent must lie between 0 and 100, got {data_args.validation_percent}")
     path = Path(data_args.dataset).expanduser()
@@ -71,7 +79,7 @@ def stream_texts(data_args: DataArguments) -> tuple[StreamedTexts, Texts]:
         texts = StreamedTexts(read, lambda name: False)
         held_out = StreamedTexts(read_held_out, lambda name: False)
     size = data_args.max_validation_bytes or HELD_OUT_BYTES
-    memory = Texts(texts.head(TOKENIZER_BYTES), held_out.head(size))
+    memory = Texts(texts.head(TOKENIZER_BYTES), first_bytes(held_out.head(size), size))
     if not memory.train or not memory.validation:
         raise ValueError(
             f"--dataset {data_args.dataset} is too short for --streaming: of its pieces of {PIECE:,} characters there are "
@@ -85,12 +93,27 @@ def _pieces(files):
         unpack = {".gz": gzip.open, ".bz2": bz2.open}.get(path.suffix, open)
         number = 0
         with unpack(path, "rt", encoding="utf-8", newline="") as file:
-            try:
-                while piece := file.read(PIECE):
-                    yield f"{name}#{number}", piece + file.readline()
-                    number += 1
-            except UnicodeDecodeError:  # no text, or no longer
-                continue
+            while piece := _next_piece(file, name, number):
+                yield f"{name}#{number}", piece
+                number += 1
+
+
+def _next_piece(file, name, number):
+    """About a megabyte that ends with a line; nothing where the file ends or holds no text from there on."""
+    try:
+        piece = file.read(PIECE)
+        piece += file.readline()
+        reason = "it holds zero bytes" if "\0" in piece else None
+    except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        reason = str(error)
+    except OSError as error:  # what bz2 says of other content; of a disk it has a number
+        if error.errno is not None:
+            raise
+        reason = str(error)
+    if reason is None:
+        return piece
+    logger.warning_once(f"--dataset: {name} is left out from piece {number} on, which is not UTF-8 text: {reason}")
+    return ""
 
 
 def _rows(data_args):
@@ -120,7 +143,10 @@ def _rows(data_args):
 
 
 class StreamedExamples(torch.utils.data.IterableDataset):
-    """Examples of texts as they are read, in a random order that depends on the seed and the epoch alone.
+    """Examples of texts as they are read, again and again, in a random order that depends on the seed and the pass alone.
+
+    It has no end, so that `Trainer`, which counts epochs of a stream without a length by its steps, skips on a resume what
+    has been trained on, in whatever pass.
 
     Args:
         texts: can be read again and again.
@@ -129,21 +155,16 @@ class StreamedExamples(torch.utils.data.IterableDataset):
 
     Attributes:
         examples_of (`Callable`): from an iterator of texts to one of examples; an objective sets it.
-        bytes_read (`int`): of text, since the beginning of the epoch.
+        bytes_read (`int`): of text, each as often as it was read.
     """
 
     examples_of: Callable[[Iterator[str]], Iterator[dict]]
 
     def __init__(self, texts: Iterable[str], seed: int, buffer: int = SHUFFLED):
         self.texts, self.seed, self.buffer = texts, seed, buffer
-        self.epoch = self.bytes_read = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """What `Trainer` calls before each epoch."""
-        self.epoch = epoch
+        self.bytes_read = 0
 
     def _counted(self):
-        self.bytes_read = 0
         for text in self.texts:
             self.bytes_read += len(text.encode())
             yield text
@@ -151,7 +172,18 @@ class StreamedExamples(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict]:
         if torch.utils.data.get_worker_info() is not None:
             raise ValueError("--dataloader_num_workers must be 0 with --streaming: each worker would read all of it")
-        draw, waiting = np.random.default_rng((self.seed, self.epoch)), []
+        self.bytes_read = 0
+        for number in itertools.count():
+            empty = True
+            for example in self.one_pass(number):
+                empty = False
+                yield example
+            if empty:
+                raise ValueError("--dataset holds less text than one example of --block_size; leave --streaming out")
+
+    def one_pass(self, number: int) -> Iterator[dict]:
+        """All examples, once, in the order of this pass."""
+        draw, waiting = np.random.default_rng((self.seed, number)), []
         for example in self.examples_of(self._counted()):
             if len(waiting) < self.buffer:
                 waiting.append(example)

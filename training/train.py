@@ -323,13 +323,24 @@ def main():
     if os.path.isfile(os.path.join(model_args.config_name, "generation_config.json")):
         model.generation_config = type(model.generation_config).from_pretrained(model_args.config_name)
     parameters = model.num_parameters()
+    head_dims = getattr(config, "head_dim", None)
+    if training_args.save_strategy != "no" and isinstance(head_dims, list) and len(set(head_dims)) > 1:
+        raise ValueError(
+            f"--config_name: Trainer cannot resume a model whose `head_dim` differs between hierarchies, got {head_dims}; "
+            "set --save_strategy no"
+        )
 
     processes = training_args.world_size
     examples_per_step = training_args.train_batch_size * training_args.gradient_accumulation_steps * processes
     tokens_per_step = examples_per_step * objective.about["tokens_per_example"]
     if checkpoint is not None:
         # The schedule of the run that is being resumed, not one that is measured anew.
-        training_args.max_steps = json.loads(Path(checkpoint, "trainer_state.json").read_text())["max_steps"]
+        scheduled = json.loads(Path(checkpoint, "trainer_state.json").read_text())["max_steps"]
+        if training_args.max_steps not in (-1, scheduled):
+            raise ValueError(
+                f"--max_steps {training_args.max_steps}: the run that is resumed has a schedule of {scheduled} steps"
+            )
+        training_args.max_steps = scheduled
     elif model_args.train_tokens is not None:
         training_args.max_steps = -(-model_args.train_tokens // tokens_per_step)
     elif model_args.train_minutes is not None:

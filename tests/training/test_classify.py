@@ -105,6 +105,9 @@ def test_bad_rows_are_named(tmp_path):
         read_rows(str(path), "text", "label")
     with pytest.raises(ValueError, match="--text_column words: line 1"):
         read_rows(str(path), "words", "label")
+    path.write_text('{"text": "a\u2028b", "label": "x"}\n{"text":\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="--rows .*: line 2 is no JSON object"):
+        read_rows(str(path), "text", "label")
     path.write_text('{"text": "a", "label": "x"}\n' * 30)
     with pytest.raises(ValueError, match="--rows .* must have at least 20 rows of two labels, got 30 of 1"):
         read_rows(str(path), "text", "label")

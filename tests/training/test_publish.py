@@ -221,6 +221,22 @@ def test_a_dry_run_shows_files_and_pushes_nothing(hub, published):
     assert "README.md" in shown and "optimizer.pt" not in shown
 
 
+def test_publishing_again_in_other_files_leaves_no_old_weights(hub, published, tmp_path):
+    save_with_results("leap", tmp_path / "leap")
+    evaluate_here(tmp_path / "leap")
+    run(SCRIPTS / "publish.py", tmp_path / "leap", "--repo-id", "me/again", cwd=tmp_path, hub=hub)
+    assert "model.safetensors" in hub.repos["me/again"].commits[-1].files
+    model, _ = load_model(tmp_path / "leap")
+    (tmp_path / "leap" / "model.safetensors").unlink()
+    model.save_pretrained(tmp_path / "leap", max_shard_size="10KB")
+    evaluate_here(tmp_path / "leap")
+    run(SCRIPTS / "publish.py", tmp_path / "leap", "--repo-id", "me/again", cwd=tmp_path, hub=hub)
+    files = hub.repos["me/again"].commits[-1].files
+    assert "model.safetensors" not in files and "model.safetensors.index.json" in files
+    with pytest.raises(AssertionError, match="--private: me/again is there and public; nothing was pushed"):
+        run(SCRIPTS / "publish.py", tmp_path / "leap", "--repo-id", "me/again", "--private", cwd=tmp_path, hub=hub)
+
+
 def test_what_is_not_evaluated_is_evaluated_on_what_training_held_out(published):
     evaluation = json.loads((published[0] / "leap" / "evaluation.json").read_text())
     assert (evaluation["dataset"], evaluation["held_out_bytes"], evaluation["window"]) == ("stdlib", 150, 20)
@@ -232,7 +248,13 @@ def test_an_evaluation_of_other_weights_does_not_count(tmp_path, monkeypatch):
     monkeypatch.setattr(
         publish, "evaluate", lambda *_: calls.append(1) or {"weights_sha256": weights_digest(tmp_path)}
     )
-    monkeypatch.setattr(publish, "load_texts", lambda *_, **__: argparse.Namespace(validation=[]))
+    with pytest.raises(ValueError, match="holds out another part of stdlib than training did"):
+        monkeypatch.setattr(publish, "load_texts", lambda *_, **__: argparse.Namespace(validation=["other text"]))
+        publish.evaluate_if_needed(tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        publish, "evaluate", lambda *_: calls.append(1) or {"weights_sha256": weights_digest(tmp_path)}
+    )
     for _ in range(2):
         publish.evaluate_if_needed(tmp_path)
     assert len(calls) == 1

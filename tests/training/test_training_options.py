@@ -1,5 +1,6 @@
 """What a training run may be asked for, for all families: that it changes nothing, or what it should."""
 
+import itertools
 import json
 
 import numpy as np
@@ -177,8 +178,7 @@ def test_a_stream_has_the_examples_of_the_text_in_memory(family, tmp_path):
         orders = []
         for seed, epoch in ((0, 0), (0, 0), (1, 0), (0, 1)):
             stream = StreamedExamples(texts.train, seed, buffer=7)
-            stream.set_epoch(epoch)
-            examples = list(objective_for(config)(texts, data_args, config, stream).train_dataset)
+            examples = list(objective_for(config)(texts, data_args, config, stream).train_dataset.one_pass(epoch))
             orders.append([tuple(example["input_ids"].flatten().tolist()) for example in examples])
             assert stream.bytes_read == sum(len(text.encode()) for text in texts.train)
         assert orders[0] == orders[1] and orders[0] != orders[2] != orders[3] != orders[0]
@@ -191,16 +191,54 @@ def test_streamed_files_are_read_in_pieces(tmp_path, monkeypatch):
     lines = [f"line {number} é\n" for number in range(400)]
     (tmp_path / "a.txt").write_text("".join(lines))
     (tmp_path / "b.bin").write_bytes(b"\xff\xfe\x00")
-    documents, memory = stream_texts(DataArguments(str(tmp_path), max_validation_bytes=300))
+    documents, memory = stream_texts(DataArguments(str(tmp_path), max_validation_bytes=150))
     read = list(documents)
     assert "".join(sorted("".join(read + list(held_out(documents))).splitlines(True), key=lines.index)) == "".join(
         lines
     )
     assert all(text.endswith("\n") and 100 <= len(text) < 130 for text in read[:-1])
-    assert memory.train[: len(read)] == read and set(memory.validation) <= set(held_out(documents))
-    assert sum(len(text.encode()) for text in memory.validation[:-1]) < 300 and not set(memory.validation) & set(read)
+    assert memory.train[: len(read)] == read and "".join(held_out(documents)).startswith("".join(memory.validation))
+    assert 149 <= sum(len(text.encode()) for text in memory.validation) <= 150 and not set(memory.validation) & set(
+        read
+    )
     with pytest.raises(ValueError, match="--dataset .* is too short for --streaming"):
         stream_texts(DataArguments(str(tmp_path / "a.txt"), validation_percent=1e-6))
+
+
+def test_what_is_no_text_is_left_out_of_a_stream(tmp_path, monkeypatch):
+    monkeypatch.setattr("streaming.PIECE", 100)
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(f"{number}\n")
+    (tmp_path / "broken.gz").write_bytes(b"\x1f\x8b no")
+    (tmp_path / "broken.bz2").write_bytes(b"BZh9 no")
+    (tmp_path / "zeros.txt").write_bytes(b"x" * 100 + b"\n" + b"a\0b")
+    documents, _ = stream_texts(DataArguments(str(tmp_path)))
+    everything = {*documents, *held_out(documents)}
+    assert everything == {f"{number}\n" for number in range(40)} | {"x" * 100 + "\n"}
+    with pytest.raises(ValueError, match="--max_validation_bytes must be positive, got 0"):
+        stream_texts(DataArguments(str(tmp_path), max_validation_bytes=0))
+
+
+def test_a_stream_goes_on_with_another_pass():
+    """Without an end, so that Trainer finds its place again in whatever pass it was killed."""
+    stream = StreamedExamples(["abc", "d"], seed=0, buffer=2)
+    stream.examples_of = lambda texts: iter("".join(texts))
+    read = list(itertools.islice(stream, 12))
+    assert [sorted(read[start : start + 4]) for start in (0, 4, 8)] == [list("abcd")] * 3
+    assert read == [letter for number in range(3) for letter in stream.one_pass(number)]
+    stream.examples_of = lambda texts: iter(())
+    with pytest.raises(ValueError, match="--dataset holds less text than one example"):
+        next(iter(stream))
+
+
+def test_a_sample_continues_the_first_text_that_holds_any(tmp_path):
+    data_args, config = DataArguments(block_size=32, cache_dir="none"), tiny_runs.config_of("leap")
+    texts = tiny_runs.texts()
+    texts.validation = ["", "def f(x):\n    return x\n"]
+    objective = objective_for(config)(texts, data_args, config)
+    config = tiny_runs.config_of("leap")
+    model = objective.auto_class.from_config(config).eval()
+    assert objective.sample(model).startswith("def f(x):")
 
 
 def held_out(documents):
