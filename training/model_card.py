@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from provenance import weights_digest
 
 
-TEMPLATE = Path(__file__).parent.parent / "hub_cards" / "template.md"
+TEMPLATE = Path(__file__).resolve().parents[1] / "hub_cards" / "template.md"
 
 
 def write_card(folder: Path, path: Path | None = None, repo_id: str | None = None) -> None:
