@@ -27,7 +27,6 @@ def embed_text(
     input_ids: torch.LongTensor | None,
     inputs_embeds: torch.FloatTensor | None,
     width: int,
-    least_batch: int = 1,
 ) -> torch.FloatTensor:
     """Embeddings `[batch, seq, width]` of tokens `[batch, seq]`, or the given ones.
 
@@ -36,15 +35,14 @@ def embed_text(
         ValueError: unless exactly one is given, of the right shape, and for ids outside of the vocabulary.
     """
     check_one_input(input_ids, inputs_embeds)
-    rows = f"batch >= {least_batch}" if least_batch else "batch"
     if input_ids is None:
         shape = inputs_embeds.shape
-        if len(shape) != 3 or shape[0] < least_batch or shape[1] == 0 or shape[2] != width:
-            raise ValueError(f"`inputs_embeds` must be [{rows}, seq >= 1, {width}], got {list(shape)}.")
+        if len(shape) != 3 or 0 in shape[:2] or shape[2] != width:
+            raise ValueError(f"`inputs_embeds` must be [batch >= 1, seq >= 1, {width}], got {list(shape)}.")
         return inputs_embeds
     shape = input_ids.shape
-    if len(shape) != 2 or shape[0] < least_batch or shape[1] == 0:
-        raise ValueError(f"`input_ids` must be [{rows}, seq >= 1], got {list(shape)}.")
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"`input_ids` must be [batch >= 1, seq >= 1], got {list(shape)}.")
     return look_up(table, input_ids, "`input_ids`")
 
 

@@ -351,7 +351,7 @@ class LeapModel(LeapPreTrainedModel):
             Boundaries of the sequences packed into one row. Restarting `position_ids` without an `attention_mask` mean
             the same.
         """
-        inputs_embeds = embed_text(self.embed_tokens, input_ids, inputs_embeds, self.config.hidden_size, least_batch=0)
+        inputs_embeds = embed_text(self.embed_tokens, input_ids, inputs_embeds, self.config.hidden_size)
         batch, seq, _ = inputs_embeds.shape
         # Not by `merge_with_config_defaults`, which also writes `is_causal` into the config: a token would feel that.
         config = self.config

@@ -54,7 +54,7 @@ class MultiGridModelOutput(ModelOutput):
     attentions (`tuple`, *optional*):
         Of each layer, what the streams see of themselves, `[batch_size, heads, sequence_length, keys]`: heads of the main
         stream first, then of each axis (`core="transformer"` only).
-    meta_hidden_states (`torch.FloatTensor` of shape `(axes, batch_size, sequence_length, meta_hidden_size)`, *optional*):
+    meta_hidden_states (`torch.FloatTensor` of shape `(batch_size, axes, sequence_length, meta_hidden_size)`, *optional*):
         The meta streams, normalised.
     """
 
@@ -215,7 +215,7 @@ class MultiGridModel(MultiGridPreTrainedModel):
             last_hidden_state=self.norm(main),
             past_key_values=past_key_values if use_cache else None,
             attentions=tuple(attentions) if output_attentions and attentions[0] is not None else None,
-            meta_hidden_states=None if meta is None else grouped_norm(list(self.meta_norms), meta),
+            meta_hidden_states=None if meta is None else grouped_norm(list(self.meta_norms), meta).transpose(0, 1),
         )
 
     def embed(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None) -> torch.FloatTensor:
@@ -421,7 +421,7 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
             logits = self.lm_head(main)
         meta_logits = None
         if self.config.num_axes:
-            states = outputs.meta_hidden_states
+            states = outputs.meta_hidden_states.unbind(1)
             meta_logits = tuple(
                 head(slice_logits_to_keep(x, logits_to_keep)) for head, x in zip(self.meta_lm_heads, states)
             )

@@ -69,7 +69,6 @@ def test_the_configurations_of_this_repository(name):
         "vocab_size": 60,
         "axis_names": ["a", "b", "c"],
         "axis_vocab_sizes": [2, 3, 4],
-        "num_hidden_layers": 1,
     }
     config = AutoConfig.from_pretrained(CONFIGS / name, **overrides)
     model = AutoModelForCausalLM.from_config(config)

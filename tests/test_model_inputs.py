@@ -35,6 +35,13 @@ def test_what_is_no_tensor_of_ids_is_named(make):
         make()([[1, 2, 3]])
 
 
+@pytest.mark.parametrize("make", [tiny_leap, tiny_hierarchical_lm, tiny_multigrid])
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (3,)])
+def test_nothing_is_no_input(make, shape):
+    with pytest.raises(ValueError, match=r"`input_ids` must be \[batch >= 1, seq >= 1\], got"):
+        make()(torch.zeros(shape, dtype=torch.long))
+
+
 def test_masks_are_of_what_they_cover():
     embeds = torch.zeros(2, 3, 4)
     whole = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])

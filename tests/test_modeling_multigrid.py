@@ -636,6 +636,17 @@ def test_attentions_are_of_all_streams():
     assert plain.attentions is None
 
 
+def test_meta_streams_join_along_the_batch():
+    """As `DataParallel` joins what each device gives back."""
+    model = tiny_multigrid(**VARIANTS["light"]).model
+    ids, meta_ids = random_ids(3, 9), torch.stack([random_ids(3, 9, size) for size in (7, 5)], dim=1)
+    with torch.no_grad():
+        whole = model(ids, meta_ids=meta_ids).meta_hidden_states
+        parts = [model(ids[rows], meta_ids=meta_ids[rows]).meta_hidden_states for rows in ([0], [1, 2])]
+    assert whole.shape == (3, 2, 9, 8)
+    torch.testing.assert_close(torch.cat(parts), whole)
+
+
 # --- saving ------------------------------------------------------------------------------------------------------------
 
 

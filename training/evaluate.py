@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from data import annotate, encode, load_texts
+from diffusion_bound import MASK_SAMPLES, diffusion_bound
 from huggingface_hub import snapshot_download
 from provenance import provenance, weights_digest
 from tqdm.auto import tqdm
@@ -35,7 +36,6 @@ from transformers import (
 )
 
 
-MASK_SAMPLES = 8  # forward passes over each page
 SPEED_ROUNDS = 3
 
 
@@ -118,29 +118,6 @@ def sliding_window_nats(
 def _next_token_nats(logits, ids):
     """[batch, length, vocabulary], [batch, length] -> [batch, length - 1]"""
     return torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
-
-
-def diffusion_bound(
-    model: PreTrainedModel, pages: torch.Tensor, batch_size: int, num_samples: int = MASK_SAMPLES
-) -> tuple[np.ndarray, float]:
-    """The negative ELBO of pages, an upper bound of what they cost.
-
-    Args:
-        model: a grid, in evaluation mode.
-        pages: [pages, height, width].
-        batch_size: pages at once.
-        num_samples: forward passes over each page, an even number.
-
-    Returns:
-        [pages], float64: nats of each page; and the standard error of their sum, which is that of the draw of masks.
-    """
-    generator = torch.Generator(model.device).manual_seed(0)
-    nats, variance = [], 0.0
-    for some in tqdm(pages.split(batch_size), desc="Negative ELBO", unit=" batches", disable=None):
-        estimate = model.elbo(some.to(model.device), num_samples=num_samples, generator=generator)
-        nats.append(estimate.nats.double().cpu().numpy())
-        variance += estimate.standard_error.double().square().sum().item()
-    return np.concatenate(nats), math.sqrt(variance)
 
 
 def error_over_text(nats: np.ndarray, sizes: np.ndarray) -> float | None:

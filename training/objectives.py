@@ -24,6 +24,7 @@ from data import (
     is_byte_tokenizer,
     wrap_tokenizer,
 )
+from diffusion_bound import MASK_SAMPLES, diffusion_bound
 from streaming import StreamedExamples
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, Trainer
@@ -31,7 +32,6 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedC
 from modeling_heptapod import HeptapodProcessor, MultiGridProcessor, make_axis
 
 
-ELBO_SAMPLES = 8  # forward passes over the held-out pages, for the figure that is reported
 SAMPLE_TOKENS = 64  # that are read and written for a sample during training
 
 
@@ -356,21 +356,15 @@ class MaskedPages:
 
     def evaluate(self, trainer: Trainer) -> dict[str, float]:
         """The negative ELBO, an upper bound of the bits that a text costs, with the standard error of the estimate."""
-        model, device = trainer.model.eval(), trainer.args.device
-        generator = torch.Generator(device).manual_seed(0)
-        nats, variance = 0.0, 0.0
-        batches = torch.from_numpy(self.eval_dataset.pages.astype(np.int64)).split(trainer.args.eval_batch_size)
-        for pages in tqdm(batches, desc="Negative ELBO", unit=" batches", disable=None):
-            with trainer.compute_loss_context_manager():  # in the precision of the training
-                estimate = model.elbo(pages.to(device), num_samples=ELBO_SAMPLES, generator=generator)
-            nats += estimate.nats.sum().item()
-            variance += estimate.standard_error.square().sum().item()
-        bits, error = nats / math.log(2), math.sqrt(variance) / math.log(2)
+        pages = torch.from_numpy(self.eval_dataset.pages.astype(np.int64))
+        with trainer.compute_loss_context_manager():  # in the precision of the training
+            nats, error = diffusion_bound(trainer.model.eval(), pages, trainer.args.eval_batch_size)
+        bits = nats.sum() / math.log(2)
         return {
             "bits_per_byte": bits / self.held_out_bytes,
-            "bits_per_byte_standard_error": error / self.held_out_bytes,
+            "bits_per_byte_standard_error": error / math.log(2) / self.held_out_bytes,
             "bits_per_cell": bits / self.held_out_cells,
-            "elbo_samples": ELBO_SAMPLES,
+            "elbo_samples": MASK_SAMPLES,
         }
 
 

@@ -1,0 +1,34 @@
+"""What pages cost by a grid: the negative ELBO of masked diffusion."""
+
+import math
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+
+MASK_SAMPLES = 8  # forward passes over each page
+
+
+def diffusion_bound(
+    model: PreTrainedModel, pages: torch.Tensor, batch_size: int, num_samples: int = MASK_SAMPLES
+) -> tuple[np.ndarray, float]:
+    """The negative ELBO of pages, an upper bound of what they cost.
+
+    Args:
+        model: a grid, in evaluation mode.
+        pages: [pages, height, width].
+        batch_size: pages at once.
+        num_samples: forward passes over each page, an even number.
+
+    Returns:
+        [pages], float64: nats of each page; and the standard error of their sum, which is that of the draw of masks.
+    """
+    generator = torch.Generator(model.device).manual_seed(0)
+    nats, variance = [], 0.0
+    for some in tqdm(pages.split(batch_size), desc="Negative ELBO", unit=" batches", disable=None):
+        estimate = model.elbo(some.to(model.device), num_samples=num_samples, generator=generator)
+        nats.append(estimate.nats.double().cpu().numpy())
+        variance += estimate.standard_error.double().square().sum().item()
+    return np.concatenate(nats), math.sqrt(variance)
