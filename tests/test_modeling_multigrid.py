@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
@@ -594,7 +595,6 @@ def test_leaves_that_were_replaced_or_hooked_are_called():
 @pytest.mark.parametrize("core", ["transformer", "leap", "lstm"])
 def test_what_layers_are_told_goes_to_their_device(core):
     """As accelerate sends the arguments of layers that are spread over devices."""
-    send_to_device = pytest.importorskip("accelerate.utils").send_to_device
     model, plans = tiny_multigrid(**TWO_AXES, core=core), []
     hook = model.model.layers[0].register_forward_pre_hook(
         lambda *args: plans.append(args[2]["plan"]), with_kwargs=True
