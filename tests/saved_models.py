@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from data import build_tokenizer, load_texts
+from provenance import weights_digest
 
 from modeling_heptapod import HeptapodProcessor, MultiGridProcessor
 from tests.tiny_heptapod import tiny_heptapod
@@ -58,6 +59,8 @@ def results_of(family: str) -> dict:
         "held_out_sha256": _held_out_digest(),
         "parameters": 4321,
         "steps": 17,
+        "weights_of_step": 17,
+        "resumed_at_step": None,
         "tokens_per_step": 99,
         "train_seconds": 12.3,
         "precision": "float32",
@@ -78,7 +81,8 @@ def results_of(family: str) -> dict:
 def save_with_results(family: str, folder: Path, seed: int = 0) -> None:
     """As `save_tiny`, with the results of training and what else it leaves."""
     save_tiny(family, folder, seed=seed)
-    (folder / "results.json").write_text(json.dumps(results_of(family)))
+    results = {**results_of(family), "weights_sha256": weights_digest(folder)}
+    (folder / "results.json").write_text(json.dumps(results))
     for name in ("training_args.bin", "optimizer.pt", "trainer_state.json"):
         (folder / name).write_text("{}")
     (folder / "checkpoint-1").mkdir(exist_ok=True)

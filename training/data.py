@@ -136,10 +136,19 @@ def load_texts(
 
     if not any(texts.train) and not any(texts.validation):
         raise ValueError(f"--dataset {dataset} holds no text: it is empty")
-    if not texts.train or not texts.validation:  # one text, or too few for the hash to divide
+    if not any(texts.train) or not any(texts.validation):  # one text, or too few for the hash to divide
         texts = _split_tail("".join(texts.train + texts.validation), validation_percent)
+    if not any(texts.train) or not any(texts.validation):
+        raise ValueError(
+            f"--dataset {dataset} is too short, or --validation_percent {validation_percent} does not fit: of its "
+            f"{len(''.join(texts.train + texts.validation))} characters nothing is left to train on, or to hold out"
+        )
     if max_validation_bytes is not None:
         texts.validation = first_bytes(texts.validation, max_validation_bytes)
+        if not texts.validation:
+            raise ValueError(
+                f"--max_validation_bytes {max_validation_bytes} is less than the first character of {dataset}"
+            )
     return texts
 
 
@@ -228,7 +237,10 @@ def _split(texts: dict[str, str], held_out: Callable[[str], bool]) -> Texts:
 def _split_tail(text: str, percent: float) -> Texts:
     """Hold out the end of one text, from the beginning of a line where there is one."""
     cut = round(len(text) * (1 - percent / 100))
-    cut = text.find("\n", cut) + 1 or cut
+    line = text.find("\n", cut) + 1
+    if line in (0, len(text)):  # the cut lies in the last line
+        line = text.rfind("\n", 0, cut) + 1
+    cut = line or cut
     return Texts([text[:cut]], [text[cut:]])
 
 

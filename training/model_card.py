@@ -26,13 +26,17 @@ def write_card(folder: Path, path: Path | None = None, repo_id: str | None = Non
         repo_id: the name that its examples load, that of the folder by default.
 
     Raises:
-        ValueError: naming the folder, where it holds no results.
+        ValueError: naming the folder, where it holds no results, or those of other weights.
     """
     config = json.loads((folder / "config.json").read_text())
     try:
         results = json.loads((folder / "results.json").read_text())
     except OSError as error:
         raise ValueError(f"{folder} has no results.json, which train.py writes and a card is filled from") from error
+    if results["weights_sha256"] != weights_digest(folder):
+        raise ValueError(
+            f"{folder}: results.json is of other weights than those beside it, so no card can be filled from it"
+        )
     evaluation = read_evaluation(folder)
     is_grid = config["model_type"] == "heptapod"
     card_data = ModelCardData(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import safe_open
 
 
 def provenance(device: torch.device) -> dict:
@@ -61,10 +62,17 @@ def commit(folder: Path) -> str | None:
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 of a folder's weights, by which an evaluation knows whose it is."""
+    """SHA-256 of a folder's weights by name, by which figures know whose they are, however many files hold them."""
+    files = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as tensors:
+            files |= dict.fromkeys(tensors.keys(), path)
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(path.read_bytes())
+    for name, path in sorted(files.items()):
+        with safe_open(path, "pt") as tensors:
+            weights = tensors.get_tensor(name)
+        digest.update(f"{name} {weights.dtype} {list(weights.shape)}".encode())
+        digest.update(weights.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

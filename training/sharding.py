@@ -12,6 +12,8 @@ class ShardingTrainer(NamedLossTrainer):
 
     On CPUs accelerate ignores it without a word and trains with DDP. What it saves is sharded on CPUs, and is saved with
     the code of torch's wrapper in place of the model's. And methods beside `forward` and `generate` see sharded weights.
+
+    With one process, too, a run that is resumed from its last step ends there, where `Trainer` would train one step more.
     """
 
     def create_accelerator_and_postprocess(self):
@@ -31,6 +33,11 @@ class ShardingTrainer(NamedLossTrainer):
         if isinstance(self.model, FSDPModule) and hasattr(self.model, "elbo"):
             register_fsdp_forward_method(self.model, "elbo")
         return prepared
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(*args, **kwargs)
+        self.control.should_training_stop = True
 
     def save_model(self, output_dir=None, _internal_call=False):
         """Like `Trainer.save_model`. All processes must call it."""

@@ -29,7 +29,7 @@ from accelerate.utils import broadcast_object_list
 from data import DataArguments, load_texts
 from model_card import write_card
 from objectives import objective_for
-from provenance import provenance
+from provenance import provenance, weights_digest
 from sharding import ShardingTrainer
 from streaming import StreamedExamples, stream_texts
 from transformers import (
@@ -50,6 +50,10 @@ import modeling_heptapod  # noqa: F401  registers our families with the Auto cla
 
 
 gc.enable()
+
+
+# Fields of a saved config that saving and training write, and that make no other model.
+OF_SAVING = {"architectures", "auto_map", "dtype", "transformers_version", "use_cache"}
 
 
 @dataclass
@@ -104,7 +108,8 @@ def find_checkpoint(resume_from: str, output_dir: str, num_processes: int = 1) -
     """
     drawn = ["rng_state.pth"] if num_processes == 1 else [f"rng_state_{rank}.pth" for rank in range(num_processes)]
     if resume_from == "last":
-        folders = sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda p: int(p.name.split("-")[-1]))
+        numbered = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step_of(path).isdecimal()]
+        folders = sorted(numbered, key=lambda path: int(_step_of(path)))
     else:
         folders = [Path(resume_from)]
     for folder in reversed(folders):
@@ -118,6 +123,10 @@ def find_checkpoint(resume_from: str, output_dir: str, num_processes: int = 1) -
     raise ValueError(
         f"--resume_from_checkpoint {resume_from}: there is no complete checkpoint of {num_processes} processes in {where}"
     )
+
+
+def _step_of(checkpoint):
+    return checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
 
 
 def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
@@ -149,6 +158,40 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
         )
     if model_args.early_stopping_patience is not None and not args.load_best_model_at_end:
         raise ValueError("--early_stopping_patience needs --load_best_model_at_end, and what that needs")
+
+
+def read_config(config_name: str, **options) -> PreTrainedConfig:
+    """A configuration of one of our families.
+
+    Raises:
+        ValueError: naming `--config_name` where there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(config_name, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--config_name must be a folder with a config.json, as configs/leap-tiny, got {config_name}: {error}"
+        ) from error
+
+
+def check_resumable(checkpoint: str, config: PreTrainedConfig) -> None:
+    """A checkpoint goes on as the model that it was, or not at all.
+
+    Raises:
+        ValueError: naming `--resume_from_checkpoint` and the fields that differ.
+    """
+    saved = json.loads(Path(checkpoint, "config.json").read_text())
+    ours = json.loads(config.to_json_string())
+    differ = {
+        name: (saved.get(name), ours.get(name))
+        for name in (saved.keys() | ours.keys()) - OF_SAVING
+        if saved.get(name) != ours.get(name)
+    }
+    if differ:
+        raise ValueError(
+            f"--resume_from_checkpoint {checkpoint} is of another model than --config_name, --tokenizer and --axes make; "
+            f"(its, theirs): {differ}"
+        )
 
 
 class Samples(TrainerCallback):
@@ -306,7 +349,7 @@ def main():
     set_seed(training_args.seed)
 
     # Text -> tokens -> blocks or pages; the first process does it, the others find what it kept
-    config = AutoConfig.from_pretrained(model_args.config_name)
+    config = read_config(model_args.config_name)
     with training_args.main_process_first(desc="reading the corpus"):
         streamed = None
         if data_args.streaming:
@@ -326,7 +369,7 @@ def main():
     training_args.label_names = objective.label_names
 
     # A model from its configuration, untrained
-    config = AutoConfig.from_pretrained(model_args.config_name, **objective.config_options)
+    config = read_config(model_args.config_name, **objective.config_options)
     model = objective.auto_class.from_config(config)
     if os.path.isfile(os.path.join(model_args.config_name, "generation_config.json")):
         model.generation_config = type(model.generation_config).from_pretrained(model_args.config_name)
@@ -341,9 +384,12 @@ def main():
     processes = training_args.world_size
     examples_per_step = training_args.train_batch_size * training_args.gradient_accumulation_steps * processes
     tokens_per_step = examples_per_step * objective.about["tokens_per_example"]
+    resumed_at = None
     if checkpoint is not None:
+        check_resumable(checkpoint, config)
         # The schedule of the run that is being resumed, not one that is measured anew.
-        scheduled = json.loads(Path(checkpoint, "trainer_state.json").read_text())["max_steps"]
+        state = json.loads(Path(checkpoint, "trainer_state.json").read_text())
+        scheduled, resumed_at = state["max_steps"], state["global_step"]
         if training_args.max_steps not in (-1, scheduled):
             raise ValueError(
                 f"--max_steps {training_args.max_steps}: the run that is resumed has a schedule of {scheduled} steps"
@@ -394,6 +440,10 @@ def main():
         "held_out_sha256": hashlib.sha256(eval_text).hexdigest(),
         "parameters": parameters,
         "steps": trainer.state.global_step,
+        "weights_of_step": trainer.state.best_global_step
+        if training_args.load_best_model_at_end
+        else trainer.state.global_step,
+        "resumed_at_step": resumed_at,
         "tokens_per_step": tokens_per_step,
         "processes": processes,
         "wrapper": type(trainer.model_wrapped).__name__,
@@ -404,6 +454,7 @@ def main():
         "bits_per_byte_before": bits_before(trainer.state.log_history),
         **after,
         "bits_per_byte_bz2": 8 * len(bz2.compress(eval_text, 9)) / len(eval_text),
+        "weights_sha256": weights_digest(folder),
         **provenance(training_args.device),
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -183,10 +183,36 @@ def test_of_one_file_the_tail_is_held_out(tmp_path):
     assert len(texts.validation[0]) == pytest.approx(0.1 * len(text), rel=0.02)
 
 
+@pytest.mark.parametrize(
+    "text, held_out",
+    [
+        ("one\ntwo\n" + 200 * "x" + "\n", 200 * "x" + "\n"),  # the cut lies in the last line
+        ("one\ntwo\n" + 200 * "x", 200 * "x"),
+        (200 * "x" + "\n", 9 * "x" + "\n"),  # there is no other
+        (200 * "x", 10 * "x"),
+    ],
+)
+def test_lines_of_any_length_leave_something_to_hold_out(text, held_out, tmp_path):
+    (tmp_path / "one.txt").write_text(text)
+    texts = load_texts(str(tmp_path / "one.txt"))
+    assert texts.train[0] + texts.validation[0] == text
+    assert texts.validation == [held_out]
+
+
+def test_empty_files_are_not_what_is_held_out(tmp_path):
+    for number in range(50):
+        (tmp_path / f"{number}.txt").write_text("")
+    (tmp_path / "full.txt").write_text("line\n" * 100)
+    texts = load_texts(str(tmp_path))
+    assert "".join(texts.train + texts.validation) == "line\n" * 100 and any(texts.validation)
+
+
 def test_max_validation_bytes_cuts_between_characters(tmp_path):
     for number in range(20):
         (tmp_path / f"{number}.txt").write_text("é" * 50, encoding="utf-8")
-    for size, kept in [(1, 0), (2, 2), (99, 98), (100, 100), (101, 100), (333, 332)]:
+    with pytest.raises(ValueError, match="--max_validation_bytes 1 is less than the first character"):
+        load_texts(str(tmp_path), validation_percent=50, max_validation_bytes=1)
+    for size, kept in [(2, 2), (99, 98), (100, 100), (101, 100), (333, 332)]:
         texts = load_texts(str(tmp_path), validation_percent=50, max_validation_bytes=size)
         assert "".join(texts.validation) == "é" * (kept // 2) and all(texts.validation)
 
@@ -229,6 +255,7 @@ def _broken_gzip(path):
         ("missing.txt", lambda path: None, "does not exist"),
         ("empty.txt", lambda path: path.write_bytes(b""), "is empty"),
         ("folder", lambda path: path.mkdir(), "is empty"),
+        ("short.txt", lambda path: path.write_text("x"), "is too short, or --validation_percent 5.0 does not fit"),
         ("binary", _binary, "is not text"),
         ("latin-1.txt", _latin_1, "is not text"),
         ("broken.gz", _broken_gzip, "is not text"),

@@ -15,6 +15,7 @@ import pytest
 import torch
 from data import PackedBlocks, annotate, encode, load_texts
 from objectives import sum_nats
+from provenance import weights_digest
 
 from tests.saved_models import AXES, FAMILIES, PAGE, save_tiny
 from tests.tiny_leap import tiny_leap
@@ -165,8 +166,7 @@ def test_what_is_measured_says_of_what_and_where(name, folders, measured, text):
     assert results["held_out_bytes"] == SIZE
     assert results["held_out_sha256"] == hashlib.sha256(text.encode()).hexdigest()
     assert results["dataset"] == "argparse.py" and str(folders) not in results["dataset"]
-    weights = (folders / name / "model.safetensors").read_bytes()
-    assert results["weights_sha256"] == hashlib.sha256(weights).hexdigest()
+    assert results["weights_sha256"] == weights_digest(folders / name)
     assert results["generation"]["tokens_per_second"] > 0 and results["standard_error_over_text"] > 0
     assert results["device"] and results["threads"] >= 1 and "evaluate.py" in results["command"]
     assert {"python", "torch", "transformers"} == set(results["versions"])

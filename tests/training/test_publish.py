@@ -258,7 +258,7 @@ def test_an_evaluation_of_other_weights_does_not_count(tmp_path, monkeypatch):
     for _ in range(2):
         publish.evaluate_if_needed(tmp_path)
     assert len(calls) == 1
-    save_tiny("leap", tmp_path, seed=1)
+    save_with_results("leap", tmp_path, seed=1)
     model_card.write_card(tmp_path)  # as train.py does after training again
     assert "`evaluate.py` has not been run on these weights" in (tmp_path / "README.md").read_text()
     publish.evaluate_if_needed(tmp_path)
@@ -346,9 +346,35 @@ def test_cards_of_folders_without_an_evaluation(published, tmp_path):
         card = (tmp_path / f"{family}.md").read_text()
         assert "`evaluate.py` has not been run" in card and "{{" not in card and find_errors(card) == []
         assert "curve.png" not in card  # it lies elsewhere
+    save_tiny("leap", tmp_path / "leap", seed=3)
+    with pytest.raises(ValueError, match=r"leap: results\.json is of other weights than those beside it"):
+        model_card.write_card(tmp_path / "leap")
     (tmp_path / "leap" / "results.json").unlink()
     with pytest.raises(ValueError, match=r"has no results\.json"):
         model_card.write_card(tmp_path / "leap")
+
+
+def test_the_card_of_a_run_that_was_resumed_or_not_used_to_its_end_says_so(tmp_path):
+    save_with_results("leap", tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    (tmp_path / "results.json").write_text(json.dumps({**results, "resumed_at_step": 9, "weights_of_step": 11}))
+    model_card.write_card(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "17 steps of 99 tokens, resumed at step 9 and from there in 12 s" in card
+    assert "The weights are those of step 11, the best by the held-out text." in card
+
+
+def test_weights_are_known_by_their_values(tmp_path):
+    save_tiny("leap", tmp_path)
+    digest = weights_digest(tmp_path)
+    model, _ = load_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 and weights_digest(tmp_path) == digest
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert weights_digest(tmp_path) != digest
 
 
 def test_one_command_writes_the_cards_of_many_folders(published, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,6 +113,30 @@ def test_a_killed_run_resumes_with_the_same_losses(finished, tmp_path):
     results = [json.loads((out / "results.json").read_text()) for out in (finished[0], folder / "out")]
     assert results[0]["bits_per_byte"] == results[1]["bits_per_byte"]
     assert results[0]["bits_per_byte_before"] == results[1]["bits_per_byte_before"]
+
+
+def test_a_finished_run_trains_no_further(finished, tmp_path):
+    """As after a kill while the last evaluation ran."""
+    folder = tmp_path / "again"
+    shutil.copytree(finished[0].parent, folder)
+    (folder / "out" / "results.json").unlink()
+    process = run(SCRIPTS / "train.py", *arguments(folder, "--resume_from_checkpoint", "last"), cwd=folder)
+    assert process.returncode == 0, process.stderr
+    assert "{'loss'" not in process.stdout and losses(folder / "out") == losses(finished[0])
+    expected, resumed = (json.loads((out / "results.json").read_text()) for out in (finished[0], folder / "out"))
+    for name in ("steps", "weights_of_step", "weights_sha256", "bits_per_byte"):
+        assert resumed[name] == expected[name]
+    assert (expected["resumed_at_step"], resumed["resumed_at_step"]) == (None, STEPS)
+
+
+@pytest.mark.parametrize("change", [{"window_sizes": [None, 8]}, {"model_type": "hierarchical_lm"}])
+def test_a_checkpoint_of_another_model_is_not_resumed(finished, change, tmp_path):
+    config = {name: value for name, value in CONFIG.items() if name != "window_sizes"} | {"vocab_size": 300} | change
+    config = AutoConfig.for_model(**config)
+    with pytest.raises(ValueError, match=rf"--resume_from_checkpoint .* is of another model .*{next(iter(change))}"):
+        train.check_resumable(str(finished[0] / "checkpoint-6"), config)
+    with pytest.raises(ValueError, match=r"--config_name must be a folder with a config\.json, .* got .*nowhere"):
+        train.read_config(str(tmp_path / "nowhere"))
 
 
 def test_training_learns_and_says_what(finished):
@@ -260,6 +285,7 @@ def test_bad_checkpoints_are_named(tmp_path):
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
         (tmp_path / f"checkpoint-{step}" / "rng_state.pth").touch()
         (tmp_path / f"checkpoint-{step}" / "rng_state_0.pth").touch()
+    (tmp_path / "checkpoint-best").mkdir()
     assert train.find_checkpoint("last", str(tmp_path)) == str(tmp_path / "checkpoint-100")
     # Of two processes the second one was cut off while it wrote the last one.
     (tmp_path / "checkpoint-90" / "rng_state_1.pth").touch()
