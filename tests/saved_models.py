@@ -83,7 +83,7 @@ def save_with_results(family: str, folder: Path, seed: int = 0) -> None:
     save_tiny(family, folder, seed=seed)
     results = {**results_of(family), "weights_sha256": weights_digest(folder)}
     (folder / "results.json").write_text(json.dumps(results))
-    for name in ("training_args.bin", "optimizer.pt", "trainer_state.json"):
+    for name in ("training_args.bin", "optimizer.pt", "trainer_state.json", "notes.txt", "secrets.json", "scratch.py"):
         (folder / name).write_text("{}")
     (folder / "checkpoint-1").mkdir(exist_ok=True)
     (folder / "checkpoint-1" / "model.safetensors").write_text("old")

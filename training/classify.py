@@ -52,6 +52,8 @@ def read_rows(path: str, text_column: str, label_column: str) -> tuple[list[str]
     Raises:
         ValueError: naming the column that a line has not, or `--rows` where there is nothing to tell apart.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"--rows {path} must be a file of JSON objects, one a line; there is none")
     texts, labels = [], []
     # Not `splitlines`, which also ends lines at characters that JSON may hold.
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
@@ -59,6 +61,8 @@ def read_rows(path: str, text_column: str, label_column: str) -> tuple[list[str]
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"--rows {path}: line {number} is no JSON object ({error})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"--rows {path}: line {number} is no JSON object, but {line[:50]}")
         for name, column in (("--text_column", text_column), ("--label_column", label_column)):
             if column not in row:
                 raise ValueError(f"{name} {column}: line {number} of {path} has only {sorted(row)}")

@@ -15,11 +15,13 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import time
 from argparse import ArgumentParser
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Event, Lock, Thread
 from typing import Any
 
@@ -35,6 +37,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoProcessor,
     AutoTokenizer,
+    LogitsProcessor,
     PreTrainedModel,
     StoppingCriteria,
     TextIteratorStreamer,
@@ -46,7 +49,7 @@ HOLE = "\u2591"  # what stands for an open cell where a page is typed
 _HOLE_CHARACTER = "\0"  # what the tokenizer is given for it: no text has one, and it is a token of its own
 REGIONS = ("only the typed holes", "hole", "frame", "top", "middle", "bottom", "all")
 SCHEDULES = ("confidence", "entropy", "random", "raster")
-MOST_FRAMES, FRAME_SECONDS = 48, 0.12  # of a page that forms
+ALL_SHOWN, FRAME_SECONDS = 24, 0.12  # iterations of a page that forms; of later ones fewer and fewer are shown
 EXAMPLE_PROMPT = "import os\nimport sys\n\n\nclass "
 EXAMPLE_PAGE = f"""def area(width, height):
     {HOLE * 6} width * height
@@ -88,11 +91,11 @@ def load(folder: str) -> Loaded:
         OSError: where there is nothing at all.
     """
     with _one_load_at_a_time:
-        return _load(folder)
+        return _load(folder, max((path.stat().st_mtime for path in Path(folder).glob("*")), default=0.0))
 
 
 @lru_cache(maxsize=2)
-def _load(folder):
+def _load(folder, changed):
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     head = (config.architectures or ["no model"])[0]
     classes = {"ForCausalLM": AutoModelForCausalLM, "ForMaskedLM": AutoModelForMaskedLM}
@@ -109,6 +112,33 @@ def describe(loaded: Loaded) -> str:
     """One line about a model."""
     million = loaded.model.num_parameters() / 1e6
     return f"**{type(loaded.model).__name__}**, {million:.1f} million parameters, on {loaded.model.device.type}"
+
+
+@contextmanager
+def _in_background(work: Callable[[Event], Any], at_end: Callable[[], None]):
+    """`work(stop)` in a thread of its own, at the end of which `at_end()` is called. Leaving the block sets `stop` and waits.
+
+    Gives a dict that holds its `result` in the end. An error of the work is raised where the block ends.
+    """
+    stop, done = Event(), {}
+
+    def run():
+        try:
+            done["result"] = work(stop)
+        except Exception as error:
+            done["error"] = error
+        finally:
+            at_end()
+
+    thread = Thread(target=run)
+    thread.start()
+    try:
+        yield done
+    finally:  # also where the page stops listening
+        stop.set()
+        thread.join()
+    if "error" in done:
+        raise done["error"]
 
 
 # Causal models: text, and what stands beside it
@@ -150,38 +180,26 @@ def write(
     draw = {"do_sample": True, "temperature": float(temperature)} if temperature else {"do_sample": False}
     has_axes = "meta_ids" in inputs
     axes = {"meta_source": meta_source, "processor": loaded.processor} if has_axes else {}
-    stop, done = Event(), {}
 
-    def run():
-        try:
-            set_seed(int(seed))
-            done["output"] = loaded.model.generate(
-                **inputs,
-                **axes,
-                **draw,
-                max_new_tokens=int(max_new_tokens),
-                return_dict_in_generate=True,
-                streamer=streamer,
-                stopping_criteria=[_StopWhen(stop)],
-            )
-        except Exception as error:  # raised again where somebody sees it
-            done["error"] = error
-            streamer.end()
+    def generate(stop):
+        set_seed(int(seed))
+        return loaded.model.generate(
+            **inputs,
+            **axes,
+            **draw,
+            max_new_tokens=int(max_new_tokens),
+            return_dict_in_generate=True,
+            streamer=streamer,
+            stopping_criteria=[_StopWhen(stop)],
+        )
 
-    thread = Thread(target=run)
-    thread.start()
     text = prompt
-    try:
+    with _in_background(generate, at_end=streamer.end) as done:
         for piece in streamer:
             text += piece
             yield text, ""
-    finally:  # also where the page stops listening
-        stop.set()
-        thread.join()
-    if "error" in done:
-        raise done["error"]
     if has_axes:
-        yield text, show_tracks(loaded.processor, done["output"])
+        yield text, show_tracks(loaded.processor, done["result"])
 
 
 def show_tracks(processor, output) -> str:
@@ -287,7 +305,7 @@ def fill(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Iterator[tuple[str, str]]:
-    """HTML of the page before the first iteration and after each, at most `MOST_FRAMES` of them, and the text on it.
+    """HTML of the page as it forms, and the text on it: before the first iteration, after the first ones, then now and then, at the end.
 
     Args:
         loaded: a grid.
@@ -298,26 +316,50 @@ def fill(
         seed: of the draws.
     """
     page = lay_out(loaded, text, region)
-    yield show_page(loaded.processor, page, 1, "before the first iteration"), loaded.processor.decode(page[0])
     draw = {"do_sample": True, "temperature": float(temperature)} if temperature else {"do_sample": False}
     counted = {"num_iterations": int(num_iterations)} if schedule in ("confidence", "random") else {}
     options = {"schedule": schedule, "seed": int(seed), **counted, **draw}
-    output = loaded.model.generate(
-        page.to(loaded.model.device), return_dict_in_generate=True, output_trajectory=True, **options
-    )
-    pages, last = output.trajectory[:, 0].cpu(), len(output.trajectory) - 1
-    steps = sorted({round(step) for step in torch.linspace(0, last, min(last + 1, MOST_FRAMES)).tolist()})
-    for step in steps[1:]:
-        caption = f"{step} of {last} iterations, {int((pages[step] == page[0]).logical_not().sum())} cells written"
-        yield show_page(loaded.processor, pages[: step + 1], last, caption), loaded.processor.decode(pages[step])
+    seen = SimpleQueue()
+
+    def generate(stop):
+        watch = [_Watch(seen, stop)]
+        return loaded.model.generate(page.to(loaded.model.device), logits_processor=watch, **options)
+
+    def frame():
+        written = int((pages[-1] != page[0]).sum())
+        caption = f"{len(pages) - 1} iterations, {written} cells written"
+        return show_page(loaded.processor, torch.stack(pages), caption), loaded.processor.decode(pages[-1])
+
+    pages = []
+    with _in_background(generate, at_end=lambda: seen.put(None)) as done:
+        while (cells := seen.get()) is not None:
+            pages.append(cells.view_as(page[0]))
+            iterations = len(pages) - 1
+            if iterations % (1 + iterations // ALL_SHOWN) == 0:
+                yield frame()
+    pages.append(done["result"][0].cpu())
+    yield frame()
 
 
-def show_page(processor, pages: torch.LongTensor, iterations: int, caption: str = "") -> str:
+class _Watch(LogitsProcessor):
+    """Passes on the page that each iteration begins with, and ends the writing when it is to stop."""
+
+    def __init__(self, seen, stop):
+        self.seen, self.stop = seen, stop
+
+    def __call__(self, input_ids, scores):
+        if self.stop.is_set():
+            raise InterruptedError("Nobody looks at the page any longer.")
+        self.seen.put(input_ids[0].cpu())
+        return scores
+
+
+def show_page(processor, pages: torch.LongTensor, caption: str) -> str:
     """HTML of the last of `pages [steps + 1, height, width]`: cells coloured by the iteration that wrote them, dark first."""
-    mask = processor.tokenizer.mask_token_id
+    mask, iterations = processor.tokenizer.mask_token_id, len(pages) - 1
     changed = (pages[1:] != pages[:-1]).int()
     steps = torch.arange(1, len(pages)).view(-1, 1, 1)
-    written_at = (changed * steps).amax(0) if len(pages) > 1 else torch.zeros_like(pages[0])
+    written_at = (changed * steps).amax(0) if iterations else torch.zeros_like(pages[0])
     colours = [
         to_hex(colour) for colour in colormaps["viridis"]([i / max(1, iterations - 1) for i in range(iterations)])
     ]
@@ -371,6 +413,8 @@ def _shown(function):
     """A handler whose errors of input appear on the page."""
 
     def handler(*arguments):
+        if None in arguments:
+            raise gradio.Error("Something is not filled in: a model, or a number.", print_exception=False)
         try:
             yield from function(*arguments)
         except (ValueError, OSError) as error:
@@ -447,8 +491,10 @@ def build_app(folders: list[str], first: str | None = None) -> gradio.Blocks:
                         iterations = gradio.Slider(1, 64, 16, step=1, label="Iterations")
                     with gradio.Row():
                         page_temperature = gradio.Slider(0, 2, 0, step=0.1, label="Temperature (0: likeliest)")
-                        page_seed = gradio.Number(0, label="Seed", precision=0, minimum=0)
-                    fill_button = gradio.Button("Fill", variant="primary", elem_id="fill")
+                        page_seed = gradio.Number(0, label="Seed", precision=0, minimum=0, elem_id="page_seed")
+                    with gradio.Row():
+                        fill_button = gradio.Button("Fill", variant="primary", elem_id="fill")
+                        leave_button = gradio.Button("Stop", elem_id="leave")
                 with gradio.Column(scale=3):
                     formed = gradio.HTML(padding=True, min_height=300, elem_id="formed")
                     read = gradio.Textbox(
@@ -496,7 +542,8 @@ def build_app(folders: list[str], first: str | None = None) -> gradio.Blocks:
         stop_button.click(None, cancels=[writing])
         look_button.click(_shown(on_look), [folder, prompt, head, position], looked)
         options = [folder, page, region, schedule, iterations, page_temperature, page_seed]
-        fill_button.click(_shown(on_fill), options, [formed, read])
+        filling = fill_button.click(_shown(on_fill), options, [formed, read])
+        leave_button.click(None, cancels=[filling])
     return app
 
 

@@ -235,7 +235,7 @@ class AnnotatedTokens(NextTokens):
 
 def _cache(data_args):
     folder = None if data_args.cache_dir in (None, "none") else data_args.cache_dir
-    return Cache(folder, [data.__file__, inspect.getfile(HeptapodProcessor)])
+    return Cache(folder, [__file__, data.__file__, inspect.getfile(HeptapodProcessor)])
 
 
 def _tokenizer(texts, data_args, cache, for_pages=False):

@@ -16,12 +16,17 @@ from data import load_texts
 from evaluate import evaluate
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from model_card import read_evaluation, write_card
+from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_imports
 
 
-# What a folder on the Hub is made of; all of it lies at its top.
-PUBLISHED = ["*.safetensors", "*.py", "*.json", "*.jinja", "*.model", "*.txt", "*.png"]
-LEFT_BEHIND = {"trainer_state.json"}
+# What a folder on the Hub is made of, beside its code and what its tokenizer is read from. All of it lies at its top;
+# what else lies there may be anything, and stays.
+PUBLISHED = """
+    *.safetensors *.safetensors.index.json config.json generation_config.json processor_config.json
+    tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
+    results.json evaluation.json curve.png
+""".split()
 
 
 def published_files(folder: Path) -> list[Path]:
@@ -33,8 +38,11 @@ def published_files(folder: Path) -> list[Path]:
     config = folder / "config.json"
     if not config.is_file() or not any(folder.glob("*.safetensors")):
         raise ValueError(f"{folder} holds no model: config.json and *.safetensors are needed")
-    found = {path for pattern in PUBLISHED for path in folder.glob(pattern) if path.name not in LEFT_BEHIND}
-    missing = sorted(_code(folder) - {path.name for path in found})
+    code = _code(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    names = [*PUBLISHED, *code, *tokenizer.vocab_files_names.values()]
+    found = {path for name in names for path in folder.glob(name)}
+    missing = sorted(code - {path.name for path in found})
     if missing:
         raise ValueError(f"{folder} lacks code that it is loaded with: {', '.join(missing)}; save it again")
     return [folder / "README.md", *sorted(found)]

@@ -1,5 +1,8 @@
 """Weights that are sharded over processes (FSDP2): what `Trainer` needs besides, to do it with our models and on CPUs."""
 
+import shutil
+from pathlib import Path
+
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 from named_losses import NamedLossTrainer
@@ -13,7 +16,8 @@ class ShardingTrainer(NamedLossTrainer):
     On CPUs accelerate ignores it without a word and trains with DDP. What it saves is sharded on CPUs, and is saved with
     the code of torch's wrapper in place of the model's. And methods beside `forward` and `generate` see sharded weights.
 
-    With one process, too, a run that is resumed from its last step ends there, where `Trainer` would train one step more.
+    With one process, too: a run that is resumed from its last step ends there, where `Trainer` would train one step more; a
+    checkpoint is pushed with the model's code, without which it would not load; and no card is made of what `Trainer` knows.
     """
 
     def create_accelerator_and_postprocess(self):
@@ -38,6 +42,15 @@ class ShardingTrainer(NamedLossTrainer):
         if self.state.global_step < self.state.max_steps:
             return super()._run_epoch(*args, **kwargs)
         self.control.should_training_stop = True
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if self.is_world_process_zero():
+            for module in Path(checkpoint_folder).glob("*.py"):
+                shutil.copy(module, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(self, *args, **kwargs):
+        """None: train.py fills the card when all figures are known."""
 
     def save_model(self, output_dir=None, _internal_call=False):
         """Like `Trainer.save_model`. All processes must call it."""

@@ -27,6 +27,7 @@ import psutil
 import torch
 from accelerate.utils import broadcast_object_list
 from data import DataArguments, load_texts
+from huggingface_hub import upload_folder
 from model_card import write_card
 from objectives import objective_for
 from provenance import provenance, weights_digest
@@ -54,6 +55,7 @@ gc.enable()
 
 # Fields of a saved config that saving and training write, and that make no other model.
 OF_SAVING = {"architectures", "auto_map", "dtype", "transformers_version", "use_cache"}
+OF_SAVING |= {"bos_token_id", "eos_token_id", "pad_token_id"}  # which Trainer takes from the tokenizer
 
 
 @dataclass
@@ -155,6 +157,12 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
     if data_args.streaming and not given:
         raise ValueError(
             "--streaming needs --max_steps, --train_tokens or --train_minutes: nobody knows the corpus's end"
+        )
+    begun = [path.name for path in Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
+    if begun and args.resume_from_checkpoint is None and args.save_strategy != "no":
+        raise ValueError(
+            f"--output_dir {args.output_dir} holds {', '.join(sorted(begun))} of another run, with which checkpoints of this one "
+            "would be mixed up: resume that one, or give another folder"
         )
     if model_args.early_stopping_patience is not None and not args.load_best_model_at_end:
         raise ValueError("--early_stopping_patience needs --load_best_model_at_end, and what that needs")
@@ -461,6 +469,15 @@ def main():
     history, factor = trainer.state.log_history, objective.bits_per_byte_of_loss
     plot_curve(history, results, factor, folder / "curve.png", objective.text_losses)
     write_card(folder)
+    if training_args.push_to_hub:
+        upload_folder(
+            repo_id=trainer.hub_model_id,
+            folder_path=folder,
+            commit_message="Figures and card",
+            token=training_args.hub_token,
+            revision=training_args.hub_revision,
+            ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"],
+        )
 
     print(f"\n{folder}: {results['steps']} steps in {results['train_seconds']:.0f} s, {results['precision']}")
     print(f"bits per byte on {len(eval_text):,} held-out bytes")

@@ -108,6 +108,11 @@ def test_bad_rows_are_named(tmp_path):
     path.write_text('{"text": "a\u2028b", "label": "x"}\n{"text":\n', encoding="utf-8")
     with pytest.raises(ValueError, match="--rows .*: line 2 is no JSON object"):
         read_rows(str(path), "text", "label")
+    path.write_text('"text, label"\n')
+    with pytest.raises(ValueError, match='--rows .*: line 1 is no JSON object, but "text, label"'):
+        read_rows(str(path), "text", "label")
+    with pytest.raises(ValueError, match="--rows nowhere must be a file of JSON objects"):
+        read_rows("nowhere", "text", "label")
     path.write_text('{"text": "a", "label": "x"}\n' * 30)
     with pytest.raises(ValueError, match="--rows .* must have at least 20 rows of two labels, got 30 of 1"):
         read_rows(str(path), "text", "label")

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 from data import build_tokenizer
-from demo_app import HOLE, MOST_FRAMES, build_app, describe, fill, launch, lay_out, load, look, saved_folders, write
+from demo_app import ALL_SHOWN, HOLE, build_app, describe, fill, launch, lay_out, load, look, saved_folders, write
 
 from modeling_heptapod import HeptapodProcessor, MultiGridProcessor
 from tests.tiny_heptapod import tiny_heptapod
@@ -188,8 +188,26 @@ def test_a_page_forms_and_keeps_what_was_given(grid):
 
 def test_long_runs_are_shown_in_part(grid):
     frames = list(fill(grid, PAGE, "all", "raster"))
-    assert len(frames) == MOST_FRAMES
-    assert "open" not in frames[-1][0].split('class="about"')[0].replace("opened", "")
+    done = [int(re.search(r"(\d+) iterations", html)[1]) for html, _ in frames]
+    assert done[: ALL_SHOWN + 1] == [*range(ALL_SHOWN), ALL_SHOWN] and done[ALL_SHOWN + 1 :][:2] == [26, 28]
+    assert done[-1] == HEIGHT * WIDTH > len(frames) and done == sorted(set(done))
+    assert [kind for kind, _ in cells_of(frames[-1][0])].count("open") == 0
+
+
+def test_a_page_is_shown_while_it_forms_until_nobody_looks(grid, monkeypatch):
+    calls = []
+    whole = grid.model.forward
+    monkeypatch.setattr(grid.model, "forward", lambda *args, **kwargs: calls.append(1) or whole(*args, **kwargs))
+    before, frames = threading.active_count(), fill(grid, PAGE, "all", "raster")
+    next(frames)
+    assert threading.active_count() > before
+    frames.close()
+    assert threading.active_count() == before and len(calls) < HEIGHT * WIDTH
+
+
+def test_errors_of_a_page_that_forms_are_not_lost_in_its_thread(grid):
+    with pytest.raises(ValueError, match="schedule"):
+        list(fill(grid, PAGE, schedule="guessed"))
 
 
 def test_what_does_not_write_is_not_loaded(folders, tmp_path):
@@ -197,6 +215,18 @@ def test_what_does_not_write_is_not_loaded(folders, tmp_path):
         load(str(folders / "masked"))
     with pytest.raises((OSError, ValueError)):
         load(str(tmp_path / "nothing"))
+
+
+def test_a_folder_that_was_written_again_is_loaded_again(folders, tmp_path):
+    shutil.copytree(folders / "leap", tmp_path / "leap")
+    first = load(str(tmp_path / "leap"))
+    assert load(str(tmp_path / "leap")) is first
+    with torch.no_grad():
+        first.model.lm_head.weight[0] += 1
+    first.model.save_pretrained(tmp_path / "leap")
+    os.utime(tmp_path / "leap" / "model.safetensors", (0, 2e9))
+    again = load(str(tmp_path / "leap")).model
+    assert again is not first.model and torch.equal(again.lm_head.weight, first.model.lm_head.weight)
 
 
 def test_folders_to_choose_from(folders):
@@ -268,6 +298,15 @@ def test_in_a_browser(page, folders):
     expect(page.locator("#about")).to_contain_text("/nowhere was not loaded")
     assert page.is_visible("#write")
 
+    pick(page, folders / "hierarchical_lm")
+    expect(page.locator("#about")).to_contain_text("HierarchicalLMForCausalLM")
+    expect(page.locator("#written textarea")).to_have_value("")
+    page.click("#write")
+    page.wait_for_function(
+        "length => document.querySelector('#written textarea').value.length > length", arg=len(PROMPT) + 15
+    )
+    assert not page.is_visible("#look")
+
     pick(page, folders / "axes")
     expect(page.locator("#about")).to_contain_text("MultiGridForCausalLM")
     page.click("#write")
@@ -288,4 +327,7 @@ def test_in_a_browser(page, folders):
     page.fill("#page_text textarea", "nothing open")
     page.click("#fill")
     expect(page.locator(".toast-body")).to_contain_text("No cell is open")
+    page.fill("#page_seed input", "")
+    page.click("#fill")
+    expect(page.locator(".toast-body").last).to_contain_text("Something is not filled in")
     assert len(hosts) == 1 and next(iter(hosts)).startswith("127.0.0.1")

@@ -173,7 +173,14 @@ def test_all_is_pushed_in_one_commit_and_no_leftovers(family, hub, published):
     assert len(commits) == (3 if family == "leap" else 2)  # the first is the empty repository
     files = commits[1].files
     local = {path.name for path in (published[0] / family).iterdir() if path.is_file()}
-    left_behind = {"training_args.bin", "optimizer.pt", "trainer_state.json"}
+    left_behind = {
+        "training_args.bin",
+        "optimizer.pt",
+        "trainer_state.json",
+        "notes.txt",
+        "secrets.json",
+        "scratch.py",
+    }
     assert set(files) == (local - left_behind) | {".gitattributes"}
     assert {"README.md", "model.safetensors", "config.json", "tokenizer.json", "evaluation.json"} <= set(files)
     for name in set(files) - {".gitattributes"}:
@@ -235,6 +242,25 @@ def test_publishing_again_in_other_files_leaves_no_old_weights(hub, published, t
     assert "model.safetensors" not in files and "model.safetensors.index.json" in files
     with pytest.raises(AssertionError, match="--private: me/again is there and public; nothing was pushed"):
         run(SCRIPTS / "publish.py", tmp_path / "leap", "--repo-id", "me/again", "--private", cwd=tmp_path, hub=hub)
+
+
+@pytest.mark.slow
+def test_a_run_pushes_its_code_with_each_checkpoint_and_in_the_end_its_card(hub, tmp_path):
+    config = {"model_type": "leap", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "config.json").write_text(json.dumps({**config, "window_sizes": [None, 4]}))
+    options = (
+        f"--max_steps 4 --save_steps 2 --block_size 32 --dataset {CORPUS} --max_validation_bytes 500 --use_cpu true"
+    )
+    options += " --push_to_hub true --hub_model_id me/run --hub_always_push true --config_name config --output_dir out"
+    run(SCRIPTS / "train.py", *options.split(), cwd=tmp_path, hub=hub)
+    commits = hub.repos["me/run"].commits
+    with_weights = [commit.files for commit in commits if "model.safetensors" in commit.files]
+    assert len(with_weights) >= 3 and all("modeling_leap.py" in files for files in with_weights)
+    files = commits[-1].files
+    assert files["README.md"] == (tmp_path / "out" / "README.md").read_bytes()
+    assert b"4 steps of 256 tokens" in files["README.md"] and "results.json" in files
+    assert not any(name.startswith("checkpoint-") for name in files)
 
 
 def test_what_is_not_evaluated_is_evaluated_on_what_training_held_out(published):

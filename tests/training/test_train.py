@@ -129,6 +129,12 @@ def test_a_finished_run_trains_no_further(finished, tmp_path):
     assert (expected["resumed_at_step"], resumed["resumed_at_step"]) == (None, STEPS)
 
 
+def test_a_new_run_does_not_mix_its_checkpoints_with_others(finished, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(finished[0].parent, "--max_steps", "1")])
+    with pytest.raises(ValueError, match="--output_dir .* holds checkpoint-12, checkpoint-3, .* of another run"):
+        train.main()
+
+
 @pytest.mark.parametrize("change", [{"window_sizes": [None, 8]}, {"model_type": "hierarchical_lm"}])
 def test_a_checkpoint_of_another_model_is_not_resumed(finished, change, tmp_path):
     config = {name: value for name, value in CONFIG.items() if name != "window_sizes"} | {"vocab_size": 300} | change
