@@ -21,10 +21,18 @@ class Cache:
     Args:
         folder: where; made when needed. `None`: nothing is kept.
         code: source files whose content decides what is made, part of every name.
+
+    Raises:
+        ValueError: naming `--cache_dir` where there can be no such folder.
     """
 
     def __init__(self, folder: str | os.PathLike | None, code: list[str | os.PathLike] = ()):
         self.folder = None if folder is None else Path(folder).expanduser()
+        if self.folder is not None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"--cache_dir {folder} must be a folder that can be written to: {error}") from error
         self.code = [Path(file).read_text(encoding="utf-8") for file in code]
 
     def array(self, made_of: list[str], make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -58,7 +66,6 @@ class Cache:
 
     def _write(self, path, write):
         """In one go: whoever finds the file finds all of it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             write(file)
         os.replace(file.name, path)

@@ -32,6 +32,9 @@ logger = logging.get_logger(__name__)
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 MASK, BLANK = "<|mask|>", "<|blank|>"  # what a page needs besides, see HeptapodProcessor
 
+BLOCK_SIZE = 1024
+AXES = ["token_kind", "bracket", "indentation", "string"]
+
 # Other people's code, the library's tests and its generated documentation are not its source text.
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "_bundled", "pydoc_data", "__pycache__"}
 
@@ -63,7 +66,12 @@ class DataArguments:
         },
     )
     vocab_size: int = field(default=4096, metadata={"help": "Size of the vocabulary of a 'bpe' tokenizer."})
-    block_size: int = field(default=1024, metadata={"help": "Length of a training sequence in tokens."})
+    block_size: int | None = field(
+        default=None,
+        metadata={
+            "help": f"Length of a training sequence in tokens, by default {BLOCK_SIZE}. Pages have a size of their own."
+        },
+    )
     packing: str = field(
         default="continuous",
         metadata={
@@ -83,9 +91,12 @@ class DataArguments:
         default_factory=default_folder,
         metadata={"help": "Where tokens, annotations and pages are kept for the next run; 'none' keeps nothing."},
     )
-    axes: list[str] = field(
-        default_factory=lambda: ["token_kind", "bracket", "indentation", "string"],
-        metadata={"help": "The meta axes of a MultiGrid: names that `make_axis` knows, or JSON files with a spec."},
+    axes: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The meta axes of a MultiGrid: names that `make_axis` knows, or JSON files with a spec. By default "
+            f"{' '.join(AXES)}."
+        },
     )
 
 

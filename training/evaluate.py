@@ -278,7 +278,10 @@ def main():
     args = parser.parse_args()
 
     is_folder = os.path.isdir(args.model)
-    folder = Path(args.model if is_folder else snapshot_download(args.model, revision=args.revision))
+    try:
+        folder = Path(args.model if is_folder else snapshot_download(args.model, revision=args.revision))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{args.model} is neither a folder nor a name on the Hub: {error}") from error
     texts = load_texts(
         args.dataset, args.dataset_config, args.text_column, args.validation_percent, args.max_validation_bytes
     )

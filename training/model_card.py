@@ -28,7 +28,10 @@ def write_card(folder: Path, path: Path | None = None, repo_id: str | None = Non
     Raises:
         ValueError: naming the folder, where it holds no results, or those of other weights.
     """
-    config = json.loads((folder / "config.json").read_text())
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except OSError as error:
+        raise ValueError(f"{folder} holds no model: there is no config.json in it") from error
     try:
         results = json.loads((folder / "results.json").read_text())
     except OSError as error:

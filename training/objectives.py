@@ -15,6 +15,8 @@ import tokenizers
 import torch
 from cache import Cache
 from data import (
+    AXES,
+    BLOCK_SIZE,
     DataArguments,
     PackedBlocks,
     Texts,
@@ -28,9 +30,12 @@ from diffusion_bound import MASK_SAMPLES, diffusion_bound
 from streaming import StreamedExamples
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, Trainer
+from transformers.utils import logging
 
 from modeling_heptapod import HeptapodProcessor, MultiGridProcessor, make_axis
 
+
+logger = logging.get_logger(__name__)
 
 SAMPLE_TOKENS = 64  # that are read and written for a sample during training
 
@@ -74,7 +79,8 @@ class NextTokens:
     ):
         self.cache = _cache(data_args)
         tokenizer = _tokenizer(texts, data_args, self.cache)
-        self.processing_class, self.block_size = tokenizer, data_args.block_size
+        self.processing_class = tokenizer
+        self.block_size = BLOCK_SIZE if data_args.block_size is None else data_args.block_size
         self.isolate_at = tokenizer.eos_token_id if data_args.packing == "isolated" else None
         self._read_config(data_args, config)
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -94,13 +100,14 @@ class NextTokens:
         self.bits_per_byte_of_loss = tokens_per_byte / math.log(2)
         self.about = {
             "vocab_size": len(tokenizer),
-            "block_size": data_args.block_size,
+            "block_size": self.block_size,
             "packing": data_args.packing,
-            "tokens_per_example": data_args.block_size,
+            "tokens_per_example": self.block_size,
         }
 
     def _read_config(self, data_args, config):
-        """What a subclass needs to know before any text is read."""
+        """What has to be known before any text is read."""
+        _warn_of_unused(config, axes=data_args.axes)
 
     def _axis_options(self):
         return {}
@@ -189,7 +196,7 @@ class AnnotatedTokens(NextTokens):
     """
 
     def _read_config(self, data_args, config):
-        axes = choose_axes(data_args.axes)
+        axes = choose_axes(AXES if data_args.axes is None else data_args.axes)
         self.processing_class = MultiGridProcessor(self.processing_class, axes)
         names = [axis.name for axis in axes]
         self.is_factored = config.axis_order == "factored"
@@ -302,6 +309,7 @@ class MaskedPages:
     ):
         if config.grid_size is None:
             raise ValueError("--config_name: its `grid_size` must be the height and width of a page, got None")
+        _warn_of_unused(config, axes=data_args.axes, block_size=data_args.block_size)
         height, width = config.grid_size
         self.cache = _cache(data_args)
         tokenizer = _tokenizer(texts, data_args, self.cache, for_pages=True)
@@ -371,6 +379,12 @@ class MaskedPages:
 def objective_for(config: PreTrainedConfig) -> type:
     """The objective of a family."""
     return {"heptapod": MaskedPages, "multigrid": AnnotatedTokens}.get(config.model_type, NextTokens)
+
+
+def _warn_of_unused(config, **arguments):
+    for name, value in arguments.items():
+        if value is not None:
+            logger.warning(f"--{name} {value} is of no use to a {config.model_type}: it is left aside")
 
 
 def _bytes_of(texts):

@@ -6,7 +6,7 @@ Nothing of this repository is imported: the folder brings its own code.
 from argparse import ArgumentParser
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
 
 
 def main():
@@ -19,6 +19,10 @@ def main():
 
     set_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = AutoConfig.from_pretrained(args.folder, trust_remote_code=True)
+    other = {"heptapod": "fill_page.py", "multigrid": "sample_axes.py"}.get(config.model_type)
+    if other is not None:
+        raise ValueError(f"{args.folder} holds a {config.model_type}, for which there is training/{other}")
     tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=True).to(device)
     inputs = tokenizer(args.prompt, return_tensors="pt").to(device)

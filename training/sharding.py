@@ -8,6 +8,7 @@ from accelerate.utils import DistributedType
 from named_losses import NamedLossTrainer
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from transformers import EarlyStoppingCallback
 
 
 class ShardingTrainer(NamedLossTrainer):
@@ -16,7 +17,7 @@ class ShardingTrainer(NamedLossTrainer):
     On CPUs accelerate ignores it without a word and trains with DDP. What it saves is sharded on CPUs, and is saved with
     the code of torch's wrapper in place of the model's. And methods beside `forward` and `generate` see sharded weights.
 
-    With one process, too: a run that is resumed from its last step ends there, where `Trainer` would train one step more; a
+    With one process, too: a run that is resumed from its last step, or from where it stopped early, ends there, where `Trainer` trains on; a
     checkpoint is pushed with the model's code, without which it would not load; and no card is made of what `Trainer` knows.
     """
 
@@ -39,7 +40,9 @@ class ShardingTrainer(NamedLossTrainer):
         return prepared
 
     def _run_epoch(self, *args, **kwargs):
-        if self.state.global_step < self.state.max_steps:
+        early = [each for each in self.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
+        stopped = any(each.early_stopping_patience_counter >= each.early_stopping_patience for each in early)
+        if self.state.global_step < self.state.max_steps and not stopped:
             return super()._run_epoch(*args, **kwargs)
         self.control.should_training_stop = True
 

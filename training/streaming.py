@@ -99,10 +99,10 @@ def _pieces(files):
 
 
 def _next_piece(file, name, number):
-    """About a megabyte that ends with a line; nothing where the file ends or holds no text from there on."""
+    """About a megabyte that ends with a line where lines are no longer than that; nothing where the file ends or holds no text from there on."""
     try:
         piece = file.read(PIECE)
-        piece += file.readline()
+        piece += file.readline(PIECE)
         reason = "it holds zero bytes" if "\0" in piece else None
     except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         reason = str(error)

@@ -45,13 +45,15 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils import is_torch_bf16_gpu_available, logging
 
 import modeling_heptapod  # noqa: F401  registers our families with the Auto classes
 
 
 gc.enable()
 
+
+logger = logging.get_logger(__name__)
 
 # Fields of a saved config that saving and training write, and that make no other model.
 OF_SAVING = {"architectures", "auto_map", "dtype", "transformers_version", "use_cache"}
@@ -158,6 +160,8 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
         raise ValueError(
             "--streaming needs --max_steps, --train_tokens or --train_minutes: nobody knows the corpus's end"
         )
+    if os.path.isfile(args.output_dir):
+        raise ValueError(f"--output_dir {args.output_dir} must be a folder, and is a file")
     begun = [path.name for path in Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
     if begun and args.resume_from_checkpoint is None and args.save_strategy != "no":
         raise ValueError(
@@ -200,6 +204,12 @@ def check_resumable(checkpoint: str, config: PreTrainedConfig) -> None:
             f"--resume_from_checkpoint {checkpoint} is of another model than --config_name, --tokenizer and --axes make; "
             f"(its, theirs): {differ}"
         )
+
+
+def patience_spent(checkpoint: str) -> int:
+    """How many evaluations before a checkpoint were no better than the best; 0 for a run that did not count them."""
+    saved = json.loads(Path(checkpoint, "trainer_state.json").read_text())["stateful_callbacks"]
+    return saved.get("EarlyStoppingCallback", {}).get("attributes", {}).get("early_stopping_patience_counter", 0)
 
 
 class Samples(TrainerCallback):
@@ -381,6 +391,10 @@ def main():
     model = objective.auto_class.from_config(config)
     if os.path.isfile(os.path.join(model_args.config_name, "generation_config.json")):
         model.generation_config = type(model.generation_config).from_pretrained(model_args.config_name)
+    if any(Path(model_args.config_name).glob("*.safetensors")):
+        logger.warning(
+            f"--config_name {model_args.config_name} holds weights, which are left aside: training begins anew"
+        )
     parameters = model.num_parameters()
     head_dims = getattr(config, "head_dim", None)
     if training_args.save_strategy != "no" and isinstance(head_dims, list) and len(set(head_dims)) > 1:
@@ -412,7 +426,10 @@ def main():
     speed = Speed()
     callbacks = [Samples(objective.sample), speed]
     if model_args.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(model_args.early_stopping_patience))
+        stopping = EarlyStoppingCallback(model_args.early_stopping_patience)
+        if checkpoint is not None:  # how many evaluations it has been patient for already
+            stopping.early_stopping_patience_counter = patience_spent(checkpoint)
+        callbacks.append(stopping)
     trainer = ShardingTrainer(
         model=model,
         args=training_args,

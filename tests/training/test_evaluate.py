@@ -203,6 +203,12 @@ def test_the_window_is_that_of_training(folders, text, tmp_path):
     assert (results["window"], results["stride"]) == (20, 10)
 
 
+def test_what_is_no_model_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "nowhere")])
+    with pytest.raises(ValueError, match="nowhere is neither a folder nor a name on the Hub"):
+        evaluate.main()
+
+
 def test_bad_arguments_are_named(tmp_path):
     model, stream = tiny_leap(), np.arange(9)
     for window, stride, message in [(1, 1, "--window"), (8, 0, "--stride"), (8, 8, "--stride must lie between 1 and")]:

@@ -29,6 +29,26 @@ PAGE_CONFIG = {
 }
 
 
+def test_a_cache_that_cannot_be_kept_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    config = AutoConfig.for_model("leap")
+    with pytest.raises(ValueError, match="--cache_dir .*file must be a folder that can be written to"):
+        objective_for(config)(Texts(["a"], ["b"]), DataArguments(cache_dir=str(tmp_path / "file")), config)
+
+
+def test_what_a_family_has_no_use_for_is_said(caplog, monkeypatch):
+    monkeypatch.setattr(objectives.logger, "propagate", True)
+    monkeypatch.setattr(objectives.logger.parent, "propagate", True, raising=False)
+    texts = Texts(["some text\n" * 9], ["other text\n" * 9])
+    options = {"cache_dir": "none", "block_size": 8, "axes": ["bracket"]}
+    for config, unused in ((PAGE_CONFIG, ("axes", "block_size")), ({"model_type": "leap"}, ("axes",))):
+        caplog.clear()
+        config = AutoConfig.for_model(**config)
+        objective_for(config)(texts, DataArguments(**options), config)
+        said = [f"--{name} {options[name]} is of no use to a {config.model_type}: it is left aside" for name in unused]
+        assert [record.getMessage() for record in caplog.records if "of no use" in record.getMessage()] == said
+
+
 def test_sum_nats_counts_each_predicted_token_once():
     logits, labels = torch.randn(3, 8, 11), torch.randint(11, (3, 8))
     labels[1, 5:] = -100

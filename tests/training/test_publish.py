@@ -378,6 +378,8 @@ def test_cards_of_folders_without_an_evaluation(published, tmp_path):
     (tmp_path / "leap" / "results.json").unlink()
     with pytest.raises(ValueError, match=r"has no results\.json"):
         model_card.write_card(tmp_path / "leap")
+    with pytest.raises(ValueError, match="nowhere holds no model"):
+        model_card.write_card(tmp_path / "nowhere")
 
 
 def test_the_card_of_a_run_that_was_resumed_or_not_used_to_its_end_says_so(tmp_path):

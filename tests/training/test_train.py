@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import train
-from data import PackedBlocks
+from data import DataArguments, PackedBlocks
 from objectives import objective_for
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
@@ -129,8 +129,31 @@ def test_a_finished_run_trains_no_further(finished, tmp_path):
     assert (expected["resumed_at_step"], resumed["resumed_at_step"]) == (None, STEPS)
 
 
+def test_patience_is_not_given_anew(tmp_path, monkeypatch, capsys):
+    """With steps that lead nowhere the run stops after three evaluations, also where it is resumed in between or after them."""
+    folder = prepare(tmp_path)
+    more = ("--learning_rate", "10", "--lr_scheduler_type", "constant", "--load_best_model_at_end", "true")
+    more += ("--early_stopping_patience", "2", "--eval_steps", "2", "--save_steps", "2", "--max_steps", "12")
+    command = arguments(folder, *more, "--eval_on_start", "false")
+    monkeypatch.setattr(sys, "argv", ["train.py", *command])
+    train.main()
+    assert max(losses(folder / "out")) == 6
+    for left, steps in ((6, 0), (4, 2)):
+        for path in (folder / "out").glob("checkpoint-*"):
+            if int(path.name.split("-")[1]) > left:
+                shutil.rmtree(path)
+        monkeypatch.setattr(sys, "argv", ["train.py", *command, "--resume_from_checkpoint", "last"])
+        capsys.readouterr()
+        train.main()
+        assert capsys.readouterr().out.count("{'loss'") == steps
+        assert max(losses(folder / "out")) == 6
+
+
 def test_a_new_run_does_not_mix_its_checkpoints_with_others(finished, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments(finished[0].parent, "--max_steps", "1")])
+    with pytest.raises(ValueError, match="--output_dir .* must be a folder, and is a file"):
+        file = TrainingArguments(str(finished[0] / "config.json"), use_cpu=True)
+        train.check_arguments(train.ModelArguments(""), DataArguments(), file)
     with pytest.raises(ValueError, match="--output_dir .* holds checkpoint-12, checkpoint-3, .* of another run"):
         train.main()
 
@@ -198,6 +221,13 @@ def test_saved_folder_writes_text_without_the_package(finished, tmp_path):
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("def parse") and len(first.stdout) > len("def parse") + 10
     assert first.stdout != other.stdout
+
+
+@pytest.mark.parametrize("model_type, script", [("heptapod", "fill_page.py"), ("multigrid", "sample_axes.py")])
+def test_what_needs_another_script_to_write_is_named(model_type, script, tmp_path):
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    process = run(SCRIPTS / "sample.py", tmp_path, cwd=tmp_path)
+    assert f"ValueError: {tmp_path} holds a {model_type}, for which there is training/{script}" in process.stderr
 
 
 def test_saved_configuration_is_the_models_and_the_tokenizers(finished):
