@@ -191,20 +191,13 @@ def test_of_one_file_the_tail_is_held_out(tmp_path):
         (200 * "x" + "\n", 9 * "x" + "\n"),  # there is no other
         (200 * "x", 10 * "x"),
     ],
+    ids=["last", "last, without an end", "only", "only, without an end"],
 )
 def test_lines_of_any_length_leave_something_to_hold_out(text, held_out, tmp_path):
     (tmp_path / "one.txt").write_text(text)
     texts = load_texts(str(tmp_path / "one.txt"))
     assert texts.train[0] + texts.validation[0] == text
     assert texts.validation == [held_out]
-
-
-def test_empty_files_are_not_what_is_held_out(tmp_path):
-    for number in range(50):
-        (tmp_path / f"{number}.txt").write_text("")
-    (tmp_path / "full.txt").write_text("line\n" * 100)
-    texts = load_texts(str(tmp_path))
-    assert "".join(texts.train + texts.validation) == "line\n" * 100 and any(texts.validation)
 
 
 def test_max_validation_bytes_cuts_between_characters(tmp_path):
@@ -235,6 +228,10 @@ def test_named_data_set(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config: splits(train=texts))
     loaded = load_texts("owner/name", text_column="body")
     assert sorted(loaded.train + loaded.validation) == sorted(texts) and 1 <= len(loaded.validation) < 30
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: splits(train=texts, validation=["", ""]))
+    loaded = load_texts("owner/name", text_column="body")
+    assert "".join(loaded.train + loaded.validation) == "".join(texts) and any(loaded.validation)
 
 
 def _binary(path):
