@@ -178,14 +178,18 @@ def test_a_folder_saved_from_shards_is_whole(family, tmp_path):
 
 
 @pytest.mark.slow
-def test_train_minutes_is_the_same_in_all_processes(tmp_path):
+@pytest.mark.parametrize(
+    "length", [("--train_minutes", "0.02"), ("--train_tokens", "257")], ids=lambda length: length[0]
+)
+def test_the_length_of_a_run_is_that_of_all_processes(length, tmp_path):
     command = arguments("leap", tmp_path, 2)
     place = command.index("--max_steps")
-    command[place : place + 2] = ["--train_minutes", "0.02"]
+    command[place : place + 2] = length
     process = run(*TORCHRUN, SCRIPTS / "train.py", *command, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["steps"] >= 1 and results["wrapper"] == "DistributedDataParallel"
+    assert results["wrapper"] == "DistributedDataParallel" and results["tokens_per_step"] == 2 * 2 * 2 * 32
+    assert results["steps"] == 2 or ("--train_minutes" in length and results["steps"] >= 1)
 
 
 @pytest.mark.slow

@@ -188,6 +188,16 @@ def test_a_pinned_revision_gives_the_older_weights(hub, published, loaded):
         assert f'pushed: me/leap, revision="{commit.oid}"' in published[1]
 
 
+def test_a_pinned_revision_is_evaluated(hub, published, tmp_path):
+    folder, first = published[0], hub.repos["me/leap"].commits[1].oid
+    options = ("--dataset", CORPUS, "--max_validation_bytes", "50", "--window", "8")
+    run(SCRIPTS / "evaluate.py", "me/leap", "--revision", first, *options, cwd=tmp_path, hub=hub)
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    assert (
+        evaluation["weights_sha256"] == weights_digest(folder / "leap") != weights_digest(folder / "changed" / "leap")
+    )
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trainer_pushes_what_loads_without_the_package(family, published, loaded):
     trained = logits_of(published[0] / f"{family}-trained")

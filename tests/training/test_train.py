@@ -267,6 +267,62 @@ def test_bad_checkpoints_are_named(tmp_path):
     assert train.find_checkpoint(str(tmp_path / "checkpoint-100"), "", 2) == str(tmp_path / "checkpoint-100")
 
 
+def test_a_run_that_is_resumed_keeps_its_schedule(finished, monkeypatch):
+    more = ("--max_steps", str(STEPS + 1), "--resume_from_checkpoint", "last")
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(finished[0].parent, *more)])
+    with pytest.raises(
+        ValueError, match=f"--max_steps {STEPS + 1}: the run that is resumed has a schedule of {STEPS} "
+    ):
+        train.main()
+
+
+def test_what_trainer_could_not_resume_is_not_begun(tmp_path, monkeypatch):
+    config = {"model_type": "hierarchical_lm", "hierarchies": [1, 4], "strides": [1, 2], "hidden_size": 32}
+    config |= {"num_attention_heads": 2, "head_dim": [16, 32]}
+    folder = prepare(tmp_path)
+    (folder / "config" / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(folder, "--max_steps", "1")])
+    with pytest.raises(
+        ValueError, match=r"--config_name: Trainer cannot resume .* got \[16, 32\]; set --save_strategy no"
+    ):
+        train.main()
+
+
+def test_tokens_of_a_run_are_those_of_all_its_batches(tmp_path, monkeypatch):
+    """4 blocks of 64 and twice that in a step: the third step is needed for the last token."""
+    folder = prepare(tmp_path)
+    more = ("--gradient_accumulation_steps", "2", "--train_tokens", "1025", "--eval_strategy", "no")
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(folder, *more)])
+    train.main()
+    results = json.loads((folder / "out" / "results.json").read_text())
+    assert (results["steps"], results["tokens_per_step"]) == (3, 512)
+
+
+@pytest.mark.parametrize("metric", [(), ("--metric_for_best_model", "bits_per_byte")], ids=["default", "named"])
+def test_a_run_stops_early_and_leaves_its_best_model(metric, tmp_path, monkeypatch):
+    """Where each step climbs the loss, the first evaluation was the best, in bits per byte."""
+
+    class ClimbingTrainer(train.ShardingTrainer):
+        def training_step(self, model, *args, **kwargs):
+            loss = super().training_step(model, *args, **kwargs)
+            for parameter in model.parameters():
+                parameter.grad.neg_()
+            return loss
+
+    folder = prepare(tmp_path)
+    more = ("--max_steps", "9", "--eval_steps", "1", "--save_steps", "1", "--eval_on_start", "false", *metric)
+    more += ("--load_best_model_at_end", "true", "--early_stopping_patience", "2")
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(folder, *more)])
+    monkeypatch.setattr(train, "ShardingTrainer", ClimbingTrainer)
+    train.main()
+    state = json.loads((folder / "out" / "trainer_state.json").read_text())
+    bits = [entry["eval_bits_per_byte"] for entry in state["log_history"] if "eval_loss" in entry]
+    assert state["global_step"] == 3 and bits[:3] == sorted(bits[:3])
+    assert state["best_metric"] == bits[0]
+    results = json.loads((folder / "out" / "results.json").read_text())
+    assert results["bits_per_byte"] == pytest.approx(bits[0], rel=1e-6)
+
+
 def test_bad_corpus_ends_the_run_with_the_arguments_name(tmp_path):
     folder = prepare(tmp_path)
     more = ("--max_steps", "1", "--dataset", str(tmp_path / "missing.txt"))
