@@ -339,6 +339,9 @@ def test_the_hub_accepts_the_metadata_and_reads_the_figures(family, hub, publish
     for key, wrong in [("license", "mine"), ("pipeline_tag", "page-writing"), ("model-index", [{"name": family}])]:
         broken = yaml.safe_dump({**header, key: wrong})
         assert len(find_errors(f"---\n{broken}---\n")) == 1
+        body = json.dumps({"repoType": "model", "content": f"---\n{broken}---\n"}).encode()
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            urllib.request.urlopen(f"{hub.url}/api/validate-yaml", body)
 
 
 def test_code_of_a_card_runs(published):
