@@ -236,6 +236,7 @@ def test_publishing_again_in_other_files_leaves_no_old_weights(hub, published, t
     evaluate_here(tmp_path / "leap")
     run(SCRIPTS / "publish.py", tmp_path / "leap", "--repo-id", "me/again", cwd=tmp_path, hub=hub)
     assert "model.safetensors" in hub.repos["me/again"].commits[-1].files
+    hub.repos["me/again"].commits[-1].files["other/model.safetensors"] = b"which nothing loads with the folder"
     model, _ = load_model(tmp_path / "leap")
     (tmp_path / "leap" / "model.safetensors").unlink()
     model.save_pretrained(tmp_path / "leap", max_shard_size="10KB")
@@ -243,6 +244,7 @@ def test_publishing_again_in_other_files_leaves_no_old_weights(hub, published, t
     run(SCRIPTS / "publish.py", tmp_path / "leap", "--repo-id", "me/again", cwd=tmp_path, hub=hub)
     files = hub.repos["me/again"].commits[-1].files
     assert "model.safetensors" not in files and "model.safetensors.index.json" in files
+    assert "other/model.safetensors" in files
     with pytest.raises(AssertionError, match="--private: me/again is there and public; nothing was pushed"):
         run(SCRIPTS / "publish.py", tmp_path / "leap", "--repo-id", "me/again", "--private", cwd=tmp_path, hub=hub)
 
@@ -323,9 +325,11 @@ def test_the_hub_accepts_the_metadata_and_reads_the_figures(family, hub, publish
     assert data.pipeline_tag == ("other" if family == "heptapod" else "text-generation")
     evaluation = json.loads((published[0] / family / "evaluation.json").read_text())
     figures = {result.metric_name: (result.dataset_name, result.metric_value) for result in data.eval_results}
+    conditions = [result.metric_args for result in data.eval_results]
     if family == "heptapod":
         bound = round(evaluation["bound_bits_per_byte"], 4)
         assert figures == {"bits per byte, upper bound (negative ELBO)": ("argparse.py", bound)}
+        assert conditions == [{"mask_samples": evaluation["mask_samples"]}]
     else:
         assert figures == {
             "bits per byte, blocks without shared context": ("stdlib", 7.654),
@@ -334,6 +338,8 @@ def test_the_hub_accepts_the_metadata_and_reads_the_figures(family, hub, publish
                 round(evaluation["sliding_window_bits_per_byte"], 4),
             ),
         }
+        window = {"window": evaluation["window"], "stride": evaluation["stride"]}
+        assert conditions == [{"block_size": 20}, window] and window["window"] == 2 * window["stride"]
     # And the test's Hub does refuse what the Hub refuses.
     header = yaml.safe_load(content.split("---\n")[1])
     for key, wrong in [("license", "mine"), ("pipeline_tag", "page-writing"), ("model-index", [{"name": family}])]:

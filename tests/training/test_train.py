@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import torch
 import train
 from data import PackedBlocks
 from objectives import objective_for
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerState, TrainingArguments
 
 
 SCRIPTS = Path(train.__file__).parent
@@ -296,6 +297,20 @@ def test_tokens_of_a_run_are_those_of_all_its_batches(tmp_path, monkeypatch):
     train.main()
     results = json.loads((folder / "out" / "results.json").read_text())
     assert (results["steps"], results["tokens_per_step"]) == (3, 512)
+    # The first step, in which everything is made, is not in the speed.
+    assert results["tokens_per_second"] * (results["train_seconds"] + 0.05) > 2 * 512
+
+
+def test_the_speed_is_that_of_the_steps_after_the_first(monkeypatch):
+    ticks = iter([0, 5, 10, 11, 20, 23])
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: next(ticks), time=time.time))
+    speed, state, found = train.Speed(), TrainerState(), []
+    for _ in range(3):
+        speed.on_step_begin(None, state, None)
+        speed.on_step_end(None, state, None)
+        found.append((speed.seconds, speed.steps_per_second))
+    first = found[0][0]
+    assert first > 0 and found == [(first, None), (first, 1 / 1), (first, 2 / (1 + 3))]
 
 
 @pytest.mark.parametrize("metric", [(), ("--metric_for_best_model", "bits_per_byte")], ids=["default", "named"])
