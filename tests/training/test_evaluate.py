@@ -165,6 +165,7 @@ def test_errors_of_pages_are_in_bits_per_byte(folders, measured, text):
     }
     for name, figure in expected.items():
         assert results[name] == pytest.approx(figure / math.log(2) / SIZE, rel=1e-4)
+    assert results["mask_samples"] == evaluate.MASK_SAMPLES
 
 
 @pytest.mark.parametrize("name", ["leap", "heptapod"])
