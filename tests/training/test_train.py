@@ -83,9 +83,9 @@ def finished(tmp_path_factory):
     return folder / "out", process.stdout
 
 
-def losses(folder):
+def log(folder, name):
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+    return [(entry["step"], entry[name]) for entry in history if name in entry]
 
 
 def test_a_killed_run_resumes_with_the_same_losses(finished, tmp_path):
@@ -107,9 +107,9 @@ def test_a_killed_run_resumes_with_the_same_losses(finished, tmp_path):
 
     assert process.stdout.count("{'loss'") == STEPS - 6  # and not all over again
 
-    expected, resumed = losses(finished[0]), losses(folder / "out")
-    assert list(expected) == list(range(1, STEPS + 1))
-    assert resumed == expected
+    assert [step for step, _ in log(finished[0], "loss")] == list(range(1, STEPS + 1))
+    for name in ("loss", "eval_bits_per_byte"):
+        assert log(folder / "out", name) == log(finished[0], name)
     results = [json.loads((out / "results.json").read_text()) for out in (finished[0], folder / "out")]
     assert results[0]["bits_per_byte"] == results[1]["bits_per_byte"]
     assert results[0]["bits_per_byte_before"] == results[1]["bits_per_byte_before"]
@@ -124,8 +124,7 @@ def test_training_learns_and_says_what(finished):
         assert f"{results[name]:.3f}" in printed
     assert f"{results['held_out_bytes']:,} held-out bytes" in printed
 
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    assert [entry["step"] for entry in history if "eval_bits_per_byte" in entry] == [0, 6, 12, 12]
+    assert [step for step, _ in log(folder, "eval_bits_per_byte")] == [0, 6, 12, 12]
 
     card = (folder / "README.md").read_text()
     assert "{{" not in card and "model-index" in card and f"**{results['bits_per_byte']:.3f}**" in card

@@ -140,7 +140,7 @@ def test_samples_are_in_the_log_and_change_nothing(family, tmp_path, capsys):
     assert all(entry["sample"].startswith(written) and len(entry["sample"]) > 16 for entry in samples)
     assert capsys.readouterr().out.count("--- a sample at step") == 2
     run.model.train()
-    numbers = torch.get_rng_state()
+    numbers = torch.manual_seed(5).get_state()
     train.Samples(run.objective.sample).on_evaluate(run.args, run.state, None, run.model)
     assert torch.equal(torch.get_rng_state(), numbers) and run.model.training
 
