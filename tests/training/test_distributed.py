@@ -65,6 +65,8 @@ def one_process(tmp_path_factory):
 def test_two_processes_have_the_losses_of_one(family, way, wrapper, two_processes, one_process):
     found = two_processes[f"{way} {family}"]
     assert wrapper in found["wrapper"][:2]
+    layers = [name for name in found["sharded"] if name.endswith("Layer")]
+    assert len(layers) == (2 if way == "fsdp" else 0)  # each on its own, not the model as a whole
     assert len(found["losses"]) == len(one_process[family]) == 4
     for step, expected in one_process[family].items():
         assert found["losses"][str(step)] == pytest.approx(expected, rel=2e-6)

@@ -361,6 +361,9 @@ def test_code_of_a_card_runs(published):
 def test_cards_of_folders_without_an_evaluation(published, tmp_path):
     for family in FAMILIES:
         save_with_results(family, tmp_path / family)
+        (tmp_path / family / "curve.png").touch()
+        model_card.write_card(tmp_path / family)
+        assert "curve.png" in (tmp_path / family / "README.md").read_text()
         model_card.write_card(tmp_path / family, tmp_path / f"{family}.md")
         card = (tmp_path / f"{family}.md").read_text()
         assert "`evaluate.py` has not been run" in card and "{{" not in card and find_errors(card) == []

@@ -1,6 +1,7 @@
 """training/train.py, run as a user runs it: in a process of its own, once to the end and once with a kill -9."""
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -301,8 +302,8 @@ def test_tokens_of_a_run_are_those_of_all_its_batches(tmp_path, monkeypatch):
 
 
 def test_the_speed_is_that_of_the_steps_after_the_first(monkeypatch):
-    ticks = iter([0, 5, 10, 11, 20, 23])
-    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: next(ticks), time=time.time))
+    ticks, clock = iter([0, 5, 10, 11, 20, 23]), itertools.count(time.time()).__next__
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: next(ticks), time=clock))
     speed, state, found = train.Speed(), TrainerState(), []
     for _ in range(3):
         speed.on_step_begin(None, state, None)
