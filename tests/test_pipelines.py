@@ -115,6 +115,17 @@ def test_axes_annotated_in_a_pipeline(tmp_path):
     assert pipe(PROMPTS[0], return_tensors=True, **options)[0]["generated_token_ids"] == written
 
 
+def test_what_a_mask_hides_of_a_prompt_is_not_annotated():
+    model, processor = CAUSAL["multigrid with axes"](**COMMON), MultiGridProcessor(TOKENIZER, AXES)
+    hidden, prompt = (TOKENIZER(text, return_tensors="pt").input_ids for text in ("'((", PROMPTS[0]))
+    ids, mask = torch.cat([hidden, prompt], dim=1), torch.ones(1, 3 + prompt.shape[1], dtype=torch.long)
+    written = model.generate(ids, attention_mask=mask, processor=processor, **GREEDY)
+    mask[:, :3] = 0
+    masked = model.generate(ids, attention_mask=mask, processor=processor, **GREEDY)[:, 3:]
+    assert torch.equal(masked, model.generate(prompt, processor=processor, **GREEDY))
+    assert not torch.equal(masked, written[:, 3:])
+
+
 def test_axes_without_a_processor_are_refused(tmp_path):
     model = CAUSAL["multigrid with axes"](**COMMON)
     pipe = pipeline("text-generation", model=saved(model, tmp_path), trust_remote_code=True)

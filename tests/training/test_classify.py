@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import classify
 import numpy as np
 import pytest
+import torch
 from classify import difference, read_rows, scores, split, words_alone
 from data import build_tokenizer
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, Trainer, pipeline
 
 from tests.tiny_leap import tiny_leap
 
@@ -33,14 +35,19 @@ def write_rows(path, number=400):
     return rows
 
 
-def test_order_is_learned_that_words_alone_do_not_tell(tmp_path):
-    rows = write_rows(tmp_path / "rows.jsonl")
+def save_model(folder):
     tokenizer = build_tokenizer("byte", [])
     model = tiny_leap(
         vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_hidden_layers=2, window_sizes=[3, None]
     )
     for part in (model, tokenizer):
-        part.save_pretrained(tmp_path / "model")
+        part.save_pretrained(folder)
+    return model
+
+
+def test_order_is_learned_that_words_alone_do_not_tell(tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl")
+    save_model(tmp_path / "model")
     command = [sys.executable, "-W", "ignore", "training/classify.py", "--model", tmp_path / "model"]
     command += ["--rows", tmp_path / "rows.jsonl", "--text_column", "line", "--label_column", "way", "--use_cpu"]
     command += [
@@ -69,6 +76,30 @@ def test_order_is_learned_that_words_alone_do_not_tell(tmp_path):
     assert f"accuracy 1.000 +- 0.000, macro F1 1.000\n  above words alone, row by row: +{1 - most:.3f}" in done.stdout
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert loaded.config.id2label == {0: "back", 1: "forward"}
+    classifier = pipeline("text-classification", loaded.eval(), tokenizer=build_tokenizer("byte", []))
+    assert [said["label"] for said in classifier(["one two six ten", "ten six two one"])] == ["forward", "back"]
+
+
+@pytest.mark.parametrize("from_scratch", [False, True])
+def test_what_is_trained_and_on_what(from_scratch, tmp_path, monkeypatch):
+    write_rows(tmp_path / "rows.jsonl", 40)
+    trained, seen = save_model(tmp_path / "model"), []
+
+    class Watched(Trainer):
+        def train(self):
+            seen.append(self.train_dataset["input_ids"])
+            return super().train()
+
+    command = (
+        f"classify.py --model {tmp_path}/model --rows {tmp_path}/rows.jsonl --output_dir {tmp_path}/out --use_cpu"
+    )
+    command += " --text_column line --label_column way --max_length 7 --max_steps 1 --learning_rate 0 --report_to none"
+    monkeypatch.setattr(sys, "argv", [*command.split(), *(["--from_scratch"] if from_scratch else [])])
+    monkeypatch.setattr(classify, "Trainer", Watched)
+    classify.main()
+    assert {len(row) for row in seen[0]} == {7}
+    left = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert torch.equal(left.model.embed_tokens.weight, trained.model.embed_tokens.weight) == (not from_scratch)
 
 
 def test_every_tenth_row_is_held_out():

@@ -65,6 +65,8 @@ def one_process(tmp_path_factory):
 def test_two_processes_have_the_losses_of_one(family, way, wrapper, two_processes, one_process):
     found = two_processes[f"{way} {family}"]
     assert wrapper in found["wrapper"][:2]
+    layers = [name for name in found["sharded"] if name.endswith("Layer")]
+    assert len(layers) == (2 if way == "fsdp" else 0)  # each on its own, not the model as a whole
     assert len(found["losses"]) == len(one_process[family]) == 4
     for step, expected in one_process[family].items():
         assert found["losses"][str(step)] == pytest.approx(expected, rel=2e-6)
@@ -178,14 +180,18 @@ def test_a_folder_saved_from_shards_is_whole(family, tmp_path):
 
 
 @pytest.mark.slow
-def test_train_minutes_is_the_same_in_all_processes(tmp_path):
+@pytest.mark.parametrize(
+    "length", [("--train_minutes", "0.02"), ("--train_tokens", "257")], ids=lambda length: length[0]
+)
+def test_the_length_of_a_run_is_that_of_all_processes(length, tmp_path):
     command = arguments("leap", tmp_path, 2)
     place = command.index("--max_steps")
-    command[place : place + 2] = ["--train_minutes", "0.02"]
+    command[place : place + 2] = length
     process = run(*TORCHRUN, SCRIPTS / "train.py", *command, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["steps"] >= 1 and results["wrapper"] == "DistributedDataParallel"
+    assert results["wrapper"] == "DistributedDataParallel" and results["tokens_per_step"] == 2 * 2 * 2 * 32
+    assert results["steps"] == 2 or ("--train_minutes" in length and results["steps"] >= 1)
 
 
 @pytest.mark.slow

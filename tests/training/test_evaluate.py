@@ -116,6 +116,10 @@ def test_each_token_costs_what_it_costs_alone(name, folders, measured, text):
     assert results["text_pays_for_axes"] == (name == "factored")
     assert results["sliding_window_bits_per_byte"] == pytest.approx(text_nats / math.log(2) / SIZE, rel=1e-5)
     assert results["least_context"] == WINDOW - STRIDE
+    nats = expected.sum(0) if name == "factored" else expected[0]
+    stretches = [nats[start : start + WINDOW] for start in range(0, len(nats), WINDOW)]
+    error = evaluate.error_over_text(*np.array([(part.sum(), len(part)) for part in stretches]).T)
+    assert results["standard_error_over_text"] == pytest.approx(error / math.log(2) / SIZE, rel=1e-4)
 
 
 @pytest.mark.parametrize("length", [2, 7, 8, 9, 13, 14, 31])
@@ -143,9 +147,38 @@ def test_the_bound_of_pages_and_its_error(folders):
     many, small_error = evaluate.diffusion_bound(model, pages, batch_size=len(pages), num_samples=400)
     assert few.shape == (len(pages),) and len(pages) == 4
     assert error == pytest.approx(10 * small_error, rel=0.7)
+    alone = [evaluate.diffusion_bound(model, page[None], batch_size=1, num_samples=400)[1] for page in pages]
+    assert small_error == pytest.approx(math.hypot(*alone), rel=0.2)  # of a sum of pages that are drawn on their own
     assert few.sum() == pytest.approx(many.sum(), abs=4 * error)
     # Whatever is drawn, it costs about as much as cells that nothing is known of: the weights are random.
     assert many.sum() > 0.5 * pages.numel() * math.log(260)
+
+
+def test_errors_of_pages_are_in_bits_per_byte(folders, measured, text):
+    model, processor = evaluate.load_model(folders / "heptapod")
+    pages, results = torch.from_numpy(processor.paginate(text)), measured[1]["heptapod"]
+    nats, error = evaluate.diffusion_bound(model, pages, batch_size=3)  # as was measured: the same masks
+    over_text = evaluate.error_over_text(nats, np.ones(len(pages)))
+    expected = {
+        "bound_bits_per_byte": nats.sum(),
+        "bound_standard_error": error,
+        "standard_error_over_text": over_text,
+    }
+    for name, figure in expected.items():
+        assert results[name] == pytest.approx(figure / math.log(2) / SIZE, rel=1e-4)
+    assert results["mask_samples"] == evaluate.MASK_SAMPLES
+
+
+@pytest.mark.parametrize("name", ["leap", "heptapod"])
+def test_bytes_are_counted_and_not_characters(name, folders):
+    results = evaluate.evaluate(folders / name, ["é" * 40, "☃"], CORPUS, window=WINDOW)
+    assert results["held_out_bytes"] == 2 * 40 + 3
+    if name == "leap":
+        bits = results["losses"]["text"]["nats_per_token"] * results["tokens"] / math.log(2)
+    else:
+        bits = results["bits_per_cell"] * results["cells"]
+    figure = results["sliding_window_bits_per_byte" if name == "leap" else "bound_bits_per_byte"]
+    assert figure == pytest.approx(bits / (2 * 40 + 3))
 
 
 def test_error_over_text_is_that_of_resampled_stretches():

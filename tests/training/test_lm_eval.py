@@ -160,8 +160,28 @@ def test_what_lm_eval_cannot_score_is_said(scored):
     assert "axis_order='factored'" in scored[1]["error of factored"]
 
 
+def test_a_model_with_axes_writes_with_annotated_ones(scored):
+    folder, results = scored
+    model, processor = evaluate.load_model(folder / "multigrid")
+    documents, samples = (results["multigrid-1"][kind]["write"] for kind in ("documents", "samples"))
+    differ = 0
+    for document, sample in zip(documents, samples, strict=True):
+        inputs = processor(document["context"][-(4 + 13 * document["answer"]) :], return_tensors="pt")
+        ids = [
+            model.generate(**inputs, meta_source=source, processor=processor, max_new_tokens=12, do_sample=False)
+            for source in ("annotated", "predicted")
+        ]
+        new = [processor.decode(row[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True) for row in ids]
+        assert flat(sample) == [new[0].split("\n\n")[0]]
+        differ += new[0] != new[1]
+    assert differ
+
+
 def test_documents_of_the_tasks(scored):
-    documents = scored[1]["leap-1"]["documents"]
-    for document in documents["stdlib_next_line"]:
+    folder, results = scored
+    texts = [path.read_text() for path in (folder / "stdlib").rglob("*.py")]
+    for document in results["leap-1"]["documents"]["stdlib_next_line"]:
         assert len(document["choices"]) == 4 and document["context"].endswith("\n")
         assert len({*document["choices"]}) == 4
+        so_far, next_line = document["context"], document["choices"][document["answer"]]
+        assert any(so_far + next_line in text for text in texts)

@@ -195,6 +195,16 @@ def test_a_pinned_revision_gives_the_older_weights(hub, published, loaded):
         assert f'pushed: me/leap, revision="{commit.oid}"' in published[1]
 
 
+def test_a_pinned_revision_is_evaluated(hub, published, tmp_path):
+    folder, first = published[0], hub.repos["me/leap"].commits[1].oid
+    options = ("--dataset", CORPUS, "--max_validation_bytes", "50", "--window", "8")
+    run(SCRIPTS / "evaluate.py", "me/leap", "--revision", first, *options, cwd=tmp_path, hub=hub)
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    assert (
+        evaluation["weights_sha256"] == weights_digest(folder / "leap") != weights_digest(folder / "changed" / "leap")
+    )
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trainer_pushes_what_loads_without_the_package(family, published, loaded):
     trained = logits_of(published[0] / f"{family}-trained")
@@ -233,6 +243,7 @@ def test_publishing_again_in_other_files_leaves_no_old_weights(hub, published, t
     evaluate_here(tmp_path / "leap")
     run(SCRIPTS / "publish.py", tmp_path / "leap", "--repo-id", "me/again", cwd=tmp_path, hub=hub)
     assert "model.safetensors" in hub.repos["me/again"].commits[-1].files
+    hub.repos["me/again"].commits[-1].files["other/model.safetensors"] = b"which nothing loads with the folder"
     model, _ = load_model(tmp_path / "leap")
     (tmp_path / "leap" / "model.safetensors").unlink()
     model.save_pretrained(tmp_path / "leap", max_shard_size="10KB")
@@ -240,6 +251,7 @@ def test_publishing_again_in_other_files_leaves_no_old_weights(hub, published, t
     run(SCRIPTS / "publish.py", tmp_path / "leap", "--repo-id", "me/again", cwd=tmp_path, hub=hub)
     files = hub.repos["me/again"].commits[-1].files
     assert "model.safetensors" not in files and "model.safetensors.index.json" in files
+    assert "other/model.safetensors" in files
     with pytest.raises(AssertionError, match="--private: me/again is there and public; nothing was pushed"):
         run(SCRIPTS / "publish.py", tmp_path / "leap", "--repo-id", "me/again", "--private", cwd=tmp_path, hub=hub)
 
@@ -339,9 +351,11 @@ def test_the_hub_accepts_the_metadata_and_reads_the_figures(family, hub, publish
     assert data.pipeline_tag == ("other" if family == "heptapod" else "text-generation")
     evaluation = json.loads((published[0] / family / "evaluation.json").read_text())
     figures = {result.metric_name: (result.dataset_name, result.metric_value) for result in data.eval_results}
+    conditions = [result.metric_args for result in data.eval_results]
     if family == "heptapod":
         bound = round(evaluation["bound_bits_per_byte"], 4)
         assert figures == {"bits per byte, upper bound (negative ELBO)": ("argparse.py", bound)}
+        assert conditions == [{"mask_samples": evaluation["mask_samples"]}]
     else:
         assert figures == {
             "bits per byte, blocks without shared context": ("stdlib", 7.654),
@@ -350,11 +364,16 @@ def test_the_hub_accepts_the_metadata_and_reads_the_figures(family, hub, publish
                 round(evaluation["sliding_window_bits_per_byte"], 4),
             ),
         }
+        window = {"window": evaluation["window"], "stride": evaluation["stride"]}
+        assert conditions == [{"block_size": 20}, window] and window["window"] == 2 * window["stride"]
     # And the test's Hub does refuse what the Hub refuses.
     header = yaml.safe_load(content.split("---\n")[1])
     for key, wrong in [("license", "mine"), ("pipeline_tag", "page-writing"), ("model-index", [{"name": family}])]:
         broken = yaml.safe_dump({**header, key: wrong})
         assert len(find_errors(f"---\n{broken}---\n")) == 1
+        body = json.dumps({"repoType": "model", "content": f"---\n{broken}---\n"}).encode()
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            urllib.request.urlopen(f"{hub.url}/api/validate-yaml", body)
 
 
 def test_code_of_a_card_runs(published):
@@ -368,6 +387,9 @@ def test_code_of_a_card_runs(published):
 def test_cards_of_folders_without_an_evaluation(published, tmp_path):
     for family in FAMILIES:
         save_with_results(family, tmp_path / family)
+        (tmp_path / family / "curve.png").touch()
+        model_card.write_card(tmp_path / family)
+        assert "curve.png" in (tmp_path / family / "README.md").read_text()
         model_card.write_card(tmp_path / family, tmp_path / f"{family}.md")
         card = (tmp_path / f"{family}.md").read_text()
         assert "`evaluate.py` has not been run" in card and "{{" not in card and find_errors(card) == []

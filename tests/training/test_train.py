@@ -1,6 +1,7 @@
 """training/train.py, run as a user runs it: in a process of its own, once to the end and once with a kill -9."""
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ import torch
 import train
 from data import DataArguments, PackedBlocks
 from objectives import objective_for
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerState, TrainingArguments
 
 
 SCRIPTS = Path(train.__file__).parent
@@ -83,9 +85,9 @@ def finished(tmp_path_factory):
     return folder / "out", process.stdout
 
 
-def losses(folder):
+def log(folder, name):
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+    return [(entry["step"], entry[name]) for entry in history if name in entry]
 
 
 def test_a_killed_run_resumes_with_the_same_losses(finished, tmp_path):
@@ -107,9 +109,9 @@ def test_a_killed_run_resumes_with_the_same_losses(finished, tmp_path):
 
     assert process.stdout.count("{'loss'") == STEPS - 6  # and not all over again
 
-    expected, resumed = losses(finished[0]), losses(folder / "out")
-    assert list(expected) == list(range(1, STEPS + 1))
-    assert resumed == expected
+    assert [step for step, _ in log(finished[0], "loss")] == list(range(1, STEPS + 1))
+    for name in ("loss", "eval_bits_per_byte"):
+        assert log(folder / "out", name) == log(finished[0], name)
     results = [json.loads((out / "results.json").read_text()) for out in (finished[0], folder / "out")]
     assert results[0]["bits_per_byte"] == results[1]["bits_per_byte"]
     assert results[0]["bits_per_byte_before"] == results[1]["bits_per_byte_before"]
@@ -177,8 +179,7 @@ def test_training_learns_and_says_what(finished):
         assert f"{results[name]:.3f}" in printed
     assert f"{results['held_out_bytes']:,} held-out bytes" in printed
 
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    assert [entry["step"] for entry in history if "eval_bits_per_byte" in entry] == [0, 6, 12, 12]
+    assert [step for step, _ in log(folder, "eval_bits_per_byte")] == [0, 6, 12, 12]
 
     card = (folder / "README.md").read_text()
     assert "{{" not in card and "model-index" in card and f"**{results['bits_per_byte']:.3f}**" in card
@@ -327,6 +328,76 @@ def test_bad_checkpoints_are_named(tmp_path):
     (tmp_path / "checkpoint-90" / "rng_state_1.pth").touch()
     assert train.find_checkpoint("last", str(tmp_path), 2) == str(tmp_path / "checkpoint-90")
     assert train.find_checkpoint(str(tmp_path / "checkpoint-100"), "", 2) == str(tmp_path / "checkpoint-100")
+
+
+def test_a_run_that_is_resumed_keeps_its_schedule(finished, monkeypatch):
+    more = ("--max_steps", str(STEPS + 1), "--resume_from_checkpoint", "last")
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(finished[0].parent, *more)])
+    with pytest.raises(
+        ValueError, match=f"--max_steps {STEPS + 1}: the run that is resumed has a schedule of {STEPS} "
+    ):
+        train.main()
+
+
+def test_what_trainer_could_not_resume_is_not_begun(tmp_path, monkeypatch):
+    config = {"model_type": "hierarchical_lm", "hierarchies": [1, 4], "strides": [1, 2], "hidden_size": 32}
+    config |= {"num_attention_heads": 2, "head_dim": [16, 32]}
+    folder = prepare(tmp_path)
+    (folder / "config" / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(folder, "--max_steps", "1")])
+    with pytest.raises(
+        ValueError, match=r"--config_name: Trainer cannot resume .* got \[16, 32\]; set --save_strategy no"
+    ):
+        train.main()
+
+
+def test_tokens_of_a_run_are_those_of_all_its_batches(tmp_path, monkeypatch):
+    """4 blocks of 64 and twice that in a step: the third step is needed for the last token."""
+    folder = prepare(tmp_path)
+    more = ("--gradient_accumulation_steps", "2", "--train_tokens", "1025", "--eval_strategy", "no")
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(folder, *more)])
+    train.main()
+    results = json.loads((folder / "out" / "results.json").read_text())
+    assert (results["steps"], results["tokens_per_step"]) == (3, 512)
+    # The first step, in which everything is made, is not in the speed.
+    assert results["tokens_per_second"] * (results["train_seconds"] + 0.05) > 2 * 512
+
+
+def test_the_speed_is_that_of_the_steps_after_the_first(monkeypatch):
+    ticks, clock = iter([0, 5, 10, 11, 20, 23]), itertools.count(time.time()).__next__
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: next(ticks), time=clock))
+    speed, state, found = train.Speed(), TrainerState(), []
+    for _ in range(3):
+        speed.on_step_begin(None, state, None)
+        speed.on_step_end(None, state, None)
+        found.append((speed.seconds, speed.steps_per_second))
+    first = found[0][0]
+    assert first > 0 and found == [(first, None), (first, 1 / 1), (first, 2 / (1 + 3))]
+
+
+@pytest.mark.parametrize("metric", [(), ("--metric_for_best_model", "bits_per_byte")], ids=["default", "named"])
+def test_a_run_stops_early_and_leaves_its_best_model(metric, tmp_path, monkeypatch):
+    """Where each step climbs the loss, the first evaluation was the best, in bits per byte."""
+
+    class ClimbingTrainer(train.ShardingTrainer):
+        def training_step(self, model, *args, **kwargs):
+            loss = super().training_step(model, *args, **kwargs)
+            for parameter in model.parameters():
+                parameter.grad.neg_()
+            return loss
+
+    folder = prepare(tmp_path)
+    more = ("--max_steps", "9", "--eval_steps", "1", "--save_steps", "1", "--eval_on_start", "false", *metric)
+    more += ("--load_best_model_at_end", "true", "--early_stopping_patience", "2")
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(folder, *more)])
+    monkeypatch.setattr(train, "ShardingTrainer", ClimbingTrainer)
+    train.main()
+    state = json.loads((folder / "out" / "trainer_state.json").read_text())
+    bits = [entry["eval_bits_per_byte"] for entry in state["log_history"] if "eval_loss" in entry]
+    assert state["global_step"] == 3 and bits[:3] == sorted(bits[:3])
+    assert state["best_metric"] == bits[0]
+    results = json.loads((folder / "out" / "results.json").read_text())
+    assert results["bits_per_byte"] == pytest.approx(bits[0], rel=1e-6)
 
 
 def test_bad_corpus_ends_the_run_with_the_arguments_name(tmp_path):

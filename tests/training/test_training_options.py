@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import train
+from cache import Cache
 from data import DataArguments, PackedBlocks, Texts, annotate, build_tokenizer, encode
 from objectives import objective_for
 from streaming import StreamedExamples, StreamedTexts, stream_texts
@@ -138,6 +139,10 @@ def test_samples_are_in_the_log_and_change_nothing(family, tmp_path, capsys):
     written = bytes(token for token in beginning if token < 256).decode()
     assert all(entry["sample"].startswith(written) and len(entry["sample"]) > 16 for entry in samples)
     assert capsys.readouterr().out.count("--- a sample at step") == 2
+    run.model.train()
+    numbers = torch.manual_seed(5).get_state()
+    train.Samples(run.objective.sample).on_evaluate(run.args, run.state, None, run.model)
+    assert torch.equal(torch.get_rng_state(), numbers) and run.model.training
 
 
 def arguments(tmp_path, **options):
@@ -219,15 +224,20 @@ def test_what_is_no_text_is_left_out_of_a_stream(tmp_path, monkeypatch):
         stream_texts(DataArguments(str(tmp_path), max_validation_bytes=0))
 
 
-def test_a_stream_goes_on_with_another_pass():
+def test_a_stream_goes_on_with_another_pass(monkeypatch):
     """Without an end, so that Trainer finds its place again in whatever pass it was killed."""
     stream = StreamedExamples(["abc", "d"], seed=0, buffer=2)
     stream.examples_of = lambda texts: iter("".join(texts))
     read = list(itertools.islice(stream, 12))
     assert [sorted(read[start : start + 4]) for start in (0, 4, 8)] == [list("abcd")] * 3
     assert read == [letter for number in range(3) for letter in stream.one_pass(number)]
+    for _ in range(2):  # from the beginning each time
+        assert list(itertools.islice(stream, 4)) == read[:4] and stream.bytes_read == 4
     stream.examples_of = lambda texts: iter(())
     with pytest.raises(ValueError, match="--dataset holds less text than one example"):
+        next(iter(stream))
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", object)
+    with pytest.raises(ValueError, match="--dataloader_num_workers must be 0"):
         next(iter(stream))
 
 
@@ -284,6 +294,17 @@ def test_what_is_kept_is_found_again_and_never_out_of_date(tmp_path):
         make(**changes)
         assert len(list(tmp_path.iterdir())) >= before + 2
     assert len(make(tokenizer="bpe", vocab_size=300).processing_class.tokenizer) == 300
+
+
+def test_what_is_kept_has_the_name_of_all_that_it_was_made_of(tmp_path):
+    code = tmp_path / "code.py"
+    code.write_text("first")
+    keep = lambda made_of, text: Cache(tmp_path, [code]).text(made_of, lambda: text)
+    parts = [["ab", "c"], ["a", "bc"], ["abc"]]
+    first = [keep(made_of, str(made_of)) for made_of in parts]
+    assert first == [keep(made_of, "anew") for made_of in parts] == [str(made_of) for made_of in parts]
+    code.write_text("second")
+    assert keep(["abc"], "anew") == "anew"
 
 
 def test_ids_of_bytes_are_made_without_the_tokenizer(monkeypatch):

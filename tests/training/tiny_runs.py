@@ -20,6 +20,7 @@ import torch
 from data import DataArguments, Texts
 from objectives import objective_for
 from sharding import ShardingTrainer
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, TrainingArguments, set_seed
 
 from modeling_heptapod import modeling_heptapod
@@ -149,7 +150,11 @@ def main():
                 run = trainer(family, Path(path).parent / "out", per_device_train_batch_size=4, **options)
                 run.train()
             wrapper = type(run.model_wrapped)
-            found[f"{way} {family}"] = {"losses": losses(run), "wrapper": [kind.__name__ for kind in wrapper.__mro__]}
+            found[f"{way} {family}"] = {
+                "losses": losses(run),
+                "wrapper": [kind.__name__ for kind in wrapper.__mro__],
+                "sharded": [type(part).__name__ for part in run.model.modules() if isinstance(part, FSDPModule)],
+            }
     if run.is_world_process_zero():
         Path(path).write_text(json.dumps(found))
 
