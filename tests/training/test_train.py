@@ -124,7 +124,7 @@ def test_a_finished_run_trains_no_further(finished, tmp_path):
     (folder / "out" / "results.json").unlink()
     process = run(SCRIPTS / "train.py", *arguments(folder, "--resume_from_checkpoint", "last"), cwd=folder)
     assert process.returncode == 0, process.stderr
-    assert "{'loss'" not in process.stdout and losses(folder / "out") == losses(finished[0])
+    assert "{'loss'" not in process.stdout and log(folder / "out", "loss") == log(finished[0], "loss")
     expected, resumed = (json.loads((out / "results.json").read_text()) for out in (finished[0], folder / "out"))
     for name in ("steps", "weights_of_step", "weights_sha256", "bits_per_byte"):
         assert resumed[name] == expected[name]
@@ -139,7 +139,7 @@ def test_patience_is_not_given_anew(tmp_path, monkeypatch, capsys):
     command = arguments(folder, *more, "--eval_on_start", "false")
     monkeypatch.setattr(sys, "argv", ["train.py", *command])
     train.main()
-    assert max(losses(folder / "out")) == 6
+    assert log(folder / "out", "loss")[-1][0] == 6
     for left, steps in ((6, 0), (4, 2)):
         for path in (folder / "out").glob("checkpoint-*"):
             if int(path.name.split("-")[1]) > left:
@@ -148,7 +148,7 @@ def test_patience_is_not_given_anew(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         train.main()
         assert capsys.readouterr().out.count("{'loss'") == steps
-        assert max(losses(folder / "out")) == 6
+        assert log(folder / "out", "loss")[-1][0] == 6
 
 
 def test_a_new_run_does_not_mix_its_checkpoints_with_others(finished, monkeypatch):
