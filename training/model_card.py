@@ -36,7 +36,7 @@ def write_card(folder: Path, path: Path | None = None, repo_id: str | None = Non
         results = json.loads((folder / "results.json").read_text())
     except OSError as error:
         raise ValueError(f"{folder} has no results.json, which train.py writes and a card is filled from") from error
-    if results["weights_sha256"] != weights_digest(folder):
+    if results.get("weights_sha256") != weights_digest(folder):
         raise ValueError(
             f"{folder}: results.json is of other weights than those beside it, so no card can be filled from it"
         )

@@ -17,8 +17,9 @@ class ShardingTrainer(NamedLossTrainer):
     On CPUs accelerate ignores it without a word and trains with DDP. What it saves is sharded on CPUs, and is saved with
     the code of torch's wrapper in place of the model's. And methods beside `forward` and `generate` see sharded weights.
 
-    With one process, too: a run that is resumed from its last step, or from where it stopped early, ends there, where `Trainer` trains on; a
-    checkpoint is pushed with the model's code, without which it would not load; and no card is made of what `Trainer` knows.
+    With one process, too: a run that is resumed from its last step, or from where it stopped early, ends there, where
+    `Trainer` trains on; a checkpoint is pushed with the model's code, without which it would not load; and no card is made
+    of what `Trainer` knows.
     """
 
     def create_accelerator_and_postprocess(self):

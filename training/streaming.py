@@ -99,7 +99,7 @@ def _pieces(files):
 
 
 def _next_piece(file, name, number):
-    """About a megabyte that ends with a line where lines are no longer than that; nothing where the file ends or holds no text from there on."""
+    """About a megabyte, to the end of a line that is no longer than that; nothing where the file ends or holds no text any more."""
     try:
         piece = file.read(PIECE)
         piece += file.readline(PIECE)
