@@ -79,7 +79,7 @@ def _compiled(compiler, head_dim):
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         source, built = Path(scratch, "focus.c"), Path(scratch, "focus.so")
-        source.write_text(SOURCE)
+        source.write_text(SOURCE, encoding="utf-8")
         command = [compiler, *flags, *_tuning(), str(source), "-o", str(built), "-lm"]
         subprocess.run(command, capture_output=True, text=True, check=True)
         os.replace(built, path)  # whole or not at all, whoever else is compiling
@@ -97,7 +97,7 @@ def _tuning():
 @cache
 def _cpu():
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())

@@ -261,8 +261,8 @@ def _from_nltk(data, load):
     """What NLTK loads, or an error that says how to get it."""
     try:
         import nltk
-        import nltk.corpus
-        import nltk.tag
+        import nltk.corpus  # noqa: F401 (`load` reads both)
+        import nltk.tag  # noqa: F401
     except ImportError as error:
         raise ImportError("this axis needs NLTK: `pip install nltk`.") from error
     # NLTK looks at the variable once, when it is imported.

@@ -5,6 +5,10 @@ import socket
 import tempfile
 
 
+# Before torch is imported, which reads it once. Tiny tensors gain nothing from a second thread, a busy machine makes threads
+# wait for each other, and the last bits of a sum depend on their number: processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Before transformers is imported: it reads both once. Modules of remote code and compiled C go to a folder of
 # this run's own.
 _CACHE = tempfile.TemporaryDirectory(prefix="heptapod-tests-")
@@ -17,8 +21,7 @@ import torch
 from transformers import set_seed
 
 
-# Tiny tensors gain nothing from a second thread, and a busy machine makes threads wait for each other.
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 _connect = socket.socket.connect
 
 

@@ -62,7 +62,7 @@ def test_round_trip(tmp_path):
 def test_the_configurations_of_this_repository(name):
     config = AutoConfig.from_pretrained(CONFIGS / name)
     assert type(config) is MultiGridConfig
-    written = json.loads((CONFIGS / name / "config.json").read_text())
+    written = json.loads((CONFIGS / name / "config.json").read_text(encoding="utf-8"))
     assert written == json.loads(MultiGridConfig.from_dict(written).to_json_string())
     # Axes are what users attach: set over the saved ones, one value after the other.
     overrides = {

@@ -249,7 +249,7 @@ def test_folders_have_code_weights_and_a_full_map(exported):
     folder, models, *_ = exported
     for name, model in models.items():
         for exported_folder in (folder / name, folder / f"{name}-again"):
-            config = json.loads((exported_folder / "config.json").read_text())
+            config = json.loads((exported_folder / "config.json").read_text(encoding="utf-8"))
             auto_map = {auto: path.split("--")[-1] for auto, path in config["auto_map"].items()}
             assert auto_map == AUTO_MAPS[family(name)]
             assert config["architectures"] == [type(model).__name__] and config["model_type"] == family(name)

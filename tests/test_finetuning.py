@@ -348,7 +348,7 @@ def test_adapters_load_onto_exports_where_the_package_is_not(tmp_path):
 
 def documented_names():
     """By family, the names of the layers that mix positions, and of all others."""
-    page = (ROOT / "README.md").read_text().split("### LoRA")[1].split("###")[0]
+    page = (ROOT / "README.md").read_text(encoding="utf-8").split("### LoRA")[1].split("###")[0]
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", page, re.MULTILINE)
     return {family: [re.findall(r"`([\w.]+)`", column) for column in columns] for family, *columns in rows}
 

@@ -207,11 +207,12 @@ def test_threads_change_nothing(threads):
     qfkv, kwargs = make_inputs(3, 300, padding=True)
     settings, weight = settings_for(8), torch.randn(3, 300, HEADS, 4)
     expected = with_gradient(lambda x: focus_mixing(x, settings, **kwargs), qfkv, weight)
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         got = with_gradient(lambda x: focus_mixing(x, settings, **kwargs), qfkv, weight)
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(before)
     assert torch.equal(got[0], expected[0]) and torch.equal(got[2], expected[2])
 
 

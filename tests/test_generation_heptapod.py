@@ -719,7 +719,7 @@ def test_options_are_saved_and_loaded_with_the_model(tmp_path):
     assert type(model.generation_config) is HeptapodGenerationConfig
     model.generation_config = HeptapodGenerationConfig(schedule="entropy", entropy_bound=0.7, temperature=0.5, seed=3)
     model.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "generation_config.json").read_text())
+    saved = json.loads((tmp_path / "generation_config.json").read_text(encoding="utf-8"))
     del saved["transformers_version"]
     assert saved == {"schedule": "entropy", "entropy_bound": 0.7, "temperature": 0.5, "seed": 3}
 

@@ -278,7 +278,7 @@ def test_a_streamer_can_decode_with_the_processor(by_bytes, capsys):
 def test_saved_and_loaded(processor, tmp_path):
     saved = HeptapodProcessor(processor.tokenizer, height=4, width=11, overflow="clip")
     saved.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "processor_config.json").read_text())
+    config = json.loads((tmp_path / "processor_config.json").read_text(encoding="utf-8"))
     assert config == {
         "auto_map": {"AutoProcessor": "processing_heptapod.HeptapodProcessor"},
         "blank_token": "<|blank|>",

@@ -192,7 +192,7 @@ def test_special_tokens_complete_nothing(by_bytes):
 
 def test_saved_and_loaded(processor, tmp_path):
     processor.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "processor_config.json").read_text())
+    config = json.loads((tmp_path / "processor_config.json").read_text(encoding="utf-8"))
     assert config.keys() == {"auto_map", "axes", "processor_class"}
     assert config["auto_map"] == {"AutoProcessor": "processing_multigrid.MultiGridProcessor"}
     assert config["axes"] == [make_axis(spec).to_spec() for spec in AXES]
@@ -223,7 +223,7 @@ def test_an_axis_of_ones_own(by_bytes, tmp_path):
 
     MultiGridProcessor(by_bytes.tokenizer, [Vowels(letters="yo")]).save_pretrained(tmp_path)
     assert MultiGridProcessor.from_pretrained(tmp_path)("you")["meta_ids"] == [[[1, 1, 0]]]
-    config = (tmp_path / "processor_config.json").read_text()
+    config = (tmp_path / "processor_config.json").read_text(encoding="utf-8")
     (tmp_path / "processor_config.json").write_text(config.replace("Vowels", "Consonants"))
     with pytest.raises(ValueError, match="'vowels' is of class 'Consonants'.*import the module that defines it"):
         MultiGridProcessor.from_pretrained(tmp_path)

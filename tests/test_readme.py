@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 def blocks(heading, language="python"):
     """The blocks of code below a heading, down to the next of its rank."""
-    section = re.split(r"^## ", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    section = re.split(r"^## ", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     (section,) = [part for part in section if part.startswith(f"{heading}\n")]
     return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
 
@@ -156,7 +156,7 @@ def test_evaluate_and_publish_run_as_printed(tmp_path):
     save_with_results("leap", tmp_path / "outputs" / "leap-tiny")
     (tmp_path / "training").symlink_to(ROOT / "training")
     (tmp_path / "hub_cards").mkdir()
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     text = text[text.index("## Evaluate") : text.index("## Fine-tune")]
     commands = re.findall(r"```bash\n\.venv/bin/python (.*?)\n```", text, re.DOTALL)
     assert len(commands) == 4 == text.count("```bash")
@@ -174,7 +174,7 @@ def test_evaluate_and_publish_run_as_printed(tmp_path):
 
 def test_a_test_stands_behind_each_tick():
     """Every row of the table names tests that exist, and every cross a reason that is given."""
-    section = (ROOT / "README.md").read_text().split("## Which family does what")[1].split("\n## ")[0]
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Which family does what")[1].split("\n## ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"][
         2:
     ]
@@ -184,7 +184,9 @@ def test_a_test_stands_behind_each_tick():
         tests = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", tests) or above  # "the same"
         assert tests
         for path, name in tests:
-            assert not name or re.search(rf"^def {name}\(", (ROOT / path).read_text(), re.MULTILINE), name
+            assert not name or re.search(rf"^def {name}\(", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), (
+                name
+            )
         for tick in ticks:
             assert tick == "yes" or re.search(r"\([1-8]\)$", tick)[0] + " " in reasons, tick
         above = tests

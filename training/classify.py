@@ -158,7 +158,9 @@ def main():
         "above_words_alone_standard_error": error,
         "scores": {name: scores(said, truth) for name, said in predicted.items()},
     }
-    Path(training_args.output_dir, "classification.json").write_text(json.dumps(results, indent=2) + "\n")
+    Path(training_args.output_dir, "classification.json").write_text(
+        json.dumps(results, indent=2) + "\n", encoding="utf-8"
+    )
     print(
         f"\n{len(test_texts):,} held-out rows of {len(names)} classes, {seconds:.0f} s on {len(train_texts):,} others"
     )

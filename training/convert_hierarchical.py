@@ -235,7 +235,7 @@ def load_prototype(state_dict: str | Path, arguments: str | Path) -> tuple[dict,
     for name, path in (("state_dict", state_dict), ("arguments", arguments)):
         if not Path(path).is_file():
             raise FileNotFoundError(f"`--{name}`: there is no file {path}.")
-    given = json.loads(Path(arguments).read_text())
+    given = json.loads(Path(arguments).read_text(encoding="utf-8"))
     if Path(state_dict).suffix == ".safetensors":
         return given, load_file(state_dict)
     return given, torch.load(state_dict, map_location="cpu", weights_only=True)

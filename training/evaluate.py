@@ -257,7 +257,7 @@ def evaluate(
 
 def _window_of_training(folder):
     try:
-        return json.loads((folder / "results.json").read_text()).get("block_size")
+        return json.loads((folder / "results.json").read_text(encoding="utf-8")).get("block_size")
     except OSError:
         return None
 
@@ -287,7 +287,7 @@ def main():
     )
     results = evaluate(folder, texts.validation, args.dataset, args.window, args.stride, args.batch_size)
     output = Path(args.output or (folder / "evaluation.json" if is_folder else "evaluation.json"))
-    output.write_text(json.dumps(results, indent=2) + "\n")
+    output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
     print(f"{args.model} on {results['held_out_bytes']:,} held-out bytes of {results['dataset']}")
     over_text = results["standard_error_over_text"]

@@ -18,7 +18,7 @@ from transformers import AutoModelForMaskedLM, AutoProcessor
 def choose_page(processor, text_file: str | None, number: int) -> torch.Tensor:
     """A page of text, `[1, height, width]`; of the held-out source text only pages that are at least half written."""
     if text_file is not None:
-        texts = [Path(text_file).read_text()]
+        texts = [Path(text_file).read_text(encoding="utf-8")]
     else:
         texts = load_texts("stdlib", max_validation_bytes=131_072).validation
     pages = torch.cat([torch.from_numpy(processor.paginate(text)) for text in texts])

@@ -29,11 +29,11 @@ def write_card(folder: Path, path: Path | None = None, repo_id: str | None = Non
         ValueError: naming the folder, where it holds no results, or those of other weights.
     """
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{folder} holds no model: there is no config.json in it") from error
     try:
-        results = json.loads((folder / "results.json").read_text())
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{folder} has no results.json, which train.py writes and a card is filled from") from error
     if results.get("weights_sha256") != weights_digest(folder):
@@ -65,7 +65,7 @@ def write_card(folder: Path, path: Path | None = None, repo_id: str | None = Non
 def read_evaluation(folder: Path) -> dict | None:
     """What evaluate.py measured of a folder; `None` if it did not, or if the weights have changed since."""
     try:
-        evaluation = json.loads((folder / "evaluation.json").read_text())
+        evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     except OSError:
         return None
     return evaluation if evaluation["weights_sha256"] == weights_digest(folder) else None

@@ -410,7 +410,7 @@ def run(task: Task) -> dict:
     key = hashlib.sha256(b"".join([described, *(array.tobytes() for array in arrays)])).hexdigest()
     path, learned = WORK.folder / task.path, learned_path(WORK.folder, task.corpus)
     if path.is_file() and (learned.is_file() or not task.teaches):
-        kept = json.loads(path.read_text())
+        kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["key"] == key:
             return kept
     model, figures = train(config, *blocks, settings, task.seed)
@@ -439,7 +439,7 @@ def write(path: Path, content: dict) -> None:
     """All of it or nothing, whenever the process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(path)
 
 
@@ -468,7 +468,7 @@ def experiment(settings: dict[str, dict], seeds: int, jobs: int, folder: Path) -
     runs = run_all(tasks(lambda name: models_of(name, corpora[name], settings[name])), work, jobs)
     for name, corpus in corpora.items():
         if any(LEARNED in grid.axes for grid in GRIDS[name].values()):
-            corpus.add(LEARNED, json.loads(learned_path(folder, name).read_text())["axis"])
+            corpus.add(LEARNED, json.loads(learned_path(folder, name).read_text(encoding="utf-8"))["axis"])
     learned = tasks(lambda name: [model for model, grid in GRIDS[name].items() if LEARNED in grid.axes])
     return runs + run_all(learned, work, jobs)
 

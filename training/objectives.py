@@ -264,7 +264,7 @@ def _json_of(tokenizer):
 def _source_of(axis):
     """All that the ids of an axis depend on: its arguments and the code of its class."""
     files = {inspect.getfile(kind) for kind in type(axis).__mro__ if kind is not object}
-    return json.dumps(axis.to_spec()) + "".join(Path(file).read_text() for file in sorted(files))
+    return json.dumps(axis.to_spec()) + "".join(Path(file).read_text(encoding="utf-8") for file in sorted(files))
 
 
 def _join(before, new, shared):

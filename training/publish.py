@@ -52,7 +52,7 @@ def _code(folder):
     """Names of the modules that the Auto classes import from a folder, and of those that these import."""
     names = set()
     for path in folder.glob("*config.json"):
-        for reference in json.loads(path.read_text()).get("auto_map", {}).values():
+        for reference in json.loads(path.read_text(encoding="utf-8")).get("auto_map", {}).values():
             names.add(f"{reference.split('.')[0]}.py")
     waiting = set(names)
     while waiting:
@@ -74,7 +74,7 @@ def evaluate_if_needed(folder: Path) -> None:
     if read_evaluation(folder) is not None:
         return
     try:
-        results = json.loads((folder / "results.json").read_text())
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{folder} has no results.json, which train.py writes") from error
     if results["dataset"] != "stdlib":
@@ -89,7 +89,7 @@ def evaluate_if_needed(folder: Path) -> None:
             f"(another Python, or --streaming); evaluate first: python training/evaluate.py {folder} --dataset ..."
         )
     evaluation = evaluate(folder, texts, "stdlib")
-    (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
+    (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
 
 
 def main():

@@ -119,7 +119,7 @@ def find_checkpoint(resume_from: str, output_dir: str, num_processes: int = 1) -
         folders = [Path(resume_from)]
     for folder in reversed(folders):
         try:
-            json.loads((folder / "trainer_state.json").read_text())
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
             if resume_from != "last" or all((folder / name).is_file() for name in drawn):
                 return str(folder)
         except (OSError, ValueError):
@@ -193,7 +193,7 @@ def check_resumable(checkpoint: str, config: PreTrainedConfig) -> None:
     Raises:
         ValueError: naming `--resume_from_checkpoint` and the fields that differ.
     """
-    saved = json.loads(Path(checkpoint, "config.json").read_text())
+    saved = json.loads(Path(checkpoint, "config.json").read_text(encoding="utf-8"))
     ours = json.loads(config.to_json_string())
     differ = {
         name: (saved.get(name), ours.get(name))
@@ -209,7 +209,7 @@ def check_resumable(checkpoint: str, config: PreTrainedConfig) -> None:
 
 def patience_spent(checkpoint: str) -> int:
     """How many evaluations before a checkpoint were no better than the best; 0 for a run that did not count them."""
-    saved = json.loads(Path(checkpoint, "trainer_state.json").read_text())["stateful_callbacks"]
+    saved = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))["stateful_callbacks"]
     return saved.get("EarlyStoppingCallback", {}).get("attributes", {}).get("early_stopping_patience_counter", 0)
 
 
@@ -336,7 +336,7 @@ def runs_beside(folder: Path, results: dict) -> dict[str, float]:
     beside = {}
     for path in sorted(folder.parent.glob("*/results.json")):
         try:
-            other = json.loads(path.read_text())
+            other = json.loads(path.read_text(encoding="utf-8"))
             if path.parent.name != folder.name and other["held_out_sha256"] == results["held_out_sha256"]:
                 beside[path.parent.name] = float(other["bits_per_byte"])
         except (OSError, ValueError, TypeError, KeyError):
@@ -411,7 +411,7 @@ def main():
     if checkpoint is not None:
         check_resumable(checkpoint, config)
         # The schedule of the run that is being resumed, not one that is measured anew.
-        state = json.loads(Path(checkpoint, "trainer_state.json").read_text())
+        state = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
         scheduled, resumed_at = state["max_steps"], state["global_step"]
         if training_args.max_steps not in (-1, scheduled):
             raise ValueError(
@@ -483,7 +483,7 @@ def main():
         "weights_sha256": weights_digest(folder),
         **provenance(training_args.device),
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     history, factor = trainer.state.log_history, objective.bits_per_byte_of_loss
     plot_curve(history, results, factor, folder / "curve.png", objective.text_losses)
     write_card(folder)

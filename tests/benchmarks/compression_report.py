@@ -147,7 +147,7 @@ def bits_of(name, config, train_blocks, held_out, settings, quick):
     key = hashlib.sha256(described + train_blocks.stream.tobytes() + held_out.stream.tobytes()).hexdigest()
     path = KEPT / f"{name.replace(', ', '-').replace(' ', '_')}.json"
     if not quick and path.is_file():
-        kept = json.loads(path.read_text())
+        kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["key"] == key:
             print(f"{name}: trained before at {kept['commit']}, {path.relative_to(ROOT)}", flush=True)
             return torch.tensor(kept["bits"], dtype=torch.float64), kept["commit"]

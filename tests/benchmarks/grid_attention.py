@@ -105,7 +105,7 @@ def print_peak(side, **shape):
     run(24)()  # loads every library
     measured = run(side)
     before = memory_field("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts again from here
     measured()
     print(memory_field("VmHWM") - before)
 

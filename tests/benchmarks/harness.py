@@ -112,7 +112,7 @@ def _short(value):
 def _machine_seconds() -> float | None:
     """CPU seconds of the whole machine spent on anything, stolen ones included; `None` where Linux does not say."""
     try:
-        ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        ticks = [int(x) for x in Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]]
     except OSError:
         return None
     return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # all but idle and waiting for a disk

@@ -51,7 +51,7 @@ def device() -> dict:
     """CPU, its number of cores and matrix units, and the GPU where there is one."""
     model, flags = platform.processor() or platform.machine(), set()
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             name, _, value = line.partition(":")
             if name.strip() == "model name":
                 model = value.strip()

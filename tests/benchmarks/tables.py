@@ -77,12 +77,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=Path, metavar="FILE", help="fill in this file's markers instead of printing")
     arguments = parser.parse_args()
-    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
     if arguments.write is None:
         for name, result in results.items():
             print(f"## {result['title']} ({name})\n\n{render(result)}\n")
     else:
-        arguments.write.write_text(fill(arguments.write.read_text(), results))
+        arguments.write.write_text(fill(arguments.write.read_text(encoding="utf-8"), results))
 
 
 if __name__ == "__main__":

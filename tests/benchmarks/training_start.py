@@ -37,7 +37,7 @@ def seconds_to_first_step(family: str, folder: Path, quick: bool) -> float:
         *("--block_size", "64" if quick else "512", "--per_device_train_batch_size", "4", "--disable_tqdm", "true"),
         *("--save_strategy", "no", "--use_cpu", "true"),
     )
-    return json.loads((folder / "out" / "results.json").read_text())["seconds_to_first_step"]
+    return json.loads((folder / "out" / "results.json").read_text(encoding="utf-8"))["seconds_to_first_step"]
 
 
 def main():

@@ -67,7 +67,9 @@ def check_equal(length):
 
 
 def memory_field(name):
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{name}:"))
+    line = next(
+        x for x in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if x.startswith(f"{name}:")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -79,7 +81,7 @@ def print_peak(name, length, tokens):
     trainee()
     trainee.ids = ids
     before = memory_field("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts again from here
     trainee()
     trainee()
     print(memory_field("VmHWM") - before)
@@ -92,7 +94,7 @@ def peak(name, length, tokens):
 
 def has_bf16_matrix_units():
     try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return False
 

@@ -40,8 +40,8 @@ def train(family: str, way: str, steps: int, quick: bool, folder: Path) -> tuple
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     harness.require(done.returncode == 0, f"{family}, {way}: {done.stderr[-2000:]}")
-    results = json.loads((folder / "out" / "results.json").read_text())
-    history = json.loads((folder / "out" / "trainer_state.json").read_text())["log_history"]
+    results = json.loads((folder / "out" / "results.json").read_text(encoding="utf-8"))
+    history = json.loads((folder / "out" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return results, [entry["loss"] for entry in history if "loss" in entry]
 
 

@@ -14,8 +14,6 @@ FSDPTesterMixin = upstream.load("test_fsdp_mixin").FSDPTesterMixin
 TensorParallelTesterMixin = upstream.load("test_tensor_parallel_mixin").TensorParallelTesterMixin
 TrainingTesterMixin = upstream.load("test_training_mixin").TrainingTesterMixin
 
-torch.set_num_threads(1)  # tensors this small only make threads wait for each other
-
 
 def register(config_class, **model_classes):
     """Enters classes by their names where upstream looks which head it has before it: which labels to build, which class

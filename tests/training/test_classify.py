@@ -64,7 +64,7 @@ def test_order_is_learned_that_words_alone_do_not_tell(tmp_path):
         command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "out" / "classification.json").read_text())
+    results = json.loads((tmp_path / "out" / "classification.json").read_text(encoding="utf-8"))
     held_out = [row["way"] for row in rows[::10]]
     most = held_out.count("forward") / len(held_out)
     assert (results["rows"], results["held_out_rows"], results["labels"]) == (360, 40, ["back", "forward"])

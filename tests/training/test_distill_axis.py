@@ -239,6 +239,6 @@ def test_from_a_saved_model_to_files(model, tokenizer, tmp_path):
     axis = make_axis(tmp_path / "axis" / "axis.json")
     assert axis.name == "habits" and len(axis.vocabulary) == 6
     assert (tmp_path / "axis" / "axis.py").read_text(encoding="utf-8") == axis.to_python()
-    report = json.loads((tmp_path / "axis" / "report.json").read_text())
+    report = json.loads((tmp_path / "axis" / "report.json").read_text(encoding="utf-8"))
     assert report["tokens"] == 3000 and report["agreement"] > report["chance"]
     assert f"{report['agreement']:.1%}" in done.stdout and "held-out tokens" in done.stdout

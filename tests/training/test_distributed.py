@@ -46,7 +46,7 @@ def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     process = run(*TORCHRUN, tiny_runs.__file__, folder / "losses.json", "ddp", "fsdp", cwd=folder)
     assert process.returncode == 0, process.stderr
-    return json.loads((folder / "losses.json").read_text())
+    return json.loads((folder / "losses.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def arguments(family, folder, processes, *more):
 
 
 def losses(folder):
-    history = json.loads((folder / "out" / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((folder / "out" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
 
 
@@ -113,7 +113,7 @@ def test_a_run_killed_at_any_step_resumes_with_the_same_losses(case, tmp_path):
     family, processes, options = case
     launcher = TORCHRUN if processes == 2 else (sys.executable,)
     if "--streaming" in options:
-        lines = (Path(json.__file__).parent / "decoder.py").read_text()
+        lines = (Path(json.__file__).parent / "decoder.py").read_text(encoding="utf-8")
         (tmp_path / "corpus").mkdir()
         for number in range(40):
             (tmp_path / "corpus" / f"{number}.py").write_text(lines[number * 200 :])
@@ -127,7 +127,7 @@ def test_a_run_killed_at_any_step_resumes_with_the_same_losses(case, tmp_path):
         *launcher, SCRIPTS / "train.py", *arguments(family, folders["whole"], processes, *options), cwd=tmp_path
     )
     assert process.returncode == 0, process.stderr
-    results = json.loads((folders["whole"] / "out" / "results.json").read_text())
+    results = json.loads((folders["whole"] / "out" / "results.json").read_text(encoding="utf-8"))
     assert results["processes"] == processes
     if processes == 2:
         assert results["wrapper"].startswith("FSDP" if "--fsdp" in options else "DistributedDataParallel")
@@ -150,7 +150,10 @@ def test_a_run_killed_at_any_step_resumes_with_the_same_losses(case, tmp_path):
     expected, resumed = losses(folders["whole"]), losses(folders["killed"])
     assert list(expected) == list(range(1, STEPS + 1)) and len(set(expected.values())) == STEPS
     assert resumed == expected, killed_in
-    bits = [json.loads((folder / "out" / "results.json").read_text())["bits_per_byte"] for folder in folders.values()]
+    bits = [
+        json.loads((folder / "out" / "results.json").read_text(encoding="utf-8"))["bits_per_byte"]
+        for folder in folders.values()
+    ]
     assert bits[0] == bits[1]
 
 
@@ -189,14 +192,14 @@ def test_the_length_of_a_run_is_that_of_all_processes(length, tmp_path):
     command[place : place + 2] = length
     process = run(*TORCHRUN, SCRIPTS / "train.py", *command, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     assert results["wrapper"] == "DistributedDataParallel" and results["tokens_per_step"] == 2 * 2 * 2 * 32
     assert results["steps"] == 2 or ("--train_minutes" in length and results["steps"] >= 1)
 
 
 @pytest.mark.slow
 def test_the_readme_trains_in_two_processes_as_printed(tmp_path):
-    readme = (SCRIPTS.parent / "README.md").read_text()
+    readme = (SCRIPTS.parent / "README.md").read_text(encoding="utf-8")
     commands = [line for line in readme.splitlines() if line.startswith("torchrun --standalone")]
     assert len(commands) == 2
     for command, wrapper in zip(commands, ("DistributedDataParallel", "FSDPLeapForCausalLM")):
@@ -205,4 +208,4 @@ def test_the_readme_trains_in_two_processes_as_printed(tmp_path):
         process = run(*TORCHRUN[:3], *words[1:], cwd=SCRIPTS.parent)
         assert process.returncode == 0, process.stderr
         folder = Path(words[words.index("--output_dir") + 1])
-        assert json.loads((folder / "results.json").read_text())["wrapper"] == wrapper
+        assert json.loads((folder / "results.json").read_text(encoding="utf-8"))["wrapper"] == wrapper

@@ -64,7 +64,9 @@ def measured(folders):
         timeout=900,
     )
     assert process.returncode == 0, process.stderr
-    return process.stdout, {name: json.loads((folders / name / "evaluation.json").read_text()) for name in FOLDERS}
+    return process.stdout, {
+        name: json.loads((folders / name / "evaluation.json").read_text(encoding="utf-8")) for name in FOLDERS
+    }
 
 
 @pytest.fixture(scope="module")

@@ -111,7 +111,7 @@ def scored(tmp_path_factory):
         timeout=900,
     )
     assert process.returncode == 0, process.stderr
-    return folder, json.loads((folder / "results.json").read_text())
+    return folder, json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
 def flat(value):
@@ -150,7 +150,7 @@ def test_bits_per_byte_are_those_of_our_own_evaluation(name, scored):
 def test_the_command_line_prints_what_is_measured(scored):
     folder, results = scored
     (path,) = (folder / "printed").rglob("results_*.json")
-    printed = json.loads(path.read_text())["results"]
+    printed = json.loads(path.read_text(encoding="utf-8"))["results"]
     for task, figure in (("stdlib_bits_per_byte", "bits_per_byte,none"), ("stdlib_next_line", "acc,none")):
         assert printed[task][figure] == results["leap-1"]["figures"][task][figure]
 
@@ -179,7 +179,7 @@ def test_a_model_with_axes_writes_with_annotated_ones(scored):
 
 def test_documents_of_the_tasks(scored):
     folder, results = scored
-    texts = [path.read_text() for path in (folder / "stdlib").rglob("*.py")]
+    texts = [path.read_text(encoding="utf-8") for path in (folder / "stdlib").rglob("*.py")]
     for document in results["leap-1"]["documents"]["stdlib_next_line"]:
         assert len(document["choices"]) == 4 and document["context"].endswith("\n")
         assert len({*document["choices"]}) == 4

@@ -145,7 +145,7 @@ def test_a_run_gives_its_curve_and_is_not_repeated(work, monkeypatch):
         "token_kind"
     }
     assert figures["rival"] == "plain, size of one axis" and not figures["looks_ahead"]
-    assert json.loads((work.folder / task.path).read_text()) == figures
+    assert json.loads((work.folder / task.path).read_text(encoding="utf-8")) == figures
 
     def never(*args):
         raise AssertionError("trained again")

@@ -195,7 +195,7 @@ def held_out_text():
 
 def test_every_axis_is_in_the_log(trained):
     folder, _ = trained
-    history = json.loads((folder / "out" / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((folder / "out" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     names = ["main_loss", "token_kind_loss", "bracket_loss"]
     entries = [entry for entry in history if "loss" in entry]
     assert len(entries) == 3
@@ -208,7 +208,7 @@ def test_every_axis_is_in_the_log(trained):
 def test_bits_per_byte_agree_with_an_independent_computation(trained):
     """Of the main axis, or in the factored order of all axes together; text and annotations from nothing of ours."""
     folder, order = trained
-    results = json.loads((folder / "out" / "results.json").read_text())
+    results = json.loads((folder / "out" / "results.json").read_text(encoding="utf-8"))
     text = held_out_text()
     model = AutoModelForCausalLM.from_pretrained(folder / "out", trust_remote_code=True).double().eval()
     ids = [256, *text.encode(), 256]
@@ -236,7 +236,7 @@ def test_the_folder_gives_tokenizer_and_axes_back(trained):
     inputs = processor("f(x", return_tensors="pt")
     assert inputs["input_ids"].tolist() == [list(b"f(x")]
     assert inputs["meta_ids"].tolist() == [[make_axis(axis).annotate("f(x") for axis in AXES]]
-    card = (folder / "out" / "README.md").read_text()
+    card = (folder / "out" / "README.md").read_text(encoding="utf-8")
     assert "{{" not in card and "{%" not in card
     assert "axes token_kind, bracket" in card and "AutoProcessor" in card and "AutoTokenizer" not in card
     assert ("sum of\nall axes" in card or "the sum of all axes" in card) == (order == "factored")

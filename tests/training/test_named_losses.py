@@ -231,13 +231,13 @@ def test_a_hierarchical_lm_through_train_and_sample(tmp_path):
     ]
     process = run(*command, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
-    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     train_entries = [entry for entry in history if "loss" in entry]
     eval_entries = [entry for entry in history if "eval_bits_per_byte" in entry]
     assert len(train_entries) == 2 and all(name in entry for entry in train_entries for name in NAMES)
     assert all(f"eval_{name}" in entry for entry in eval_entries for name in NAMES)
     assert train_entries[1]["ce_loss"] < train_entries[0]["ce_loss"] < 6
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     assert results["bits_per_byte"] < results["bits_per_byte_before"]
 
     sample = run(SCRIPTS / "sample.py", "out", "--prompt", "def parse", "--max_new_tokens", "20", cwd=tmp_path)

@@ -176,7 +176,7 @@ def train_process(folder, script, *more):
 
 
 def losses(out):
-    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((out / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
 
 
@@ -184,17 +184,19 @@ def test_a_grid_is_trained_resumed_and_fills_a_page(tmp_path):
     (tmp_path / "first").mkdir()
     (tmp_path / "second").mkdir()
     out, printed = train(tmp_path / "first")
-    results = json.loads((out / "results.json").read_text())
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert results["bits_per_byte"] < results["bits_per_byte_before"] - 0.5
     assert f"{results['bits_per_byte']:.3f} +- {results['bits_per_byte_standard_error']:.3f}" in printed
-    card = (out / "README.md").read_text()
+    card = (out / "README.md").read_text(encoding="utf-8")
     assert "{{" not in card and "AutoProcessor" in card and "4 x 24 cells" in card
     assert "pipeline_tag: other" in card and "pipeline_tag: fill-mask" not in card  # that pipeline cannot read pages
-    assert "use_cache" not in json.loads((out / "config.json").read_text()) and "use_cache" not in card
+    assert "use_cache" not in json.loads((out / "config.json").read_text(encoding="utf-8")) and "use_cache" not in card
 
     resumed, _ = train(tmp_path / "second", "--resume_from_checkpoint", str(out / "checkpoint-4"))
     assert losses(resumed) == losses(out) and list(losses(out)) == list(range(1, 9))
-    assert json.loads((resumed / "results.json").read_text())["bits_per_byte"] == results["bits_per_byte"]
+    assert (
+        json.loads((resumed / "results.json").read_text(encoding="utf-8"))["bits_per_byte"] == results["bits_per_byte"]
+    )
 
     assert AutoProcessor.from_pretrained(out, trust_remote_code=True).height == 4
     process = run(SCRIPTS / "fill_page.py", out, "--text_file", argparse.__file__, "--page", "3", cwd=tmp_path)

@@ -199,7 +199,7 @@ def test_a_pinned_revision_is_evaluated(hub, published, tmp_path):
     folder, first = published[0], hub.repos["me/leap"].commits[1].oid
     options = ("--dataset", CORPUS, "--max_validation_bytes", "50", "--window", "8")
     run(SCRIPTS / "evaluate.py", "me/leap", "--revision", first, *options, cwd=tmp_path, hub=hub)
-    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
     assert (
         evaluation["weights_sha256"] == weights_digest(folder / "leap") != weights_digest(folder / "changed" / "leap")
     )
@@ -276,7 +276,7 @@ def test_a_run_pushes_its_code_with_each_checkpoint_and_in_the_end_its_card(hub,
 
 
 def test_what_is_not_evaluated_is_evaluated_on_what_training_held_out(published):
-    evaluation = json.loads((published[0] / "leap" / "evaluation.json").read_text())
+    evaluation = json.loads((published[0] / "leap" / "evaluation.json").read_text(encoding="utf-8"))
     assert (evaluation["dataset"], evaluation["held_out_bytes"], evaluation["window"]) == ("stdlib", 150, 20)
 
 
@@ -298,7 +298,7 @@ def test_an_evaluation_of_other_weights_does_not_count(tmp_path, monkeypatch):
     assert len(calls) == 1
     save_with_results("leap", tmp_path, seed=1)
     model_card.write_card(tmp_path)  # as train.py does after training again
-    assert "`evaluate.py` has not been run on these weights" in (tmp_path / "README.md").read_text()
+    assert "`evaluate.py` has not been run on these weights" in (tmp_path / "README.md").read_text(encoding="utf-8")
     publish.evaluate_if_needed(tmp_path)
     assert len(calls) == 2
     (tmp_path / "results.json").write_text(json.dumps({"dataset": "book.txt"}))
@@ -322,7 +322,7 @@ def test_a_folder_without_its_code_is_refused(family, left_out, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_card_says_what_was_measured(family, hub, published):
     card = hub.repos[f"me/{family}"].commits[1].files["README.md"].decode()
-    evaluation = json.loads((published[0] / family / "evaluation.json").read_text())
+    evaluation = json.loads((published[0] / family / "evaluation.json").read_text(encoding="utf-8"))
     results = results_of(family)
     assert "{{" not in card and "{%" not in card and "None" not in card and "unknown" not in card.replace("`", "")
     for said in (results["command"], results["commit"], "12,345 bytes", "17 steps of 99 tokens in 12 s", "a computer"):
@@ -349,7 +349,7 @@ def test_the_hub_accepts_the_metadata_and_reads_the_figures(family, hub, publish
     data = ModelCard(content).data
     assert data.license == "mit" and data.library_name == "transformers" and data.model_name == family
     assert data.pipeline_tag == ("other" if family == "heptapod" else "text-generation")
-    evaluation = json.loads((published[0] / family / "evaluation.json").read_text())
+    evaluation = json.loads((published[0] / family / "evaluation.json").read_text(encoding="utf-8"))
     figures = {result.metric_name: (result.dataset_name, result.metric_value) for result in data.eval_results}
     conditions = [result.metric_args for result in data.eval_results]
     if family == "heptapod":
@@ -379,7 +379,7 @@ def test_the_hub_accepts_the_metadata_and_reads_the_figures(family, hub, publish
 def test_code_of_a_card_runs(published):
     """The example of the card, with the folder for the name."""
     for family in FAMILIES:
-        card = (published[0] / family / "README.md").read_text()
+        card = (published[0] / family / "README.md").read_text(encoding="utf-8")
         code = card.split("```python\n")[1].split("```")[0].replace(f'"me/{family}"', repr(str(published[0] / family)))
         exec(code.replace("max_new_tokens=200", "max_new_tokens=3"), {"print": lambda text: None})
 
@@ -389,9 +389,9 @@ def test_cards_of_folders_without_an_evaluation(published, tmp_path):
         save_with_results(family, tmp_path / family)
         (tmp_path / family / "curve.png").touch()
         model_card.write_card(tmp_path / family)
-        assert "curve.png" in (tmp_path / family / "README.md").read_text()
+        assert "curve.png" in (tmp_path / family / "README.md").read_text(encoding="utf-8")
         model_card.write_card(tmp_path / family, tmp_path / f"{family}.md")
-        card = (tmp_path / f"{family}.md").read_text()
+        card = (tmp_path / f"{family}.md").read_text(encoding="utf-8")
         assert "`evaluate.py` has not been run" in card and "{{" not in card and find_errors(card) == []
         assert "curve.png" not in card  # it lies elsewhere
     save_tiny("leap", tmp_path / "leap", seed=3)
@@ -406,10 +406,10 @@ def test_cards_of_folders_without_an_evaluation(published, tmp_path):
 
 def test_the_card_of_a_run_that_was_resumed_or_not_used_to_its_end_says_so(tmp_path):
     save_with_results("leap", tmp_path)
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     (tmp_path / "results.json").write_text(json.dumps({**results, "resumed_at_step": 9, "weights_of_step": 11}))
     model_card.write_card(tmp_path)
-    card = (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "17 steps of 99 tokens, resumed at step 9 and from there in 12 s" in card
     assert "The weights are those of step 11, the best by the held-out text." in card
 

@@ -86,7 +86,7 @@ def finished(tmp_path_factory):
 
 
 def log(folder, name):
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return [(entry["step"], entry[name]) for entry in history if name in entry]
 
 
@@ -112,7 +112,7 @@ def test_a_killed_run_resumes_with_the_same_losses(finished, tmp_path):
     assert [step for step, _ in log(finished[0], "loss")] == list(range(1, STEPS + 1))
     for name in ("loss", "eval_bits_per_byte"):
         assert log(folder / "out", name) == log(finished[0], name)
-    results = [json.loads((out / "results.json").read_text()) for out in (finished[0], folder / "out")]
+    results = [json.loads((out / "results.json").read_text(encoding="utf-8")) for out in (finished[0], folder / "out")]
     assert results[0]["bits_per_byte"] == results[1]["bits_per_byte"]
     assert results[0]["bits_per_byte_before"] == results[1]["bits_per_byte_before"]
 
@@ -125,7 +125,9 @@ def test_a_finished_run_trains_no_further(finished, tmp_path):
     process = run(SCRIPTS / "train.py", *arguments(folder, "--resume_from_checkpoint", "last"), cwd=folder)
     assert process.returncode == 0, process.stderr
     assert "{'loss'" not in process.stdout and log(folder / "out", "loss") == log(finished[0], "loss")
-    expected, resumed = (json.loads((out / "results.json").read_text()) for out in (finished[0], folder / "out"))
+    expected, resumed = (
+        json.loads((out / "results.json").read_text(encoding="utf-8")) for out in (finished[0], folder / "out")
+    )
     for name in ("steps", "weights_of_step", "weights_sha256", "bits_per_byte"):
         assert resumed[name] == expected[name]
     assert (expected["resumed_at_step"], resumed["resumed_at_step"]) == (None, STEPS)
@@ -172,7 +174,7 @@ def test_a_checkpoint_of_another_model_is_not_resumed(finished, change, tmp_path
 
 def test_training_learns_and_says_what(finished):
     folder, printed = finished
-    results = json.loads((folder / "results.json").read_text())
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert results["steps"] == STEPS
     assert results["bits_per_byte"] < results["bits_per_byte_before"] - 0.5
     for name in ("bits_per_byte_before", "bits_per_byte", "bits_per_byte_bz2"):
@@ -181,14 +183,14 @@ def test_training_learns_and_says_what(finished):
 
     assert [step for step, _ in log(folder, "eval_bits_per_byte")] == [0, 6, 12, 12]
 
-    card = (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text(encoding="utf-8")
     assert "{{" not in card and "model-index" in card and f"**{results['bits_per_byte']:.3f}**" in card
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_bits_per_byte_agrees_with_an_independent_computation(finished):
     folder, _ = finished
-    results = json.loads((folder / "results.json").read_text())
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
     text = Path(CORPUS).read_bytes().decode()
     cut = round(0.95 * len(text))
@@ -357,7 +359,7 @@ def test_tokens_of_a_run_are_those_of_all_its_batches(tmp_path, monkeypatch):
     more = ("--gradient_accumulation_steps", "2", "--train_tokens", "1025", "--eval_strategy", "no")
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments(folder, *more)])
     train.main()
-    results = json.loads((folder / "out" / "results.json").read_text())
+    results = json.loads((folder / "out" / "results.json").read_text(encoding="utf-8"))
     assert (results["steps"], results["tokens_per_step"]) == (3, 512)
     # The first step, in which everything is made, is not in the speed.
     assert results["tokens_per_second"] * (results["train_seconds"] + 0.05) > 2 * 512
@@ -392,11 +394,11 @@ def test_a_run_stops_early_and_leaves_its_best_model(metric, tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments(folder, *more)])
     monkeypatch.setattr(train, "ShardingTrainer", ClimbingTrainer)
     train.main()
-    state = json.loads((folder / "out" / "trainer_state.json").read_text())
+    state = json.loads((folder / "out" / "trainer_state.json").read_text(encoding="utf-8"))
     bits = [entry["eval_bits_per_byte"] for entry in state["log_history"] if "eval_loss" in entry]
     assert state["global_step"] == 3 and bits[:3] == sorted(bits[:3])
     assert state["best_metric"] == bits[0]
-    results = json.loads((folder / "out" / "results.json").read_text())
+    results = json.loads((folder / "out" / "results.json").read_text(encoding="utf-8"))
     assert results["bits_per_byte"] == pytest.approx(bits[0], rel=1e-6)
 
 

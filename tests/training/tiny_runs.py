@@ -62,8 +62,8 @@ FSDP = str(ROOT / "training" / "fsdp2.json")
 
 def texts() -> Texts:
     """Real text, a few documents of a few thousand characters."""
-    sources = [Path(module.__file__).read_text()[:4000] for module in (argparse, ast, json)]
-    return Texts(sources, [Path(argparse.__file__).read_text()[-600:]])
+    sources = [Path(module.__file__).read_text(encoding="utf-8")[:4000] for module in (argparse, ast, json)]
+    return Texts(sources, [Path(argparse.__file__).read_text(encoding="utf-8")[-600:]])
 
 
 def config_of(family: str, **changes):
@@ -156,7 +156,7 @@ def main():
                 "sharded": [type(part).__name__ for part in run.model.modules() if isinstance(part, FSDPModule)],
             }
     if run.is_world_process_zero():
-        Path(path).write_text(json.dumps(found))
+        Path(path).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
