@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from . import transformers_versions  # noqa: F401  (first: it refuses untested versions)
 from .configuration_heptapod import HeptapodConfig
 from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .configuration_leap import LeapConfig
