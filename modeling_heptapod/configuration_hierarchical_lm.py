@@ -126,6 +126,7 @@ class HierarchicalLMConfig(PreTrainedConfig):
     # What `Trainer` must not gather as logits.
     keys_to_ignore_at_inference = [
         "past_key_values",
+        "cache",
         "hierarchy_embeddings",
         "row_layout",
         "ce_loss",

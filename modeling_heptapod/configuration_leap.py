@@ -60,7 +60,7 @@ class LeapConfig(PreTrainedConfig):
     ```"""
 
     model_type = "leap"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     vocab_size: int = 32000
     hidden_size: int = 256

@@ -54,6 +54,7 @@ class MultiGridConfig(PreTrainedConfig):
     model_type = "multigrid"
     keys_to_ignore_at_inference = [
         "past_key_values",
+        "cache",
         "main_hidden_states",
         "meta_logits",
         "main_loss",

@@ -2,8 +2,10 @@
 
 import torch
 
+from .transformers_versions import StateReadersMixin
 
-class CountingCacheMixin:
+
+class CountingCacheMixin(StateReadersMixin):
     """Before a cache class of transformers; it counts in `seen_tokens`, and its rows can be repeated and chosen.
 
     Attributes:

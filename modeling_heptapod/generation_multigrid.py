@@ -27,6 +27,7 @@ from transformers.generation import (
 )
 
 from .model_inputs import check_ids
+from .transformers_versions import CACHE, with_cache_argument
 
 
 META_SOURCES = ("predicted", "annotated", "forced")
@@ -269,6 +270,7 @@ class MultiGridGenerationMixin(GenerationMixin):
                 raise ValueError(f"`meta_ids` of shape {list(meta_ids.shape)} were given, but the model has no axes.")
         return super().generate(inputs, generation_config, *args, **kwargs)
 
+    @with_cache_argument
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
@@ -285,7 +287,7 @@ class MultiGridGenerationMixin(GenerationMixin):
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
+            **{CACHE: past_key_values},
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
@@ -395,7 +397,7 @@ class MultiGridGenerationMixin(GenerationMixin):
                 f"`guidance_scale` must be 1 with meta axes, got {generation_config.guidance_scale}: what the model would say "
                 "without the prompt is asked for without meta tokens."
             )
-        embeds, cache, mask = (model_kwargs.get(x) for x in ("inputs_embeds", "past_key_values", "attention_mask"))
+        embeds, cache, mask = (model_kwargs.get(x) for x in ("inputs_embeds", CACHE, "attention_mask"))
         rows, length = (input_ids if embeds is None else embeds).shape[:2]
         expected = [rows, len(sources.of_axes), length]
         past = 0 if cache is None else int(cache.get_seq_length())
@@ -412,7 +414,7 @@ class MultiGridGenerationMixin(GenerationMixin):
         if annotated and (embeds is not None or not whole):
             raise ValueError(
                 f"Axes {[self.config.axis_names[a] for a in annotated]} cannot be annotated: the text from its beginning "
-                "is needed, pass all of it as `input_ids`, also what is in `past_key_values`."
+                f"is needed, pass all of it as `input_ids`, also what is in `{CACHE}`."
             )
         if forced is not None:
             forced = self._check_forced(sources, forced, rows, generation_config.max_length - input_ids.shape[1])

@@ -16,7 +16,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
@@ -34,6 +34,7 @@ from .predictive_losses import LinearFromZero, PredictionHead, PredictiveLosses,
 from .row_layout import RowLayout, packed_layout, pad_layout
 from .stream_merges import ConcatMerge, CrossAttentionMerge
 from .stream_plan import Pass, StreamPlan, make_plan
+from .transformers_versions import CACHE, slice_logits_to_keep, with_cache_argument, with_cache_field
 
 
 @auto_docstring(
@@ -42,6 +43,7 @@ from .stream_plan import Pass, StreamPlan, make_plan
     """
 )
 @dataclass
+@with_cache_field
 class HierarchicalLMModelOutput(ModelOutput):
     r"""
     last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, prediction_size)`):
@@ -73,6 +75,7 @@ class HierarchicalLMModelOutput(ModelOutput):
     """
 )
 @dataclass
+@with_cache_field
 class HierarchicalLMOutput(ModelOutput):
     r"""
     loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
@@ -128,6 +131,7 @@ class HierarchicalLMLayer(GradientCheckpointingLayer):
         if config.num_hierarchies > 1:
             self.merge = (ConcatMerge if config.merge == "concat" else CrossAttentionMerge)(config)
 
+    @with_cache_argument
     def forward(
         self,
         *streams: torch.Tensor,
@@ -184,7 +188,7 @@ class HierarchicalLMPreTrainedModel(FullAutoMapMixin, OwnCacheMixin, PreTrainedM
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HierarchicalLMLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _is_stateful = True
     _cache_classes = {"dynamic": HierarchicalCache}
@@ -229,6 +233,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
 
     @capture_outputs
     @auto_docstring
+    @with_cache_argument
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -278,7 +283,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         rows = None
         if segments is not None:
             if past_key_values is not None:
-                raise ValueError("`past_key_values` cannot be filled by packed rows: a cache row is one sequence.")
+                raise ValueError(f"`{CACHE}` cannot be filled by packed rows: a cache row is one sequence.")
             cache = None
             rows = packed_layout(segments, mask, max(config.hierarchies))
         elif mask is not None:
@@ -296,7 +301,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         for layer in self.layers:
             if output_hidden_states:
                 hidden_states.append(_restore(rows, streams[predicting], plans[predicting]))
-            out = layer(*streams, plans=plans, past_key_values=cache, ablate_merge=ablate_merge)
+            out = layer(*streams, plans=plans, ablate_merge=ablate_merge, **{CACHE: cache})
             streams = out[: len(plans)]
             attentions.extend(out[len(plans) :])
         streams = tuple(norm(x) for norm, x in zip(self.norms, streams))
@@ -310,7 +315,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
             cache.advance(seq, [before + more for before, more in zip(past, new)])
         return HierarchicalLMModelOutput(
             last_hidden_state=last_hidden_state,
-            past_key_values=cache,
+            **{CACHE: cache},
             hidden_states=(*hidden_states, last_hidden_state) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
             hierarchy_embeddings=streams if output_hierarchy_embeddings else None,
@@ -387,6 +392,7 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     @auto_docstring
+    @with_cache_argument
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -444,7 +450,7 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, GenerationMixin):
         return HierarchicalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             hierarchy_embeddings=outputs.hierarchy_embeddings if output_hierarchy_embeddings else None,

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import (
     MaskedLMOutput,
     SequenceClassifierOutputWithPast,
 )
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
@@ -39,6 +39,7 @@ from .model_inputs import check_position_ids, count_positions, embed_text, of_ne
 from .own_cache import OwnCacheMixin
 from .packed_rows import segment_ids as find_segments
 from .recurrent_cache import RecurrentCache, StaticRecurrentCache
+from .transformers_versions import CACHE, slice_logits_to_keep, with_cache_argument
 
 
 def decay_slopes(num_heads: int) -> torch.Tensor:
@@ -272,8 +273,10 @@ class LeapLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = LeapMLP(config)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        hidden_states = hidden_states + self.mixer(self.input_layernorm(hidden_states), **kwargs)[0]
+    @with_cache_argument
+    def forward(self, hidden_states: torch.Tensor, past_key_values: Cache | None = None, **context) -> torch.Tensor:
+        mixed = self.mixer(self.input_layernorm(hidden_states), past_key_values=past_key_values, **context)[0]
+        hidden_states = hidden_states + mixed
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -283,7 +286,7 @@ class LeapPreTrainedModel(FullAutoMapMixin, OwnCacheMixin, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LeapLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _is_stateful = True
     _can_compile_fullgraph = True
     _cache_classes = {"dynamic": RecurrentCache, "static": StaticRecurrentCache}
@@ -324,6 +327,7 @@ class LeapModel(LeapPreTrainedModel):
 
     @capture_outputs
     @auto_docstring
+    @with_cache_argument
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -360,9 +364,7 @@ class LeapModel(LeapPreTrainedModel):
         is_causal = config.is_causal if is_causal is None else is_causal
         if not is_causal:
             if past_key_values is not None:
-                raise ValueError(
-                    "`past_key_values` was given, but a bidirectional model has no past to continue from."
-                )
+                raise ValueError(f"`{CACHE}` was given, but a bidirectional model has no past to continue from.")
         elif past_key_values is not None:
             self.check_cache(past_key_values, batch)
         elif use_cache and not self.training:
@@ -397,7 +399,7 @@ class LeapModel(LeapPreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
-                past_key_values=past_key_values,
+                **{CACHE: past_key_values},  # where layers with checkpointing look for it
                 rotary=rotary,
                 padding_mask=padding_mask,
                 segment_ids=segment_ids,
@@ -408,7 +410,7 @@ class LeapModel(LeapPreTrainedModel):
         if past_key_values is not None:
             past_key_values.advance(seq, hidden_states.device)
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+            last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values if use_cache else None}
         )
 
     def _check_positions(self, position_ids, counted, past):
@@ -442,6 +444,7 @@ class LeapForCausalLM(LeapPreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     @auto_docstring
+    @with_cache_argument
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -470,7 +473,7 @@ class LeapForCausalLM(LeapPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -541,6 +544,7 @@ class LeapForSequenceClassification(LeapPreTrainedModel):
 
     @can_return_tuple
     @auto_docstring
+    @with_cache_argument
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -585,7 +589,7 @@ class LeapForSequenceClassification(LeapPreTrainedModel):
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

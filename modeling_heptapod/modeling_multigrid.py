@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
@@ -35,6 +35,7 @@ from .multigrid_cores import LSTMRows, MixingPlan, grouped_norm, leap_config
 from .multigrid_growth import MultiGridGrowthMixin
 from .own_cache import OwnCacheMixin
 from .packed_rows import segment_ids as find_segments
+from .transformers_versions import CACHE, slice_logits_to_keep, with_cache_argument, with_cache_field
 
 
 @auto_docstring(
@@ -43,6 +44,7 @@ from .packed_rows import segment_ids as find_segments
     """
 )
 @dataclass
+@with_cache_field
 class MultiGridModelOutput(ModelOutput):
     r"""
     last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
@@ -71,6 +73,7 @@ class MultiGridModelOutput(ModelOutput):
     """
 )
 @dataclass
+@with_cache_field
 class MultiGridCausalLMOutput(ModelOutput):
     r"""
     loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
@@ -111,7 +114,7 @@ class MultiGridPreTrainedModel(FullAutoMapMixin, OwnCacheMixin, PreTrainedModel)
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MultiGridLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _can_record_outputs = {"hidden_states": MultiGridLayer}
     _cache_classes = {"dynamic": MultiGridCache}
@@ -153,6 +156,7 @@ class MultiGridModel(MultiGridPreTrainedModel):
 
     @capture_outputs
     @auto_docstring
+    @with_cache_argument
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -207,13 +211,13 @@ class MultiGridModel(MultiGridPreTrainedModel):
 
         attentions = []
         for layer in self.layers:
-            main, meta, weights = layer(main, meta, plan=plan, past_key_values=past_key_values)
+            main, meta, weights = layer(main, meta, plan=plan, **{CACHE: past_key_values})
             attentions.append(weights)
         if past_key_values is not None:
             past_key_values.advance(seq, main.device)
         return MultiGridModelOutput(
             last_hidden_state=self.norm(main),
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE: past_key_values if use_cache else None},
             attentions=tuple(attentions) if output_attentions and attentions[0] is not None else None,
             meta_hidden_states=None if meta is None else grouped_norm(list(self.meta_norms), meta).transpose(0, 1),
         )
@@ -287,12 +291,12 @@ def check_continuation(core: str, position_ids: torch.Tensor | None) -> None:
     """Raise a `ValueError` where new tokens cannot follow the last of the sequences that are packed in a cache's rows."""
     if core == "transformer":
         raise ValueError(
-            "`past_key_values` holds packed sequences, and with core='transformer' new tokens would see all of them: "
+            f"`{CACHE}` holds packed sequences, and with core='transformer' new tokens would see all of them: "
             "continue from a cache of the last sequence alone."
         )
     if core == "leap" and position_ids is None:
         raise ValueError(
-            "`past_key_values` holds packed sequences: `position_ids` must say where in the last one the new tokens are, "
+            f"`{CACHE}` holds packed sequences: `position_ids` must say where in the last one the new tokens are, "
             "got None."
         )
 
@@ -360,6 +364,7 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
 
     @can_return_tuple
     @auto_docstring
+    @with_cache_argument
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -430,7 +435,7 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
             losses = self._losses(logits, meta_logits, labels, meta_ids, meta_targets, **kwargs)
         return MultiGridCausalLMOutput(
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             main_hidden_states=main if self._is_factored else None,
@@ -499,9 +504,9 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         """As that of all families; packed sequences are no beginning, and layers with checkpointing ignore any cache."""
-        if getattr(model_kwargs.get("past_key_values"), "packed", False):
+        if getattr(model_kwargs.get(CACHE), "packed", False):
             check_continuation(self.config.core, None)  # generate's own positions are those of one sequence
-        if self.training and self.model.gradient_checkpointing and model_kwargs.get("past_key_values") is None:
+        if self.training and self.model.gradient_checkpointing and model_kwargs.get(CACHE) is None:
             generation_config.use_cache = model_kwargs["use_cache"] = False
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
 

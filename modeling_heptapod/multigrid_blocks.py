@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .configuration_multigrid import MultiGridConfig
 from .multigrid_cache import MultiGridCache
 from .multigrid_cores import CORES, Group, MixingPlan, grouped_linear, grouped_norm
+from .transformers_versions import with_cache_argument
 
 
 class MultiGridMLP(nn.Module):
@@ -93,6 +94,7 @@ class MultiGridLayer(GradientCheckpointingLayer):
         self.core = core(self.config, self.layer_idx)
         self.cross_core = core(self.config, layers + self.layer_idx) if self.config.num_axes else None
 
+    @with_cache_argument
     def forward(
         self,
         main: torch.Tensor,

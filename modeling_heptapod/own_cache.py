@@ -2,6 +2,8 @@
 
 from transformers.cache_utils import Cache
 
+from .transformers_versions import CACHE
+
 
 class OwnCacheMixin:
     """For the `PreTrainedModel` of a family and, before `GenerationMixin`, its classes that generate.
@@ -18,19 +20,19 @@ class OwnCacheMixin:
         # By name: a cache that was made here also serves a model whose code came with its folder.
         if not any(base.__name__ in names for base in type(cache).__mro__):
             raise TypeError(
-                f"`past_key_values` must be a {' or '.join(names)}, got {type(cache).__name__}: build it with "
+                f"`{CACHE}` must be a {' or '.join(names)}, got {type(cache).__name__}: build it with "
                 f"`{names[0]}(model.config)`, or leave it out and pass `use_cache=True`."
             )
         rows = cache.num_rows()
         if None not in (rows, batch) and rows != batch:
             raise ValueError(
-                f"`past_key_values` holds {rows} rows, but the batch has {batch}. `batch_repeat_interleave` and "
+                f"`{CACHE}` holds {rows} rows, but the batch has {batch}. `batch_repeat_interleave` and "
                 "`batch_select_indices` of the cache repeat and choose rows."
             )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_length):
         """A cache of our own in place of the stock one."""
-        given, kind = model_kwargs.get("past_key_values"), generation_config.cache_implementation
+        given, kind = model_kwargs.get(CACHE), generation_config.cache_implementation
         if given is not None:
             self.check_cache(given)
         elif kind is not None and kind not in self._cache_classes:
@@ -39,8 +41,8 @@ class OwnCacheMixin:
                 f"{type(self).__name__}, got {kind!r}."
             )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, max_length)
-        if given is None and model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"] = self._cache_classes[kind or "dynamic"](self.config)
+        if given is None and model_kwargs.get(CACHE) is not None:
+            model_kwargs[CACHE] = self._cache_classes[kind or "dynamic"](self.config)
 
 
 __all__ = ["OwnCacheMixin"]

@@ -1,14 +1,18 @@
 """Which versions of Transformers this package was tested with, and everything that differs between them.
 
-No other module asks for a version.
+No other module asks for a version. Each part says which versions it is for, so that it can go with the last of them.
 """
 
+import functools
+import inspect
+
+import torch
 import transformers
 from packaging.version import Version
 
 
-# Of the minor versions from the first to the last, both included, the oldest and the newest patch are tested.
-OLDEST, NEWEST = (5, 23), (5, 23)
+# Minor versions, both included. Of each, the newest patch was tested.
+OLDEST, NEWEST = (5, 17), (5, 24)
 
 
 def check_version(installed: str) -> None:
@@ -23,4 +27,96 @@ def check_version(installed: str) -> None:
 
 check_version(transformers.__version__)
 
-__all__ = ["NEWEST", "OLDEST", "check_version"]
+# 5.24 renamed the argument `past_key_values` to `cache`, and so the field of outputs and what `generate` hands around. Our
+# functions are written with the old name; these give all of them the name of the installed version, and accept the other.
+CACHE = "cache" if Version(transformers.__version__).release >= (5, 24) else "past_key_values"
+
+
+def with_cache_argument(function):
+    """Decorator of a function with an argument `past_key_values`: it takes `cache` as well, and shows the name `CACHE`.
+
+    Raises:
+        ValueError: where the function is called with both.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        if "cache" in kwargs:
+            cache = kwargs.pop("cache")
+            if cache is not None and kwargs.get("past_key_values") is not None:
+                raise ValueError("`cache` and `past_key_values` are two names of one argument: give one of them.")
+            if cache is not None:
+                kwargs["past_key_values"] = cache
+        return function(*args, **kwargs)
+
+    signature = inspect.signature(function)
+    shown = [
+        parameter.replace(name=CACHE) if name == "past_key_values" else parameter
+        for name, parameter in signature.parameters.items()
+    ]
+    wrapper.__signature__ = signature.replace(parameters=shown)
+    return wrapper
+
+
+def with_cache_field(output_class):
+    """Decorator of an output with a field `past_key_values`, below `@dataclass`: the field is called `CACHE`.
+
+    The other name reads it: up to 5.23 this is a property added here, from 5.24 on `ModelOutput` has one.
+    """
+    if CACHE == "past_key_values":
+        output_class.cache = property(lambda self: self.past_key_values)
+        return output_class
+    annotations = output_class.__annotations__
+    output_class.__annotations__ = {
+        CACHE if name == "past_key_values" else name: kind for name, kind in annotations.items()
+    }
+    output_class.cache = output_class.past_key_values
+    del output_class.past_key_values
+    output_class.__doc__ = output_class.__doc__.replace("past_key_values (", f"{CACHE} (")
+    return output_class
+
+
+class StateReadersMixin:
+    """Before a cache class: what stock caches have from 5.21 on, the same."""
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """A conv state of a layer, `None` before the first is written."""
+        layer = self.layers[layer_idx]
+        return layer.conv_states[state_idx] if layer.has_previous_state[state_idx] else None
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """A recurrent state of a layer, `None` before the first is written."""
+        layer = self.layers[layer_idx]
+        return layer.recurrent_states[state_idx] if layer.has_previous_state[state_idx] else None
+
+
+def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The positions that logits are wanted of, as `transformers.modeling_utils.slice_logits_to_keep`, which is there from 5.23 on.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `[batch, seq, channels]`).
+        logits_to_keep (`int` or `torch.Tensor`): so many of the last ones (0: all), the positions `[positions]` of every row or
+            `[batch, positions]` of each, or a mask `[batch, seq]`.
+
+    Returns:
+        `torch.Tensor` of shape `[batch, positions, channels]`, for a mask `[kept, channels]`.
+    """
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, slice(-logits_to_keep, None)]
+    if logits_to_keep.dim() == 1:
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return torch.take_along_dim(hidden_states, logits_to_keep.unsqueeze(-1), dim=1)
+
+
+__all__ = [
+    "CACHE",
+    "NEWEST",
+    "OLDEST",
+    "StateReadersMixin",
+    "check_version",
+    "slice_logits_to_keep",
+    "with_cache_argument",
+    "with_cache_field",
+]
