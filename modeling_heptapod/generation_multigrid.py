@@ -27,6 +27,7 @@ from transformers.generation import (
 )
 
 from .model_inputs import check_ids
+from .text_processors import special_token_ids
 from .transformers_versions import CACHE, with_cache_argument
 
 
@@ -101,7 +102,7 @@ class _MetaTracks:
         self.finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
         self.chosen = []  # of each step, [rows, axes]
         self.annotated = sources.places("annotated")
-        self.special_tokens = set(sources.processor.tokenizer.all_special_ids) if self.annotated else set()
+        self.special_tokens = special_token_ids(sources.processor.tokenizer) if self.annotated else set()
         self.readings = self.prompt_readings = self._read_prompts(mask)
 
     def at(self, first: int, length: int) -> torch.LongTensor:

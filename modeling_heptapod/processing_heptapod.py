@@ -14,6 +14,8 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
+from .text_processors import columns_of, list_of_texts, reads_text_only, special_token_ids
+
 
 logger = logging.get_logger(__name__)
 
@@ -86,6 +88,8 @@ class HeptapodProcessor(ProcessorMixin):
             lost. See `paginate` for texts longer than a page.
         blank_token (`str`, *optional*, defaults to `"<|blank|>"`):
             The token of `tokenizer` that fills rows.
+        chat_template (`str`, *optional*):
+            For `apply_chat_template`, that of `tokenizer` when not given.
 
     Raises:
         ValueError: for a tokenizer without these tokens or one that changes text, and for other arguments that do not
@@ -98,8 +102,11 @@ class HeptapodProcessor(ProcessorMixin):
     >>> processor.batch_decode(model.generate(**page))
     ```"""
 
-    def __init__(self, tokenizer, height=None, width=None, overflow="wrap", blank_token="<|blank|>"):
+    def __init__(
+        self, tokenizer, height=None, width=None, overflow="wrap", blank_token="<|blank|>", chat_template=None
+    ):
         super().__init__(tokenizer)
+        self.chat_template = getattr(tokenizer, "chat_template", None) if chat_template is None else chat_template
         self.height, self.width, self.overflow, self.blank_token = height, width, overflow, blank_token
         _check_size("height", height)
         _check_size("width", width)
@@ -122,6 +129,7 @@ class HeptapodProcessor(ProcessorMixin):
                 "`tokenizer` does not give text back unchanged, so pages could not be read; use byte-level BPE."
             )
 
+    @reads_text_only
     def __call__(
         self,
         text: str | Sequence[str],
@@ -131,11 +139,14 @@ class HeptapodProcessor(ProcessorMixin):
         mask_region=None,
         return_num_clipped: bool = False,
         return_labels: bool = False,
+        split_special_tokens: bool = True,
+        padding: bool | str = True,
         return_tensors: str = "pt",
     ) -> BatchFeature:
         """Lay out one text or several, a page each.
 
-        A text is text throughout: the name of the mask token in it opens no cell, `mask_region` does.
+        A text is text throughout unless `split_special_tokens=False` says otherwise: the name of the mask token in it
+        opens no cell, `mask_region` does.
 
         Args:
             text: one text or a sequence of them.
@@ -147,7 +158,12 @@ class HeptapodProcessor(ProcessorMixin):
                 Without it a warning says so.
             return_labels: give `labels` as well, for training: `input_ids` with `-100` at cells that do not count,
                 which are pads and open cells. `Trainer` counts all others.
-            return_tensors: `"pt"` or `"np"`.
+            split_special_tokens: whether the name of a special token in a text is text. With `False` it is that token,
+                in a cell of its own; `apply_chat_template(..., tokenize=True)` reads its templates so.
+            padding: `True` or `"longest"`: the pages of a batch are always padded to the largest.
+            return_tensors: `"pt"`, `"np"` or `None` for lists.
+
+        `text_kwargs` and `common_kwargs`, dicts of these, may stand for them, as in all processors.
 
         Returns:
             `input_ids` and `attention_mask`, int64 `[batch, height, width]` of the highest and the widest page; cells
@@ -155,13 +171,10 @@ class HeptapodProcessor(ProcessorMixin):
 
         Raises:
             ValueError: where a text does not fit on its page with `"wrap"`, and for sizes and regions that do not fit.
-            TypeError: for what is no text.
+            TypeError: for what is no text, and for options that this processor does not have.
         """
-        texts = [text] if isinstance(text, str) else list(text) if isinstance(text, Sequence) else None
-        if texts is None or not all(isinstance(text, str) for text in texts):
-            raise TypeError("`text` must be a string or a sequence of strings.")
-        if not texts:
-            raise ValueError("`text` must hold at least one text.")
+        texts = list_of_texts(text)
+        _check_padding(padding)
         overflow = self.overflow if overflow is None else overflow
         _check_overflow(overflow)
         heights = _one_each("height", self.height if height is None else height, len(texts))
@@ -172,7 +185,7 @@ class HeptapodProcessor(ProcessorMixin):
 
         pages, num_clipped = [], []
         for number, (text, rows, columns, region) in enumerate(zip(texts, heights, widths, regions)):
-            page, clipped = self._lay_out(text, rows, columns, overflow, number)
+            page, clipped = self._lay_out(text, rows, columns, overflow, number, split_special_tokens)
             if region is not None:
                 page[open_region(region, *page.shape)] = self.tokenizer.mask_token_id
             pages.append(page)
@@ -180,19 +193,76 @@ class HeptapodProcessor(ProcessorMixin):
         if any(num_clipped) and not return_num_clipped:
             logger.warning(f"Tokens of each text that are not on its page: {num_clipped}.")
 
-        shape = len(pages), max(len(page) for page in pages), max(page.shape[1] for page in pages)
-        input_ids = np.full(shape, self.tokenizer.pad_token_id, dtype=np.int64)
-        attention_mask = np.zeros(shape, dtype=np.int64)
-        for number, page in enumerate(pages):
-            here = (number, slice(page.shape[0]), slice(page.shape[1]))
-            input_ids[here], attention_mask[here] = page, 1
+        input_ids = _stack(pages, self.tokenizer.pad_token_id)
+        attention_mask = _stack([np.ones_like(page) for page in pages], 0)
         data = {"input_ids": input_ids, "attention_mask": attention_mask}
         if return_num_clipped:
             data["num_clipped"] = np.array(num_clipped)
         if return_labels:
             counts = (attention_mask == 1) & (input_ids != self.tokenizer.mask_token_id)
             data["labels"] = np.where(counts, input_ids, -100)
+        if return_tensors is None:
+            data = {name: values.tolist() for name, values in data.items()}
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def pad(
+        self,
+        encoded_inputs,
+        padding: bool | str = True,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchFeature:
+        """Make a batch of pages of different size: `DataCollatorWithPadding(processor)` calls it.
+
+        A processor that has a `height` and a `width` pads every batch to them, so that all batches are of one size, as
+        `Trainer.predict` needs them; one that has not pads to the highest and the widest page of the batch.
+
+        Args:
+            encoded_inputs: rows `[{name: values}]`, or columns `{name: rows}`; of `input_ids`, `attention_mask` and
+                `labels` each row is a page `[height, width]`.
+            padding: `True` or `"longest"`.
+            max_length, pad_to_multiple_of: must be `None`.
+            return_tensors: `"pt"`, `"np"` or `None` for lists.
+
+        Returns:
+            All columns: `input_ids` padded with the pad token, `labels` with -100, `attention_mask`, which is made
+            where it is missing, with 0; others as they are.
+
+        Raises:
+            TypeError: for what is neither rows nor columns.
+            ValueError: for pages that are no `[height, width]` or larger than the processor's, and options of a text.
+        """
+        _check_padding(padding)
+        for name, value in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if value is not None:
+                raise ValueError(f"`{name}` must be None, for pages have a height and a width, got {value}.")
+        data = columns_of(encoded_inputs)
+        pages = [np.asarray(page, dtype=np.int64) for page in data["input_ids"]]
+        for page in pages:
+            if page.ndim != 2:
+                raise ValueError(f"`input_ids` must be pages [height, width], got one of shape {list(page.shape)}.")
+        data.setdefault("attention_mask", [np.ones_like(page) for page in pages])
+        for name, filler in (("input_ids", self.tokenizer.pad_token_id), ("attention_mask", 0), ("labels", -100)):
+            if name not in data:
+                continue
+            rows = [np.asarray(page, dtype=np.int64) for page in data[name]]
+            for page, row in zip(pages, rows):
+                if row.shape != page.shape:
+                    raise ValueError(f"`{name}` must be {list(page.shape)} like its page, got {list(row.shape)}.")
+            data[name] = _stack(rows, filler, self.height, self.width)
+        if return_tensors is None:
+            data = {name: np.asarray(values).tolist() for name, values in data.items()}
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """As [`ProcessorMixin.apply_chat_template`]; special tokens of the template are tokens, not text."""
+        if kwargs.get("tokenize"):
+            options = {"split_special_tokens": False, **(kwargs.get("processor_kwargs") or {})}
+            if "split_special_tokens" in kwargs:
+                options["split_special_tokens"] = kwargs.pop("split_special_tokens")
+            kwargs["processor_kwargs"] = options
+        return super().apply_chat_template(conversation, *args, **kwargs)
 
     def paginate(self, text: str, height: int | None = None, width: int | None = None) -> np.ndarray:
         """A text of any length on as many pages as it takes; long lines wrap, nothing is lost.
@@ -245,7 +315,7 @@ class HeptapodProcessor(ProcessorMixin):
         if not skip_special_tokens:
             return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         mask = self.tokenizer.mask_token_id
-        left_out = {self.blank_token_id, *self.tokenizer.all_special_ids} - {mask}
+        left_out = {self.blank_token_id, *special_token_ids(self.tokenizer)} - {mask}
         pieces = [[]]  # of text between open cells
         for token in ids:
             if token == mask:
@@ -259,26 +329,35 @@ class HeptapodProcessor(ProcessorMixin):
         return [self.decode(page, mask_text, skip_special_tokens) for page in pages]
 
     @property
+    def pad_token_id(self) -> int:
+        """That of the tokenizer, which collators look for here."""
+        return self.tokenizer.pad_token_id
+
+    @property
     def model_input_names(self):
         return ["input_ids", "attention_mask"]
 
-    def _tokenize(self, lines):
+    def _tokenize(self, lines, split_special_tokens=True):
         if not lines:
             return []
         # split_special_tokens: a text that spells "<|mask|>" is text.
         return self.tokenizer(
-            lines, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+            lines,
+            add_special_tokens=False,
+            split_special_tokens=split_special_tokens,
+            return_attention_mask=False,
+            verbose=False,
         )["input_ids"]
 
-    def _lines(self, text):
+    def _lines(self, text, split_special_tokens=True):
         """The tokens of each line with its newline; line by line, so that no token reaches over the end of one."""
         *lines, end = text.split("\n")
-        lines = [[*line, self.newline_token_id] for line in self._tokenize(lines)]
-        return lines + self._tokenize([end] if end else [])
+        lines = [[*line, self.newline_token_id] for line in self._tokenize(lines, split_special_tokens)]
+        return lines + self._tokenize([end] if end else [], split_special_tokens)
 
-    def _lay_out(self, text, height, width, overflow, number):
+    def _lay_out(self, text, height, width, overflow, number, split_special_tokens):
         """A page `[height, width]`, and how many tokens are not on it."""
-        lines = self._lines(text)
+        lines = self._lines(text, split_special_tokens)
         if width is None:
             width = max([1, *map(len, lines)])
         rows = _wrap(lines, width) if overflow == "wrap" else [self._clip(line, width) for line in lines]
@@ -307,6 +386,23 @@ def _wrap(lines, width):
 def _write(page, rows):
     for row, tokens in enumerate(rows):
         page[row, : len(tokens)] = tokens
+
+
+def _stack(pages, filler, height=None, width=None):
+    """Pages `[height, width]` of any size as one array, padded with `filler` on the right and below."""
+    sizes = [max(page.shape[axis] for page in pages) for axis in (0, 1)]
+    for name, size, room in zip(("height", "width"), sizes, (height, width)):
+        if room is not None and size > room:
+            raise ValueError(f"`input_ids` must be pages of at most the processor's {name}, {room}, got {size}.")
+    stacked = np.full((len(pages), height or sizes[0], width or sizes[1]), filler, dtype=np.int64)
+    for place, page in zip(stacked, pages):
+        place[: page.shape[0], : page.shape[1]] = page
+    return stacked
+
+
+def _check_padding(padding):
+    if padding not in (True, "longest"):
+        raise ValueError(f"`padding` must be True or 'longest': pages of a batch are of one size, got {padding!r}.")
 
 
 def _one_each(name, value, number):

@@ -447,7 +447,7 @@ class Letters:
 class FakeProcessor:
     """Tokens 0 to 9 are halves of a letter, some are special, all others are as many letters as their last digit says."""
 
-    tokenizer = SimpleNamespace(all_special_ids=list(range(12, 50, 4)))
+    tokenizer = SimpleNamespace(all_special_ids=list(range(12, 50, 4)), added_tokens_decoder={})
 
     def __init__(self, *axes):
         self.axes = axes

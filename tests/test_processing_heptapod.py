@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 import torch
 from data import build_tokenizer
+from datasets import Dataset
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast, TextDiffusionStreamer
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerFast,
+    TextDiffusionStreamer,
+)
 
 from modeling_heptapod import HeptapodProcessor
 from modeling_heptapod.processing_heptapod import open_region
@@ -272,6 +280,93 @@ def test_a_streamer_can_decode_with_the_processor(by_bytes, capsys):
     assert capsys.readouterr().out.endswith("abc\nde\n\n")
 
 
+# ---- chats, the calling convention of transformers' processors, batches of rows
+
+CHAT = "{% for m in messages %}<|turn|>{{ m.content }}\n{% endfor %}"
+
+
+def test_special_tokens_become_their_ids_where_asked_for(by_bytes, tmp_path):
+    tokenizer = build_tokenizer("byte", [], for_pages=True)
+    tokenizer.add_tokens(["<|turn|>"], special_tokens=True)
+    tokenizer.chat_template = CHAT
+    HeptapodProcessor(tokenizer, height=2, width=8).save_pretrained(tmp_path)
+    turn, hello = tokenizer.convert_tokens_to_ids("<|turn|>"), {"role": "user", "content": "hi<|mask|>"}
+    for processor in (HeptapodProcessor(tokenizer, height=2, width=8), AutoProcessor.from_pretrained(tmp_path)):
+        out = processor("<|turn|>a<|mask|>\n", split_special_tokens=False)
+        assert out.input_ids[0, 0].tolist() == [turn, ord("a"), MASK, NEWLINE, *[BLANK] * 4]
+        assert processor.decode(out.input_ids[0]) == "a\u2591\n"
+        assert not torch.isin(processor("<|turn|>", height=1).input_ids, torch.tensor([turn])).any()
+        one = processor.apply_chat_template([hello], tokenize=True, return_dict=True)
+        assert one.input_ids[0, 0].tolist() == [turn, *b"hi", MASK, NEWLINE, *[BLANK] * 3]
+        two = processor.apply_chat_template(
+            [[hello], [hello, {**hello, "content": "yo"}]],
+            tokenize=True,
+            return_dict=True,
+            processor_kwargs={"height": 3, "return_labels": True},
+        )
+        assert two.input_ids.shape == two.labels.shape == (2, 3, 8) and (two.input_ids[1] == turn).sum() == 2
+        assert torch.equal(two.input_ids[0, :2], one.input_ids[0])
+        spelled = processor.apply_chat_template(
+            [hello], tokenize=True, processor_kwargs={"split_special_tokens": True, "height": 4}
+        )
+        assert processor.decode(spelled[0]) == "<|turn|>hi<|mask|>\n"
+        assert processor.apply_chat_template([hello]) == "<|turn|>hi<|mask|>\n"
+
+
+def test_arguments_may_come_in_dicts(by_bytes):
+    expected = by_bytes(["a", "b\nc"], height=3, return_tensors="np")
+    for given in (
+        {"text_kwargs": {"height": 3}, "common_kwargs": {"return_tensors": "np"}, "images": None, "videos": None},
+        {"text_kwargs": {"padding": "longest", "truncation": None}, "height": 3, "return_tensors": "np"},
+        {"height": 3, "padding": True, "add_special_tokens": False, "verbose": False, "return_tensors": "np"},
+    ):
+        out = by_bytes(text=["a", "b\nc"], **given)
+        assert all(np.array_equal(out[name], expected[name]) for name in expected) and out.keys() == expected.keys()
+    lists = by_bytes(["a", "b\nc"], height=3, return_tensors=None)
+    assert lists["input_ids"] == expected["input_ids"].tolist()
+
+
+def test_rows_of_a_dataset_make_a_batch(by_bytes):
+    """The usual recipe: `datasets.map(processor)` and a stock collator; pages of different size."""
+    texts = ["a\nb\nc\n", "abcdefgh", ""]
+    rows = Dataset.from_dict({"text": texts}).map(
+        lambda row: {name: page[0] for name, page in by_bytes(row["text"], return_labels=True).items()},
+        remove_columns=["text"],
+    )
+    expected = by_bytes(texts, return_labels=True)
+    for features in (list(rows), list(rows.with_format("torch"))):
+        batch = DataCollatorWithPadding(by_bytes)(features)
+        assert batch.keys() == expected.keys()
+        assert all(torch.equal(batch[name], expected[name]) for name in batch)
+    ids = [{"input_ids": row["input_ids"]} for row in rows]
+    batch = DataCollatorForLanguageModeling(by_bytes, mlm=False)(ids)
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    with_number = [{**row, "number": 3} for row in rows]
+    assert by_bytes.pad(with_number, return_tensors="pt").number.tolist() == [3, 3, 3]
+    sized = HeptapodProcessor(by_bytes.tokenizer, height=4, width=9)
+    assert DataCollatorWithPadding(sized)(list(rows))["labels"].shape == (3, 4, 9)
+    columns = {name: rows[name] for name in rows.column_names}
+    assert sized.pad(columns)["input_ids"] == sized.pad(list(rows), return_tensors="np")["input_ids"].tolist()
+
+
+@pytest.mark.parametrize(
+    "rows, options, message",
+    [
+        ([{"input_ids": [1, 2]}], {}, r"`input_ids` must be pages \[height, width\], got one of shape \[2\]"),
+        ([{"input_ids": [[1, 2]], "labels": [1, 2]}], {}, r"`labels` must be \[1, 2\] like its page, got \[2\]"),
+        ([{"input_ids": [[1, 2]]}], {"max_length": 3}, "`max_length` must be None"),
+        ([{"input_ids": [[1, 2]]}], {"pad_to_multiple_of": 8}, "`pad_to_multiple_of` must be None"),
+        ([{"input_ids": [[1, 2]]}], {"padding": "max_length"}, "`padding` must be True or 'longest'"),
+        ([{"input_ids": [[1] * 10]}], {}, "at most the processor's width, 9, got 10"),
+        ([{"input_ids": [[1]] * 5}], {}, "at most the processor's height, 4, got 5"),
+        ([{"labels": [[1]]}], {}, "at least one row with `input_ids`"),
+    ],
+)
+def test_rows_that_make_no_batch_are_named(by_bytes, rows, options, message):
+    with pytest.raises(ValueError, match=message):
+        HeptapodProcessor(by_bytes.tokenizer, height=4, width=9).pad(rows, **options)
+
+
 # ---- saving
 
 
@@ -373,7 +468,13 @@ assert processor.decode(processor("ab").input_ids[0]) == "ab"
         ({"text": "a", "mask_region": (-1, 0, 1, 1)}, ValueError, "`mask_region`"),
         ({"text": "a", "mask_region": np.ones((1, 1))}, ValueError, r"boolean array \[1, 1\]"),
         ({"text": "a", "mask_region": np.ones((2, 1), dtype=bool)}, ValueError, r"boolean array \[1, 1\]"),
-        ({"text": "a", "max_length": 3}, TypeError, "max_length"),
+        ({"text": "a", "max_length": 3}, TypeError, "does not have keyword argument `max_length`"),
+        ({"text": "a", "truncation": True}, TypeError, "does not have keyword argument `truncation`"),
+        ({"text": "a", "add_special_tokens": True}, TypeError, "does not have keyword argument `add_special_tokens`"),
+        ({"text": "a", "hight": 3}, TypeError, "unexpected keyword argument `hight`"),
+        ({"text": "a", "images": [1]}, TypeError, "`images` must be None"),
+        ({"text": "a", "padding": False}, ValueError, "`padding` must be True"),
+        ({"text": "a", "height": 2, "text_kwargs": {"height": 2}}, ValueError, "`height` was given twice"),
     ],
 )
 def test_bad_input_is_named(by_bytes, arguments, error, message):

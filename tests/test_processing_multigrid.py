@@ -8,11 +8,21 @@ import numpy as np
 import pytest
 import torch
 from data import build_tokenizer
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
 from modeling_heptapod import GoldTagAxis, MetaAxis, MultiGridProcessor, RandomAxis, make_axis
 from tests.clean_room import run_alone, run_beside
+from tests.tiny_multigrid import tiny_multigrid
 
 
 SOURCE = Path(__file__).read_text(encoding="utf-8")
@@ -68,7 +78,7 @@ def test_ids_by_hand():
 
 def test_ids_are_those_of_the_axes(processor):
     texts = [*random_texts(30), SOURCE[:2000]]
-    out = processor(texts, padding=True, return_tensors="pt", return_offsets_mapping=True)
+    out = processor(texts, padding=True, split_special_tokens=True, return_tensors="pt", return_offsets_mapping=True)
     assert out.meta_ids.shape == (len(texts), len(AXES), out.input_ids.shape[1])
     for text, ids, mask, rows in zip(texts, out.input_ids, out.attention_mask, out.meta_ids):
         encoded = processor.tokenizer(text, split_special_tokens=True, return_offsets_mapping=True)
@@ -78,7 +88,7 @@ def test_ids_are_those_of_the_axes(processor):
         assert rows[:, mask == 1].tolist() == expected == processor.annotate(text, encoded["offset_mapping"])
         assert not rows[:, mask == 0].any()
     assert out.offset_mapping.shape == (*out.input_ids.shape, 2)
-    lists = processor(texts)
+    lists = processor(texts, split_special_tokens=True)
     assert [len(row) for row in lists["meta_ids"][0]] == [len(lists["input_ids"][0])] * len(AXES)
 
 
@@ -110,9 +120,9 @@ def test_what_is_cut_off_leaves_no_trace(by_bytes):
         assert ids[0] == ids[1] == [[row[:length] for row in by_bytes(first)["meta_ids"][0]]]
 
 
-def test_special_tokens_in_a_text_are_text(processor):
+def test_special_tokens_in_a_text_may_be_text(processor):
     text = "x = '<|endoftext|>' # <|pad|>"
-    out = processor(text, return_tensors="pt")
+    out = processor(text, split_special_tokens=True, return_tensors="pt")
     assert not {processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id} & set(out.input_ids[0].tolist())
     assert processor.decode(out.input_ids[0]) == text
 
@@ -137,6 +147,157 @@ def test_text_without_tokens(processor):
         assert {values.dtype for values in out.values()} == {dtype}
 
 
+# ---- special tokens, chats, and the calling convention of transformers' processors
+
+CHAT = "{% for m in messages %}{% if m.role == 'user' %}<|turn|>{{ m.content }}{% else %}{% generation %}"
+CHAT += "{{ m.content }}<|endoftext|>{% endgeneration %}{% endif %}{% endfor %}"
+TURN = 258
+ASKED, ANSWERED = {"role": "user", "content": "f("}, {"role": "assistant", "content": "[é"}
+
+
+@pytest.fixture
+def for_chats(by_bytes):
+    by_bytes.tokenizer.add_tokens(["<|turn|>"], special_tokens=True)
+    by_bytes.tokenizer.add_tokens(["(def"])
+    by_bytes.tokenizer.chat_template = CHAT
+    return MultiGridProcessor(by_bytes.tokenizer, ["bracket", "token_kind"])
+
+
+def test_special_tokens_in_a_text_are_their_ids(for_chats):
+    """As for the tokenizer; axes see the text without them, as they do while a model writes."""
+    text = "<|turn|>f('<|endoftext|>é(def<|turn|>"
+    for options in ({}, {"truncation": True, "max_length": 8}, {"padding": "max_length", "max_length": 12}):
+        out = for_chats(text, return_special_tokens_mask=True, **options)
+        ids = out["input_ids"][0]
+        assert ids == for_chats.tokenizer(text, **options)["input_ids"]
+        assert ids[:8] == [TURN, *b"f('", EOS, *"é".encode(), 259][:8]
+        mask = out["special_tokens_mask"][0]
+        assert mask == [int(x in (TURN, EOS, PAD)) for x in ids]
+        plain = iter(zip(*for_chats("f('é(def", split_special_tokens=True)["meta_ids"][0]))
+        assert list(zip(*out["meta_ids"][0])) == [(0, 0) if special else next(plain) for special in mask]
+    many = [piece for text in random_texts(40, seed=5) for piece in (text, "<|turn|>")]
+    text = "".join(many)
+    out = for_chats(text, return_tensors="pt")
+    assert (out.input_ids == TURN).sum() == 40 and (out.input_ids == EOS).any()
+    reading, states, rows = (), [axis.start() for axis in for_chats.axes], []
+    for token in out.input_ids[0].tolist():
+        if token in (TURN, EOS):
+            rows.append([0, 0])
+            continue
+        characters, reading = for_chats.new_characters(reading, token)
+        steps = [axis.step(state, characters) for axis, state in zip(for_chats.axes, states)]
+        states = [state for _, state in steps]
+        rows.append([meta_id for meta_id, _ in steps])
+    assert out.meta_ids[0].T.tolist() == rows
+
+
+def test_the_tokenizer_decides_on_special_tokens_unless_told(for_chats):
+    for_chats.tokenizer.split_special_tokens = True
+    assert TURN not in for_chats("<|turn|>")["input_ids"][0]
+    assert for_chats("<|turn|>", split_special_tokens=False)["input_ids"] == [[TURN]]
+
+
+def test_chats(for_chats, tmp_path):
+    first, second = [ASKED, ANSWERED], [{**ASKED, "content": "é(def x"}]
+    by_tokenizer = [for_chats.tokenizer.apply_chat_template(x, return_dict=True)["input_ids"] for x in (first, second)]
+    for_chats.save_pretrained(tmp_path)
+    for processor in (for_chats, AutoProcessor.from_pretrained(tmp_path)):
+        one = processor.apply_chat_template(first, tokenize=True, return_dict=True)
+        assert (
+            one["input_ids"] == by_tokenizer[:1]
+            and one["meta_ids"] == processor("<|turn|>f([é<|endoftext|>")["meta_ids"]
+        )
+        assert processor.apply_chat_template(first, tokenize=True) == by_tokenizer[:1]
+        assert processor.apply_chat_template(first) == "<|turn|>f([é<|endoftext|>"
+        options = {"padding": True, "padding_side": "left"}
+        out = processor.apply_chat_template(
+            [first, second], tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=options
+        )
+        ids = [row[mask == 1].tolist() for row, mask in zip(out.input_ids, out.attention_mask)]
+        assert ids == by_tokenizer and out.attention_mask[1].tolist() == [0] + [1] * 6
+        assert out.meta_ids.shape == (2, 2, 7) and not out.meta_ids[1, :, :2].any()
+    masked = for_chats.apply_chat_template(first, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    assert masked["assistant_masks"] == [[0, 0, 0, 1, 1, 1, 1]]
+
+
+def test_arguments_may_come_in_dicts(for_chats):
+    expected = for_chats(["(", "f(x"], padding=True, return_tensors="pt")
+    for given in (
+        {"text_kwargs": {"padding": True, "return_tensors": "pt"}},
+        {"text_kwargs": {"padding": True}, "common_kwargs": {"return_tensors": "pt"}, "images": None, "audio": None},
+        {"text_kwargs": {"padding": True, "stride": None}, "images_kwargs": {}, "return_tensors": "pt"},
+        {"common_kwargs": {"padding": False}, "text_kwargs": {"padding": "longest"}, "return_tensors": "pt"},
+        {"padding": True, "return_tensors": "pt", "verbose": True, "return_mm_token_type_ids": False},
+    ):
+        out = for_chats(text=["(", "f(x"], **given)
+        assert out.keys() == expected.keys()
+        assert all(torch.equal(out[name], expected[name]) for name in out)
+
+
+# ---- batches of rows
+
+
+def test_rows_of_a_dataset_make_a_batch(by_bytes):
+    """The usual recipe: `datasets.map(processor)` and a stock collator."""
+    texts = ["x = 1\n", "def f(x):\n    return x\n", "", "é"]
+    rows = Dataset.from_dict({"text": texts}).map(
+        lambda batch: dict(by_bytes(batch["text"])), batched=True, batch_size=2, remove_columns=["text"]
+    )
+    for side in ("right", "left"):
+        by_bytes.tokenizer.padding_side = side
+        expected = by_bytes(texts, padding=True, return_tensors="pt")
+        for features in (list(rows), list(rows.with_format("torch")), list(rows.with_format("numpy"))):
+            batch = DataCollatorWithPadding(by_bytes)(features)
+            assert batch.keys() == expected.keys()
+            assert all(torch.equal(batch[name], expected[name]) for name in batch), side
+        batch = DataCollatorForLanguageModeling(by_bytes, mlm=False)(list(rows))
+        assert torch.equal(batch["meta_ids"], expected.meta_ids)
+        assert torch.equal(batch["labels"], expected.input_ids.masked_fill(expected.attention_mask == 0, -100))
+        labelled = [{**row, "labels": [7] * len(row["input_ids"])} for row in rows]
+        batch = DataCollatorWithPadding(by_bytes)(labelled)
+        assert torch.equal(batch["labels"], torch.where(expected.attention_mask == 1, 7, -100))
+    columns = {name: rows[name] for name in rows.column_names}
+    out = by_bytes.pad(columns, pad_to_multiple_of=32, padding_side="right", return_tensors="np")
+    assert out["meta_ids"].shape == (4, len(AXES), 32) and out["meta_ids"].dtype == np.int64
+    assert by_bytes.pad([rows[2]], return_tensors="pt").meta_ids.shape == (1, len(AXES), 0)
+    assert by_bytes.pad([rows[0]]).data == {name: [value] for name, value in rows[0].items()}
+
+
+def test_a_trainer_takes_these_batches(by_bytes, tmp_path):
+    texts = ["x = 1\n", "def f(x):\n    return x\n"] * 2
+    rows = [{name: column[0] for name, column in by_bytes(text).items()} for text in texts]
+    config = {"axis_names": by_bytes.axis_names, "axis_vocab_sizes": by_bytes.axis_vocab_sizes}
+    model = tiny_multigrid(vocab_size=258, **config)
+    options = TrainingArguments(
+        tmp_path, max_steps=1, per_device_train_batch_size=2, report_to="none", use_cpu=True, save_strategy="no"
+    )
+    collate = DataCollatorForLanguageModeling(by_bytes, mlm=False)
+    trainer = Trainer(model, options, train_dataset=rows, data_collator=collate, processing_class=by_bytes)
+    batch = collate(rows)
+    with torch.no_grad():
+        expected = model(**batch).loss.item()
+    assert trainer.train().training_loss > 0
+    assert trainer.evaluate(rows)["eval_loss"] < expected
+
+
+@pytest.mark.parametrize(
+    "rows, error, message",
+    [
+        ("ab", TypeError, "`encoded_inputs` must be a list of dicts or a dict"),
+        ([], ValueError, "`encoded_inputs` must be at least one row with `input_ids`"),
+        ([{"meta_ids": [[1]]}], ValueError, "`encoded_inputs` must be at least one row with `input_ids`"),
+        ([{"input_ids": [1]}], ValueError, "`encoded_inputs` must have `meta_ids` of the axes"),
+        ([{"input_ids": [1]}, {"ids": [1]}], ValueError, "rows of the same names"),
+        ([{"input_ids": [1], "meta_ids": [[1], [1]]}], ValueError, r"`meta_ids` must be \[4, 1\] .* got \[2, 1\]"),
+        ([{"input_ids": [1], "meta_ids": [[1]] * 4, "labels": [1, 2]}], ValueError, r"`labels` must be \[1\]"),
+        ({"input_ids": [[1]], "meta_ids": []}, ValueError, "columns of equal length"),
+    ],
+)
+def test_rows_that_make_no_batch_are_named(by_bytes, rows, error, message):
+    with pytest.raises(error, match=message):
+        by_bytes.pad(rows)
+
+
 # ---- while a model writes
 
 
@@ -155,7 +316,7 @@ def written(processor, token_ids):
 
 def test_tokens_one_by_one_give_the_same_ids(processor):
     for text in [*(text for text in random_texts(60, seed=1) if text), SOURCE[:3000]]:
-        out = processor(text, return_tensors="pt")
+        out = processor(text, split_special_tokens=True, return_tensors="pt")
         rows, pieces = written(processor, out.input_ids[0])
         assert rows == out.meta_ids[0].tolist() and "".join(pieces) == text
 
@@ -288,7 +449,12 @@ assert len(processor("ab")["meta_ids"][0]) == {len(AXES)}
         ({"text": 3}, TypeError, "`text` must be a string"),
         ({"text": ["a", None]}, TypeError, "`text` must be a string"),
         ({"text": []}, ValueError, "at least one text"),
-        ({"text": "a", "images": []}, TypeError, "images"),
+        ({"text": "a", "images": []}, TypeError, "`images` must be None"),
+        ({"text": "a", "text_kwargs": []}, TypeError, "`text_kwargs` must be a dict"),
+        ({"text": "a", "text_kwargs": {"padding": True}, "padding": True}, ValueError, "`padding` was given twice"),
+        ({"text": "a", "stride": 2}, TypeError, "does not have keyword argument `stride`"),
+        ({"text": "a", "text_kwargs": {"text_pair": "b"}}, TypeError, "does not have keyword argument `text_pair`"),
+        ({"text": "a", "pading": True}, TypeError, "unexpected keyword argument `pading`"),
     ],
 )
 def test_bad_input_is_named(by_bytes, arguments, error, message):

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from data import build_tokenizer
 
-from modeling_heptapod import HeptapodProcessor, MultiGridProcessor
+import modeling_heptapod
+from modeling_heptapod import HeptapodProcessor, MetaAxis, MultiGridProcessor, make_axis
 from tests.saved_models import save_with_results
 from tests.tiny_heptapod import tiny_heptapod
 from tests.tiny_hierarchical_lm import tiny_hierarchical_lm
@@ -39,6 +40,21 @@ def run(code, folder, **env):
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def test_axes_of_the_table_can_be_made():
+    """The second column of MultiGrid's table of axes: names, calls, scripts."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## MultiGrid\n")[1].split("\n## ")[0]
+    cells = [line.split(" | ")[1] for line in section.split("\n") if line.startswith("| ") and line.count(" | ") == 2]
+    examples = [example for cell in cells[1:] for example in re.findall(r"`(.*?)`", cell)]
+    assert len(examples) == 12
+    for example in examples:
+        if example.endswith(".py"):
+            assert (ROOT / example).is_file()
+        else:
+            called = example.split("(")[0]
+            known = {called: getattr(modeling_heptapod, called, None)}
+            assert isinstance(eval(example, known) if "(" in example else make_axis(example), MetaAxis), example
 
 
 def save_tiny_models(folder):
