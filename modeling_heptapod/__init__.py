@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from . import transformers_versions  # noqa: F401  (first: it refuses untested versions)
+from .auto_map import enter_name
 from .configuration_heptapod import HeptapodConfig
 from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .configuration_leap import LeapConfig
@@ -142,6 +143,7 @@ AutoConfig.register("leap", LeapConfig)
 AutoConfig.register("multigrid", MultiGridConfig)
 for _auto_class, _config_class, _name in _MODELS:
     _auto_class.register(_config_class, _ModelOnDemand(_config_class, _name))
+    enter_name(_auto_class.__name__, _config_class.model_type, _name)
 _processing_auto = sys.modules.get("transformers.models.auto.processing_auto")
 if _processing_auto is None:
     sys.meta_path.insert(0, _RegisterProcessorLater())

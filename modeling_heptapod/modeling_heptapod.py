@@ -24,13 +24,21 @@ from .auto_map import FullAutoMapMixin
 from .configuration_heptapod import HeptapodConfig
 from .generation_heptapod import HeptapodGenerationMixin
 from .local_attention import attention_weights, grid_rotary, local_attention, rotate
+from .losses import IGNORED, at_least_one, require_labels
 from .model_inputs import check_ids, check_one_input
 
 
 logger = logging.get_logger(__name__)
 
-_IGNORED = -100  # the label of cells that do not count
 _DIRECTIONS = ((-1, 0), (1, 0), (0, -1), (0, 1))  # above, below, left, right
+
+
+def cell_by_cell(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A linear layer on a page `[batch, height, width, channels]`, given `[batch, cells, channels]`.
+
+    Adapters and quantized layers of other libraries take no more dimensions.
+    """
+    return layer(x.flatten(1, -2)).view(*x.shape[:-1], -1)
 
 
 class HeptapodAttention(nn.Module):
@@ -104,9 +112,12 @@ class HeptapodLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        page = hidden_states.shape
+        hidden_states = hidden_states.flatten(1, -2)
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
-        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+        hidden_states = hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+        return hidden_states.view(page)
 
 
 class HeptapodBorders(nn.Module):
@@ -143,7 +154,9 @@ class HeptapodBorders(nn.Module):
         steps = torch.arange(self.num_frequencies, dtype=torch.float32, device=device) / self.num_frequencies
         angles = (torch.stack(distances, dim=-1).unsqueeze(-1) * self.theta**-steps).flatten(-2)
         features = torch.cat((angles.sin(), angles.cos()), dim=-1) / (4 * self.num_frequencies) ** 0.5
-        return self.proj(features.to(like.dtype)).to(like.dtype)  # under autocast the product has another
+        return cell_by_cell(self.proj, features.to(like.dtype)).to(
+            like.dtype
+        )  # under autocast the product has another
 
 
 class HeptapodFeedback(nn.Linear):
@@ -165,6 +178,15 @@ class HeptapodPreTrainedModel(FullAutoMapMixin, PreTrainedModel):
         "AutoModel": "modeling_heptapod.HeptapodModel",
         "AutoModelForMaskedLM": "modeling_heptapod.HeptapodForMaskedLM",
     }
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """As `nn.Module`'s. Raises a `ValueError` for peft's prompt learning, which looks for this name when it wraps."""
+        if target == "embeddings.word_embeddings":
+            raise ValueError(
+                "Prompt learning (prefix, prompt and p-tuning) puts virtual tokens before a text, but a page of the grid has no "
+                "cell for them: use LoRA or another adapter."
+            )
+        return super().get_submodule(target)
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -348,7 +370,7 @@ def cell_nats(logits: torch.Tensor, labels: torch.Tensor, excluded: list[int]) -
         columns = torch.tensor(excluded, device=logits.device)
         logits = logits.index_fill(-1, columns, torch.finfo(logits.dtype).min)
     nats = nn.functional.cross_entropy(
-        logits.flatten(0, -2), labels.flatten().to(logits.device), ignore_index=_IGNORED, reduction="none"
+        logits.flatten(0, -2), labels.flatten().to(logits.device), ignore_index=IGNORED, reduction="none"
     )
     return nats.view(labels.shape)
 
@@ -375,14 +397,13 @@ def masked_diffusion_loss(
         excluded (`list[int]`): tokens that are never written.
         num_items_in_batch (`int`, *optional*): cells that count in all batches of one optimizer step.
     """
-    nats = cell_nats(logits, labels.masked_fill(~masked, _IGNORED), excluded).flatten(1).sum(1)
+    nats = cell_nats(logits, labels.masked_fill(~masked, IGNORED), excluded).flatten(1).sum(1)
     return (nats / mask_ratio.to(nats)).sum() / _count(labels, num_items_in_batch, nats.device)
 
 
 def _count(labels, num_items_in_batch, device):
-    if num_items_in_batch is None:
-        num_items_in_batch = (labels != _IGNORED).sum().clamp_min(1)
-    return num_items_in_batch.to(device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch
+    count = at_least_one((labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+    return count.to(device) if torch.is_tensor(count) else count
 
 
 @auto_docstring(
@@ -447,6 +468,7 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
             The model's last prediction for this page, with `config.self_conditioning`. When not given, training with
             labels makes one first in half of the steps, evaluation with labels always.
         """
+        require_labels(labels, kwargs.get("num_items_in_batch"), "the model masks the page by them")
         inputs_embeds = self.model.embed_cells(input_ids, inputs_embeds, attention_mask)
         shape = inputs_embeds.shape[:-1]
         page = {"attention_mask": attention_mask, "grid_size": self.model.page_size(shape, grid_size)}
@@ -464,7 +486,7 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
         if predict_twice and previous_logits is None:
             previous_logits = self._first_prediction(inputs_embeds, page)
         outputs = self.model(inputs_embeds=self._with_feedback(inputs_embeds, previous_logits), **page, **kwargs)
-        logits = self.lm_head(outputs.last_hidden_state)
+        logits = cell_by_cell(self.lm_head, outputs.last_hidden_state)
         loss = None
         if labels is not None:
             about = {"labels": labels, "masked": masked, "mask_ratio": mask_ratio, "excluded": self._never_written()}
@@ -511,17 +533,18 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
         page = {"attention_mask": attention_mask, "grid_size": self.model.page_size(input_ids.shape, grid_size)}
         labels = input_ids if labels is None else labels
         labels = self._cells_that_count(labels, input_ids.shape, attention_mask, input_ids)
-        count = (labels != _IGNORED).flatten(1).sum(1)
+        count = (labels != IGNORED).flatten(1).sum(1)
         strata = num_samples // 2
         samples = []
         for sample in range(num_samples):
             place = torch.rand(len(count), generator=generator, device=count.device)
             number = ((sample // 2 + place) / strata * count).long().clamp_max(count - 1) + 1
-            masked = _choose(labels != _IGNORED, number, generator)
+            masked = _choose(labels != IGNORED, number, generator)
             embeds = self._mask(clean, masked)
             previous_logits = self._first_prediction(embeds, page) if self.config.self_conditioning else None
             hidden_states = self.model(inputs_embeds=self._with_feedback(embeds, previous_logits), **page)[0]
-            nats = cell_nats(self.lm_head(hidden_states), labels.masked_fill(~masked, _IGNORED), self._never_written())
+            logits = cell_by_cell(self.lm_head, hidden_states)
+            nats = cell_nats(logits, labels.masked_fill(~masked, IGNORED), self._never_written())
             samples.append(nats.flatten(1).sum(1) * count / number.clamp_min(1))
         pairs = torch.stack(samples).unflatten(0, (strata, 2))  # [strata, 2, batch]
         error = (pairs[:, 0] - pairs[:, 1]).square().sum(0).sqrt() / (2 * strata)
@@ -536,20 +559,20 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
         _check_shape("attention_mask", attention_mask, shape)
         labels = labels.long()
         if self.config.pad_token_id is not None:
-            labels = labels.masked_fill(labels == self.config.pad_token_id, _IGNORED)
+            labels = labels.masked_fill(labels == self.config.pad_token_id, IGNORED)
         if attention_mask is not None:
-            labels = labels.masked_fill(~attention_mask.bool(), _IGNORED)
-        _check_range("labels", labels.masked_fill(labels == _IGNORED, 0), self.config.vocab_size)
+            labels = labels.masked_fill(~attention_mask.bool(), IGNORED)
+        _check_range("labels", labels.masked_fill(labels == IGNORED, 0), self.config.vocab_size)
         mask_token_id = self.config.mask_token_id
         for name, ids in (("input_ids", input_ids), ("labels", labels)):
             if ids is None or not _may_be_looked_at(ids):
                 continue
-            if ((ids == mask_token_id) & (labels != _IGNORED)).any():
+            if ((ids == mask_token_id) & (labels != IGNORED)).any():
                 raise ValueError(
                     f"`{name}` hold the mask token ({mask_token_id}), which stands for cells yet to be written, where "
                     "`labels` count: give the clean page, the model masks it itself."
                 )
-        return labels.masked_fill(labels == mask_token_id, _IGNORED)
+        return labels.masked_fill(labels == mask_token_id, IGNORED)
 
     def _never_written(self):
         """Tokens that no cell is ever given, so that they take no share of its probability."""
@@ -561,7 +584,7 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
 
     @torch.no_grad()
     def _first_prediction(self, inputs_embeds, page):
-        return self.lm_head(self.model(inputs_embeds=inputs_embeds, **page)[0])
+        return cell_by_cell(self.lm_head, self.model(inputs_embeds=inputs_embeds, **page)[0])
 
     def _with_feedback(self, inputs_embeds, previous_logits):
         """Embeddings, and on top of them what the model made of the page last time."""
@@ -569,7 +592,7 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
             if not (self.config.self_conditioning and self.training):
                 return inputs_embeds
             # Adds zeros: in distributed training every parameter takes part in every step.
-            return inputs_embeds + self.feedback_proj(torch.zeros_like(inputs_embeds))
+            return inputs_embeds + cell_by_cell(self.feedback_proj, torch.zeros_like(inputs_embeds))
         if not self.config.self_conditioning:
             raise ValueError("`previous_logits` were given, but `config.self_conditioning` is False.")
         expected = [*inputs_embeds.shape[:-1], self.config.vocab_size]
@@ -579,7 +602,8 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
         table = self.model.embed_tokens(torch.arange(self.config.vocab_size, device=inputs_embeds.device))
         dtype = torch.promote_types(table.dtype, torch.float32)
         share = torch.softmax(previous_logits.to(inputs_embeds.device, dtype), dim=-1)
-        return inputs_embeds + self.feedback_proj(share.to(table.dtype) @ table).to(inputs_embeds.dtype)
+        feedback = cell_by_cell(self.feedback_proj, share.to(table.dtype) @ table)
+        return inputs_embeds + feedback.to(inputs_embeds.dtype)
 
     def _neighbor_loss(
         self, hidden_states, page, labels, masked, mask_ratio, excluded, num_items_in_batch=None, **kwargs
@@ -623,7 +647,7 @@ def draw_mask(
     mask_ratio = 1 - (start + rows / (num_ranks * batch)) % 1
     chance = torch.rand(labels.shape, generator=generator, device=device)
     chance = (chance + rank / num_ranks) % 1 if rank else chance
-    return (labels != _IGNORED) & (chance < mask_ratio.view(-1, *[1] * (labels.dim() - 1))), mask_ratio
+    return (labels != IGNORED) & (chance < mask_ratio.view(-1, *[1] * (labels.dim() - 1))), mask_ratio
 
 
 def _rank_and_ranks():
@@ -637,7 +661,7 @@ def _warn_of_pads_that_were_counted(given, labels):
     if _may_be_looked_at(given) and (given != labels).any():
         logger.warning_once(
             "`labels` hold pads, which do not count, but were counted in `num_items_in_batch`: the loss is too small. "
-            f"Give them the label {_IGNORED}, as `HeptapodProcessor(..., return_labels=True)` does."
+            f"Give them the label {IGNORED}, as `HeptapodProcessor(..., return_labels=True)` does."
         )
 
 

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from .auto_map import FullAutoMapMixin
@@ -27,6 +27,7 @@ from .causal_compressors import AttentionCompressor, make_compressor
 from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .hierarchical_block import HierarchicalLMBlock
 from .hierarchical_cache import HierarchicalCache
+from .losses import IGNORED, at_least_one, causal_lm_loss, require_labels
 from .model_inputs import check_position_ids, embed_text, of_new_tokens, token_mask
 from .own_cache import OwnCacheMixin
 from .packed_rows import segment_ids
@@ -35,6 +36,9 @@ from .row_layout import RowLayout, packed_layout, pad_layout
 from .stream_merges import ConcatMerge, CrossAttentionMerge
 from .stream_plan import Pass, StreamPlan, make_plan
 from .transformers_versions import CACHE, slice_logits_to_keep, with_cache_argument, with_cache_field
+
+
+logger = logging.get_logger(__name__)
 
 
 @auto_docstring(
@@ -262,6 +266,8 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
             the same.
         """
         config = self.config
+        if self.training and torch.is_grad_enabled() and not output_hierarchy_embeddings:
+            _warn_of_forgotten_losses(config)
         inputs_embeds = self.embed(input_ids, inputs_embeds)
         batch, seq, _ = inputs_embeds.shape
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -358,6 +364,15 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         return streams
 
 
+def _warn_of_forgotten_losses(config):
+    """Clients such as trl make the loss themselves, of the base model's states."""
+    if PredictiveLosses.wanted(config):
+        logger.warning_once(
+            "The config gives weights to losses beside cross-entropy (`*_loss_weight`), but this training step computes none of "
+            "them: they come with the loss that HierarchicalLMForCausalLM makes of `labels`, without `past_key_values`."
+        )
+
+
 def _restore(rows, x, plan):
     """A stream in the order of the input; one with a stride stays as it is laid out."""
     return x if rows is None or plan.stride > 1 else rows.restore(x)
@@ -376,6 +391,7 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, GenerationMixin):
         if self.predictive_losses_class.wanted(config):
             self.predictive_losses = self.predictive_losses_class(config)
         self._freeze_unread()
+        self.loss_type, self.loss_function = "ForCausalLM", causal_lm_loss
         self.post_init()
 
     def _freeze_unread(self):
@@ -419,6 +435,8 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, GenerationMixin):
         cu_seq_lens_q (`torch.LongTensor` of shape `(num_sequences + 1,)`, *optional*):
             Boundaries of the sequences packed into one row.
         """
+        if self.predictive_losses is not None:
+            require_labels(labels, kwargs.get("num_items_in_batch"), "they make losses of the coarse streams")
         predictive = self.predictive_losses is not None and labels is not None and past_key_values is None
         if predictive:
             inputs_embeds = self.model.embed(input_ids, inputs_embeds)
@@ -461,16 +479,15 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, GenerationMixin):
     def _predictive_losses(
         self, outputs, embeds, input_ids, labels, num_items_in_batch=None, shift_labels=None, **kwargs
     ):
-        """Losses beside cross-entropy, by name; with accumulated gradients, this batch's share of them."""
+        """Losses beside cross-entropy, by name; with accumulated gradients, this batch's share of them. 0 without targets."""
         rows, mask, segments = outputs.row_layout, None, None
         if rows is not None:
             mask, segments = rows.real, rows.segments
             embeds = rows.align(embeds)
             input_ids = None if input_ids is None else rows.align(input_ids.unsqueeze(-1)).squeeze(-1)
-        scale = None
-        if num_items_in_batch is not None:
-            targets = labels[:, 1:] if shift_labels is None else shift_labels
-            scale = (targets != -100).sum() / num_items_in_batch
+        targets = labels[:, 1:] if shift_labels is None else shift_labels
+        count = (targets != IGNORED).sum()
+        scale = count / at_least_one(count if num_items_in_batch is None else num_items_in_batch)
         return self.predictive_losses(
             list(outputs.hierarchy_embeddings), embeds, input_ids, mask=mask, segments=segments, scale=scale
         )

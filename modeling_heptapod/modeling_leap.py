@@ -15,7 +15,6 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.loss.loss_utils import ForMaskedLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -35,6 +34,7 @@ from .configuration_leap import LeapConfig
 from .focus import FocusSettings, attention_matrix, focus_mean, focus_mixing, log_weight, rotate, standardize
 from .focus_cpu import step
 from .focus_step import gate_output, pack_state, prepare_step, step_global_mean, step_window_mean, unpack_state
+from .losses import causal_lm_loss, masked_lm_loss, sequence_classification_loss
 from .model_inputs import check_position_ids, count_positions, embed_text, of_new_tokens, token_mask
 from .own_cache import OwnCacheMixin
 from .packed_rows import segment_ids as find_segments
@@ -440,6 +440,7 @@ class LeapForCausalLM(LeapPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = LeapModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_type, self.loss_function = "ForCausalLM", causal_lm_loss
         self.post_init()
 
     @can_return_tuple
@@ -494,7 +495,7 @@ class LeapForMaskedLM(LeapPreTrainedModel):
         super().__init__(config)
         self.model = LeapModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.loss_function = ForMaskedLMLoss
+        self.loss_type, self.loss_function = "ForMaskedLM", masked_lm_loss
         self.post_init()
 
     @can_return_tuple
@@ -540,6 +541,7 @@ class LeapForSequenceClassification(LeapPreTrainedModel):
         self.num_labels = config.num_labels
         self.model = LeapModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.loss_function = sequence_classification_loss
         self.post_init()
 
     @can_return_tuple
@@ -585,7 +587,7 @@ class LeapForSequenceClassification(LeapPreTrainedModel):
         logits = self.score(hidden_states[torch.arange(batch, device=hidden_states.device), last])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,

@@ -20,6 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .auto_map import FullAutoMapMixin
 from .configuration_multigrid import MultiGridConfig
 from .generation_multigrid import MultiGridGenerationMixin
+from .losses import IGNORED, causal_lm_loss, check_labels, require_labels
 from .model_inputs import (
     check_ids,
     check_position_ids,
@@ -356,6 +357,7 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
             nn.Linear(config.meta_hidden_size, size, bias=False) for size in config.axis_vocab_sizes
         )
         self.next_meta = NextMetaBlock(config) if self._is_factored else None
+        self.loss_type, self.loss_function = "ForCausalLM", causal_lm_loss
         self.post_init()
 
     @property
@@ -400,6 +402,8 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
             raise ValueError(
                 "`next_meta_ids` are for axis_order='factored' and at least one axis; this model has neither."
             )
+        if self.config.num_axes:
+            require_labels(labels, kwargs.get("num_items_in_batch"), "the meta axes learn with them")
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         outputs = self.model(
             input_ids=input_ids,
@@ -491,16 +495,27 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
         if meta_logits is None:
             return {"loss": main_loss, "main_loss": main_loss}
         if meta_targets is None:
-            own = meta_ids if shift_labels is None else nn.functional.pad(meta_ids[:, :, 1:], (0, 1), value=-100)
-            meta_targets = own.masked_fill((targets == -100).unsqueeze(1), -100)
-        elif meta_targets.shape != meta_ids.shape:
-            raise ValueError(
-                f"`meta_targets` must be [batch, axes, seq] = {list(meta_ids.shape)}, got {list(meta_targets.shape)}."
-            )
+            own = meta_ids if shift_labels is None else nn.functional.pad(meta_ids[:, :, 1:], (0, 1), value=IGNORED)
+            meta_targets = own.masked_fill((targets == IGNORED).unsqueeze(1), IGNORED)
+        else:
+            check_labels("meta_targets", meta_targets, meta_ids.shape)
+            self._check_meta_targets(meta_targets)
         meta_losses = tuple(map(loss, meta_logits, meta_targets.unbind(1), config.axis_vocab_sizes))
         share = config.main_loss_weight
         whole = share * main_loss + (1 - share) * sum(meta_losses) / len(meta_losses)
         return {"loss": whole, "main_loss": main_loss, "meta_losses": meta_losses}
+
+    def _check_meta_targets(self, meta_targets):
+        if meta_targets.device.type != "cpu" or is_tracing(meta_targets):
+            return  # a look would stop the device
+        sizes = torch.tensor(self.config.axis_vocab_sizes).unsqueeze(-1)
+        wrong = (meta_targets >= sizes) | ((meta_targets < 0) & (meta_targets != IGNORED))
+        if wrong.any():
+            axis = int(wrong.nonzero()[0, 1])
+            raise ValueError(
+                f"`meta_targets` of axis {self.config.axis_names[axis]!r} must be in [0, {self.config.axis_vocab_sizes[axis]}) or "
+                f"{IGNORED}, got {int(meta_targets[wrong][0])}."
+            )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         """As that of all families; packed sequences are no beginning, and layers with checkpointing ignore any cache."""

@@ -131,7 +131,8 @@ def make_plan(
     """
     cache, device = pass_.cache, pass_.embeds.device
     stride, dilation = config.strides[hierarchy], config.dilations[hierarchy]
-    window, block = config.window_sizes[hierarchy], config.window_type == "block"
+    window = config.window_sizes[hierarchy]
+    block = config.window_type == "block" and window is not None
     tokens, past = pass_.embeds.shape[1], pass_.past
     before = [-(-x // stride) for x in past]  # steps of each row so far
     steps = max(-(-(x + tokens) // stride) - k for x, k in zip(past, before))

@@ -9,6 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
+from modeling_heptapod import modeling_hierarchical_lm
 from tests.tiny_hierarchical_lm import VARIANTS as HIERARCHICAL
 from tests.tiny_hierarchical_lm import tiny_hierarchical_lm
 from tests.tiny_leap import tiny_leap
@@ -151,3 +152,12 @@ def test_what_sft_does_not_train(tmp_path):
     run = trainer(tiny_multigrid(vocab_size=len(TOKENIZER), **axes), tmp_path)
     with pytest.raises(ValueError, match="`meta_ids` must be given"):
         run.train()
+
+
+@pytest.mark.parametrize("weights", [{}, {"next_latent_loss_weight": 0.1}], ids=["none", "some"])
+def test_losses_that_trl_passes_by_are_named(weights, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(modeling_hierarchical_lm.logger, "warning_once", said.append)
+    trainer(tiny_hierarchical_lm(vocab_size=len(TOKENIZER), **weights), tmp_path, TEXTS[:2]).train()
+    assert bool(said) == bool(weights)
+    assert all("`*_loss_weight`" in text for text in said)

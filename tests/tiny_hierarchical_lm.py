@@ -43,6 +43,7 @@ VARIANTS = {
         "hierarchies": [1, 4],
         "strides": [1, 4],
         "window_sizes": [1, None],
+        "window_type": "block",
         "merge": "cross_attention",
         "merge_into": "all",
         "merge_direction": "coarse_to_fine",

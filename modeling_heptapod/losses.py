@@ -1,0 +1,149 @@
+"""Transformers' losses with checked labels, which cost nothing where no label counts instead of `0 / 0`.
+
+All of them take `num_items_in_batch`, the labels that count in all batches of one optimizer step, by which `Trainer` has
+accumulated gradients divided.
+"""
+
+import torch
+from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss, ForSequenceClassificationLoss
+
+from .model_inputs import check_ids
+
+
+IGNORED = -100  # the label that does not count
+
+
+def at_least_one(count: torch.Tensor | int) -> torch.Tensor | int:
+    """A number of labels to divide by."""
+    return count.clamp_min(1) if torch.is_tensor(count) else max(count, 1)
+
+
+def check_labels(name: str, labels: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raise a `TypeError` unless `labels` are integers, a `ValueError` unless of `shape`."""
+    check_ids(name, labels)
+    if tuple(labels.shape) != tuple(shape):
+        raise ValueError(f"`{name}` must be {list(shape)}, a label for each logit, got {list(labels.shape)}.")
+
+
+def require_labels(labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None, why: str) -> None:
+    """Raise a `ValueError` where somebody counted labels and kept them.
+
+    `Trainer` does so with `label_smoothing_factor` and `compute_loss_func`, and makes a loss of the logits alone.
+    """
+    if labels is None and num_items_in_batch is not None:
+        raise ValueError(
+            f"`labels` must be given with `num_items_in_batch`, got None: {why}, which a loss of the logits alone passes by. "
+            "Leave `label_smoothing_factor` and `compute_loss_func` out, with which `Trainer` keeps the labels to itself; to "
+            "change the loss, override `Trainer.compute_loss`."
+        )
+
+
+def causal_lm_loss(
+    logits: torch.Tensor,
+    labels: torch.LongTensor | None,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = IGNORED,
+    shift_labels: torch.LongTensor | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """Cross-entropy of the next tokens, in float32.
+
+    Args:
+        logits (`torch.Tensor` of shape `[batch, seq, vocab_size]`).
+        labels (`torch.LongTensor` of shape `[batch, seq]`): the tokens themselves; the loss shifts them.
+        vocab_size (`int`).
+        num_items_in_batch (`int`, *optional*): what to divide the sum by; the labels that count when not given.
+        ignore_index (`int`): the label that does not count.
+        shift_labels (`torch.LongTensor` of shape `[batch, seq]`, *optional*): labels that are shifted already.
+
+    Raises:
+        TypeError, ValueError: for labels that are no integers, of another shape, or (on a CPU) outside the vocabulary.
+    """
+    name = "labels" if shift_labels is None else "shift_labels"
+    given = labels if shift_labels is None else shift_labels
+    check_labels(name, given, logits.shape[:-1])
+    given = given.long()
+    targets = given if shift_labels is not None else given[..., 1:]
+    count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+    shift_labels = None if shift_labels is None else given
+    try:
+        return ForCausalLMLoss(logits, given, vocab_size, at_least_one(count), ignore_index, shift_labels, **kwargs)
+    except IndexError as error:
+        raise _out_of_range(name, targets, vocab_size, ignore_index) from error
+
+
+def masked_lm_loss(
+    logits: torch.Tensor,
+    labels: torch.LongTensor,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = IGNORED,
+    **kwargs,
+) -> torch.Tensor:
+    """Cross-entropy of masked tokens, in float32: as `causal_lm_loss`, but labels belong to the logits at their place."""
+    check_labels("labels", labels, logits.shape[:-1])
+    labels = labels.long()
+    count = (labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+    try:
+        return ForMaskedLMLoss(logits, labels, vocab_size, at_least_one(count), ignore_index, **kwargs)
+    except IndexError as error:
+        raise _out_of_range("labels", labels, vocab_size, ignore_index) from error
+
+
+def sequence_classification_loss(
+    labels: torch.Tensor,
+    pooled_logits: torch.Tensor,
+    config,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """Transformers' loss of the config's `problem_type`, over `num_items_in_batch` where that is given.
+
+    Args:
+        labels (`torch.Tensor` of shape `[batch]` or `[batch, num_labels]`): classes, targets or indicators.
+        pooled_logits (`torch.Tensor` of shape `[batch, num_labels]`).
+        config (`PreTrainedConfig`): whose `problem_type` is set to what the labels look like where it is `None`.
+        num_items_in_batch (`int`, *optional*): labels in all batches of one optimizer step.
+
+    Raises:
+        TypeError, ValueError: for labels of another shape or kind, or (on a CPU) classes that there are not.
+    """
+    batch, num_labels = pooled_logits.shape
+    kind = config.problem_type
+    if kind is None:
+        of_integers = labels.dtype in (torch.long, torch.int)
+        kind = "regression" if num_labels == 1 else f"{'single' if of_integers else 'multi'}_label_classification"
+    one_each = num_labels == 1 or kind == "single_label_classification"
+    shapes = ([batch], [batch, 1]) if one_each else ([batch, num_labels],)
+    if list(labels.shape) not in shapes:
+        expected = " or ".join(map(str, shapes))
+        raise ValueError(f"`labels` must be {expected} for a {kind} of {num_labels} labels, got {list(labels.shape)}.")
+    if kind != "single_label_classification":
+        labels = labels.to(pooled_logits.dtype).view_as(pooled_logits)
+        loss = ForSequenceClassificationLoss(labels, pooled_logits, config)
+        return loss if num_items_in_batch is None else loss * labels.numel() / at_least_one(num_items_in_batch)
+    check_ids("labels", labels)
+    labels = labels.long()
+    count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+    try:
+        return ForSequenceClassificationLoss(labels, pooled_logits, config, num_items_in_batch=at_least_one(count))
+    except IndexError as error:
+        raise _out_of_range("labels", labels, num_labels, IGNORED) from error
+
+
+def _out_of_range(name, labels, size, ignored):
+    """For what `cross_entropy` notices on a CPU; elsewhere a look would stop the device."""
+    low, high = (int(x) for x in labels[labels != ignored].aminmax())
+    return ValueError(f"`{name}` must be in [0, {size}) or {ignored}, got values from {low} to {high}.")
+
+
+__all__ = [
+    "IGNORED",
+    "at_least_one",
+    "causal_lm_loss",
+    "check_labels",
+    "masked_lm_loss",
+    "require_labels",
+    "sequence_classification_loss",
+]
