@@ -54,6 +54,7 @@ CODE = {
         "packed_rows.py",
         "recurrent_cache.py",
         "running_mean.py",
+        "transformers_versions.py",
     },
     "heptapod": {
         "auto_map.py",
@@ -82,6 +83,7 @@ CODE = {
         "row_layout.py",
         "stream_merges.py",
         "stream_plan.py",
+        "transformers_versions.py",
         "windowed_attention.py",
     },
 }
