@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 OUTPUT := outputs/$(FAMILY)-tiny
 
-.PHONY: install demo judge test test-slow conformance bench style format clean
+.PHONY: install demo judge test test-slow conformance mutants bench style format clean
 
 install: $(INSTALLED)
 
@@ -53,6 +53,11 @@ test-slow: $(INSTALLED)
 
 conformance: $(INSTALLED)
 	$(PYTEST) tests/conformance
+
+# Each defect of tests/mutations.toml in a copy of the tree: which of them does no test notice? For example
+# `make mutants MUTANTS="focus.py --shard 1/4"`.
+mutants: $(INSTALLED)
+	$(PY) tests/run_mutants.py $(MUTANTS)
 
 bench: $(INSTALLED)
 	$(PY) tests/benchmarks/run_all.py

@@ -202,6 +202,20 @@ def test_single_tokens_equal_the_whole(window, option):
     torch.testing.assert_close(packed, in_the_end, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [34, 40, 63])
+def test_windows_above_33(window):
+    """Two vectors of sixteen and one more: values, gradients and single tokens."""
+    options = {"decay": True, "null_weight": 0.4}
+    qfkv, kwargs = make_inputs(1, 150, **options)
+    settings = settings_for(window, **options)
+    check(qfkv, settings, kwargs)
+    expected, _ = focus_mixing(qfkv, settings, kwargs["decay"])
+    _, state = focus_mixing(qfkv[:, :50], settings, kwargs["decay"])
+    packed = pack_state(state, settings, 4, 50)
+    outs = [focus_cpu.step(qfkv[:, t : t + 1], settings, kwargs["decay"], None, packed) for t in range(50, 150)]
+    torch.testing.assert_close(torch.cat(outs, 1), expected[:, 50:], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("threads", [2, 5])
 def test_threads_change_nothing(threads):
     qfkv, kwargs = make_inputs(3, 300, padding=True)

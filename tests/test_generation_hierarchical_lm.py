@@ -45,6 +45,21 @@ def test_steps_and_chunks_equal_the_parallel_forward(variant):
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)  # angles are float32
 
 
+@pytest.mark.parametrize("window_type", ["sliding", "block"])
+def test_windows_above_33(window_type):
+    """Chunks of whole sequences are at least 32 steps long; wider windows make longer ones."""
+    options = {"window_sizes": [36, 40], "strides": [1, 2], "window_type": window_type, "xpos_scale_base": 512}
+    model = tiny_hierarchical_lm(**options).double()
+    ids = random_ids(1, 180)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        masked = model(ids, use_cache=False, output_attentions=True).logits  # one mask for the whole sequence
+    torch.testing.assert_close(masked, expected, rtol=1e-5, atol=1e-5)
+    for sizes in ([60] + [1] * 120, [1, 90, 89]):
+        logits, _ = in_chunks(model, ids, sizes)
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_thousand_steps_equal_the_parallel_forward(variant):

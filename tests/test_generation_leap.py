@@ -213,6 +213,7 @@ def test_an_end_of_sequence_token_ends_a_sequence():
     prompt = random_ids(2, 12)
     tokens = model.generate(prompt, max_new_tokens=30, **GREEDY)
     end = tokens[0, 20].item()
+    assert end != 0  # the pad, which ends nothing
     stopped = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),

@@ -306,9 +306,10 @@ def test_a_streamer_gets_the_main_tokens():
 
 
 def until(batch, eos_token_id):
-    """Token 49 is the pad, but none in the prompt."""
+    """Token 48 is the pad, but none in the prompt, and it ends nothing: who forgets that a row has ended writes on."""
+    assert 48 not in eos_token_id
     mask = torch.ones_like(batch["input_ids"])
-    return {**WITH_TRACKS, "attention_mask": mask, "eos_token_id": eos_token_id, "pad_token_id": 49}
+    return {**WITH_TRACKS, "attention_mask": mask, "eos_token_id": eos_token_id, "pad_token_id": 48}
 
 
 @BOTH_ORDERS
@@ -321,7 +322,7 @@ def test_rows_that_end_are_filled_up(order):
     for i, row in enumerate(ids):
         end = next((t for t in range(6, len(row)) if int(row[t]) in eos), len(row) - 1) + 1
         ends.add(end)
-        assert torch.equal(out.sequences[i, :end], row[:end]) and (out.sequences[i, end:] == 49).all()
+        assert torch.equal(out.sequences[i, :end], row[:end]) and (out.sequences[i, end:] == 48).all()
         assert torch.equal(out.meta_sequences[i, :, :end], meta_ids[i, :, :end])
         assert not out.meta_sequences[i, :, end:].any()
     assert len(ends) > 3 and meta_ids[..., 6:].any()

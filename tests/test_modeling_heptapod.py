@@ -865,6 +865,46 @@ def test_dropout_is_on_in_training_only():
         assert not torch.equal(one(page).logits, one(page).logits), name
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_dropout_is_where_it_belongs(attention, monkeypatch):
+    """What is dropped, in order, and at which rate; with nothing dropped the logits are those of evaluation."""
+    model = tiny_heptapod(attention_dropout=0.2, hidden_dropout=0.3, attention_types=["local"], num_hidden_layers=1)
+    model.set_attn_implementation(attention)
+    page, dropped, outputs = random_page(1, 5, 6), [], {}
+    expected = model(page).logits
+
+    def keep(name):
+        return lambda module, inputs, output: outputs.update({name: output[0] if type(output) is tuple else output})
+
+    def record(x, p=0.5, training=True, inplace=False):
+        if training and p:
+            dropped.append(next((name for name, output in outputs.items() if x is output), tuple(x.shape)))
+            assert p == (0.2 if x.shape[-1] == 30 else 0.3)
+        return x
+
+    def attend(*args, dropout_p=0.0, **kwargs):
+        dropped.append(dropout_p)
+        return real(*args, **kwargs)
+
+    layer, real = model.model.layers[0], nn.functional.scaled_dot_product_attention
+    layer.self_attn.register_forward_hook(keep("attention"))
+    layer.mlp.register_forward_hook(keep("feed-forward"))
+    monkeypatch.setattr(nn.functional, "dropout", record)
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", attend)
+    torch.testing.assert_close(model.train()(page).logits, expected)
+    weights = {"sdpa": 0.2, "eager": (1, 4, 30, 30)}[attention]
+    assert dropped == [(1, 5, 6, 32), weights, "attention", "feed-forward"]
+    dropped.clear()
+    model.eval()(page)
+    assert dropped == ([0.0] if attention == "sdpa" else [])
+
+
+def test_norms_have_the_epsilon_of_the_config():
+    model = tiny_heptapod(layer_norm_eps=0.3)
+    epsilons = [module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    assert epsilons == [0.3] * (2 * 2 + 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_compiled_forward_equals_eager(variant):

@@ -6,6 +6,7 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from modeling_heptapod import HierarchicalCache, HierarchicalLMForCausalLM, HierarchicalLMModel
+from modeling_heptapod.stream_merges import ConcatMerge
 from tests.reference.hierarchical_lm import HierarchicalDescription, hierarchical_logits, hierarchical_streams
 from tests.tiny_hierarchical_lm import VARIANTS, random_ids, tiny_config, tiny_hierarchical_lm
 
@@ -511,6 +512,17 @@ def test_bfloat16(variant):
 
 
 # --- heads, inputs, saving ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["two", "blocks", "cross", "cross-all"])
+def test_norms_have_the_epsilon_of_the_config(variant):
+    model = tiny_hierarchical_lm(layer_norm_eps=0.3, rms_norm_eps=0.2, **VARIANTS[variant])
+    kinds = {nn.LayerNorm: 0.3, nn.RMSNorm: 0.2, ConcatMerge: 0.2}
+    for kind, epsilon in kinds.items():
+        epsilons = {module.eps for module in model.modules() if isinstance(module, kind)}
+        assert epsilons <= {epsilon}, kind
+    first = model.model.layers[0].blocks[0].input_layernorm
+    assert type(first) is (nn.LayerNorm if variant == "blocks" else nn.RMSNorm)
 
 
 def test_logits_to_keep_and_inputs_embeds():

@@ -479,6 +479,44 @@ def test_dropout_is_on_in_training_only(variant):
     assert abs(mean - 1) < 0.05
 
 
+@pytest.mark.parametrize("variant", ["default", "decay", "additive"])
+def test_dropout_is_where_it_belongs(variant, monkeypatch):
+    """What is dropped, in order, and at which rate; with nothing dropped the logits are those of evaluation."""
+    model = tiny_leap(attention_dropout=0.2, hidden_dropout=0.3, num_hidden_layers=1, **_one_layer(variant))
+    ids, dropped, from_mlp = random_ids(1, 9), [], []
+    expected = model(ids).logits
+
+    def record(x, p=0.5, training=True, inplace=False):
+        if training:
+            dropped.append((tuple(x.shape), p))
+            from_mlp.append(any(x is output for output in outputs))
+        return x
+
+    outputs = []
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    monkeypatch.setattr(nn.functional, "dropout", record)
+    torch.testing.assert_close(model.train()(ids).logits, expected)
+
+    whole, heads, logits = ((1, 9, 32), 0.3), ((1, 9, 4, 8), 0.2), ((1, 9, 4), 0.2)
+    mixing = {"default": [heads, heads, logits, heads], "decay": [heads, heads, logits], "additive": [heads, heads]}
+    assert dropped == [whole, *mixing[variant], whole]
+    assert from_mlp == [False] * (len(dropped) - 1) + [True]
+    dropped.clear()
+    model.eval()(ids)
+    assert not dropped
+
+
+def _one_layer(variant):
+    return {**VARIANTS[variant], "window_sizes": [4]}
+
+
+@pytest.mark.parametrize("variant", ["default", "additive"])
+def test_norms_have_the_epsilon_of_the_config(variant):
+    model = tiny_leap(layer_norm_eps=0.3, **VARIANTS[variant])
+    epsilons = [module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    assert epsilons == [0.3] * (2 * 4 + 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_compiled_forward_equals_eager(variant):

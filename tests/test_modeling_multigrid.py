@@ -6,7 +6,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from modeling_heptapod import MultiGridCache, MultiGridForCausalLM
+from modeling_heptapod import MultiGridCache, MultiGridForCausalLM, multigrid_blocks
 from modeling_heptapod.multigrid_cores import grouped_linear
 from tests.tiny_multigrid import TWO_AXES, VARIANTS, random_grid, random_ids, tiny_config, tiny_multigrid
 
@@ -537,6 +537,47 @@ def test_dropout_is_for_training_only():
     for option in ("hidden_dropout", "attention_dropout"):
         model = tiny_multigrid(**TWO_AXES, **{option: 0.3}).train()
         assert not torch.equal(run(model, grid)[0][0], expected[0])
+
+
+@pytest.mark.parametrize("variant", ["plain", "axes", "light"])
+def test_dropout_is_where_it_belongs(variant, monkeypatch):
+    """What is dropped, in order; with nothing dropped the logits are those of evaluation."""
+    model = tiny_multigrid(**{**VARIANTS[variant], "num_hidden_layers": 1}, hidden_dropout=0.3)
+    grid, dropped, made = random_grid(model, 2, 9), [], []
+    expected, _ = run(model, grid)
+
+    def record(x, p=0.5, training=True, inplace=False):
+        if training:
+            assert p == 0.3
+            dropped.append(next((name for name, output in made if x is output), tuple(x.shape)))
+        return x
+
+    def keep(name, function):
+        def call(*args):
+            result = function(*args)
+            made.extend((name, x) for x in (result[0] if type(result) is tuple else [result]))
+            return result
+
+        return call
+
+    monkeypatch.setattr(nn.functional, "dropout", record)
+    monkeypatch.setattr(multigrid_blocks, "grouped_mlp", keep("feed-forward", multigrid_blocks.grouped_mlp))
+    for core in (model.model.layers[0].core, model.model.layers[0].cross_core):
+        if core is not None:
+            monkeypatch.setattr(core, "mix", keep("mixing", core.mix))
+    assert_same(run(model.train(), grid)[0], expected)
+    streams = 1 if variant == "plain" else 2
+    embedded = [(2, 9, 16), (2, 2, 9, 8 if variant == "light" else 16)][:streams]
+    read = ["mixing"] * 2 if variant == "light" else ["mixing", "feed-forward"] * 2
+    assert dropped == embedded + ["mixing", "feed-forward"] * streams + (read if streams > 1 else [])
+
+
+@pytest.mark.parametrize("variant", ["axes", "factored"])
+def test_norms_have_the_epsilon_of_the_config(variant):
+    model = tiny_multigrid(layer_norm_eps=0.3, **VARIANTS[variant])
+    epsilons = [module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    # Of each layer two for each of three streams, and three for each of four readings; at the end one for each stream.
+    assert epsilons == [0.3] * (2 * (3 * 2 + 4 * 3) + 3 + (variant == "factored"))
 
 
 # --- axes together -----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from modeling_heptapod import MultiGridForCausalLM
 from tests.tiny_multigrid import TWO_AXES, VARIANTS, random_grid, tiny_multigrid
@@ -196,6 +197,13 @@ def test_new_weights_start_as_the_model_starts_them():
             assert (parameter == 1).all(), name
         else:
             assert 0.04 < parameter.std() < 0.06, name
+
+
+def test_grown_norms_have_the_epsilon_of_the_config():
+    model = tiny_multigrid(layer_norm_eps=0.3, axis_order="factored")
+    model.add_meta_axis("kind", 7)
+    epsilons = {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)}
+    assert epsilons == {0.3}
 
 
 def test_bad_values_are_named():

@@ -7,6 +7,7 @@ from folders that the source distribution leaves out is replaced by the stubs be
 
 import contextlib
 import importlib
+import os
 import shutil
 import subprocess
 import sys
@@ -116,13 +117,23 @@ def _add_module(name, path=None, **attributes):
 
 
 def load(name):
-    """Imports the upstream test module `name`, e.g. `test_modeling_common`. Skips the calling test module where the
-    upstream tests cannot be had."""
+    """Imports the upstream test module `name`, e.g. `test_modeling_common`.
+
+    Raises:
+        RuntimeError: the upstream tests cannot be had. With `HEPTAPOD_OFFLINE=1` the calling test module is skipped instead.
+    """
     if PACKAGE not in sys.modules:
         try:
             folder = fetch()
         except OSError as error:
-            pytest.skip(f"Transformers' own tests are not available: {error}", allow_module_level=True)
+            if os.environ.get("HEPTAPOD_OFFLINE") == "1":
+                pytest.skip(
+                    f"HEPTAPOD_OFFLINE=1: Transformers' own tests are not available: {error}", allow_module_level=True
+                )
+            raise RuntimeError(
+                f"Transformers' own tests are not available, so nothing was tested: {error}. Set HEPTAPOD_OFFLINE=1 to skip "
+                "them where there is no package index."
+            ) from error
         _add_module(PACKAGE, path=[str(folder)])
         for stub, attributes in STUBS.items():
             parent, _, _ = stub.rpartition(".")

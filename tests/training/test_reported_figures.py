@@ -1,0 +1,355 @@
+"""What scripts print and write of a run, against arithmetic of this file: bits, bytes, errors, speeds, steps, texts."""
+
+import bz2
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import math
+import re
+import statistics
+import sys
+import time
+from types import SimpleNamespace
+
+import evaluate
+import model_card
+import numpy as np
+import objectives
+import publish
+import pytest
+import torch
+import train
+from data import encode
+from streaming import StreamedExamples
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from tests.saved_models import save_with_results
+
+
+# Of characters that take one to four bytes, so that bytes, characters and tokens are different numbers.
+TEXT = "".join(f"Der {i}. Käfer saß für {i * i} € auf № {i % 7} \U0001f41e\n" for i in range(300))
+OTHER = "".join(f"{i} Füchse, ein Wörterbuch und {3 * i} ½\n" for i in range(90))
+BLOCK, BATCH, ACCUMULATED, STEPS, SEED = 32, 2, 3, 4, 7
+WINDOW, STRIDE = 24, 10
+CONFIG = {
+    "model_type": "leap",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "window_sizes": [4],
+}
+
+
+def in_process(main, *arguments, **patches):
+    """Run a script's `main` here, with parts of `train` replaced; what it printed."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
+        for name, value in patches.items():
+            patch.setattr(train, name, value)
+        main()
+    return printed.getvalue()
+
+
+def train_in(folder, *more, **patches):
+    (folder / "config").mkdir(parents=True)
+    (folder / "config" / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "corpus.txt").write_bytes(TEXT.encode())
+    options = {"config_name": folder / "config", "output_dir": folder / "out", "dataset": folder / "corpus.txt"}
+    options |= {"tokenizer": "bpe", "vocab_size": 290, "block_size": BLOCK, "validation_percent": 20, "seed": SEED}
+    options |= {"per_device_train_batch_size": BATCH, "gradient_accumulation_steps": ACCUMULATED, "cache_dir": "none"}
+    options |= {"max_steps": STEPS, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    options |= {"learning_rate": 1e-2, "disable_tqdm": "true", "use_cpu": "true"}
+    flags = itertools.chain.from_iterable((f"--{name}", value) for name, value in options.items())
+    return in_process(train.main, *flags, *more, **patches)
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """Folder, results, what was printed, and what the curve was drawn of. Each step takes 0.25 s by the clock."""
+    folder, drawn = tmp_path_factory.mktemp("learned"), []
+    clock = SimpleNamespace(perf_counter=itertools.count(0, 0.25).__next__, time=time.time)
+    printed = train_in(
+        folder,
+        *("--eval_on_start", "true", "--save_strategy", "no"),
+        time=clock,
+        plot_curve=lambda *arguments: drawn.append(arguments),
+    )
+    return folder / "out", json.loads((folder / "out" / "results.json").read_text(encoding="utf-8")), printed, drawn[0]
+
+
+@pytest.fixture(scope="module")
+def climbed(tmp_path_factory):
+    """A run in which each step makes the model worse, so that the best weights are not the last."""
+
+    class ClimbingTrainer(train.ShardingTrainer):
+        def training_step(self, model, *args, **kwargs):
+            loss = super().training_step(model, *args, **kwargs)
+            for parameter in model.parameters():
+                parameter.grad.neg_()
+            return loss
+
+    folder = tmp_path_factory.mktemp("climbed")
+    best = ("--load_best_model_at_end", "true", "--save_strategy", "steps", "--save_steps", "1")
+    printed = train_in(folder, *best, ShardingTrainer=ClimbingTrainer)
+    return folder / "out", json.loads((folder / "out" / "results.json").read_text(encoding="utf-8")), printed
+
+
+def split(text):
+    """What is trained on and what is held out: from the first line behind four fifths of the characters on."""
+    cut = text.index("\n", round(0.8 * len(text))) + 1
+    return text[:cut], text[cut:]
+
+
+def ids_of(folder, text):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return [tokenizer.eos_token_id, *tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+
+
+@torch.no_grad()
+def bits_of_blocks(model, ids, num_bytes):
+    """Bits per byte of blocks that share no context, token by token in float64."""
+    model, nats = model.double().eval(), 0.0
+    for start in range(0, len(ids) - 1, BLOCK - 1):
+        block = torch.tensor([ids[start : start + BLOCK]])
+        logs = model(block).logits[0].log_softmax(-1)
+        nats -= sum(logs[place, token].item() for place, token in enumerate(block[0, 1:]))
+    return nats / math.log(2) / num_bytes
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+
+def number_behind(words, printed):
+    return float(re.search(re.escape(words) + r"\s+([\d.]+)", printed)[1])
+
+
+# --- train.py ----------------------------------------------------------------------------------------------------------
+
+
+def test_bits_before_and_after_training_are_those_of_the_models(learned):
+    folder, results, printed, _ = learned
+    held_out = split(TEXT)[1]
+    ids, num_bytes = ids_of(folder, held_out), len(held_out.encode())
+    assert len({len(ids), len(held_out), num_bytes}) == 3  # tokens, characters, bytes
+    after = bits_of_blocks(load(folder), ids, num_bytes)
+    torch.manual_seed(SEED)
+    before = bits_of_blocks(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)), ids, num_bytes)
+    assert before > after + 0.1
+    figures = {"before training": before, "after training": after}
+    figures["bz2 -9"] = 8 * len(bz2.compress(held_out.encode(), 9)) / num_bytes
+    for words, expected in figures.items():
+        assert number_behind(words, printed) == pytest.approx(expected, abs=6e-4)
+    names = ("bits_per_byte_before", "bits_per_byte", "bits_per_byte_bz2")
+    assert [results[name] for name in names] == pytest.approx(list(figures.values()), rel=1e-5)
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    logged = {entry["step"]: entry["eval_bits_per_byte"] for entry in history if "eval_bits_per_byte" in entry}
+    assert [logged[0], logged[STEPS]] == pytest.approx([before, after], rel=1e-5)
+
+
+def test_figures_of_a_run_are_those_of_its_text(learned):
+    folder, results, printed, _ = learned
+    trained_on, held_out = (part.encode() for part in split(TEXT))
+    expected = {
+        "dataset": "corpus.txt",
+        "train_bytes": len(trained_on),
+        "held_out_bytes": len(held_out),
+        "held_out_sha256": hashlib.sha256(held_out).hexdigest(),
+        "vocab_size": 290,
+        "block_size": BLOCK,
+        "parameters": sum(parameter.numel() for parameter in load(folder).parameters()),
+        "steps": STEPS,
+        "weights_of_step": STEPS,
+        "resumed_at_step": None,
+        "processes": 1,
+        "tokens_per_step": BATCH * ACCUMULATED * BLOCK,
+        "precision": "float32",
+    }
+    assert {name: results[name] for name in expected} == expected
+    assert f"bits per byte on {len(held_out):,} held-out bytes" in printed
+    assert f"{STEPS} steps in {results['train_seconds']:.0f} s, float32" in printed
+
+
+def test_the_speed_of_a_run_is_in_tokens_a_second(learned):
+    _, results, _, _ = learned
+    assert results["tokens_per_second"] == pytest.approx(BATCH * ACCUMULATED * BLOCK / 0.25)
+
+
+def test_the_curve_is_in_bits_per_byte(learned):
+    """The loss is of tokens, of which the training text has fewer than bytes."""
+    folder, _, _, (history, _, factor, _, names) = learned
+    trained_on, _ = split(TEXT)
+    predicted = len(ids_of(folder, trained_on)) - 1
+    assert factor == pytest.approx(predicted / len(trained_on.encode()) / math.log(2))
+    entry = next(entry for entry in history if "loss" in entry)
+    assert train.text_loss(entry, names) == entry["loss"]
+
+
+def test_the_step_that_the_weights_are_of(climbed):
+    folder, results, printed = climbed
+    held_out = split(TEXT)[1]
+    of_weights = bits_of_blocks(load(folder), ids_of(folder, held_out), len(held_out.encode()))
+    assert (results["steps"], results["weights_of_step"]) == (STEPS, 1)
+    assert [results["bits_per_byte"], number_behind("after training", printed)] == pytest.approx(
+        [of_weights] * 2, abs=6e-4
+    )
+    assert results["bits_per_byte_before"] is None and "before training" not in printed
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "The weights are those of step 1, the best by the held-out text." in card
+    assert f"**{of_weights:.3f}**" in card
+
+
+def test_figures_before_training_are_of_step_zero():
+    later = {"step": 5, "eval_bits_per_byte": 2.0, "eval_loss": 1.0}
+    start = {"step": 0, "eval_bits_per_byte": 8.0, "eval_loss": 5.0}
+    assert train.bits_before([later]) is None
+    assert train.bits_before([{"step": 0, "sample": "text"}, start, later]) == 8.0
+
+
+# --- evaluate.py -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured(learned, tmp_path_factory):
+    """What evaluate.py wrote and printed of the trained folder and a text that it was not trained on."""
+    other, output = tmp_path_factory.mktemp("other") / "other.txt", tmp_path_factory.mktemp("out") / "evaluation.json"
+    other.write_bytes(OTHER.encode())
+    options = ("--validation_percent", "20", "--window", WINDOW, "--stride", STRIDE, "--batch_size", "3")
+    printed = in_process(evaluate.main, learned[0], "--dataset", other, *options, "--output", output)
+    return json.loads(output.read_text(encoding="utf-8")), printed
+
+
+def test_the_text_that_is_named_is_the_one_that_is_measured(learned, measured):
+    """Windows by hand, each token once, with the context that its window gives it."""
+    results, printed = measured
+    held_out = split(OTHER)[1]
+    ids, num_bytes = ids_of(learned[0], held_out), len(held_out.encode())
+    assert results["dataset"] == "other.txt" and "of other.txt" in printed
+    assert results["held_out_sha256"] == hashlib.sha256(held_out.encode()).hexdigest()
+    assert results["held_out_bytes"] == num_bytes and f"on {num_bytes:,} held-out bytes" in printed
+
+    model, nats = load(learned[0]).double().eval(), []
+    for place in range(1, len(ids)):
+        start = math.ceil(max(place + 1 - WINDOW, 0) / STRIDE) * STRIDE
+        with torch.no_grad():
+            logs = model(torch.tensor([ids[start:place]])).logits[0, -1].log_softmax(-1)
+        nats.append(-logs[ids[place]].item())
+    bits = sum(nats) / math.log(2) / num_bytes
+    assert results["sliding_window_bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    assert float(re.search(r"([\d.]+) bits per byte with a sliding window", printed)[1]) == pytest.approx(
+        bits, abs=6e-4
+    )
+    assert results["tokens"] == len(nats)
+    text = results["losses"]["text"]
+    assert [text["nats_per_token"], text["bits_per_byte"]] == pytest.approx([statistics.mean(nats), bits], rel=1e-5)
+    assert f"text: {statistics.mean(nats):.3f} nats per token, {bits:.3f} bits per byte" in printed
+
+    # The error of a sum of stretches of a window each, whose share of the tokens is known.
+    stretches = [nats[start : start + WINDOW] for start in range(0, len(nats), WINDOW)]
+    residuals = [sum(stretch) - len(stretch) * statistics.mean(nats) for stretch in stretches]
+    error = math.sqrt(len(stretches) / (len(stretches) - 1) * sum(x * x for x in residuals))
+    error = error / math.log(2) / num_bytes
+    assert results["standard_error_over_text"] == pytest.approx(error, rel=1e-4)
+    assert f"+- {error:.3f} over text" in printed
+
+
+def test_figures_of_pages_by_hand(monkeypatch):
+    """Three pages of known nats, in bits per byte and per cell, with errors in the same units."""
+    nats, error, num_bytes = np.array([10.0, 30.0, 20.0]), 1.5, 40
+    monkeypatch.setattr(evaluate, "diffusion_bound", lambda model, pages, batch_size: (nats, error))
+    monkeypatch.setattr(evaluate, "page_speed", lambda *_: {})
+    processor = SimpleNamespace(height=2, width=5, paginate=lambda text: np.zeros((1, 2, 5), dtype=np.int64))
+    results = evaluate.measure_grid(None, processor, ["a", "b", "c"], num_bytes, 2)
+    assert results["bound_bits_per_byte"] == pytest.approx(60 / math.log(2) / 40)
+    assert results["bits_per_cell"] == pytest.approx(60 / math.log(2) / 30)
+    assert results["bound_standard_error"] == pytest.approx(1.5 / math.log(2) / 40)
+    # Of a sum of three: the root of three times their variance.
+    assert results["standard_error_over_text"] == pytest.approx(math.sqrt(3 * nats.var(ddof=1)) / math.log(2) / 40)
+    assert (results["cells"], results["page"]) == (30, [2, 5])
+
+
+def test_speed_leaves_out_the_warm_up_and_the_prompt(monkeypatch):
+    clock, durations = [0.0], iter([100.0, 4.0, 2.0, 8.0] * 2)
+
+    def generate(**_):
+        clock[0] += next(durations)
+
+    model = SimpleNamespace(generate=generate, device=torch.device("cpu"))
+    model.generation_config = SimpleNamespace(num_iterations=6)
+    monkeypatch.setattr(evaluate, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    stream = np.arange(20)
+    speed = evaluate.generation_speed(model, stream, None, prompt=9, new=7)
+    assert speed == {"tokens_per_second": 7 / 4, "prompt_tokens": 9, "new_tokens": 7}
+    speed = evaluate.page_speed(model, 3, 5)
+    assert speed == {"tokens_per_second": 3 * 5 / 4, "new_tokens": 15, "num_iterations": 6}
+
+
+# --- bytes, characters, tokens -----------------------------------------------------------------------------------------
+
+
+def test_a_stream_counts_bytes_and_not_characters():
+    examples = StreamedExamples(["Käfer", "№ 7", "plain"], seed=0)
+    examples.examples_of = lambda texts: ({"text": text} for text in texts)
+    assert len(list(examples.one_pass(0))) == 3
+    assert examples.bytes_read == 6 + 5 + 5
+
+
+@pytest.mark.parametrize("size", [2**16, 2**16 + 1, 70_000])
+def test_tokens_beyond_two_bytes_are_whole(size):
+    """The largest id of a vocabulary of just 65,536 entries takes two bytes, that of the next larger one does not."""
+    words = {f"w{i}": i for i in range(size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1")
+    assert len(tokenizer) == size
+    stream = encode([f"w5 w{size - 1}", f"w{size - 2}"], tokenizer)
+    assert stream.tolist() == [1, 5, size - 1, 1, size - 2, 1]
+    assert stream.itemsize == (2 if size == 2**16 else 4)
+
+
+@pytest.mark.parametrize("size", [2**16, 2**16 + 1, 70_000])
+def test_pages_of_tokens_beyond_two_bytes_are_whole(size, monkeypatch):
+    page = np.array([[[5, size - 1]]])
+    monkeypatch.setattr(objectives.HeptapodProcessor, "paginate", lambda self, text: page)
+    pages = objectives._paginate(["a", "b"], SimpleNamespace(tokenizer=range(size)), desc=None)
+    assert pages.tolist() == [[[5, size - 1]]] * 2
+    assert pages.itemsize == (2 if size == 2**16 else 4)
+
+
+# --- which text --------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_evaluated_on_what_it_held_out(tmp_path, monkeypatch):
+    save_with_results("leap", tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    calls = []
+    monkeypatch.setattr(publish, "evaluate", lambda *arguments: calls.append(arguments) or {"figures": 1})
+    publish.evaluate_if_needed(tmp_path)
+    ((folder, texts, name),) = calls
+    assert (folder, name) == (tmp_path, results["dataset"])
+    text = "".join(texts).encode()
+    assert hashlib.sha256(text).hexdigest() == results["held_out_sha256"]
+    assert len(text) == results["held_out_bytes"]
+    assert json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8")) == {"figures": 1}
+
+
+def test_figures_of_a_card_stand_at_their_texts():
+    results = {"dataset": "book.txt", "block_size": 64, "bits_per_byte": 2.5}
+    evaluation = {"dataset": "stdlib", "window": 32, "stride": 16, "sliding_window_bits_per_byte": 2.25}
+    figures = model_card._eval_results(results, evaluation)
+    assert [(each.dataset_name, each.metric_value, each.metric_args) for each in figures] == [
+        ("book.txt", 2.5, {"block_size": 64}),
+        ("stdlib", 2.25, {"window": 32, "stride": 16}),
+    ]
+    grid = {"dataset": "book.txt", "page": [2, 5], "bits_per_byte": 2.5, "elbo_samples": 8}
+    evaluation = {"dataset": "stdlib", "bound_bits_per_byte": 2.25, "mask_samples": 4}
+    for given, expected in (
+        (None, ("book.txt", 2.5, {"mask_samples": 8})),
+        (evaluation, ("stdlib", 2.25, {"mask_samples": 4})),
+    ):
+        (figure,) = model_card._eval_results(grid, given)
+        assert (figure.dataset_name, figure.metric_value, figure.metric_args) == expected
