@@ -26,6 +26,7 @@ from .generation_heptapod import HeptapodGenerationMixin
 from .local_attention import attention_weights, grid_rotary, local_attention, rotate
 from .losses import IGNORED, at_least_one, require_labels
 from .model_inputs import check_ids, check_one_input
+from .unread_arguments import refuse_unread, take_out
 
 
 logger = logging.get_logger(__name__)
@@ -239,6 +240,7 @@ class HeptapodModel(HeptapodPreTrainedModel):
         output_attentions (`bool`, *optional*):
             Whether to also give each layer's `[batch, heads, cells, cells]`: takes time and memory quadratic in cells.
         """
+        refuse_unread(self, kwargs)
         inputs_embeds = self.embed_cells(input_ids, inputs_embeds, attention_mask)
         grid_size = self.page_size(inputs_embeds.shape[:-1], grid_size)
         padding_mask = _padding_mask(attention_mask, inputs_embeds.shape[:-1], grid_size)
@@ -468,14 +470,15 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
             The model's last prediction for this page, with `config.self_conditioning`. When not given, training with
             labels makes one first in half of the steps, evaluation with labels always.
         """
-        require_labels(labels, kwargs.get("num_items_in_batch"), "the model masks the page by them")
+        of_loss = take_out(kwargs, "num_items_in_batch")
+        require_labels(labels, of_loss.get("num_items_in_batch"), "the model masks the page by them")
         inputs_embeds = self.model.embed_cells(input_ids, inputs_embeds, attention_mask)
         shape = inputs_embeds.shape[:-1]
         page = {"attention_mask": attention_mask, "grid_size": self.model.page_size(shape, grid_size)}
         predict_twice = False
         if labels is not None:
             given, labels = labels, self._cells_that_count(labels, shape, attention_mask, input_ids)
-            if kwargs.get("num_items_in_batch") is not None:
+            if of_loss.get("num_items_in_batch") is not None:
                 _warn_of_pads_that_were_counted(given, labels)
             if self.training:
                 masked, mask_ratio = draw_mask(labels, None, *_rank_and_ranks())
@@ -490,9 +493,9 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
         loss = None
         if labels is not None:
             about = {"labels": labels, "masked": masked, "mask_ratio": mask_ratio, "excluded": self._never_written()}
-            loss = self.loss_function(logits=logits, **about, **kwargs)
+            loss = self.loss_function(logits=logits, **about, **of_loss)
             if self.training and self.config.neighbor_loss_weight:
-                neighbor_loss = self._neighbor_loss(outputs.last_hidden_state, page, **about, **kwargs)
+                neighbor_loss = self._neighbor_loss(outputs.last_hidden_state, page, **about, **of_loss)
                 loss = loss + self.config.neighbor_loss_weight * neighbor_loss
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions

@@ -36,6 +36,7 @@ from .row_layout import RowLayout, packed_layout, pad_layout
 from .stream_merges import ConcatMerge, CrossAttentionMerge
 from .stream_plan import Pass, StreamPlan, make_plan
 from .transformers_versions import CACHE, slice_logits_to_keep, with_cache_argument, with_cache_field
+from .unread_arguments import refuse_unread, take_out
 
 
 logger = logging.get_logger(__name__)
@@ -265,6 +266,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
             Boundaries of the sequences packed into one row. Restarting `position_ids` without an `attention_mask` mean
             the same.
         """
+        refuse_unread(self, kwargs, cu_seq_lens_q)
         config = self.config
         if self.training and torch.is_grad_enabled() and not output_hierarchy_embeddings:
             _warn_of_forgotten_losses(config)
@@ -435,8 +437,9 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, GenerationMixin):
         cu_seq_lens_q (`torch.LongTensor` of shape `(num_sequences + 1,)`, *optional*):
             Boundaries of the sequences packed into one row.
         """
+        of_loss = take_out(kwargs, "num_items_in_batch", "shift_labels")
         if self.predictive_losses is not None:
-            require_labels(labels, kwargs.get("num_items_in_batch"), "they make losses of the coarse streams")
+            require_labels(labels, of_loss.get("num_items_in_batch"), "they make losses of the coarse streams")
         predictive = self.predictive_losses is not None and labels is not None and past_key_values is None
         if predictive:
             inputs_embeds = self.model.embed(input_ids, inputs_embeds)
@@ -456,10 +459,10 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, GenerationMixin):
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss, losses = None, {}
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss)
             losses["ce_loss"] = loss
         if predictive:
-            others = self._predictive_losses(outputs, inputs_embeds, input_ids, labels, **kwargs)
+            others = self._predictive_losses(outputs, inputs_embeds, input_ids, labels, **of_loss)
             for name, value in others.items():
                 # The next-latent loss has its weights, one for each hierarchy, inside.
                 weight = 1.0 if name == "next_latent" else getattr(self.config, f"{name}_loss_weight")

@@ -40,6 +40,7 @@ from .own_cache import OwnCacheMixin
 from .packed_rows import segment_ids as find_segments
 from .recurrent_cache import RecurrentCache, StaticRecurrentCache
 from .transformers_versions import CACHE, slice_logits_to_keep, with_cache_argument
+from .unread_arguments import refuse_unread, take_out
 
 
 def decay_slopes(num_heads: int) -> torch.Tensor:
@@ -355,6 +356,7 @@ class LeapModel(LeapPreTrainedModel):
             Boundaries of the sequences packed into one row. Restarting `position_ids` without an `attention_mask` mean
             the same.
         """
+        refuse_unread(self, kwargs, cu_seq_lens_q)
         inputs_embeds = embed_text(self.embed_tokens, input_ids, inputs_embeds, self.config.hidden_size)
         batch, seq, _ = inputs_embeds.shape
         # Not by `merge_with_config_defaults`, which also writes `is_causal` into the config: a token would feel that.
@@ -458,6 +460,7 @@ class LeapForCausalLM(LeapPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
+        of_loss = take_out(kwargs, "num_items_in_batch", "ignore_index", "shift_labels")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -470,7 +473,7 @@ class LeapForCausalLM(LeapPreTrainedModel, GenerationMixin):
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -513,6 +516,7 @@ class LeapForMaskedLM(LeapPreTrainedModel):
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Original ids where tokens were masked, `-100` elsewhere. They are not shifted.
         """
+        of_loss = take_out(kwargs, "num_items_in_batch", "ignore_index")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -523,7 +527,7 @@ class LeapForMaskedLM(LeapPreTrainedModel):
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

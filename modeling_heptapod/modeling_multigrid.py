@@ -37,6 +37,7 @@ from .multigrid_growth import MultiGridGrowthMixin
 from .own_cache import OwnCacheMixin
 from .packed_rows import segment_ids as find_segments
 from .transformers_versions import CACHE, slice_logits_to_keep, with_cache_argument, with_cache_field
+from .unread_arguments import refuse_unread, take_out
 
 
 @auto_docstring(
@@ -181,6 +182,7 @@ class MultiGridModel(MultiGridPreTrainedModel):
             Boundaries of the sequences packed into one row. Restarting `position_ids` without an `attention_mask` mean
             the same.
         """
+        refuse_unread(self, kwargs, cu_seq_lens_q)
         config = self.config
         main = self.embed(input_ids, inputs_embeds)
         meta = self.embed_meta(meta_ids, main.shape[:2])
@@ -398,6 +400,7 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
         cu_seq_lens_q (`torch.LongTensor` of shape `(num_sequences + 1,)`, *optional*):
             Boundaries of the sequences packed into one row.
         """
+        of_loss = take_out(kwargs, "num_items_in_batch", "shift_labels")
         if next_meta_ids is not None and not self._is_factored:
             raise ValueError(
                 "`next_meta_ids` are for axis_order='factored' and at least one axis; this model has neither."
@@ -436,7 +439,7 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
             )
         losses = {}
         if labels is not None:
-            losses = self._losses(logits, meta_logits, labels, meta_ids, meta_targets, **kwargs)
+            losses = self._losses(logits, meta_logits, labels, meta_ids, meta_targets, **of_loss)
         return MultiGridCausalLMOutput(
             logits=logits,
             **{CACHE: outputs.get(CACHE)},

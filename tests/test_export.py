@@ -55,6 +55,7 @@ CODE = {
         "recurrent_cache.py",
         "running_mean.py",
         "transformers_versions.py",
+        "unread_arguments.py",
     },
     "heptapod": {
         "auto_map.py",
@@ -64,6 +65,8 @@ CODE = {
         "losses.py",
         "model_inputs.py",
         "modeling_heptapod.py",
+        "transformers_versions.py",
+        "unread_arguments.py",
     },
     "hierarchical_lm": {
         "auto_map.py",
@@ -84,6 +87,7 @@ CODE = {
         "stream_merges.py",
         "stream_plan.py",
         "transformers_versions.py",
+        "unread_arguments.py",
         "windowed_attention.py",
     },
 }
