@@ -566,6 +566,7 @@ class LeapForSequenceClassification(LeapPreTrainedModel):
         labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
             Classes, regression targets or multi-label indicators, told apart by `config.problem_type`.
         """
+        of_loss = take_out(kwargs, "num_items_in_batch")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -591,7 +592,7 @@ class LeapForSequenceClassification(LeapPreTrainedModel):
         logits = self.score(hidden_states[torch.arange(batch, device=hidden_states.device), last])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **of_loss)
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,

@@ -406,7 +406,7 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
                 "`next_meta_ids` are for axis_order='factored' and at least one axis; this model has neither."
             )
         if self.config.num_axes:
-            require_labels(labels, kwargs.get("num_items_in_batch"), "the meta axes learn with them")
+            require_labels(labels, of_loss.get("num_items_in_batch"), "the meta axes learn with them")
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         outputs = self.model(
             input_ids=input_ids,

@@ -101,6 +101,7 @@ CODE["multigrid"] = {  # a core is LEAP's mixer
     "multigrid_cache.py",
     "multigrid_cores.py",
     "multigrid_growth.py",
+    "text_processors.py",
 }
 HEADS = {
     "LeapModel": "AutoModel",
