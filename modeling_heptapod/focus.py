@@ -26,6 +26,8 @@ import torch
 from torch import nn
 
 from .focus_cpu import NativeMixing, applies
+from .focus_triton import TritonMixing
+from .focus_triton import applies as triton_applies
 from .running_mean import EMPTY, FocusState, same_segment, two_sided_mean, weighted_mean
 
 
@@ -376,8 +378,11 @@ class _FocusMixing(torch.autograd.Function):
         rotary = None if cos is None else (cos, sin)
         ctx.native = None
         ctx.save_for_backward(qfkv)
-        if applies(qfkv, settings, rotary):
-            ctx.native = NativeMixing(qfkv, settings, decay, rotary, padding_mask, segments, past)
+        mixing = NativeMixing if applies(qfkv, settings, rotary) else None
+        if triton_applies(qfkv, settings, rotary):
+            mixing = TritonMixing
+        if mixing is not None:
+            ctx.native = mixing(qfkv, settings, decay, rotary, padding_mask, segments, past)
             out, *final = ctx.native.forward(qfkv, ctx.needs_input_grad[0])
             ctx.mark_non_differentiable(*final)
             return out, *final
