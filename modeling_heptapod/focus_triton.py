@@ -147,12 +147,12 @@ if triton is not None:
         return slope
 
     @triton.jit
-    def _exponents(logs, query, key, query_segment, key_segment, slope, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr):
-        """Log weights `[queries, keys]` with which queries see keys, by their places."""
+    def _exponents(logs, query, key, query_segment, key_segment, slope, window, SEGMENTS: tl.constexpr):
+        """Log weights `[queries, keys]` with which queries see keys, by their places; without a window, `window` is None."""
         distance = query[:, None] - key[None, :]
         seen = distance >= 0
-        if WINDOW:
-            seen = seen & (distance < WINDOW)
+        if window is not None:
+            seen = seen & (distance < window)
         if SEGMENTS:
             seen = seen & (query_segment[:, None] == key_segment[None, :])
         return tl.where(seen, logs[None, :] - slope * distance.to(tl.float32), _NOTHING)
@@ -255,7 +255,7 @@ if triton is not None:
         NULL: tl.constexpr,
     ):  # fmt: skip
         """Weights of a chunk's tokens `[queries, keys]` and of what precedes it `[queries]`, and logs of the totals."""
-        exponents = _exponents(logs, local, local, segment, segment, slope, 0, SEGMENTS)
+        exponents = _exponents(logs, local, local, segment, segment, slope, None, SEGMENTS)
         before = carry_log - slope * (local + 1).to(tl.float32)
         if SEGMENTS:
             before = tl.where(segment == segment_before, before, _NOTHING)
@@ -316,17 +316,17 @@ if triton is not None:
         t = tl.minimum(tl.maximum(first + local, 0), seq - 1)
         return tl.load(segments + t)
 
-    @triton.jit(do_not_specialize=["seq", "rows", "chunks", "past", "kept"])
+    @triton.jit(do_not_specialize=["seq", "rows", "chunks", "window", "past", "kept"])
     def _forward(
         qfkv, out, decay, cos, sin, mask, segments, past_logs, past_values, final_logs, final_values,
-        records, ends, words, carries, seq, heads, rows, chunks, past, kept, rotary_stride, scale, log_null,
+        records, ends, words, carries, seq, heads, rows, chunks, window, past, kept, rotary_stride, scale, log_null,
         D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, HALO: tl.constexpr, GROUP: tl.constexpr,
-        WINDOW: tl.constexpr, NORMALIZE: tl.constexpr, ELU: tl.constexpr, GATE: tl.constexpr, NULL: tl.constexpr,
-        GATED: tl.constexpr, PRECISION: tl.constexpr,
+        NORMALIZE: tl.constexpr, ELU: tl.constexpr, GATE: tl.constexpr, NULL: tl.constexpr, GATED: tl.constexpr,
+        PRECISION: tl.constexpr,
     ):  # fmt: skip
         SEGMENTS: tl.constexpr = segments is not None
         order = tl.program_id(0)
-        if WINDOW == 0:
+        if window is None:
             order = tl.atomic_add(words, 1)
         index, row = order // rows, order % rows
         b, h = (row // heads).to(tl.int64), row % heads
@@ -366,7 +366,7 @@ if triton is not None:
         channel, inside = _channels(D, DP)
         channels: tl.constexpr = (1 + GATED) * D
         kbar = k
-        if WINDOW:
+        if window is not None:
             if final_logs is not None:
                 slot = first + local - (seq - kept)
                 kept_here = here & (slot >= 0)
@@ -386,8 +386,8 @@ if triton is not None:
             if SEGMENTS:
                 halo_segment = _segments_of(segments, before, first, seq)
             weights, halo_weights = _bands(
-                _exponents(logs, local, local, segment, segment, slope, WINDOW, SEGMENTS),
-                _exponents(halo_logs, local, before, segment, halo_segment, slope, WINDOW, SEGMENTS),
+                _exponents(logs, local, local, segment, segment, slope, window, SEGMENTS),
+                _exponents(halo_logs, local, before, segment, halo_segment, slope, window, SEGMENTS),
                 log_null,
                 NULL,
             )
@@ -507,17 +507,17 @@ if triton is not None:
         grad = _part_backward(grad, k, k_deviation, k_factor, D, NORMALIZE)
         _store(grad_base + (1 + GATED) * part, local, stride, here, grad, D, DP)
 
-    @triton.jit(do_not_specialize=["seq", "rows", "chunks", "past"])
+    @triton.jit(do_not_specialize=["seq", "rows", "chunks", "window", "past"])
     def _backward(
         qfkv, grad_out, grad_in, decay, cos, sin, mask, segments, past_logs, past_values,
-        records, ends, words, carries, seq, heads, rows, chunks, past, rotary_stride, scale, log_null,
+        records, ends, words, carries, seq, heads, rows, chunks, window, past, rotary_stride, scale, log_null,
         D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, HALO: tl.constexpr, GROUP: tl.constexpr,
-        WINDOW: tl.constexpr, NORMALIZE: tl.constexpr, ELU: tl.constexpr, GATE: tl.constexpr, NULL: tl.constexpr,
-        GATED: tl.constexpr, PRECISION: tl.constexpr,
+        NORMALIZE: tl.constexpr, ELU: tl.constexpr, GATE: tl.constexpr, NULL: tl.constexpr, GATED: tl.constexpr,
+        PRECISION: tl.constexpr,
     ):  # fmt: skip
         SEGMENTS: tl.constexpr = segments is not None
         order = tl.program_id(0)
-        if WINDOW == 0:
+        if window is None:
             order = tl.atomic_add(words, 1)
         index, row = order // rows, order % rows  # counted from the end
         chunk = chunks - 1 - index
@@ -560,7 +560,7 @@ if triton is not None:
                 turned_k = _turn(k, cos, sin, local, here, 1.0, T, D, DP)
 
         kbar = k
-        if WINDOW:
+        if window is not None:
             before = tl.arange(0, HALO) - HALO
             halo_logs, halo_k, halo_v = _halo(
                 base, cos, sin, mask, past_logs, past_values, row, before, first, stride, part, past, scale,
@@ -570,8 +570,8 @@ if triton is not None:
             if SEGMENTS:
                 halo_segment = _segments_of(segments, before, first, seq)
             weights, halo_weights = _bands(
-                _exponents(logs, local, local, segment, segment, slope, WINDOW, SEGMENTS),
-                _exponents(halo_logs, local, before, segment, halo_segment, slope, WINDOW, SEGMENTS),
+                _exponents(logs, local, local, segment, segment, slope, window, SEGMENTS),
+                _exponents(halo_logs, local, before, segment, halo_segment, slope, window, SEGMENTS),
                 log_null,
                 NULL,
             )
@@ -607,8 +607,8 @@ if triton is not None:
             if SEGMENTS:
                 next_segment = _segments_of(segments, after, first, seq)
             weights, halo_weights = _bands(
-                _exponents(logs, after, local, next_segment, segment, slope, WINDOW, SEGMENTS),
-                _exponents(next_logs, after, after, next_segment, next_segment, slope, WINDOW, SEGMENTS),
+                _exponents(logs, after, local, next_segment, segment, slope, window, SEGMENTS),
+                _exponents(next_logs, after, after, next_segment, next_segment, slope, window, SEGMENTS),
                 log_null,
                 NULL,
             )
@@ -696,11 +696,11 @@ if triton is not None:
             D, DP, T, GATED, NORMALIZE, ELU, turned_k,
         )  # fmt: skip
 
-    @triton.jit(do_not_specialize=["held"])
+    @triton.jit(do_not_specialize=["window", "held"])
     def _step(
-        qfkv, out, decay, cos, sin, state, heads, held, rotary_stride, scale, log_null,
-        D: tl.constexpr, DP: tl.constexpr, HELD: tl.constexpr, WINDOW: tl.constexpr, NORMALIZE: tl.constexpr,
-        ELU: tl.constexpr, GATE: tl.constexpr, NULL: tl.constexpr, GATED: tl.constexpr, BOUNDED: tl.constexpr,
+        qfkv, out, decay, cos, sin, state, heads, window, held, rotary_stride, scale, log_null,
+        D: tl.constexpr, DP: tl.constexpr, HELD: tl.constexpr, NORMALIZE: tl.constexpr, ELU: tl.constexpr, GATE: tl.constexpr,
+        NULL: tl.constexpr, GATED: tl.constexpr, BOUNDED: tl.constexpr,
     ):  # fmt: skip
         """One token of one head and row; the state is laid out as `pack_state` says."""
         row = tl.program_id(0)
@@ -728,10 +728,10 @@ if triton is not None:
         q, k, v = tl.sum(q, 0), tl.sum(k, 0), tl.sum(v, 0)
         channel, inside = _channels(D, DP)
         kbar = k
-        if WINDOW:
+        if window is not None:
             state += b.to(tl.int64) * heads * (1 + (1 + GATED) * D) * held
             j = tl.arange(0, HELD)
-            skip = held - (WINDOW - 1)
+            skip = held - (window - 1)
             used = (j >= skip) & (j < held)
             logs = tl.load(state + h * held + j, mask=used, other=_NOTHING)
             logs = tl.where(used, tl.maximum(logs, _NOTHING) - slope * (held - j).to(tl.float32), _NOTHING)
@@ -838,6 +838,7 @@ class TritonMixing:
             "heads": heads,
             "rows": self.rows,
             "chunks": self.chunks,
+            "window": settings.window,
             "past": self.past,
             "rotary_stride": seq * dim if rotary is not None and rotary[0].shape[0] > 1 else 0,
             "scale": float(settings.scale),
@@ -849,7 +850,6 @@ class TritonMixing:
             "T": chunk,
             "HALO": 16 if settings.window is None else max(16, triton.next_power_of_2(settings.window - 1)),
             "GROUP": _GROUP,
-            "WINDOW": settings.window or 0,
             "NORMALIZE": settings.normalize,
             "ELU": settings.weight_function == "elu",
             "GATE": _GATES[settings.query_gate],
@@ -969,6 +969,7 @@ def step(
             sin,
             packed,
             heads,
+            window,
             held,
             dim if rotary is not None and rotary[0].shape[0] > 1 else 0,
             float(settings.scale),
@@ -976,7 +977,6 @@ def step(
             D=dim,
             DP=max(16, triton.next_power_of_2(dim)),
             HELD=triton.next_power_of_2(held),
-            WINDOW=window or 0,
             NORMALIZE=settings.normalize,
             ELU=settings.weight_function == "elu",
             GATE=_GATES[settings.query_gate],

@@ -34,6 +34,7 @@ from .configuration_leap import LeapConfig
 from .focus import FocusSettings, attention_matrix, focus_mean, focus_mixing, log_weight, rotate, standardize
 from .focus_cpu import step
 from .focus_step import gate_output, pack_state, prepare_step, step_global_mean, step_window_mean, unpack_state
+from .focus_triton import step as triton_step
 from .losses import causal_lm_loss, masked_lm_loss, sequence_classification_loss
 from .model_inputs import check_position_ids, count_positions, embed_text, of_new_tokens, token_mask
 from .own_cache import OwnCacheMixin
@@ -167,7 +168,8 @@ class LeapMixer(_Mixer):
 
     def _step(self, qfkv, cache, rotary):
         """One token, which also enters the cached state."""
-        out = step(qfkv, self.settings, self.decay, rotary, self._packed_state(cache))
+        take = triton_step if qfkv.is_cuda else step
+        out = take(qfkv, self.settings, self.decay, rotary, self._packed_state(cache))
         if out is not None:
             return out
         parts, logits = prepare_step(qfkv, self.settings, rotary)
