@@ -29,7 +29,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDEST = 64  # window
 _MOST_DIM = 256
 _GROUP = 32  # chunks, one bit each of a word
-_HEADER = 4  # floats of a record before its sums: log of the reference, sum of weights, whether the past passes, nothing
+# Floats of a record before its sums: log of the reference, sum of weights, whether the past passes, nothing.
+_HEADER = 4
 _GATES = {"none": 0, "sigmoid": 1, "gelu": 2}
 
 
@@ -182,8 +183,9 @@ if triton is not None:
 
     @triton.jit
     def _combine(
-        records, inside, slope, reference, total, keys, values, GATED: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr
-    ):
+        records, inside, slope, reference, total, keys, values,
+        GATED: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr,
+    ):  # fmt: skip
         """What precedes a group, joined by the first `inside` chunks of it; `slope` is a chunk's decay."""
         k = tl.arange(0, GROUP)
         record = records + k * (4 + (1 + GATED) * DP)
@@ -370,9 +372,7 @@ if triton is not None:
             if final_logs is not None:
                 slot = first + local - (seq - kept)
                 kept_here = here & (slot >= 0)
-                tl.store(
-                    final_logs + row * kept + slot, tl.where(logs > _EMPTY, logs, float("-inf")), mask=kept_here
-                )
+                tl.store(final_logs + row * kept + slot, tl.where(logs > _EMPTY, logs, float("-inf")), mask=kept_here)
                 state = final_values + row.to(tl.int64) * kept * channels
                 _store(state + GATED * D, slot, channels, kept_here, v, D, DP)
                 if GATED:
@@ -445,8 +445,8 @@ if triton is not None:
                 _write_record(record, reference, total, 1.0, past_k, past_v, GATED, DP)
             if index == chunks - 1:
                 share = _share(after_total)
-                log_after = tl.where(after_total > 0, after + tl.log(tl.where(after_total > 0, after_total, 1.0)), _EMPTY)
-                tl.store(final_logs + row, log_after)
+                log_total = tl.log(tl.where(after_total > 0, after_total, 1.0))
+                tl.store(final_logs + row, tl.where(after_total > 0, after + log_total, _EMPTY))
                 tl.store(final_values + row * channels + GATED * D + channel, after_v * share, mask=inside)
                 if GATED:
                     tl.store(final_values + row * channels + channel, after_k * share, mask=inside)

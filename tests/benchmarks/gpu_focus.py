@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 
@@ -205,7 +206,7 @@ def mixing_in_torch(results, rate):
         x = torch.randn(batch, seq, 4, heads, dim, device=DEVICE).to(DTYPES[0]).requires_grad_()
         grad = torch.randn(batch, seq, heads, dim, device=DEVICE).to(DTYPES[0])
 
-        def run():
+        def run(x=x, grad=grad, settings=settings):
             torch.autograd.grad(focus_mixing(x, settings)[0], x, grad)
 
         times = {}
@@ -225,9 +226,8 @@ def tiles(results, rate):
                 focus_triton._tile = lambda _, tile=(chunk, warps): tile
                 for window in (None, 16):
                     try:
-                        time_mixing(
-                            results, rate, "tiles", 1, 65_536, 512 // dim, dim, DTYPES[0], window, chunk=chunk, warps=warps
-                        )
+                        shape = 1, 65_536, 512 // dim, dim, DTYPES[0], window
+                        time_mixing(results, rate, "tiles", *shape, chunk=chunk, warps=warps)
                     except Exception as error:
                         results.row("tiles", dim=dim, chunk=chunk, warps=warps, window=window, error=str(error)[:200])
     finally:
@@ -281,7 +281,7 @@ def training(results, rate, compiled=False):
         tokens = 64 if QUICK else max(32_768, length)
         ids = torch.randint(0, 50, (tokens // length, length), device=DEVICE)
         times, peaks = {}, {}
-        for name, make in (("LEAP", leap_base), ("GPT2", lambda: gpt2(length))):
+        for name, make in (("LEAP", leap_base), ("GPT2", partial(gpt2, length))):
             if DEVICE == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
@@ -322,7 +322,7 @@ def decoding(results, rate):
             )
         for name, model, past in (("LEAP", leap, cache), ("GPT2", peer, peer_cache)):
 
-            def run():
+            def run(model=model, past=past):
                 for _ in range(steps):
                     model(token, past_key_values=past, use_cache=True)
 
@@ -360,17 +360,16 @@ def grid(results, rate):
         cells = {"ours_ms": timed(lambda q, k, v: local_attention(q, k, v, radius), inputs, grad)}
         if not QUICK:
             mask = create_block_mask(near, None, None, side * side, side * side, device=DEVICE)
-            compiled = torch.compile(flex_attention)
-            cells["flex_ms"] = timed(lambda q, k, v: compiled(q, k, v, block_mask=mask), flat, grad.flatten(2, 3))
+            cells["flex_ms"] = timed(partial(torch.compile(flex_attention), block_mask=mask), flat, grad.flatten(2, 3))
         if side <= 64:
             place = torch.arange(side * side, device=DEVICE)
             dense = near(0, 0, place[:, None], place[None, :])
             cells["masked_sdpa_ms"] = timed(
-                lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=dense),
+                partial(torch.nn.functional.scaled_dot_product_attention, attn_mask=dense),
                 flat,
                 grad.flatten(2, 3),
             )
-        results.row("local attention, forward and backward", grid=f"{batch}x8x{side}x{side}x32", radius=radius, **cells)
+        results.row("local attention", grid=f"{batch}x8x{side}x{side}x32", radius=radius, **cells)
 
 
 def compile_ahead():
