@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 OUTPUT := outputs/$(FAMILY)-tiny
 
-.PHONY: install demo judge test test-slow conformance mutants bench style format clean
+.PHONY: install demo judge test test-slow gpu conformance mutants bench style format clean
 
 install: $(INSTALLED)
 
@@ -50,6 +50,10 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(PYTEST) -m slow
+
+# On a CUDA device, with the Python that sees it; `make gpu QUICK=1` is for a CPU with Triton (its interpreter).
+gpu:
+	PYTHON=$(PYTHON) tests/gpu/run.sh $(if $(QUICK),--quick)
 
 conformance: $(INSTALLED)
 	$(PYTEST) tests/conformance
