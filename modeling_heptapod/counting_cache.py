@@ -2,6 +2,7 @@
 
 import torch
 
+from .cache_states import held_states
 from .transformers_versions import StateReadersMixin
 
 
@@ -23,12 +24,8 @@ class CountingCacheMixin(StateReadersMixin):
     def num_rows(self) -> int | None:
         """Size of the batch, `None` before the first token."""
         for layer in self.layers:
-            states = [getattr(layer, "keys", None)]
-            for name in ("conv_states", "recurrent_states"):
-                states += getattr(layer, name, {}).values()
-            for state in states:
-                if state is not None and state.shape[0]:
-                    return state.shape[0]  # `len` would make a number of what an export leaves open
+            for state in held_states(layer).values():
+                return state.shape[0]  # `len` would make a number of what an export leaves open
         return None
 
     def batch_repeat_interleave(self, repeats: int) -> None:

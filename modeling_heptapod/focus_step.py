@@ -39,6 +39,13 @@ def pack_state(
     return torch.cat((logs, parts.flatten(1, 3)), dim=1)
 
 
+def packed_shape(window: int | None, heads: int, parts: int, head_dim: int) -> tuple[int, ...]:
+    """Shape of what `pack_state` gives, without the batch."""
+    if window is None:
+        return (heads * (2 + parts * head_dim),)
+    return heads * (1 + parts * head_dim), max(window - 1, 1)
+
+
 def unpack_state(packed: torch.Tensor, settings: FocusSettings, heads: int, head_dim: int) -> FocusState:
     """The inverse of `pack_state`."""
     if settings.window is None:

@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, 
 from transformers.utils.output_capturing import capture_outputs
 
 from .auto_map import FullAutoMapMixin
+from .cache_states import LayerStates
 from .causal_compressors import AttentionCompressor, make_compressor
 from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .hierarchical_block import HierarchicalLMBlock
@@ -207,6 +208,26 @@ class HierarchicalLMPreTrainedModel(FullAutoMapMixin, OwnCacheMixin, PreTrainedM
         config.complete()
         super().__init__(config, *args, **kwargs)
 
+    def _cache_layers(self, cache):
+        """As that of all families: hierarchies within layers, then what compressors and the head look back at."""
+        config, hierarchies, layer, last = self.config, range(self.config.num_hierarchies), [], {}
+        for h, kind in zip(hierarchies, config.cache_layer_types):
+            width, window = config.hidden_sizes[h], None
+            shift, keys = (config.dilations[h], width // 2), (config.num_attention_heads[h], None, config.head_dim[h])
+            shapes = {("conv_states", 1): shift}
+            if kind != "conv":
+                shapes |= {("conv_states", 0): shift, ("keys", None): keys, ("values", None): keys}
+            if config.strides[h] > 1 and len(hierarchies) > 1:
+                shapes["recurrent_states", 0] = (1, width)
+            if kind == "hybrid_sliding":
+                window = config.kept_steps[h]
+            layer.append(LayerStates(kind, shapes, sliding_window=window))
+            if config.strides[h] > 1 and (config.predict_from_all or h == config.predict_index):
+                last["recurrent_states", h] = (1, width)
+        if max(config.hierarchies) > 1:
+            last["conv_states", 0] = (max(config.hierarchies) - 1, config.hidden_size)
+        return layer * config.num_hidden_layers + [LayerStates("conv", last)]
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -276,7 +297,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         use_cache = config.use_cache if use_cache is None else use_cache
         if past_key_values is not None:
-            self.check_cache(past_key_values, batch)
+            self.check_cache(past_key_values, inputs_embeds)
         cache = past_key_values
         if cache is None and use_cache and not self.training:
             cache = HierarchicalCache(config)

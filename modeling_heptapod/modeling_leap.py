@@ -39,7 +39,7 @@ from .losses import causal_lm_loss, masked_lm_loss, sequence_classification_loss
 from .model_inputs import check_position_ids, count_positions, embed_text, of_new_tokens, token_mask
 from .own_cache import OwnCacheMixin
 from .packed_rows import segment_ids as find_segments
-from .recurrent_cache import RecurrentCache, StaticRecurrentCache
+from .recurrent_cache import RecurrentCache, StaticRecurrentCache, mixing_states
 from .transformers_versions import CACHE, slice_logits_to_keep, with_cache_argument
 from .unread_arguments import refuse_unread, take_out
 
@@ -302,6 +302,13 @@ class LeapPreTrainedModel(FullAutoMapMixin, OwnCacheMixin, PreTrainedModel):
         "AutoModelForSequenceClassification": "modeling_leap.LeapForSequenceClassification",
     }
 
+    def _cache_layers(self, cache):
+        """As that of all families."""
+        config = self.config
+        parts = 1 if config.query_gate == "none" else 2
+        shape = config.num_attention_heads, parts, config.head_dim
+        return [mixing_states(window, *shape, config.number_of_conv_states) for window in config.window_sizes]
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -360,7 +367,7 @@ class LeapModel(LeapPreTrainedModel):
         """
         refuse_unread(self, kwargs, cu_seq_lens_q)
         inputs_embeds = embed_text(self.embed_tokens, input_ids, inputs_embeds, self.config.hidden_size)
-        batch, seq, _ = inputs_embeds.shape
+        seq = inputs_embeds.shape[1]
         # Not by `merge_with_config_defaults`, which also writes `is_causal` into the config: a token would feel that.
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -370,7 +377,7 @@ class LeapModel(LeapPreTrainedModel):
             if past_key_values is not None:
                 raise ValueError(f"`{CACHE}` was given, but a bidirectional model has no past to continue from.")
         elif past_key_values is not None:
-            self.check_cache(past_key_values, batch)
+            self.check_cache(past_key_values, inputs_embeds)
         elif use_cache and not self.training:
             past_key_values = RecurrentCache(self.config)
 

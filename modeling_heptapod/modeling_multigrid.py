@@ -18,6 +18,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .auto_map import FullAutoMapMixin
+from .cache_states import LayerStates
 from .configuration_multigrid import MultiGridConfig
 from .generation_multigrid import MultiGridGenerationMixin
 from .losses import IGNORED, causal_lm_loss, check_labels, require_labels
@@ -36,6 +37,7 @@ from .multigrid_cores import LSTMRows, MixingPlan, grouped_norm, leap_config
 from .multigrid_growth import MultiGridGrowthMixin
 from .own_cache import OwnCacheMixin
 from .packed_rows import segment_ids as find_segments
+from .recurrent_cache import mixing_states
 from .transformers_versions import CACHE, slice_logits_to_keep, with_cache_argument, with_cache_field
 from .unread_arguments import refuse_unread, take_out
 
@@ -131,6 +133,24 @@ class MultiGridPreTrainedModel(FullAutoMapMixin, OwnCacheMixin, PreTrainedModel)
         super().__init__(config, *args, **kwargs)
         self._is_stateful = config.core != "transformer"  # a recurrent state cannot be rolled back
 
+    def _cache_layers(self, cache):
+        """As that of all families: each stream's own past, then, with axes, what streams read of each other."""
+        config, layers = self.config, []
+        axes, head_dim = config.num_axes, config.head_dim
+        own = config.num_attention_heads + axes * config.meta_num_attention_heads
+        for heads in (own, 2 * axes * config.meta_num_attention_heads)[: 2 if axes else 1]:
+            if config.core == "leap":
+                layers += [mixing_states(window, heads, 2, head_dim) for window in config.window_sizes]
+                continue
+            if config.core == "lstm":  # whose readings keep nothing
+                shapes = {} if layers else {("recurrent_states", 0): (2, own * head_dim)}
+                states = LayerStates("linear_attention", shapes, precise=True)
+            else:
+                shape = (heads, cache.seen_tokens, head_dim)
+                states = LayerStates("full_attention", {("keys", None): shape, ("values", None): shape})
+            layers += [states] * config.num_hidden_layers
+        return layers
+
 
 @auto_docstring
 class MultiGridModel(MultiGridPreTrainedModel):
@@ -186,11 +206,11 @@ class MultiGridModel(MultiGridPreTrainedModel):
         config = self.config
         main = self.embed(input_ids, inputs_embeds)
         meta = self.embed_meta(meta_ids, main.shape[:2])
-        batch, seq, _ = main.shape
+        seq = main.shape[1]
         use_cache = config.use_cache if use_cache is None else use_cache
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         if past_key_values is not None:
-            self.check_cache(past_key_values, batch)
+            self.check_cache(past_key_values, main)
         elif use_cache and not self.training:
             past_key_values = MultiGridCache(config)
         check_position_ids(position_ids, seq)

@@ -1,7 +1,9 @@
 """Models with caches of their own: which ones a forward pass takes, and which ones `generate` makes."""
 
+import torch
 from transformers.cache_utils import Cache
 
+from .cache_states import LayerStates, check_states
 from .transformers_versions import CACHE
 
 
@@ -14,8 +16,21 @@ class OwnCacheMixin:
 
     _cache_classes: dict[str, type[Cache]]
 
-    def check_cache(self, cache: Cache, batch: int | None = None) -> None:
-        """Raise a `TypeError` for caches of other kinds, a `ValueError` for one of another batch size."""
+    def _cache_layers(self, cache: Cache) -> list[LayerStates]:
+        """What each layer of `cache` holds once it has seen a token."""
+        raise NotImplementedError
+
+    def check_cache(self, cache: Cache, inputs_embeds: torch.Tensor | None = None) -> None:
+        """Check that a cache is of this model, and fits the input that is to continue it.
+
+        Args:
+            cache (`Cache`): of any origin.
+            inputs_embeds (`torch.Tensor` of shape `[batch, seq, width]`, *optional*): the input.
+
+        Raises:
+            TypeError: for caches of other kinds.
+            ValueError: for a cache of another model, dtype, device or batch size, or of no rows.
+        """
         names = [cache_class.__name__ for cache_class in self._cache_classes.values()]
         # By name: a cache that was made here also serves a model whose code came with its folder.
         if not any(base.__name__ in names for base in type(cache).__mro__):
@@ -23,7 +38,10 @@ class OwnCacheMixin:
                 f"`{CACHE}` must be a {' or '.join(names)}, got {type(cache).__name__}: build it with "
                 f"`{names[0]}(model.config)`, or leave it out and pass `use_cache=True`."
             )
-        rows = cache.num_rows()
+        # Where accelerate has spread the layers over devices, so are their states.
+        one_device = not any("_hf_hook" in vars(module) for module in getattr(self, "layers", ()))
+        rows = check_states(cache, self._cache_layers(cache), inputs_embeds, one_device)
+        batch = None if inputs_embeds is None else inputs_embeds.shape[0]
         if None not in (rows, batch) and rows != batch:
             raise ValueError(
                 f"`{CACHE}` holds {rows} rows, but the batch has {batch}. `batch_repeat_interleave` and "

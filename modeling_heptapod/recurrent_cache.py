@@ -7,7 +7,15 @@ seen, which `generate` and position embeddings need. These subclasses count; the
 import torch
 from transformers.cache_utils import DynamicCache, StaticCache
 
+from .cache_states import LayerStates
 from .counting_cache import CountingCacheMixin
+from .focus_step import packed_shape
+
+
+def mixing_states(window: int | None, heads: int, parts: int, head_dim: int, number: int = 1) -> LayerStates:
+    """What a layer of running means keeps, `number` of them: see `pack_state` in `focus_step.py`."""
+    kind, shape = "recurrent_states" if window is None else "conv_states", packed_shape(window, heads, parts, head_dim)
+    return LayerStates("linear_attention", {(kind, place): shape for place in range(number)}, precise=True)
 
 
 class _RecurrentCacheMixin(CountingCacheMixin):
@@ -71,4 +79,4 @@ class StaticRecurrentCache(_RecurrentCacheMixin, StaticCache):
         self.seen_tokens.zero_()
 
 
-__all__ = ["RecurrentCache", "StaticRecurrentCache"]
+__all__ = ["RecurrentCache", "StaticRecurrentCache", "mixing_states"]

@@ -1,10 +1,14 @@
 """What the caches of all families have in common: kinds, rows, and what `generate` makes of a given one."""
 
+import contextlib
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache
 
 from modeling_heptapod import HierarchicalCache, MultiGridCache, RecurrentCache, StaticRecurrentCache
+from modeling_heptapod.cache_states import held_states
 from tests.tiny_hierarchical_lm import VARIANTS as STREAMS
 from tests.tiny_hierarchical_lm import tiny_hierarchical_lm
 from tests.tiny_leap import VARIANTS as MIXERS
@@ -46,6 +50,27 @@ def part(inputs, rows, start, end):
     """Some rows of inputs from `start` to `end`; the mask from the beginning."""
     taken = {name: values[rows, ..., start:end] for name, values in inputs.items()}
     return {**taken, "attention_mask": inputs["attention_mask"][rows, :end]}
+
+
+NO_ROWS = torch.tensor([], dtype=torch.long)
+
+
+def all_states(cache):
+    """All tensors of a cache's layers."""
+    return [state for layer in cache.layers for state in held_states(layer).values()]
+
+
+def change_states(cache, change, only=None):
+    """Put something else in place of every state, or of one of them, by number."""
+    count = 0
+    for layer in cache.layers:
+        for name, place in held_states(layer):
+            if only in (None, count):
+                if place is None:
+                    setattr(layer, name, change(getattr(layer, name)))
+                else:
+                    getattr(layer, name)[place] = change(getattr(layer, name)[place])
+            count += 1
 
 
 def continue_from(model, cache, inputs, rows):
@@ -128,3 +153,141 @@ def test_caches_of_other_kinds_are_errors(name):
     for call in (model, lambda **given: model.generate(**given, max_new_tokens=2)):
         with pytest.raises(TypeError, match=match):
             call(**part(inputs, [0], 0, PROMPT), past_key_values=DynamicCache())
+
+
+def filled(model, cache_class=None, batch=2, tokens=PROMPT):
+    """A cache of a model after a prompt."""
+    cache = (cache_class or next(iter(model._cache_classes.values())))(model.config)
+    model(**prompt_for(model, batch, tokens), past_key_values=cache)
+    return cache
+
+
+def prompt_for(model, batch, tokens):
+    if model.config.model_type == "multigrid":
+        return random_grid(model, batch, tokens)
+    return {"input_ids": torch.randint(model.config.vocab_size, (batch, tokens))}
+
+
+def layout(cache):
+    """Which states a cache holds, and their shapes without rows."""
+    return [{name: state.shape[1:] for name, state in held_states(layer).items()} for layer in cache.layers]
+
+
+@pytest.mark.parametrize(
+    "make, variants",
+    [(tiny_leap, MIXERS), (tiny_hierarchical_lm, STREAMS), (tiny_multigrid, GRIDS)],
+    ids=["leap", "hierarchical_lm", "multigrid"],
+)
+@torch.no_grad()
+def test_caches_of_other_models_are_errors(make, variants):
+    models = {name: make(**variant) for name, variant in {**variants, "deep": {"num_hidden_layers": 3}}.items()}
+    caches, refused = {name: filled(model) for name, model in models.items()}, 0
+    for name, model in models.items():
+        inputs = prompt_for(model, 2, 1)
+        for other in models:
+            cache, before = copy.deepcopy(caches[other]), layout(caches[other])
+            if before == layout(caches[name]):
+                model(**inputs, past_key_values=cache)
+                continue
+            refused += 1
+            with pytest.raises(ValueError, match="`past_key_values` is not of this model"):
+                model(**inputs, past_key_values=cache)
+            assert layout(cache) == before
+    with pytest.raises(ValueError, match="`past_key_values` is not of this model"):
+        models["deep"].generate(
+            **prompt_for(models["deep"], 2, 9), past_key_values=next(iter(caches.values())), max_new_tokens=2
+        )
+    assert refused > len(models)
+
+
+@pytest.mark.parametrize("cache_class", [RecurrentCache, StaticRecurrentCache])
+@torch.no_grad()
+def test_a_cache_of_a_smaller_model_is_not_written_past_its_end(cache_class):
+    """It was, in C: memory was corrupted."""
+    small, large = tiny_leap(), tiny_leap(hidden_size=256, num_attention_heads=32)
+    for cache, model in ((filled(small, cache_class), large), (filled(large, cache_class), small)):
+        with pytest.raises(ValueError, match=r"layer 0 has recurrent_states\[0\] of shape .*, expected \[rows, "):
+            model(**prompt_for(model, 2, 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    "make, own, other",
+    [
+        (tiny_leap, {}, {"num_hidden_layers": 3}),
+        (tiny_leap, {"mixer": "additive"}, {}),
+        (tiny_hierarchical_lm, {}, {"num_hidden_layers": 3}),
+        (tiny_hierarchical_lm, {}, {"window_sizes": [None, 5]}),
+        (tiny_hierarchical_lm, {}, {"window_sizes": [6, None]}),
+        (tiny_multigrid, {}, {"core": "lstm"}),
+        (tiny_multigrid, {"core": "leap"}, {}),
+        (tiny_multigrid, {}, GRIDS["axis"]),
+    ],
+)
+@torch.no_grad()
+def test_empty_caches_of_other_models_are_errors(make, own, other):
+    model, cache = make(**own), next(iter(make()._cache_classes.values()))(make(**other).config)
+    with pytest.raises(ValueError, match="`past_key_values` is not of this model"):
+        model(**prompt_for(model, 2, 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize("choose", [lambda c: c.batch_select_indices(NO_ROWS), lambda c: c.batch_repeat_interleave(0)])
+@pytest.mark.parametrize("name", CASES, ids="-".join)
+@torch.no_grad()
+def test_caches_of_no_rows_are_errors(name, choose):
+    model, cache, inputs = case(name)
+    model(**part(inputs, [0, 1], 0, PROMPT), past_key_values=cache)
+    choose(cache)
+    assert cache.num_rows() == 0
+    for rows in ([0], [0, 1]):
+        with pytest.raises(ValueError, match="`past_key_values` holds no rows"):
+            model(**part(inputs, rows, PROMPT, PROMPT + 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CASES, ids="-".join)
+@torch.no_grad()
+def test_states_of_another_dtype_are_errors(name, dtype):
+    model, cache, inputs = case(name)
+    model(**part(inputs, [0, 1], 0, PROMPT), past_key_values=cache)
+    change_states(cache, lambda state: state.to(dtype))
+    with pytest.raises(ValueError, match=f"`past_key_values` .*of {dtype}, expected torch.float32"):
+        model(**part(inputs, [0, 1], PROMPT, LENGTH), past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", CASES, ids="-".join)
+@torch.no_grad()
+def test_caches_of_a_model_in_another_dtype(name):
+    """Recurrent states have float32 in half precision as well, and go on; everything else is of the model's dtype."""
+    model, cache, inputs = case(name)
+    model(**part(inputs, [0, 1], 0, PROMPT), past_key_values=cache)
+    kept = {state.dtype for state in all_states(filled(model.bfloat16()))} == {torch.float32}
+    outcome = contextlib.nullcontext() if kept else pytest.raises(ValueError, match="expected torch.bfloat16")
+    with outcome:
+        model(**part(inputs, [0, 1], PROMPT, LENGTH), past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", CASES, ids="-".join)
+@torch.no_grad()
+def test_states_on_another_device_are_errors(name):
+    model, cache, inputs = case(name)
+    model(**part(inputs, [0, 1], 0, PROMPT), past_key_values=cache)
+    change_states(cache, lambda state: state.to("meta"))
+    with pytest.raises(ValueError, match="`past_key_values` .* on meta, the input is on cpu"):
+        model(**part(inputs, [0, 1], PROMPT, LENGTH), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x[:1], lambda x: x[..., :-1], lambda x: x.unsqueeze(-1), lambda x: x[0], lambda x: None],
+    ids=["rows", "size", "more dimensions", "fewer dimensions", "missing"],
+)
+@pytest.mark.parametrize("name", CASES, ids="-".join)
+@torch.no_grad()
+def test_a_state_that_does_not_fit_the_others_is_an_error(name, change):
+    model, cache, inputs = case(name)
+    model(**part(inputs, [0, 1], 0, PROMPT), past_key_values=cache)
+    for count in range(len(all_states(cache))):
+        changed = copy.deepcopy(cache)
+        change_states(changed, change, only=count)
+        with pytest.raises(ValueError, match="`past_key_values` is not of this model"):
+            model(**part(inputs, [0, 1], PROMPT, LENGTH), past_key_values=changed)

@@ -42,6 +42,7 @@ CODE = {
     "leap": {
         "auto_map.py",
         "configuration_leap.py",
+        "cache_states.py",
         "counting_cache.py",
         "focus.py",
         "focus_cpu.py",
@@ -72,6 +73,7 @@ CODE = {
         "auto_map.py",
         "causal_compressors.py",
         "configuration_hierarchical_lm.py",
+        "cache_states.py",
         "counting_cache.py",
         "eager_attention.py",
         "hierarchical_block.py",
