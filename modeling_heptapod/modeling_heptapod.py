@@ -5,6 +5,8 @@ in `generation_heptapod.py`. The prototype is `nonlinear-transformer` on PyPI; t
 diffusion (MDLM, arXiv 2406.07524).
 """
 
+import zlib
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -334,6 +336,24 @@ def _check_shape(name, tensor, shape):
         raise ValueError(f"`{name}` must be {list(shape)} like the page, got {list(tensor.shape)}.")
 
 
+def _check_clean(input_ids, labels, mask_token_id):
+    """Raise a `ValueError` where cells that count are masked already, or are not what the page holds."""
+    counts = labels != IGNORED
+    for name, ids in (("input_ids", input_ids), ("labels", labels)):
+        if ids is not None and ((ids == mask_token_id) & counts).any():
+            raise ValueError(
+                f"`{name}` hold the mask token ({mask_token_id}), which stands for cells yet to be written, where "
+                "`labels` count: give the clean page, the model masks it itself. `DataCollatorForLanguageModeling` needs "
+                "`mlm=False`."
+            )
+    if input_ids is not None and ((input_ids != labels) & counts).any():
+        number = int(((input_ids != labels) & counts).sum())
+        raise ValueError(
+            f"`labels` must be `input_ids` where they are not {IGNORED}, but {number} of {int(counts.sum())} differ: give "
+            "the clean page, the model masks it itself."
+        )
+
+
 def _may_be_looked_at(ids):
     """On the CPU; elsewhere it would stop the device."""
     return ids.device.type == "cpu" and not is_tracing(ids)
@@ -345,6 +365,31 @@ def _check_range(name, ids, size):
         low, high = (int(x) for x in ids.aminmax())
         if low < 0 or high >= size:
             raise ValueError(f"`{name}` must be in [0, {size}), got values from {low} to {high}.")
+
+
+@auto_docstring(
+    custom_intro="""
+    Output of the masked language model, with the cells that the loss counted.
+    """
+)
+@dataclass
+class HeptapodMaskedLMOutput(MaskedLMOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
+        Negative ELBO in nats a cell, where there are labels.
+    logits (`torch.FloatTensor` of shape `(batch_size, height, width, vocab_size)`, or of flat pages):
+        Scores of each cell's token.
+    hidden_states (`tuple`, *optional*):
+        The stream before the first and after each layer, the last one normalised.
+    attentions (`tuple`, *optional*):
+        Of each layer, `[batch_size, heads, cells, cells]`.
+    masked_labels (`torch.LongTensor` of the shape of `labels`, *optional*):
+        The labels of the cells that the loss counted, which the model did not see; -100 at all others, whose logits
+        training says nothing about. `Trainer` hands it to `compute_metrics` behind the logits:
+        `logits, counted = prediction.predictions`.
+    """
+
+    masked_labels: torch.LongTensor | None = None
 
 
 class ElboEstimate(NamedTuple):
@@ -428,6 +473,7 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
                 [nn.Linear(config.hidden_size, config.hidden_size, bias=False) for _ in _DIRECTIONS]
             )
         self.loss_function = masked_diffusion_loss
+        self._has_looked_at_labels = False
         self.post_init()
 
     @can_return_tuple
@@ -441,7 +487,7 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
         grid_size: tuple[int, int] | None = None,
         previous_logits: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> MaskedLMOutput:
+    ) -> HeptapodMaskedLMOutput:
         r"""
         input_ids (`torch.LongTensor` of shape `(batch_size, height, width)`, *optional*):
             Tokens of a page, or flat `(batch_size, height * width)`, row after row. Logits have the same leading shape.
@@ -455,15 +501,17 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
             each row a ratio is drawn uniformly from (0, 1], stratified over the batch and over all processes of a
             distributed run, and each cell that counts is replaced by `config.mask_token_id` with this probability. The
             loss is the cross entropy of these cells, each over its row's ratio, over the number of cells that count:
-            an unbiased estimate of the negative ELBO in nats a cell. The logits are those of the masked page. In
-            evaluation mode the draw depends on the labels alone.
+            an unbiased estimate of the negative ELBO in nats a cell. The logits are those of the masked page, and
+            `masked_labels` of the output says which cells were masked. In evaluation mode each page's ratio and cells
+            are drawn from its own labels, whatever the batch, the padding and the device.
 
             `Trainer` divides by a number of its own, for which it counts all labels but `-100` before the model sees
             them. Write `-100` at pads for it, as `processor(text, return_labels=True)` does; otherwise loss and
             gradient are too small by the share of pads.
 
-            The model does the masking: a page that was masked already is an error, as is a mask token among the labels.
-            Both are noticed on the CPU only; elsewhere such a label does not count.
+            The model does the masking: a page that was masked already, as by `DataCollatorForLanguageModeling` with
+            `mlm=True`, is an error, as are other labels than `input_ids` and a mask token among them. On devices other
+            than the CPU the first batch is looked at, and later a mask token among the labels does not count.
         grid_size (`tuple`, *optional*, defaults to `config.grid_size`):
             Height and width of a page that is given flat.
         previous_logits (`torch.FloatTensor` of the shape of the logits, *optional*):
@@ -483,22 +531,27 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
             if self.training:
                 masked, mask_ratio = draw_mask(labels, None, *_rank_and_ranks())
             else:
-                masked, mask_ratio = draw_mask(labels, _generator_of(labels))
+                masked, mask_ratio = draw_masks_of_pages(labels)
             inputs_embeds = self._mask(inputs_embeds, masked)
             predict_twice = self.config.self_conditioning and (not self.training or bool(torch.rand(()) < 0.5))
         if predict_twice and previous_logits is None:
             previous_logits = self._first_prediction(inputs_embeds, page)
         outputs = self.model(inputs_embeds=self._with_feedback(inputs_embeds, previous_logits), **page, **kwargs)
         logits = cell_by_cell(self.lm_head, outputs.last_hidden_state)
-        loss = None
+        loss = masked_labels = None
         if labels is not None:
+            masked_labels = labels.masked_fill(~masked, IGNORED)
             about = {"labels": labels, "masked": masked, "mask_ratio": mask_ratio, "excluded": self._never_written()}
             loss = self.loss_function(logits=logits, **about, **of_loss)
             if self.training and self.config.neighbor_loss_weight:
                 neighbor_loss = self._neighbor_loss(outputs.last_hidden_state, page, **about, **of_loss)
                 loss = loss + self.config.neighbor_loss_weight * neighbor_loss
-        return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        return HeptapodMaskedLMOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            masked_labels=masked_labels,
         )
 
     @torch.no_grad()
@@ -567,14 +620,10 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
             labels = labels.masked_fill(~attention_mask.bool(), IGNORED)
         _check_range("labels", labels.masked_fill(labels == IGNORED, 0), self.config.vocab_size)
         mask_token_id = self.config.mask_token_id
-        for name, ids in (("input_ids", input_ids), ("labels", labels)):
-            if ids is None or not _may_be_looked_at(ids):
-                continue
-            if ((ids == mask_token_id) & (labels != IGNORED)).any():
-                raise ValueError(
-                    f"`{name}` hold the mask token ({mask_token_id}), which stands for cells yet to be written, where "
-                    "`labels` count: give the clean page, the model masks it itself."
-                )
+        # Elsewhere than on a CPU a look stops the device: once, since what makes wrong batches makes them all the time.
+        if _may_be_looked_at(labels) or not (self._has_looked_at_labels or is_tracing(labels)):
+            _check_clean(input_ids, labels, mask_token_id)
+            self._has_looked_at_labels = True
         return labels.masked_fill(labels == mask_token_id, IGNORED)
 
     def _never_written(self):
@@ -668,9 +717,27 @@ def _warn_of_pads_that_were_counted(given, labels):
         )
 
 
-def _generator_of(labels):
-    """A generator seeded by the labels: whatever the model, a batch is always masked in the same way."""
-    return torch.Generator(labels.device).manual_seed(int(labels.clamp_min(0).sum()))
+def draw_masks_of_pages(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `draw_mask`, but each page's ratio and cells are drawn from its own labels, in reading order.
+
+    Whatever the model, the device, the batch and the padding, a page is always masked in the same way. So a loss over many
+    pages does not depend on how they are batched.
+
+    Args:
+        labels (`torch.LongTensor` of shape `[batch, ...]`): `-100` at cells that are never masked.
+
+    Returns:
+        `torch.BoolTensor` of the shape of `labels`, and the ratios, float32 `[batch]`, in (0, 1].
+    """
+    pages = labels.detach().cpu().long()
+    masked, mask_ratio = torch.zeros_like(pages, dtype=torch.bool), torch.empty(len(pages))
+    for row, page in enumerate(pages):
+        counts = page != IGNORED
+        cells = page[counts]
+        generator = torch.Generator().manual_seed(zlib.crc32(cells.numpy().tobytes()))
+        mask_ratio[row] = 1 - torch.rand((), generator=generator)
+        masked[row, counts] = torch.rand(len(cells), generator=generator) < mask_ratio[row]
+    return masked.to(labels.device), mask_ratio.to(labels.device)
 
 
 def _choose(candidates, number, generator):
@@ -691,4 +758,4 @@ def _overlap(down, across, height, width):
 HeptapodModel.register_for_auto_class("AutoModel")
 HeptapodForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
 
-__all__ = ["HeptapodForMaskedLM", "HeptapodModel", "HeptapodPreTrainedModel"]
+__all__ = ["HeptapodForMaskedLM", "HeptapodMaskedLMOutput", "HeptapodModel", "HeptapodPreTrainedModel"]

@@ -601,7 +601,9 @@ class LeapForSequenceClassification(LeapPreTrainedModel):
         logits = self.score(hidden_states[torch.arange(batch, device=hidden_states.device), last])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **of_loss)
+            loss = self.loss_function(
+                logits=logits, labels=labels, pooled_logits=logits, config=self.config, **of_loss
+            )
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,

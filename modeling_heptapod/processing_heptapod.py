@@ -334,6 +334,11 @@ class HeptapodProcessor(ProcessorMixin):
         return self.tokenizer.pad_token_id
 
     @property
+    def mask_token(self):
+        """None for collators, which ask before they mask: the model masks pages itself. See `tokenizer.mask_token`."""
+        raise AttributeError("`DataCollatorForLanguageModeling` needs `mlm=False`: the model masks pages itself.")
+
+    @property
     def model_input_names(self):
         return ["input_ids", "attention_mask"]
 

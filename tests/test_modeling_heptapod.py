@@ -4,17 +4,18 @@ import dataclasses
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from data import build_tokenizer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Trainer, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding, Trainer, TrainingArguments
 
 from modeling_heptapod import HeptapodForMaskedLM, HeptapodModel, HeptapodProcessor
 from modeling_heptapod import modeling_heptapod as module
-from modeling_heptapod.modeling_heptapod import draw_mask, masked_diffusion_loss
+from modeling_heptapod.modeling_heptapod import draw_mask, draw_masks_of_pages, masked_diffusion_loss
 from tests.reference.heptapod import HeptapodDescription, heptapod_logits, window
 from tests.tiny_heptapod import MASK, PAD, VARIANTS, random_page, tiny_config, tiny_heptapod
 
@@ -416,20 +417,25 @@ def test_the_loss_averages_to_the_bound():
 
 @pytest.mark.parametrize("variant", ["default", "feedback"])
 def test_the_loss_in_evaluation_averages_to_the_bound(variant):
-    """Also with feedback, which is always given there. The draw depends on the labels: other pages make other draws."""
+    """Also with feedback, which is always given there. The draw depends on the labels: other pages make other draws.
+
+    Here the last row of each page, which no draw of the others depends on, makes them other pages.
+    """
     model = tiny_heptapod(**VARIANTS[variant])
-    page = random_page(1, 2, 2)
-    exact = exact_nats(model, page) / 4
-    losses = []
+    page = random_page(1, 3, 2)
+    given = torch.tensor([[False, False], [False, False], [True, True]])
+    exact = exact_nats(model, page, given) / 4
+    losses, draw = [], module.draw_masks_of_pages
     for i in range(60):
         batch = page.expand(64, -1, -1).clone()
-        batch[0] = i % MASK
-        batch[1] = i // MASK
-        with torch.no_grad():
-            logits = model(batch, labels=batch).logits[2:]
-        masked, ratio = (x[2:] for x in draw_mask(batch, module._generator_of(batch)))
-        nats = module.cell_nats(logits, batch[2:].masked_fill(~masked, -100), [MASK, PAD])
-        losses.append((nats.sum((1, 2)) / ratio).mean() / 4)
+        labels = batch.masked_fill(given, -100)
+        names = (
+            torch.arange(i * 64, (i + 1) * 64).view(64, 1, 1).expand(-1, 2, 2) + labels[:, :2]
+        )  # others, to be drawn by
+        drawn = draw(torch.cat((names, labels[:, 2:]), dim=1))
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "draw_masks_of_pages", lambda labels, drawn=drawn: drawn)
+            losses.append(model(batch, labels=labels).loss)
     losses = torch.stack(losses)
     error = losses.std() / len(losses) ** 0.5
     assert error < 0.05 * exact
@@ -575,7 +581,7 @@ def test_training_draws_as_its_rank_and_evaluation_does_not(monkeypatch):
         assert torch.equal(model.eval()(page, labels=page).loss, evaluated)
         torch.manual_seed(0)
         model.train()(page, labels=page)
-    (_, first), (_, second) = seen[1], seen[3]
+    (_, first), (_, second) = seen  # evaluation draws otherwise
     assert (torch.cat((first, second)).sort().values.diff() - 1 / 4).abs().max() < 1e-5
 
 
@@ -596,9 +602,7 @@ def test_evaluation_repeats_itself_and_training_does_not():
     torch.manual_seed(1)
     assert torch.equal(*losses) and torch.equal(model(page, labels=page).loss, losses[0])
     other = (page + 1) % MASK
-    assert not torch.equal(
-        draw_mask(page, module._generator_of(page))[0], draw_mask(other, module._generator_of(other))[0]
-    )
+    assert not torch.equal(draw_masks_of_pages(page)[0], draw_masks_of_pages(other)[0])
     model.train()
     assert not torch.equal(model(page, labels=page).loss, model(page, labels=page).loss)
     torch.manual_seed(1)
@@ -607,12 +611,129 @@ def test_evaluation_repeats_itself_and_training_does_not():
     assert torch.equal(model(page, labels=page).loss, loss)
 
 
+def test_the_draw_of_a_page_depends_on_the_page_alone():
+    """Not on the batch, the order in it, nor the size that it is padded to; and it is a draw as in training."""
+    pages = [random_page(1, 1 + i % 4, 2 + i % 3, seed=i)[0] for i in range(12)]
+    alone = [draw_masks_of_pages(page[None]) for page in pages]
+    batch = torch.full((12, 6, 7), -100)
+    for row, page in zip(batch, pages):
+        row[: page.shape[0], : page.shape[1]] = page
+    for order in (torch.arange(12), torch.randperm(12)):
+        masked, ratio = draw_masks_of_pages(batch[order])
+        for row, which in enumerate(order.tolist()):
+            height, width = pages[which].shape
+            assert torch.equal(masked[row, :height, :width], alone[which][0][0]) and ratio[row] == alone[which][1]
+            assert masked[row].sum() == alone[which][0].sum()
+    masked, ratio = draw_masks_of_pages(random_page(400, 30, 30))
+    assert (0 < ratio).all() and (ratio <= 1).all() and ratio.unique().numel() == 400
+    assert abs(ratio.mean() - 0.5) < 0.06 and abs(ratio.std() - 12**-0.5) < 0.03
+    shares = masked.float().mean((1, 2))
+    assert ((shares - ratio).abs() < 5 * (ratio * (1 - ratio) / 900).sqrt() + 1e-3).all()
+
+
+def test_the_output_names_the_cells_that_the_loss_counted():
+    model, page = tiny_heptapod(), random_page(3, 4, 5)
+    labels = page.clone()
+    labels[0, 2:] = -100
+    assert model(page).masked_labels is None
+    for training in (False, True):
+        model.train(training)
+        torch.manual_seed(7)
+        out = model(page, labels=labels)
+        torch.manual_seed(7)
+        masked, ratio = draw_mask(labels) if training else draw_masks_of_pages(labels)
+        assert torch.equal(out.masked_labels, labels.masked_fill(~masked, -100)) and masked.any()
+        nats = module.cell_nats(out.logits, out.masked_labels, [MASK, PAD]).sum((1, 2))
+        torch.testing.assert_close((nats / ratio).sum() / (labels != -100).sum(), out.loss)
+        assert torch.equal(model.eval()(page, labels=labels, return_dict=False)[-1], model(page, labels=labels)[-1])
+    flat = model(page.flatten(1), labels=labels.flatten(1), grid_size=(4, 5))
+    assert torch.equal(flat.masked_labels.view(3, 4, 5), model(page, labels=labels).masked_labels)
+
+
+def evaluation(tmp_path, batch_size, **kwargs):
+    options = {"per_device_eval_batch_size": batch_size, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    return Trainer(args=TrainingArguments(str(tmp_path), **options), **kwargs)
+
+
+def test_metrics_tell_masked_cells_from_shown_ones_whatever_the_batch(tmp_path):
+    model = tiny_heptapod()
+    rows = [{"input_ids": page, "labels": page} for page in random_page(8, 4, 5)]
+    logits, counted, seen = [], [], []
+
+    def metrics(prediction):
+        logits, counted = prediction.predictions
+        shown = prediction.label_ids[counted == -100]
+        seen.append((len(shown), int((counted != -100).sum())))
+        right = (logits.argmax(-1) == counted)[counted != -100]
+        return {"accuracy": float(right.mean())}
+
+    with torch.no_grad():
+        out = [model(row["input_ids"][None], labels=row["labels"][None]) for row in rows]
+    logits, counted = (torch.cat([x[name] for x in out]) for name in ("logits", "masked_labels"))
+    right = (logits.argmax(-1) == counted)[counted != -100].float().mean().item()
+    for batch_size in (1, 3, 8):
+        found = evaluation(tmp_path, batch_size, model=model, compute_metrics=metrics).evaluate(rows)
+        assert found["eval_loss"] == pytest.approx(torch.stack([x.loss for x in out]).mean().item(), rel=1e-5)
+        assert found["eval_accuracy"] == pytest.approx(right)
+    assert seen == [(int((counted == -100).sum()), int((counted != -100).sum()))] * 3
+
+
+def test_pages_of_unequal_size_are_predicted(tmp_path):
+    """Padded to the processor's size by the stock collator, or kept apart by `eval_do_concat_batches`."""
+    tokenizer = build_tokenizer("byte", [], for_pages=True)
+    special = {"mask_token_id": tokenizer.mask_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = tiny_heptapod(vocab_size=len(tokenizer), **special)
+    processor = HeptapodProcessor(tokenizer, height=5, width=11)
+    texts = ["ab\ncd\n", "abcdefgh\n", "x", "a\nb\nc\n"]
+    of_text = [HeptapodProcessor(tokenizer)(text, return_labels=True) for text in texts]
+    rows = [{name: page[0] for name, page in page.items()} for page in of_text]
+    with torch.no_grad():
+        alone = [model(**page) for page in of_text]
+    for batch_size in (1, 3):
+        trainer = evaluation(tmp_path, batch_size, model=model, data_collator=DataCollatorWithPadding(processor))
+        (logits, counted), labels, _ = trainer.predict(rows)
+        assert logits.shape == (4, 5, 11, len(tokenizer)) and counted.shape == labels.shape == (4, 5, 11)
+        for row, page, out in zip(range(4), of_text, alone):
+            height, width = page.input_ids.shape[1:]
+            np.testing.assert_allclose(logits[row, :height, :width], out.logits[0], rtol=1e-4, atol=1e-4)
+            np.testing.assert_array_equal(counted[row, :height, :width], out.masked_labels[0])
+            assert (counted[row] != -100).sum() == (out.masked_labels != -100).sum()
+            np.testing.assert_array_equal(labels[row, :height, :width], page.labels[0])
+    trainer = evaluation(tmp_path, 1, model=model)
+    trainer.args.eval_do_concat_batches = False
+    found = trainer.predict(rows)
+    assert [x.shape for x in found.label_ids] == [tuple(page.labels.shape) for page in of_text]
+
+
+def test_collators_for_language_modeling():
+    """Without `mlm` they give the clean page, which is right; with it pages that are masked twice, which is refused."""
+    tokenizer = build_tokenizer("byte", [], for_pages=True)
+    special = {"mask_token_id": tokenizer.mask_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = tiny_heptapod(vocab_size=len(tokenizer), grid_size=(4, 5), **special)
+    processor = HeptapodProcessor(tokenizer)
+    whole = processor(["ab\ncd\n", "abcdefgh\n"], return_labels=True)
+    rows = [{"input_ids": processor(text).input_ids[0]} for text in ("ab\ncd\n", "abcdefgh\n")]
+    batch = DataCollatorForLanguageModeling(processor, mlm=False)(rows)
+    assert torch.equal(model(**batch).loss, model(**whole).loss)
+    with pytest.raises(AttributeError, match="needs `mlm=False`"):
+        DataCollatorForLanguageModeling(processor)
+    for seed in range(20):
+        options = {"mask_replace_prob": 0.0, "random_replace_prob": 1.0} if seed % 2 else {}
+        rows = [{"input_ids": page.flatten()} for page in random_page(2, 4, 5, seed=seed)]
+        batch = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.5, seed=seed, **options)(rows)
+        with pytest.raises(ValueError, match="give the clean page, the model masks it itself"):
+            model(**batch)
+
+
 def test_a_mask_token_that_goes_unnoticed_does_not_count(monkeypatch):
     """As on devices that are not asked what they hold: it must not cost what no token may cost."""
     monkeypatch.setattr(module, "_may_be_looked_at", lambda ids: False)
     model, page = tiny_heptapod(), random_page(2, 4, 5)
     labels = page.clone()
     labels[0, 1], labels[1, :, 3] = MASK, MASK
+    with pytest.raises(ValueError, match="`labels` hold the mask token"):  # the first batch is looked at everywhere
+        model(page, labels=labels)
+    model(page, labels=page)
     torch.manual_seed(3)
     loss = model.train()(page, labels=labels).loss
     torch.manual_seed(3)
@@ -685,7 +806,7 @@ def test_evaluation_feeds_the_first_prediction_back():
     model = tiny_heptapod(**VARIANTS["feedback"])
     page = random_page(2, 3, 4)
     out = model(page, labels=page)
-    masked, _ = draw_mask(page, module._generator_of(page))
+    masked, _ = draw_masks_of_pages(page)
     seen = torch.where(masked, MASK, page)
     torch.testing.assert_close(out.logits, model(seen, previous_logits=model(seen).logits).logits)
 
@@ -1046,6 +1167,8 @@ def test_pages_that_are_masked_already_are_named():
     page, model = random_page(1, 4, 5), tiny_heptapod()
     seen = torch.where(page > 9, MASK, page)
     labels = page.masked_fill(page <= 9, -100)
+    with pytest.raises(ValueError, match="`labels` must be `input_ids` where they are not -100, but 20 of 20 differ"):
+        model(page, labels=(page + 1) % MASK)
     for call in (model, model.elbo):
         with pytest.raises(ValueError, match=f"`input_ids` hold the mask token .{MASK}.*masks it itself"):
             call(seen, labels=labels)
