@@ -1060,7 +1060,7 @@ def test_attentions_rebuild_the_output(variant, padded):
         for layer, weights, states, attended in zip(model.model.layers, out.attentions, inputs, outputs):
             assert weights.shape == (2, 4, 17 * 18, 17 * 18)
             torch.testing.assert_close(weights.sum(-1).round(), weights.sum(-1))  # 1, or 0 where nothing is seen
-            values = layer.self_attn.qkv_proj(states).flatten(1, 2).chunk(3, dim=-1)[2]
+            values = layer.self_attn.qkv_proj(states).view(2, 17 * 18, -1).chunk(3, dim=-1)[2]
             mixed = weights @ values.unflatten(-1, (4, 8)).transpose(1, 2)
             rebuilt = layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2)).view_as(attended)
             torch.testing.assert_close(rebuilt, attended)
