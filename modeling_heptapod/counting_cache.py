@@ -11,7 +11,13 @@ class CountingCacheMixin(StateReadersMixin):
 
     Attributes:
         seen_tokens (`int` or `torch.LongTensor` of shape `[]`): how many tokens each row has seen, pads included.
+        next_positions (`torch.LongTensor` of shape `[batch]`, *optional*): how many real tokens the sequence of each row
+            has; `None` where there were no pads and no packed rows, and it is what each row has seen.
+        packed (`bool`): whether a row holds more than one sequence, of which the last one goes on.
     """
+
+    next_positions: torch.Tensor | None = None
+    packed: bool = False
 
     def get_seq_length(self, layer_idx: int = 0):
         """Number of tokens seen, the same for every layer."""
@@ -20,6 +26,25 @@ class CountingCacheMixin(StateReadersMixin):
     def get_mask_sizes(self, query_length: int, layer_idx: int):
         """Length and offset of a mask over everything seen and `query_length` new tokens."""
         return self.seen_tokens + query_length, 0
+
+    def lengths(self) -> int | torch.Tensor:
+        """Real tokens of the sequence of each row, `[batch]`, or one number for all rows."""
+        return self.seen_tokens if self.next_positions is None else self.next_positions
+
+    def follow(self, next_positions: torch.Tensor) -> None:
+        """Remember `next_positions [batch]`; a model calls it once a forward pass in which rows differ."""
+        self.next_positions = next_positions
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the rows; there may be more or fewer than before."""
+        super().reorder_cache(beam_idx)
+        if self.next_positions is not None:
+            self.next_positions = self.next_positions[beam_idx.to(self.next_positions.device)]
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.next_positions, self.packed = None, False
 
     def num_rows(self) -> int | None:
         """Size of the batch, `None` before the first token."""

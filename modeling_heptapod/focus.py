@@ -453,6 +453,7 @@ def focus_mixing(
         decay (`torch.Tensor` of shape `[heads]`, *optional*): subtracted from log weights per token of distance.
         rotary (`tuple` of cos and sin `[1 or batch, seq, head_dim]`, *optional*): positions of queries and keys.
         padding_mask (`torch.Tensor` of shape `[batch, seq]`, *optional*): zero or `False` at pads, which weigh nothing.
+            They do take places in windows and steps of decay where they stand: models lay rows out before.
         segment_ids (`torch.LongTensor` of shape `[batch, seq]`, *optional*): packed rows; each run of equal ids is a
             sequence of its own.
         state (`FocusState`, *optional*): what came before (causal only). No gradient flows into it.
@@ -541,6 +542,18 @@ def focus_mean(
     return means.transpose(1, 2).to(values.dtype), FocusState(*final) if settings.causal else None
 
 
+@torch.no_grad()
+def token_state(
+    qfkv: torch.Tensor,
+    settings: FocusSettings,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    padding_mask: torch.Tensor | None = None,
+) -> FocusState:
+    """Log weights and values of tokens, as a windowed state holds them; the arguments are those of `focus_mixing`."""
+    mask = None if padding_mask is None else padding_mask.bool()
+    return FocusState(*_Block(qfkv, settings, None, rotary, mask, None).tokens[:2])
+
+
 def _check_inputs(name, tensor, shape, settings, state):
     if not tensor.is_floating_point():
         raise TypeError(f"`{name}` must be floating point, got {tensor.dtype}.")
@@ -568,7 +581,10 @@ def attention_matrix(
         `torch.Tensor` of shape `[batch, heads, seq, seq]`: row `i` holds the weights with which position `i` sees.
     """
     place = torch.arange(log_weights.shape[-1], device=log_weights.device)
-    distance = place[:, None] - place[None, :]
+    real = log_weights[:, :1] > -math.inf  # [batch, 1, seq]
+    if not real.all():
+        place = real.long().cumsum(-1)  # a pad takes no place
+    distance = place.unsqueeze(-1) - place.unsqueeze(-2)
     allowed = distance >= 0 if settings.causal else torch.ones_like(distance, dtype=torch.bool)
     if settings.window is not None:
         allowed = allowed & (distance.abs() < settings.window)

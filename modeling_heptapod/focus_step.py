@@ -1,7 +1,8 @@
 """The recurrent form of the focus operator: one token from a state of constant size.
 
-`pack_state` and `unpack_state` go between the state that `focus_mixing` leaves and the tensor that a cache holds; a token
-passes `prepare_step`, then `step_global_mean` or `step_window_mean`, then `gate_output`.
+`pack_state` and `unpack_state` go between the state that `focus_mixing` leaves and the tensor that a cache holds, after
+`state_of_rows` where there are pads or packed rows; a token passes `prepare_step`, then `step_global_mean` or
+`step_window_mean`, then `gate_output`.
 """
 
 import math
@@ -12,6 +13,50 @@ from torch import nn
 
 from .focus import FocusSettings, log_weight, open_gate, rotate, standardize_forward
 from .running_mean import EMPTY, FocusState
+
+
+def state_of_rows(
+    state: FocusState,
+    past: FocusState | None,
+    settings: FocusSettings,
+    decay: torch.Tensor | None,
+    seq: int,
+    lengths: torch.Tensor | None,
+    segment_ids: torch.Tensor | None,
+    tokens: Callable[[torch.Tensor], FocusState],
+) -> FocusState:
+    """The state after the last real token of each row, of its sequence alone.
+
+    Args:
+        state (`FocusState`): what the mixing step left after the last of `seq` tokens.
+        past (`FocusState`, *optional*): what came before the first; not together with `segment_ids`.
+        settings, decay, segment_ids: as in `focus_mixing`; pads behind the last real token are in its segment.
+        lengths (`torch.LongTensor` of shape `[batch]`, *optional*): real tokens of each row, pads behind them. `None`
+            where the last token of each row that has any is real.
+        tokens (`Callable`): places `[batch, count]` -> log weights and values of the tokens there, as `token_state` does.
+    """
+    if settings.window is None:
+        if lengths is None or decay is None:
+            return state
+        return state._replace(log_weights=state.log_weights + decay * (seq - lengths).unsqueeze(1))
+    if lengths is None and segment_ids is None:
+        return state
+    batch, kept = state.values.shape[0], settings.window - 1
+    ends = torch.full((batch,), seq, device=state.values.device) if lengths is None else lengths
+    places = ends.unsqueeze(1) - kept + torch.arange(kept, device=ends.device)
+    here = places.clamp_min(0)
+    logs, values = tokens(here)[:2]
+    is_new = (places >= 0).unsqueeze(1)  # [batch, 1, kept]
+    if segment_ids is not None:
+        last = segment_ids.gather(1, (ends - 1).clamp_min(0).unsqueeze(1))
+        is_new = is_new & (segment_ids.gather(1, here) == last).unsqueeze(1)
+    if past is None:
+        return FocusState(logs.masked_fill(~is_new, -math.inf), values)
+    old = (places + past.values.shape[2]).unsqueeze(1).expand_as(logs)  # [batch, heads, kept]
+    exists, old = old >= 0, old.clamp(0, past.values.shape[2] - 1)
+    old_logs = past.log_weights.gather(2, old).masked_fill(~exists, -math.inf)
+    old_values = past.values.gather(2, old.unsqueeze(-1).expand_as(values))
+    return FocusState(torch.where(is_new, logs, old_logs), torch.where(is_new.unsqueeze(-1), values, old_values))
 
 
 def pack_state(

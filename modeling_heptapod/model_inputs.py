@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from transformers.utils.import_utils import is_tracing
 
+from .transformers_versions import CACHE
+
 
 def check_ids(name: str, ids: torch.Tensor) -> None:
     """Raise a `TypeError` unless `ids` is a tensor of integers."""
@@ -56,10 +58,26 @@ def look_up(table: nn.Module, ids: torch.LongTensor, what: str) -> torch.FloatTe
         raise ValueError(f"{what} must be in [0, {size}), got values from {low} to {high}.") from error
 
 
-def check_position_ids(position_ids: torch.LongTensor | None, seq: int) -> None:
-    """Raise a `ValueError` for positions of another shape."""
-    if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != seq):
-        raise ValueError(f"`position_ids` must be [1 or batch, {seq}], got {list(position_ids.shape)}.")
+def check_position_ids(position_ids: torch.LongTensor | None, batch: int, seq: int) -> None:
+    """Raise a `ValueError` for positions of another shape, a `TypeError` for what are no integers."""
+    if position_ids is None:
+        return
+    check_ids("position_ids", position_ids)
+    shape = position_ids.shape
+    if len(shape) != 2 or shape[0] not in (1, batch) or shape[1] != seq:
+        raise ValueError(f"`position_ids` must be [1 or {batch}, {seq}], got {list(shape)}.")
+
+
+def check_position_range(position_ids: torch.LongTensor, limit: int, remedy: str) -> None:
+    """Raise a `ValueError` for positions that a learned table of `limit` has not; `remedy` ends the message."""
+    if is_tracing(position_ids):
+        return
+    low, high = (int(x) for x in position_ids.aminmax())
+    if low < 0 or high >= limit:
+        raise ValueError(
+            f"`position_ids`, given or counted, must be in [0, {limit}), got values from {low} to {high}: there are "
+            f"`max_position_embeddings`={limit} learned ones. {remedy}"
+        )
 
 
 def token_mask(
@@ -68,11 +86,14 @@ def token_mask(
     """Which tokens are real, `[batch, seq]` or `[batch, past + seq]` as given; `None` where all are.
 
     Raises:
-        ValueError: for a mask of another shape.
+        TypeError: for a mask that is no tensor.
+        ValueError: for a mask of another shape, or of other values than 0 and 1.
     """
     if attention_mask is None:
         return None
     batch, seq, _ = inputs_embeds.shape
+    if not isinstance(attention_mask, torch.Tensor):
+        raise TypeError(f"`attention_mask` must be a tensor [{batch}, length], got {type(attention_mask).__name__}.")
     if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
         raise ValueError(f"`attention_mask` must be [{batch}, length], got {list(attention_mask.shape)}.")
     if is_tracing(attention_mask):
@@ -82,7 +103,12 @@ def token_mask(
             f"`attention_mask` must cover the {seq} new tokens or all {int(past) + seq} seen so far, got length "
             f"{attention_mask.shape[1]}."
         )
-    return None if attention_mask.all() else attention_mask.bool()
+    real = attention_mask == 1
+    if real.all():
+        return None
+    if not (real | (attention_mask == 0)).all():
+        raise ValueError("`attention_mask` must be 1 at tokens and 0 at pads, got other values.")
+    return real
 
 
 def of_new_tokens(mask: torch.BoolTensor | None, seq: int) -> torch.BoolTensor | None:
@@ -93,6 +119,26 @@ def of_new_tokens(mask: torch.BoolTensor | None, seq: int) -> torch.BoolTensor |
     return None if not is_tracing(mask) and mask.all() else mask
 
 
+def check_past_mask(attention_mask: torch.Tensor | None, seq: int, lengths: int | list[int] | torch.Tensor) -> None:
+    """Raise a `ValueError` where a mask of all tokens so far is not of what a cache holds.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `[batch, seq or past + seq]`, *optional*): 0 at pads.
+        seq (`int`): new tokens.
+        lengths (`int`, `list[int]`, or `torch.LongTensor` of shape `[]` or `[batch]`): real tokens of each row in the cache.
+    """
+    if attention_mask is None or attention_mask.shape[1] == seq or is_tracing(attention_mask):
+        return
+    given = attention_mask[:, :-seq].long().sum(1)
+    lengths = torch.as_tensor(lengths, device=given.device)
+    if (given != lengths).any():
+        held = lengths.expand(len(given)).tolist()
+        raise ValueError(
+            f"`attention_mask` keeps {given.tolist()} of the tokens before these in each row, but `{CACHE}` was filled "
+            f"with {held} real ones: pads are left out when they come, not afterwards."
+        )
+
+
 def count_positions(
     inputs_embeds: torch.Tensor,
     mask: torch.BoolTensor | None,
@@ -101,23 +147,32 @@ def count_positions(
 ) -> torch.LongTensor:
     """Positions `[1 or batch, seq]` that count real tokens only and restart with every packed sequence.
 
-    `mask` is what `token_mask` gave.
+    Args:
+        inputs_embeds (`torch.Tensor` of shape `[batch, seq, width]`).
+        mask (`torch.BoolTensor` of shape `[batch, seq]`, *optional*): which of these tokens are real.
+        segment_ids (`torch.LongTensor` of shape `[batch, seq]`, *optional*): packed sequence of each token, as runs.
+        past (`int`, or `torch.LongTensor` of shape `[]` or `[batch]`): real tokens before these.
     """
-    seq, device = inputs_embeds.shape[1], inputs_embeds.device
-    if mask is not None:
-        positions = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -seq:]
-        return positions if mask.shape[1] > seq else positions + past
-    place = torch.arange(seq, device=device)
+    if isinstance(past, torch.Tensor) and past.dim() == 1:
+        past = past.unsqueeze(1)
+    if mask is None:
+        place = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
+    else:
+        place = (mask.long().cumsum(1) - 1).clamp_min(0)
     if segment_ids is None:
-        return (place + past).unsqueeze(0)
+        return place + past
+    # Real tokens before the run that each token belongs to: the highest count at the beginning of a run so far.
+    before = place if mask is None else mask.long().cumsum(1) - mask.long()
     starts = nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0))
-    return place - torch.where(starts, place, 0).cummax(-1).values
+    return (place - torch.where(starts, before, 0).cummax(1).values).clamp_min(0)
 
 
 __all__ = [
     "check_ids",
     "check_one_input",
+    "check_past_mask",
     "check_position_ids",
+    "check_position_range",
     "count_positions",
     "embed_text",
     "look_up",

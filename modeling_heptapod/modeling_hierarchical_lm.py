@@ -29,7 +29,7 @@ from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .hierarchical_block import HierarchicalLMBlock
 from .hierarchical_cache import HierarchicalCache
 from .losses import IGNORED, at_least_one, causal_lm_loss, require_labels
-from .model_inputs import check_position_ids, embed_text, of_new_tokens, token_mask
+from .model_inputs import check_past_mask, check_position_ids, embed_text, of_new_tokens, token_mask
 from .own_cache import OwnCacheMixin
 from .packed_rows import segment_ids
 from .predictive_losses import LinearFromZero, PredictionHead, PredictiveLosses, RandomProjectionQuantizer
@@ -301,14 +301,15 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         cache = past_key_values
         if cache is None and use_cache and not self.training:
             cache = HierarchicalCache(config)
-        check_position_ids(position_ids, seq)
+        check_position_ids(position_ids, batch, seq)
 
         past = [0] * batch if cache is None or cache.seen_tokens == 0 else cache.row_lengths
         fresh = cache is None or cache.seen_tokens == 0
-        mask = of_new_tokens(token_mask(attention_mask, inputs_embeds, 0 if fresh else cache.seen_tokens), seq)
-        segments = None
-        if fresh:
-            segments = segment_ids(inputs_embeds, attention_mask, position_ids, seq_idx, cu_seq_lens_q)
+        mask = token_mask(attention_mask, inputs_embeds, 0 if fresh else cache.seen_tokens)
+        if not fresh and (mask is not None or min(past) < cache.seen_tokens):
+            check_past_mask(attention_mask, seq, past)
+        mask = of_new_tokens(mask, seq)
+        segments = segment_ids(inputs_embeds, mask, position_ids, seq_idx, cu_seq_lens_q, None if fresh else past)
         rows = None
         if segments is not None:
             if past_key_values is not None:

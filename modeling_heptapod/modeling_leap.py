@@ -31,15 +31,43 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .auto_map import FullAutoMapMixin
 from .configuration_leap import LeapConfig
-from .focus import FocusSettings, attention_matrix, focus_mean, focus_mixing, log_weight, rotate, standardize
+from .focus import (
+    FocusSettings,
+    attention_matrix,
+    focus_mean,
+    focus_mixing,
+    log_weight,
+    rotate,
+    standardize,
+    token_state,
+)
 from .focus_cpu import step
-from .focus_step import gate_output, pack_state, prepare_step, step_global_mean, step_window_mean, unpack_state
+from .focus_step import (
+    gate_output,
+    pack_state,
+    prepare_step,
+    state_of_rows,
+    step_global_mean,
+    step_window_mean,
+    unpack_state,
+)
 from .focus_triton import step as triton_step
 from .losses import causal_lm_loss, masked_lm_loss, sequence_classification_loss
-from .model_inputs import check_position_ids, count_positions, embed_text, of_new_tokens, token_mask
+from .mixing_rows import MixingRows, lay_out
+from .model_inputs import (
+    check_past_mask,
+    check_position_ids,
+    check_position_range,
+    count_positions,
+    embed_text,
+    of_new_tokens,
+    token_mask,
+)
 from .own_cache import OwnCacheMixin
+from .packed_rows import next_positions
 from .packed_rows import segment_ids as find_segments
 from .recurrent_cache import RecurrentCache, StaticRecurrentCache, mixing_states
+from .running_mean import FocusState
 from .transformers_versions import CACHE, slice_logits_to_keep, with_cache_argument
 from .unread_arguments import refuse_unread, take_out
 
@@ -50,7 +78,7 @@ def decay_slopes(num_heads: int) -> torch.Tensor:
 
 
 class _Mixer(nn.Module):
-    """What both mixers share: settings, slopes, and the way of their states into and out of a cache."""
+    """What both mixers share: settings, slopes, and the way of their rows and states into the mixing and out of it."""
 
     def __init__(self, config: LeapConfig, layer_idx: int):
         super().__init__()
@@ -69,6 +97,33 @@ class _Mixer(nn.Module):
         )
         decay = decay_slopes(self.num_heads) if config.position_embedding_type == "decay" else None
         self.register_buffer("decay", decay, persistent=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        output_attentions: bool | None = None,
+        rows: MixingRows | None = None,
+        **context,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        rows = MixingRows() if rows is None else rows
+        if rows.layout is None:
+            return self._mix(hidden_states, output_attentions, rows, **context)
+        aligned = rows.layout.align(hidden_states)
+        out, attentions = self._mix(aligned, output_attentions, rows, **context)
+        if attentions is not None:
+            flat = rows.layout.restore(attentions.transpose(1, 2).flatten(2))
+            attentions = flat.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            attentions = self._without_pads(attentions, rows.layout.given)
+        return rows.layout.restore(out), attentions
+
+    def _mix(self, hidden_states, output_attentions, rows, past_key_values, is_causal, single_step):
+        """What `forward` returns, of rows as they are laid out."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _without_pads(attentions, mask):
+        """`attentions [batch, heads, seq, 2]` with log weights of `-inf` at pads."""
+        raise NotImplementedError
 
     def attention_matrix(
         self, attentions: torch.Tensor, is_causal: bool = True, segment_ids: torch.Tensor | None = None
@@ -96,8 +151,10 @@ class _Mixer(nn.Module):
         packed = None if cache is None else self._packed_state(cache, state_idx)
         return None if packed is None else unpack_state(packed, self.settings, self.num_heads, self.head_dim)
 
-    def _write_state(self, state, tokens, cache, state_idx=0):
-        packed = pack_state(state, self.settings, self.head_dim, cache.get_seq_length() + tokens)
+    def _write_state(self, state, past, tokens, seq, rows, cache, state_idx=0):
+        """Put the state after `seq` more tokens into the cache; `past` and `tokens` are those of `state_of_rows`."""
+        state = state_of_rows(state, past, self.settings, self.decay, seq, rows.lengths, rows.segment_ids, tokens)
+        packed = pack_state(state, self.settings, self.head_dim, cache.get_seq_length() + seq)
         write = cache.update_recurrent_state if self.settings.window is None else cache.update_conv_state
         write(packed, self.layer_idx, state_idx)
 
@@ -108,25 +165,27 @@ class _Mixer(nn.Module):
         push = partial(cache.update_conv_state, layer_idx=self.layer_idx, state_idx=state_idx)
         return step_window_mean(logits, token, push, self.settings, self.decay)
 
-    def _mean(self, logits, values, context, state_idx=0):
+    def _mean(self, logits, values, rows, cache, is_causal, state_idx=0):
         """Means over `logits [batch, seq, heads]`, `values [batch, seq, heads, channels]`, continuing from the cache.
 
         Returns them with the log weights.
         """
-        cache = context["past_key_values"]
         logs = log_weight(logits, self.settings.weight_function)
-        means, state = focus_mean(
-            logs,
-            values,
-            replace(self.settings, causal=context["is_causal"]),
-            self.decay,
-            context["padding_mask"],
-            context["segment_ids"],
-            self._read_state(cache, state_idx),
-        )
+        if rows.padding_mask is not None:
+            logs = logs.masked_fill(~rows.padding_mask.unsqueeze(-1), -torch.inf)
+        past, settings = self._read_state(cache, state_idx), replace(self.settings, causal=is_causal)
+        means, state = focus_mean(logs, values, settings, self.decay, None, rows.segment_ids, past)
         if cache is not None:
-            self._write_state(state, values.shape[1], cache, state_idx)
+            tokens = partial(self._tokens_of_mean, logs.detach(), values.detach())
+            self._write_state(state, past, tokens, values.shape[1], rows, cache, state_idx)
         return means, logs
+
+    @staticmethod
+    def _tokens_of_mean(logs, values, places):
+        """Log weights and values at `places [batch, count]`, as a windowed state holds them."""
+        batch = torch.arange(len(places), device=places.device).unsqueeze(1)
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        return FocusState(*(x[batch, places].to(dtype).transpose(1, 2) for x in (logs, values)))
 
 
 class LeapMixer(_Mixer):
@@ -141,30 +200,30 @@ class LeapMixer(_Mixer):
         self.num_parts = 3 if config.query_gate == "none" else 4
         self.qfkv_proj = nn.Linear(config.hidden_size, self.num_parts * config.hidden_size, bias=False)
 
-    def forward(
-        self, hidden_states: torch.Tensor, output_attentions: bool | None = None, **context
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _mix(self, hidden_states, output_attentions, rows, past_key_values, is_causal, single_step):
         batch, seq, _ = hidden_states.shape
+        cache = past_key_values
         qfkv = self.qfkv_proj(hidden_states).view(batch, seq, self.num_parts, self.num_heads, self.head_dim)
         attentions = None
         if output_attentions or (self.training and self.attention_dropout > 0):
-            out, attentions = self._forward_in_the_open(qfkv, context)
-        elif context["single_step"]:
-            out = self._step(qfkv, context["past_key_values"], context["rotary"])
+            out, attentions = self._mix_in_the_open(qfkv, rows, cache, is_causal)
+        elif single_step:
+            out = self._step(qfkv, cache, rows.rotary)
         else:
-            cache = context["past_key_values"]
-            out, state = focus_mixing(
-                qfkv,
-                replace(self.settings, causal=context["is_causal"]),
-                self.decay,
-                context["rotary"],
-                context["padding_mask"],
-                context["segment_ids"],
-                self._read_state(cache),
-            )
+            past, settings = self._read_state(cache), replace(self.settings, causal=is_causal)
+            masks = rows.padding_mask, rows.segment_ids
+            out, state = focus_mixing(qfkv, settings, self.decay, rows.rotary, *masks, past)
             if cache is not None:
-                self._write_state(state, seq, cache)
+                self._write_state(state, past, partial(self._tokens, qfkv, rows), seq, rows, cache)
         return out.reshape(batch, seq, -1), attentions if output_attentions else None
+
+    def _tokens(self, qfkv, rows, places):
+        """Log weights and values at `places [batch, count]`, as a windowed state holds them."""
+        batch, rotary = torch.arange(len(places), device=places.device).unsqueeze(1), rows.rotary
+        mask = None if rows.padding_mask is None else rows.padding_mask.gather(1, places)
+        if rotary is not None:
+            rotary = tuple(x.expand(len(places), -1, -1)[batch, places] for x in rotary)
+        return token_state(qfkv[batch, places], self.settings, rotary, mask)
 
     def _step(self, qfkv, cache, rotary):
         """One token, which also enters the cached state."""
@@ -178,7 +237,7 @@ class LeapMixer(_Mixer):
             means = gate_output(parts[:, 0], means[:, 0], means[:, 1], self.settings)[0]
         return means.to(qfkv.dtype)
 
-    def _forward_in_the_open(self, qfkv, context):
+    def _mix_in_the_open(self, qfkv, rows, cache, is_causal):
         """The same step in differentiable pieces, for dropout inside and for attentions to return."""
         settings = self.settings
         parts = qfkv.to(torch.promote_types(qfkv.dtype, torch.float32))
@@ -186,17 +245,20 @@ class LeapMixer(_Mixer):
         f, k, v = self._dropout(parts[-3]), parts[-2], self._dropout(parts[-1])
         logits = self._dropout((f * k).sum(-1) * settings.scale)
         if settings.query_gate == "none":
-            out, logs = self._mean(logits, v, context)
+            out, logs = self._mean(logits, v, rows, cache, is_causal)
             gate = torch.ones_like(logs)
         else:
             q = self._dropout(parts[0])
-            if context["rotary"] is not None:
-                q, k = rotate(q, *context["rotary"]), rotate(k, *context["rotary"])
-            means, logs = self._mean(logits, torch.cat((k, v), dim=-1), context)
+            if rows.rotary is not None:
+                q, k = rotate(q, *rows.rotary), rotate(k, *rows.rotary)
+            means, logs = self._mean(logits, torch.cat((k, v), dim=-1), rows, cache, is_causal)
             out, gate = gate_output(q, *means.chunk(2, dim=-1), settings)
-        if context["padding_mask"] is not None:
-            logs = logs.masked_fill(~context["padding_mask"].bool().unsqueeze(-1), -torch.inf)
         return out.to(qfkv.dtype), torch.stack((logs, gate), dim=-1).transpose(1, 2)
+
+    @staticmethod
+    def _without_pads(attentions, mask):
+        logs, gate = attentions.unbind(-1)
+        return torch.stack((logs.masked_fill(~mask.unsqueeze(1), -torch.inf), gate), dim=-1)
 
     def attention_matrix(self, attentions, is_causal=True, segment_ids=None):
         logs, gate = attentions.unbind(-1)
@@ -218,30 +280,30 @@ class AdditiveMixer(_Mixer):
         self.query_vector = nn.Parameter(torch.empty(self.num_heads, self.head_dim))
         self.key_vector = nn.Parameter(torch.empty(self.num_heads, self.head_dim))
 
-    def forward(
-        self, hidden_states: torch.Tensor, output_attentions: bool | None = None, **context
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _mix(self, hidden_states, output_attentions, rows, past_key_values, is_causal, single_step):
         batch, seq, _ = hidden_states.shape
+        context = rows, past_key_values, is_causal, single_step and not output_attentions
         qkv = self.qkv_proj(hidden_states).view(batch, seq, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).unbind(2)
-        pooled_q, query_logs = self._pool(q, self.query_vector, context, 0, output_attentions)
-        pooled_k, key_logs = self._pool(pooled_q * k, self.key_vector, context, 1, output_attentions)
+        pooled_q, query_logs = self._pool(q, self.query_vector, 0, *context)
+        pooled_k, key_logs = self._pool(pooled_q * k, self.key_vector, 1, *context)
         out = (pooled_k * v).to(hidden_states.dtype).reshape(batch, seq, -1)
         if not output_attentions:
             return out, None
-        attentions = torch.stack((query_logs, key_logs), dim=-1)
-        if context["padding_mask"] is not None:
-            attentions = attentions.masked_fill(~context["padding_mask"].bool()[..., None, None], -torch.inf)
-        return out, attentions.transpose(1, 2)
+        return out, torch.stack((query_logs, key_logs), dim=-1).transpose(1, 2)
 
-    def _pool(self, x, vector, context, state_idx, output_attentions):
+    @staticmethod
+    def _without_pads(attentions, mask):
+        return attentions.masked_fill(~mask[:, None, :, None], -torch.inf)
+
+    def _pool(self, x, vector, state_idx, rows, cache, is_causal, single_step):
         vector = vector.to(x.dtype)
         if self.settings.normalize:
             x, vector = standardize(x), standardize(vector)
         logits = (x * vector).sum(-1) * self.settings.scale
-        if context["single_step"] and not output_attentions:
-            return self._step_mean(logits[:, 0], x, context["past_key_values"], state_idx), None
-        means, logs = self._mean(logits, x, context, state_idx)
+        if single_step:
+            return self._step_mean(logits[:, 0], x, cache, state_idx), None
+        means, logs = self._mean(logits, x, rows, cache, is_causal, state_idx)
         return self._dropout(means), logs
 
     def attention_matrix(self, attentions, is_causal=True, segment_ids=None):
@@ -381,16 +443,14 @@ class LeapModel(LeapPreTrainedModel):
         elif use_cache and not self.training:
             past_key_values = RecurrentCache(self.config)
 
-        check_position_ids(position_ids, seq)
+        check_position_ids(position_ids, batch, seq)
 
         continues = past_key_values is not None and past_key_values.has_previous_state(0)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if isinstance(attention_mask, dict):
-            attention_mask = attention_mask.get("linear_attention")
-        mask = token_mask(attention_mask, inputs_embeds, past)
-        segment_ids = None
-        if not continues:
-            segment_ids = find_segments(inputs_embeds, mask, position_ids, seq_idx, cu_seq_lens_q)
+        past = past_key_values.lengths() if continues else 0
+        mask = self._token_mask(attention_mask, inputs_embeds, past_key_values if continues else None)
+        segment_ids = find_segments(
+            inputs_embeds, mask, position_ids, seq_idx, cu_seq_lens_q, past if continues else None
+        )
         counted = position_ids is None
         if counted and self.position_type in ("learned", "rotary"):
             position_ids = count_positions(inputs_embeds, mask, segment_ids, past)
@@ -405,37 +465,46 @@ class LeapModel(LeapPreTrainedModel):
         if self.training:
             hidden_states = self.dropout(hidden_states)
 
-        padding_mask = of_new_tokens(mask, seq)
-        single_step = seq == 1 and continues and padding_mask is None and not torch.is_grad_enabled()
+        rows = lay_out(mask, segment_ids, rotary, continues, past_key_values is not None)
+        single_step = seq == 1 and continues and mask is None and not torch.is_grad_enabled()
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
                 **{CACHE: past_key_values},  # where layers with checkpointing look for it
-                rotary=rotary,
-                padding_mask=padding_mask,
-                segment_ids=segment_ids,
+                rows=rows,
                 is_causal=is_causal,
                 single_step=single_step,
                 output_attentions=output_attentions,
             )
         if past_key_values is not None:
             past_key_values.advance(seq, hidden_states.device)
+            if mask is not None or segment_ids is not None or past_key_values.next_positions is not None:
+                past_key_values.follow(next_positions(segment_ids, mask, seq, past))
+            if segment_ids is not None and not is_tracing(segment_ids):
+                past_key_values.packed = True
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values if use_cache else None}
         )
 
+    def _token_mask(self, attention_mask, inputs_embeds, cache):
+        """Which of the new tokens are real, `None` where all are; the mask may be of each layer type."""
+        if isinstance(attention_mask, dict):
+            if "linear_attention" not in attention_mask:
+                raise ValueError(
+                    "`attention_mask` as a dict must have the key 'linear_attention', got keys "
+                    f"{sorted(map(str, attention_mask))}."
+                )
+            attention_mask = attention_mask["linear_attention"]
+        mask = token_mask(attention_mask, inputs_embeds, 0 if cache is None else cache.get_seq_length())
+        if cache is not None and not cache.packed and (mask is not None or cache.next_positions is not None):
+            check_past_mask(attention_mask, inputs_embeds.shape[1], cache.lengths())
+        return of_new_tokens(mask, inputs_embeds.shape[1])
+
     def _check_positions(self, position_ids, counted, past):
         limit = self.config.max_position_embeddings
-        within = counted and isinstance(past, int) and past + position_ids.shape[1] <= limit
-        if within or is_tracing(position_ids):
-            return
-        last = int(position_ids.max())
-        if last >= limit:
-            raise ValueError(
-                f"Position {last} is out of reach: with `position_embedding_type`='learned' there are "
-                f"`max_position_embeddings`={limit} positions. Use 'rotary', 'decay' or 'none' for contexts without "
-                "bound."
-            )
+        if not (counted and isinstance(past, int) and past + position_ids.shape[1] <= limit):
+            remedy = "Other values of `position_embedding_type` than 'learned' have no such bound."
+            check_position_range(position_ids, limit, remedy)
 
 
 @auto_docstring
@@ -587,6 +656,8 @@ class LeapForSequenceClassification(LeapPreTrainedModel):
         )
         hidden_states = outputs.last_hidden_state
         batch, seq, _ = hidden_states.shape
+        if isinstance(attention_mask, dict):
+            attention_mask = attention_mask["linear_attention"]
         real = attention_mask[:, -seq:] if attention_mask is not None else None
         if real is None and self.config.pad_token_id is not None and input_ids is not None:
             real = input_ids != self.config.pad_token_id

@@ -22,9 +22,12 @@ from .cache_states import LayerStates
 from .configuration_multigrid import MultiGridConfig
 from .generation_multigrid import MultiGridGenerationMixin
 from .losses import IGNORED, causal_lm_loss, check_labels, require_labels
+from .mixing_rows import lay_out
 from .model_inputs import (
     check_ids,
+    check_past_mask,
     check_position_ids,
+    check_position_range,
     count_positions,
     embed_text,
     look_up,
@@ -36,6 +39,7 @@ from .multigrid_cache import MultiGridCache
 from .multigrid_cores import LSTMRows, MixingPlan, grouped_norm, leap_config
 from .multigrid_growth import MultiGridGrowthMixin
 from .own_cache import OwnCacheMixin
+from .packed_rows import next_positions
 from .packed_rows import segment_ids as find_segments
 from .recurrent_cache import mixing_states
 from .transformers_versions import CACHE, slice_logits_to_keep, with_cache_argument, with_cache_field
@@ -206,29 +210,29 @@ class MultiGridModel(MultiGridPreTrainedModel):
         config = self.config
         main = self.embed(input_ids, inputs_embeds)
         meta = self.embed_meta(meta_ids, main.shape[:2])
-        seq = main.shape[1]
+        batch, seq, _ = main.shape
         use_cache = config.use_cache if use_cache is None else use_cache
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         if past_key_values is not None:
             self.check_cache(past_key_values, main)
         elif use_cache and not self.training:
             past_key_values = MultiGridCache(config)
-        check_position_ids(position_ids, seq)
+        check_position_ids(position_ids, batch, seq)
 
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        mask = _whole_mask(attention_mask, main, past)
-        segments = None
-        if past == 0:
-            segments = find_segments(main, mask, position_ids, seq_idx, cu_seq_lens_q)
-            if past_key_values is not None and segments is not None:
-                past_key_values.packed = not is_tracing(segments) and bool((segments.diff() != 0).any())
-        elif past_key_values.packed:
-            check_continuation(config.core, position_ids)
-        if position_ids is None and config.core != "lstm":
-            position_ids = count_positions(main, mask, segments, past)
+        mask, lengths = self._token_mask(attention_mask, main, past_key_values, past)
+        new_mask = of_new_tokens(mask, seq)
+        segments = find_segments(main, new_mask, position_ids, seq_idx, cu_seq_lens_q, lengths if past else None)
+        counted = position_ids is None
+        if counted and config.core != "lstm":
+            position_ids = count_positions(main, new_mask, segments, lengths)
         if config.core == "transformer":
-            main, meta = self._add_positions(main, meta, position_ids, past)
-        plan = self._plan(main, mask, segments, position_ids, past)
+            main, meta = self._add_positions(
+                main, meta, position_ids, not counted or past + seq > config.max_position_embeddings
+            )
+            plan = MixingPlan(attention_mask=_visible(mask, segments, seq, past, main.device))
+        else:
+            plan = self._recurrent_plan(main, new_mask, segments, position_ids, past, past_key_values is not None)
         plan.in_the_open = bool(output_attentions)
         main, meta = self.dropout(main), None if meta is None else self.dropout(meta)
 
@@ -238,6 +242,12 @@ class MultiGridModel(MultiGridPreTrainedModel):
             attentions.append(weights)
         if past_key_values is not None:
             past_key_values.advance(seq, main.device)
+            if config.core == "transformer":
+                past_key_values.past_mask = mask
+            elif new_mask is not None or segments is not None or past_key_values.next_positions is not None:
+                past_key_values.follow(next_positions(segments, new_mask, seq, lengths))
+            if segments is not None and not is_tracing(segments):
+                past_key_values.packed = True
         return MultiGridModelOutput(
             last_hidden_state=self.norm(main),
             **{CACHE: past_key_values if use_cache else None},
@@ -277,60 +287,65 @@ class MultiGridModel(MultiGridPreTrainedModel):
         tracks = zip(self.meta_embed_tokens, meta_ids.unbind(1), names)
         return torch.stack([look_up(table, ids, f"`meta_ids` of axis {name!r}") for table, ids, name in tracks])
 
-    def _plan(self, main, mask, segments, position_ids, past):
-        """What the core needs to know of pads, packed sequences and positions."""
-        seq, core = main.shape[1], self.config.core
-        if core == "transformer":
-            return MixingPlan(attention_mask=_visible(mask, segments, seq, past, main.device))
-        padding = of_new_tokens(mask, seq)
-        plan = MixingPlan(padding_mask=padding, segment_ids=segments)
-        if core == "leap":
-            precise = main.to(torch.promote_types(main.dtype, torch.float32))
-            plan.rotary = self.rotary_emb(precise, position_ids)
-            plan.single_step = seq == 1 and past > 0 and padding is None and not torch.is_grad_enabled()
-        elif padding is not None or segments is not None:
-            plan.lstm_rows = LSTMRows(padding, segments)
-        return plan
+    def _token_mask(self, attention_mask, main, cache, past):
+        """Which tokens are real, `None` where all are, and real tokens of each row before these.
 
-    def _add_positions(self, main, meta, position_ids, past):
-        limit = self.config.max_position_embeddings
-        try:
-            if past + main.shape[1] > limit and not is_tracing(position_ids) and position_ids.max() >= limit:
-                raise IndexError  # a device that is no CPU would not
-            main = main + self.embed_positions(position_ids)
-        except IndexError as error:
+        The mask is of the new tokens; of all tokens so far with core "transformer", whose past can still be masked.
+        """
+        seq = main.shape[1]
+        mask = token_mask(attention_mask, main, past)
+        if self.config.core != "transformer":
+            if past and not cache.packed and (mask is not None or cache.next_positions is not None):
+                check_past_mask(attention_mask, seq, cache.lengths())
+            return of_new_tokens(mask, seq), cache.lengths() if past else 0
+        if past and cache.packed:
             raise ValueError(
-                f"Positions must be in [0, {limit}), got values from {int(position_ids.min())} to "
-                f"{int(position_ids.max())}: with core='transformer' there are `max_position_embeddings`={limit} learned "
-                "ones. Cores 'leap' and 'lstm' have no such bound."
-            ) from error
+                f"`{CACHE}` holds packed sequences, and with core='transformer' new tokens would see all of them: "
+                "continue from a cache of the last sequence alone."
+            )
+        if past and (mask is not None or cache.past_mask is not None):
+            covers_past = attention_mask is not None and attention_mask.shape[1] > seq
+            mask = _whole_mask(cache.past_mask, attention_mask if covers_past else mask, main, past)
+        return mask, past if mask is None else mask[:, :past].sum(1)
+
+    def _recurrent_plan(self, main, mask, segments, position_ids, past, leaves_state):
+        """What cores "leap" and "lstm" need to know of pads, packed sequences and positions."""
+        if self.config.core == "lstm":
+            return MixingPlan(lstm_rows=None if mask is None and segments is None else LSTMRows(mask, segments))
+        precise = main.to(torch.promote_types(main.dtype, torch.float32))
+        rows = lay_out(mask, segments, self.rotary_emb(precise, position_ids), past > 0, leaves_state)
+        single_step = main.shape[1] == 1 and past > 0 and mask is None and not torch.is_grad_enabled()
+        return MixingPlan(mixing_rows=rows, single_step=single_step)
+
+    def _add_positions(self, main, meta, position_ids, may_be_out):
+        limit = self.config.max_position_embeddings
+        remedy = "Cores 'leap' and 'lstm' have no such bound."
+        if may_be_out and position_ids.device.type != "cpu":  # a CPU looks itself
+            check_position_range(position_ids, limit, remedy)
+        try:
+            main = main + self.embed_positions(position_ids)
+        except IndexError:
+            check_position_range(position_ids, limit, remedy)
+            raise
         if meta is not None:
             table = self.embed_positions if self.meta_embed_positions is None else self.meta_embed_positions
             meta = meta + table(position_ids)
         return main, meta
 
 
-def check_continuation(core: str, position_ids: torch.Tensor | None) -> None:
-    """Raise a `ValueError` where new tokens cannot follow the last of the sequences that are packed in a cache's rows."""
-    if core == "transformer":
+def _whole_mask(past_mask, mask, main, past):
+    """Which of all tokens so far are real, from what a cache knows and a mask of all or of the new ones, or `None`."""
+    batch, seq, _ = main.shape
+    if past_mask is None:
+        past_mask = main.new_ones(batch, past, dtype=torch.bool)
+    if mask is None or mask.shape[1] == seq:
+        return torch.cat((past_mask, main.new_ones(batch, seq, dtype=torch.bool) if mask is None else mask), dim=1)
+    mask = mask.bool()
+    if not is_tracing(mask) and (mask[:, :past] & ~past_mask).any():
         raise ValueError(
-            f"`{CACHE}` holds packed sequences, and with core='transformer' new tokens would see all of them: "
-            "continue from a cache of the last sequence alone."
+            f"`attention_mask` keeps tokens that were pads when `{CACHE}` was filled: it must be 0 there, too."
         )
-    if core == "leap" and position_ids is None:
-        raise ValueError(
-            f"`{CACHE}` holds packed sequences: `position_ids` must say where in the last one the new tokens are, "
-            "got None."
-        )
-
-
-def _whole_mask(attention_mask, inputs_embeds, past):
-    """Which of all tokens so far are real, `[batch, past + seq]`; `None` where all are."""
-    mask = token_mask(attention_mask, inputs_embeds, past)
-    if mask is None:
-        return None
-    missing = past + inputs_embeds.shape[1] - mask.shape[1]
-    return nn.functional.pad(mask, (missing, 0), value=True)
+    return mask
 
 
 def _visible(mask, segments, seq, past, device):
@@ -349,22 +364,31 @@ def _visible(mask, segments, seq, past, device):
 
 
 def _next_meta(meta_ids, next_meta_ids, mask, segments):
-    """The meta tokens that follow each position `[batch, axes, seq]`, and where there are any `[batch, seq]`.
+    """The meta tokens of the real token after each position `[batch, axes, seq]`, and where there are any `[batch, seq]`.
 
-    None follow the last position, unless they are given, nor the end of a packed sequence, nor does a pad count as one.
+    None follow the last real token, unless they are given, nor the end of a packed sequence.
     """
     batch, axes, seq = meta_ids.shape
-    known = torch.ones(batch, seq, dtype=torch.bool, device=meta_ids.device)
+    known = torch.ones(batch, seq + 1, dtype=torch.bool, device=meta_ids.device)
     if next_meta_ids is None:
         next_meta_ids = torch.zeros_like(meta_ids[:, :, 0])
         known[:, -1] = False
-    elif list(next_meta_ids.shape) != [batch, axes]:
-        raise ValueError(f"`next_meta_ids` must be [batch, axes] = {[batch, axes]}, got {list(next_meta_ids.shape)}.")
+    else:
+        check_ids("next_meta_ids", next_meta_ids)
+        if list(next_meta_ids.shape) != [batch, axes]:
+            expected = [batch, axes]
+            raise ValueError(f"`next_meta_ids` must be [batch, axes] = {expected}, got {list(next_meta_ids.shape)}.")
+    meta_ids = torch.cat((meta_ids, next_meta_ids.unsqueeze(-1)), dim=2)
+    following = torch.arange(1, seq + 1, device=meta_ids.device).expand(batch, -1)
+    if mask is not None:  # the nearest one that is real, or what comes after the row
+        places = torch.where(mask, following - 1, seq)[:, 1:]
+        places = nn.functional.pad(places, (0, 1), value=seq)
+        following = places.flip(1).cummin(1).values.flip(1)
+    known = known.gather(1, following)
     if segments is not None:
-        known[:, :-1] &= segments[:, 1:] == segments[:, :-1]
-    if mask is not None:
-        known[:, :-1] &= mask[:, 1 - seq :] if seq > 1 else True
-    return torch.cat((meta_ids[:, :, 1:], next_meta_ids.unsqueeze(-1)), dim=2), known
+        segments = nn.functional.pad(segments, (0, 1), mode="replicate")
+        known = known & (segments.gather(1, following) == segments[:, :-1])
+    return meta_ids.gather(2, following.unsqueeze(1).expand(-1, axes, -1)), known
 
 
 @auto_docstring
@@ -443,8 +467,10 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
         main = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         if self._is_factored:
             states = outputs.last_hidden_state
-            mask = _whole_mask(attention_mask, states, past)
-            segments = find_segments(states, mask, position_ids, seq_idx, cu_seq_lens_q)
+            mask = of_new_tokens(token_mask(attention_mask, states, past), states.shape[1])
+            segments = None  # a pass that continues a cache has none
+            if past == 0:
+                segments = find_segments(states, mask, position_ids, seq_idx, cu_seq_lens_q)
             next_ids, known = _next_meta(meta_ids, next_meta_ids, mask, segments)
             next_ids = slice_logits_to_keep(next_ids.transpose(1, 2), logits_to_keep).transpose(1, 2)
             known = slice_logits_to_keep(known.unsqueeze(-1), logits_to_keep).squeeze(-1)
@@ -541,9 +567,7 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
             )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
-        """As that of all families; packed sequences are no beginning, and layers with checkpointing ignore any cache."""
-        if getattr(model_kwargs.get(CACHE), "packed", False):
-            check_continuation(self.config.core, None)  # generate's own positions are those of one sequence
+        """As that of all families; layers with checkpointing ignore any cache."""
         if self.training and self.model.gradient_checkpointing and model_kwargs.get(CACHE) is None:
             generation_config.use_cache = model_kwargs["use_cache"] = False
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)

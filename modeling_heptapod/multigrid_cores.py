@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_leap import LeapConfig
 from .eager_attention import eager_attention
+from .mixing_rows import MixingRows
 from .modeling_leap import LeapMixer
 
 
@@ -41,30 +42,25 @@ class MixingPlan:
     """What all layers of one forward pass need to know about its rows.
 
     Attributes:
-        padding_mask (`torch.BoolTensor` of shape `[batch, seq]`, *optional*): which of the new tokens are real.
-        segment_ids (`torch.LongTensor` of shape `[batch, seq]`, *optional*): packed sequence of each token.
         attention_mask (`torch.BoolTensor` of shape `[1 or batch, 1, seq, keys]`, *optional*): what each token sees, where
             that is not just its past (core "transformer").
-        rotary (`tuple[torch.Tensor, torch.Tensor]`, *optional*): cosines and sines (core "leap").
+        mixing_rows (`MixingRows`, *optional*): pads, packed sequences and positions (core "leap").
         lstm_rows (`LSTMRows`, *optional*): how pads and packed sequences are laid out (core "lstm").
         single_step (`bool`): one real token after cached ones, without gradients.
         in_the_open (`bool`): whether to return attention weights.
     """
 
-    padding_mask: torch.Tensor | None = None
-    segment_ids: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
-    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    mixing_rows: MixingRows | None = None
     lstm_rows: "LSTMRows | None" = None
     single_step: bool = False
     in_the_open: bool = False
 
     def to(self, device: torch.device) -> "MixingPlan":
         """The same on another device: where layers are spread over devices, accelerate asks it of their arguments."""
-        rotary = None if self.rotary is None else tuple(part.to(device) for part in self.rotary)
-        names = ("padding_mask", "segment_ids", "attention_mask", "lstm_rows")
+        names = ("attention_mask", "mixing_rows", "lstm_rows")
         moved = {name: getattr(self, name).to(device) for name in names if getattr(self, name) is not None}
-        return replace(self, rotary=rotary, **moved)
+        return replace(self, **moved)
 
 
 def _is_plain(linear):
@@ -265,9 +261,7 @@ class LeapCore(_Core):
         out, _ = self.mixer(
             joined.flatten(2),
             past_key_values=cache,
-            rotary=plan.rotary,
-            padding_mask=plan.padding_mask,
-            segment_ids=plan.segment_ids,
+            rows=plan.mixing_rows,
             is_causal=True,
             single_step=plan.single_step,
         )

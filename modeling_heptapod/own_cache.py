@@ -53,6 +53,11 @@ class OwnCacheMixin:
         given, kind = model_kwargs.get(CACHE), generation_config.cache_implementation
         if given is not None:
             self.check_cache(given)
+            if given.packed:
+                raise ValueError(
+                    f"`{CACHE}` holds packed sequences, but `generate` counts positions of whole rows: continue "
+                    "with forward passes, or from a cache of the last sequence alone."
+                )
         elif kind is not None and kind not in self._cache_classes:
             raise ValueError(
                 f"`cache_implementation` must be {' or '.join(map(repr, self._cache_classes))} for "

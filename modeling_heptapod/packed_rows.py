@@ -1,45 +1,147 @@
 """Several sequences packed into one row: which of them each token belongs to."""
 
 import torch
-from transformers.masking_utils import find_packed_sequence_indices
+from torch import nn
+from transformers.utils.import_utils import is_tracing
+
+from .model_inputs import check_ids
+from .transformers_versions import CACHE
 
 
 def segment_ids(
     inputs_embeds: torch.Tensor,
-    mask: torch.Tensor | None,
+    mask: torch.BoolTensor | None,
     position_ids: torch.Tensor | None,
     seq_idx: torch.Tensor | None,
     cu_seq_lens_q: torch.Tensor | None,
-) -> torch.Tensor | None:
-    """Which packed sequence each token belongs to, `[batch, seq]`, or `None` where nothing is packed.
+    past: int | list[int] | torch.Tensor | None = None,
+) -> torch.LongTensor | None:
+    """Which packed sequence each token belongs to, `[batch, seq]`, numbered from 0; `None` where no row holds two.
+
+    Equal values of `seq_idx` that do not touch are different sequences.
 
     Args:
         inputs_embeds (`torch.Tensor` of shape `[batch, seq, width]`).
-        mask (`torch.Tensor` of shape `[batch, seq]`, *optional*): with one, restarting `position_ids` mean nothing.
-        position_ids (`torch.LongTensor` of shape `[1 or batch, seq]`, *optional*): may restart.
+        mask (`torch.BoolTensor` of shape `[batch, seq]`, *optional*): which of these tokens are real.
+        position_ids (`torch.LongTensor` of shape `[1 or batch, seq]`, *optional*): where those of real tokens do not go
+            on by 1, or by the pads between, another sequence begins. Not looked at where one of the next two is given.
         seq_idx (`torch.LongTensor` of shape `[batch, seq]`, *optional*): the answer itself.
         cu_seq_lens_q (`torch.LongTensor` of shape `[sequences + 1]`, *optional*): boundaries in the one row.
+        past (`int`, `list[int]`, or `torch.LongTensor` of shape `[]` or `[batch]`, *optional*): tokens before these, where
+            a cache is continued.
 
     Raises:
-        ValueError: for shapes that do not fit.
+        TypeError: for what are no integers.
+        ValueError: for shapes that do not fit, boundaries that do not divide the row, `seq_idx` and `cu_seq_lens_q`
+            that differ, and packed rows in a pass that continues a cache.
     """
     batch, seq, _ = inputs_embeds.shape
+    continues = past is not None
+    name, runs = None, None
+    if cu_seq_lens_q is not None:
+        name, runs = "cu_seq_lens_q", _runs_of_boundaries(cu_seq_lens_q, batch, seq, inputs_embeds.device)
     if seq_idx is not None:
+        check_ids("seq_idx", seq_idx)
         if list(seq_idx.shape) != [batch, seq]:
             raise ValueError(f"`seq_idx` must be [{batch}, {seq}], got {list(seq_idx.shape)}.")
-        return seq_idx
-    if cu_seq_lens_q is not None:
-        if batch != 1 or cu_seq_lens_q.dim() != 1:
-            raise ValueError(
-                "`cu_seq_lens_q` must be one-dimensional and needs one packed row, got shape "
-                f"{list(cu_seq_lens_q.shape)} for a batch of {batch}."
-            )
-        place = torch.arange(seq, device=inputs_embeds.device)
-        return torch.bucketize(place, cu_seq_lens_q[1:].to(place), right=True).unsqueeze(0)
-    if position_ids is None or mask is not None or seq == 1:
+        by_boundaries, name, runs = runs, "seq_idx", _number(seq_idx[:, 1:] != seq_idx[:, :-1])
+        if by_boundaries is not None and not is_tracing(runs) and not torch.equal(runs, by_boundaries):
+            raise ValueError("`seq_idx` and `cu_seq_lens_q` must be of the same sequences, got different boundaries.")
+    if runs is None:
+        if position_ids is None or seq == 1 or (continues and is_tracing(position_ids)):
+            return None
+        name, runs = "position_ids", _runs_of_positions(position_ids, mask, batch)
+        if continues:
+            _check_start(position_ids, mask, past, batch)
+    if is_tracing(runs):
+        if continues:
+            raise ValueError(f"`{name}` cannot be given in a traced pass that continues `{CACHE}`.")
+        return runs
+    first, last = (runs[:, :1], runs[:, -1:]) if mask is None else _ends(runs, mask)
+    if (first >= last).all():
         return None
-    segments = find_packed_sequence_indices(position_ids)
-    return None if segments is None else segments.expand(batch, seq)
+    if continues:
+        raise ValueError(
+            f"`{name}` packs several sequences into a row, but the pass continues `{CACHE}`, whose rows are one "
+            "sequence each: give what follows in a pass of its own."
+        )
+    return runs
 
 
-__all__ = ["segment_ids"]
+def next_positions(
+    runs: torch.LongTensor | None, mask: torch.BoolTensor | None, seq: int, past: int | torch.Tensor
+) -> torch.LongTensor:
+    """How many real tokens the last sequence of each row has after a pass, `[batch]`.
+
+    Args:
+        runs (`torch.LongTensor` of shape `[batch, seq]`, *optional*): of `segment_ids`, where it gave any.
+        mask (`torch.BoolTensor` of shape `[batch, seq]`, *optional*): which of these tokens are real.
+        seq (`int`): new tokens.
+        past (`int`, or `torch.LongTensor` of shape `[]` or `[batch]`): real tokens before them.
+    """
+    if runs is None:
+        return past + (seq if mask is None else mask.sum(1))
+    if mask is None:
+        return (runs == runs[:, -1:]).sum(1)
+    return ((runs == last_run(runs, mask)) & mask).sum(1)
+
+
+def last_run(runs: torch.LongTensor, mask: torch.BoolTensor) -> torch.LongTensor:
+    """The number of the last sequence of each row that has real tokens, `[batch, 1]`; -1 where none has."""
+    return runs.masked_fill(~mask, -1).amax(1, keepdim=True)
+
+
+def _ends(runs, mask):
+    """The first and the last number that real tokens have, `[batch, 1]` each; of rows without any the first is higher."""
+    first = runs.masked_fill(~mask, runs.shape[1]).amin(1, keepdim=True)
+    return first, last_run(runs, mask)
+
+
+def _number(changes):
+    """`[batch, seq - 1]`, whether a token is of another sequence than the one before it -> their numbers `[batch, seq]`."""
+    return nn.functional.pad(changes, (1, 0)).long().cumsum(1)
+
+
+def _runs_of_boundaries(boundaries, batch, seq, device):
+    check_ids("cu_seq_lens_q", boundaries)
+    if batch != 1 or boundaries.dim() != 1:
+        raise ValueError(
+            "`cu_seq_lens_q` must be one-dimensional and needs one packed row, got shape "
+            f"{list(boundaries.shape)} for a batch of {batch}."
+        )
+    if not is_tracing(boundaries):
+        ends = boundaries.tolist()
+        if len(ends) < 2 or ends[0] != 0 or ends[-1] != seq or sorted(ends) != ends:
+            raise ValueError(f"`cu_seq_lens_q` must rise from 0 to {seq}, the length of the row, got {ends}.")
+    place = torch.arange(seq, device=device)
+    places = torch.bucketize(place, boundaries[1:].to(place), right=True).unsqueeze(0)
+    return _number(places[:, 1:] != places[:, :-1])  # boundaries may repeat
+
+
+def _runs_of_positions(positions, mask, batch):
+    steps = positions[:, 1:] - positions[:, :-1]
+    if mask is None:
+        return _number(steps != 1).expand(batch, -1)
+    place = torch.arange(positions.shape[1], device=positions.device)
+    last_real = torch.where(mask, place, -1).cummax(1).values[:, :-1]  # before each token
+    positions = positions.expand(batch, -1)
+    steps = positions[:, 1:] - positions.gather(1, last_real.clamp_min(0))
+    goes_on = (steps == 1) | (steps == place[1:] - last_real)  # positions may count the pads between
+    return _number(mask[:, 1:] & (last_real >= 0) & ~goes_on)
+
+
+def _check_start(positions, mask, past, batch):
+    """Raise a `ValueError` where a row that has a past begins at position 0."""
+    positions = positions.expand(batch, -1)
+    at = positions[:, :1] if mask is None else positions.gather(1, mask.int().argmax(1, keepdim=True))
+    begins = (at.squeeze(1) == 0) & (torch.as_tensor(past, device=at.device) > 0)
+    if mask is not None:
+        begins = begins & mask.any(1)
+    if begins.any():
+        raise ValueError(
+            f"`position_ids` begin at 0 in a row that continues `{CACHE}`: a cached row is one sequence, and the "
+            "positions of new tokens follow those of its own. Give another sequence in a pass of its own."
+        )
+
+
+__all__ = ["last_run", "next_positions", "segment_ids"]

@@ -6,6 +6,7 @@ seen, which `generate` and position embeddings need. These subclasses count; the
 
 import torch
 from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.utils.import_utils import is_tracing
 
 from .cache_states import LayerStates
 from .counting_cache import CountingCacheMixin
@@ -72,6 +73,15 @@ class StaticRecurrentCache(_RecurrentCacheMixin, StaticCache):
             self.seen_tokens = self.seen_tokens.to(device)
             torch._dynamo.mark_static_address(self.seen_tokens)
         self.seen_tokens.add_(tokens)
+
+    def follow(self, next_positions: torch.Tensor) -> None:
+        """As the dynamic cache, in place."""
+        if self.next_positions is not None and self.next_positions.shape == next_positions.shape:
+            self.next_positions.copy_(next_positions)
+            return
+        self.next_positions = next_positions
+        if not is_tracing(next_positions):
+            torch._dynamo.mark_static_address(self.next_positions)
 
     def reset(self) -> None:
         """Forget everything, keep the memory."""

@@ -1,11 +1,13 @@
-"""Rows in which every sequence begins where a coarse step begins, whatever the padding and packing of the input.
+"""Rows laid out anew: no pad between real tokens and, for the hierarchical LM, sequences that begin where coarse steps do.
 
-Compression, strides and dilations count from the first token of a sequence. So pads are moved behind the last real token
-of their row, where causality keeps them from being seen, and packed sequences are set apart: each begins at a multiple of
-the coarsest factor, after at least as many empty slots as a compressor looks back.
+A pad takes no place in a window, no step of decay and no position. So pads are moved behind the last real token of their
+row, where causality keeps them from being seen.
+
+Compression, strides and dilations of the hierarchical LM count from the first token of a sequence. So packed sequences are
+set apart: each begins at a multiple of the coarsest factor, after at least as many empty slots as a compressor looks back.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -41,6 +43,11 @@ class RowLayout:
         """`[batch, slots, width]` -> `[batch, seq, width]`, zero at pads."""
         taken = x.gather(1, self.back.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         return torch.where(self.given.unsqueeze(-1), taken, torch.zeros((), dtype=x.dtype, device=x.device))
+
+    def to(self, device: torch.device) -> "RowLayout":
+        """The same on another device: where layers are spread over devices, accelerate asks it of their arguments."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: x.to(device) for name, x in tensors.items() if x is not None})
 
 
 def pad_layout(mask: torch.Tensor) -> RowLayout:
@@ -87,7 +94,7 @@ def _layout(mask, slot, slots):
     take = torch.zeros(batch, slots + 1, dtype=torch.long, device=mask.device)
     take = take.scatter(1, to, torch.arange(seq, device=mask.device).expand(batch, -1))[:, :slots]
     real = torch.zeros(batch, slots + 1, dtype=torch.bool, device=mask.device).scatter(1, to, mask)[:, :slots]
-    return RowLayout(take, real, slot, mask)
+    return RowLayout(take, real, slot.clamp_max(slots - 1), mask)
 
 
 __all__ = ["RowLayout", "packed_layout", "pad_layout"]

@@ -210,17 +210,6 @@ def test_packed_rows_of_a_padded_batch(variant):
             torch.testing.assert_close(logits[row, start:end], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_a_mask_says_that_nothing_is_packed():
-    """Whether or not another row of the batch has pads."""
-    model, ids = tiny_hierarchical_lm(**VARIANTS["stride"]), random_ids(1, 20)
-    positions = torch.arange(20)[None] % 10
-    with torch.no_grad():
-        torch.testing.assert_close(
-            model(ids, attention_mask=torch.ones(1, 20), position_ids=positions).logits, model(ids).logits
-        )
-        assert not torch.allclose(model(ids, position_ids=positions).logits, model(ids).logits)
-
-
 def test_packed_rows_fill_no_cache():
     model, ids = tiny_hierarchical_lm(), random_ids(1, sum(LENGTHS))
     assert model(ids, use_cache=True, **packing("seq_idx")).past_key_values is None

@@ -136,6 +136,20 @@ def test_padded_rows_equal_rows_alone(variant, head, side):
 
 @pytest.mark.parametrize("head", ["LeapForCausalLM", "LeapForMaskedLM"])
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_pads_between_tokens_take_no_place(variant, head):
+    model = tiny_leap(head, **VARIANTS[variant]).double()
+    ids, mask = random_ids(3, 70), torch.rand(3, 70, generator=torch.Generator().manual_seed(3)) < 0.6
+    with torch.no_grad():
+        outputs = model(ids, attention_mask=mask, output_hidden_states=True)
+        for row in range(3):
+            alone = model(ids[row, mask[row]][None], output_hidden_states=True)
+            torch.testing.assert_close(outputs.logits[row, mask[row]], alone.logits[0], rtol=1e-5, atol=1e-5)
+            for states, expected in zip(outputs.hidden_states, alone.hidden_states):
+                torch.testing.assert_close(states[row, mask[row]], expected[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["LeapForCausalLM", "LeapForMaskedLM"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_pads_get_no_gradient(variant, head):
     model = tiny_leap(head, **VARIANTS[variant])
     ids = random_ids(2, 40, vocab_size=49)  # 49 occurs at pads only
@@ -327,7 +341,7 @@ def standardized(x):
     return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-5)
 
 
-@pytest.mark.parametrize("situation", ["padded", "packed"])
+@pytest.mark.parametrize("situation", ["padded", "torn", "packed"])
 @pytest.mark.parametrize("head", ["LeapForCausalLM", "LeapForMaskedLM"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rebuilt_attention_times_values_is_the_mixers_output(variant, head, situation):
@@ -335,9 +349,11 @@ def test_rebuilt_attention_times_values_is_the_mixers_output(variant, head, situ
     config, batch, seq = model.config, 2, 70
     ids, mask, segments = random_ids(batch, seq), torch.ones(batch, seq, dtype=torch.bool), None
     kwargs = {}
-    if situation == "padded":
+    if situation != "packed":
         mask[0, :40] = False
         mask[1, 60:] = False
+        if situation == "torn":
+            mask[0, 50:53], mask[1, 5:25] = False, False
         kwargs = {"attention_mask": mask.long()}
     else:
         segments = (torch.arange(seq) // 25).expand(batch, seq)
@@ -559,6 +575,25 @@ def test_classification_reads_the_last_real_token(side):
         embeds = model.get_input_embeddings()(ids)
         by_embeds = model(inputs_embeds=embeds, attention_mask=mask).logits
         torch.testing.assert_close(by_embeds, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_classes_of_other_rows_or_values_are_named():
+    model = tiny_leap("LeapForSequenceClassification", num_labels=3)
+    ids = random_ids(4, 6)
+    mask = torch.ones_like(ids)
+    for labels, got in (
+        (torch.tensor([1]), r"\[1\]"),
+        (torch.ones(3, 4), r"\[3, 4\]"),
+        (torch.ones(1, 3), r"\[1, 3\]"),
+    ):
+        with pytest.raises(ValueError, match=rf"`labels` must be \[4\] or \[4, 3\], got {got}"):
+            model(ids, attention_mask=mask, labels=labels)
+    with pytest.raises(ValueError, match=r"`labels` must be in \[0, 3\), got values from 0 to 3"):
+        model(ids, attention_mask=mask, labels=torch.tensor([0, 1, 2, 3]))
+    mask[:, 4:] = 0
+    by_dict = model(ids, attention_mask={"linear_attention": mask}).logits
+    assert torch.equal(by_dict, model(ids, attention_mask=mask).logits)
+    assert torch.equal(by_dict, model(ids[:, :4], attention_mask=mask[:, :4]).logits)
 
 
 def test_classification_losses():

@@ -375,14 +375,48 @@ def test_the_last_packed_sequence_goes_on_from_the_cache(variant):
     assert_same(logits, [x[:, 12:] for x in run(model, grid, 8, 30)[0]])
 
 
-@pytest.mark.parametrize("variant", ["axes", "leap"])
+@pytest.mark.parametrize("variant", FACTORED)
+def test_the_next_meta_tokens_are_those_of_the_next_real_token(variant):
+    model = tiny_multigrid(**VARIANTS[variant]).double()
+    grid, mask = random_grid(model, 2, 14), torch.ones(2, 14, dtype=torch.long)
+    mask[0, 3:7], mask[0, 12:], mask[1, :2], mask[1, 8] = 0, 0, 0, 0
+    following = torch.tensor([[1, 2], [3, 0]])
+    packed = {"seq_idx": (torch.arange(14) >= 10).long().expand(2, 14)}
+    for given in ({}, {"next_meta_ids": following}, packed):
+        logits, _ = run(model, grid, attention_mask=mask, **given)
+        for row in range(2):
+            at, own = mask[row].bool(), {name: x[row : row + 1] for name, x in given.items()}
+            one = {name: x[row : row + 1, ..., at] for name, x in grid.items()}
+            own = {name: x[:, at] if name == "seq_idx" else x for name, x in own.items()}
+            assert_same([x[row : row + 1, at] for x in logits], run(model, one, **own)[0], tolerance=1e-6)
+
+
+@pytest.mark.parametrize("variant", CORES)
+def test_pads_anywhere_in_rows_with_axes(variant):
+    model = tiny_multigrid(**VARIANTS[variant])
+    grid, mask = random_grid(model, 2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[0, 3:8], mask[0, 14], mask[1, :2], mask[1, 8:13] = 0, 0, 0, 0
+    parts, cache = [], None
+    for first, last in ((0, 6), (6, 14), (14, 15), (15, 20)):
+        given = {"attention_mask": mask[:, :last], "past_key_values": cache, "use_cache": True}
+        logits, cache = run(model, grid, first, last, **given)
+        parts.append(logits)
+    logits = [torch.cat(x, dim=1) for x in zip(*parts)]
+    for row in range(2):
+        at = mask[row].bool()
+        one = {name: x[row : row + 1, ..., at] for name, x in grid.items()}
+        assert_same([x[row : row + 1, at] for x in logits], run(model, one)[0])
+
+
+@pytest.mark.parametrize("variant", ["axes", "lstm", "leap"])
 def test_packed_rows_do_not_go_on_where_their_past_would_be_taken_for_one_sequence(variant):
     model = tiny_multigrid(**VARIANTS[variant])
     grid = random_grid(model, 1, 30)
     options = {"past_key_values": None, "use_cache": True}
     _, options["past_key_values"] = run(model, grid, 0, 20, seq_idx=(torch.arange(20) >= 8).long()[None], **options)
-    with pytest.raises(ValueError, match="packed sequences"):
-        run(model, grid, 20, 30, **options)
+    if variant == "axes":
+        with pytest.raises(ValueError, match="packed sequences"):
+            run(model, grid, 20, 30, **options)
     with pytest.raises(ValueError, match="packed sequences"):
         model.generate(**grid, **options, max_new_tokens=2, pad_token_id=0)
     options["past_key_values"].reset()
