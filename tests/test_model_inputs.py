@@ -387,7 +387,7 @@ BAD = {
     "sequences that are no integers": ({"seq_idx": IDS.float()}, TypeError, "torch.float32"),
     "labels of one row": ({"labels": IDS[:1]}, ValueError, r"\[4, 6\].*got \[1, 6\]"),
     "labels the other way round": ({"labels": IDS.T}, ValueError, r"\[4, 6\].*got \[6, 4\]"),
-    "labels beyond the vocabulary": ({"labels": IDS + 49}, ValueError, r"\[0, 50\), got values from 50 to 50"),
+    "labels beyond the vocabulary": ({"labels": IDS + 49}, ValueError, r"\[0, 50\) or -100, got values from 50 to 50"),
     "negative labels": ({"labels": IDS - 4}, ValueError, r"\[0, 50\) or -100, got values from -3"),
     "labels that are no integers": ({"labels": IDS.float()}, TypeError, "torch.float32"),
     "boundaries of several rows": ({"cu_seq_lens_q": torch.tensor([0, 6])}, ValueError, "one packed row"),
