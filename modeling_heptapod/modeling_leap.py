@@ -424,12 +424,11 @@ class LeapModel(LeapPreTrainedModel):
         seq_idx (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Index of the packed sequence each token belongs to.
         cu_seq_lens_q (`torch.LongTensor` of shape `(num_sequences + 1,)`, *optional*):
-            Boundaries of the sequences packed into one row. Restarting `position_ids` without an `attention_mask` mean
-            the same.
+            Boundaries of the sequences packed into one row. Restarting `position_ids` mean the same.
         """
         refuse_unread(self, kwargs, cu_seq_lens_q)
         inputs_embeds = embed_text(self.embed_tokens, input_ids, inputs_embeds, self.config.hidden_size)
-        seq = inputs_embeds.shape[1]
+        batch, seq, _ = inputs_embeds.shape
         # Not by `merge_with_config_defaults`, which also writes `is_causal` into the config: a token would feel that.
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions

@@ -203,8 +203,7 @@ class MultiGridModel(MultiGridPreTrainedModel):
         seq_idx (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Index of the packed sequence each token belongs to.
         cu_seq_lens_q (`torch.LongTensor` of shape `(num_sequences + 1,)`, *optional*):
-            Boundaries of the sequences packed into one row. Restarting `position_ids` without an `attention_mask` mean
-            the same.
+            Boundaries of the sequences packed into one row. Restarting `position_ids` mean the same.
         """
         refuse_unread(self, kwargs, cu_seq_lens_q)
         config = self.config
