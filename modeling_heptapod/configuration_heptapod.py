@@ -4,6 +4,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring
 
+from .config_checks import check_numbers
+
 
 _ATTENTION_TYPES = ("local", "dilated", "global")
 
@@ -79,6 +81,7 @@ class HeptapodConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
+        check_numbers(self)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.attention_types is None:
@@ -88,6 +91,7 @@ class HeptapodConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation. Raises `ValueError` for values that make no model."""
+        check_numbers(self)
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")

@@ -6,6 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring
 
+from .config_checks import check_numbers
+
 
 _CHOICES = {
     "window_type": ("sliding", "block"),
@@ -197,6 +199,7 @@ class HierarchicalLMConfig(PreTrainedConfig):
         self.validate_architecture()
 
     def _fill_in(self):
+        check_numbers(self)
         if isinstance(self.hierarchies, int):
             self.hierarchies = [self.hierarchies]
         self.hierarchies = list(self.hierarchies)
@@ -319,7 +322,12 @@ class HierarchicalLMConfig(PreTrainedConfig):
             )
 
     def _validate_losses(self):
-        for name in ("reconstruction_loss_weight", "prophet_loss_weight", "quantized_prophet_loss_weight"):
+        for name in (
+            "reconstruction_loss_weight",
+            "prophet_loss_weight",
+            "quantized_prophet_loss_weight",
+            "next_latent_dynamic_decay",
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         if not all(weight >= 0 for weight in self.next_latent_loss_weight):

@@ -4,6 +4,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring
 
+from .config_checks import check_numbers
+
 
 _CHOICES = {
     "mixer": ("focus", "additive"),
@@ -89,6 +91,7 @@ class LeapConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        check_numbers(self)
         focus = self.mixer == "focus"
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
@@ -104,6 +107,7 @@ class LeapConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation. Raises `ValueError` for values that make no model."""
+        check_numbers(self)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")

@@ -4,6 +4,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring
 
+from .config_checks import check_numbers
+
 
 _CHOICES = {"core": ("transformer", "leap", "lstm"), "axis_order": ("parallel", "factored")}
 
@@ -100,6 +102,7 @@ class MultiGridConfig(PreTrainedConfig):
         self.validate_architecture()
 
     def _fill_in(self):
+        check_numbers(self)
         self.axis_names = list(self.axis_names or [])
         self.axis_vocab_sizes = list(self.axis_vocab_sizes or [])
         if self.axis_weights is not None:
@@ -152,8 +155,8 @@ class MultiGridConfig(PreTrainedConfig):
 
     def _validate_axes(self):
         names = self.axis_names
-        if len(set(names)) != len(names) or not all(names):
-            raise ValueError(f"`axis_names` must be unique and not empty, got {names}.")
+        if len(set(names)) != len(names) or not all(name.isidentifier() for name in names):
+            raise ValueError(f"`axis_names` must be unique Python identifiers, got {names}.")
         if "main" in names:
             raise ValueError(f"`axis_names` must not hold 'main', the name of the main axis in logs, got {names}.")
         for name, values in (("axis_vocab_sizes", self.axis_vocab_sizes), ("axis_weights", self.axis_shares)):

@@ -550,6 +550,8 @@ class HeptapodGenerationMixin:
             raise ValueError(
                 f"`attention_mask` must have the shape {list(shape)} of `input_ids`, got {list(attention_mask.shape)}."
             )
+        if 0 in shape:
+            raise ValueError(f"`input_ids` must hold at least one page of at least one cell, got {list(shape)}.")
         if len(shape) == 3:
             if (height or shape[1], width or shape[2]) != tuple(shape[1:]):
                 raise ValueError(

@@ -15,6 +15,7 @@ When a meta token of position `t + 1` is known:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -198,6 +199,9 @@ class _MetaTracks:
             return [0] * len(self.annotated), reading
         characters, pending = self.sources.processor.new_characters(reading.pending, token)
         steps = [axis.step(state, characters) for axis, state in zip(self.sources.annotators, reading.states)]
+        for axis, (meta_id, _) in zip(self.sources.annotators, steps):
+            if not (isinstance(meta_id, Integral) and 0 <= meta_id < len(axis.vocabulary)):
+                raise ValueError(f"axis {axis.name!r} must give ids in [0, {len(axis.vocabulary)}), got {meta_id!r}.")
         return [meta_id for meta_id, _ in steps], _Reading(pending, tuple(state for _, state in steps))
 
 

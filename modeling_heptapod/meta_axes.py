@@ -24,6 +24,7 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 
 
+LARGEST_VOCABULARY = 1_000_000
 AXIS_CLASSES = {}  # every subclass of MetaAxis that has been imported, by name
 
 
@@ -44,7 +45,8 @@ class MetaAxis:
             has none of these.
 
     Raises:
-        ValueError: for a name that is no identifier, and an empty vocabulary or one that repeats itself.
+        ValueError: for a name that is no identifier or "main", which is the text's own, and an empty vocabulary or one
+            that repeats itself.
     """
 
     causal = True
@@ -54,6 +56,8 @@ class MetaAxis:
     def __init__(self, name: str, vocabulary: Sequence[str]):
         if not isinstance(name, str) or not name.isidentifier():
             raise ValueError(f"`name` of an axis must be a Python identifier, got {name!r}.")
+        if name == "main":
+            raise ValueError("`name` of an axis must not be 'main', the name of the text itself in logs.")
         self.name, self.vocabulary = name, tuple(vocabulary)
         if not self.vocabulary or len(set(self.vocabulary)) < len(self.vocabulary):
             raise ValueError(f"`vocabulary` of axis {name!r} must hold different entries, got {self.vocabulary}.")
@@ -112,14 +116,27 @@ class MetaAxis:
 
         Raises:
             TypeError: for what is no text.
-            ValueError: for offsets that do not lie in the text or run backwards.
+            ValueError: for offsets that do not lie in the text or run backwards, and where the axis's own code gives
+                ids that are outside of its vocabulary.
         """
         if not isinstance(text, str):
             raise TypeError(f"`text` must be a string, got {type(text).__name__}.")
         ids = self.ids_after(text)
+        self._check_ids(ids, len(text) + 1)
         if offsets is None:
             return ids[1:]
         return [ids[length] for length in visible_lengths(offsets, len(text))]
+
+    def _check_ids(self, ids: Sequence[int], number: int) -> None:
+        """Raise a `ValueError` unless `ids`, which this axis has given, are `number` ids of its vocabulary."""
+        array = np.asarray(ids)
+        size = len(self.vocabulary)
+        if array.shape != (number,) or array.dtype.kind not in "iub" or array.min() < 0 or array.max() >= size:
+            wrong = [x for x in ids if not isinstance(x, (int, np.integer)) or not 0 <= x < size]
+            said = f"{wrong[0]!r}" if wrong else f"{len(ids)} of them"
+            raise ValueError(
+                f"axis {self.name!r} ({type(self).__name__}) must give {number} ids in [0, {size}), got {said}."
+            )
 
     def arguments(self) -> dict:
         """What `__init__` needs besides `name` to make this axis again, as JSON can hold it."""
@@ -198,14 +215,19 @@ class RandomAxis(MetaAxis):
         return {"size": len(self.vocabulary), "seed": self.seed}
 
 
+def check_vocabulary_size(name: str, size: int) -> None:
+    """Raise a `ValueError` about the argument `name` unless a vocabulary can have this size."""
+    if type(size) is not int or not 1 <= size <= LARGEST_VOCABULARY:
+        raise ValueError(f"`{name}` must be an integer of at least 1 and at most {LARGEST_VOCABULARY}, got {size!r}.")
+
+
 def _mix(state, number=0):
     # The multiplier of Knuth's MMIX generator; the upper half of the product depends on every bit that went in.
     return (state + number + 1) * 6364136223846793005 & 0xFFFFFFFFFFFFFFFF
 
 
 def _numbers(name, size):
-    if type(size) is not int or size < 1:
-        raise ValueError(f"`{name}` must be an integer of at least 1, got {size!r}.")
+    check_vocabulary_size(name, size)
     return [str(number) for number in range(size)]
 
 
@@ -326,6 +348,7 @@ __all__ = [
     "ConstantAxis",
     "MetaAxis",
     "RandomAxis",
+    "check_vocabulary_size",
     "find_lookahead",
     "visible_lengths",
 ]

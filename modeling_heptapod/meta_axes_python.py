@@ -8,7 +8,7 @@ closes nothing. It follows the grammar of Python 3.12, in which a replacement fi
 
 from typing import NamedTuple
 
-from .meta_axes import Automaton, MetaAxis
+from .meta_axes import Automaton, MetaAxis, check_vocabulary_size
 
 
 KINDS = ("space", "newline", "name", "keyword", "number", "operator", "open", "close", "string", "comment", "other")
@@ -316,8 +316,7 @@ class PythonIndentationAxis(_PythonAxis):
     _place = 2
 
     def __init__(self, name: str = "indentation", max_level: int = 15):
-        if type(max_level) is not int or max_level < 1:
-            raise ValueError(f"`max_level` must be an integer of at least 1, got {max_level!r}.")
+        check_vocabulary_size("max_level", max_level)
         super().__init__(name, [str(level) for level in range(max_level + 1)])
         self.max_level = max_level
 

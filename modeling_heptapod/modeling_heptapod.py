@@ -182,6 +182,10 @@ class HeptapodPreTrainedModel(FullAutoMapMixin, PreTrainedModel):
         "AutoModelForMaskedLM": "modeling_heptapod.HeptapodForMaskedLM",
     }
 
+    def __init__(self, config: HeptapodConfig, *args, **kwargs):
+        config.validate_architecture()  # values may have been set since, as `from_pretrained` sets what it overrides
+        super().__init__(config, *args, **kwargs)
+
     def get_submodule(self, target: str) -> nn.Module:
         """As `nn.Module`'s. Raises a `ValueError` for peft's prompt learning, which looks for this name when it wraps."""
         if target == "embeddings.word_embeddings":
@@ -307,8 +311,8 @@ class HeptapodModel(HeptapodPreTrainedModel):
         Raises:
             ValueError: where the size of a flat page is unknown, or `grid_size` does not fit.
         """
-        if grid_size is not None and len(grid_size) != 2:
-            raise ValueError(f"`grid_size` must be a height and a width, got {grid_size}.")
+        if grid_size is not None and not _is_size(grid_size):
+            raise ValueError(f"`grid_size` must be a height and a width of at least 1, got {grid_size!r}.")
         if len(shape) == 3:
             height, width = shape[1:]
             if grid_size is not None and tuple(grid_size) != (height, width):
@@ -321,6 +325,13 @@ class HeptapodModel(HeptapodPreTrainedModel):
         if height * width != shape[1]:
             raise ValueError(f"`grid_size` {height} x {width} does not fit a flat page of {shape[1]} cells.")
         return height, width
+
+
+def _is_size(grid_size):
+    """Whether it is two positive integers; what an export leaves open is taken as it is."""
+    if not isinstance(grid_size, (tuple, list)) or len(grid_size) != 2:
+        return False
+    return all(isinstance(x, torch.SymInt) or (isinstance(x, int) and x > 0) for x in grid_size)
 
 
 def _padding_mask(attention_mask, shape, grid_size):

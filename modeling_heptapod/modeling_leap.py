@@ -364,6 +364,10 @@ class LeapPreTrainedModel(FullAutoMapMixin, OwnCacheMixin, PreTrainedModel):
         "AutoModelForSequenceClassification": "modeling_leap.LeapForSequenceClassification",
     }
 
+    def __init__(self, config: LeapConfig, *args, **kwargs):
+        config.validate_architecture()  # values may have been set since, as `from_pretrained` sets what it overrides
+        super().__init__(config, *args, **kwargs)
+
     def _cache_layers(self, cache):
         """As that of all families."""
         config = self.config

@@ -24,12 +24,13 @@ class MultiGridGrowthMixin:
             freeze_rest (`bool`): train only what is new; all that was there no longer requires gradients.
 
         Raises:
-            ValueError: for a name that is taken or empty, or a vocabulary of no size.
+            ValueError: for a name that is taken, "main" or no Python identifier, or a vocabulary of no size.
         """
-        if not name or name in self.config.axis_names:
-            raise ValueError(f"`name` must be new and not empty, got {name!r}; there are {self.config.axis_names}.")
-        if vocab_size < 1:
-            raise ValueError(f"`vocab_size` must be at least 1, got {vocab_size}.")
+        taken = [*self.config.axis_names, "main"]
+        if not isinstance(name, str) or not name.isidentifier() or name in taken:
+            raise ValueError(f"`name` must be a new Python identifier, got {name!r}; there are {taken}.")
+        if type(vocab_size) is not int or vocab_size < 1:
+            raise ValueError(f"`vocab_size` must be an integer of at least 1, got {vocab_size!r}.")
         config, before = copy.deepcopy(self.config), set(self.parameters())
         config.axis_weights = [*config.axis_shares, 1 / (config.num_axes + 1)]
         config.axis_names = [*config.axis_names, name]

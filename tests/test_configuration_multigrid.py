@@ -93,6 +93,8 @@ BAD = {
     "an axis twice": ({"axis_names": ["a", "a"], "axis_vocab_sizes": [2, 2]}, "axis_names"),
     "an axis without a name": ({"axis_names": [""], "axis_vocab_sizes": [2]}, "axis_names"),
     "an axis with the main axis's name": ({"axis_names": ["main"], "axis_vocab_sizes": [2]}, "'main'"),
+    "an axis with a blank in its name": ({"axis_names": ["a b"], "axis_vocab_sizes": [2]}, r"identifiers.*'a b'"),
+    "an axis that leads out of a folder": ({"axis_names": ["../x"], "axis_vocab_sizes": [2]}, r"identifiers.*'../x'"),
     "an axis without a size": ({"axis_names": ["a"]}, "axis_vocab_sizes"),
     "a size without an axis": ({"axis_vocab_sizes": [3]}, "axis_vocab_sizes"),
     "an axis of size zero": ({"axis_names": ["a"], "axis_vocab_sizes": [0]}, "axis_vocab_sizes"),

@@ -41,6 +41,7 @@ AUTO_MAPS = {
 CODE = {
     "leap": {
         "auto_map.py",
+        "config_checks.py",
         "configuration_leap.py",
         "cache_states.py",
         "counting_cache.py",
@@ -62,6 +63,7 @@ CODE = {
     },
     "heptapod": {
         "auto_map.py",
+        "config_checks.py",
         "configuration_heptapod.py",
         "generation_heptapod.py",
         "local_attention.py",
@@ -74,6 +76,7 @@ CODE = {
     "hierarchical_lm": {
         "auto_map.py",
         "causal_compressors.py",
+        "config_checks.py",
         "configuration_hierarchical_lm.py",
         "cache_states.py",
         "counting_cache.py",

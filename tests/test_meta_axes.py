@@ -9,12 +9,22 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from data import build_tokenizer
 
-from modeling_heptapod import ConstantAxis, DecisionTreeAxis, MetaAxis, RandomAxis, find_lookahead, make_axis
+from modeling_heptapod import (
+    ConstantAxis,
+    DecisionTreeAxis,
+    MetaAxis,
+    MultiGridProcessor,
+    RandomAxis,
+    find_lookahead,
+    make_axis,
+)
 from modeling_heptapod.meta_axes import Automaton, visible_lengths
+from tests.tiny_multigrid import tiny_multigrid
 
 
 REPOSITORY = Path(__file__).parent.parent
@@ -355,7 +365,11 @@ def test_copies_leave_behind_what_was_remembered(axes):
         ({"class": "NoAxis", "name": "mine"}, ValueError, "'mine' is of class 'NoAxis'.*AffixAxis.*import the module"),
         ({"name": "mine"}, TypeError, "a dict with a 'class'"),
         (3, TypeError, "an axis is made from .* got 3"),
-        ({"class": "RandomAxis", "size": 0}, ValueError, "`size` must be an integer of at least 1, got 0"),
+        (
+            {"class": "RandomAxis", "size": 0},
+            ValueError,
+            "`size` must be an integer of at least 1 and at most 1000000, got 0",
+        ),
         ({"class": "RandomAxis", "seed": 0.5}, ValueError, "`seed` must be an integer, got 0.5"),
         ({"class": "ConstantAxis", "name": "a b"}, ValueError, "must be a Python identifier, got 'a b'"),
         ({"class": "ConstantAxis", "name": "mine", "later": 1}, ValueError, "axis 'mine'.*ConstantAxis.*'later'"),
@@ -387,3 +401,73 @@ def test_bad_axes_and_texts_are_named():
             method(MetaAxis("mine", ["a"]))
         with pytest.raises(ValueError, match="'part_of_speech_word' cannot be continued.*letters to come"):
             method(make_axis("part_of_speech_word"))
+
+
+# ---- what an axis may not do
+
+
+@pytest.mark.parametrize("name", ["main", "a b", "../x", "", "1a", None, 3])
+def test_names_that_no_log_and_no_file_can_have(name):
+    with pytest.raises(ValueError, match="`name` of an axis must"):
+        ConstantAxis(name=name)
+    with pytest.raises(ValueError, match="`name` of an axis must"):
+        make_axis({"class": "ConstantAxis", "name": name})
+
+
+@pytest.mark.parametrize(
+    "axis_class, argument", [("ConstantAxis", "size"), ("RandomAxis", "size"), ("PythonIndentationAxis", "max_level")]
+)
+@pytest.mark.parametrize("size", [10**12, 1_000_001, 0, -1, 2.0, True, "3", None])
+def test_sizes_that_make_no_vocabulary(axis_class, argument, size):
+    """Before a list of that length is made."""
+    with pytest.raises(ValueError, match=f"`{argument}` must be an integer of at least 1 and at most 1000000, got"):
+        make_axis({"class": axis_class, "name": "x", argument: size})
+
+
+class Careless(MetaAxis):
+    """Gives the ids that it is told to, whatever its vocabulary is."""
+
+    def __init__(self, name="careless", ids=(0,)):
+        super().__init__(name, ("no", "yes"))
+        self.ids = ids
+
+    def start(self):
+        return 0
+
+    def step(self, state, characters):
+        return self.ids[state % len(self.ids)], state + len(characters)
+
+
+class Hasty(Careless):
+    """Gives too few."""
+
+    def ids_after(self, text):
+        return [0] * len(text)
+
+
+@pytest.mark.parametrize(
+    "axis, said",
+    [
+        (Careless(ids=(0, 1, 2)), "2"),
+        (Careless(ids=(0, -1)), "-1"),
+        (Careless(ids=(0, 1.0)), r"1\.0"),
+        (Careless(ids=(0, "yes")), "'yes'"),
+        (Careless(ids=(None,)), "None"),
+        (Hasty(), "3 of them"),
+    ],
+)
+def test_ids_outside_of_the_vocabulary_are_named(axis, said):
+    with pytest.raises(
+        ValueError, match=rf"axis 'careless' \((Careless|Hasty)\) must give 4 ids in \[0, 2\), got {said}\."
+    ):
+        axis.annotate("abc")
+    assert Careless(ids=(0, 1, np.int64(1))).annotate("abc") == [0, 1, 1]
+    if isinstance(axis, Hasty):
+        return
+    processor = MultiGridProcessor(build_tokenizer("byte", []), [axis])
+    with pytest.raises(ValueError, match="axis 'careless'"):
+        processor("abc")
+    model = tiny_multigrid(vocab_size=258, axis_names=["careless"], axis_vocab_sizes=[2])
+    inputs = {"input_ids": torch.tensor([[97, 98]]), "meta_ids": torch.zeros(1, 1, 2, dtype=torch.long)}
+    with pytest.raises(ValueError, match="axis 'careless'"):
+        model.generate(**inputs, max_new_tokens=4, meta_source="annotated", processor=processor)

@@ -750,6 +750,25 @@ def test_logits_and_labels_on_different_devices():
         assert loss.device.type == "meta" and loss.shape == ()
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_page_without_cells_in_a_batch(variant):
+    """Its attention mask is 0 throughout: nothing of it is NaN, and the other page is as it is alone."""
+    model = tiny_heptapod(**VARIANTS[variant])
+    page, mask = random_page(2, 4, 5), torch.ones(2, 4, 5, dtype=torch.long)
+    mask[1] = 0
+    with torch.no_grad():
+        torch.testing.assert_close(model(page, attention_mask=mask).logits[:1], model(page[:1]).logits)
+        both = model(page, attention_mask=mask, labels=page)
+        torch.testing.assert_close(both.loss, model(page[:1], labels=page[:1]).loss)
+        assert both.logits.isfinite().all() and (both.masked_labels[1] == -100).all()
+        nats, error = model.elbo(page, attention_mask=mask, num_samples=2)
+        assert nats[0] > 0 and nats[1] == error[1] == 0
+        assert model(page, attention_mask=0 * mask, labels=page).loss == 0
+    for wrong in (page[:, :0], page[:0], page[..., :0]):
+        with pytest.raises(ValueError, match="`input_ids` must hold at least one page of at least one cell"):
+            model.generate(wrong)
+
+
 def test_rows_without_labels_give_zero():
     model = tiny_heptapod()
     page = random_page(2, 3, 3)
@@ -1132,6 +1151,21 @@ BAD_INPUTS = {
     "a size that does not fit": ({"input_ids": PAGE.flatten(1), "grid_size": (2, 2)}, ValueError, "2 x 2.*6 cells"),
     "a size that contradicts": ({"input_ids": PAGE, "grid_size": (3, 2)}, ValueError, r"\(3, 2\).*2 x 3"),
     "a size of three": ({"input_ids": PAGE, "grid_size": (1, 2, 3)}, ValueError, "`grid_size`.*height"),
+    "a negative size": (
+        {"input_ids": PAGE.flatten(1), "grid_size": (-2, -3)},
+        ValueError,
+        "`grid_size` must be a height",
+    ),
+    "a size of floats": (
+        {"input_ids": PAGE.flatten(1), "grid_size": (2.0, 3)},
+        ValueError,
+        "`grid_size` must be a height",
+    ),
+    "a size of one number": (
+        {"input_ids": PAGE.flatten(1), "grid_size": 6},
+        ValueError,
+        "`grid_size` must be a height",
+    ),
     "short mask": ({"input_ids": PAGE, "attention_mask": PAGE[:, :1]}, ValueError, "attention_mask"),
     "flat mask": ({"input_ids": PAGE, "attention_mask": PAGE.flatten(1)}, ValueError, "attention_mask"),
 }

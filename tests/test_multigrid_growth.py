@@ -208,11 +208,12 @@ def test_grown_norms_have_the_epsilon_of_the_config():
 
 def test_bad_values_are_named():
     model = tiny_multigrid(**TWO_AXES)
-    for name in ("kind", ""):
+    for name in ("kind", "", "main", "a b", "../x", 3):
         with pytest.raises(ValueError, match=r"name.*kind.*bracket"):
             model.add_meta_axis(name, 4)
-    with pytest.raises(ValueError, match="vocab_size"):
-        model.add_meta_axis("new", 0)
+    for size in (0, 2.5, "4"):
+        with pytest.raises(ValueError, match="vocab_size"):
+            model.add_meta_axis("new", size)
     with pytest.raises(ValueError, match=r"name.*kind.*bracket.*'new'"):
         model.remove_meta_axis("new")
     assert model.config.axis_names == ["kind", "bracket"] and len(model.meta_lm_heads) == 2
