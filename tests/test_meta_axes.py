@@ -469,5 +469,5 @@ def test_ids_outside_of_the_vocabulary_are_named(axis, said):
         processor("abc")
     model = tiny_multigrid(vocab_size=258, axis_names=["careless"], axis_vocab_sizes=[2])
     inputs = {"input_ids": torch.tensor([[97, 98]]), "meta_ids": torch.zeros(1, 1, 2, dtype=torch.long)}
-    with pytest.raises(ValueError, match="axis 'careless'"):
+    with pytest.raises(ValueError, match=r"axis 'careless' must give ids in \[0, 2\)"):
         model.generate(**inputs, max_new_tokens=4, meta_source="annotated", processor=processor)
