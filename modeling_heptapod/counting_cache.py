@@ -3,10 +3,10 @@
 import torch
 
 from .cache_states import held_states
-from .transformers_versions import StateReadersMixin
+from .transformers_versions import CacheVersionsMixin
 
 
-class CountingCacheMixin(StateReadersMixin):
+class CountingCacheMixin(CacheVersionsMixin):
     """Before a cache class of transformers; it counts in `seen_tokens`, and its rows can be repeated and chosen.
 
     Attributes:

@@ -76,9 +76,17 @@ def with_cache_field(output_class):
     return output_class
 
 
-class StateReadersMixin:
-    """Before a cache class: what stock caches have from 5.21 on, the same."""
+class CacheVersionsMixin:
+    """Before a cache class that counts the tokens it has seen: what differs in stock caches."""
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """From 5.24 on `generate` takes a cache of linear layers alone for one that cannot say how many tokens it has seen,
+        and hands all of them over once more; this one can say.
+        """
+        return [False] * len(self.layers)
+
+    # Stock caches have the next two from 5.21 on, the same.
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
         """A conv state of a layer, `None` before the first is written."""
         layer = self.layers[layer_idx]
@@ -114,7 +122,7 @@ __all__ = [
     "CACHE",
     "NEWEST",
     "OLDEST",
-    "StateReadersMixin",
+    "CacheVersionsMixin",
     "check_version",
     "slice_logits_to_keep",
     "with_cache_argument",

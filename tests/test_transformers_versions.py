@@ -1,12 +1,21 @@
 """The window of Transformers versions: what is stated, and what is refused."""
 
+import dataclasses
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from modeling_heptapod.transformers_versions import NEWEST, OLDEST, check_version
+import modeling_heptapod
+from modeling_heptapod import transformers_versions
+from modeling_heptapod.transformers_versions import CACHE, NEWEST, OLDEST, check_version, slice_logits_to_keep
 from tests.clean_room import run_beside
+from tests.tiny import random_ids
+from tests.tiny_hierarchical_lm import tiny_hierarchical_lm
+from tests.tiny_leap import tiny_leap
+from tests.tiny_multigrid import tiny_multigrid
 
 
 ROOT = Path(__file__).parent.parent
@@ -41,3 +50,65 @@ except ImportError as error:
 
 def test_pyproject_states_the_same_window():
     assert f'"transformers>={OLDEST[0]}.{OLDEST[1]},<{BEYOND}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_both_names_of_the_cache_are_taken_and_given():
+    model = tiny_hierarchical_lm()
+    ids = random_ids(2, 9)
+    expected = model(ids).logits[:, 6:]
+    for name in ("past_key_values", "cache"):
+        out = model(ids[:, :6], use_cache=True)
+        assert out.cache is out.past_key_values and list(out.keys())[1] == CACHE
+        torch.testing.assert_close(model(ids[:, 6:], **{name: out.cache}).logits, expected)
+    other = {"past_key_values": None, "cache": None}
+    torch.testing.assert_close(model(ids, **other).logits[:, 6:], expected)
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model(ids[:, 6:], past_key_values=out.cache, cache=model(ids, use_cache=True).cache)
+
+
+@pytest.mark.parametrize("make", [tiny_leap, tiny_hierarchical_lm, tiny_multigrid])
+def test_signatures_show_the_name_of_the_installed_version(make):
+    model = make()
+    for module in (model, model.model, model.model.layers[0]):
+        names = inspect.signature(module.forward).parameters
+        assert {"past_key_values", "cache"} & set(names) == {CACHE}
+
+
+def test_the_renamed_field_keeps_its_place_and_its_docstring(monkeypatch):
+    monkeypatch.setattr(transformers_versions, "CACHE", "cache")
+
+    @dataclasses.dataclass
+    @transformers_versions.with_cache_field
+    class Output:
+        """past_key_values (`Cache`): what further tokens need."""
+
+        logits: torch.Tensor | None = None
+        past_key_values: object | None = None
+        loss: torch.Tensor | None = None
+
+    assert [field.name for field in dataclasses.fields(Output)] == ["logits", "cache", "loss"]
+    assert Output.__doc__.startswith("cache (") and Output(cache=3).cache == 3
+
+
+@pytest.mark.parametrize(
+    "cache_class", ["RecurrentCache", "StaticRecurrentCache", "HierarchicalCache", "MultiGridCache"]
+)
+def test_caches_can_say_how_many_tokens_they_have_seen(cache_class):
+    """From 5.24 on `generate` asks by `is_linear`, and gives a cache that cannot all tokens again."""
+    make = {"H": tiny_hierarchical_lm, "M": tiny_multigrid}.get(cache_class[0], tiny_leap)
+    options = {"core": "lstm"} if cache_class[0] == "M" else {"window_sizes": 0} if cache_class[0] == "H" else {}
+    cache = getattr(modeling_heptapod, cache_class)(make(**options).config)
+    assert not all(cache.is_linear) and len(cache.is_linear) == len(cache.layers)
+
+
+@pytest.mark.parametrize(
+    "logits_to_keep", [0, 2, torch.tensor([1, 3]), torch.tensor([[0], [4]]), torch.eye(2, 5).bool()]
+)
+def test_logits_to_keep_are_sliced_as_by_transformers(logits_to_keep):
+    stock = pytest.importorskip("transformers.modeling_utils")
+    if not hasattr(stock, "slice_logits_to_keep"):
+        pytest.skip("transformers has it from 5.23 on")
+    states = torch.randn(2, 5, 3)
+    assert torch.equal(
+        slice_logits_to_keep(states, logits_to_keep), stock.slice_logits_to_keep(states, logits_to_keep)
+    )
