@@ -3,7 +3,8 @@
     stream = Cache(folder).array([texts, tokenizer_json], lambda: encode(texts, tokenizer))
 
 The name of a file is a hash of all that its content depends on, so nothing here is ever out of date: it may be deleted
-at any time, and is never deleted by us.
+at any time. A file ends with the SHA-256 of what stands before it: what was damaged is made anew. What a process that was
+killed has left unfinished is removed by the next.
 """
 
 import hashlib
@@ -13,6 +14,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from transformers.utils import logging
+
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where an open file cannot be removed anyway
+    fcntl = None
+
+logger = logging.get_logger(__name__)
+
+DIGEST_SIZE = 32
+UNFINISHED = ".heptapod-unfinished-"  # what names of such files begin with
 
 
 class Cache:
@@ -27,33 +40,34 @@ class Cache:
     """
 
     def __init__(self, folder: str | os.PathLike | None, code: list[str | os.PathLike] = ()):
-        self.folder = None if folder is None else Path(folder).expanduser()
-        if self.folder is not None:
+        self.folder = None
+        if folder is not None:
             try:
+                self.folder = Path(folder).expanduser()
                 self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
+            except (OSError, RuntimeError) as error:  # the latter where there is no home
                 raise ValueError(f"--cache_dir {folder} must be a folder that can be written to: {error}") from error
+            self._clean()
         self.code = [Path(file).read_text(encoding="utf-8") for file in code]
 
     def array(self, made_of: list[str], make: Callable[[], np.ndarray]) -> np.ndarray:
         """What `make()` returns, or returned when it was last made of the same; then mapped into memory, read-only."""
         path = self._path(made_of, ".npy")
-        if path is None:
-            return make()
-        if not path.exists():
-            array = make()
-            self._write(path, lambda file: np.save(file, array))
-        return np.load(path, mmap_mode="r")
+        if path is not None and _is_whole(path):
+            return np.load(path, mmap_mode="r")
+        array = make()
+        is_kept = path is not None and self._write(path, lambda file: np.save(file, array))
+        return np.load(path, mmap_mode="r") if is_kept else array
 
     def text(self, made_of: list[str], make: Callable[[], str]) -> str:
         """The same for a string."""
         path = self._path(made_of, ".txt")
-        if path is None:
-            return make()
-        if not path.exists():
-            text = make()
+        if path is not None and _is_whole(path):
+            return path.read_bytes()[:-DIGEST_SIZE].decode()
+        text = make()
+        if path is not None:
             self._write(path, lambda file: file.write(text.encode()))
-        return path.read_bytes().decode()
+        return text
 
     def _path(self, made_of, ending):
         if self.folder is None:
@@ -65,10 +79,72 @@ class Cache:
         return self.folder / (digest.hexdigest()[:32] + ending)
 
     def _write(self, path, write):
-        """In one go: whoever finds the file finds all of it."""
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            write(file)
-        os.replace(file.name, path)
+        """In one go: whoever finds the file finds all of it. Whether it is there then: a full disk ends no training."""
+        file = None
+        try:
+            with tempfile.NamedTemporaryFile(prefix=UNFINISHED, dir=path.parent, delete=False) as file:
+                _lock(file)
+                hashed = _Hashed(file)
+                write(hashed)
+                file.write(hashed.digest.digest())
+                file.flush()
+                os.replace(file.name, path)
+        except OSError as error:
+            if file is not None:
+                Path(file.name).unlink(missing_ok=True)
+            logger.warning_once(f"--cache_dir {self.folder}: {path.name} could not be kept there: {error}")
+            return False
+        return True
+
+    def _clean(self):
+        """Remove what nobody holds the lock of any more."""
+        for path in self.folder.glob(f"{UNFINISHED}*"):
+            try:
+                with path.open("rb") as file:
+                    _lock(file)
+                    path.unlink()
+            except OSError:
+                continue  # being written, or gone
+
+
+class _Hashed:
+    """What is written to a file goes into a digest as well."""
+
+    def __init__(self, file):
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, content):
+        self.digest.update(content)
+        return self.file.write(content)
+
+
+def _lock(file):
+    """Until it is closed, or its process ends.
+
+    Raises:
+        OSError: where another process has it.
+    """
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_whole(path):
+    """Whether a file ends with the digest of what stands before it."""
+    try:
+        left, digest = path.stat().st_size - DIGEST_SIZE, hashlib.sha256()
+        with path.open("rb") as file:
+            while left > 0 and (piece := file.read(min(left, 2**20))):
+                digest.update(piece)
+                left -= len(piece)
+            if file.read() == digest.digest():
+                return True
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        logger.warning(f"--cache_dir: {path} cannot be read and is made anew: {error}")
+        return False
+    logger.warning(f"--cache_dir: {path} is damaged and is made anew")
+    return False
 
 
 def default_folder() -> str:

@@ -6,6 +6,11 @@ Copy and edit it like one of transformers' examples: everything here is `Trainer
 given as well; `--help` lists them.
 """
 
+from options import check_number, check_training_arguments, need
+
+
+need("finetune", "accelerate", "datasets", "sklearn")
+
 import json
 import math
 from collections import Counter
@@ -14,6 +19,10 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
+from loading import check_name
+from provenance import write_figures
+from pushing import CleanPushes
+from redaction import CommandLine
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
@@ -22,7 +31,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    HfArgumentParser,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -44,6 +52,10 @@ class ClassificationArguments:
     label_column: str = field(default="label", metadata={"help": "What is told."})
     max_length: int = field(default=256, metadata={"help": "Longer texts are cut off after so many tokens."})
     from_scratch: bool = field(default=False, metadata={"help": "Take of the model its sizes only, not its weights."})
+
+
+class CleanTrainer(CleanPushes, Trainer):
+    """A `Trainer` that pushes no arguments."""
 
 
 def read_rows(path: str, text_column: str, label_column: str) -> tuple[list[str], list[str]]:
@@ -104,15 +116,17 @@ def difference(predicted: np.ndarray, other: np.ndarray, labels: np.ndarray) -> 
 
 
 def main():
-    parser = HfArgumentParser((ClassificationArguments, TrainingArguments))
-    args, training_args = parser.parse_args_into_dataclasses()
+    args, training_args = CommandLine((ClassificationArguments, TrainingArguments)).parse()
+    check_training_arguments(training_args)
+    check_number("--max_length", args.max_length, least=1)
+    check_name(args.model)
     set_seed(training_args.seed)
 
     # Rows -> tokens
     texts, labels = read_rows(args.rows, args.text_column, args.label_column)
     names = sorted(set(labels))
     (train_texts, test_texts), (train_labels, test_labels) = split(texts), split(labels)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
 
     def tokens(texts, labels):
         encoded = tokenizer(texts, truncation=True, max_length=args.max_length)
@@ -122,11 +136,11 @@ def main():
     about = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     auto_class = AutoModelForSequenceClassification
     if args.from_scratch:
-        model = auto_class.from_config(AutoConfig.from_pretrained(args.model, **about))
+        model = auto_class.from_config(AutoConfig.from_pretrained(args.model, trust_remote_code=False, **about))
     else:
-        model = auto_class.from_pretrained(args.model, **about)
+        model = auto_class.from_pretrained(args.model, trust_remote_code=False, **about)
 
-    trainer = Trainer(
+    trainer = CleanTrainer(
         model=model,
         args=training_args,
         train_dataset=tokens(train_texts, train_labels),
@@ -158,9 +172,7 @@ def main():
         "above_words_alone_standard_error": error,
         "scores": {name: scores(said, truth) for name, said in predicted.items()},
     }
-    Path(training_args.output_dir, "classification.json").write_text(
-        json.dumps(results, indent=2) + "\n", encoding="utf-8"
-    )
+    write_figures(Path(training_args.output_dir, "classification.json"), results)
     print(
         f"\n{len(test_texts):,} held-out rows of {len(names)} classes, {seconds:.0f} s on {len(train_texts):,} others"
     )

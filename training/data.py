@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from cache import default_folder
+from options import check_number
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -108,6 +109,30 @@ class Texts:
     validation: list[str]
 
 
+def check_data_arguments(data_args: DataArguments) -> None:
+    """What can be said before any text is read.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    check_held_out(data_args.validation_percent, data_args.max_validation_bytes)
+    check_number("--block_size", data_args.block_size, least=2)
+    check_number("--vocab_size", data_args.vocab_size, least=1)
+
+
+def check_held_out(validation_percent: float, max_validation_bytes: int | None) -> None:
+    """Raise a ValueError that names the one that does not fit."""
+    if not 0 < validation_percent < 100:
+        raise ValueError(f"--validation_percent must lie between 0 and 100, got {validation_percent}")
+    if max_validation_bytes is not None and max_validation_bytes < 1:
+        raise ValueError(f"--max_validation_bytes must be positive, got {max_validation_bytes}")
+
+
+def dataset_name(dataset: str) -> str:
+    """What figures call a corpus: of a path its last part alone."""
+    return os.path.basename(os.path.normpath(dataset)) if os.path.exists(dataset) else dataset
+
+
 def load_texts(
     dataset: str = "stdlib",
     dataset_config: str | None = None,
@@ -124,10 +149,7 @@ def load_texts(
         ValueError: naming `--dataset` where the corpus does not exist, is empty or is not text; naming
             `--text_column`, `--validation_percent` or `--max_validation_bytes` where these do not fit.
     """
-    if not 0 < validation_percent < 100:
-        raise ValueError(f"--validation_percent must lie between 0 and 100, got {validation_percent}")
-    if max_validation_bytes is not None and max_validation_bytes < 1:
-        raise ValueError(f"--max_validation_bytes must be positive, got {max_validation_bytes}")
+    check_held_out(validation_percent, max_validation_bytes)
 
     def held_out(name: str) -> bool:
         return hash_of(name) < validation_percent / 100

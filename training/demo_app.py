@@ -5,12 +5,16 @@ The grid shows a page as it forms: type what is known, leave holes, and watch th
 
 Read top-down: models, what each family does (plain functions and generators, which know nothing of the page), the page.
 Needs the extra `app`. Nothing of the package is imported: a folder brings its own code, which runs here, so open only those
-that you trust. The page itself asks no other machine for anything.
+that you trust; that of a name on the Hub runs with `--trust_remote_code` only. The page itself asks no other machine for
+anything, and answers to nobody who calls it by another name than this machine's own.
 """
 
 import os
 
+from options import need, whole
 
+
+need("app", "gradio", "matplotlib", "PIL")
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import time
@@ -24,13 +28,17 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
 from typing import Any
+from urllib.parse import urlsplit
 
 import gradio
 import torch
+from loading import TRUST_HELP, may_run_code
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from page_animation import cell_text
 from sample_axes import characters_of, letters_for, lines_with_tracks
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -83,29 +91,29 @@ class Loaded:
 _one_load_at_a_time = Lock()  # `from_pretrained` changes where tensors are made, for all threads
 
 
-def load(folder: str) -> Loaded:
+def load(folder: str, trust_remote_code: bool = False) -> Loaded:
     """A saved model of any family, by folder or name on the Hub; the last two are kept.
 
     Raises:
-        ValueError: where there is no model that writes.
-        OSError: where there is nothing at all.
+        ValueError: where there is no model that writes, and what `may_run_code` raises.
     """
     with _one_load_at_a_time:
-        return _load(folder, max((path.stat().st_mtime for path in Path(folder).glob("*")), default=0.0))
+        trust = may_run_code(folder, trust_remote_code)
+        return _load(folder, trust, max((path.stat().st_mtime for path in Path(folder).glob("*")), default=0.0))
 
 
 @lru_cache(maxsize=2)
-def _load(folder, changed):
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+def _load(folder, trust, changed):
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     head = (config.architectures or ["no model"])[0]
     classes = {"ForCausalLM": AutoModelForCausalLM, "ForMaskedLM": AutoModelForMaskedLM}
     auto_class = next((auto for name, auto in classes.items() if head.endswith(name)), None)
     if auto_class is None or (auto_class is AutoModelForMaskedLM and config.model_type != "heptapod"):
         raise ValueError(f"{folder} holds {head}, which doesn't write; a causal model or a grid does.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = auto_class.from_pretrained(folder, trust_remote_code=True).to(device).eval()
+    model = auto_class.from_pretrained(folder, trust_remote_code=trust).to(device).eval()
     reader = AutoProcessor if config.model_type in ("heptapod", "multigrid") else AutoTokenizer
-    return Loaded(model, reader.from_pretrained(folder, trust_remote_code=True))
+    return Loaded(model, reader.from_pretrained(folder, trust_remote_code=trust))
 
 
 def describe(loaded: Loaded) -> str:
@@ -423,13 +431,18 @@ def _shown(function):
     return handler
 
 
-def build_app(folders: list[str], first: str | None = None) -> gradio.Blocks:
+def build_app(folders: list[str], first: str | None = None, trust_remote_code: bool = False) -> gradio.Blocks:
     """The page.
 
     Args:
         folders: what to choose from; any other folder or name on the Hub can be typed.
         first: what is loaded when the page opens.
+        trust_remote_code: whether the code of a name on the Hub may run.
     """
+
+    def load_here(name):
+        return load(name, trust_remote_code)
+
     with gradio.Blocks(title="Heptapod", analytics_enabled=False) as app:
         gradio.Markdown("# Heptapod\nLanguage models that do not read and write in one straight line.")
         with gradio.Row(equal_height=True):
@@ -437,7 +450,7 @@ def build_app(folders: list[str], first: str | None = None) -> gradio.Blocks:
                 folders,
                 value=first,
                 allow_custom_value=True,
-                label="Model: a folder or a name on the Hub (its code runs on this machine)",
+                label="Model: a folder or a name on the Hub (the code of a folder runs on this machine)",
                 scale=4,
                 elem_id="folder",
             )
@@ -503,7 +516,7 @@ def build_app(folders: list[str], first: str | None = None) -> gradio.Blocks:
 
         def show(name):
             try:
-                loaded = load(name)
+                loaded = load_here(name)
             except (ValueError, OSError) as error:  # a message beside what is still there
                 return {about: f"**{name} was not loaded.** {error}"}
             leap, is_grid = loaded.family == "leap", loaded.family == "heptapod"
@@ -524,13 +537,13 @@ def build_app(folders: list[str], first: str | None = None) -> gradio.Blocks:
             }
 
         def on_write(name, *arguments):
-            yield from write(load(name), *arguments)
+            yield from write(load_here(name), *arguments)
 
         def on_look(name, text, head, position):
-            yield look(load(name), text, int(head), int(position))
+            yield look(load_here(name), text, int(head), int(position))
 
         def on_fill(name, *arguments):
-            for frame in fill(load(name), *arguments):
+            for frame in fill(load_here(name), *arguments):
                 yield frame
                 time.sleep(FRAME_SECONDS)
 
@@ -547,9 +560,43 @@ def build_app(folders: list[str], first: str | None = None) -> gradio.Blocks:
     return app
 
 
+OWN_NAMES = ("127.0.0.1", "localhost")
+
+
+class OwnHostOnly:
+    """Refuses requests that are meant for another host, or that a page of another host makes the browser send.
+
+    A name that somebody lets point to this machine (DNS rebinding) would otherwise let their page read and steer this one.
+    """
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] in ("http", "websocket") and not is_own(scope["headers"]):
+            # Before a websocket is accepted it is refused with 403.
+            response = PlainTextResponse(f"This page is for {' and '.join(OWN_NAMES)} only.", status_code=403)
+            if scope["type"] == "websocket":
+                return await send({"type": "websocket.close", "code": 1008})
+            return await response(scope, receive, send)
+        await self.app(scope, receive, send)
+
+
+def is_own(headers: list[tuple[bytes, bytes]]) -> bool:
+    """Whether a request names this machine as its host, once, and as its origin if it has one."""
+    hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
+    origins = [value.decode("latin-1") for name, value in headers if name == b"origin"]
+    try:
+        names = [urlsplit(address).hostname for address in (*(f"//{host}" for host in hosts), *origins)]
+    except ValueError:  # no address at all
+        return False
+    return len(hosts) == 1 and all(name in OWN_NAMES for name in names)
+
+
 def launch(app: gradio.Blocks, **options):
-    """Start the page with its looks; options as for `Blocks.launch`."""
-    return app.queue().launch(theme=_theme(), css=CSS, footer_links=[], **options)
+    """Start the page with its looks, for its own host only; options as for `Blocks.launch`."""
+    guard = {"middleware": [Middleware(OwnHostOnly)]}
+    return app.queue().launch(theme=_theme(), css=CSS, footer_links=[], app_kwargs=guard, **options)
 
 
 def saved_folders(root: str = "outputs") -> list[str]:
@@ -560,12 +607,14 @@ def saved_folders(root: str = "outputs") -> list[str]:
 def main():
     parser = ArgumentParser(description="A page in the browser to try a saved model.")
     parser.add_argument("folder", nargs="?", help="what train.py wrote, or a name on the Hub")
-    parser.add_argument("--port", type=int, default=7860, help="of the page, on this machine only")
+    parser.add_argument("--port", type=whole(1, 65535), default=7860, help="of the page, on this machine only")
+    parser.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
     args = parser.parse_args()
+    if args.folder is not None:
+        may_run_code(args.folder, args.trust_remote_code)
     folders = saved_folders()
-    launch(
-        build_app(folders, args.folder or next(iter(folders), None)), server_name="127.0.0.1", server_port=args.port
-    )
+    app = build_app(folders, args.folder or next(iter(folders), None), args.trust_remote_code)
+    launch(app, server_name="127.0.0.1", server_port=args.port)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import torch
+from options import check_number
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -22,9 +23,14 @@ def diffusion_bound(
         batch_size: pages at once.
         num_samples: forward passes over each page, an even number.
 
+    Raises:
+        ValueError: naming `--batch_size` or `num_samples` where these do not fit.
+
     Returns:
         [pages], float64: nats of each page; and the standard error of their sum, which is that of the draw of masks.
     """
+    check_number("--batch_size", batch_size, least=1)
+    check_number("num_samples", num_samples, least=2)
     generator = torch.Generator(model.device).manual_seed(0)
     nats, variance = [], 0.0
     for some in tqdm(pages.split(batch_size), desc="Negative ELBO", unit=" batches", disable=None):

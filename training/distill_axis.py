@@ -8,6 +8,11 @@ characters; the tree is written as `axis.json`, which `make_axis` loads, and as 
 How often the tree is right on text that neither was fitted on is printed.
 """
 
+from options import NUMPY_SEEDS, check_number, need, whole
+
+
+need("axes", "sklearn")
+
 import json
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -17,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from data import load_texts
+from loading import add_model_arguments, may_run_code
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
@@ -80,9 +86,12 @@ def distill(
     from sklearn.cluster import MiniBatchKMeans
     from sklearn.tree import DecisionTreeClassifier
 
-    for argument, value, least in (("clusters", clusters, 2), ("length", length, 1), ("max_leaves", max_leaves, 2)):
-        if value < least:
-            raise ValueError(f"--{argument} must be at least {least}, got {value}")
+    check_number("--clusters", clusters, least=2)
+    check_number("--length", length, least=1)
+    check_number("--max_leaves", max_leaves, least=2)
+    check_number("--max_tokens", max_tokens, least=4)
+    check_number("--block_size", block_size, least=1)
+    check_layer(model, layer)
     states, characters = hidden_states(model, tokenizer, texts, layer, length, max_tokens, block_size, seed, axes)
     if len(states) < clusters:
         raise ValueError(f"--clusters {clusters} is more than the {len(states)} tokens of the text")
@@ -104,6 +113,13 @@ def distill(
         tokens=len(targets),
         held_out_tokens=len(held_out),
     )
+
+
+def check_layer(model, layer: int) -> None:
+    """Raise a ValueError that names `--layer` where a model has no such hidden states."""
+    layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    if layers is not None:
+        check_number("--layer", layer, least=-layers - 1, most=layers)
 
 
 @torch.no_grad()
@@ -184,24 +200,28 @@ def tree_nodes(tree) -> list[list[int]]:
 
 def main():
     parser = ArgumentParser(description="Make a meta axis from a trained model.")
-    parser.add_argument("folder", help="what train.py wrote, or a name on the Hub")
+    add_model_arguments(parser)
     parser.add_argument("--output_dir", default="outputs/axis", help="where axis.json, axis.py and report.json go")
     parser.add_argument("--dataset", default="stdlib", help="text to read, as for train.py")
     parser.add_argument("--name", default="learned", help="name of the axis")
-    parser.add_argument("--layer", type=int, default=-1, help="of the hidden states: 0 the embeddings, -1 the last")
-    parser.add_argument("--clusters", type=int, default=16, help="groups of hidden states")
-    parser.add_argument("--length", type=int, default=8, help="last characters that the tree sees")
-    parser.add_argument("--max_leaves", type=int, default=128, help="size of the tree")
-    parser.add_argument("--max_tokens", type=int, default=200_000, help="hidden states to fit on")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--layer", type=whole(), default=-1, help="of the hidden states: 0 the embeddings, -1 the last"
+    )
+    parser.add_argument("--clusters", type=whole(2), default=16, help="groups of hidden states")
+    parser.add_argument("--length", type=whole(1), default=8, help="last characters that the tree sees")
+    parser.add_argument("--max_leaves", type=whole(2), default=128, help="size of the tree")
+    parser.add_argument("--max_tokens", type=whole(4), default=200_000, help="hidden states to fit on")
+    parser.add_argument("--seed", type=whole(0, NUMPY_SEEDS), default=0)
     args = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=True).eval()
+    trust = may_run_code(args.folder, args.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=trust)
+    model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=trust).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
+    check_layer(model, args.layer)
     axes = ()
     if getattr(model.config, "axis_names", None):
-        axes = AutoProcessor.from_pretrained(args.folder, trust_remote_code=True).axes
+        axes = AutoProcessor.from_pretrained(args.folder, trust_remote_code=trust).axes
     texts = load_texts(args.dataset)
     result = distill(
         model,

@@ -21,10 +21,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import annotate, encode, load_texts
+from data import annotate, dataset_name, encode, load_texts
 from diffusion_bound import MASK_SAMPLES, diffusion_bound
 from huggingface_hub import snapshot_download
-from provenance import provenance, weights_digest
+from loading import add_model_arguments, may_run_code
+from options import check_number, real, whole
+from provenance import provenance, weights_digest, write_figures
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -39,13 +41,18 @@ from transformers import (
 SPEED_ROUNDS = 3
 
 
-def load_model(folder: str | Path) -> tuple[PreTrainedModel, object]:
+def load_model(folder: str | Path, trust: bool | None = None) -> tuple[PreTrainedModel, object]:
     """A saved model in evaluation mode, and its tokenizer or processor.
 
+    Args:
+        folder: of the model.
+        trust: whether its code may run; `None`: where `may_run_code` says so of a folder.
+
     Raises:
-        ValueError: for a head that gives no text a cost.
+        ValueError: for a head that gives no text a cost, and what `may_run_code` raises.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    trust = may_run_code(str(folder)) if trust is None else trust
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     head = (config.architectures or ["none"])[0]
     if head.endswith("ForCausalLM"):
         auto_class = AutoModelForCausalLM
@@ -56,8 +63,8 @@ def load_model(folder: str | Path) -> tuple[PreTrainedModel, object]:
             f"{folder} holds a {head}: only causal models and the grid's HeptapodForMaskedLM say what a text costs"
         )
     has_processor = config.model_type in ("heptapod", "multigrid")
-    processing = (AutoProcessor if has_processor else AutoTokenizer).from_pretrained(folder, trust_remote_code=True)
-    return auto_class.from_pretrained(folder, trust_remote_code=True).eval(), processing
+    processing = (AutoProcessor if has_processor else AutoTokenizer).from_pretrained(folder, trust_remote_code=trust)
+    return auto_class.from_pretrained(folder, trust_remote_code=trust).eval(), processing
 
 
 @torch.inference_mode()
@@ -87,10 +94,10 @@ def sliding_window_nats(
         [1 + axes, tokens - 1], float64: nats of the tokens, then of the meta tokens of each axis.
 
     Raises:
-        ValueError: naming `--window` or `--stride` where these do not fit.
+        ValueError: naming `--window`, `--stride` or `--batch_size` where these do not fit.
     """
-    if window < 2:
-        raise ValueError(f"--window must be at least 2, got {window}")
+    check_number("--window", window, least=2)
+    check_number("--batch_size", batch_size, least=1)
     if not 1 <= stride < window:
         raise ValueError(f"--stride must lie between 1 and --window less 1, here {window - 1}, got {stride}")
     tracks = torch.from_numpy(stream.astype(np.int64))[None]
@@ -221,6 +228,7 @@ def evaluate(
     window: int | None = None,
     stride: int | None = None,
     batch_size: int = 8,
+    trust: bool | None = None,
 ) -> dict:
     """All figures of a saved model on some texts, as they are written to `evaluation.json`.
 
@@ -231,23 +239,32 @@ def evaluate(
         window: tokens that the model is given at once; as in training if the folder tells, else all its positions.
         stride: tokens that each window predicts, half of it by default.
         batch_size: windows or pages at once.
+        trust: as for `load_model`.
 
     Raises:
-        ValueError: for a model that gives no text a cost, and for windows and strides that do not fit.
+        ValueError: for a model that gives no text a cost, for a window or a stride of a grid, and for numbers that do not fit.
     """
-    model, processing = load_model(folder)
+    check_number("--window", window, least=2)
+    check_number("--stride", stride, least=1)
+    check_number("--batch_size", batch_size, least=1)
+    model, processing = load_model(folder, trust)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     text = "".join(texts).encode()
     if hasattr(model, "elbo"):
+        if window is not None or stride is not None:
+            raise ValueError(
+                f"--window and --stride are of no use to a grid, which reads whole pages, got {window}, {stride}"
+            )
         measured = measure_grid(model, processing, texts, len(text), batch_size)
     else:
-        window = window or _window_of_training(folder) or model.config.max_position_embeddings
+        if window is None:
+            window = _window_of_training(folder) or model.config.max_position_embeddings
         stride = window // 2 if stride is None else stride
         measured = measure_causal(model, processing, texts, len(text), window, stride, batch_size)
     return {
         "model_type": model.config.model_type,
         "weights_sha256": weights_digest(folder),
-        "dataset": os.path.basename(os.path.normpath(dataset)) if os.path.exists(dataset) else dataset,
+        "dataset": dataset_name(dataset),
         "held_out_bytes": len(text),
         "held_out_sha256": hashlib.sha256(text).hexdigest(),
         **measured,
@@ -264,30 +281,32 @@ def _window_of_training(folder):
 
 def main():
     parser = ArgumentParser(description="Measure a saved model on any text.")
-    parser.add_argument("model", help="what train.py wrote, or a name on the Hub")
+    add_model_arguments(parser, "model")
     parser.add_argument("--revision", help="which commit or branch of a name on the Hub")
     parser.add_argument("--dataset", default="stdlib", help="the text, as for train.py; what is held out of it counts")
     parser.add_argument("--dataset_config", help="configuration of a named data set")
     parser.add_argument("--text_column", default="text", help="the column of a named data set that holds the text")
-    parser.add_argument("--validation_percent", type=float, default=5.0, help="how much of the text is held out")
-    parser.add_argument("--max_validation_bytes", type=int, help="at most this many bytes of the held-out text")
-    parser.add_argument("--window", type=int, help="tokens given at once; by default as many as in training")
-    parser.add_argument("--stride", type=int, help="tokens that each window predicts, half of the window by default")
-    parser.add_argument("--batch_size", type=int, default=8, help="windows or pages at once")
+    parser.add_argument(
+        "--validation_percent", type=real(above=0, most=100), default=5.0, help="how much of the text is held out"
+    )
+    parser.add_argument("--max_validation_bytes", type=whole(1), help="at most this many bytes of the held-out text")
+    parser.add_argument("--window", type=whole(2), help="tokens given at once; by default as many as in training")
+    parser.add_argument(
+        "--stride", type=whole(1), help="tokens that each window predicts, half of the window by default"
+    )
+    parser.add_argument("--batch_size", type=whole(1), default=8, help="windows or pages at once")
     parser.add_argument("--output", help="by default evaluation.json in the folder, or here for a name on the Hub")
     args = parser.parse_args()
 
     is_folder = os.path.isdir(args.model)
-    try:
-        folder = Path(args.model if is_folder else snapshot_download(args.model, revision=args.revision))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{args.model} is neither a folder nor a name on the Hub: {error}") from error
+    trust = may_run_code(args.model, args.trust_remote_code, revision=args.revision)
+    folder = Path(args.model if is_folder else snapshot_download(args.model, revision=args.revision))
     texts = load_texts(
         args.dataset, args.dataset_config, args.text_column, args.validation_percent, args.max_validation_bytes
     )
-    results = evaluate(folder, texts.validation, args.dataset, args.window, args.stride, args.batch_size)
+    results = evaluate(folder, texts.validation, args.dataset, args.window, args.stride, args.batch_size, trust)
     output = Path(args.output or (folder / "evaluation.json" if is_folder else "evaluation.json"))
-    output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_figures(output, results)
 
     print(f"{args.model} on {results['held_out_bytes']:,} held-out bytes of {results['dataset']}")
     over_text = results["standard_error_over_text"]

@@ -7,6 +7,11 @@ it: what a token costs does not depend on how many came before. `states.npz` hol
 Needs the extra `deploy`. The folder brings its own code.
 """
 
+from options import need, whole
+
+
+need("deploy", "onnx", "onnxruntime", "onnxscript")
+
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from itertools import takewhile
@@ -15,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
+from loading import add_model_arguments, may_run_code
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -119,16 +125,17 @@ def write(step: OnnxStep, prompt: np.ndarray, max_new_tokens: int) -> Iterator[n
 
 def main():
     parser = ArgumentParser(description="Export the recurrent step of a saved LEAP to ONNX, and let it write.")
-    parser.add_argument("folder", help="what train.py wrote, or a name on the Hub")
+    add_model_arguments(parser)
     parser.add_argument("--output_dir", help="where the graph goes; by default `onnx` in the folder, or here")
     parser.add_argument("--prompt", default="import os\nimport sys\n\n\nclass ", help="the text to continue")
-    parser.add_argument("--max_new_tokens", type=int, default=200, help="how much to write")
+    parser.add_argument("--max_new_tokens", type=whole(1), default=200, help="how much to write")
     args = parser.parse_args()
 
+    trust = may_run_code(args.folder, args.trust_remote_code)
     # A folder of the name of a model on the Hub would be taken for that model.
     output_dir = Path(args.output_dir or (Path(args.folder) / "onnx" if Path(args.folder).is_dir() else "onnx"))
-    tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=True, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=trust)
+    model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=trust, dtype=torch.float32)
     export_step(model, output_dir)
     prompt = tokenizer(args.prompt, return_tensors="np")["input_ids"]
     written = (int(tokens[0]) for tokens in write(OnnxStep(output_dir), prompt, args.max_new_tokens))

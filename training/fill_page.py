@@ -6,11 +6,17 @@ The page is held-out source text unless `--text_file` says otherwise. The folder
 `page.png` are written into it.
 """
 
+from options import NUMPY_SEEDS, need, whole
+
+
+need("plots", "matplotlib", "PIL")
+
 from argparse import ArgumentParser
 from pathlib import Path
 
 import torch
 from data import load_texts
+from loading import add_model_arguments, may_run_code
 from page_animation import draw_page
 from transformers import AutoModelForMaskedLM, AutoProcessor
 
@@ -31,19 +37,20 @@ def choose_page(processor, text_file: str | None, number: int) -> torch.Tensor:
 
 def main():
     parser = ArgumentParser(description="Let a saved grid model fill a hole in a page.")
-    parser.add_argument("folder", help="what train.py wrote, or a name on the Hub")
+    add_model_arguments(parser)
     parser.add_argument("--text_file", help="a text to take the page from")
-    parser.add_argument("--page", type=int, default=0, help="which page of it")
+    parser.add_argument("--page", type=whole(0), default=0, help="which page of it")
     parser.add_argument("--region", default="hole", help="what to open: top, middle, bottom, hole, frame or all")
-    parser.add_argument("--num_iterations", type=int, default=16, help="in how many iterations it is written")
+    parser.add_argument("--num_iterations", type=whole(1), default=16, help="in how many iterations it is written")
     parser.add_argument("--output_dir", help="where the pictures go, the folder itself by default")
     parser.add_argument("--do_sample", action="store_true", help="draw tokens instead of taking the likeliest")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--seed", type=whole(0, NUMPY_SEEDS), default=0, help="of what is drawn")
     args = parser.parse_args()
 
+    trust = may_run_code(args.folder, args.trust_remote_code)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    processor = AutoProcessor.from_pretrained(args.folder, trust_remote_code=True)
-    model = AutoModelForMaskedLM.from_pretrained(args.folder, trust_remote_code=True).to(device)
+    processor = AutoProcessor.from_pretrained(args.folder, trust_remote_code=trust)
+    model = AutoModelForMaskedLM.from_pretrained(args.folder, trust_remote_code=trust).to(device)
     page = choose_page(processor, args.text_file, args.page)
     opened = processor.open_cells(page, args.region)
     output = model.generate(

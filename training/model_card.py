@@ -6,12 +6,19 @@ Without `--output_dir` each folder gets its own README.md, as train.py and publi
 train.py measured, `evaluation.json` what evaluate.py did, if it is there and of these weights.
 """
 
+from options import need
+
+
+need("eval", "jinja2")  # of which the card is made
+
 import json
 from argparse import ArgumentParser
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from loading import check_folder
 from provenance import weights_digest
+from redaction import redact
 
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "hub_cards" / "template.md"
@@ -28,12 +35,10 @@ def write_card(folder: Path, path: Path | None = None, repo_id: str | None = Non
     Raises:
         ValueError: naming the folder, where it holds no results, or those of other weights.
     """
+    check_folder(folder)
+    config = json.loads((folder / "config.json").read_text())
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{folder} holds no model: there is no config.json in it") from error
-    try:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        results = json.loads(redact((folder / "results.json").read_text()))
     except OSError as error:
         raise ValueError(f"{folder} has no results.json, which train.py writes and a card is filled from") from error
     if results.get("weights_sha256") != weights_digest(folder):

@@ -20,6 +20,12 @@ has axes that see no more than the model does.
 A finished run is kept in `outputs/multigrid_experiment/`, so that an experiment that was cut off goes on with the next.
 """
 
+from options import need, whole
+
+
+need("train", "matplotlib")
+need("axes", "nltk", "scipy", "sklearn")  # the last at the end, when all models are trained
+
 import argparse
 import hashlib
 import json
@@ -49,7 +55,7 @@ from modeling_heptapod import MultiGridConfig, MultiGridForCausalLM, make_axis
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from tests.benchmarks.run_all import commit, device  # noqa: E402
+from tests.benchmarks.run_all import commit, device
 
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -476,12 +482,10 @@ def experiment(settings: dict[str, dict], seeds: int, jobs: int, folder: Path) -
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", choices=[*GRIDS, "all"], default="all", help="which text")
-    parser.add_argument("--seeds", type=int, default=3, help="how often each model is trained, at least 2")
-    parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--seeds", type=whole(2), default=3, help="how often each model is trained, at least 2")
+    parser.add_argument("--jobs", type=whole(1), default=2, help="processes of one thread each")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, writes nothing")
     args = parser.parse_args()
-    if args.seeds < 2:
-        raise ValueError(f"--seeds must be at least 2 for an interval, got {args.seeds}")
     if (SHARED / "nltk_data").is_dir():
         os.environ.setdefault("NLTK_DATA", str(SHARED / "nltk_data"))
     names = list(GRIDS) if args.corpus == "all" else [args.corpus]

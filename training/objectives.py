@@ -13,7 +13,7 @@ import data
 import numpy as np
 import tokenizers
 import torch
-from cache import Cache
+from cache import Cache, default_folder
 from data import (
     AXES,
     BLOCK_SIZE,
@@ -118,7 +118,7 @@ class NextTokens:
 
     def _stream(self, texts, desc):
         is_isolated = self.isolate_at is not None
-        made_of = ["stream", str(is_isolated), _json_of(self.tokenizer), *texts]
+        made_of = ["stream", str(is_isolated), json_of(self.tokenizer), *texts]
         return self.cache.array(made_of, lambda: encode(texts, self.tokenizer, desc, is_isolated))
 
     @property
@@ -218,7 +218,7 @@ class AnnotatedTokens(NextTokens):
 
     def _columns(self, texts, desc):
         axes, is_isolated = self.processing_class.axes, self.isolate_at is not None
-        made_of = ["axes", str(is_isolated), _json_of(self.tokenizer), *map(_source_of, axes), *texts]
+        made_of = ["axes", str(is_isolated), json_of(self.tokenizer), *map(_source_of, axes), *texts]
         meta = self.cache.array(
             made_of, lambda: annotate(texts, self.tokenizer, axes, f"Annotating {desc}", is_isolated)
         )
@@ -242,7 +242,14 @@ class AnnotatedTokens(NextTokens):
 
 def _cache(data_args):
     folder = None if data_args.cache_dir in (None, "none") else data_args.cache_dir
-    return Cache(folder, [__file__, data.__file__, inspect.getfile(HeptapodProcessor)])
+    code = [__file__, data.__file__, inspect.getfile(HeptapodProcessor)]
+    try:
+        return Cache(folder, code)
+    except ValueError as error:
+        if folder != default_folder():
+            raise
+        logger.warning(f"nothing is kept for the next start: {error}")  # nobody asked for it
+        return Cache(None, code)
 
 
 def _tokenizer(texts, data_args, cache, for_pages=False):
@@ -252,12 +259,13 @@ def _tokenizer(texts, data_args, cache, for_pages=False):
         return build_tokenizer(name, texts.train, size, for_pages)
     trained = cache.text(
         ["bpe", str(size), str(for_pages), *texts.train],
-        lambda: _json_of(build_tokenizer("bpe", texts.train, size, for_pages)),
+        lambda: json_of(build_tokenizer("bpe", texts.train, size, for_pages)),
     )
     return wrap_tokenizer(tokenizers.Tokenizer.from_str(trained), for_pages)
 
 
-def _json_of(tokenizer):
+def json_of(tokenizer) -> str:
+    """All that the ids of a tokenizer depend on."""
     return tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
 
 
@@ -340,7 +348,7 @@ class MaskedPages:
 
     def _pages(self, texts, desc):
         processor = self.processing_class
-        made_of = ["pages", str(processor.height), str(processor.width), _json_of(processor.tokenizer), *texts]
+        made_of = ["pages", str(processor.height), str(processor.width), json_of(processor.tokenizer), *texts]
         return self.cache.array(made_of, lambda: _paginate(texts, processor, f"Laying out {desc}"))
 
     def _stream_pages(self, texts: Iterator[str]) -> Iterator[dict]:

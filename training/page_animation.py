@@ -6,6 +6,11 @@
 Needs the extra `plots` (matplotlib for the colours and the font, pillow for the drawing).
 """
 
+from options import need
+
+
+need("plots", "matplotlib", "PIL")
+
 from pathlib import Path
 
 import numpy as np

@@ -1,6 +1,8 @@
 """Where a number comes from: machine, versions, command, commit and weights, written beside every figure."""
 
 import hashlib
+import json
+import math
 import os
 import platform
 import shlex
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from redaction import redact, redact_command
 from safetensors import safe_open
 
 
@@ -20,8 +23,8 @@ def provenance(device: torch.device) -> dict:
         device: what the model ran on.
 
     Returns:
-        `device` and `threads`, `versions` of Python, torch and transformers, `command`, and `commit` of these scripts:
-        `None` outside of a git repository, with `-dirty` where a tracked file was changed.
+        `device` and `threads`, `versions` of Python, torch and transformers, `command` without secrets, and `commit` of these
+        scripts: `None` outside of a git repository, with `-dirty` where a tracked file was changed.
     """
     return {
         "device": device_name(device),
@@ -31,9 +34,29 @@ def provenance(device: torch.device) -> dict:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "command": shlex.join([*_launcher(), *sys.argv]),
+        "command": shlex.join(redact_command([*_launcher(), *sys.argv])),
         "commit": commit(Path(__file__).parent),
     }
+
+
+def write_figures(path: Path, figures: dict) -> None:
+    """Write figures as JSON, without secrets.
+
+    Raises:
+        ValueError: naming the figures that are no finite numbers; nothing is written then.
+    """
+    names = [name for name, value in _leaves("", figures) if isinstance(value, float) and not math.isfinite(value)]
+    if names:
+        raise ValueError(f"{path} was not written: {', '.join(names)} of this model would be NaN or infinite")
+    path.write_text(redact(json.dumps(figures, indent=2, allow_nan=False)) + "\n")
+
+
+def _leaves(name, value):
+    if not isinstance(value, (dict, list)):
+        yield name, value
+        return
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _leaves(f"{name}.{key}" if name else str(key), part)
 
 
 def _launcher():

@@ -7,6 +7,11 @@ A model that has not been evaluated, or whose weights changed since, is evaluate
 out. The card is filled anew. What is left behind by training (checkpoints, optimizer, logs) stays where it is.
 """
 
+from options import need
+
+
+need("eval", "jinja2")  # of which the card is made
+
 import hashlib
 import json
 from argparse import ArgumentParser
@@ -15,7 +20,10 @@ from pathlib import Path
 from data import load_texts
 from evaluate import evaluate
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from loading import check_folder, may_run_code
 from model_card import read_evaluation, write_card
+from provenance import write_figures
+from redaction import redact
 from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_imports
 
@@ -27,25 +35,46 @@ PUBLISHED = """
     tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
     results.json evaluation.json curve.png
 """.split()
+FIGURES = ("README.md", "results.json", "evaluation.json", "config.json", "generation_config.json")
 
 
 def published_files(folder: Path) -> list[Path]:
     """The files of a folder that belong on the Hub, the card first.
 
     Raises:
-        ValueError: naming what a model cannot be loaded without and the folder does not hold.
+        ValueError: naming what a model cannot be loaded without and the folder does not hold, what is a link out of the folder,
+            and what holds a token.
     """
+    check_links(folder)
     config = folder / "config.json"
     if not config.is_file() or not any(folder.glob("*.safetensors")):
         raise ValueError(f"{folder} holds no model: config.json and *.safetensors are needed")
     code = _code(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=may_run_code(str(folder)))
     names = [*PUBLISHED, *code, *tokenizer.vocab_files_names.values()]
     found = {path for name in names for path in folder.glob(name)}
     missing = sorted(code - {path.name for path in found})
     if missing:
         raise ValueError(f"{folder} lacks code that it is loaded with: {', '.join(missing)}; save it again")
-    return [folder / "README.md", *sorted(found)]
+    files = [folder / "README.md", *sorted(found)]
+    for path in files:
+        if path.resolve().parent != folder.resolve():
+            raise ValueError(f"{path} is a file of another folder, {path.resolve().parent}, and nothing was pushed")
+        if path.suffix in (".json", ".md") and path.name in FIGURES and redact(path.read_text()) != path.read_text():
+            raise ValueError(f"{path} holds a token or a key, and nothing was pushed: remove it there, and revoke it")
+    return files
+
+
+def check_links(folder: Path) -> None:
+    """What would be published or written is no link to somewhere else.
+
+    Raises:
+        ValueError: naming the link.
+    """
+    for path in folder.iterdir():
+        is_ours = path.name == "README.md" or any(path.match(pattern) for pattern in PUBLISHED) or path.suffix == ".py"
+        if path.is_symlink() and is_ours and path.resolve().parent != folder.resolve():
+            raise ValueError(f"{path} is a link to {path.resolve()}: copy the file if it is to be published")
 
 
 def _code(folder):
@@ -89,7 +118,7 @@ def evaluate_if_needed(folder: Path) -> None:
             f"(another Python, or --streaming); evaluate first: python training/evaluate.py {folder} --dataset ..."
         )
     evaluation = evaluate(folder, texts, "stdlib")
-    (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
+    write_figures(folder / "evaluation.json", evaluation)
 
 
 def main():
@@ -100,6 +129,8 @@ def main():
     parser.add_argument("--dry-run", action="store_true", help="make everything ready and show it, push nothing")
     args = parser.parse_args()
 
+    check_folder(args.folder)
+    check_links(args.folder)
     evaluate_if_needed(args.folder)
     write_card(args.folder, repo_id=args.repo_id)
     files = published_files(args.folder)

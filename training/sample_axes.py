@@ -8,6 +8,8 @@ import string
 from argparse import ArgumentParser
 
 import torch
+from loading import add_model_arguments, may_run_code
+from options import NUMPY_SEEDS, whole
 from transformers import AutoModelForCausalLM, AutoProcessor, set_seed
 
 
@@ -58,15 +60,16 @@ def lines_with_tracks(processor, characters: list[str], tracks: list[list[int]])
 
 def main():
     parser = ArgumentParser(description="Let a saved MultiGrid write, with its meta tracks below each line.")
-    parser.add_argument("folder", help="what train.py wrote, or a name on the Hub")
+    add_model_arguments(parser)
     parser.add_argument("--prompt", default="import os\nimport sys\n\n\nclass ", help="the text to continue")
-    parser.add_argument("--max_new_tokens", type=int, default=200, help="how much to write")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another text")
+    parser.add_argument("--max_new_tokens", type=whole(1), default=200, help="how much to write")
+    parser.add_argument("--seed", type=whole(0, NUMPY_SEEDS), default=0, help="another seed, another text")
     args = parser.parse_args()
 
+    trust = may_run_code(args.folder, args.trust_remote_code)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    processor = AutoProcessor.from_pretrained(args.folder, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=True).to(device)
+    processor = AutoProcessor.from_pretrained(args.folder, trust_remote_code=trust)
+    model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=trust).to(device)
     inputs = processor(args.prompt, return_tensors="pt").to(device)
     for axis in processor.axes:
         letters = letters_for(axis.vocabulary)

@@ -1,25 +1,25 @@
 """Weights that are sharded over processes (FSDP2): what `Trainer` needs besides, to do it with our models and on CPUs."""
 
-import shutil
-from pathlib import Path
-
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
+from checkpoints import WholeCheckpoints
+from ending import Ending
 from named_losses import NamedLossTrainer
+from pushing import CleanPushes
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import EarlyStoppingCallback
 
 
-class ShardingTrainer(NamedLossTrainer):
+class ShardingTrainer(CleanPushes, WholeCheckpoints, NamedLossTrainer):
     """A [`NamedLossTrainer`] for which `--fsdp` does what it says in three places where it does not otherwise.
 
     On CPUs accelerate ignores it without a word and trains with DDP. What it saves is sharded on CPUs, and is saved with
     the code of torch's wrapper in place of the model's. And methods beside `forward` and `generate` see sharded weights.
 
     With one process, too: a run that is resumed from its last step, or from where it stopped early, ends there, where
-    `Trainer` trains on; a checkpoint is pushed with the model's code, without which it would not load; and no card is made
-    of what `Trainer` knows.
+    `Trainer` trains on; checkpoints are whole or not taken, see [`WholeCheckpoints`]; what is pushed is clean, see
+    [`CleanPushes`]; and no card is made of what `Trainer` knows.
     """
 
     def create_accelerator_and_postprocess(self):
@@ -41,17 +41,13 @@ class ShardingTrainer(NamedLossTrainer):
         return prepared
 
     def _run_epoch(self, *args, **kwargs):
-        early = [each for each in self.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
+        callbacks = self.callback_handler.callbacks
+        early = [each for each in callbacks if isinstance(each, EarlyStoppingCallback)]
         stopped = any(each.early_stopping_patience_counter >= each.early_stopping_patience for each in early)
+        stopped |= any(each.has_ended for each in callbacks if isinstance(each, Ending))
         if self.state.global_step < self.state.max_steps and not stopped:
             return super()._run_epoch(*args, **kwargs)
         self.control.should_training_stop = True
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        if self.is_world_process_zero():
-            for module in Path(checkpoint_folder).glob("*.py"):
-                shutil.copy(module, self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, *args, **kwargs):
         """None: train.py fills the card when all figures are known."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import DataArguments, Texts, first_bytes, folder_files, hash_of
+from data import DataArguments, Texts, check_held_out, first_bytes, folder_files, hash_of
 from transformers.utils import logging
 
 
@@ -55,10 +55,7 @@ def stream_texts(data_args: DataArguments) -> tuple[StreamedTexts, Texts]:
         ValueError: naming `--dataset`, `--text_column`, `--validation_percent` or `--max_validation_bytes` where these do not
             fit.
     """
-    if data_args.max_validation_bytes is not None and data_args.max_validation_bytes < 1:
-        raise ValueError(f"--max_validation_bytes must be positive, got {data_args.max_validation_bytes}")
-    if not 0 < data_args.validation_percent < 100:
-        raise ValueError(f"--validation_percent must lie between 0 and 100, got {data_args.validation_percent}")
+    check_held_out(data_args.validation_percent, data_args.max_validation_bytes)
     path = Path(data_args.dataset).expanduser()
     if data_args.dataset == "stdlib" or path.is_dir():
         folder = Path(sysconfig.get_path("stdlib")) if data_args.dataset == "stdlib" else path

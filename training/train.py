@@ -12,31 +12,41 @@ import gc
 
 gc.disable()  # until all is imported, which makes many objects and no garbage: half a second of the start
 
+from options import check_number, check_training_arguments, need
+
+
+need("train", "accelerate", "matplotlib", "jinja2", "psutil")  # the last three only at the end, when all is trained
+
 import bz2
 import copy
 import dataclasses
 import hashlib
 import json
 import os
+import signal
 import statistics
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import torch
 from accelerate.utils import broadcast_object_list
-from data import DataArguments, load_texts
+from checkpoints import check_begins_alone, check_same_run, find_checkpoint, read_run
+from data import DataArguments, check_data_arguments, dataset_name, load_texts
+from ending import Ending
 from huggingface_hub import upload_folder
 from model_card import write_card
-from objectives import objective_for
-from provenance import provenance, weights_digest
+from objectives import json_of, objective_for
+from provenance import provenance, weights_digest, write_figures
+from pushing import NOT_PUSHED
+from redaction import CommandLine
 from sharding import ShardingTrainer
 from streaming import StreamedExamples, stream_texts
 from transformers import (
     AutoConfig,
     EarlyStoppingCallback,
-    HfArgumentParser,
     PreTrainedConfig,
     PreTrainedModel,
     PrinterCallback,
@@ -44,7 +54,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
 import modeling_heptapod  # noqa: F401  registers our families with the Auto classes
@@ -60,6 +69,8 @@ logger = logging.get_logger(__name__)
 OF_SAVING = {"architectures", "auto_map", "dtype", "transformers_version", "use_cache"}
 OF_SAVING |= {"bos_token_id", "eos_token_id", "pad_token_id"}  # which Trainer takes from the tokenizer
 
+TIMED_SHARE = 0.1  # of --train_minutes, for finding out what fits into them
+
 
 @dataclass
 class ModelArguments:
@@ -68,7 +79,10 @@ class ModelArguments:
     config_name: str = field(metadata={"help": "A folder with config.json and generation_config.json, untrained."})
     train_minutes: float | None = field(
         default=None,
-        metadata={"help": "Sets --max_steps to what fits into these minutes, by timing the first steps of a copy."},
+        metadata={
+            "help": "Sets --max_steps to what fits into these minutes, by timing the first steps of a copy, and ends by the clock "
+            "where that takes longer, with evaluations and all else."
+        },
     )
     train_tokens: int | None = field(
         default=None,
@@ -101,39 +115,6 @@ def choose_precision(model_args: ModelArguments, training_args: TrainingArgument
     return dataclasses.replace(training_args, bf16=True, use_cpu=training_args.device.type == "cpu")
 
 
-def find_checkpoint(resume_from: str, output_dir: str, num_processes: int = 1) -> str:
-    """The folder to resume from: `resume_from` itself, or the last complete checkpoint if it is "last".
-
-    The first process finishes a checkpoint with the trainer's state, the others with the state of their random numbers:
-    a folder without these was cut off while being written. A checkpoint that is named is not asked for the latter, so
-    that a run may go on with another number of processes.
-
-    Raises:
-        ValueError: naming `--resume_from_checkpoint` if there is no such checkpoint.
-    """
-    drawn = ["rng_state.pth"] if num_processes == 1 else [f"rng_state_{rank}.pth" for rank in range(num_processes)]
-    if resume_from == "last":
-        numbered = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step_of(path).isdecimal()]
-        folders = sorted(numbered, key=lambda path: int(_step_of(path)))
-    else:
-        folders = [Path(resume_from)]
-    for folder in reversed(folders):
-        try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            if resume_from != "last" or all((folder / name).is_file() for name in drawn):
-                return str(folder)
-        except (OSError, ValueError):
-            continue
-    where = output_dir if resume_from == "last" else resume_from
-    raise ValueError(
-        f"--resume_from_checkpoint {resume_from}: there is no complete checkpoint of {num_processes} processes in {where}"
-    )
-
-
-def _step_of(checkpoint):
-    return checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-
-
 def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
     """What does not go together.
 
@@ -150,25 +131,22 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
         raise ValueError(
             f"torchrun started {started} processes, which would train on their own: without GPUs they need --use_cpu true"
         )
+    check_training_arguments(args)
+    check_number("--train_minutes", model_args.train_minutes, above=0)
+    check_number("--train_tokens", model_args.train_tokens, least=1)
+    check_number("--early_stopping_patience", model_args.early_stopping_patience, least=1)
+    check_data_arguments(data_args)
     lengths = {"--train_minutes": model_args.train_minutes, "--train_tokens": model_args.train_tokens}
     lengths["--max_steps"] = args.max_steps if args.max_steps > 0 else None
     given = [name for name, value in lengths.items() if value is not None]
-    if len(given) > 1 and args.resume_from_checkpoint is None:
+    if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} say how long to train; give one of them")
-    if model_args.train_tokens is not None and model_args.train_tokens < 1:
-        raise ValueError(f"--train_tokens must be positive, got {model_args.train_tokens}")
-    if data_args.streaming and not given:
+    if data_args.streaming and not given and args.resume_from_checkpoint is None:
         raise ValueError(
             "--streaming needs --max_steps, --train_tokens or --train_minutes: nobody knows the corpus's end"
         )
     if os.path.isfile(args.output_dir):
         raise ValueError(f"--output_dir {args.output_dir} must be a folder, and is a file")
-    begun = [path.name for path in Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
-    if begun and args.resume_from_checkpoint is None and args.save_strategy != "no":
-        raise ValueError(
-            f"--output_dir {args.output_dir} holds {', '.join(sorted(begun))} of another run, with which checkpoints of this one "
-            "would be mixed up: resume that one, or give another folder"
-        )
     if model_args.early_stopping_patience is not None and not args.load_best_model_at_end:
         raise ValueError("--early_stopping_patience needs --load_best_model_at_end, and what that needs")
 
@@ -180,7 +158,7 @@ def read_config(config_name: str, **options) -> PreTrainedConfig:
         ValueError: naming `--config_name` where there is none.
     """
     try:
-        return AutoConfig.from_pretrained(config_name, **options)
+        return AutoConfig.from_pretrained(config_name, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--config_name must be a folder with a config.json, as configs/leap-tiny, got {config_name}: {error}"
@@ -205,6 +183,67 @@ def check_resumable(checkpoint: str, config: PreTrainedConfig) -> None:
             f"--resume_from_checkpoint {checkpoint} is of another model than --config_name, --tokenizer and --axes make; "
             f"(its, theirs): {differ}"
         )
+
+
+# Of TrainingArguments, what decides how the weights change.
+DECISIVE = """
+    seed data_seed full_determinism learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay
+    optim optim_args optim_target_modules adam_beta1 adam_beta2 adam_epsilon max_grad_norm neftune_noise_alpha bf16 fp16
+    average_tokens_across_devices dataloader_drop_last train_sampling_strategy group_by_length ignore_data_skip
+""".split()
+
+
+def settings_of(objective, texts, data_args: DataArguments, args: TrainingArguments, examples_per_step: int) -> dict:
+    """All that decides what a run computes, beside its model and its length, by the options that say it."""
+    given, axes = args.to_dict(), getattr(objective.processing_class, "axes", None)
+    tokenizer = getattr(objective.processing_class, "tokenizer", objective.processing_class)
+    settings = {
+        "--dataset (SHA-256 of the training text)": digest_of(texts.train),
+        "--dataset (SHA-256 of the held-out text)": digest_of(texts.validation),
+        "--tokenizer (SHA-256)": digest_of([json_of(tokenizer)]),
+        "--axes (SHA-256)": axes and digest_of([json.dumps(axis.to_spec()) for axis in axes]),
+        "--block_size": objective.about.get("block_size"),
+        "--packing": data_args.packing,
+        "--streaming": data_args.streaming,
+        "--per_device_train_batch_size x --gradient_accumulation_steps x processes": examples_per_step,
+        **{f"--{name}": given[name] for name in DECISIVE if name in given},
+    }
+    return json.loads(json.dumps(settings))  # as they are read again
+
+
+def digest_of(texts: list[str]) -> str:
+    """SHA-256 of texts and of where they end."""
+    digest = hashlib.sha256()
+    for text in texts:
+        part = text.encode()
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()
+
+
+def length_of(model_args: ModelArguments, args: TrainingArguments) -> dict:
+    """The option that says how long to train, and what it says."""
+    if args.max_steps > 0:
+        return {"--max_steps": args.max_steps}
+    if model_args.train_tokens is not None:
+        return {"--train_tokens": model_args.train_tokens}
+    if model_args.train_minutes is not None:
+        return {"--train_minutes": model_args.train_minutes}
+    return {"--num_train_epochs": args.num_train_epochs}
+
+
+def choose_checkpoint(args: TrainingArguments) -> str | None:
+    """The checkpoint to resume, if any; the first process looks at the files, for all.
+
+    Raises:
+        ValueError: naming `--resume_from_checkpoint` or `--output_dir`.
+    """
+    found = [None]
+    if args.process_index == 0:
+        if args.resume_from_checkpoint is not None:
+            found = [find_checkpoint(args.resume_from_checkpoint, args.output_dir, args.world_size)]
+        if args.save_strategy != "no":
+            check_begins_alone(args.output_dir, found[0], args.world_size)
+    return broadcast_object_list(found)[0]
 
 
 def patience_spent(checkpoint: str) -> int:
@@ -277,22 +316,21 @@ class StepTimer(TrainerCallback):
 
 
 def steps_within(minutes: float, model: PreTrainedModel, args: TrainingArguments, train_dataset) -> int:
-    """How many optimizer steps fit into `minutes`, by timing a few on a copy of the model.
+    """How many optimizer steps fit into `minutes`, by timing a few on a copy of the model, which takes a tenth of them at most.
 
     Known beforehand, the number of steps gives a learning-rate schedule that a resumed run repeats exactly.
     """
-    if minutes <= 0:
-        raise ValueError(f"--train_minutes must be positive, got {minutes}")
+    check_number("--train_minutes", minutes, above=0)
     args = copy.copy(args)
     args.max_steps, args.disable_tqdm = 20, True
     args.eval_strategy = args.save_strategy = args.logging_strategy = "no"
     args.load_best_model_at_end = args.eval_on_start = args.push_to_hub = False
     args.report_to = []
-    timer = StepTimer()
-    trainer = ShardingTrainer(copy.deepcopy(model), args, train_dataset=train_dataset, callbacks=[timer])
+    timer, ending = StepTimer(), Ending(minutes * 60 * TIMED_SHARE)
+    trainer = ShardingTrainer(copy.deepcopy(model), args, train_dataset=train_dataset, callbacks=[timer, ending])
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    steps = [int(minutes * 60 / statistics.median(timer.seconds[args.max_steps // 4 :]))]
+    steps = [int(minutes * 60 / statistics.median(timer.seconds[len(timer.seconds) // 4 :]))]
     return max(1, broadcast_object_list(steps)[0])
 
 
@@ -353,17 +391,15 @@ def set_use_cache(config: PreTrainedConfig, value: bool | None) -> None:
 
 
 def main():
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
-    model_args, data_args, training_args = parser.parse_args_into_dataclasses()
+    model_args, data_args, training_args = CommandLine((ModelArguments, DataArguments, TrainingArguments)).parse()
     check_arguments(model_args, data_args, training_args)
     training_args = choose_precision(model_args, training_args)
     training_args.include_for_metrics = ["loss"]
     if training_args.load_best_model_at_end and training_args.metric_for_best_model == "loss":
         training_args.metric_for_best_model = "bits_per_byte"
     training_args.greater_is_better = False  # in every metric there is
-    checkpoint = training_args.resume_from_checkpoint
+    checkpoint = choose_checkpoint(training_args)
     if checkpoint is not None:
-        checkpoint = find_checkpoint(checkpoint, training_args.output_dir, training_args.world_size)
         training_args.eval_on_start = False
     set_seed(training_args.seed)
 
@@ -407,9 +443,19 @@ def main():
     processes = training_args.world_size
     examples_per_step = training_args.train_batch_size * training_args.gradient_accumulation_steps * processes
     tokens_per_step = examples_per_step * objective.about["tokens_per_example"]
-    resumed_at = None
+    resumed_at, minutes, seconds_used = None, model_args.train_minutes, 0.0
+    run = {
+        "settings": settings_of(objective, texts, data_args, training_args, examples_per_step),
+        "length": length_of(model_args, training_args),
+        "processes": processes,
+        "sharded": bool(training_args.fsdp),
+    }
     if checkpoint is not None:
         check_resumable(checkpoint, config)
+        check_same_run(checkpoint, run, training_args.resume_from_checkpoint == "last")
+        saved = read_run(Path(checkpoint))
+        run["length"] = saved.get("length", run["length"])
+        minutes, seconds_used = run["length"].get("--train_minutes"), saved.get("seconds", 0.0)
         # The schedule of the run that is being resumed, not one that is measured anew.
         state = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
         scheduled, resumed_at = state["max_steps"], state["global_step"]
@@ -425,7 +471,8 @@ def main():
 
     use_cache = getattr(model.config, "use_cache", None)
     speed = Speed()
-    callbacks = [Samples(objective.sample), speed]
+    ending = Ending(minutes and minutes * 60, seconds_used)
+    callbacks = [Samples(objective.sample), speed, ending]
     if model_args.early_stopping_patience is not None:
         stopping = EarlyStoppingCallback(model_args.early_stopping_patience)
         if checkpoint is not None:  # how many evaluations it has been patient for already
@@ -440,8 +487,19 @@ def main():
         callbacks=callbacks,
         **objective.trainer_options(),
     )
-    # No evaluation before this line: Trainer would take the model for wrapped, and train each process on its own.
-    train_result = trainer.train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=objective.ignore_keys)
+    trainer.describe_run = lambda: {**run, "seconds": ending.seconds_used}
+    with ending.signals() if training_args.save_strategy != "no" else nullcontext():
+        # No evaluation before this line: Trainer would take the model for wrapped, and train each process on its own.
+        train_result = trainer.train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=objective.ignore_keys)
+        ending.agree(training_args)
+    steps, where = f"step {trainer.state.global_step} of {trainer.state.max_steps}", training_args.output_dir
+    if ending.signal is not None:
+        if trainer.is_world_process_zero():
+            name = signal.Signals(ending.signal).name
+            print(f"ended by {name} after {steps}: --resume_from_checkpoint last goes on from there, in {where}")
+        raise SystemExit(128 + ending.signal)
+    if ending.by_clock and trainer.state.global_step < trainer.state.max_steps and trainer.is_world_process_zero():
+        print(f"ended by the clock after {steps}: --train_minutes {minutes}")
 
     # Model, its code, tokenizer, generation config; before it is measured, so that an error there costs no training
     set_use_cache(model.config, use_cache)
@@ -456,9 +514,7 @@ def main():
         return
     folder = Path(training_args.output_dir)
     results = {
-        "dataset": os.path.basename(os.path.normpath(data_args.dataset))
-        if os.path.exists(data_args.dataset)
-        else data_args.dataset,
+        "dataset": dataset_name(data_args.dataset),
         "tokenizer": data_args.tokenizer,
         **objective.about,
         "train_bytes": streamed.bytes_read if streamed else sum(len(text.encode()) for text in texts.train),
@@ -483,7 +539,7 @@ def main():
         "weights_sha256": weights_digest(folder),
         **provenance(training_args.device),
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_figures(folder / "results.json", results)
     history, factor = trainer.state.log_history, objective.bits_per_byte_of_loss
     plot_curve(history, results, factor, folder / "curve.png", objective.text_losses)
     write_card(folder)
@@ -494,7 +550,7 @@ def main():
             commit_message="Figures and card",
             token=training_args.hub_token,
             revision=training_args.hub_revision,
-            ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"],
+            ignore_patterns=NOT_PUSHED,
         )
 
     print(f"\n{folder}: {results['steps']} steps in {results['train_seconds']:.0f} s, {results['precision']}")

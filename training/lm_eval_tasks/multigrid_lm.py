@@ -7,6 +7,9 @@ Everything else is lm_eval's own command line. Tokens are annotated from the beg
 window in the middle of a long text starts as if nothing came before it; evaluate.py annotates whole texts.
 """
 
+import sys
+from pathlib import Path
+
 import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
@@ -14,22 +17,30 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoProcessor
 
 
+# At the end of the path: at its beginning our evaluate.py would hide the package of that name.
+sys.path.append(str(Path(__file__).parent.parent))
+from loading import may_run_code
+
+
 @register_model("multigrid")
 class MultiGridLM(HFLM):
     """A MultiGrid in the parallel order, whose meta ids are those that its annotators give.
+
+    A name on the Hub brings code that runs only with `trust_remote_code=True` among the model's arguments.
 
     Raises:
         ValueError: in the factored order, where a token is predicted from meta tokens that it decides itself.
     """
 
-    def __init__(self, pretrained: str, **kwargs):
-        super().__init__(pretrained, trust_remote_code=True, **kwargs)
+    def __init__(self, pretrained: str, trust_remote_code: bool = False, **kwargs):
+        trust = may_run_code(pretrained, trust_remote_code)
+        super().__init__(pretrained, trust_remote_code=trust, **kwargs)
         if self.config.axis_order == "factored":
             raise ValueError(
                 f"pretrained={pretrained}: with axis_order='factored' a token is predicted from its own meta tokens, "
                 "which lm_eval does not count; training/evaluate.py measures what such a text costs"
             )
-        self.processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=True)
+        self.processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=trust)
 
     def _model_call(self, inps, attn_mask=None, labels=None):
         with torch.no_grad():

@@ -1,0 +1,242 @@
+"""Options that make no sense, missing packages and missing folders are named before any work."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import train
+from loading import check_folder, may_run_code
+from options import check_number, check_training_arguments, need
+
+from tests.saved_models import save_tiny
+
+
+SCRIPTS = Path(train.__file__).parent
+
+# Of every script each number, and what it cannot be.
+NUMBERS = {
+    "evaluate.py": {
+        "--batch_size": ["-2", "0", "x", "1.5"],
+        "--window": ["0", "1", "-5"],
+        "--stride": ["0", "-1"],
+        "--max_validation_bytes": ["0", "-3"],
+        "--validation_percent": ["0", "-1", "101", "nan"],
+    },
+    "sample.py": {"--max_new_tokens": ["0", "-1"], "--seed": ["-1", str(2**32)]},
+    "sample_axes.py": {"--max_new_tokens": ["0", "-1"], "--seed": ["-1"]},
+    "fill_page.py": {"--page": ["-1"], "--num_iterations": ["0", "-4"], "--seed": ["-1"]},
+    "export_onnx.py": {"--max_new_tokens": ["0", "-1"]},
+    "distill_axis.py": {
+        "--clusters": ["1", "-2"],
+        "--length": ["0"],
+        "--max_leaves": ["1"],
+        "--max_tokens": ["0", "-9"],
+        "--seed": ["-1"],
+        "--layer": ["x"],
+    },
+    "demo_app.py": {"--port": ["0", "-1", "70000"]},
+    "multigrid_experiment.py": {"--seeds": ["1", "0"], "--jobs": ["0", "-1"]},
+}
+
+# Runs a script with wrong options again and again, and shows how each ended.
+WRONG = """
+import contextlib, io, json, runpy, sys
+script, cases = sys.argv[1], json.loads(sys.argv[2])
+sys.path.insert(0, script.rsplit("/", 1)[0])
+name = script.rsplit("/", 1)[1].removesuffix(".py")
+main = __import__(name).main
+found = []
+for words in cases:
+    sys.argv, shown = [script, *words], io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown), contextlib.redirect_stdout(shown):
+            main()
+        found.append([0, shown.getvalue()])
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) else 1
+        found.append([code, shown.getvalue() + str(error)])
+print(json.dumps(found))
+"""
+
+
+def outcomes(script, cases, cwd):
+    process = subprocess.run(
+        [sys.executable, "-c", WRONG, str(SCRIPTS / script), json.dumps(cases)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", NUMBERS)
+def test_every_number_of_every_script_is_checked_before_any_work(script, tmp_path):
+    """In a folder where there is no model: work would end with another message."""
+    names = [(name, value) for name, values in NUMBERS[script].items() for value in values]
+    is_positional = script not in ("demo_app.py", "multigrid_experiment.py")
+    cases = [[*(["outputs/leap-tiny"] if is_positional else []), name, value] for name, value in names]
+    for (name, value), (code, shown) in zip(names, outcomes(script, cases, tmp_path), strict=True):
+        assert code == 2 and f"argument {name}: must be" in shown and value in shown, (name, value, shown)
+
+
+MAKE = {
+    "outputs/leap-tiny": "`make demo` makes it",
+    "outputs/multigrid-tiny": "`make demo FAMILY=multigrid` makes it",
+    "outputs/leap-judge": "`make judge` makes it",
+    "outputs/mine": r"`python training/train\.py .* --output_dir outputs/mine` makes one",
+    "/nowhere/at/all": r"`python training/train\.py",
+    "./here": r"`python training/train\.py",
+}
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_folder_that_is_not_there_says_what_makes_it(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for check in (may_run_code, check_folder):
+        with pytest.raises(ValueError, match=f"there is no folder {name}: {MAKE[name]}"):
+            check(name)
+    with pytest.raises(ValueError, match=r"holds no model: there is no config\.json in it"):
+        check_folder(tmp_path)
+
+
+FOLDER_OF = {
+    "evaluate.py": [],
+    "sample.py": [],
+    "sample_axes.py": [],
+    "fill_page.py": [],
+    "export_onnx.py": [],
+    "distill_axis.py": [],
+    "demo_app.py": [],
+    "publish.py": ["--repo-id", "me/x"],
+    "model_card.py": [],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", FOLDER_OF)
+def test_every_script_says_what_makes_a_missing_folder(script, tmp_path):
+    ((code, shown),) = outcomes(script, [["outputs/heptapod-tiny", *FOLDER_OF[script]]], tmp_path)
+    assert code == 1 and "there is no folder outputs/heptapod-tiny: `make demo FAMILY=heptapod` makes it" in shown
+
+
+def test_code_of_a_folder_may_run_and_of_a_name_only_where_it_is_allowed(tmp_path, monkeypatch):
+    save_tiny("leap", tmp_path / "own")
+    assert may_run_code(str(tmp_path / "own")) is True
+    config = json.loads((tmp_path / "own" / "config.json").read_text())
+    config["auto_map"]["AutoModelForCausalLM"] = "someone/else--modeling.Model"
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="has its code from someone/else on the Hub.*--trust_remote_code allows it"):
+        may_run_code(str(tmp_path / "own"))
+    assert may_run_code(str(tmp_path / "own"), trust_remote_code=True) is True
+
+    found = {"me/with-code": {"auto_map": {"AutoConfig": "x.X"}}, "me/without": {}}
+    monkeypatch.setattr("loading.PreTrainedConfig.get_config_dict", lambda name, **_: (found[name], {}))
+    with pytest.raises(ValueError, match="me/with-code brings its own code, .*: --trust_remote_code allows it"):
+        may_run_code("me/with-code")
+    assert may_run_code("me/with-code", True) is True and may_run_code("me/without") is False
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "processor_config.json"])
+def test_code_that_a_tokenizer_takes_from_elsewhere_is_seen(file, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / file).write_text(json.dumps({"auto_map": {"AutoTokenizer": [None, "someone/else--x.X"]}}))
+    with pytest.raises(ValueError, match="has its code from someone/else on the Hub"):
+        may_run_code(str(tmp_path))
+
+
+def test_missing_packages_are_named_with_their_extra(monkeypatch):
+    need("train", "json", "torch")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"needs matplotlib, not_there, which the extra `train` brings.*\[train\]"):
+        need("train", "json", "matplotlib", "not_there")
+
+
+# What each script needs that transformers does not bring, and the extra that does.
+NEEDS = {
+    "train": ("train", ["accelerate", "matplotlib", "jinja2", "psutil"]),
+    "classify": ("finetune", ["accelerate", "datasets", "sklearn"]),
+    "publish": ("eval", ["jinja2"]),
+    "model_card": ("eval", ["jinja2"]),
+    "fill_page": ("plots", ["matplotlib", "PIL"]),
+    "page_animation": ("plots", ["matplotlib", "PIL"]),
+    "export_onnx": ("deploy", ["onnx", "onnxruntime", "onnxscript"]),
+    "distill_axis": ("axes", ["sklearn"]),
+    "multigrid_experiment": ("axes", ["nltk", "scipy", "sklearn"]),
+    "demo_app": ("app", ["gradio", "matplotlib", "PIL"]),
+}
+
+
+@pytest.mark.parametrize("script", NEEDS)
+def test_scripts_say_what_they_need_before_they_begin(script, monkeypatch):
+    """Before anything heavy is imported: the module ends there, with one message for all that is missing."""
+    extra, modules = NEEDS[script]
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module, None)
+    source = (SCRIPTS / f"{script}.py").read_text()
+    with pytest.raises(ImportError, match=f"{', '.join(modules)}, which the extra `{extra}` brings"):
+        exec(compile(source, f"{script}.py", "exec"), {"__name__": script, "__doc__": "one\nline"})
+
+
+def test_the_extras_bring_what_scripts_ask_for():
+    import tomllib
+
+    extras = tomllib.loads((SCRIPTS.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    packages = {"sklearn": "scikit-learn", "PIL": "pillow", "scipy": "scikit-learn"}  # which needs it
+    for extra, modules in NEEDS.values():
+        brought = " ".join(extras[extra])
+        assert all(packages.get(module, module) in brought for module in modules), (extra, modules, brought)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "fits", "wrong", "words"),
+    [
+        ({"least": 1}, [1, 2.5], [0, -1, math.nan, math.inf], "at least 1"),
+        ({"above": 0, "most": 5}, [0.1, 5], [0, 5.1, math.nan], "at most 5 and above 0"),
+        ({}, [0, -3], [math.nan, -math.inf], "a finite number"),
+    ],
+)
+def test_numbers_outside_their_bounds_are_named(bounds, fits, wrong, words):
+    check_number("--x", None, **bounds)
+    for value in fits:
+        check_number("--x", value, **bounds)
+    for value in wrong:
+        with pytest.raises(ValueError, match=f"--x must be {words}, got {value}"):
+            check_number("--x", value, **bounds)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("per_device_train_batch_size", -2),
+        ("per_device_train_batch_size", 0),
+        ("per_device_eval_batch_size", 0),
+        ("gradient_accumulation_steps", 0),
+        ("learning_rate", math.nan),
+        ("learning_rate", -1e-3),
+        ("weight_decay", math.inf),
+        ("adam_beta1", 1.0),
+        ("adam_beta2", 2.0),
+        ("max_grad_norm", math.nan),
+        ("num_train_epochs", 0.0),
+        ("num_train_epochs", math.nan),
+        ("max_steps", 0),
+        ("max_steps", -5),
+        ("save_steps", -1),
+        ("eval_steps", -0.5),
+        ("save_total_limit", -1),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("data_seed", -1),
+    ],
+)
+def test_arguments_that_trainer_would_take_are_named(name, value, tmp_path):
+    args = train.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    check_training_arguments(args)
+    setattr(args, name, value)
+    with pytest.raises(ValueError, match=f"--{name} must be .*, got {value}"):
+        check_training_arguments(args)

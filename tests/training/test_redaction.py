@@ -1,0 +1,147 @@
+"""No token reaches figures, cards, logs or what is pushed, by whatever way it came."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import train
+from provenance import write_figures
+from pushing import NOT_PUSHED
+from redaction import HIDDEN, CommandLine, redact, redact_command
+
+from tests.training import kills, tiny_runs
+
+
+SCRIPTS = Path(train.__file__).parent
+TOKEN = "not-of-a-known-form-1234"  # what a Hub of one's own may use
+HUB_TOKEN = "hf_SECRETSECRET"
+
+
+@pytest.mark.parametrize(
+    ("words", "secrets", "expected"),
+    [
+        (["--hub_token", TOKEN, "--seed", "1"], [], ["--hub_token", HIDDEN, "--seed", "1"]),
+        (["--hub-token", TOKEN], [], ["--hub-token", HIDDEN]),
+        ([f"--hf_token={TOKEN}"], [], [f"--hf_token={HIDDEN}"]),
+        (["--push_to_hub_token", TOKEN], [], ["--push_to_hub_token", HIDDEN]),
+        (["--api_key", "a"], [], ["--api_key", HIDDEN]),
+        (["--hub_t", TOKEN], [TOKEN, None, ""], ["--hub_t", HIDDEN]),
+        ([f"--hub_t={TOKEN}", "--run_name", "ab"], [TOKEN, "a"], [f"--hub_t={HIDDEN}", "--run_name", "ab"]),
+        (["--hub_t", "a", "--hub_t=a"], ["a"], ["--hub_t", HIDDEN, f"--hub_t={HIDDEN}"]),
+        (["anything", HUB_TOKEN], [], ["anything", HIDDEN]),
+        (["--dataset", f"https://me:{TOKEN}@host/x"], [], ["--dataset", f"https://{HIDDEN}@host/x"]),
+        (["--tokenizer", "byte", "--train_tokens", "5"], [], ["--tokenizer", "byte", "--train_tokens", "5"]),
+    ],
+)
+def test_commands_are_shown_without_secrets(words, secrets, expected):
+    assert redact_command(words, secrets) == expected
+
+
+def test_what_the_environment_holds_is_hidden(monkeypatch):
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "DATABASE_PASSWORD"):
+        monkeypatch.setenv(name, f"value-of-{name}")
+        assert redact(f"x value-of-{name} y") == f"x {HIDDEN} y"
+    monkeypatch.setenv("SHORT_KEY", "a")
+    monkeypatch.setenv("OTHER", "a word")
+    assert redact("a word, hf_hub_download") == "a word, hf_hub_download"
+
+
+@pytest.mark.parametrize(
+    "given", [["--hub_token", TOKEN], [f"--hub-token={TOKEN}"], ["--hub_tok", TOKEN]], ids=lambda given: given[0]
+)
+def test_no_one_finds_a_token_in_the_command_line(given, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", *given, "--output_dir", "x"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    (args,) = CommandLine(train.TrainingArguments).parse()
+    assert args.hub_token == TOKEN and TOKEN not in " ".join(sys.argv) and HIDDEN in " ".join(sys.argv)
+    for wrong in (["--hf_token", TOKEN], [f"--hf_token={TOKEN}"]):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--output_dir", "x", *wrong])
+        with pytest.raises(ValueError, match="there is no option --hf_token; --help") as caught:
+            CommandLine(train.TrainingArguments).parse()
+        assert TOKEN not in str(caught.value)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--seed", HUB_TOKEN])
+    with pytest.raises(SystemExit):
+        CommandLine(train.TrainingArguments).parse()
+    shown = capsys.readouterr().err
+    assert "--seed" in shown and HUB_TOKEN not in shown
+    sys.excepthook(ValueError, ValueError(f"no {HUB_TOKEN}"), None)
+    shown = capsys.readouterr().err
+    assert f"no {HIDDEN}" in shown
+
+
+def test_figures_are_written_without_secrets_and_without_nan(tmp_path):
+    path = tmp_path / "results.json"
+    write_figures(path, {"command": f"--x {HUB_TOKEN}", "bits": 1.5})
+    assert json.loads(path.read_text()) == {"command": f"--x {HIDDEN}", "bits": 1.5}
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"other.json was not written: losses.text.bits, list.1 of this model"):
+            write_figures(tmp_path / "other.json", {"losses": {"text": {"bits": wrong}}, "list": [1.0, wrong]})
+    assert not (tmp_path / "other.json").exists()
+
+
+def test_what_is_saved_holds_no_token(tmp_path, monkeypatch):
+    """Neither beside the weights nor in checkpoints nor for a tracker, and what is pushed is ignored by its names."""
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
+    options = {"save_strategy": "steps", "save_steps": 2, "hub_token": TOKEN, "report_to": ["tensorboard"]}
+    run = tiny_runs.trainer("leap", tmp_path, **options)
+    run.train()
+    run.save_model()
+    run.save_state()
+    assert run.args.hub_token == TOKEN  # pushes need it
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any("tfevents" in path.name for path in files) and any(path.name == "optimizer.pt" for path in files)
+    assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
+    assert not list(tmp_path.rglob("training_args.bin"))
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+def test_a_checkpoint_is_pushed_with_its_code_and_nothing_else(strategy, tmp_path, monkeypatch):
+    pushed = []
+
+    def upload(folder_path, ignore_patterns, path_in_repo, token, **options):
+        names = {path.name for path in Path(folder_path).iterdir()}
+        pushed.append((path_in_repo, names, ignore_patterns, token))
+        job = Future()
+        job.set_result(None)
+        return job
+
+    def begin(self, *args, **kwargs):
+        self.hub_model_id, self.push_in_progress = "me/x", None
+
+    monkeypatch.setattr("pushing.upload_folder", upload)
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", begin)
+    options = {"push_to_hub": True, "hub_token": TOKEN, "hub_strategy": strategy, "hub_model_id": "me/x"}
+    tiny_runs.trainer("leap", tmp_path, save_strategy="steps", save_steps=2, max_steps=2, **options).train()
+    expected = {"end": [], "every_save": [None], "checkpoint": [None, "last-checkpoint"]}
+    assert [path for path, *_ in pushed] == expected.get(strategy, [None, "checkpoint-2"])
+    for path, names, ignored, token in pushed:
+        assert token == TOKEN and "training_args.bin" not in names
+        assert {"model.safetensors", "config.json", "modeling_leap.py", "tokenizer.json"} <= names
+        if path is None:
+            assert ignored == NOT_PUSHED
+            assert not {"optimizer.pt", "rng_state.pth", "trainer_state.json", "run.json", "checksums.json"} & names
+
+
+@pytest.mark.slow
+def test_a_run_with_tokens_leaves_none_anywhere(tmp_path):
+    command = kills.arguments("leap", tmp_path, 1)
+    options = ["--hub_token", TOKEN, "--report_to", "tensorboard", "--cache_dir", str(tmp_path / "cache")]
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(SCRIPTS.parent),
+        "HF_TOKEN": "value-of-HF_TOKEN",
+        "WANDB_API_KEY": "0123456789",
+    }
+    process = subprocess.run(
+        [sys.executable, str(SCRIPTS / "train.py"), *command, *options], env=env, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    assert f"--hub_token '{HIDDEN}'" in json.loads((tmp_path / "out" / "results.json").read_text())["command"]
+    files = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for name, content in {**files, "stdout": process.stdout.encode(), "stderr": process.stderr.encode()}.items():
+        for secret in (TOKEN, "value-of-HF_TOKEN", "0123456789"):
+            assert secret.encode() not in content, name

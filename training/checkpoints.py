@@ -1,0 +1,230 @@
+"""Checkpoints that are whole or not taken, and that know the run that they are of.
+
+A checkpoint is a folder that `Trainer` fills file by file. `run.json` is written into it first, by which a resumed run sees
+that it is the same run, and `checksums.json` last, by which it sees that nothing is missing or damaged.
+"""
+
+import hashlib
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+RUN, CHECKSUMS = "run.json", "checksums.json"
+OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0")  # of one process, and both of FSDP's
+ONLY_MODEL = ", as with --save_only_model"
+
+
+class WholeCheckpoints:
+    """Comes before `Trainer` among the bases of a class, which then writes both files into each checkpoint.
+
+    Attributes:
+        describe_run (`Callable[[], dict]` or `None`): what goes into `run.json`, asked for at each checkpoint.
+    """
+
+    describe_run: Callable[[], dict] | None = None
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off while it wrote it
+            folder.mkdir(parents=True)
+            if self.describe_run is not None:
+                (folder / RUN).write_text(json.dumps(self.describe_run(), indent=2) + "\n")
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            write_checksums(folder)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        # The trainer's state comes next, and older checkpoints go: not before all processes have written theirs.
+        self.accelerator.wait_for_everyone()
+
+
+def write_checksums(folder: Path) -> None:
+    """Write `checksums.json`: size and SHA-256 of each file of a checkpoint."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    found = {path.relative_to(folder).as_posix(): [path.stat().st_size, _digest(path)] for path in files}
+    unfinished = folder / f"{CHECKSUMS}.unfinished"
+    unfinished.write_text(json.dumps(found, indent=2) + "\n")
+    unfinished.replace(folder / CHECKSUMS)
+
+
+def _digest(path):
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def damage_of(folder: Path, num_processes: int = 1) -> str | None:
+    """What is missing from a checkpoint or damaged in it, in words; `None` for a whole one.
+
+    Args:
+        folder: of the checkpoint.
+        num_processes: that wrote it, where it does not say so itself.
+    """
+    if (folder / CHECKSUMS).is_file():
+        try:
+            listed = json.loads((folder / CHECKSUMS).read_text())
+            for name, (size, digest) in listed.items():
+                path = folder / name
+                if not path.is_file():
+                    return f"{name} is missing"
+                if path.stat().st_size != size:
+                    return f"{name} has {path.stat().st_size:,} of {size:,} bytes"
+                if _digest(path) != digest:
+                    return f"{name} is not what was saved"
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            return f"{CHECKSUMS} is damaged: {error}"
+    return _damage_by_structure(folder, num_processes)
+
+
+def _damage_by_structure(folder, num_processes):
+    """What is not there at all or does not end where it should; of checkpoints without checksums all that can be seen."""
+    try:
+        state = json.loads((folder / "trainer_state.json").read_text())
+        if not all(isinstance(state[name], int) for name in ("global_step", "max_steps")):
+            return "trainer_state.json has no steps"
+        num_processes = read_run(folder).get("processes", num_processes)
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return f"trainer_state.json or {RUN} is damaged: {error}"
+    if (folder / "latest").is_file():  # DeepSpeed's, which checks its own
+        return None
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*")):
+        return "model.safetensors is missing"
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"{path.name} is damaged: {error}"
+    ranks = ["rng_state.pth"] if num_processes == 1 else [f"rng_state_{rank}.pth" for rank in range(num_processes)]
+    wanted = [OPTIMIZER, ("scheduler.pt",), *((name,) for name in ranks)]
+    missing = [names[0] for names in wanted if not any((folder / name).exists() for name in names)]
+    if missing:
+        return f"{missing[0]} is missing" + (ONLY_MODEL if len(missing) == len(wanted) else "")
+    for path in [*folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("*.bin")]:
+        if not zipfile.is_zipfile(path):
+            return f"{path.name} is cut off or empty"
+    return None
+
+
+def read_run(folder: Path) -> dict:
+    """What `run.json` of a checkpoint says, nothing where there is none."""
+    path = folder / RUN
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def checkpoints_in(output_dir: str | Path) -> list[Path]:
+    """The numbered checkpoints in a folder, the last one first, whole or not."""
+    found = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(path).isdecimal()]
+    return sorted(found, key=lambda path: int(step_of(path)), reverse=True)
+
+
+def step_of(checkpoint: Path) -> str:
+    """What stands behind `checkpoint-`."""
+    return checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+
+
+def find_checkpoint(resume_from: str, output_dir: str, num_processes: int = 1) -> str | None:
+    """The folder to resume from: `resume_from` itself, or the last whole checkpoint if it is "last".
+
+    What is passed over is named in a warning, and so is that there is none at all: `None`, the run begins anew, as one does
+    that was killed before its first checkpoint was whole.
+
+    Raises:
+        ValueError: naming `--resume_from_checkpoint` where a checkpoint that is named is damaged or not there, and where all
+            that is there are models without the state of the training.
+    """
+    if resume_from != "last":
+        damage = damage_of(Path(resume_from), num_processes)
+        if damage is not None:
+            raise ValueError(f"--resume_from_checkpoint {resume_from} is no whole checkpoint: {damage}")
+        return resume_from
+    for folder in checkpoints_in(output_dir):
+        damage = damage_of(folder, num_processes)
+        if damage is None:
+            return str(folder)
+        if damage.endswith(ONLY_MODEL):
+            raise ValueError(f"--resume_from_checkpoint last: {folder} cannot be resumed: {damage}")
+        logger.warning(f"--resume_from_checkpoint last: {folder} is no whole checkpoint and is passed over: {damage}")
+    logger.warning(
+        f"--resume_from_checkpoint last: there is no whole checkpoint in {output_dir}, SO TRAINING BEGINS ANEW"
+    )
+    return None
+
+
+def check_begins_alone(output_dir: str, checkpoint: str | None, num_processes: int = 1) -> None:
+    """A run writes into a folder without checkpoints of another one; what was cut off or is damaged counts for none.
+
+    Raises:
+        ValueError: naming `--output_dir`.
+    """
+    if checkpoint is not None and Path(checkpoint).resolve().parent == Path(output_dir).resolve():
+        return
+    for folder in checkpoints_in(output_dir):
+        damage = damage_of(folder, num_processes)
+        if damage is None or damage.endswith(ONLY_MODEL):
+            raise ValueError(
+                f"--output_dir {output_dir} holds {folder.name} of another run, with whose checkpoints those of this one would be "
+                "mixed up: resume that one with --resume_from_checkpoint last, or give another folder"
+            )
+        logger.warning(f"--output_dir: {folder} is no whole checkpoint and counts for none: {damage}")
+
+
+def check_same_run(checkpoint: str, run: dict, is_last: bool) -> None:
+    """A run goes on as it began, or not at all.
+
+    Args:
+        checkpoint: to be resumed.
+        run: `settings`, `length`, `processes` and `sharded` of the run that is to go on.
+        is_last: whether it was asked for as "last". One that is named may go on in another number of processes.
+
+    Raises:
+        ValueError: naming `--resume_from_checkpoint` and each setting that differs.
+    """
+    saved, name = read_run(Path(checkpoint)), f"--resume_from_checkpoint {checkpoint}"
+    sharded = saved.get("sharded", any(Path(checkpoint).glob("pytorch_model_fsdp*")))
+    if sharded != run["sharded"]:
+        way = "with" if sharded else "without"
+        raise ValueError(
+            f"{name} was saved {way} --fsdp, which lays weights and optimizer out in another way: resume it {way} --fsdp"
+        )
+    if not saved:
+        logger.warning(f"{name} does not say what it was trained with: only its model and its length are compared")
+        return
+    if is_last and saved["processes"] != run["processes"]:
+        raise ValueError(
+            f"{name} was saved by {saved['processes']} processes, and here are {run['processes']}: where that is meant, give this "
+            "folder in place of `last`"
+        )
+    differ = [
+        f"{option}: {saved['settings'].get(option)!r} there, {value!r} here"
+        for option, value in run["settings"].items()
+        if saved["settings"].get(option) != value
+    ]
+    # --max_steps is compared with the schedule, and --num_train_epochs has a default, so that it may not be meant.
+    is_asked = "--max_steps" not in run["length"] and (
+        "--num_train_epochs" not in run["length"] or "--num_train_epochs" in saved["length"]
+    )
+    if is_asked and run["length"] != saved["length"]:
+        there, here = (" ".join(map(str, *length.items())) for length in (saved["length"], run["length"]))
+        differ.append(f"its length: {there} there, {here} here")
+    if differ:
+        raise ValueError(
+            f"{name} is of a run with other settings; {'; '.join(differ)}. Give what it was trained with, or begin a new run in "
+            "another --output_dir"
+        )

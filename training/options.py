@@ -1,0 +1,118 @@
+"""What the scripts of this folder ask of their options before they begin to work."""
+
+import math
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from importlib.util import find_spec
+
+
+NUMPY_SEEDS = 2**32 - 1  # the largest
+
+
+def need(extra: str, *modules: str) -> None:
+    """Stop where packages are missing, before any work is done.
+
+    Args:
+        extra: of this project, which brings them.
+        modules: by the names that they are imported by.
+
+    Raises:
+        ImportError: naming those that are missing and the extra.
+    """
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise ImportError(
+            f"this script needs {', '.join(missing)}, which the extra `{extra}` brings: in a clone `pip install -e .[{extra}]`"
+        )
+
+
+def check_number(
+    name: str, value: float | None, least: float | None = None, most: float | None = None, above: float | None = None
+) -> None:
+    """A number that is finite, at least `least`, at most `most` and greater than `above`; `None` is none and will do.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if value is None:
+        return
+    wanted = [
+        f"{words} {bound}"
+        for words, bound in (("at least", least), ("at most", most), ("above", above))
+        if bound is not None
+    ]
+    fits = math.isfinite(value) and (least is None or value >= least)
+    if not fits or (most is not None and value > most) or (above is not None and value <= above):
+        raise ValueError(f"{name} must be {' and '.join(wanted) or 'a finite number'}, got {value}")
+
+
+def whole(least: int | None = None, most: int | None = None) -> Callable[[str], int]:
+    """The `type` of an argparse option that is a whole number in these bounds."""
+    return _number(int, "a whole number", least=least, most=most)
+
+
+def real(**bounds: float) -> Callable[[str], float]:
+    """The `type` of an argparse option that is a finite number; bounds as for `check_number`."""
+    return _number(float, "a number", **bounds)
+
+
+def _number(kind, words, **bounds):
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise ArgumentTypeError(f"must be {words}, got {text!r}") from None
+        try:
+            check_number("it", value, **bounds)
+        except ValueError as error:
+            raise ArgumentTypeError(str(error).removeprefix("it ")) from None
+        return value
+
+    return parse
+
+
+# Of TrainingArguments: what each number is at least, or above.
+AT_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "eval_accumulation_steps": 1,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "adam_beta1": 0,
+    "adam_beta2": 0,
+    "adam_epsilon": 0,
+    "max_grad_norm": 0,
+    "warmup_steps": 0,
+    "eval_delay": 0,
+    "save_total_limit": 1,
+    "seed": 0,
+    "data_seed": 0,
+    "dataloader_num_workers": 0,
+    "label_smoothing_factor": 0,
+    "neftune_noise_alpha": 0,
+    "torch_empty_cache_steps": 1,
+    "dataloader_prefetch_factor": 1,
+    "ddp_bucket_cap_mb": 1,
+    "ddp_timeout": 1,
+}
+ABOVE = {"num_train_epochs": 0, "logging_steps": 0, "eval_steps": 0, "save_steps": 0}
+
+
+def check_training_arguments(args) -> None:
+    """Numbers that `Trainer` would take and then do nothing, something else or nonsense with.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name, least in AT_LEAST.items():
+        check_number(f"--{name}", getattr(args, name, None), least=least)
+    for name, above in ABOVE.items():
+        check_number(f"--{name}", getattr(args, name, None), above=above)
+    for name in ("adam_beta1", "adam_beta2"):
+        if getattr(args, name) >= 1:
+            raise ValueError(f"--{name} must be below 1, got {getattr(args, name)}")
+    for name in ("seed", "data_seed"):
+        check_number(f"--{name}", getattr(args, name), most=NUMPY_SEEDS)
+    if args.max_steps != -1 and args.max_steps < 1:
+        raise ValueError(f"--max_steps must be at least 1, or -1 for whole epochs, got {args.max_steps}")

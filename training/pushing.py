@@ -1,0 +1,63 @@
+"""What `Trainer` saves and pushes: a model with its code, and neither a token nor `training_args.bin`."""
+
+import shutil
+from pathlib import Path
+
+from huggingface_hub import upload_folder
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils import PushInProgress
+
+
+ARGUMENTS = "training_args.bin"  # a pickle of all arguments
+NOT_PUSHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]
+# Of a checkpoint, what a resumed run needs and nobody else; all else is a model with its code and tokenizer.
+TRAINING_STATE = ["optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", "pytorch_model_fsdp*"]
+TRAINING_STATE += ["run.json", "checksums.json"]
+
+
+class CleanPushes:
+    """Comes before `Trainer` among the bases of a class.
+
+    `Trainer` pickles its arguments beside the weights, `hub_token` among them, and pushes them; here they are left out. A
+    checkpoint is pushed with the model's code, without which it would not load.
+    """
+
+    def _save(self, output_dir=None, state_dict=None):
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
+        if self.args.should_save:
+            Path(output_dir or self.args.output_dir, ARGUMENTS).unlink(missing_ok=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if is_busy and not self.args.hub_always_push:
+            return
+        checkpoint = Path(checkpoint_folder)
+        for path in checkpoint.iterdir():  # which may be deleted while it is being pushed
+            if path.is_file() and not any(path.match(pattern) for pattern in TRAINING_STATE):
+                shutil.copy(path, self.args.output_dir)
+        jobs = [self._upload(Path(self.args.output_dir), NOT_PUSHED, None)]
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            name = "last-checkpoint" if self.args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
+            jobs.append(self._upload(checkpoint, None, name))
+        if is_busy:
+            self.push_in_progress.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)
+
+    def _upload(self, folder, ignored, path_in_repo):
+        return upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=folder,
+            path_in_repo=path_in_repo,
+            commit_message=f"Training in progress, step {self.state.global_step}",
+            token=self.args.hub_token,
+            revision=self.args.hub_revision,
+            ignore_patterns=ignored,
+            run_as_future=True,
+        )
