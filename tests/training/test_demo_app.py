@@ -1,5 +1,6 @@
 """The page to try a model: what its handlers give for every family, and the page in a real browser."""
 
+import http.client
 import os
 import re
 import shutil
@@ -10,7 +11,20 @@ from itertools import pairwise
 import pytest
 import torch
 from data import build_tokenizer
-from demo_app import ALL_SHOWN, HOLE, build_app, describe, fill, launch, lay_out, load, look, saved_folders, write
+from demo_app import (
+    ALL_SHOWN,
+    HOLE,
+    build_app,
+    describe,
+    fill,
+    is_own,
+    launch,
+    lay_out,
+    load,
+    look,
+    saved_folders,
+    write,
+)
 
 from modeling_heptapod import HeptapodProcessor, MultiGridProcessor
 from tests.tiny_heptapod import tiny_heptapod
@@ -238,6 +252,61 @@ def test_folders_to_choose_from(folders):
 def test_gradio_reports_nothing():
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
     assert build_app([]).analytics_enabled is False
+
+
+OWN = b"127.0.0.1:7860"
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ([(b"host", OWN)], True),
+        ([(b"host", b"localhost")], True),
+        ([(b"host", b"LOCALHOST:80"), (b"origin", b"http://localhost:80")], True),
+        ([(b"host", b"evil.example:7860")], False),
+        ([(b"host", b"127.0.0.1.evil.example")], False),
+        ([(b"host", b"localhost@evil.example")], False),
+        ([(b"host", b"")], False),
+        ([(b"host", b"[::")], False),
+        ([(b"host", OWN), (b"host", b"evil.example")], False),
+        ([(b"host", OWN), (b"origin", b"http://evil.example")], False),
+        ([(b"host", OWN), (b"origin", b"null")], False),
+        ([], False),
+    ],
+)
+def test_requests_name_this_machine(headers, expected):
+    assert is_own(headers) is expected
+
+
+def test_the_page_answers_to_its_own_host_only(folders):
+    """A name that is made to point here (DNS rebinding) gets nothing, over HTTP and over websockets, and no page of another host."""
+    app = build_app(saved_folders(str(folders)))
+    _, url, _ = launch(app, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    port = int(url.rstrip("/").rsplit(":", 1)[1])
+
+    def status(method, path, body=None, **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request(method, path, body, headers)
+        return connection.getresponse().status
+
+    try:
+        assert status("GET", "/config") == status("GET", "/config", Host=f"localhost:{port}") == 200
+        assert status("GET", "/config", Origin=f"http://127.0.0.1:{port}") == 200
+        for headers in ({"Host": f"evil.example:{port}"}, {"Origin": "http://evil.example"}):
+            assert status("GET", "/", **headers) == status("GET", "/config", **headers) == 403
+            assert status("POST", "/gradio_api/queue/join", "{}", Content_Type="application/json", **headers) == 403
+        upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec_WebSocket_Version": "13"}
+        upgrade |= {"Sec_WebSocket_Key": "AAAAAAAAAAAAAAAAAAAAAA==", "Host": "evil.example"}
+        assert status("GET", "/gradio_api/anything", **upgrade) == 403
+    finally:
+        app.close()
+
+
+def test_code_of_a_name_is_not_run_unasked(monkeypatch):
+    monkeypatch.setattr("loading.PreTrainedConfig.get_config_dict", lambda name, **_: ({"auto_map": {}}, {}))
+    with pytest.raises(ValueError, match="me/model brings its own code, .*: --trust_remote_code allows it"):
+        load("me/model")
 
 
 CHROMIUM = shutil.which("chromium")

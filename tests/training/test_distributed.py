@@ -158,6 +158,25 @@ def test_a_run_killed_at_any_step_resumes_with_the_same_losses(case, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("was_sharded", [False, True])
+def test_shards_and_whole_weights_are_not_resumed_as_the_other(was_sharded, tmp_path):
+    """What was saved with --fsdp goes on with it, and the other way round; else an error says so before anything is trained."""
+    fsdp = ("--fsdp", "--fsdp_config", tiny_runs.FSDP)
+    command = arguments("leap", tmp_path, 2)
+    saved, resumed = (fsdp, ()) if was_sharded else ((), fsdp)
+    process = run(*TORCHRUN, SCRIPTS / "train.py", *command, *saved, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    again = (*command, "--resume_from_checkpoint", "last")
+    process = run(*TORCHRUN, SCRIPTS / "train.py", *again, *resumed, cwd=tmp_path)
+    way = "with" if was_sharded else "without"
+    assert process.returncode != 0 and "{'loss'" not in process.stdout
+    assert f"was saved {way} --fsdp, which lays weights and optimizer out in another way" in process.stderr
+    process = run(sys.executable, SCRIPTS / "train.py", *arguments("leap", tmp_path, 1), *again[-2:], cwd=tmp_path)
+    message = "was saved with --fsdp" if was_sharded else "was saved by 2 processes, and here are 1"
+    assert process.returncode != 0 and message in process.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny_runs.FAMILIES)
 def test_a_folder_saved_from_shards_is_whole(family, tmp_path):
     """It loads without this package and costs the held-out text what the run said; so do samples and the best model."""

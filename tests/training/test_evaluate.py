@@ -173,7 +173,8 @@ def test_errors_of_pages_are_in_bits_per_byte(folders, measured, text):
 
 @pytest.mark.parametrize("name", ["leap", "heptapod"])
 def test_bytes_are_counted_and_not_characters(name, folders):
-    results = evaluate.evaluate(folders / name, ["é" * 40, "☃"], CORPUS, window=WINDOW)
+    options = {"window": WINDOW} if name == "leap" else {}
+    results = evaluate.evaluate(folders / name, ["é" * 40, "☃"], CORPUS, **options)
     assert results["held_out_bytes"] == 2 * 40 + 3
     if name == "leap":
         bits = results["losses"]["text"]["nats_per_token"] * results["tokens"] / math.log(2)
@@ -240,8 +241,38 @@ def test_the_window_is_that_of_training(folders, text, tmp_path):
 
 def test_what_is_no_model_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "nowhere")])
-    with pytest.raises(ValueError, match="nowhere is neither a folder nor a name on the Hub"):
+    with pytest.raises(ValueError, match="there is no folder .*nowhere: `python training/train.py"):
         evaluate.main()
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "me/nowhere"])
+    with pytest.raises(ValueError, match="me/nowhere is neither a folder nor a name on the Hub"):
+        evaluate.main()
+
+
+@pytest.mark.parametrize(
+    "option, value", [("batch_size", -2), ("batch_size", 0), ("window", 0), ("window", 1), ("stride", 0)]
+)
+def test_numbers_that_score_nothing_are_named(option, value, folders):
+    with pytest.raises(ValueError, match=f"--{option} must be at least ., got {value}"):
+        evaluate.evaluate(folders / "leap", ["text"], CORPUS, **{option: value})
+
+
+def test_a_grid_has_no_window(folders):
+    with pytest.raises(ValueError, match="--window and --stride are of no use to a grid"):
+        evaluate.evaluate(folders / "heptapod", ["text"], CORPUS, stride=2)
+
+
+def test_a_model_that_gives_no_numbers_is_not_measured(folders, tmp_path, monkeypatch):
+    model, tokenizer = evaluate.load_model(folders / "leap")
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    options = ("--dataset", CORPUS, "--max_validation_bytes", "50", "--window", "8")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path), *options])
+    monkeypatch.setattr(evaluate, "generation_speed", lambda *_, **__: {"tokens_per_second": 1.0})
+    with pytest.raises(ValueError, match=r"evaluation\.json was not written: sliding_window_bits_per_byte"):
+        evaluate.main()
+    assert not (tmp_path / "evaluation.json").exists()
 
 
 def test_bad_arguments_are_named(tmp_path):

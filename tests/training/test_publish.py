@@ -198,8 +198,12 @@ def test_a_pinned_revision_gives_the_older_weights(hub, published, loaded):
 def test_a_pinned_revision_is_evaluated(hub, published, tmp_path):
     folder, first = published[0], hub.repos["me/leap"].commits[1].oid
     options = ("--dataset", CORPUS, "--max_validation_bytes", "50", "--window", "8")
-    run(SCRIPTS / "evaluate.py", "me/leap", "--revision", first, *options, cwd=tmp_path, hub=hub)
-    evaluation = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
+    command = (SCRIPTS / "evaluate.py", "me/leap", "--revision", first, *options)
+    with pytest.raises(AssertionError, match="me/leap brings its own code, .*: --trust_remote_code allows it"):
+        run(*command, cwd=tmp_path, hub=hub)
+    assert not list((tmp_path / "home").rglob("*.py")) and not (tmp_path / "evaluation.json").exists()
+    run(*command, "--trust_remote_code", cwd=tmp_path, hub=hub)
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
     assert (
         evaluation["weights_sha256"] == weights_digest(folder / "leap") != weights_digest(folder / "changed" / "leap")
     )
@@ -264,7 +268,7 @@ def test_a_run_pushes_its_code_with_each_checkpoint_and_in_the_end_its_card(hub,
     options = (
         f"--max_steps 4 --save_steps 2 --block_size 32 --dataset {CORPUS} --max_validation_bytes 500 --use_cpu true"
     )
-    options += " --push_to_hub true --hub_model_id me/run --hub_always_push true --config_name config --output_dir out"
+    options += " --push_to_hub true --hub_model_id me/run --hub_always_push true --hub_token hf_of_this_test --config_name config --output_dir out"
     run(SCRIPTS / "train.py", *options.split(), cwd=tmp_path, hub=hub)
     commits = hub.repos["me/run"].commits
     with_weights = [commit.files for commit in commits if "model.safetensors" in commit.files]
@@ -272,6 +276,8 @@ def test_a_run_pushes_its_code_with_each_checkpoint_and_in_the_end_its_card(hub,
     files = commits[-1].files
     assert files["README.md"] == (tmp_path / "out" / "README.md").read_bytes()
     assert b"4 steps of 256 tokens" in files["README.md"] and "results.json" in files
+    assert not any(name.endswith("training_args.bin") for commit in commits for name in commit.files)
+    assert not any(b"hf_of_this_test" in content for commit in commits for content in commit.files.values())
     assert not any(name.startswith("checkpoint-") for name in files)
 
 
@@ -425,6 +431,69 @@ def test_weights_are_known_by_their_values(tmp_path):
         model.model.norm.weight[0] += 1
     model.save_pretrained(tmp_path, max_shard_size="10KB")
     assert weights_digest(tmp_path) != digest
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "curve.png", "modeling_leap.py", "README.md", "evaluation.json"])
+def test_no_link_leads_out_of_a_published_folder(name, tmp_path, monkeypatch):
+    """Neither is what it leads to published nor is it written."""
+    save_with_results("leap", tmp_path / "leap")
+    secret, path = tmp_path / "secret", tmp_path / "leap" / name
+    secret.write_text("mine")
+    path.unlink(missing_ok=True)
+    path.symlink_to(secret)
+    command = ["publish.py", str(tmp_path / "leap"), "--repo-id", "me/leap"]
+    for more in ([], ["--dry-run"]):
+        monkeypatch.setattr(sys, "argv", [*command, *more])
+        monkeypatch.setattr(publish, "HfApi", None)
+        with pytest.raises(ValueError, match=f"{name} is a link to .*secret"):
+            publish.main()
+    assert secret.read_text() == "mine"
+    path.unlink()
+    path.symlink_to("config.json")  # within the folder
+    publish.check_links(tmp_path / "leap")
+
+
+def test_no_folder_that_is_a_link_is_published(tmp_path):
+    save_with_results("leap", tmp_path / "leap")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "added_tokens.json").write_text("{}")
+    (tmp_path / "leap" / "special_tokens_map.json").symlink_to(tmp_path / "other")
+    with pytest.raises(ValueError, match="special_tokens_map.json is a link to .*other"):
+        publish.published_files(tmp_path / "leap")
+
+
+def test_the_folder_itself_may_be_a_link(tmp_path):
+    save_with_results("leap", tmp_path / "leap")
+    (tmp_path / "link").symlink_to(tmp_path / "leap")
+    (tmp_path / "link" / "README.md").write_text("card")
+    names = {path.name for path in publish.published_files(tmp_path / "link")}
+    assert {"model.safetensors", "README.md", "tokenizer.json"} <= names and "training_args.bin" not in names
+
+
+def test_names_that_lead_out_of_the_folder_are_not_published(tmp_path, monkeypatch):
+    """As a tokenizer of one's own could have them."""
+    save_with_results("leap", tmp_path / "leap")
+    (tmp_path / "secret").write_text("mine")
+    (tmp_path / "leap" / "README.md").write_text("card")
+    tokenizer = argparse.Namespace(vocab_files_names={"x": "../secret"})
+    monkeypatch.setattr(publish.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+    with pytest.raises(ValueError, match="secret is a file of another folder"):
+        publish.published_files(tmp_path / "leap")
+
+
+@pytest.mark.parametrize("name", ["results.json", "evaluation.json", "README.md", "config.json"])
+def test_what_holds_a_token_is_not_published(name, tmp_path):
+    """Figures of an older version, say, which held the whole command. A card filled from them does not."""
+    save_with_results("leap", tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    results["command"] = "python training/train.py --hub_token hf_SECRETSECRET"
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    model_card.write_card(tmp_path)
+    assert "hf_SECRET" not in (tmp_path / "README.md").read_text()
+    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / name).write_text(json.dumps({"command": results["command"], "model_type": "leap", "auto_map": {}}))
+    with pytest.raises(ValueError, match=f"{name} holds a token or a key, and nothing was pushed"):
+        publish.published_files(tmp_path)
 
 
 def test_one_command_writes_the_cards_of_many_folders(published, tmp_path, monkeypatch, capsys):

@@ -102,10 +102,10 @@ def test_a_killed_run_resumes_with_the_same_losses(finished, tmp_path):
     (folder / "out" / "checkpoint-9").mkdir()
     (folder / "out" / "checkpoint-9" / "config.json").write_text("{}")
 
-    # The length of the schedule comes from the checkpoint, not from a new measurement.
-    more = ("--train_minutes", "10", "--resume_from_checkpoint", "last")
-    process = run(SCRIPTS / "train.py", *arguments(folder, *more), cwd=folder)
+    # The length of the schedule comes from the checkpoint, also where it is not given.
+    process = run(SCRIPTS / "train.py", *arguments(folder, "--resume_from_checkpoint", "last"), cwd=folder)
     assert process.returncode == 0, process.stderr
+    assert "checkpoint-9 is no whole checkpoint and is passed over: trainer_state.json is missing" in process.stderr
 
     assert process.stdout.count("{'loss'") == STEPS - 6  # and not all over again
 
@@ -158,7 +158,7 @@ def test_a_new_run_does_not_mix_its_checkpoints_with_others(finished, monkeypatc
     with pytest.raises(ValueError, match="--output_dir .* must be a folder, and is a file"):
         file = TrainingArguments(str(finished[0] / "config.json"), use_cpu=True)
         train.check_arguments(train.ModelArguments(""), DataArguments(), file)
-    with pytest.raises(ValueError, match="--output_dir .* holds checkpoint-12, checkpoint-3, .* of another run"):
+    with pytest.raises(ValueError, match="--output_dir .* holds checkpoint-12 of another run"):
         train.main()
 
 
@@ -313,25 +313,6 @@ def test_configurations_make_models(folder):
     assert generation_config.num_iterations == 16 if config.model_type == "heptapod" else generation_config.do_sample
 
 
-def test_bad_checkpoints_are_named(tmp_path):
-    (tmp_path / "checkpoint-5").mkdir()
-    (tmp_path / "checkpoint-5" / "trainer_state.json").write_text('{"cut off')
-    for resume_from in ("last", str(tmp_path / "checkpoint-5"), str(tmp_path / "missing")):
-        with pytest.raises(ValueError, match=f"--resume_from_checkpoint {resume_from}"):
-            train.find_checkpoint(resume_from, str(tmp_path))
-    for step in (90, 100):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-        (tmp_path / f"checkpoint-{step}" / "rng_state.pth").touch()
-        (tmp_path / f"checkpoint-{step}" / "rng_state_0.pth").touch()
-    (tmp_path / "checkpoint-best").mkdir()
-    assert train.find_checkpoint("last", str(tmp_path)) == str(tmp_path / "checkpoint-100")
-    # Of two processes the second one was cut off while it wrote the last one.
-    (tmp_path / "checkpoint-90" / "rng_state_1.pth").touch()
-    assert train.find_checkpoint("last", str(tmp_path), 2) == str(tmp_path / "checkpoint-90")
-    assert train.find_checkpoint(str(tmp_path / "checkpoint-100"), "", 2) == str(tmp_path / "checkpoint-100")
-
-
 def test_a_run_that_is_resumed_keeps_its_schedule(finished, monkeypatch):
     more = ("--max_steps", str(STEPS + 1), "--resume_from_checkpoint", "last")
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments(finished[0].parent, *more)])
@@ -339,6 +320,45 @@ def test_a_run_that_is_resumed_keeps_its_schedule(finished, monkeypatch):
         ValueError, match=f"--max_steps {STEPS + 1}: the run that is resumed has a schedule of {STEPS} "
     ):
         train.main()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--seed", "7"), "--seed: 42 there, 7 here"),
+        (("--block_size", "32"), "--block_size: 64 there, 32 here"),
+        (("--per_device_train_batch_size", "2"), "--per_device_train_batch_size x .*: 4 there, 2 here"),
+        (("--dataset", json.__file__), r"--dataset \(SHA-256 of the training text\): .* there"),
+        (("--lr_scheduler_type", "linear"), "--lr_scheduler_type: 'cosine' there, 'linear' here"),
+        (("--learning_rate", "2e-2"), "--learning_rate: 0.01 there, 0.02 here"),
+        (("--train_minutes", "10"), "its length: --max_steps 12 there, --train_minutes 10.0 here"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_run_with_other_settings_is_not_resumed(change, message, finished, monkeypatch):
+    words = ("--resume_from_checkpoint", "last", "--cache_dir", "none", "--tokenizer", "bpe", *change)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(finished[0].parent, *words)])
+    monkeypatch.setattr(train, "ShardingTrainer", None)  # not even made
+    with pytest.raises(ValueError, match=f"--resume_from_checkpoint .*checkpoint-12 is of a run .*{message}"):
+        train.main()
+
+
+def test_a_model_that_gives_no_numbers_ends_in_an_error(tmp_path, monkeypatch):
+    folder = prepare(tmp_path)
+    more = ("--max_steps", "2", "--eval_strategy", "no", "--save_strategy", "no", "--eval_on_start", "false")
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(folder, *more)])
+
+    class Diverging(train.ShardingTrainer):
+        def train(self, **kwargs):
+            result = super().train(**kwargs)
+            for parameter in self.model.parameters():
+                parameter.data.fill_(float("nan"))
+            return result
+
+    monkeypatch.setattr(train, "ShardingTrainer", Diverging)
+    with pytest.raises(ValueError, match=r"results\.json was not written: bits_per_byte of this model would be NaN"):
+        train.main()
+    assert not (folder / "out" / "results.json").exists() and not (folder / "out" / "README.md").exists()
 
 
 def test_what_trainer_could_not_resume_is_not_begun(tmp_path, monkeypatch):

@@ -1,7 +1,11 @@
 """What a training run may be asked for, for all families: that it changes nothing, or what it should."""
 
+import fcntl
 import itertools
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,8 +159,13 @@ def arguments(tmp_path, **options):
         ({}, {}, {"label_smoothing_factor": 0.1}, "--label_smoothing_factor 0.1"),
         ({"train_tokens": 5}, {}, {"max_steps": 3}, "--train_tokens and --max_steps"),
         ({"train_tokens": 5, "train_minutes": 1.0}, {}, {}, "--train_minutes and --train_tokens"),
-        ({"train_tokens": 0}, {}, {}, "--train_tokens must be positive, got 0"),
+        ({"train_tokens": 0}, {}, {}, "--train_tokens must be at least 1, got 0"),
+        ({"train_minutes": float("nan")}, {}, {}, "--train_minutes must be above 0, got nan"),
+        ({}, {}, {"per_device_train_batch_size": -2}, "--per_device_train_batch_size must be at least 1, got -2"),
+        ({}, {"block_size": 1}, {}, "--block_size must be at least 2, got 1"),
+        ({}, {"validation_percent": 0.0}, {}, "--validation_percent must lie between 0 and 100, got 0"),
         ({}, {"streaming": True}, {}, "--streaming needs"),
+        ({"early_stopping_patience": 0}, {}, {}, "--early_stopping_patience must be at least 1, got 0"),
         ({"early_stopping_patience": 2}, {}, {}, "--early_stopping_patience needs --load_best_model_at_end"),
     ],
 )
@@ -294,6 +303,80 @@ def test_what_is_kept_is_found_again_and_never_out_of_date(tmp_path):
         make(**changes)
         assert len(list(tmp_path.iterdir())) >= before + 2
     assert len(make(tokenizer="bpe", vocab_size=300).processing_class.tokenizer) == 300
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda data: b"",
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:-1],
+        lambda data: data[:200] + bytes([data[200] ^ 1]) + data[201:],
+        lambda data: data + b"more",
+        lambda data: bytes(len(data)),
+    ],
+    ids=["empty", "half", "one byte short", "a changed bit", "longer", "zeros"],
+)
+def test_what_is_damaged_is_made_anew(harm, tmp_path, caplog):
+    expected, made = np.arange(3000, dtype=np.uint16), []
+
+    def keep():
+        cache = Cache(tmp_path)
+        array = cache.array(["a"], lambda: made.append("array") or expected)
+        return array, cache.text(["a"], lambda: made.append("text") or "é" * 400)
+
+    keep()
+    assert made == ["array", "text"]
+    keep()
+    assert made == ["array", "text"]
+    for path in list(tmp_path.iterdir()):
+        path.write_bytes(harm(path.read_bytes()))
+    array, text = keep()
+    assert np.array_equal(array, expected) and text == "é" * 400
+    assert made == ["array", "text"] * 2 and caplog.text.count("is damaged and is made anew") == 2
+    keep()
+    assert len(made) == 4
+
+
+KILLED_WHILE_WRITING = """
+import os, signal, sys
+sys.path.insert(0, {scripts!r})
+import numpy
+from cache import Cache
+numpy.save = lambda file, array: (file.write(b"half"), os.kill(os.getpid(), signal.SIGKILL))
+Cache({folder!r}).array(["a"], lambda: numpy.arange(9))
+"""
+
+
+def test_what_a_killed_process_left_unfinished_is_removed(tmp_path):
+    folder, scripts = str(tmp_path), str(Path(train.__file__).parent)
+    (tmp_path / "tmpfile").write_text("of somebody else")
+    code = KILLED_WHILE_WRITING.format(scripts=scripts, folder=folder)
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    (unfinished,) = tmp_path.glob(".heptapod-unfinished-*")
+    with unfinished.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as if its process lived
+        Cache(tmp_path)
+        assert unfinished.exists()
+    assert np.array_equal(Cache(tmp_path).array(["a"], lambda: np.arange(9)), np.arange(9))
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == ["", ".npy"]
+
+
+def test_a_cache_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch, caplog):
+    def full(file, array):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    assert np.array_equal(Cache(tmp_path).array(["a"], lambda: np.arange(9)), np.arange(9))
+    assert "could not be kept there: [Errno 28] No space left" in caplog.text and not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    config, make = tiny_runs.config_of("leap"), lambda folder: DataArguments(block_size=32, cache_dir=folder)
+    with pytest.raises(ValueError, match="--cache_dir .*file must be a folder"):
+        objective_for(config)(tiny_runs.texts(), make(str(tmp_path / "file")), config)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # by default, it is done without
+    objective_for(config)(tiny_runs.texts(), DataArguments(block_size=32), config)
+    assert "nothing is kept for the next start: --cache_dir" in caplog.text
 
 
 def test_what_is_kept_has_the_name_of_all_that_it_was_made_of(tmp_path):
