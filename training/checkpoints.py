@@ -38,7 +38,7 @@ class WholeCheckpoints:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off while it wrote it
             folder.mkdir(parents=True)
             if self.describe_run is not None:
-                (folder / RUN).write_text(json.dumps(self.describe_run(), indent=2) + "\n")
+                (folder / RUN).write_text(json.dumps(self.describe_run(), indent=2) + "\n", encoding="utf-8")
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
@@ -55,7 +55,7 @@ def write_checksums(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
     found = {path.relative_to(folder).as_posix(): [path.stat().st_size, _digest(path)] for path in files}
     unfinished = folder / f"{CHECKSUMS}.unfinished"
-    unfinished.write_text(json.dumps(found, indent=2) + "\n")
+    unfinished.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     unfinished.replace(folder / CHECKSUMS)
 
 
@@ -76,7 +76,7 @@ def damage_of(folder: Path, num_processes: int = 1) -> str | None:
     """
     if (folder / CHECKSUMS).is_file():
         try:
-            listed = json.loads((folder / CHECKSUMS).read_text())
+            listed = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
             for name, (size, digest) in listed.items():
                 path = folder / name
                 if not path.is_file():
@@ -93,7 +93,7 @@ def damage_of(folder: Path, num_processes: int = 1) -> str | None:
 def _damage_by_structure(folder, num_processes):
     """What is not there at all or does not end where it should; of checkpoints without checksums all that can be seen."""
     try:
-        state = json.loads((folder / "trainer_state.json").read_text())
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         if not all(isinstance(state[name], int) for name in ("global_step", "max_steps")):
             return "trainer_state.json has no steps"
         num_processes = read_run(folder).get("processes", num_processes)
@@ -125,7 +125,7 @@ def _damage_by_structure(folder, num_processes):
 def read_run(folder: Path) -> dict:
     """What `run.json` of a checkpoint says, nothing where there is none."""
     path = folder / RUN
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:

@@ -36,9 +36,9 @@ def write_card(folder: Path, path: Path | None = None, repo_id: str | None = Non
         ValueError: naming the folder, where it holds no results, or those of other weights.
     """
     check_folder(folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     try:
-        results = json.loads(redact((folder / "results.json").read_text()))
+        results = json.loads(redact((folder / "results.json").read_text(encoding="utf-8")))
     except OSError as error:
         raise ValueError(f"{folder} has no results.json, which train.py writes and a card is filled from") from error
     if results.get("weights_sha256") != weights_digest(folder):

@@ -60,7 +60,11 @@ def published_files(folder: Path) -> list[Path]:
     for path in files:
         if path.resolve().parent != folder.resolve():
             raise ValueError(f"{path} is a file of another folder, {path.resolve().parent}, and nothing was pushed")
-        if path.suffix in (".json", ".md") and path.name in FIGURES and redact(path.read_text()) != path.read_text():
+        if (
+            path.suffix in (".json", ".md")
+            and path.name in FIGURES
+            and redact(path.read_text(encoding="utf-8")) != path.read_text(encoding="utf-8")
+        ):
             raise ValueError(f"{path} holds a token or a key, and nothing was pushed: remove it there, and revoke it")
     return files
 

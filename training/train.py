@@ -189,7 +189,7 @@ def check_resumable(checkpoint: str, config: PreTrainedConfig) -> None:
 DECISIVE = """
     seed data_seed full_determinism learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay
     optim optim_args optim_target_modules adam_beta1 adam_beta2 adam_epsilon max_grad_norm neftune_noise_alpha bf16 fp16
-    average_tokens_across_devices dataloader_drop_last train_sampling_strategy group_by_length ignore_data_skip
+    average_tokens_across_devices dataloader_drop_last train_sampling_strategy group_by_length
 """.split()
 
 

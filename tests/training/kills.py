@@ -107,9 +107,9 @@ def kill(children, number=signal.SIGKILL):
 
 def outcome(folder):
     """Losses of all steps, and what the model costs in the end."""
-    state = json.loads((folder / "out" / "trainer_state.json").read_text())
+    state = json.loads((folder / "out" / "trainer_state.json").read_text(encoding="utf-8"))
     losses = [(entry["step"], entry["loss"]) for entry in state["log_history"] if "loss" in entry]
-    return losses, json.loads((folder / "out" / "results.json").read_text())["bits_per_byte"]
+    return losses, json.loads((folder / "out" / "results.json").read_text(encoding="utf-8"))["bits_per_byte"]
 
 
 def whole_run(folder, family, processes):
@@ -124,7 +124,7 @@ def whole_run(folder, family, processes):
         time.sleep(0.001)
     writing = time.monotonic() - opened
     codes = finish(children, time.monotonic() + 300)
-    assert codes == [0] * processes, (folder / "log").read_text()
+    assert codes == [0] * processes, (folder / "log").read_text(encoding="utf-8")
     return outcome(folder), time.monotonic() - began, writing
 
 
@@ -158,7 +158,7 @@ def killed_run(folder, family, processes, expected, seconds, writing, draw):
         "went_on_from": whole[0] if whole else None,
         "was_finished": is_finished,
         "equal": is_equal,
-        **({} if is_equal else {"codes": codes, "log": (folder / "log").read_text()[-3000:]}),
+        **({} if is_equal else {"codes": codes, "log": (folder / "log").read_text(encoding="utf-8")[-3000:]}),
     }
 
 

@@ -99,7 +99,7 @@ def test_a_changed_byte_is_seen(folder):
 
 
 def test_checksums_are_of_all_files(saved):
-    listed = json.loads((saved / "checkpoint-4" / CHECKSUMS).read_text())
+    listed = json.loads((saved / "checkpoint-4" / CHECKSUMS).read_text(encoding="utf-8"))
     assert set(listed) == {path.name for path in (saved / "checkpoint-4").iterdir()} - {CHECKSUMS}
     assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", RUN} <= set(listed)
     assert "training_args.bin" not in listed

@@ -191,5 +191,5 @@ def test_minutes_are_those_of_the_clock(tmp_path):
     process = subprocess.run([sys.executable, script, *command, *more], env=env, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert "ended by the clock after step" in process.stdout
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     assert 2 <= results["steps"] <= 3 and results["train_seconds"] < 15

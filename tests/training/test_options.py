@@ -127,7 +127,7 @@ def test_every_script_says_what_makes_a_missing_folder(script, tmp_path):
 def test_code_of_a_folder_may_run_and_of_a_name_only_where_it_is_allowed(tmp_path, monkeypatch):
     save_tiny("leap", tmp_path / "own")
     assert may_run_code(str(tmp_path / "own")) is True
-    config = json.loads((tmp_path / "own" / "config.json").read_text())
+    config = json.loads((tmp_path / "own" / "config.json").read_text(encoding="utf-8"))
     config["auto_map"]["AutoModelForCausalLM"] = "someone/else--modeling.Model"
     (tmp_path / "own" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="has its code from someone/else on the Hub.*--trust_remote_code allows it"):
@@ -177,15 +177,16 @@ def test_scripts_say_what_they_need_before_they_begin(script, monkeypatch):
     extra, modules = NEEDS[script]
     for module in modules:
         monkeypatch.setitem(sys.modules, module, None)
-    source = (SCRIPTS / f"{script}.py").read_text()
+    source = (SCRIPTS / f"{script}.py").read_text(encoding="utf-8")
     with pytest.raises(ImportError, match=f"{', '.join(modules)}, which the extra `{extra}` brings"):
         exec(compile(source, f"{script}.py", "exec"), {"__name__": script, "__doc__": "one\nline"})
 
 
 def test_the_extras_bring_what_scripts_ask_for():
-    import tomllib
-
-    extras = tomllib.loads((SCRIPTS.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    extras = tomllib.loads((SCRIPTS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "optional-dependencies"
+    ]
     packages = {"sklearn": "scikit-learn", "PIL": "pillow", "scipy": "scikit-learn"}  # which needs it
     for extra, modules in NEEDS.values():
         brought = " ".join(extras[extra])

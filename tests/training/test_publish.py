@@ -203,7 +203,7 @@ def test_a_pinned_revision_is_evaluated(hub, published, tmp_path):
         run(*command, cwd=tmp_path, hub=hub)
     assert not list((tmp_path / "home").rglob("*.py")) and not (tmp_path / "evaluation.json").exists()
     run(*command, "--trust_remote_code", cwd=tmp_path, hub=hub)
-    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
     assert (
         evaluation["weights_sha256"] == weights_digest(folder / "leap") != weights_digest(folder / "changed" / "leap")
     )

@@ -76,7 +76,7 @@ def test_no_one_finds_a_token_in_the_command_line(given, monkeypatch, capsys):
 def test_figures_are_written_without_secrets_and_without_nan(tmp_path):
     path = tmp_path / "results.json"
     write_figures(path, {"command": f"--x {HUB_TOKEN}", "bits": 1.5})
-    assert json.loads(path.read_text()) == {"command": f"--x {HIDDEN}", "bits": 1.5}
+    assert json.loads(path.read_text(encoding="utf-8")) == {"command": f"--x {HIDDEN}", "bits": 1.5}
     for wrong in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"other.json was not written: losses.text.bits, list.1 of this model"):
             write_figures(tmp_path / "other.json", {"losses": {"text": {"bits": wrong}}, "list": [1.0, wrong]})
@@ -140,7 +140,10 @@ def test_a_run_with_tokens_leaves_none_anywhere(tmp_path):
         [sys.executable, str(SCRIPTS / "train.py"), *command, *options], env=env, capture_output=True, text=True
     )
     assert process.returncode == 0, process.stderr
-    assert f"--hub_token '{HIDDEN}'" in json.loads((tmp_path / "out" / "results.json").read_text())["command"]
+    assert (
+        f"--hub_token '{HIDDEN}'"
+        in json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))["command"]
+    )
     files = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for name, content in {**files, "stdout": process.stdout.encode(), "stderr": process.stderr.encode()}.items():
         for secret in (TOKEN, "value-of-HF_TOKEN", "0123456789"):
