@@ -60,7 +60,7 @@ def _fork(command, processes, rank, port, log):
         return child
     code = 1
     try:
-        with open(log, "a") as file:
+        with open(log, "a", encoding="utf-8") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         if processes > 1:
