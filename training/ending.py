@@ -65,7 +65,9 @@ class Ending(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._began = time.monotonic()
-        self.agree(args)
+        self.by_clock = (
+            self.seconds is not None and self.used >= self.seconds
+        )  # of the same checkpoint in all processes
 
     def on_step_end(self, args, state, control, **kwargs):
         self.agree(args)

@@ -1,6 +1,6 @@
 """Let a saved model write: `python training/sample.py outputs/leap-tiny --prompt "import os"`.
 
-Nothing of this repository is imported: the folder brings its own code.
+Nothing of the package is imported: the folder brings its own code.
 """
 
 from argparse import ArgumentParser

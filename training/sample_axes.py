@@ -1,7 +1,7 @@
 """Let a saved MultiGrid write, with its meta tracks below each line: `python training/sample_axes.py outputs/multigrid-tiny`.
 
 It writes twice from the same seed: with meta tokens that the model predicts, and with those that its annotators give the
-text so far. Nothing of this repository is imported: the folder brings its own code.
+text so far. Nothing of the package is imported: the folder brings its own code.
 """
 
 import string

@@ -22,6 +22,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import signal
 import statistics
@@ -261,7 +262,9 @@ class Samples(TrainerCallback):
     def __init__(self, sample):
         self.sample = sample
 
-    def on_evaluate(self, args, state, control, model, **kwargs):
+    def on_evaluate(self, args, state, control, model, metrics=None, **kwargs):
+        if not all(math.isfinite(value) for value in (metrics or {}).values()):
+            return  # of a model that gives no numbers nothing can be drawn
         was_training = model.training
         model.eval()
         with torch.random.fork_rng(), torch.no_grad():

@@ -129,7 +129,7 @@ def whole_run(folder, family, processes):
 
 
 def killed_run(folder, family, processes, expected, seconds, writing, draw):
-    """Kill a run and let it go on; what became of it. Every third is killed while its first checkpoint is written."""
+    """Kill a run and let it go on; what became of it, `None` where it had ended. A third is killed in the first checkpoint."""
     from checkpoints import checkpoints_in, damage_of
 
     command, first = arguments(family, folder, processes), folder / "out" / f"checkpoint-{SAVE_STEPS}"
@@ -143,9 +143,10 @@ def killed_run(folder, family, processes, expected, seconds, writing, draw):
         time.sleep(draw.uniform(0, seconds))
     moment = time.monotonic() - began
     kill(draw.sample(children, processes))
+    if (folder / "out" / "results.json").is_file():
+        return None
     whole = [path.name for path in checkpoints_in(folder / "out") if damage_of(path, processes) is None]
     was_cut_off = first.is_dir() and damage_of(first, processes) is not None
-    is_finished = (folder / "out" / "results.json").is_file()
     # Without a whole checkpoint the command alone starts again, too.
     more = [] if not whole and draw.random() < 0.5 else ["--resume_from_checkpoint", "last"]
     codes = finish(start([*command, *more], processes, folder / "log"), time.monotonic() + 300)
@@ -156,7 +157,6 @@ def killed_run(folder, family, processes, expected, seconds, writing, draw):
         "killed_after_seconds": round(moment, 2),
         "in_first_checkpoint": was_cut_off,
         "went_on_from": whole[0] if whole else None,
-        "was_finished": is_finished,
         "equal": is_equal,
         **({} if is_equal else {"codes": codes, "log": (folder / "log").read_text(encoding="utf-8")[-3000:]}),
     }
@@ -183,12 +183,13 @@ def main():
     os.environ["XDG_CACHE_HOME"] = str(args.folder / "cache")  # which a killed run has part of
     draw, found = random.Random(args.seed), []
     whole = {case: whole_run(args.folder / "-".join(map(str, case)), *case) for case in CASES}
-    for number in range(args.number):
-        case = CASES[number % len(CASES)]
-        folder = args.folder / f"killed-{number}"
-        found.append(killed_run(folder, *case, *whole[case], draw))
-        print(json.dumps(found[-1]), file=sys.stderr, flush=True)
+    while len(found) < args.number:
+        case, folder = CASES[len(found) % len(CASES)], args.folder / "killed"
+        killed = killed_run(folder, *case, *whole[case], draw)
         shutil.rmtree(folder)
+        if killed is not None:
+            found.append(killed)
+            print(json.dumps(killed), file=sys.stderr, flush=True)
     print(json.dumps(found))
 
 

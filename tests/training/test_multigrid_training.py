@@ -246,7 +246,7 @@ def test_it_writes_with_its_tracks_without_the_package(trained):
     folder, _ = trained
     (folder / "alone.py").write_text(
         "import runpy, sys\nsys.modules['modeling_heptapod'] = None\nsys.argv = sys.argv[1:]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0])\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     prompt = ("--prompt", "def parse(", "--max_new_tokens", "20")
     process = run("alone.py", SCRIPTS / "sample_axes.py", "out", *prompt, cwd=folder)

@@ -217,7 +217,7 @@ def test_saved_folder_writes_text_without_the_package(finished, tmp_path):
     script = tmp_path / "alone.py"
     script.write_text(
         "import runpy, sys\nsys.modules['modeling_heptapod'] = None\nsys.argv = sys.argv[1:]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0])\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     sample = (SCRIPTS / "sample.py", finished[0], "--prompt", "def parse", "--max_new_tokens", "20")
     first, other = (run(script, *sample, "--seed", seed, cwd=tmp_path) for seed in ("0", "1"))
