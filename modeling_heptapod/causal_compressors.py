@@ -38,8 +38,9 @@ class AttentionCompressor(nn.Module):
         """As the convolution's; `exists [1 or batch, steps, factor]` says where there is an embedding."""
         heads = (self.num_heads, self.head_dim)
         query = self.q_proj(windows[:, :, -1]).unflatten(-1, heads)
-        key = (self.k_proj(windows) + self.tap_embed).unflatten(-1, heads)
-        value = self.v_proj(windows).unflatten(-1, heads)
+        blocks, windows = windows.shape[1:3], windows.flatten(1, 2)  # adapters take three dimensions
+        key = (self.k_proj(windows).unflatten(1, blocks) + self.tap_embed).unflatten(-1, heads)
+        value = self.v_proj(windows).unflatten(1, blocks).unflatten(-1, heads)
         logits = torch.einsum("bnhd,bnchd->bnhc", query, key) * self.head_dim**-0.5
         logits = logits.masked_fill(~exists.unsqueeze(2), torch.finfo(logits.dtype).min)
         weights = torch.softmax(logits, dim=-1, dtype=torch.promote_types(torch.float32, logits.dtype))

@@ -35,6 +35,17 @@ _PER_HIERARCHY = (
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
+class _HeadCounts(list):
+    """Heads of each hierarchy; who takes them for one number and divides by it, as peft's prefix tuning does, is told."""
+
+    def __rfloordiv__(self, number):
+        raise TypeError(
+            f"`num_attention_heads` of a hierarchical LM must be read as a list, {list(self)}, a number for each hierarchy, got a "
+            f"division of {number} by it. Prefix tuning, which makes keys and values to put before a text, does not work with "
+            "this model; prompt tuning does."
+        )
+
+
 @auto_docstring(checkpoint="heptapod/hierarchical_lm-tiny")
 @strict
 class HierarchicalLMConfig(PreTrainedConfig):
@@ -210,7 +221,7 @@ class HierarchicalLMConfig(PreTrainedConfig):
         for name in _PER_HIERARCHY:
             value = getattr(self, name)
             listed = list(value) if isinstance(value, list | tuple) else [value] * self.num_hierarchies
-            setattr(self, name, listed)
+            setattr(self, name, _HeadCounts(listed) if name == "num_attention_heads" else listed)
         if self.hidden_size is None:
             self.hidden_size = max(self.hidden_sizes, default=0)
         if self.predict_hierarchy is None:

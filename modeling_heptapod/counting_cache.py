@@ -46,6 +46,32 @@ class CountingCacheMixin(CacheVersionsMixin):
         super().reset()
         self.next_positions, self.packed = None, False
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens.
+
+        Raises:
+            RuntimeError: where a layer has a state or a window, from which a token cannot be taken out again.
+            ValueError: for a positive number, and for more tokens than there are.
+        """
+        self._check_that_tokens_are_kept()
+        if not -self.seen_tokens <= tokens_to_remove <= 0:
+            raise ValueError(
+                f"`tokens_to_remove` must be from {-self.seen_tokens}, all tokens seen, to 0, got {tokens_to_remove}."
+            )
+        super().crop(tokens_to_remove)
+        self.seen_tokens += tokens_to_remove
+
+    def activate_past_recording(self) -> None:
+        """Have `crop` made possible, which it is already; raises a `RuntimeError` where it cannot be."""
+        self._check_that_tokens_are_kept()
+
+    def _check_that_tokens_are_kept(self):
+        if any(hasattr(layer, "activate_past_recording") for layer in self.layers):
+            raise RuntimeError(
+                f"This {type(self).__name__} cannot crop: its states and windows do not keep every token. Copy it before tokens "
+                "that may have to be taken back (`copy.deepcopy`)."
+            )
+
     def num_rows(self) -> int | None:
         """Size of the batch, `None` before the first token."""
         for layer in self.layers:

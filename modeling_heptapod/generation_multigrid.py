@@ -15,6 +15,7 @@ When a meta token of position `t + 1` is known:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import wraps
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -220,6 +221,19 @@ class _NotesFinishedRows(StoppingCriteriaList):
         return done
 
 
+def _with_tracks(loop):
+    """A decoding loop of the caller's, `custom_generate`, with the tracks among its model kwargs."""
+
+    @wraps(loop)  # `generate` reads the signature
+    def loop_with_tracks(model, input_ids, *, stopping_criteria, generation_config, **kwargs):
+        tracks = model._start_tracks(input_ids, generation_config, kwargs, beams=generation_config.num_beams)
+        stopping_criteria = _NotesFinishedRows(stopping_criteria, tracks)
+        kwargs.update(stopping_criteria=stopping_criteria, generation_config=generation_config, meta_tracks=tracks)
+        return loop(model, input_ids, **kwargs)
+
+    return loop_with_tracks
+
+
 class MultiGridGenerationMixin(GenerationMixin):
     """`generate` with meta axes. Without any it is transformers' own."""
 
@@ -254,6 +268,10 @@ class MultiGridGenerationMixin(GenerationMixin):
             forced_meta_ids (`torch.LongTensor` of shape `[batch, forced axes or all axes, steps]`, *optional*):
                 Meta ids of the tokens to come, at least as many as are generated. Of all axes, only the forced ones are
                 read.
+            custom_generate (`Callable` or `str`, *optional*):
+                As there. A loop of one's own finds the tracks among its keyword arguments and hands them on with these to
+                `prepare_inputs_for_generation` and `_update_model_kwargs_for_generation`, whose order is that of the stock
+                loops: inputs, forward pass, update, and then the logits.
 
         Returns:
             `sequences`, or with `return_dict_in_generate=True` a [`MultiGridGenerateOutput`] or
@@ -267,7 +285,12 @@ class MultiGridGenerationMixin(GenerationMixin):
         sources = self._meta_sources(meta_source, processor, forced_meta_ids)
         if kwargs.get("meta_ids") is not None:
             check_ids("meta_ids", kwargs["meta_ids"])
-        if sources.of_axes:
+        loop = kwargs.get("custom_generate")
+        if sources.of_axes and isinstance(loop, str):  # code from a folder, which calls `generate` again
+            kwargs.update(meta_source=meta_source, processor=processor, forced_meta_ids=forced_meta_ids)
+        elif sources.of_axes:
+            if loop is not None:
+                kwargs["custom_generate"] = _with_tracks(loop)
             kwargs.update(meta_sources=sources, forced_meta_ids=forced_meta_ids)
         else:
             meta_ids = kwargs.pop("meta_ids", None)

@@ -43,7 +43,6 @@ class MultiGridCache(RecurrentCache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens. Recurrent cores cannot, and raise a `RuntimeError`."""
         super().crop(tokens_to_remove)
-        self.seen_tokens -= abs(tokens_to_remove)
         if self.past_mask is not None:
             self.past_mask = self.past_mask[:, : self.seen_tokens]
 

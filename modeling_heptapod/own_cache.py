@@ -36,7 +36,8 @@ class OwnCacheMixin:
         if not any(base.__name__ in names for base in type(cache).__mro__):
             raise TypeError(
                 f"`{CACHE}` must be a {' or '.join(names)}, got {type(cache).__name__}: build it with "
-                f"`{names[0]}(model.config)`, or leave it out and pass `use_cache=True`."
+                f"`{names[0]}(model.config)`, or leave it out and pass `use_cache=True`. Prefix tuning, which makes keys and "
+                "values to put before a text, does not work with this model; prompt tuning does."
             )
         # Where accelerate has spread the layers over devices, so are their states.
         one_device = not any("_hf_hook" in vars(module) for module in getattr(self, "layers", ()))
@@ -47,6 +48,15 @@ class OwnCacheMixin:
                 f"`{CACHE}` holds {rows} rows, but the batch has {batch}. `batch_repeat_interleave` and "
                 "`batch_select_indices` of the cache repeat and choose rows."
             )
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Raise a `ValueError`: continuous batching keeps keys and values in pages that it shares out among requests."""
+        raise ValueError(
+            f"Continuous batching (`generate_batch`, `cache_implementation='paged'`) does not work with {type(self).__name__}, "
+            "which keeps a cache of its own: give `generate` a left-padded batch with its `attention_mask`."
+        )
+
+    generate_batch = init_continuous_batching
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_length):
         """A cache of our own in place of the stock one."""

@@ -291,3 +291,66 @@ def test_a_state_that_does_not_fit_the_others_is_an_error(name, change):
         change_states(changed, change, only=count)
         with pytest.raises(ValueError, match="`past_key_values` is not of this model"):
             model(**part(inputs, [0, 1], PROMPT, LENGTH), past_key_values=changed)
+
+
+@pytest.mark.parametrize("name", CASES, ids="-".join)
+@torch.no_grad()
+def test_tokens_are_taken_back_or_that_is_refused(name):
+    """Assisted decoding asks for it. A refusal leaves the cache as it was, and a copy does instead."""
+    model, cache, inputs = case(name)
+    rows = slice(None)
+    model(**part(inputs, rows, 0, PROMPT), past_key_values=cache)
+    expected = continue_from(model, copy.deepcopy(cache), inputs, rows)
+    kept = copy.deepcopy(cache)
+    if model._is_stateful:
+        for ask in (cache.activate_past_recording, lambda: cache.crop(-1), lambda: cache.crop(0)):
+            with pytest.raises(RuntimeError, match=rf"This {type(cache).__name__} cannot crop.*copy.deepcopy"):
+                ask()
+    else:
+        cache.activate_past_recording()
+        model(**part(inputs, rows, PROMPT, PROMPT + 3), past_key_values=cache)
+        for wrong in (1, -PROMPT - 4):
+            with pytest.raises(ValueError, match=f"`tokens_to_remove` must be from -{PROMPT + 3}.*, got {wrong}"):
+                cache.crop(wrong)
+        cache.crop(0)
+        cache.crop(-3)
+    for unharmed in (cache, kept):
+        assert int(unharmed.get_seq_length()) == PROMPT
+        torch.testing.assert_close(continue_from(model, unharmed, inputs, rows), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES, ids="-".join)
+def test_continuous_batching_is_refused(name):
+    """It would share out pages of keys and values; requests would come back empty."""
+    model, _, inputs = case(name)
+    paged = {**part(inputs, slice(None), 0, PROMPT), "cache_implementation": "paged", "max_new_tokens": 2}
+    for ask in (
+        lambda: model.generate_batch(inputs=[[3, 4, 5], [6, 7]], max_new_tokens=3),
+        lambda: model.generate_batch(inputs=[]),
+        lambda: model.init_continuous_batching(),
+        lambda: model.generate(**paged),
+    ):
+        with pytest.raises(ValueError, match=rf"Continuous batching .* does not work with {type(model).__name__}"):
+            ask()
+
+
+@pytest.mark.parametrize("name", CASES, ids="-".join)
+@pytest.mark.parametrize("kind", ["quantized", "offloaded", "offloaded_static"])
+def test_caches_of_other_kinds_are_refused(name, kind):
+    model, _, inputs = case(name)
+    with pytest.raises(ValueError, match=rf"`cache_implementation` must be .* got '{kind}'"):
+        model.generate(**part(inputs, slice(None), 0, PROMPT), cache_implementation=kind, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", CASES, ids="-".join)
+@pytest.mark.parametrize("how", ["assistant", "lookup"])
+def test_drafted_tokens_are_right_or_refused(name, how):
+    model, _, inputs = case(name)
+    prompt = {**part(inputs, slice(0, 1), 0, PROMPT), "max_new_tokens": 6, "do_sample": False}
+    drafted = {"assistant_model": model} if how == "assistant" else {"prompt_lookup_num_tokens": 2}
+    if name == ("multigrid", "plain"):
+        prompt.pop("meta_ids")
+        assert torch.equal(model.generate(**prompt, **drafted), model.generate(**prompt))
+        return
+    with pytest.raises(ValueError, match="stateful models|Assisted decoding is not supported with meta axes"):
+        model.generate(**prompt, **drafted)

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import (
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TaskType,
+    get_peft_model,
+)
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -341,6 +350,97 @@ def test_adapters_load_onto_exports_where_the_package_is_not(tmp_path):
             assert all(torch.equal(results[key][name], weight) for name, weight in value.items()), key
         else:
             torch.testing.assert_close(results[key], value, rtol=1e-5, atol=1e-5)
+
+
+# --- other ways than LoRA --------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_orthogonal_adapters_learn(case):
+    """OFT takes activations of at most three dimensions."""
+    model = case.model()
+    inputs = case.inputs(model)
+    torch.manual_seed(11)  # with which the grid listens to itself
+    model = get_peft_model(model, OFTConfig(target_modules="all-linear", oft_block_size=4)).train()
+    model(**inputs).loss.backward()
+    for name, parameter in model.named_parameters():
+        if "oft_R" in name and not re.search(case.unread, name):
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+@every_case
+def test_linear_layers_are_given_three_dimensions_at_most(case):
+    """`[batch, cells, channels]` on the grid: quantized layers and adapters of others know no more."""
+    model = case.model()
+    seen = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            note = lambda module, args, name=name: seen.setdefault(name, set()).add(args[0].dim())
+            module.register_forward_pre_hook(note)
+    inputs = case.inputs(model)
+    for training in (True, False):
+        torch.manual_seed(11)
+        model.train(training)(**inputs)
+    if model.config.model_type == "heptapod":
+        model.elbo(inputs["input_ids"], num_samples=2)
+    assert {name: dims for name, dims in seen.items() if not dims <= {2, 3}} == {}
+
+
+CAUSAL = ["leap-causal", "hierarchical-cross", "multigrid-plain"]
+PREFIXED = [
+    "leap-causal",
+    "leap-masked",
+    "leap-classification",
+    "hierarchical-cross",
+    "multigrid-plain",
+    "multigrid-leap",
+]
+
+
+@pytest.mark.parametrize("method", [PromptTuningConfig, PromptEncoderConfig])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_prompt_tuning(name, method):
+    """Virtual tokens are embeddings before those of the text: in training, in generation, and before left pads."""
+    torch.manual_seed(3)
+    model = CASES[name].model(pad_token_id=0)
+    tuned = get_peft_model(model, method(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    ids = random_ids(2, 9).clamp_min(1)
+    prompts = tuned.get_prompt(2).detach()
+    outputs = tuned(input_ids=ids, labels=ids)
+    embeds = torch.cat((prompts, model.get_input_embeddings()(ids)), dim=1)
+    torch.testing.assert_close(outputs.logits, model(inputs_embeds=embeds).logits)
+    outputs.loss.backward()
+    learn = [p for p in tuned.parameters() if p.requires_grad]
+    assert learn and all(p.grad is not None for p in learn) and any(p.grad.any() for p in learn)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    whole = tuned.generate(input_ids=ids, **options)
+    assert torch.equal(whole, tuned.generate(input_ids=ids, use_cache=False, **options))
+    short = ids[1:, 4:]
+    padded = torch.cat((ids[:1], nn.functional.pad(short, (4, 0))))
+    mask = (padded != 0).long()
+    written = tuned.generate(input_ids=padded, attention_mask=mask, **options)
+    assert torch.equal(written[:1], whole[:1])
+    assert torch.equal(written[1:, 4:], tuned.generate(input_ids=short, **options))
+
+
+@pytest.mark.parametrize("name", PREFIXED)
+def test_prefix_tuning_is_refused(name):
+    """It makes keys and values from outside, which these models do not read."""
+    case = CASES[name]
+    model = case.model()
+    task = {"score": "SEQ_CLS", "generate": "CAUSAL_LM"}
+    task = next((kind for has, kind in task.items() if hasattr(model, has)), "FEATURE_EXTRACTION")
+    inputs = case.inputs(model)
+    tuned = get_peft_model(model, PrefixTuningConfig(task_type=task, num_virtual_tokens=3))
+    with pytest.raises((TypeError, ValueError), match="[Pp]refix tuning|a bidirectional model has no past"):
+        tuned(**inputs)
+
+
+@pytest.mark.parametrize("task_type", ["FEATURE_EXTRACTION", "SEQ_CLS", "TOKEN_CLS"])
+@pytest.mark.parametrize("method", [PrefixTuningConfig, PromptTuningConfig, PromptEncoderConfig])
+def test_a_page_has_no_cell_for_virtual_tokens(method, task_type):
+    with pytest.raises(ValueError, match=r"Prompt learning .* no cell for them"):
+        get_peft_model(CASES["grid"].model(), method(task_type=task_type, num_virtual_tokens=3))
 
 
 # --- the README's table of modules -----------------------------------------------------------------------------------

@@ -631,3 +631,59 @@ def test_bad_input_is_named():
     refused(TypeError, "`meta_ids` must be .*got torch.float32", meta_ids=batch["meta_ids"].float())
     assert model.generate(**batch, guidance_scale=1.0, max_new_tokens=4).shape == (2, 10)
     refused(ValueError, "temprature", temprature=3)
+
+
+def a_loop_of_ones_own(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+    """Greedy, as transformers' guide to `custom_generate` writes loops."""
+    first, unfinished = True, torch.ones(len(input_ids), dtype=torch.bool)
+    while unfinished.any():
+        length = None if first else 1
+        inputs = model.prepare_inputs_for_generation(
+            input_ids, is_first_iteration=first, next_sequence_length=length, **kwargs
+        )
+        outputs = model(**inputs, return_dict=True)
+        kwargs, first = model._update_model_kwargs_for_generation(outputs, kwargs), False
+        tokens = outputs.logits[:, -1].argmax(-1, keepdim=True)
+        input_ids = torch.cat((input_ids, tokens), dim=1)
+        unfinished = unfinished & ~stopping_criteria(input_ids, None)
+    return input_ids
+
+
+RECIPE = """
+def generate(model, custom_generate=None, **kwargs):
+    return model.generate(**kwargs, max_new_tokens=5)
+"""
+
+
+@pytest.mark.parametrize("variant", ["axes", "factored", "leap", "lstm", "plain"])
+def test_decoding_loops_of_ones_own(variant, tmp_path):
+    model = tiny_multigrid(**VARIANTS[variant])
+    _, batch = left_padded(model, [9, 6])
+    expected = model.generate(**batch, do_sample=False, max_new_tokens=5)
+    written = model.generate(**batch, do_sample=False, max_new_tokens=5, custom_generate=a_loop_of_ones_own)
+    assert torch.equal(written, expected)
+    (tmp_path / "custom_generate").mkdir()
+    (tmp_path / "custom_generate" / "generate.py").write_text(RECIPE)
+    recipe = {"custom_generate": str(tmp_path), "trust_remote_code": True}
+    assert torch.equal(model.generate(**batch, do_sample=False, **recipe), expected)
+
+
+@BOTH_ORDERS
+def test_decoding_loops_of_ones_own_with_annotated_and_forced_axes(order, tmp_path):
+    model = two_axes(order, initializer_range=0.5)
+    processor, _, _ = with_annotator(model)
+    kind, letters = model.config.axis_names
+    batch = random_grid(model, 2, 8)
+    how = {
+        "meta_source": {letters: "annotated", kind: "forced"},
+        "forced_meta_ids": random_ids(2, 12, 7).unsqueeze(1),
+        "processor": processor,
+        "do_sample": False,
+    }
+    expected = model.generate(**batch, **how, max_new_tokens=12)
+    assert not torch.equal(expected, model.generate(**batch, do_sample=False, max_new_tokens=12))
+    written = model.generate(**batch, **how, max_new_tokens=12, custom_generate=a_loop_of_ones_own)
+    assert torch.equal(written, expected)
+    (tmp_path / "custom_generate").mkdir()
+    (tmp_path / "custom_generate" / "generate.py").write_text(RECIPE.replace("5", "12"))
+    assert torch.equal(model.generate(**batch, **how, custom_generate=str(tmp_path), trust_remote_code=True), expected)
