@@ -16,7 +16,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install $(shell grep '^torch==' constraints.txt)
-	$(PY) -m pip install -c constraints.txt -e .[train,report,test,parity,axes,finetune,eval,deploy,app]
+	$(PY) -m pip install -c constraints.txt -e .[train,report,test,parity,axes,finetune,eval,deploy,app,serve]
 	touch $@
 
 # What the families share of a demo, what each adds, and how it shows what it learned.

@@ -113,7 +113,8 @@ def test_what_is_served_is_what_generate_writes(name, server):
     body = {"model": str(folder), "max_tokens": 8, "temperature": 0}
     assert ask(server, "/v1/completions", prompt=PROMPT, **body)["choices"][0]["text"] == expected
     pieces = ask(server, "/v1/completions", prompt=PROMPT, stream=True, **body)
-    assert "".join(choice["text"] for piece in pieces for choice in piece["choices"]) == expected
+    streamed = "".join(choice["text"] for piece in pieces for choice in piece["choices"])
+    assert streamed.rstrip("\ufffd") == expected.rstrip("\ufffd")  # a stream keeps bytes back that end no character
 
     template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     expected = expected_text(folder, processor.apply_chat_template(CHAT, **template))
