@@ -49,6 +49,7 @@ CODE = {
         "focus_cpu.py",
         "focus_cpu_source.py",
         "focus_step.py",
+        "focus_triton.py",
         "losses.py",
         "mixing_rows.py",
         "model_inputs.py",
