@@ -157,18 +157,17 @@ def _run_tests(tree, job):
     files = sorted({test.split("::")[0] for test in job["tests"]})
     options = ["-q", "--tb=short", "-m", "", "-p", "no:cacheprovider", "--rootdir", str(tree)]
     status = pytest.main([*options, *(["-x"] if job["mutated"] else []), *files], plugins=[chosen])
-    elsewhere = [
-        name
-        for name, module in list(sys.modules.items())
-        if (path := getattr(module, "__file__", None))
-        and Path(path).is_relative_to(job["root"])
-        and not Path(path).is_relative_to(tree)
-        and (Path(tree) / Path(path).relative_to(job["root"])).exists()
-        and name not in ("__main__", "__mp_main__")
-    ]
+    elsewhere = [name for name, module in list(sys.modules.items()) if _is_of_another_tree(name, module, Path(tree))]
     result = {"outcomes": chosen.outcomes, "seconds": chosen.seconds, "failed": chosen.failed}
     result.update(status=int(status), elsewhere=elsewhere)
     Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
+
+
+def _is_of_another_tree(name, module, tree):
+    """Whether a module has the name of one in the copy and is not that one: an installed version, for example."""
+    top, file = name.partition(".")[0], getattr(module, "__file__", None)
+    ours = (tree / top / "__init__.py").is_file() or (tree / f"{top}.py").is_file()
+    return ours and file is not None and not Path(file).resolve().is_relative_to(tree)
 
 
 def _fork(tree, scratch, job):
@@ -240,7 +239,6 @@ class _Worker:
         copy_tree(root, tree)
         if (root.parent / "shared").is_dir():  # data that some tests look for beside the project
             (folder / "shared").symlink_to(root.parent / "shared")
-        self.root = root
         home = str(scratch / "home")
         # What tests/conftest.py sets before transformers is imported, which reads it once.
         own = {"HF_HOME": home, "XDG_CACHE_HOME": home, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -251,7 +249,7 @@ class _Worker:
         )
 
     def run(self, tests, timeout, mutation=None):
-        job = {"tests": tests, "timeout": timeout, "mutated": mutation is not None, "root": str(self.root)}
+        job = {"tests": tests, "timeout": timeout, "mutated": mutation is not None}
         if mutation is not None:
             job.update(file=mutation.file, old=mutation.old, new=mutation.new)
         print(json.dumps(job), file=self.process.stdin, flush=True)

@@ -231,8 +231,11 @@ def test_half_precision_on_small_grids(radius):
         assert relative_rms(one, other) < 0.01
 
 
-@pytest.mark.parametrize("grid", [(9, 11), (23, 19)])
-def test_autocast_does_not_reach_inside(grid):
+@pytest.mark.parametrize("way", ["by rows", "in tiles"])
+def test_autocast_does_not_reach_inside(way, request):
+    if way == "in tiles":
+        request.getfixturevalue("tiled")
+    grid = (23, 19)
     *qkvg, mask = make_inputs(*grid, dtype=torch.float32)
     expected = with_gradients(lambda *qkv: local_attention(*qkv, 2, 1, mask), *qkvg)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -241,8 +244,11 @@ def test_autocast_does_not_reach_inside(grid):
         assert one.dtype == torch.float32 and torch.equal(one, other)
 
 
-@pytest.mark.parametrize("grid", [(9, 11), (23, 19)])
-def test_extreme_logits(grid):
+@pytest.mark.parametrize("way", ["by rows", "in tiles"])
+def test_extreme_logits(way, request):
+    if way == "in tiles":
+        request.getfixturevalue("tiled")
+    grid = (23, 19)
     q, k, v, grad, mask = make_inputs(*grid)
     for scale in (1e3, -1e3):
         exact = naive_local_attention(q, k, v, 2, 1, mask, scale)
@@ -343,7 +349,7 @@ class OwnOverlap(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("step", [4000, 2**30])
-def test_no_addition_overlaps_with_itself(step, monkeypatch):
+def test_no_addition_overlaps_with_itself(step, tiled, monkeypatch):
     monkeypatch.setattr(operator, "_CPU_STEP", step)
     with OwnOverlap() as overlap:
         with_gradients(lambda *qkv: local_attention(*qkv, 3), *make_inputs(23, 22)[:4])

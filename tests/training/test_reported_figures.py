@@ -272,6 +272,22 @@ def test_figures_of_pages_by_hand(monkeypatch):
     assert (results["cells"], results["page"]) == (30, [2, 5])
 
 
+def test_what_is_printed_of_pages(tmp_path, monkeypatch):
+    results = {"held_out_bytes": 4321, "dataset": "book.txt", "page": [2, 5], "device": "a machine", "threads": 3}
+    results |= {"bound_bits_per_byte": 2.3456, "bound_standard_error": 0.0123, "standard_error_over_text": 0.0457}
+    results |= {"generation": {"tokens_per_second": 1234.4}}
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: results)
+    (tmp_path / "book.txt").write_bytes(TEXT.encode())
+    printed = in_process(evaluate.main, tmp_path, "--dataset", tmp_path / "book.txt")
+    assert printed.splitlines() == [
+        f"{tmp_path} on 4,321 held-out bytes of book.txt",
+        "  at most 2.346 bits per byte (the negative ELBO; +- 0.012 by the draw of masks, +- 0.046 over text)",
+        "  writes 1,234 tokens per second on a machine, 3 threads",
+        f"written: {tmp_path / 'evaluation.json'}",
+    ]
+    assert json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8")) == results
+
+
 def test_speed_leaves_out_the_warm_up_and_the_prompt(monkeypatch):
     clock, durations = [0.0], iter([100.0, 4.0, 2.0, 8.0] * 2)
 
