@@ -218,6 +218,44 @@ def test_an_empty_cache_and_none_are_the_same():
     assert run(model, grid, use_cache=False)[1] is None
 
 
+def test_a_cache_is_made_and_returned_where_it_is_wanted():
+    model = tiny_multigrid(**TWO_AXES)
+    grid, cache = random_grid(model, 2, 9), MultiGridCache(model.config)
+    assert isinstance(run(model, grid)[1], MultiGridCache)
+    assert run(model, grid, past_key_values=cache, use_cache=False)[1] is None and cache.get_seq_length() == 9
+    assert run(model.train(), grid)[1] is None and run(model, grid, use_cache=True)[1] is None
+    assert run(tiny_multigrid(use_cache=False, **TWO_AXES), grid)[1] is None
+
+
+@pytest.mark.parametrize("variant", ["axes", "factored"])
+def test_few_logits_are_the_last_of_all(variant):
+    """Also where they know the meta tokens that follow, in rows that are padded on the right."""
+    model = tiny_multigrid(**VARIANTS[variant])
+    grid, mask = random_grid(model, 2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[1, 7:] = 0
+    more = {"next_meta_ids": torch.tensor([[1, 2], [3, 0]])} if variant == "factored" else {}
+    with torch.no_grad():
+        whole = all_logits(model(**grid, **more, attention_mask=mask))
+        for few in (1, 3):
+            last = all_logits(model(**grid, **more, attention_mask=mask, logits_to_keep=few))
+            assert_same(last, [x[:, -few:] for x in whole])
+        chosen = all_logits(model(**grid, **more, attention_mask=mask, logits_to_keep=torch.tensor([0, 5])))
+    assert_same(chosen, [x[:, [0, 5]] for x in whole])
+
+
+@pytest.mark.parametrize("variant", ["axes", "factored"])
+def test_a_mask_of_new_tokens_leaves_the_past_in_sight(variant):
+    model = tiny_multigrid(**VARIANTS[variant])
+    grid, mask = random_grid(model, 2, 12), torch.ones(2, 4, dtype=torch.long)
+    mask[1, 0] = 0
+    whole = torch.cat((torch.ones(2, 8, dtype=torch.long), mask), dim=1)
+    logits = []
+    for given in (mask, whole):
+        _, cache = run(model, grid, last=8, use_cache=True)
+        logits.append(run(model, grid, 8, 12, past_key_values=cache, attention_mask=given)[0])
+    assert_same(*logits)
+
+
 # --- causality ---------------------------------------------------------------------------------------------------------
 
 

@@ -199,6 +199,15 @@ def test_new_weights_start_as_the_model_starts_them():
             assert 0.04 < parameter.std() < 0.06, name
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_grown_model_is_in_the_mode_that_it_was_in(training):
+    model = tiny_multigrid(**TWO_AXES).train(training)
+    model.add_meta_axis("new", 7)
+    assert {module.training for module in model.modules()} == {training}
+    model.remove_meta_axis("kind")
+    assert {module.training for module in model.modules()} == {training}
+
+
 def test_grown_norms_have_the_epsilon_of_the_config():
     model = tiny_multigrid(layer_norm_eps=0.3, axis_order="factored")
     model.add_meta_axis("kind", 7)

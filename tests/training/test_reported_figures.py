@@ -14,19 +14,28 @@ import time
 from types import SimpleNamespace
 
 import evaluate
+import fill_page
 import model_card
 import numpy as np
 import objectives
 import publish
 import pytest
+import sample_axes
 import torch
 import train
 from data import encode
 from streaming import StreamedExamples
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
-from tests.saved_models import save_with_results
+from tests.saved_models import PAGE, save_tiny, save_with_results
 
 
 # Of characters that take one to four bytes, so that bytes, characters and tokens are different numbers.
@@ -369,3 +378,42 @@ def test_figures_of_a_card_stand_at_their_texts():
     ):
         (figure,) = model_card._eval_results(grid, given)
         assert (figure.dataset_name, figure.metric_value, figure.metric_args) == expected
+
+
+# --- what models write -------------------------------------------------------------------------------------------------
+
+
+def test_the_share_of_a_page_that_is_written_as_it_was(tmp_path):
+    save_tiny("heptapod", tmp_path / "model")
+    (tmp_path / "text.txt").write_text("import os\n" * 30)
+    arguments = ("--text_file", tmp_path / "text.txt", "--page", 1, "--region", "top", "--num_iterations", 3)
+    printed = in_process(fill_page.main, tmp_path / "model", *arguments, "--seed", 5, "--output_dir", tmp_path)
+    height, width = PAGE
+    rows = -(-height // 3)
+    # A line takes a row, and the page is the second one; what is left of each row is blank.
+    processor = AutoProcessor.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    page = torch.from_numpy(processor.paginate("import os\n" * 30)[1:2])
+    opened = page.clone()
+    opened[:, :rows] = processor.tokenizer.mask_token_id
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    written = model.generate(opened, num_iterations=3, seed=5)
+    share = sum(int(a == b) for a, b in zip(written[0, :rows].flatten(), page[0, :rows].flatten())) / (rows * width)
+    assert f"--- the page, {rows * width} cells opened" in printed
+    assert f"--- written in 3 model calls, {share:.0%} of the opened cells as in the original" in printed
+
+
+def test_the_share_of_meta_tokens_that_the_annotator_would_give(tmp_path, monkeypatch):
+    """Of what was written; the prompt, where all agree, does not count."""
+    save_tiny("multigrid", tmp_path)
+    prompt, written = "x = ", "(1)\n"
+    processor = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    kinds, brackets = processor.annotate(prompt + written)
+    kinds[len(prompt)] += 1  # one of four differs
+    ids = torch.tensor([list((prompt + written).encode())])
+    output = SimpleNamespace(sequences=ids, meta_sequences=torch.tensor([[kinds, brackets]]))
+    model = SimpleNamespace(generate=lambda **_: output, to=lambda device: model)
+    monkeypatch.setattr(sample_axes.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
+    printed = in_process(sample_axes.main, tmp_path, "--prompt", prompt)
+    said = "of the meta tokens written are what the annotator says of the text"
+    assert printed.count(f"{processor.axis_names[0]}: 75% {said}") == 2
+    assert printed.count(f"{processor.axis_names[1]}: 100% {said}") == 2
