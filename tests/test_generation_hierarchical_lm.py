@@ -202,6 +202,23 @@ def test_a_cache_can_be_used_again_after_a_reset():
     assert torch.equal(torch.cat(again, dim=1), logits)
 
 
+@pytest.mark.parametrize("variant", ["stride", "hourglass"])
+def test_a_reset_leaves_nothing_to_rows_that_begin_with_pads(variant):
+    """A chunk of pads alone hands on what was there before it, which is nothing."""
+    model = tiny_hierarchical_lm(pad_token_id=3, **VARIANTS[variant])
+    _, ids, mask = left_padded((30, 5), pad_id=3)
+    sizes = [20, 6, 1, 1, 1, 1]
+    expected, cache = in_chunks(model, ids, sizes, mask)
+    cache.reset()
+    at, again = 0, []
+    for size in sizes:
+        with torch.no_grad():
+            chunk = ids[:, at : at + size]
+            again.append(model(chunk, attention_mask=mask[:, : at + size], past_key_values=cache).logits)
+        at += size
+    assert torch.equal(torch.cat(again, dim=1), expected)
+
+
 def test_caches_and_modes_that_cannot_work_say_so():
     model = tiny_hierarchical_lm()
     prompt = random_ids(1, 9)

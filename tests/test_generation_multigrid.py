@@ -306,10 +306,10 @@ def test_a_streamer_gets_the_main_tokens():
 
 
 def until(batch, eos_token_id):
-    """Token 48 is the pad, but none in the prompt, and it ends nothing: who forgets that a row has ended writes on."""
-    assert 48 not in eos_token_id
+    """Token 47 is the pad, but none in the prompt. It ends nothing and is no special token: a row that has ended stays so."""
+    assert 47 not in eos_token_id
     mask = torch.ones_like(batch["input_ids"])
-    return {**WITH_TRACKS, "attention_mask": mask, "eos_token_id": eos_token_id, "pad_token_id": 48}
+    return {**WITH_TRACKS, "attention_mask": mask, "eos_token_id": eos_token_id, "pad_token_id": 47}
 
 
 @BOTH_ORDERS
@@ -322,7 +322,7 @@ def test_rows_that_end_are_filled_up(order):
     for i, row in enumerate(ids):
         end = next((t for t in range(6, len(row)) if int(row[t]) in eos), len(row) - 1) + 1
         ends.add(end)
-        assert torch.equal(out.sequences[i, :end], row[:end]) and (out.sequences[i, end:] == 48).all()
+        assert torch.equal(out.sequences[i, :end], row[:end]) and (out.sequences[i, end:] == 47).all()
         assert torch.equal(out.meta_sequences[i, :, :end], meta_ids[i, :, :end])
         assert not out.meta_sequences[i, :, end:].any()
     assert len(ends) > 3 and meta_ids[..., 6:].any()
@@ -424,6 +424,29 @@ def test_forced_axes_with_beams_and_several_rows():
         how = {**WITH_TRACKS, "num_return_sequences": 2, "max_new_tokens": 10, **how}
         out = model.generate(**batch, meta_source="forced", forced_meta_ids=forced, **how)
         assert torch.equal(out.meta_sequences[..., 12:], forced.repeat_interleave(2, dim=0))
+
+
+def test_one_of_the_tracks_that_are_given_is_forced():
+    """Tracks of all axes may be given where not all are forced: each is that of its own axis."""
+    model = two_axes()
+    batch, forced = random_grid(model, 2, 12), random_grid(model, 2, 8, seed=5)["meta_ids"]
+    for place, name in enumerate(model.config.axis_names):
+        how = {**WITH_TRACKS, "meta_source": {name: "forced"}, "max_new_tokens": 8}
+        out = model.generate(**batch, forced_meta_ids=forced, **how)
+        assert torch.equal(out.meta_sequences[:, place, 12:], forced[:, place])
+        one = model.generate(**batch, forced_meta_ids=forced[:, place : place + 1], **how)
+        assert torch.equal(out.meta_sequences, one.meta_sequences)
+
+
+def test_without_a_temperature_meta_tokens_are_drawn_as_they_are():
+    model = two_axes()
+    rows = {name: ids.expand(200, *ids.shape[1:]) for name, ids in random_grid(model, 1, 12).items()}
+    how = {"do_sample": True, "max_new_tokens": 1, "pad_token_id": 50, "return_dict_in_generate": True}
+    drawn = []
+    for temperature in (None, 1.0):
+        torch.manual_seed(0)
+        drawn.append(model.generate(**rows, **how, temperature=temperature).meta_sequences[..., -1])
+    assert torch.equal(*drawn) and len(drawn[0].unique(dim=0)) > 3
 
 
 # --- annotated ---------------------------------------------------------------------------------------------------------
@@ -582,6 +605,9 @@ def test_bad_input_is_named():
     def refused(error, match, **how):
         with pytest.raises(error, match=match):
             model.generate(**{**batch, "max_new_tokens": 4, **GREEDY, **how})
+
+    with pytest.raises(ValueError, match=r"`meta_ids` of shape \[2, 2, 6\] were given, but the model has no axes"):
+        tiny_multigrid().generate(**batch, max_new_tokens=4, **GREEDY)
 
     refused(ValueError, "meta_ids.*None", meta_ids=None)
     refused(ValueError, r"meta_ids.*\[2, 2, 6\].*\[2, 2, 5\]", meta_ids=batch["meta_ids"][..., 1:])

@@ -208,6 +208,15 @@ def test_a_cache_starts_over_after_reset(variant):
     assert_same(run(model, grid, past_key_values=cache)[0], expected)
 
 
+@pytest.mark.parametrize("variant", ["leap", "lstm"])
+def test_states_of_models_in_half_precision_are_float32(variant):
+    model = tiny_multigrid(**VARIANTS[variant]).bfloat16()
+    _, cache = run(model, random_grid(model, 2, 9), use_cache=True)
+    layer = cache.layers[0]
+    states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+    assert {x.dtype for x in states if x is not None} == {torch.float32}
+
+
 def test_an_empty_cache_and_none_are_the_same():
     model = tiny_multigrid(**TWO_AXES)
     grid = random_grid(model, 2, 9)
@@ -747,6 +756,10 @@ def test_attentions_are_of_all_streams():
         torch.testing.assert_close(x.sum(-1), torch.ones(2, 4, 9))
         assert not x.triu(1).any()
     assert plain.attentions is None
+    for core in ("leap", "lstm"):
+        other = tiny_multigrid(**VARIANTS[core])
+        with torch.no_grad():
+            assert other(**random_grid(other, 2, 9), output_attentions=True).attentions is None
 
 
 def test_meta_streams_join_along_the_batch():
@@ -850,5 +863,7 @@ def test_other_bad_inputs_are_named():
         model(**grid, next_meta_ids=torch.full((2, 2), 7))
     with pytest.raises(ValueError, match=r"next_meta_ids.*\[2, 2, 1\]"):
         model.main_logits(torch.zeros(2, 1, 16), torch.zeros(2, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match="`next_meta_ids` are for axis_order='factored'"):
+        tiny_multigrid(**TWO_AXES)(**grid, next_meta_ids=torch.zeros(2, 2, dtype=torch.long))
     with pytest.raises(ValueError, match="factored"):
         tiny_multigrid(**TWO_AXES).main_logits(torch.zeros(2, 1, 16), torch.zeros(2, 2, 1, dtype=torch.long))

@@ -137,6 +137,15 @@ def test_the_axis_that_is_named_is_removed():
     assert model.config.num_axes == 0 and len(all_logits(model, without(grid, 0) | {"meta_ids": None})) == 1
 
 
+def test_what_is_left_keeps_its_share():
+    """Also where no weights were given, so that the others change nothing; and nothing of an axis is left at the end."""
+    model = tiny_multigrid(**VARIANTS["factored"])
+    model.remove_meta_axis("bracket")
+    assert model.config.axis_shares == [0.5] and model.next_meta is not None
+    model.remove_meta_axis("kind")
+    assert model.next_meta is None and set(model.state_dict()) == set(tiny_multigrid().state_dict())
+
+
 def test_a_grown_model_equals_one_built_with_the_axis():
     for variant in ("plain", "light", "factored", "leap"):
         grown = tiny_multigrid(**VARIANTS[variant])
