@@ -173,6 +173,9 @@ def test_lookahead_is_found_where_it_begins():
     assert find_lookahead(Ahead(places=1), "aaxaxaxaaaa", every=4) == 4
     assert find_lookahead(Ahead(places=1), "aaxaxaxaaaa", every=5) is None  # 5 and 10 are not before an x
     assert find_lookahead(Ahead(places=1), "abcx", offsets=[(0, 2), (2, 4)]) is None
+    assert (
+        find_lookahead(Ahead(places=1), "abcx", offsets=[(0, 2), (2, 3)]) == 2
+    )  # the last token, not the last character
     assert find_lookahead(Ahead(places=1), "abcxab", offsets=[(0, 3), (3, 4), (4, 6)]) == 1
 
 

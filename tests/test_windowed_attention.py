@@ -57,6 +57,16 @@ def test_packed_sequences(window, block, dilation):
     torch.testing.assert_close(out, expected[:, :75], rtol=1e-10, atol=1e-10)
 
 
+def test_packed_blocks_above_33():
+    """A step sees up to two blocks, here of 34: chunks have to be longer than one."""
+    positions = torch.cat([torch.arange(100), torch.arange(40)])[None]
+    segments = torch.repeat_interleave(torch.arange(2), torch.tensor([100, 40]))[None]
+    qkv = draw(1, 140, heads=1)
+    expected = naive_windowed_attention(*qkv, positions, 34, 1, True, segments)
+    out = windowed_attention(attend, *qkv, 34, 1, True, positions, segments)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("window, block", WINDOWS)
 def test_masks(window, block, dilation):

@@ -281,6 +281,15 @@ def test_figures_of_pages_by_hand(monkeypatch):
     assert (results["cells"], results["page"]) == (30, [2, 5])
 
 
+def test_bits_of_pages_while_training():
+    """The mean of what is evaluated, in nats a cell, over all cells and bytes; not that of the last batch."""
+    objective = object.__new__(objectives.MaskedPages)
+    objective.held_out_cells, objective.held_out_bytes = 60, 40
+    output = SimpleNamespace(losses=np.array([1.0, 3.0, 8.0]))
+    figures = objective.trainer_options()["compute_metrics"](output)
+    assert figures == {"bits_per_byte": pytest.approx(4.0 * 60 / 40 / math.log(2))}
+
+
 def test_what_is_printed_of_pages(tmp_path, monkeypatch):
     results = {"held_out_bytes": 4321, "dataset": "book.txt", "page": [2, 5], "device": "a machine", "threads": 3}
     results |= {"bound_bits_per_byte": 2.3456, "bound_standard_error": 0.0123, "standard_error_over_text": 0.0457}
