@@ -296,6 +296,7 @@ def test_what_is_printed_of_pages(tmp_path, monkeypatch):
     results |= {"generation": {"tokens_per_second": 1234.4}}
     monkeypatch.setattr(evaluate, "evaluate", lambda *_: results)
     (tmp_path / "book.txt").write_bytes(TEXT.encode())
+    (tmp_path / "config.json").write_text("{}")
     printed = in_process(evaluate.main, tmp_path, "--dataset", tmp_path / "book.txt")
     assert printed.splitlines() == [
         f"{tmp_path} on 4,321 held-out bytes of book.txt",
