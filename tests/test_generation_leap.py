@@ -227,15 +227,19 @@ def test_an_end_of_sequence_token_ends_a_sequence():
 
 
 @pytest.mark.slow
-def test_generation_with_a_compiled_step():
+@pytest.mark.parametrize("padded, backend", [(False, "inductor"), (True, "eager")])
+def test_generation_with_a_compiled_step(padded, backend):
     torch.use_deterministic_algorithms(False)
     torch._dynamo.reset()
     model, prompt = tiny_leap(), random_ids(1, 12)
-    forward, graphs = model.forward, CompileCounterWithBackend("inductor")
+    mask = torch.ones_like(prompt)
+    mask[:, 3:7] = 0 if padded else 1
+    forward, graphs = model.forward, CompileCounterWithBackend(backend)
     cache = StaticRecurrentCache(model.config)
     compiled = torch.compile(forward, backend=graphs)
     model.forward = lambda *args, **kwargs: (compiled if cache.has_previous_state(0) else forward)(*args, **kwargs)
-    tokens = model.generate(prompt, past_key_values=cache, max_new_tokens=30, disable_compile=True, **GREEDY)
+    how = {"attention_mask": mask, "max_new_tokens": 30, **GREEDY}
+    tokens = model.generate(prompt, past_key_values=cache, disable_compile=True, **how)
     model.forward = forward
-    assert torch.equal(tokens, model.generate(prompt, max_new_tokens=30, **GREEDY))
+    assert torch.equal(tokens, model.generate(prompt, **how))
     assert graphs.frame_count <= 2
