@@ -27,6 +27,7 @@ except ImportError:
 _DEVICES = ("cuda",)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDEST = 64  # window
+_WIDEST_OF_WIDE = 33  # window of heads of more than 64 channels
 _MOST_DIM = 256
 _GROUP = 32  # chunks, one bit each of a word
 # Floats of a record before its sums: log of the reference, sum of weights, whether the past passes, nothing.
@@ -35,14 +36,18 @@ _GATES = {"none": 0, "sigmoid": 1, "gelu": 2}
 
 
 def applies(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> bool:
-    """Whether the kernels can take this mixing step: causal, on a CUDA device, windows up to 64, heads up to 256."""
+    """Whether the kernels can take this mixing step: causal, on a CUDA device, windows up to 64, heads up to 256 channels.
+
+    Heads of more than 64 channels have windows up to 33 here.
+    """
+    widest = _WIDEST if qfkv.shape[-1] <= 64 else _WIDEST_OF_WIDE
     return (
         triton is not None
         and qfkv.device.type in _DEVICES
         and type(qfkv) in (torch.Tensor, torch.nn.Parameter)  # not one of tracing, which has no memory
         and qfkv.dtype in _DTYPES
         and settings.causal
-        and (settings.window is None or settings.window <= _WIDEST)
+        and (settings.window is None or settings.window <= widest)
         and 1 < qfkv.shape[-1] <= _MOST_DIM
         and qfkv.shape[0] > 0
         and (rotary is None or (rotary[0].dtype == torch.float32 and qfkv.shape[-1] % 2 == 0))
@@ -797,11 +802,16 @@ if triton is not None:
         tl.store(out + row * D + channel, vbar.to(out.dtype.element_ty), mask=inside)
 
 
-def _tile(dim: int) -> tuple[int, int]:
-    """Tokens of a chunk, and warps of a program."""
-    if dim <= 32:
-        return 64, 4
-    return (64, 8) if dim <= 64 else (32, 8)
+def _tile(dim: int, halo: int) -> tuple[int, int, int]:
+    """Tokens of a chunk, no fewer than of a halo, and warps of a program of the forward and the backward pass.
+
+    Never 64 rows by 4 warps or more: for those Triton takes wgmma with an operand in registers, which ptxas up to CUDA 13.0
+    miscompiles (illegal addresses, wrong sums).
+    """
+    if halo > 32:
+        return 64, 2, 2
+    warps = max(1, min(8, triton.next_power_of_2(dim) // 16))
+    return 32, warps, min(8, 2 * warps)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -829,7 +839,8 @@ class TritonMixing:
         self.past = 0 if past is None or settings.window is None else past[0].shape[2]
         if self.past == 0 and settings.window is not None:
             self.past_logs = self.past_values = None
-        chunk, warps = _tile(dim)
+        halo = 16 if settings.window is None else max(16, triton.next_power_of_2(settings.window - 1))
+        chunk, *self.warps = _tile(dim, halo)
         padded = max(16, triton.next_power_of_2(dim))
         self.rows, self.chunks = batch * heads, -(-seq // chunk)
         self.record = _HEADER + (parts - 2) * padded
@@ -848,7 +859,7 @@ class TritonMixing:
             "D": dim,
             "DP": padded,
             "T": chunk,
-            "HALO": 16 if settings.window is None else max(16, triton.next_power_of_2(settings.window - 1)),
+            "HALO": halo,
             "GROUP": _GROUP,
             "NORMALIZE": settings.normalize,
             "ELU": settings.weight_function == "elu",
@@ -856,7 +867,6 @@ class TritonMixing:
             "NULL": bool(settings.null_weight),
             "GATED": parts - 3,
             "PRECISION": _precision(qfkv.dtype),
-            "num_warps": warps,
         }
 
     def _shared_memory(self, like):
@@ -906,6 +916,7 @@ class TritonMixing:
                 kept=kept,
                 **self.numbers,
                 **self.constants,
+                num_warps=self.warps[0],
             )
         return out, logs, values
 
@@ -929,6 +940,7 @@ class TritonMixing:
                 self.carries,
                 **self.numbers,
                 **self.constants,
+                num_warps=self.warps[1],
             )
         return grad
 

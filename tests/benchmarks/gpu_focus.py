@@ -41,7 +41,8 @@ SHAPES = [(1, 40)] if QUICK else [(4, 4096), (1, 65_536)]
 HEADS = [(2, 16)] if QUICK else [(8, 32), (16, 64)]
 WINDOWS = [None, 4] if QUICK else [None, 4, 16]
 DTYPES = [torch.float32] if QUICK else [torch.bfloat16, torch.float32]
-TILES = {32: [(64, 4), (32, 4), (32, 2), (128, 8), (64, 8)], 64: [(64, 8), (32, 4), (32, 8), (64, 4), (128, 8)]}
+TILES = {32: [(32, 1), (32, 2), (32, 4), (64, 2)], 64: [(32, 2), (32, 4), (32, 8), (16, 2)]}
+PRECISIONS = ["tf32x3", "ieee"]  # of products of float32
 STARTED = time.monotonic()
 
 
@@ -75,6 +76,8 @@ def versions():
 
 
 def commit():
+    if os.environ.get("COMMIT"):  # of a copy without its history
+        return os.environ["COMMIT"]
     done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip() or None
 
@@ -127,13 +130,16 @@ def device_seconds(calls, budget=0.1):
 
 
 def copy_bandwidth(results):
-    """Bytes a second, read and written, of a large copy."""
+    """Bytes a second, read and written, of a copy of 2 GiB: by the driver's copy or a kernel, the faster, on a warm device."""
     source = torch.randn(1024 if QUICK else 2**29, device=DEVICE)
     target = torch.empty_like(source)
-    seconds = device_seconds([lambda: target.copy_(source)])
-    rate = 2 * source.numel() * 4 / seconds
-    results.row("copy", TB_per_s=rate / 1e12)
-    return rate
+    rates = {}
+    for name, copy in (("copy", lambda: target.copy_(source)), ("kernel", lambda: torch.mul(source, 2, out=target))):
+        for _ in range(1 if QUICK else 300):
+            copy()
+        rates[name] = 2 * source.numel() * 4 / device_seconds([copy])
+    results.row("copy", **{f"{name}_TB_per_s": rate / 1e12 for name, rate in rates.items()})
+    return max(rates.values())
 
 
 def settings_for(window, dim):
@@ -159,9 +165,9 @@ def forward_and_backward(qfkv, grad_out, settings):
     return mixing.backward(qfkv, grad_out)
 
 
-def check_mixing(window, heads, dim, dtype):
+def check_mixing(window, heads, dim, dtype, seq=33 if QUICK else 300):
     """The gate: what is timed is right."""
-    qfkv = torch.randn(1, 33 if QUICK else 300, 4, heads, dim, device=DEVICE).to(dtype)
+    qfkv = torch.randn(1, seq, 4, heads, dim, device=DEVICE).to(dtype)
     out = focus_triton.TritonMixing(qfkv, settings_for(window, dim)).forward(qfkv, False)[0]
     expected = naive_focus_mixing(qfkv.double(), settings_for(window, dim))
     error = ((out.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
@@ -218,20 +224,29 @@ def mixing_in_torch(results, rate):
 
 
 def tiles(results, rate):
-    """Sizes of chunks and numbers of warps: which are best?"""
-    original = focus_triton._tile
+    """Sizes of chunks, numbers of warps (the same forward and backward) and products: which are best?"""
+    original, precision = focus_triton._tile, focus_triton._precision
+    runs = [(dim, DTYPES[0], tile, "tf32") for dim, choices in TILES.items() for tile in choices]
+    runs += [(dim, torch.float32, TILES[dim][1], name) for dim in TILES for name in PRECISIONS]
     try:
-        for dim, choices in TILES.items():
-            for chunk, warps in choices:
-                focus_triton._tile = lambda _, tile=(chunk, warps): tile
-                for window in (None, 16):
-                    try:
-                        shape = 1, 65_536, 512 // dim, dim, DTYPES[0], window
-                        time_mixing(results, rate, "tiles", *shape, chunk=chunk, warps=warps)
-                    except Exception as error:
-                        results.row("tiles", dim=dim, chunk=chunk, warps=warps, window=window, error=str(error)[:200])
+        for dim, dtype, tile, product in runs:
+            use_tile(tile, product)
+            for window in (None, 16):
+                cells = {"chunk": tile[0], "warps": tile[1], "product": product}
+                try:
+                    check_mixing(window, 2, dim, dtype, seq=70)
+                    shape = 1, 65_536, 512 // dim, dim, dtype, window
+                    time_mixing(results, rate, "tiles", *shape, **cells)
+                except Exception as error:
+                    results.row("tiles", dim=dim, window=window, **cells, error=str(error)[:200])
     finally:
-        focus_triton._tile = original
+        focus_triton._tile, focus_triton._precision = original, precision
+
+
+def use_tile(tile, product):
+    chunk, warps = tile
+    focus_triton._tile = lambda *_: (chunk, warps, warps)
+    focus_triton._precision = lambda dtype: product
 
 
 def leap_base(**options):
@@ -374,8 +389,9 @@ def grid(results, rate):
 
 def compile_ahead():
     """Compile the kernels of all sizes in parallel processes, into Triton's cache on disk."""
-    jobs = [(dim, str(dtype)[6:], tile) for _, dim in HEADS for dtype in DTYPES for tile in [None]]
-    jobs += [(dim, "bfloat16", tile) for dim, choices in TILES.items() for tile in choices]
+    jobs = [(dim, str(dtype)[6:], None, None) for _, dim in HEADS for dtype in DTYPES]
+    jobs += [(dim, "bfloat16", tile, "tf32") for dim, choices in TILES.items() for tile in choices]
+    jobs += [(dim, "float32", TILES[dim][1], name) for dim in TILES for name in PRECISIONS]
     command = [sys.executable, __file__, "--compile"]
     running = []
     for job in jobs:
@@ -386,9 +402,9 @@ def compile_ahead():
         process.wait()
 
 
-def compile_one(dim, dtype, tile):
+def compile_one(dim, dtype, tile, product):
     if tile is not None:
-        focus_triton._tile = lambda _: tuple(tile)
+        use_tile(tile, product)
     for window in (None, 16):
         x = torch.randn(1, 64, 4, 16, dim, device=DEVICE, dtype=getattr(torch, dtype))
         settings = settings_for(window, dim)
@@ -413,7 +429,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="tiny sizes, on a CPU: shows that the script works")
     parser.add_argument("--output", type=Path, default=ROOT / "tests/benchmarks/results/gpu_focus.json")
     parser.add_argument("--sections", nargs="*", default=list(SECTIONS), choices=list(SECTIONS))
-    parser.add_argument("--seconds", type=float, default=120, help="no section starts after this many seconds")
+    parser.add_argument("--seconds", type=float, default=125, help="no section starts after this many seconds")
     parser.add_argument("--compile", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.compile:

@@ -9,7 +9,7 @@ quick=""
 if [ "${1:-}" = "--quick" ]; then quick=--quick; shift; fi
 results=${1:-${OUT:-tests/benchmarks/results}}
 mkdir -p "$results"
-within() { timeout -k 5 "$@"; }  # seconds, command
+within() { timeout -s INT -k 8 "$@"; }  # seconds, command; pytest sums up when it is interrupted
 
 if [ -n "$quick" ]; then
     TRITON_INTERPRET=1 $python -m pytest -q -m gpu tests/gpu/test_focus_triton.py 2>&1 | tee "$results/gpu_tests.log"
@@ -18,11 +18,12 @@ if [ -n "$quick" ]; then
     exit "$status"
 fi
 workers=""
-if $python -c "import xdist" 2> /dev/null; then workers="-n ${WORKERS:-12} --dist worksteal"; fi
-within 90 $python -m pytest -m gpu tests/gpu/test_focus_triton.py $workers -q --durations=5 --tb=short -rf 2>&1 |
+if $python -c "import xdist" 2> /dev/null; then workers="-n ${WORKERS:-12} --dist load --maxschedchunk 1"; fi
+if $python -c "import pytest_timeout" 2> /dev/null; then workers="$workers --timeout 75 --timeout-method thread"; fi
+within 80 $python -m pytest -m gpu tests/gpu/test_focus_triton.py $workers -q --durations=5 --tb=short -rf 2>&1 |
     tee "$results/gpu_tests_focus.log"
 status=${PIPESTATUS[0]}
-within 100 $python -m pytest -m gpu tests/gpu/test_models.py $workers -q --durations=8 --tb=short -rf 2>&1 |
+within 110 $python -m pytest -m gpu tests/gpu/test_models.py $workers -q --durations=8 --tb=short -rf 2>&1 |
     tee "$results/gpu_tests_models.log"
 [ "${PIPESTATUS[0]}" = 0 ] || status=1
 within 165 $python tests/benchmarks/gpu_focus.py --output "$results/gpu_focus.json" 2>&1 | tee "$results/gpu_focus.log"

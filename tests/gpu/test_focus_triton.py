@@ -83,7 +83,7 @@ LENGTHS = [1, 63, 64, 65, *(() if INTERPRETED else (300, 2047, 4097))]
 
 
 @pytest.mark.parametrize("seq", LENGTHS)
-@pytest.mark.parametrize("window", [None, 1, 2, 16, 17])
+@pytest.mark.parametrize("window", [None, 1, 2, 17, *(() if INTERPRETED else (33, 34))])
 def test_lengths_around_the_chunks(window, seq):
     qfkv, kwargs = make_inputs(1, seq, decay=True)
     check(qfkv, settings_for(window), kwargs)
@@ -97,12 +97,19 @@ def test_head_dims(window, head_dim):
     check(qfkv, replace(settings_for(window, **options), scale=2 / head_dim), kwargs)
 
 
+@pytest.mark.parametrize("head_dim, window", [(4, 33), (4, 34), (64, 64), (96, 33)])
+def test_the_widest_windows(head_dim, window):
+    """Queries of the chunks after one see all that their windows hold."""
+    qfkv, kwargs = make_inputs(1, 140, head_dim, normalize=True)
+    check(qfkv, replace(settings_for(window, normalize=True), scale=2 / head_dim), kwargs)
+
+
 @pytest.mark.parametrize("window", [None, 4])
 def test_many_groups_of_chunks(window, monkeypatch):
     """More chunks than a group holds; each row waits for its own."""
     if INTERPRETED:
         monkeypatch.setattr(focus_triton, "_GROUP", 2)
-        monkeypatch.setattr(focus_triton, "_tile", lambda dim: (16, 4))
+        monkeypatch.setattr(focus_triton, "_tile", lambda *_: (16, 4, 4))
     seq = 100 if INTERPRETED else 4500
     qfkv, kwargs = make_inputs(2, seq, segments=True, padding=True, decay=True)
     check(qfkv, settings_for(window, null_weight=0.3), kwargs)
@@ -288,11 +295,13 @@ def test_inputs_that_are_not_contiguous():
 
 
 @pytest.mark.parametrize(
-    "change", [{"window": 65}, {"causal": False}], ids=["a window wider than the kernels'", "bidirectional"]
+    "head_dim, change",
+    [(4, {"window": 65}), (65, {"window": 34}), (4, {"causal": False})],
+    ids=["a window wider than the kernels'", "wide heads and a wide window", "bidirectional"],
 )
-def test_what_the_kernels_do_not_do_is_left_to_torch(change):
-    qfkv, _ = make_inputs(1, 100)
-    settings = replace(settings_for(4), **change)
+def test_what_the_kernels_do_not_do_is_left_to_torch(head_dim, change):
+    qfkv, _ = make_inputs(1, 100, head_dim)
+    settings = replace(settings_for(4), scale=1 / head_dim, **change)
     assert not focus_triton.applies(on_device(qfkv), settings)
     out, _ = focus_mixing(on_device(qfkv), settings)
     torch.testing.assert_close(out.cpu(), naive_focus_mixing(qfkv, settings), rtol=1e-5, atol=1e-5)
