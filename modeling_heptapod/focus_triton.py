@@ -233,7 +233,7 @@ if triton is not None:
             ready = tl.atomic_or(word, 0, sem="acquire")
         if group > 0:
             ready = tl.atomic_or(word - 1, 0, sem="acquire")
-            while ready >= 0:  # its highest bit is that of the last chunk of a group
+            while ((ready >> (GROUP - 1)) & 1) == 0:  # until the last chunk of that group is in
                 ready = tl.atomic_or(word - 1, 0, sem="acquire")
             end = ends + (row * groups + group - 1).to(tl.int64) * size
             reference, total, keys, values = _read_record(end, GATED, DP)
