@@ -11,6 +11,8 @@ logger = logging.get_logger(__name__)
 
 # Read by the loss of heads and by decorators, so that a base model need not look at them.
 _READ_ELSEWHERE = ("num_items_in_batch", "output_hidden_states")
+# Read by `generate` itself (`stop_strings`), which hands them on to each forward pass.
+_OF_GENERATE = ("tokenizer", "assistant_tokenizer")
 # Come with `cu_seq_lens_q`, and say nothing more.
 _WITH_CU_SEQ_LENS_Q = ("cu_seq_lens_k", "max_length_q", "max_length_k")
 
@@ -30,7 +32,7 @@ def refuse_unread(model, kwargs: dict[str, Any], cu_seq_lens_q=None) -> None:
     for name, value in kwargs.items():
         asks_for_nothing = value is None or (value is False and (name.startswith("output_") or name == "use_cache"))
         comes_along = cu_seq_lens_q is not None and name in _WITH_CU_SEQ_LENS_Q
-        if asks_for_nothing or comes_along or name in _READ_ELSEWHERE:
+        if asks_for_nothing or comes_along or name in _READ_ELSEWHERE + _OF_GENERATE:
             continue
         if name == "token_type_ids":
             logger.warning_once(f"`token_type_ids` are ignored: {type(model).__name__} has no token types.")

@@ -5,10 +5,12 @@ import copy
 
 import pytest
 import torch
+from data import build_tokenizer
 from transformers import DynamicCache
 
 from modeling_heptapod import HierarchicalCache, MultiGridCache, RecurrentCache, StaticRecurrentCache
 from modeling_heptapod.cache_states import held_states
+from modeling_heptapod.transformers_versions import CACHE
 from tests.tiny_hierarchical_lm import VARIANTS as STREAMS
 from tests.tiny_hierarchical_lm import tiny_hierarchical_lm
 from tests.tiny_leap import VARIANTS as MIXERS
@@ -149,7 +151,7 @@ def test_more_sequences_than_cached_rows_are_an_error(name):
 @torch.no_grad()
 def test_caches_of_other_kinds_are_errors(name):
     model, cache, inputs = case(name)
-    match = rf"`past_key_values` must be a .*{type(cache).__name__}.*, got DynamicCache: build it with"
+    match = rf"`{CACHE}` must be a .*{type(cache).__name__}.*, got DynamicCache: build it with"
     for call in (model, lambda **given: model.generate(**given, max_new_tokens=2)):
         with pytest.raises(TypeError, match=match):
             call(**part(inputs, [0], 0, PROMPT), past_key_values=DynamicCache())
@@ -354,3 +356,14 @@ def test_drafted_tokens_are_right_or_refused(name, how):
         return
     with pytest.raises(ValueError, match="stateful models|Assisted decoding is not supported with meta axes"):
         model.generate(**prompt, **drafted)
+
+
+@pytest.mark.parametrize("name", CASES, ids="-".join)
+def test_generate_with_a_tokenizer(name):
+    """For `stop_strings`, as servers and pipelines give one: `generate` hands it on to every forward pass."""
+    tokenizer = build_tokenizer("byte", [])
+    make, _, variant = CASES[name]
+    model = make(vocab_size=len(tokenizer), **variant)
+    prompt = {**prompt_for(model, 1, PROMPT), "max_new_tokens": 4, "do_sample": False}
+    written = model.generate(**prompt, stop_strings=["no such text"], tokenizer=tokenizer)
+    assert torch.equal(written, model.generate(**prompt))

@@ -386,7 +386,7 @@ def test_linear_layers_are_given_three_dimensions_at_most(case):
     assert {name: dims for name, dims in seen.items() if not dims <= {2, 3}} == {}
 
 
-CAUSAL = ["leap-causal", "hierarchical-cross", "multigrid-plain"]
+CAUSAL = ["leap-causal", "leap-additive", "hierarchical-cross", "multigrid-plain"]
 PREFIXED = [
     "leap-causal",
     "leap-masked",
