@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from .focus_cpu import NativeMixing, applies
+from .focus_kinds import QUERY_GATES, WEIGHT_FUNCTIONS
 from .focus_triton import TritonMixing
 from .focus_triton import applies as triton_applies
 from .running_mean import EMPTY, FocusState, same_segment, two_sided_mean, weighted_mean
@@ -47,6 +48,9 @@ class FocusSettings:
         window (`int`, *optional*): window size; `None` is global.
         null_weight (`float`): weight of one more token of value zero in every window.
         causal (`bool`): whether a position sees only itself and its past.
+
+    Raises:
+        ValueError: for kinds that are not in the tables of `focus_kinds.py`, and numbers that mean nothing.
     """
 
     scale: float
@@ -57,6 +61,25 @@ class FocusSettings:
     null_weight: float = 0.0
     causal: bool = True
 
+    def __post_init__(self):
+        for name, known in (("weight_function", WEIGHT_FUNCTIONS), ("query_gate", QUERY_GATES)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"`{name}` must be one of {list(known)}, got {getattr(self, name)!r}; a new one is an entry of the table "
+                    "in focus_kinds.py."
+                )
+        if self.window is not None and (type(self.window) is not int or self.window < 1):
+            raise ValueError(f"`window` must be an integer of at least 1, or None, got {self.window!r}.")
+        if not math.isfinite(self.scale):
+            raise ValueError(f"`scale` must be finite, got {self.scale}.")
+        if not 0 <= self.null_weight < math.inf:
+            raise ValueError(f"`null_weight` must be finite and not negative, got {self.null_weight}.")
+
+    @property
+    def kernels(self) -> tuple[int | None, int | None]:
+        """Numbers of weight function and gate in the kernels, `None` for what is in torch only."""
+        return WEIGHT_FUNCTIONS[self.weight_function].kernel, QUERY_GATES[self.query_gate].kernel
+
     def bounded(self, head_dim: int) -> bool:
         """Whether no focus logit can leave +-30: dot products of standardised vectors stay below `head_dim`."""
         return self.normalize and self.scale * head_dim <= 30
@@ -64,9 +87,12 @@ class FocusSettings:
 
 def log_weight(logits: torch.Tensor, weight_function: str) -> torch.Tensor:
     """Log of the positive weight that a focus logit stands for, elementwise."""
-    if weight_function == "exp":
-        return logits
-    return torch.where(logits < 0, logits, torch.log1p(logits.clamp_min(0)))
+    return WEIGHT_FUNCTIONS[weight_function].log(logits)
+
+
+def open_gate(alignment: torch.Tensor, query_gate: str) -> torch.Tensor:
+    """The gate of an alignment `scale * q . kbar`, elementwise."""
+    return QUERY_GATES[query_gate].open(alignment)
 
 
 def standardize(x: torch.Tensor) -> torch.Tensor:
@@ -134,7 +160,7 @@ def naive_focus_mean(
         weights = (logs - top).exp()
         total = weights.sum(1) + null_weight * (-top[:, 0]).exp() if null_weight else weights.sum(1)
         seen = torch.einsum("bjh,bjhc->bhc", weights, values[:, first : last + 1])
-        means.append(torch.where(total[..., None] > 0, seen / total.clamp_min(1e-37)[..., None], 0.0))
+        means.append(torch.where(total[..., None] == 0, 0.0, seen / total.clamp_min(1e-37)[..., None]))
     return torch.stack(means, 1)
 
 
@@ -164,8 +190,7 @@ def naive_focus_mixing(
     if rotary is not None:
         q, k = (rotate(x, *rotary) for x in (q, k))
     alignment = settings.scale * (q * mean(k)).sum(-1, keepdim=True)
-    gate = torch.sigmoid(alignment) if settings.query_gate == "sigmoid" else nn.functional.gelu(alignment)
-    return gate * mean(v)
+    return open_gate(alignment, settings.query_gate) * mean(v)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,7 +227,7 @@ def _means_backward(grads, log_total, logs, values, settings, decay, segments, c
         `[batch, heads, n, 1]`, this factor, and the carry.
     """
     channels = values.shape[-1]
-    reverse_logs = torch.where(log_total > EMPTY / 2, -log_total, -math.inf)
+    reverse_logs = torch.where(log_total <= EMPTY / 2, -math.inf, -log_total)  # NaN stays
     if settings.causal:
         running = weighted_mean(reverse_logs, grads, settings.window, decay, segments, carry, reverse=True)
         carry = _leave_state(reverse_logs, grads, settings, segments, running, carry, reverse=True)
@@ -262,17 +287,6 @@ def _standardize_backward(grad, stats):
     return torch.ops.aten.native_layer_norm_backward(grad, x, [size], mean, rstd * root, None, None, mask)[0]
 
 
-def open_gate(alignment, kind):
-    return torch.sigmoid(alignment) if kind == "sigmoid" else nn.functional.gelu(alignment)
-
-
-def _gate_slope(alignment, gate, kind):
-    if kind == "sigmoid":
-        return gate * (1 - gate)
-    density = torch.exp(-0.5 * alignment.square()) / math.sqrt(2 * math.pi)
-    return torch.special.ndtr(alignment) + alignment * density
-
-
 class _Block:
     """One block of the mixing step: the arithmetic before and after the means, forward and backward."""
 
@@ -318,16 +332,14 @@ class _Block:
             torch.sum(grad_out * self.means, -1, out=grad_means[..., channels])
         else:
             grad_gate = (grad_out * self.vbar).sum(-1)
-            grad_dot = grad_gate * _gate_slope(self.dot * scale, self.gate, settings.query_gate) * scale
+            grad_dot = grad_gate * QUERY_GATES[settings.query_gate].slope(self.dot * scale, self.gate) * scale
             torch.mul(grad_dot.unsqueeze(-1), self.q, out=grad_means[..., : channels // 2])
             torch.mul(self.gate.unsqueeze(-1), grad_out, out=grad_means[..., channels // 2 : channels])
             torch.addcmul(grad_dot * self.dot, self.gate, grad_gate, out=grad_means[..., channels])
         grad_logs, grad_values, factor, carry = _means_backward(grad_means, self.log_total, *self.tokens, carry)
 
         grad_logits = grad_logs.transpose(1, 2) * scale  # [batch, n, heads]
-        if settings.weight_function == "elu":
-            grad_logits = grad_logits / (1 + self.logits.clamp_min(0))
-        grad_logits = grad_logits.unsqueeze(-1)
+        grad_logits = WEIGHT_FUNCTIONS[settings.weight_function].backward(grad_logits, self.logits).unsqueeze(-1)
         grad_values, factor = grad_values.transpose(1, 2), factor.transpose(1, 2)
         batch, n, heads, head_dim = self.v.shape
         grads = grad_values.new_empty(batch, n, 3 if settings.query_gate == "none" else 4, heads, head_dim)
@@ -467,7 +479,18 @@ def focus_mixing(
     """
     parts = 3 if settings.query_gate == "none" else 4
     _check_inputs("qfkv", qfkv, [None, None, parts, None, None], settings, state)
+    batch, seq, _, heads, head_dim = qfkv.shape
+    channels = head_dim if parts == 3 else 2 * head_dim
+    _check_companions(qfkv, (batch, seq, heads, channels), settings, decay, padding_mask, segment_ids, state)
     cos, sin = (None, None) if rotary is None else rotary
+    for name, table in (("rotary[0]", cos), ("rotary[1]", sin)):
+        if table is None:
+            continue
+        _check_tensor(name, table, qfkv, (batch if table.shape[:1] == (batch,) else 1, seq, head_dim), floating=True)
+        if head_dim % 2:
+            raise ValueError(f"`rotary` needs an even head dimension, got {head_dim}.")
+    if rotary is not None and cos.shape != sin.shape:
+        raise ValueError(f"`rotary` must be two tensors of one shape, got {list(cos.shape)} and {list(sin.shape)}.")
     past = (None, None) if state is None else (state.log_weights, state.values)
     mask = None if padding_mask is None else padding_mask.bool()
     out, *final = _FocusMixing.apply(qfkv, settings, decay, cos, sin, mask, _runs(segment_ids), *past)
@@ -532,6 +555,8 @@ def focus_mean(
         TypeError, ValueError: for inputs of another dtype or shape, or a state in a bidirectional step.
     """
     _check_inputs("values", values, [*log_weights.shape, None], settings, state)
+    _check_tensor("log_weights", log_weights, values, values.shape[:3], floating=True)
+    _check_companions(values, values.shape, settings, decay, padding_mask, segment_ids, state)
     dtype = torch.promote_types(values.dtype, torch.float32)
     logs = log_weights.to(dtype)
     if padding_mask is not None:
@@ -558,11 +583,45 @@ def _check_inputs(name, tensor, shape, settings, state):
     if not tensor.is_floating_point():
         raise TypeError(f"`{name}` must be floating point, got {tensor.dtype}.")
     wrong = len(shape) != tensor.dim() or any(size not in (None, got) for size, got in zip(shape, tensor.shape))
-    if wrong or tensor.shape[1] == 0:
+    if wrong or 0 in tensor.shape:
         expected = ", ".join("?" if size is None else str(size) for size in shape)
         raise ValueError(f"`{name}` must have shape [{expected}] with at least one token, got {list(tensor.shape)}.")
     if state is not None and not settings.causal:
         raise ValueError("`state` was given, but a bidirectional step has no past to continue from.")
+
+
+def _check_companions(tensor, shape, settings, decay, padding_mask, segment_ids, state):
+    """Check what comes with `tensor`, by the shape `[batch, seq, heads, channels]` of the means."""
+    batch, seq, heads, channels = shape
+    if decay is not None:
+        _check_tensor("decay", decay, tensor, (heads,), floating=True)
+    if padding_mask is not None:
+        _check_tensor("padding_mask", padding_mask, tensor, (batch, seq))
+    if segment_ids is not None:
+        _check_tensor("segment_ids", segment_ids, tensor, (batch, seq), floating=False)
+    if state is None:
+        return
+    past = ()
+    if settings.window is not None:
+        past = tuple(state.log_weights.shape[2:3])
+        if len(past) != 1 or past[0] >= settings.window:
+            raise ValueError(
+                f"`state.log_weights` must be [batch, heads, past] of at most {settings.window - 1} tokens for a window of "
+                f"{settings.window}, got {list(state.log_weights.shape)}."
+            )
+    _check_tensor("state.log_weights", state.log_weights, tensor, (batch, heads, *past), floating=True)
+    _check_tensor("state.values", state.values, tensor, (batch, heads, *past, channels), floating=True)
+
+
+def _check_tensor(name, tensor, like, shape, floating=None):
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"`{name}` must be a tensor, got {type(tensor).__name__}.")
+    if floating is not None and tensor.is_floating_point() != floating:
+        raise TypeError(f"`{name}` must be {'floating point' if floating else 'integers'}, got {tensor.dtype}.")
+    if tensor.shape != shape:
+        raise ValueError(f"`{name}` must have shape {list(shape)}, got {list(tensor.shape)}.")
+    if tensor.device != like.device:
+        raise ValueError(f"`{name}` must be on {like.device}, as the tokens are, got {tensor.device}.")
 
 
 def attention_matrix(
@@ -597,5 +656,6 @@ def attention_matrix(
     logits = torch.where(allowed, logits, -math.inf)
     if settings.null_weight:
         logits = nn.functional.pad(logits, (0, 1), value=math.log(settings.null_weight))
-    weights = torch.softmax(logits, dim=-1).nan_to_num(0.0)  # a pad may see nothing at all
+    weights = torch.softmax(logits, dim=-1)
+    weights = torch.where((logits == -math.inf).all(-1, keepdim=True), 0.0, weights)  # a pad may see nothing at all
     return weights[..., :-1] if settings.null_weight else weights

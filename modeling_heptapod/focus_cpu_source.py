@@ -3,7 +3,8 @@
 It is the arithmetic of `naive_focus_mixing`, one head of one row at a time, block by block: what a block needs stays in
 the cache of a core, so memory is read once and written once. It lives in a string because exported checkpoints carry
 Python files only. Global means are sums in double precision relative to a reference log weight, which follows the
-largest one; windows are summed directly. Nothing is subtracted from a sum.
+largest one; windows are summed directly. Nothing is subtracted from a sum. Comparisons are written so that NaN comes out
+as NaN: what is not there is what `is_empty` says, not what is not larger than something.
 """
 
 SOURCE = r"""
@@ -19,13 +20,15 @@ SOURCE = r"""
 #define SIMD_TEXT(x) #x
 
 enum { BLOCK = 128, WIDEST = 64, AHEAD = 8, MOST_THREADS = 256 };
+enum { EXP, ELU };                /* weight functions and gates, numbered in focus_kinds.py */
 enum { NO_GATE, SIGMOID, GELU };
+enum { DONE, NO_MEMORY, UNFIT };  /* what a call returns */
 static const float NOTHING = -1e30f; /* log weight of what is not there */
 static const float EMPTY = -1e29f;   /* smallest log weight of what is */
 
 /* One call; the fields are mirrored in focus_cpu.py. Pointers that do not apply are NULL. */
 typedef struct {
-    int64_t batch, seq, heads, parts, window, past, kept, bf16, normalize, elu, gate, bounded, rotary_stride, threads;
+    int64_t batch, seq, heads, parts, window, past, kept, bf16, normalize, weight, gate, bounded, rotary_stride, threads;
     double scale, null_weight;
     const void *in;          /* [batch, seq, parts, heads, dim]: (q,) f, k, v */
     void *out;               /* [batch, seq, heads, dim] */
@@ -107,6 +110,9 @@ INLINE void prefetch(const Mixing *m, const void *from, int64_t at, int dim) {
 
 INLINE float larger(float a, float b) { return a > b ? a : b; }
 
+/* Whether a log weight stands for no token at all. NaN does not, nor does -inf: zero times an infinite value is NaN. */
+INLINE int is_empty(double log) { return log <= EMPTY && log != -INFINITY; }
+
 INLINE float dot(const float *a, const float *b, int dim) {
     float sum = 0;
     SIMD_SUM(sum) for (int d = 0; d < dim; d++) sum += a[d] * b[d];
@@ -115,7 +121,7 @@ INLINE float dot(const float *a, const float *b, int dim) {
 
 /* exp of x <= 0 to 2 units in the last place, in a form that compilers vectorise. */
 INLINE float exp_negative(float x) {
-    float safe = x < -87.0f ? -87.0f : x;
+    float safe = x < -87.0f ? -87.0f : x; /* NaN stays */
     float n = rintf(safe * 1.44269504f);
     float r = safe - n * 0.693359375f + n * 2.12194440e-4f;
     float y = 1.9875691500e-4f;
@@ -125,7 +131,7 @@ INLINE float exp_negative(float x) {
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
     y = y * r * r + r + 1.0f;
-    int32_t bits = ((int32_t)n + 127) << 23;
+    int32_t bits = ((int32_t)(n == n ? n : 0.0f) + 127) << 23; /* no integer is NaN */
     float power;
     memcpy(&power, &bits, 4);
     return x < -87.0f ? 0.0f : y * power;
@@ -147,7 +153,7 @@ INLINE void standardize(float *x, int dim, float *deviation, float *factor) {
     mean /= dim;
     SIMD_SUM(squares) for (int d = 0; d < dim; d++) { x[d] -= mean; squares += x[d] * x[d]; }
     squares /= dim - 1;
-    *deviation = sqrtf(squares > 1e-24f ? squares : 1e-24f);
+    *deviation = sqrtf(squares < 1e-24f ? 1e-24f : squares);
     *factor = 1.0f / (*deviation + 1e-5f);
     SIMD for (int d = 0; d < dim; d++) x[d] *= *factor;
 }
@@ -169,7 +175,7 @@ INLINE void rotate(const float *x, const float *cos, const float *sin, float tur
     }
 }
 
-INLINE float log_weight(float logit, int elu) { return elu && logit > 0 ? log1pf(logit) : logit; }
+INLINE float log_weight(float logit, int kind) { return kind == ELU && logit > 0 ? log1pf(logit) : logit; }
 
 INLINE void take(Running *r, double log, const float *x, float extra, int channels) {
     if (log > r->reference + 10) { /* rarely: the reference need only be near the largest */
@@ -221,7 +227,7 @@ INLINE void prepare(const Mixing *m, Work *w, int64_t b, int64_t h, int64_t firs
         const float *f = w->rows[1] + i * dim, *k = w->rows[2] + i * dim, *v = w->rows[3] + i * dim;
         w->logits[i] = dot(f, k, dim) * (float)m->scale;
         int real = !m->mask || m->mask[b * m->seq + t];
-        w->logs[i] = real ? log_weight(w->logits[i], (int)m->elu) : NOTHING;
+        w->logs[i] = real ? log_weight(w->logits[i], (int)m->weight) : NOTHING;
         float *values = w->values + i * channels;
         if (gated) {
             const float *q = w->rows[0] + i * dim;
@@ -250,7 +256,7 @@ INLINE void prepare_halo(const Mixing *m, Work *w, int64_t b, int64_t h, int64_t
         if (old < 0) continue;
         int64_t at = (b * m->heads + h) * m->past + old;
         w->logs[i] = m->past_logs[at];
-        if (!(w->logs[i] > EMPTY)) w->logs[i] = NOTHING;
+        if (w->logs[i] <= EMPTY) w->logs[i] = NOTHING; /* -inf marks an empty place of a state */
         memcpy(w->values + i * channels, m->past_values + at * channels, channels * sizeof(float));
     }
 }
@@ -284,19 +290,19 @@ INLINE void block_means(
                 weights[j] = exp_negative(weights[j] - top);
                 total += weights[j];
             }
-            if (!(top > EMPTY)) total = 0;
+            if (is_empty(top) && total == total) total = 0;
             if (m->null_weight) total += exp_negative((float)log_null - top);
             weigh(weights, w->values + start * channels, seen, channels, mean);
-            if (totals) w->log_total[i] = total > 0 ? top + log(total) : NOTHING;
-            share = total > 0 ? 1 / total : 0;
+            if (totals) w->log_total[i] = total == 0 ? NOTHING : top + log(total);
+            share = total == 0 ? 0 : 1 / total;
             SIMD for (int c = 0; c < channels; c++) mean[c] *= (float)share;
         } else {
             if (t > 0 && !continues(m, b, t)) forget(r, channels);
             r->reference -= decay;
-            if (w->logs[i] > EMPTY) take(r, w->logs[i], w->values + i * channels, 1, channels);
+            if (!is_empty(w->logs[i])) take(r, w->logs[i], w->values + i * channels, 1, channels);
             double total = r->total + (m->null_weight ? exp(log_null - r->reference) : 0);
-            if (totals) w->log_total[i] = r->total > 0 ? r->reference + log(total) : log_null;
-            share = r->total > 0 ? 1 / total : 0;
+            if (totals) w->log_total[i] = r->total == 0 ? log_null : r->reference + log(total);
+            share = r->total == 0 ? 0 : 1 / total;
             SIMD for (int c = 0; c < channels; c++) mean[c] = (float)(r->sums[c] * share);
         }
     }
@@ -304,7 +310,7 @@ INLINE void block_means(
 
 INLINE void enter_state(const Mixing *m, Running *r, int64_t row, int channels) {
     forget(r, channels);
-    if (m->window || !m->past_logs || !(m->past_logs[row] > EMPTY)) return;
+    if (m->window || !m->past_logs || m->past_logs[row] <= EMPTY) return;
     r->reference = m->past_logs[row];
     r->total = 1;
     for (int c = 0; c < channels; c++) r->sums[c] = m->past_values[row * channels + c];
@@ -314,13 +320,13 @@ INLINE void leave_state(const Mixing *m, const Work *w, const Running *r, int64_
     if (m->window) { /* the last `kept` tokens; `last` is the place of the last one */
         for (int64_t i = 0; i < m->kept; i++) {
             int64_t from = last - m->kept + 1 + i, to = row * m->kept + i;
-            m->final_logs[to] = w->logs[from] > EMPTY ? w->logs[from] : -INFINITY;
+            m->final_logs[to] = is_empty(w->logs[from]) ? -INFINITY : w->logs[from];
             memcpy(m->final_values + to * channels, w->values + from * channels, channels * sizeof(float));
         }
         return;
     }
-    m->final_logs[row] = r->total > 0 ? (float)(r->reference + log(r->total)) : EMPTY;
-    double share = r->total > 0 ? 1 / r->total : 0;
+    m->final_logs[row] = r->total == 0 ? EMPTY : (float)(r->reference + log(r->total));
+    double share = r->total == 0 ? 0 : 1 / r->total;
     for (int c = 0; c < channels; c++) m->final_values[row * channels + c] = (float)(r->sums[c] * share);
 }
 
@@ -424,10 +430,10 @@ INLINE void backward_head(Mixing *m, Work *w, int64_t row, int dim) {
                 float weights[WIDEST], inner = 0;
                 for (int j = 0; j < reach; j++) weights[j] = (float)(log - decay * j - w->log_total[i + j]);
                 SIMD_SUM(inner) for (int j = 0; j < reach; j++) {
-                    weights[j] = exp_negative(weights[j] < 0 ? weights[j] : 0);
+                    weights[j] = exp_negative(weights[j] > 0 ? 0 : weights[j]);
                     inner += weights[j] * w->inner[i + j];
                 }
-                if (!(log > EMPTY)) { /* a pad, which weighs nothing */
+                if (is_empty(log)) { /* a pad, which weighs nothing */
                     memset(weights, 0, sizeof(weights));
                     inner = 0;
                 }
@@ -436,16 +442,16 @@ INLINE void backward_head(Mixing *m, Work *w, int64_t row, int dim) {
             } else {
                 if (cut) forget(&later, channels);
                 later.reference -= decay;
-                if (w->log_total[i] > EMPTY)
+                if (!is_empty(w->log_total[i]))
                     take(&later, -w->log_total[i], w->grads + i * channels, w->inner[i], channels);
-                double factor = log > EMPTY ? exp(log + later.reference) : 0, slope = 0;
+                double factor = is_empty(log) ? 0 : exp(log + later.reference), slope = 0;
                 SIMD_SUM(slope) for (int c = 0; c < channels; c++) slope += later.sums[c] * value[c];
                 SIMD for (int c = 0; c < channels; c++) grad_value[c] = (float)(later.sums[c] * factor);
                 grad_log = (float)((slope - later.total) * factor);
             }
 
             float grad_logit = grad_log * (float)m->scale, grad[dim];
-            if (m->elu && w->logits[place] > 0) grad_logit /= 1 + w->logits[place];
+            if (m->weight == ELU && w->logits[place] > 0) grad_logit /= 1 + w->logits[place];
             const float *f = w->rows[1] + place * dim, *k = w->rows[2] + place * dim;
             int64_t at = ((b * m->seq + t) * m->parts * m->heads + h) * dim, part = m->heads * dim;
             for (int p = 0; p < m->parts && t >= AHEAD; p++)
@@ -476,7 +482,7 @@ INLINE void step_head(Mixing *m, Work *w, int64_t row, int dim) {
     int gated = m->parts == 4, channels = gated ? 2 * dim : dim, pairs = gated ? 2 : 1;
     float decay = m->decay ? m->decay[h] : 0;
     prepare(m, w, b, h, 0, 1, 0, dim);
-    float own_log = w->logs[0], log_null = m->null_weight ? logf((float)m->null_weight) : NOTHING, *mean = w->means;
+    float own_log = w->logs[0], log_null = m->null_weight ? (float)log(m->null_weight) : NOTHING, *mean = w->means;
     const float *token = w->values;
     if (!m->window) {
         float *state = m->state + b * m->heads * (2 + channels), *reference = state + h, *total = state + m->heads + h;
@@ -484,7 +490,7 @@ INLINE void step_head(Mixing *m, Work *w, int64_t row, int dim) {
         *total = *total * expf(before - top) + weight;
         *reference = top;
         float share = weight / *total, seen = 1;
-        if (m->null_weight) seen = *total / (*total + (float)m->null_weight * expf(-top));
+        if (m->null_weight) seen = *total / (*total + expf(log_null - top));
         for (int p = 0; p < pairs; p++) {
             float *past = state + 2 * m->heads + (p * m->heads + h) * dim;
             SIMD for (int d = 0; d < dim; d++) {
@@ -552,7 +558,7 @@ static int allocate(const Mixing *m, Work *w) {
     static void *name(void *argument) {                                           \
         Mixing *m = argument;                                                     \
         Work w;                                                                   \
-        if (!allocate(m, &w)) { m->failed = 1; return NULL; }                     \
+        if (!allocate(m, &w)) { m->failed = NO_MEMORY; return NULL; }             \
         int64_t row;                                                              \
         while ((row = __sync_fetch_and_add(&m->next, 1)) < m->batch * m->heads)   \
             step(m, &w, row, HEAD_DIM);                                           \
@@ -563,7 +569,15 @@ OVER_HEADS(forward_heads, forward_head)
 OVER_HEADS(backward_heads, backward_head)
 OVER_HEADS(step_heads, step_head)
 
+/* focus_cpu.py has looked at all tensors; a kind that this source does not know would be taken for another one. */
+static int fits(const Mixing *m) {
+    return (m->weight == EXP || m->weight == ELU) && m->gate >= NO_GATE && m->gate <= GELU &&
+           m->parts == (m->gate == NO_GATE ? 3 : 4) && m->batch > 0 && m->seq > 0 && m->heads > 0 && m->past >= 0 &&
+           m->window >= 0 && m->window <= WIDEST;
+}
+
 static int in_threads(void *(*work)(void *), Mixing *m) {
+    if (!fits(m)) return UNFIT;
     pthread_t others[MOST_THREADS];
     int started = 0;
     while (started < m->threads - 1 && started < MOST_THREADS)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .focus import FocusSettings, log_weight, open_gate, rotate, standardize_forward
+from .focus_kinds import WEIGHT_FUNCTIONS
 from .running_mean import EMPTY, FocusState
 
 
@@ -124,10 +125,7 @@ def step_global_mean(
     m, z = packed[:, :heads], packed[:, heads : 2 * heads]
     means = packed[:, 2 * heads :].view(batch, parts, heads, head_dim)
     if settings.bounded(head_dim):
-        if settings.weight_function == "exp":
-            weights = logits.exp()
-        else:  # elu(x) + 1, which has no precision below zero when taken as written
-            weights = logits.clamp_max(0).exp_().add_(logits.clamp_min(0))
+        weights = WEIGHT_FUNCTIONS[settings.weight_function].weight(logits)
         if decay is not None:
             z.mul_(torch.exp(-decay))
     else:

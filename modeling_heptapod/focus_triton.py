@@ -32,7 +32,6 @@ _MOST_DIM = 256
 _GROUP = 32  # chunks, one bit each of a word
 # Floats of a record before its sums: log of the reference, sum of weights, whether the past passes, nothing.
 _HEADER = 4
-_GATES = {"none": 0, "sigmoid": 1, "gelu": 2}
 
 
 def applies(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> bool:
@@ -47,6 +46,7 @@ def applies(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> bool:
         and type(qfkv) in (torch.Tensor, torch.nn.Parameter)  # not one of tracing, which has no memory
         and qfkv.dtype in _DTYPES
         and settings.causal
+        and None not in settings.kernels
         and (settings.window is None or settings.window <= widest)
         and 1 < qfkv.shape[-1] <= _MOST_DIM
         and qfkv.shape[0] > 0
@@ -862,8 +862,8 @@ class TritonMixing:
             "HALO": halo,
             "GROUP": _GROUP,
             "NORMALIZE": settings.normalize,
-            "ELU": settings.weight_function == "elu",
-            "GATE": _GATES[settings.query_gate],
+            "ELU": settings.kernels[0] == 1,
+            "GATE": settings.kernels[1],
             "NULL": bool(settings.null_weight),
             "GATED": parts - 3,
             "PRECISION": _precision(qfkv.dtype),
@@ -990,8 +990,8 @@ def step(
             DP=max(16, triton.next_power_of_2(dim)),
             HELD=triton.next_power_of_2(held),
             NORMALIZE=settings.normalize,
-            ELU=settings.weight_function == "elu",
-            GATE=_GATES[settings.query_gate],
+            ELU=settings.kernels[0] == 1,
+            GATE=settings.kernels[1],
             NULL=bool(settings.null_weight),
             GATED=parts - 3,
             BOUNDED=settings.bounded(dim),

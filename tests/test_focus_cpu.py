@@ -1,19 +1,18 @@
 """The compiled mixing step against the loop in float64: values, states, gradients, single tokens; and life without it."""
 
-import logging
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from modeling_heptapod import focus, focus_cpu
+from modeling_heptapod.configuration_leap import _CHOICES
 from modeling_heptapod.focus import FocusSettings, FocusState, focus_mixing, naive_focus_mixing
+from modeling_heptapod.focus_kinds import QUERY_GATES, WEIGHT_FUNCTIONS, WeightFunction
 from modeling_heptapod.focus_step import pack_state
 from tests.test_focus import OPTIONS, check_state, relative_rms, settings_for
+from tests.tiny_leap import tiny_leap
 
 
 HEADS = 2
@@ -274,41 +273,6 @@ def test_a_cache_that_keeps_more_than_a_window_is_left_to_torch():
     assert packed.abs().max() == 0
 
 
-@pytest.mark.parametrize("how", ["switched off", "no compiler", "a compiler that fails", "nowhere to write"])
-def test_without_the_library_torch_does_it(how, monkeypatch, tmp_path, caplog):
-    broken = tmp_path / "cc"
-    broken.write_text("#!/bin/sh\necho broken >&2\nexit 1\n")
-    broken.chmod(0o755)
-    if how == "switched off":
-        monkeypatch.setenv("HEPTAPOD_NATIVE", "0")
-    elif how == "no compiler":
-        monkeypatch.setattr(focus_cpu.shutil, "which", lambda name: None)
-    elif how == "a compiler that fails":
-        monkeypatch.setenv("CC", str(broken))
-    else:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(broken))
-    monkeypatch.setattr(focus_cpu, "_library", focus_cpu._library.__wrapped__)
-    monkeypatch.setattr(focus_cpu.logger, "warning_once", focus_cpu.logger.warning)
-    monkeypatch.setattr(logging.getLogger("modeling_heptapod"), "propagate", True)
-    qfkv, _ = make_inputs(1, 10)
-    with caplog.at_level(logging.WARNING):
-        assert not focus_cpu.applies(qfkv, settings_for(4))
-        out, _ = focus_mixing(qfkv, settings_for(4))
-    assert bool(caplog.records) == (how != "switched off")
-    torch.testing.assert_close(out, naive_focus_mixing(qfkv, settings_for(4)), rtol=1e-5, atol=1e-5)
-
-
-def test_it_is_compiled_once_a_machine(tmp_path):
-    code = "from modeling_heptapod.focus_cpu import _library; assert _library(6) is not None"
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    for _ in range(2):
-        subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-        (library,) = (tmp_path / "heptapod").iterdir()
-        written = library.stat().st_mtime_ns
-        environment["LAST"] = environment.get("LAST", str(written))
-    assert str(written) == environment["LAST"]
-
-
 def test_logits_that_overflow_a_plain_exponential():
     settings = FocusSettings(scale=1.0, weight_function="exp", window=None)
     qfkv = torch.full((1, 5, 4, 1, 2), 20.0)
@@ -328,3 +292,220 @@ def test_single_tokens_of_extreme_logits(window):
     packed = pack_state(state, settings, 4, 1)
     outs = [focus_cpu.step(qfkv[:, t : t + 1], settings, None, None, packed) for t in range(1, 6)]
     torch.testing.assert_close(torch.cat(outs, 1), expected[:, 1:], rtol=1e-5, atol=1e-5)
+
+
+def not_finite(x):
+    return ~x.isfinite()
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("window", [None, 1, 4, 64])
+def test_what_is_not_finite_stays_so(window, option, poison, monkeypatch):
+    """Where the definition gives NaN or Inf, so does C; and nowhere where torch does not, whose tiles spread it."""
+    qfkv, kwargs = make_inputs(2, 60, **OPTIONS[option])
+    settings, weight = settings_for(window, **OPTIONS[option]), torch.randn(2, 60, HEADS, 4)
+    double = in_float64(kwargs)
+    alone = not {"padding_mask", "segment_ids"} & set(kwargs)  # there zero times NaN is NaN in the definition
+    place = 20 if "padding_mask" not in kwargs else int(kwargs["padding_mask"][1].nonzero()[3])
+    for part in range(qfkv.shape[2]):
+        poisoned = qfkv.clone()
+        poisoned[1, place, part, 0, 1] = poison
+        compiled = with_gradient(lambda x: focus_mixing(x, settings, **kwargs), poisoned, weight)
+        exact = with_gradient(lambda x: naive_focus_mixing(x, settings, **double), poisoned.double(), weight.double())
+        with monkeypatch.context() as patch:
+            patch.setattr(focus, "applies", lambda *_: False)
+            tiles = with_gradient(lambda x: focus_mixing(x, settings, **kwargs), poisoned, weight)
+        for which in (0, 2):  # outputs, gradients
+            got, wanted, spread = (not_finite(x[which]) for x in (compiled, exact, tiles))
+            assert spread.any() == got.any() and (got.any() or poison == poison)
+            assert not (got & ~spread).any()
+            assert not (wanted & ~got).any() or not alone
+
+
+@pytest.mark.parametrize("option", ["plain", "exp", "null", "decay", "normalize", "no gate"])
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_state_keeps_what_is_not_finite(window, option, monkeypatch):
+    """From one chunk to the next, and to single tokens."""
+    qfkv, kwargs = make_inputs(2, 12, **OPTIONS[option])
+    settings, decay = settings_for(window, **OPTIONS[option]), kwargs.get("decay")
+    qfkv[1, 8, -2, 0, 1] = math.nan
+    results = {}
+    for form in ("C", "torch"):
+        if form == "torch":
+            monkeypatch.setattr(focus, "applies", lambda *_: False)
+        _, state = focus_mixing(qfkv[:, :10], settings, decay)
+        results[form] = not_finite(focus_mixing(qfkv[:, 10:], settings, decay, state=state)[0])
+        if form == "C":
+            packed = pack_state(state, settings, 4, 10)
+            out = focus_cpu.step(qfkv[:, 10:11], settings, decay, None, packed)
+            assert torch.equal(not_finite(out), results[form][:, :1])
+    assert results["C"][1, 0, 0].all() and torch.equal(results["C"], results["torch"])
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_gradients_that_are_not_finite_stay_so(window):
+    qfkv, _ = make_inputs(1, 20)
+    weight = torch.randn(1, 20, HEADS, 4)
+    weight[0, 10, 0] = math.nan
+    _, _, grad = with_gradient(lambda x: focus_mixing(x, settings_for(window)), qfkv, weight)
+    first = 0 if window is None else 11 - window
+    assert (
+        not_finite(grad[0, first:11, 1:, 0]).all()
+        and grad[0, 11:].isfinite().all()
+        and grad[:, :, :, 1].isfinite().all()
+    )
+
+
+@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("windows", [[None, None], [3, 3]])
+@torch.no_grad()
+def test_a_weight_that_is_nan_makes_the_loss_nan(windows, part):
+    model, ids = tiny_leap(num_hidden_layers=2, window_sizes=windows), torch.arange(40)[None]
+    assert model(ids, labels=ids).loss.isfinite()
+    model.model.layers[0].mixer.qfkv_proj.weight[32 * part + 3, 5] = math.nan
+    assert model(ids, labels=ids).loss.isnan()
+    cache = model(ids[:, :5]).past_key_values
+    assert not_finite(model(ids[:, :1], past_key_values=cache).logits).any()
+
+
+# What comes with the tokens `[2, 10, 4 parts, 2 heads, 4 channels]`, wrong in one way, and what the error names.
+def window_state(past, **changes):
+    shapes = {"logs": (2, HEADS, past), "values": (2, HEADS, past, 8), **changes}
+    return FocusState(torch.zeros(shapes["logs"]), torch.zeros(shapes["values"]))
+
+
+WRONG = {
+    "tokens of no floats": ({"qfkv": torch.zeros(2, 10, 4, HEADS, 4, dtype=torch.long)}, TypeError, "qfkv"),
+    "three parts": ({"qfkv": torch.zeros(2, 10, 3, HEADS, 4)}, ValueError, "qfkv"),
+    "no rows": ({"qfkv": torch.zeros(0, 10, 4, HEADS, 4)}, ValueError, "qfkv"),
+    "no tokens": ({"qfkv": torch.zeros(2, 0, 4, HEADS, 4)}, ValueError, "qfkv"),
+    "no heads": ({"qfkv": torch.zeros(2, 10, 4, 0, 4)}, ValueError, "qfkv"),
+    "slopes of more heads": ({"decay": torch.zeros(3)}, ValueError, "decay"),
+    "one slope": ({"decay": torch.zeros(1)}, ValueError, "decay"),
+    "a number for slopes": ({"decay": 0.1}, TypeError, "decay"),
+    "integers for slopes": ({"decay": torch.zeros(HEADS, dtype=torch.long)}, TypeError, "decay"),
+    "slopes elsewhere": ({"decay": torch.zeros(HEADS, device="meta")}, ValueError, "decay"),
+    "tables of fewer rows": (
+        {"qfkv": torch.zeros(3, 10, 4, HEADS, 4), "rotary": 2 * (torch.zeros(2, 10, 4),)},
+        ValueError,
+        r"rotary\[0\]",
+    ),
+    "shorter tables": ({"rotary": 2 * (torch.zeros(2, 9, 4),)}, ValueError, r"rotary\[0\]"),
+    "narrower tables": ({"rotary": 2 * (torch.zeros(1, 10, 2),)}, ValueError, r"rotary\[0\]"),
+    "sines of one row": ({"rotary": (torch.zeros(2, 10, 4), torch.zeros(1, 10, 4))}, ValueError, "rotary"),
+    "integers for tables": ({"rotary": 2 * (torch.zeros(1, 10, 4, dtype=torch.long),)}, TypeError, "rotary"),
+    "an odd head": (
+        {"qfkv": torch.zeros(2, 10, 4, HEADS, 3), "rotary": 2 * (torch.zeros(1, 10, 3),)},
+        ValueError,
+        "rotary",
+    ),
+    "a mask of fewer rows": ({"padding_mask": torch.ones(1, 10)}, ValueError, "padding_mask"),
+    "a longer mask": ({"padding_mask": torch.ones(2, 11)}, ValueError, "padding_mask"),
+    "a mask elsewhere": ({"padding_mask": torch.ones(2, 10, device="meta")}, ValueError, "padding_mask"),
+    "segments of fewer rows": ({"segment_ids": torch.zeros(1, 10, dtype=torch.long)}, ValueError, "segment_ids"),
+    "segments of no integers": ({"segment_ids": torch.zeros(2, 10)}, TypeError, "segment_ids"),
+    "a state of fewer rows": ({"state": window_state(3, logs=(1, HEADS, 3))}, ValueError, "state.log_weights"),
+    "a state of more heads": ({"state": window_state(3, logs=(2, 3, 3))}, ValueError, "state.log_weights"),
+    "a state longer than the window": ({"state": window_state(4)}, ValueError, "state.log_weights"),
+    "a global state": ({"state": window_state(3, logs=(2, HEADS))}, ValueError, "state.log_weights"),
+    "values of fewer tokens": ({"state": window_state(3, values=(2, HEADS, 2, 8))}, ValueError, "state.values"),
+    "values of fewer channels": ({"state": window_state(3, values=(2, HEADS, 3, 4))}, ValueError, "state.values"),
+}
+
+
+@pytest.mark.parametrize("form", ["C", "torch"])
+@pytest.mark.parametrize("what", WRONG)
+def test_inputs_that_do_not_fit_are_named(what, form, monkeypatch):
+    if form == "torch":
+        monkeypatch.setattr(focus, "applies", lambda *_: False)
+    changes, kind, name = WRONG[what]
+    arguments = {"qfkv": torch.zeros(2, 10, 4, HEADS, 4), **changes}
+    with pytest.raises(kind, match=f"`{name}"):
+        focus_mixing(settings=settings_for(4), **arguments)
+    if "state" not in changes:
+        return
+    past = changes["state"]
+    with pytest.raises(kind, match=f"`{name}"):
+        focus.focus_mean(torch.zeros(2, 10, HEADS), torch.zeros(2, 10, HEADS, 8), settings_for(4), state=past)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 18, 3), (2, 17, 3), (2, 18, 2), (2, 18), (2, 9, 3)],
+    ids=["rows", "size", "short", "global", "one part"],
+)
+def test_packed_states_that_do_not_fit_are_named(shape):
+    qfkv, packed = torch.zeros(2, 1, 4, HEADS, 4), torch.ones(shape)
+    with pytest.raises(ValueError, match="`state` must be a contiguous torch.float32"):
+        focus_cpu.step(qfkv, settings_for(4), None, None, packed)
+    assert packed.eq(1).all()
+
+
+def test_steps_take_one_token():
+    with pytest.raises(ValueError, match="`qfkv` must hold one token, got 2"):
+        focus_cpu.step(torch.zeros(2, 2, 4, HEADS, 4), settings_for(4), None, None, torch.zeros(2, 18, 3))
+
+
+def test_nothing_reaches_c_that_it_would_take_for_something_else():
+    """The last look, whoever calls."""
+    qfkv, settings = torch.zeros(2, 10, 4, HEADS, 4), settings_for(4)
+    for name, wrong in (
+        ("out", torch.zeros(2, 10, HEADS, 5)),
+        ("out", torch.zeros(2, 10, HEADS, 4, dtype=torch.float64)),
+        ("out", torch.zeros(2, 10, HEADS, 8)[..., ::2]),
+        ("out", torch.zeros(2, 10, HEADS, 4, device="meta")),
+        ("out", torch.zeros(2, 10, HEADS, 4).to_sparse()),
+        ("input", torch.zeros(2, 10, 4, HEADS, 4).to(torch.bfloat16)),
+    ):
+        mixing = focus_cpu.NativeMixing(qfkv, settings)
+        tensors = {"input": qfkv, "out": torch.zeros(2, 10, HEADS, 4), name: wrong}
+        with pytest.raises(ValueError, match=f"`{name}` must be a contiguous"):
+            mixing.call("focus_forward", **tensors)
+    freed = torch.zeros(2, 10, HEADS, 4)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="`out` has no memory"):
+        focus_cpu.NativeMixing(qfkv, settings).call("focus_forward", input=qfkv, out=freed)
+    with pytest.raises(RuntimeError, match="backward pass"):
+        focus_cpu.NativeMixing(qfkv, settings_for(None)).backward(qfkv, torch.zeros(2, 10, HEADS, 4))
+
+
+@pytest.mark.parametrize("field", ["weight", "gate", "parts", "window", "past", "batch"])
+def test_c_refuses_what_it_does_not_know(field):
+    mixing = focus_cpu.NativeMixing(torch.zeros(2, 10, 4, HEADS, 4), settings_for(4))
+    mixing.blank = type(mixing.blank).from_buffer_copy(mixing.blank)
+    setattr(mixing.blank, field, 99 if field != "past" and field != "batch" else -1)
+    with pytest.raises(ValueError, match="C source does not know"):
+        mixing.forward(torch.zeros(2, 10, 4, HEADS, 4), False)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_kinds_are_in_one_table(window, monkeypatch):
+    """A weight function without a number in the kernels runs in torch; one that is in no table is refused."""
+    assert _CHOICES["weight_function"] == tuple(WEIGHT_FUNCTIONS) and set(_CHOICES["query_gate"]) == set(QUERY_GATES)
+    with pytest.raises(ValueError, match="`weight_function` must be one of .*'elu', 'exp'.*, got 'softplus'"):
+        settings_for(4, weight_function="softplus")
+    softplus = WeightFunction(
+        lambda x: torch.nn.functional.softplus(x).log(),
+        torch.nn.functional.softplus,
+        lambda grad, x: grad * torch.sigmoid(x) / torch.nn.functional.softplus(x),
+        None,
+    )
+    monkeypatch.setitem(WEIGHT_FUNCTIONS, "softplus", softplus)
+    qfkv, weight = make_inputs(2, 40)[0], torch.randn(2, 40, HEADS, 4)
+    settings = settings_for(window, weight_function="softplus")
+    assert not focus_cpu.applies(qfkv, settings)
+    out, _, grad = with_gradient(lambda x: focus_mixing(x, settings), qfkv, weight)
+    expected, _, expected_grad = with_gradient(lambda x: naive_focus_mixing(x, settings), qfkv, weight)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("window", 0), ("window", -4), ("window", 2.0), ("window", True), ("scale", math.nan), ("scale", math.inf)]
+    + [("null_weight", -1.0), ("null_weight", math.nan), ("null_weight", math.inf), ("query_gate", "tanh")],
+)
+def test_settings_that_mean_nothing(field, value):
+    with pytest.raises(ValueError, match=f"`{field}` must be"):
+        replace(settings_for(4), **{field: value})
