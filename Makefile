@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 OUTPUT := outputs/$(FAMILY)-tiny
 
-.PHONY: install demo judge test test-slow gpu conformance mutants bench style format clean
+.PHONY: install demo judge test test-slow gpu conformance compat free-install mutants bench style format clean
 
 install: $(INSTALLED)
 
@@ -58,6 +58,16 @@ gpu:
 conformance: $(INSTALLED)
 	$(PYTEST) tests/conformance
 
+# One suite under each version of Transformers: `make compat VERSIONS="5.17.0 newest"`. Environments stay in .compat.
+VERSIONS ?= oldest 5.20.2 5.22.2 5.23.0 newest
+
+compat: $(INSTALLED)
+	$(PY) tests/compat/run_versions.py --versions $(VERSIONS)
+
+# The wheel where pip chooses everything but torch.
+free-install: $(INSTALLED)
+	$(PY) tests/compat/free_install.py
+
 # Each defect of tests/mutations.toml in a copy of the tree: which of them does no test notice? For example
 # `make mutants MUTANTS="focus.py --shard 1/4"`.
 mutants: $(INSTALLED)
@@ -75,4 +85,4 @@ format: $(INSTALLED)
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) outputs *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .compat outputs *.egg-info .pytest_cache .ruff_cache

@@ -9,8 +9,9 @@ from .transformers_versions import check_version  # noqa: F401  (all families co
 
 logger = logging.get_logger(__name__)
 
-# Read by the loss of heads and by decorators, so that a base model need not look at them.
-_READ_ELSEWHERE = ("num_items_in_batch", "output_hidden_states")
+# Read by the loss of heads and by decorators, so that a base model need not look at them; a model without a cache gets `use_cache`
+# from decorators where somebody has put it into its config.
+_READ_ELSEWHERE = ("num_items_in_batch", "output_hidden_states", "use_cache")
 # Read by `generate` itself (`stop_strings`), which hands them on to each forward pass.
 _OF_GENERATE = ("tokenizer", "assistant_tokenizer")
 # Come with `cu_seq_lens_q`, and say nothing more.
@@ -25,12 +26,12 @@ def take_out(kwargs: dict[str, Any], *names: str) -> dict[str, Any]:
 def refuse_unread(model, kwargs: dict[str, Any], cu_seq_lens_q=None) -> None:
     """Raise a `TypeError` for arguments left over in `kwargs`, of which `model.forward` makes no use.
 
-    `None` asks for nothing, nor does `False` for an output or a cache. `token_type_ids`, which many tokenizers give unasked, are
+    `None` asks for nothing, nor does `False` for an output. `token_type_ids`, which many tokenizers give unasked, are
     only warned of.
     """
     unread = []
     for name, value in kwargs.items():
-        asks_for_nothing = value is None or (value is False and (name.startswith("output_") or name == "use_cache"))
+        asks_for_nothing = value is None or (value is False and name.startswith("output_"))
         comes_along = cu_seq_lens_q is not None and name in _WITH_CU_SEQ_LENS_Q
         if asks_for_nothing or comes_along or name in _READ_ELSEWHERE + _OF_GENERATE:
             continue
