@@ -182,6 +182,16 @@ def test_attention_can_forget_its_last_tokens(variant):
     assert_same(logits, [x[:, 5:] for x in run(model, grid, last=11)[0]])
 
 
+def test_attention_forgets_which_of_its_last_tokens_were_pads():
+    model = tiny_multigrid(**TWO_AXES)
+    grid, mask = random_grid(model, 2, 12), torch.ones(2, 9, dtype=torch.long)
+    mask[1, :2], mask[1, 6:] = 0, 0
+    _, cache = run(model, grid, last=9, use_cache=True, attention_mask=mask)
+    cache.crop(-4)
+    logits, _ = run(model, grid, 5, 11, past_key_values=cache)
+    assert_same([x[1:] for x in logits], [x[1:, 3:] for x in run(model, grid, 2, 11)[0]])
+
+
 @pytest.mark.parametrize("variant", ["leap", "lstm"])
 def test_recurrent_cores_keep_a_state_of_constant_size(variant):
     model = tiny_multigrid(**VARIANTS[variant])
