@@ -24,6 +24,7 @@ import sample_axes
 import torch
 import train
 from data import encode
+from provenance import weights_digest
 from streaming import StreamedExamples
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -177,8 +178,18 @@ def test_figures_of_a_run_are_those_of_its_text(learned):
         "processes": 1,
         "tokens_per_step": BATCH * ACCUMULATED * BLOCK,
         "precision": "float32",
+        "tokenizer": "bpe",
+        "packing": "continuous",
+        "tokens_per_example": BLOCK,
+        "wrapper": "LeapForCausalLM",
+        "threads": torch.get_num_threads(),
+        "weights_sha256": weights_digest(folder),
     }
     assert {name: results[name] for name in expected} == expected
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    (runtime,) = [entry["train_runtime"] for entry in state["log_history"] if "train_runtime" in entry]
+    assert results["train_seconds"] == pytest.approx(runtime, abs=0.06)
+    assert results["seconds_to_first_step"] > 0
     assert f"bits per byte on {len(held_out):,} held-out bytes" in printed
     assert f"{STEPS} steps in {results['train_seconds']:.0f} s, float32" in printed
 
@@ -253,6 +264,10 @@ def test_the_text_that_is_named_is_the_one_that_is_measured(learned, measured):
         bits, abs=6e-4
     )
     assert results["tokens"] == len(nats)
+    how = {"window": WINDOW, "stride": STRIDE, "least_context": WINDOW - STRIDE, "text_pays_for_axes": False}
+    assert {name: results[name] for name in how} == how
+    assert results["generation"]["prompt_tokens"] == 6 and results["generation"]["new_tokens"] == 12
+    assert results["model_type"] == "leap" and results["weights_sha256"] == weights_digest(learned[0])
     text = results["losses"]["text"]
     assert [text["nats_per_token"], text["bits_per_byte"]] == pytest.approx([statistics.mean(nats), bits], rel=1e-5)
     assert f"text: {statistics.mean(nats):.3f} nats per token, {bits:.3f} bits per byte" in printed
