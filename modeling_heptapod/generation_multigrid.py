@@ -30,7 +30,7 @@ from transformers.generation import (
 
 from .model_inputs import check_ids
 from .text_processors import special_token_ids
-from .transformers_versions import CACHE, with_cache_argument
+from .transformers_versions import CACHE, OldCacheNameMixin, with_cache_argument
 
 
 META_SOURCES = ("predicted", "annotated", "forced")
@@ -234,7 +234,7 @@ def _with_tracks(loop):
     return loop_with_tracks
 
 
-class MultiGridGenerationMixin(GenerationMixin):
+class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
     """`generate` with meta axes. Without any it is transformers' own."""
 
     def generate(

@@ -36,7 +36,13 @@ from .predictive_losses import LinearFromZero, PredictionHead, PredictiveLosses,
 from .row_layout import RowLayout, packed_layout, pad_layout
 from .stream_merges import ConcatMerge, CrossAttentionMerge
 from .stream_plan import Pass, StreamPlan, make_plan
-from .transformers_versions import CACHE, slice_logits_to_keep, with_cache_argument, with_cache_field
+from .transformers_versions import (
+    CACHE,
+    OldCacheNameMixin,
+    slice_logits_to_keep,
+    with_cache_argument,
+    with_cache_field,
+)
 from .unread_arguments import refuse_unread, take_out
 
 
@@ -402,7 +408,7 @@ def _restore(rows, x, plan):
 
 
 @auto_docstring
-class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, GenerationMixin):
+class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, OldCacheNameMixin, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     predictive_losses_class = PredictiveLosses
 

@@ -68,7 +68,7 @@ from .packed_rows import next_positions
 from .packed_rows import segment_ids as find_segments
 from .recurrent_cache import RecurrentCache, StaticRecurrentCache, mixing_states
 from .running_mean import FocusState
-from .transformers_versions import CACHE, slice_logits_to_keep, with_cache_argument
+from .transformers_versions import CACHE, OldCacheNameMixin, slice_logits_to_keep, with_cache_argument
 from .unread_arguments import refuse_unread, take_out
 
 
@@ -511,7 +511,7 @@ class LeapModel(LeapPreTrainedModel):
 
 
 @auto_docstring
-class LeapForCausalLM(LeapPreTrainedModel, GenerationMixin):
+class LeapForCausalLM(LeapPreTrainedModel, OldCacheNameMixin, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: LeapConfig):

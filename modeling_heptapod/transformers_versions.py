@@ -98,6 +98,20 @@ class CacheVersionsMixin:
         return layer.recurrent_states[state_idx] if layer.has_previous_state[state_idx] else None
 
 
+class OldCacheNameMixin:
+    """Before `GenerationMixin`: inputs that are prepared for a forward pass, which takes both names, have the cache by its old one.
+
+    From 5.24 on peft, up to 0.21, finds no cache by the new name, and puts virtual tokens before every token of a text.
+    """
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        """As the stock method."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if "cache" in inputs:
+            inputs["past_key_values"] = inputs.pop("cache")
+        return inputs
+
+
 def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """The positions that logits are wanted of, as `transformers.modeling_utils.slice_logits_to_keep`, which is there from 5.23 on.
 
@@ -123,6 +137,7 @@ __all__ = [
     "NEWEST",
     "OLDEST",
     "CacheVersionsMixin",
+    "OldCacheNameMixin",
     "check_version",
     "slice_logits_to_keep",
     "with_cache_argument",
