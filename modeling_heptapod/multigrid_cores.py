@@ -6,6 +6,7 @@ adapters and quantisation know; `grouped_linear` takes them together where nothi
 """
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -353,6 +354,13 @@ class LSTMRows:
         return out.unflatten(0, x.shape[:2]), final
 
 
+def _differentiable(lstm, x):
+    """cuDNN has the gradients of an LSTM in training mode only."""
+    if x.is_cuda and torch.is_grad_enabled() and not lstm.training:
+        return torch.backends.cudnn.flags(enabled=False)
+    return nullcontext()
+
+
 class LSTMCore(_Core):
     """An LSTM in each stream, one after the other (recurrences of different weights have no batched form).
 
@@ -384,7 +392,8 @@ class LSTMCore(_Core):
                     state = past[:, :, offset : offset + width].to(x.dtype).permute(1, 0, 2).unsqueeze(1).contiguous()
                 offset += width
                 run = mixer.lstm if plan.lstm_rows is None else partial(plan.lstm_rows.run, mixer.lstm)
-                out, state = run(x, tuple(state.unbind(0)))
+                with _differentiable(mixer.lstm, x):
+                    out, state = run(x, tuple(state.unbind(0)))
                 parts.append(out)
                 states.append(torch.cat(state))
             outs.append(parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests and benchmarks of a CUDA device, in about six minutes; results are written as they come, to the folder given
+# The tests and benchmarks of a CUDA device, in about seven minutes; results are written as they come, to the folder given
 # (or $OUT, or tests/benchmarks/results). `--quick` runs both on a CPU in Triton's interpreter.
 set -u
 cd "$(dirname "$0")/../.."
@@ -20,7 +20,7 @@ fi
 workers=""
 if $python -c "import xdist" 2> /dev/null; then workers="-n ${WORKERS:-12} --dist load --maxschedchunk 1"; fi
 if $python -c "import pytest_timeout" 2> /dev/null; then workers="$workers --timeout 75 --timeout-method thread"; fi
-within 120 $python -m pytest -m gpu tests/gpu/test_focus_triton.py $workers -q --durations=5 --tb=short -rf 2>&1 |
+within 150 $python -m pytest -m gpu tests/gpu/test_focus_triton.py $workers -q --durations=5 --tb=short -rf 2>&1 |
     tee "$results/gpu_tests_focus.log"
 status=${PIPESTATUS[0]}
 within 110 $python -m pytest -m gpu tests/gpu/test_models.py $workers -q --durations=8 --tb=short -rf 2>&1 |
