@@ -214,7 +214,7 @@ def check_same_run(checkpoint: str, run: dict, is_last: bool) -> None:
     differ = [
         f"{option}: {saved['settings'].get(option)!r} there, {value!r} here"
         for option, value in run["settings"].items()
-        if saved["settings"].get(option) != value
+        if saved["settings"].get(option, value) != value  # another version may not know an option
     ]
     # --max_steps is compared with the schedule, and --num_train_epochs has a default, so that it may not be meant.
     is_asked = "--max_steps" not in run["length"] and (

@@ -171,11 +171,16 @@ def choose_axes(names: list[str]) -> list:
     """The annotators that `--axes` names.
 
     Raises:
-        ValueError: naming `--axes` for an unknown axis, a file that describes none, the same one twice, or one that looks ahead.
+        ValueError: naming `--axes` for an unknown axis, a file that describes none, one that needs what is not on this machine,
+            the same one twice, or one that looks ahead.
     """
     try:
         axes = [make_axis(name) for name in names]
-    except (OSError, TypeError, ValueError) as error:
+        for (
+            axis
+        ) in axes:  # NLTK and its data would otherwise be missed at the first sample, where the corpus is in the cache
+            axis.annotate("A few words.\n")
+    except (ImportError, LookupError, OSError, TypeError, ValueError) as error:
         raise ValueError(f"--axes {' '.join(names)}: {error}") from error
     if len({axis.name for axis in axes}) < len(axes):
         raise ValueError(f"--axes {' '.join(names)}: two axes have the same name")

@@ -107,6 +107,16 @@ def test_an_axis_from_a_file(tmp_path):
         choose_axes([str(tmp_path / "axis.json")])
 
 
+@pytest.mark.parametrize("missing", [ImportError("this axis needs NLTK"), LookupError("NLTK's data are not here")])
+def test_what_an_axis_needs_is_missed_before_training(missing, monkeypatch):
+    def ids_after(self, text):
+        raise missing
+
+    monkeypatch.setattr(ConstantAxis, "ids_after", ids_after)
+    with pytest.raises(ValueError, match="--axes constant: .*NLTK"):
+        choose_axes(["constant"])
+
+
 def objective(**changes):
     config = AutoConfig.for_model(**{**CONFIG, **changes})
     return objective_for(config)(Texts(TEXTS * 4, TEXTS), DataArguments(block_size=16, axes=AXES), config)
