@@ -156,10 +156,10 @@ def test_the_last_is_that_of_the_most_steps_and_all_processes(folder):
 
 def test_a_checkpoint_is_written_into_an_empty_folder(tmp_path):
     (tmp_path / "checkpoint-2").mkdir()
-    (tmp_path / "checkpoint-2" / "model-00002-of-00002.safetensors").write_text("of the run that was cut off")
+    (tmp_path / "checkpoint-2" / "rng_state_1.pth").write_text("of the run that was cut off")
     tiny_runs.trainer("leap", tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
     assert damage_of(tmp_path / "checkpoint-2") is None
-    assert not (tmp_path / "checkpoint-2" / "model-00002-of-00002.safetensors").exists()
+    assert not (tmp_path / "checkpoint-2" / "rng_state_1.pth").exists()
 
 
 @pytest.mark.parametrize(
