@@ -486,7 +486,8 @@ def focus_mixing(
     for name, table in (("rotary[0]", cos), ("rotary[1]", sin)):
         if table is None:
             continue
-        _check_tensor(name, table, qfkv, (batch if table.shape[:1] == (batch,) else 1, seq, head_dim), floating=True)
+        rows = batch if isinstance(table, torch.Tensor) and table.shape[:1] == (batch,) else 1
+        _check_tensor(name, table, qfkv, (rows, seq, head_dim), floating=True)
         if head_dim % 2:
             raise ValueError(f"`rotary` needs an even head dimension, got {head_dim}.")
     if rotary is not None and cos.shape != sin.shape:
