@@ -23,6 +23,8 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 
+from .transformers_versions import GENERATION_METADATA
+
 
 logger = logging.get_logger(__name__)
 
@@ -92,6 +94,8 @@ class HeptapodGenerationConfig(GenerationConfig):
         # GenerationConfig's own __init__ would add some sixty options that mean nothing here.
         for name in (*_DEFAULTS, *_METADATA):
             setattr(self, name, kwargs.pop(name, None))
+        for name in GENERATION_METADATA:
+            kwargs.pop(name, None)
         if kwargs:
             raise ValueError(_unknown(kwargs))
         self.validate()

@@ -31,6 +31,9 @@ check_version(transformers.__version__)
 # functions are written with the old name; these give all of them the name of the installed version, and accept the other.
 CACHE = "cache" if Version(transformers.__version__).release >= (5, 24) else "past_key_values"
 
+# Before 5.20 a generation config that is loaded is told the commit it comes from.
+GENERATION_METADATA = ("_commit_hash",)
+
 
 def with_cache_argument(function):
     """Decorator of a function with an argument `past_key_values`: it takes `cache` as well, and shows the name `CACHE`.
@@ -134,6 +137,7 @@ def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torc
 
 __all__ = [
     "CACHE",
+    "GENERATION_METADATA",
     "NEWEST",
     "OLDEST",
     "CacheVersionsMixin",

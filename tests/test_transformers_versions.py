@@ -112,3 +112,12 @@ def test_logits_to_keep_are_sliced_as_by_transformers(logits_to_keep):
     assert torch.equal(
         slice_logits_to_keep(states, logits_to_keep), stock.slice_logits_to_keep(states, logits_to_keep)
     )
+
+
+def test_a_grid_s_generation_config_is_loaded_as_by_older_versions(tmp_path):
+    """Before 5.20 with the commit of the folder, which is no option."""
+    modeling_heptapod.HeptapodGenerationConfig(num_iterations=3).save_pretrained(tmp_path)
+    config = modeling_heptapod.HeptapodGenerationConfig.from_pretrained(tmp_path)
+    again = modeling_heptapod.HeptapodGenerationConfig(_commit_hash="0123abcd", **config.to_diff_dict())
+    assert config.num_iterations == again.num_iterations == 3
+    assert "_commit_hash" not in again.to_dict()

@@ -190,7 +190,7 @@ class TestAdapters:
 
 
 class TestPipelines:
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def tokenizer(self):
         return build_tokenizer("byte", [], for_pages=True)
 
