@@ -175,7 +175,9 @@ def test_the_last_packed_sequence_of_each_row_goes_on(name, case, how):
     with pytest.raises(ValueError, match=f"`{CACHE}` holds packed sequences"):
         model.generate(more, past_key_values=cache, max_new_tokens=2, pad_token_id=0)
     cache.reset()
-    torch.testing.assert_close(model(more, past_key_values=cache).logits, model(more, use_cache=False).logits)
+    how = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 50, "eos_token_id": None}
+    assert torch.equal(model.generate(more, past_key_values=cache, **how), model.generate(more, **how))
+    assert cache.next_positions is None and not cache.packed
 
 
 @torch.no_grad()
