@@ -509,3 +509,10 @@ def test_kinds_are_in_one_table(window, monkeypatch):
 def test_settings_that_mean_nothing(field, value):
     with pytest.raises(ValueError, match=f"`{field}` must be"):
         replace(settings_for(4), **{field: value})
+
+
+def test_the_definition_keeps_nan():
+    qfkv = torch.randn(1, 6, 4, HEADS, 4)
+    qfkv[0, 3, 1, 0, 0] = math.nan
+    out = naive_focus_mixing(qfkv, settings_for(2))
+    assert out[0, 3:5, 0].isnan().all() and out[0, :3].isfinite().all() and out[0, 5:].isfinite().all()
