@@ -19,16 +19,19 @@ that is actually present, so that no exponent is positive and no prefix sums are
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 
 import torch
 from torch import nn
+from transformers.utils.import_utils import is_tracing
 
 from .focus_cpu import NativeMixing, applies
 from .focus_kinds import QUERY_GATES, WEIGHT_FUNCTIONS
 from .focus_triton import TritonMixing
 from .focus_triton import applies as triton_applies
+from .model_inputs import has_open_sizes
 from .running_mean import EMPTY, FocusState, same_segment, two_sided_mean, weighted_mean
 
 
@@ -171,8 +174,12 @@ def naive_focus_mixing(
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     padding_mask: torch.Tensor | None = None,
     segment_ids: torch.Tensor | None = None,
+    means: Callable = naive_focus_mean,
 ) -> torch.Tensor:
-    """The mixing step in plain differentiable operations: the executable specification of `focus_mixing`."""
+    """The mixing step in plain differentiable operations: the executable specification of `focus_mixing`.
+
+    `means` may be any function of the arguments of `naive_focus_mean`.
+    """
     parts = [standardize(part) if settings.normalize else part for part in qfkv.unbind(2)]
     f, k, v = parts[-3:]
     logs = log_weight(settings.scale * (f * k).sum(-1), settings.weight_function)
@@ -180,9 +187,7 @@ def naive_focus_mixing(
         logs = logs.masked_fill(~padding_mask.bool()[..., None], -math.inf)
 
     def mean(values):
-        return naive_focus_mean(
-            logs, values, settings.window, decay, settings.null_weight, settings.causal, segment_ids
-        )
+        return means(logs, values, settings.window, decay, settings.null_weight, settings.causal, segment_ids)
 
     if settings.query_gate == "none":
         return mean(v)
@@ -472,7 +477,7 @@ def focus_mixing(
 
     Returns:
         The output `[batch, seq, heads, head_dim]` in the dtype of `qfkv`, and the `FocusState` after the last token
-        (`None` when bidirectional).
+        (`None` when bidirectional, and where `torch.export` leaves sizes open: then time is quadratic, too).
 
     Raises:
         TypeError, ValueError: for inputs of another dtype or shape, or a state in a bidirectional step.
@@ -482,6 +487,10 @@ def focus_mixing(
     batch, seq, _, heads, head_dim = qfkv.shape
     channels = head_dim if parts == 3 else 2 * head_dim
     _check_companions(qfkv, (batch, seq, heads, channels), settings, decay, padding_mask, segment_ids, state)
+    if state is None and has_open_sizes(qfkv):
+        precise = qfkv.to(torch.promote_types(qfkv.dtype, torch.float32))
+        masks = padding_mask, segment_ids
+        return naive_focus_mixing(precise, settings, decay, rotary, *masks, _means_by_matrix).to(qfkv.dtype), None
     cos, sin = (None, None) if rotary is None else rotary
     for name, table in (("rotary[0]", cos), ("rotary[1]", sin)):
         if table is None:
@@ -562,6 +571,9 @@ def focus_mean(
     logs = log_weights.to(dtype)
     if padding_mask is not None:
         logs = logs.masked_fill(~padding_mask.bool().unsqueeze(-1), -math.inf)
+    if state is None and has_open_sizes(values):
+        arguments = settings.window, decay, settings.null_weight, settings.causal, segment_ids
+        return _means_by_matrix(logs, values.to(dtype), *arguments).to(values.dtype), None
     past = (None, None) if state is None else (state.log_weights, state.values)
     rows = logs.transpose(1, 2).contiguous(), values.to(dtype).transpose(1, 2).contiguous()
     means, *final = _FocusMean.apply(*rows, settings, decay, _runs(segment_ids), *past)
@@ -625,6 +637,14 @@ def _check_tensor(name, tensor, like, shape, floating=None):
         raise ValueError(f"`{name}` must be on {like.device}, as the tokens are, got {tensor.device}.")
 
 
+def _means_by_matrix(logs, values, window, decay, null_weight, causal, segment_ids):
+    """What `naive_focus_mean` computes, as one product, quadratic in length."""
+    settings = FocusSettings(scale=1.0, window=window, null_weight=null_weight, causal=causal)
+    return (attention_matrix(logs.transpose(1, 2), settings, decay, segment_ids) @ values.transpose(1, 2)).transpose(
+        1, 2
+    )
+
+
 def attention_matrix(
     log_weights: torch.Tensor,
     settings: FocusSettings,
@@ -643,6 +663,10 @@ def attention_matrix(
     place = torch.arange(log_weights.shape[-1], device=log_weights.device)
     real = log_weights[:, :1] != -math.inf  # [batch, 1, seq]
     if not real.all():
+
+
+    real = log_weights[:, :1] > -math.inf  # [batch, 1, seq]
+    if is_tracing(log_weights) or not real.all():
         place = real.long().cumsum(-1)  # a pad takes no place
     distance = place.unsqueeze(-1) - place.unsqueeze(-2)
     allowed = distance >= 0 if settings.causal else torch.ones_like(distance, dtype=torch.bool)

@@ -48,10 +48,10 @@ class HierarchicalLMAttention(nn.Module):
         weights = None
         if plan.in_the_open:
             out, weights = eager_attention(self, query.transpose(1, 2), keys, values, plan.mask, self.scaling)
-        elif plan.fresh:
+        elif plan.fresh and plan.mask is None:
             where = (plan.window, plan.dilation, plan.block, plan.positions, plan.segments)
             out = windowed_attention(self._attend, query, key, value, *where)
-        elif steps == 1:
+        elif not plan.fresh and steps == 1:
             query = query.transpose(1, 2)
             out = step_attention(self._attend, query, keys, values, plan.keys_seen, plan.dilation, plan.mask)
         else:

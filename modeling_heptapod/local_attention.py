@@ -279,7 +279,8 @@ def _visible(height, width, radius, dilation, padding_mask, device, queries=slic
     `None` where every cell sees every other.
     """
     visible = None
-    if radius is not None and (dilation > 1 or radius < max(height, width) - 1):
+    open_sizes = isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt)  # which a comparison would bound
+    if radius is not None and (dilation > 1 or open_sizes or radius < max(height, width) - 1):
         down, across = (torch.arange(length, device=device) for length in (height, width))
         down, across = ((place[:, None] - place[None, :]).abs() for place in (down, across))
         down, across = ((x <= radius * dilation) & (x % dilation == 0) for x in (down, across))

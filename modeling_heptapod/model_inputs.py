@@ -7,6 +7,11 @@ from transformers.utils.import_utils import is_tracing
 from .transformers_versions import CACHE
 
 
+def has_open_sizes(x: torch.Tensor) -> bool:
+    """Whether `torch.export` leaves sizes of it open: paths that loop over sizes would fix them then."""
+    return torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in x.shape)
+
+
 def check_ids(name: str, ids: torch.Tensor) -> None:
     """Raise a `TypeError` unless `ids` is a tensor of integers."""
     kind = getattr(ids, "dtype", type(ids).__name__)
@@ -175,6 +180,7 @@ __all__ = [
     "check_position_range",
     "count_positions",
     "embed_text",
+    "has_open_sizes",
     "look_up",
     "of_new_tokens",
     "token_mask",

@@ -27,7 +27,7 @@ from .configuration_heptapod import HeptapodConfig
 from .generation_heptapod import HeptapodGenerationMixin
 from .local_attention import attention_weights, grid_rotary, local_attention, rotate
 from .losses import IGNORED, at_least_one, require_labels
-from .model_inputs import check_ids, check_one_input
+from .model_inputs import check_ids, check_one_input, has_open_sizes
 from .unread_arguments import refuse_unread, take_out
 
 
@@ -75,7 +75,7 @@ class HeptapodAttention(nn.Module):
         q, k, v = qkv.permute(3, 0, 4, 1, 2, 5)  # [batch, heads, height, width, head_dim]
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         dropout = self.attention_dropout if self.training else 0.0
-        in_the_open = output_attentions or self.config._attn_implementation == "eager"
+        in_the_open = output_attentions or self.config._attn_implementation == "eager" or has_open_sizes(hidden_states)
         attentions = None
         if in_the_open:
             parts = [attention_weights(q[:, at], k[:, at], *window, padding_mask) for at, *window in self.head_groups]
@@ -255,7 +255,7 @@ class HeptapodModel(HeptapodPreTrainedModel):
         hidden_states = inputs_embeds
         if self.borders is not None:
             places = self.borders(grid_size, inputs_embeds, padding_mask)
-            hidden_states = hidden_states + places.expand(len(inputs_embeds), *places.shape[1:]).reshape_as(
+            hidden_states = hidden_states + places.expand(inputs_embeds.shape[0], *places.shape[1:]).reshape_as(
                 inputs_embeds
             )
         hidden_states = self.dropout(hidden_states)

@@ -308,7 +308,8 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
             cache = HierarchicalCache(config)
         check_position_ids(position_ids, batch, seq)
 
-        past = [0] * batch if cache is None or cache.seen_tokens == 0 else cache.row_lengths
+        # Without a cache no row is told from another: one stands for all, however many an export leaves open.
+        past = [0] if cache is None else [0] * batch if cache.seen_tokens == 0 else cache.row_lengths
         fresh = cache is None or cache.seen_tokens == 0
         mask = token_mask(attention_mask, inputs_embeds, 0 if fresh else cache.seen_tokens)
         if not fresh and (mask is not None or min(past) < cache.seen_tokens):
@@ -319,11 +320,11 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         if segments is not None:
             if past_key_values is not None:
                 raise ValueError(f"`{CACHE}` cannot be filled by packed rows: a cache row is one sequence.")
-            cache = None
+            cache, past = None, [0]
             rows = packed_layout(segments, mask, max(config.hierarchies))
         elif mask is not None:
             rows = pad_layout(mask)
-        new = [seq] * batch if mask is None or cache is None else mask.sum(1).tolist()
+        new = [seq] * len(past) if mask is None or cache is None else mask.sum(1).tolist()
         embeds = inputs_embeds if rows is None else rows.align(inputs_embeds)
 
         pass_ = Pass(embeds, past, new, rows, cache, fresh, bool(output_attentions))

@@ -30,6 +30,7 @@ from .model_inputs import (
     check_position_range,
     count_positions,
     embed_text,
+    has_open_sizes,
     look_up,
     of_new_tokens,
     token_mask,
@@ -229,7 +230,7 @@ class MultiGridModel(MultiGridPreTrainedModel):
             main, meta = self._add_positions(
                 main, meta, position_ids, not counted or past + seq > config.max_position_embeddings
             )
-            plan = MixingPlan(attention_mask=_visible(mask, segments, seq, past, main.device))
+            plan = MixingPlan(attention_mask=_visible(mask, segments, seq, past, main))
         else:
             plan = self._recurrent_plan(main, new_mask, segments, position_ids, past, past_key_values is not None)
         plan.in_the_open = bool(output_attentions)
@@ -347,11 +348,11 @@ def _whole_mask(past_mask, mask, main, past):
     return mask
 
 
-def _visible(mask, segments, seq, past, device):
+def _visible(mask, segments, seq, past, like):
     """What each new token sees, `[1 or batch, 1, seq, past + seq]`; `None` where that is everything up to itself."""
-    if mask is None and segments is None and (past == 0 or seq == 1):
+    if mask is None and segments is None and not has_open_sizes(like) and (past == 0 or seq == 1):
         return None
-    place = torch.arange(past + seq, device=device)
+    place = torch.arange(past + seq, device=like.device)
     allowed = (place[None, :] <= place[past:, None]).unsqueeze(0)
     if segments is not None:
         runs = nn.functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0)).long().cumsum(-1)

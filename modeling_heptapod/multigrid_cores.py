@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_leap import LeapConfig
 from .eager_attention import eager_attention
 from .mixing_rows import MixingRows
+from .model_inputs import has_open_sizes
 from .modeling_leap import LeapMixer
 
 
@@ -78,8 +79,8 @@ def grouped_linear(linears: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
     """
     if len(linears) == 1:
         return linears[0](x[0]).unsqueeze(0)
-    rows = x[0, ..., 0].numel()
-    if not torch.is_grad_enabled() or rows < _BATCHED_ROWS or not all(map(_is_plain, linears)):
+    one_each = not torch.is_grad_enabled() or has_open_sizes(x) or not all(map(_is_plain, linears))
+    if one_each or x[0, ..., 0].numel() < _BATCHED_ROWS:
         return torch.stack([linear(part) for linear, part in zip(linears, x)])
     weight = torch.stack([linear.weight for linear in linears]).transpose(1, 2)
     if linears[0].bias is None:

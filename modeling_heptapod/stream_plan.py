@@ -7,6 +7,7 @@ from torch import nn
 
 from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .hierarchical_cache import HierarchicalCache
+from .model_inputs import has_open_sizes
 from .row_layout import RowLayout
 from .windowed_attention import first_key, visible
 
@@ -82,6 +83,8 @@ class StreamPlan:
         """What `to_read` gave, or any function of each of its steps -> `[batch, tokens, width]`: what each token reads."""
         if self.stride == 1:
             return x
+        if self.fresh and has_open_sizes(x):
+            return x[:, torch.arange(self.tokens, device=x.device) // self.stride]
         if self.fresh:
             return x.repeat_interleave(self.stride, dim=1)[:, : self.tokens]
         if self.spread is None:
@@ -172,7 +175,7 @@ def make_plan(
         places = torch.arange(length, device=device) + plan.counts.unsqueeze(1) - max(new)
         plan.order = places.clamp_min(0)
     plan.in_the_open = pass_.in_the_open
-    if plan.in_the_open or (steps > 1 and not pass_.fresh):
+    if plan.in_the_open or has_open_sizes(pass_.embeds) or (steps > 1 and not pass_.fresh):
         if cached:
             positions = first - cached + torch.arange(cached + steps, device=device)
         plan.mask = visible(positions, steps, window, dilation, block, plan.segments).unsqueeze(1)
