@@ -662,10 +662,6 @@ def attention_matrix(
     """
     place = torch.arange(log_weights.shape[-1], device=log_weights.device)
     real = log_weights[:, :1] != -math.inf  # [batch, 1, seq]
-    if not real.all():
-
-
-    real = log_weights[:, :1] > -math.inf  # [batch, 1, seq]
     if is_tracing(log_weights) or not real.all():
         place = real.long().cumsum(-1)  # a pad takes no place
     distance = place.unsqueeze(-1) - place.unsqueeze(-2)
