@@ -110,6 +110,10 @@ def copy_tree(root, target):
         if (Path(root) / name).is_file():
             (Path(target) / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(Path(root) / name, Path(target) / name)
+    # a commit of its own: evaluations and model cards name the commit of the tree that they run from
+    author = ["-c", "user.name=mutants", "-c", "user.email=mutants@localhost", "-c", "commit.gpgsign=false"]
+    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "A copy"]):
+        subprocess.run(["git", "-C", str(target), *author, *arguments], capture_output=True, check=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -199,7 +199,7 @@ def test_indentation_by_hand():
         [0] * 2,
     ]
     assert max(PythonIndentationAxis(max_level=1).annotate(source)) == 1
-    with pytest.raises(ValueError, match="`max_level` must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="`max_level` must be an integer of at least 1 and at most 1000000, got 0"):
         PythonIndentationAxis(max_level=0)
 
 
