@@ -650,27 +650,30 @@ def attention_matrix(
     settings: FocusSettings,
     decay: torch.Tensor | None = None,
     segment_ids: torch.Tensor | None = None,
+    positions: torch.LongTensor | None = None,
 ) -> torch.Tensor:
     """The weights `P` of the module's docstring as a matrix: quadratic in length, for looking at.
 
     Args:
         log_weights (`torch.Tensor` of shape `[batch, heads, seq]`): `-inf` at pads.
         settings, decay, segment_ids: as in `focus_mixing`.
+        positions (`torch.LongTensor` of shape `[rows]`, *optional*): the rows to make; all when not given.
 
     Returns:
-        `torch.Tensor` of shape `[batch, heads, seq, seq]`: row `i` holds the weights with which position `i` sees.
+        `torch.Tensor` of shape `[batch, heads, rows, seq]`: row `i` holds the weights with which position `i` sees.
     """
     place = torch.arange(log_weights.shape[-1], device=log_weights.device)
     real = log_weights[:, :1] != -math.inf  # [batch, 1, seq]
     if is_tracing(log_weights) or not real.all():
         place = real.long().cumsum(-1)  # a pad takes no place
-    distance = place.unsqueeze(-1) - place.unsqueeze(-2)
+    here = place if positions is None else place[..., positions]
+    distance = here.unsqueeze(-1) - place.unsqueeze(-2)
     allowed = distance >= 0 if settings.causal else torch.ones_like(distance, dtype=torch.bool)
     if settings.window is not None:
         allowed = allowed & (distance.abs() < settings.window)
     if segment_ids is not None:
         runs = _runs(segment_ids)
-        allowed = allowed & same_segment(runs, runs)
+        allowed = allowed & same_segment(runs if positions is None else runs[:, positions], runs)
     logits = log_weights.unsqueeze(-2)
     if decay is not None:
         logits = logits - decay.view(-1, 1, 1) * distance.abs()

@@ -126,7 +126,11 @@ class _Mixer(nn.Module):
         raise NotImplementedError
 
     def attention_matrix(
-        self, attentions: torch.Tensor, is_causal: bool = True, segment_ids: torch.Tensor | None = None
+        self,
+        attentions: torch.Tensor,
+        is_causal: bool = True,
+        segment_ids: torch.Tensor | None = None,
+        positions: torch.LongTensor | None = None,
     ) -> torch.Tensor:
         """Token-to-token attention of this layer from its entry of a forward pass's `attentions`.
 
@@ -134,6 +138,8 @@ class _Mixer(nn.Module):
             attentions (`torch.Tensor` of shape `[batch, heads, seq, 2]`): of a forward pass without a cached past.
             is_causal (`bool`): as in the forward pass.
             segment_ids (`torch.Tensor` of shape `[batch, seq]`, *optional*): of packed rows.
+            positions (`torch.LongTensor` of shape `[rows]`, *optional*): which tokens' rows to make; all, which is quadratic
+                in length, when not given.
 
         Returns:
             `torch.Tensor`: see the mixers' own notes on `attentions` for shape and meaning.
@@ -260,10 +266,11 @@ class LeapMixer(_Mixer):
         logs, gate = attentions.unbind(-1)
         return torch.stack((logs.masked_fill(~mask.unsqueeze(1), -torch.inf), gate), dim=-1)
 
-    def attention_matrix(self, attentions, is_causal=True, segment_ids=None):
+    def attention_matrix(self, attentions, is_causal=True, segment_ids=None, positions=None):
         logs, gate = attentions.unbind(-1)
+        gate = gate if positions is None else gate[..., positions]
         settings = replace(self.settings, causal=is_causal)
-        return gate.unsqueeze(-1) * attention_matrix(logs, settings, self.decay, segment_ids)
+        return gate.unsqueeze(-1) * attention_matrix(logs, settings, self.decay, segment_ids, positions)
 
 
 class AdditiveMixer(_Mixer):
@@ -306,9 +313,11 @@ class AdditiveMixer(_Mixer):
         means, logs = self._mean(logits, x, rows, cache, is_causal, state_idx)
         return self._dropout(means), logs
 
-    def attention_matrix(self, attentions, is_causal=True, segment_ids=None):
+    def attention_matrix(self, attentions, is_causal=True, segment_ids=None, positions=None):
         settings = replace(self.settings, causal=is_causal)
-        matrices = (attention_matrix(logs, settings, self.decay, segment_ids) for logs in attentions.unbind(-1))
+        matrices = (
+            attention_matrix(logs, settings, self.decay, segment_ids, positions) for logs in attentions.unbind(-1)
+        )
         return torch.stack(tuple(matrices), dim=2)
 
 

@@ -373,6 +373,9 @@ def test_rebuilt_attention_times_values_is_the_mixers_output(variant, head, situ
         mixer, x, out = model.model.layers[i].mixer, recorder.inputs[i], recorder.outputs[i]
         assert attentions.shape == (batch, config.num_attention_heads, seq, 2)
         matrix = mixer.attention_matrix(attentions, is_causal=config.is_causal, segment_ids=segments)
+        chosen = torch.tensor([6, 2])
+        rows = mixer.attention_matrix(attentions, config.is_causal, segments, positions=chosen)
+        torch.testing.assert_close(rows, matrix[..., chosen, :], rtol=0, atol=1e-7)
         norm = standardized if config.rescale is not None else (lambda values: values)
         if config.mixer == "focus":
             rebuilt = matrix @ norm(by_head(mixer.qfkv_proj(x))[-1])

@@ -256,7 +256,8 @@ def look(loaded: Loaded, prompt: str, head: int = 0, position: int = 0) -> str:
     pieces = [tokenizer.decode([token]) for token in ids[0].tolist()]
     layers = []
     for number, (layer, attentions) in enumerate(zip(model.model.layers, outputs.attentions)):
-        matrix = layer.mixer.attention_matrix(attentions)[0, ..., here, :]
+        # One row: all of them would be quadratic in length.
+        matrix = layer.mixer.attention_matrix(attentions, positions=torch.tensor([here]))[0, ..., 0, :]
         matrix = matrix.abs().view(heads, -1, length).mean(1)  # of the additive mixer's two poolings the mean
         weights = matrix.mean(0) if head == 0 else matrix[head - 1]
         window = layer.mixer.settings.window

@@ -143,6 +143,20 @@ def test_an_empty_prompt_is_refused(leap):
         look(leap, "")
 
 
+def test_one_token_looks_without_the_matrix_of_all(leap, monkeypatch):
+    largest = 0
+    softmax = torch.softmax
+
+    def watched(x, **kwargs):
+        nonlocal largest
+        largest = max(largest, x.numel())
+        return softmax(x, **kwargs)
+
+    monkeypatch.setattr(torch, "softmax", watched)
+    look(leap, PROMPT * 10)
+    assert 0 < largest <= leap.model.config.num_attention_heads * (len(PROMPT) * 10 + 1)
+
+
 @pytest.mark.parametrize("loaded", ["leap", "additive"], indirect=True)
 @pytest.mark.parametrize("head, position", [(0, 0), (2, 5)])
 def test_where_leap_looks(loaded, head, position):
