@@ -107,9 +107,9 @@ class OldCacheNameMixin:
     From 5.24 on peft, up to 0.21, finds no cache by the new name, and puts virtual tokens before every token of a text.
     """
 
-    def prepare_inputs_for_generation(self, *args, **kwargs):
-        """As the stock method."""
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+    def prepare_inputs_for_generation(self, *args, inputs_embeds: torch.FloatTensor | None = None, **kwargs):
+        """As the stock method, in whose signature `generate` looks for `inputs_embeds`."""
+        inputs = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
         if "cache" in inputs:
             inputs["past_key_values"] = inputs.pop("cache")
         return inputs

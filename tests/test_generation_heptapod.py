@@ -862,6 +862,6 @@ def test_bad_pages_are_named(arguments, error, message):
         stub().generate(**arguments)
 
 
-def test_a_batch_of_no_pages():
-    out = details(stub(), torch.zeros(0, 3, 4, dtype=torch.long))
-    assert out.sequences.shape == (0, 3, 4) and out.model_calls == 0
+def test_a_batch_of_no_pages_is_refused():
+    with pytest.raises(ValueError, match=r"at least one page of at least one cell, got \[0, 3, 4\]"):
+        details(stub(), torch.zeros(0, 3, 4, dtype=torch.long))

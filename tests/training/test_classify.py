@@ -14,7 +14,7 @@ import pytest
 import torch
 from classify import difference, read_rows, scores, split, words_alone
 from data import build_tokenizer
-from transformers import AutoModelForSequenceClassification, Trainer, pipeline
+from transformers import AutoModelForSequenceClassification, pipeline
 
 from tests.tiny_leap import tiny_leap
 
@@ -85,7 +85,7 @@ def test_what_is_trained_and_on_what(from_scratch, tmp_path, monkeypatch):
     write_rows(tmp_path / "rows.jsonl", 40)
     trained, seen = save_model(tmp_path / "model"), []
 
-    class Watched(Trainer):
+    class Watched(classify.CleanTrainer):
         def train(self):
             seen.append(self.train_dataset["input_ids"])
             return super().train()
@@ -95,7 +95,7 @@ def test_what_is_trained_and_on_what(from_scratch, tmp_path, monkeypatch):
     )
     command += " --text_column line --label_column way --max_length 7 --max_steps 1 --learning_rate 0 --report_to none"
     monkeypatch.setattr(sys, "argv", [*command.split(), *(["--from_scratch"] if from_scratch else [])])
-    monkeypatch.setattr(classify, "Trainer", Watched)
+    monkeypatch.setattr(classify, "CleanTrainer", Watched)
     classify.main()
     assert {len(row) for row in seen[0]} == {7}
     left = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")

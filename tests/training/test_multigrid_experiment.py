@@ -387,7 +387,7 @@ def run_script(*arguments):
 
 def test_an_interval_needs_two_seeds():
     process = run_script("--seeds", "1")
-    assert process.returncode == 1 and "ValueError: --seeds" in process.stderr
+    assert process.returncode == 2 and "argument --seeds: must be at least 2, got 1" in process.stderr
 
 
 @pytest.mark.slow
