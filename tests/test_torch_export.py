@@ -17,12 +17,16 @@ CASES = {
     "multigrid": (tiny_multigrid.tiny_multigrid, tiny_multigrid.VARIANTS, ["axis"]),
     "heptapod": (tiny_heptapod.tiny_heptapod, tiny_heptapod.VARIANTS, ["split"]),
 }
+# Their programs carry a guard against lengths that strides do not divide as they did the exported one.
+GUARDED = {"hierarchical_lm": ("cross-all", "hourglass", "no-attention", "predict-all")}
 
 
 def cases():
     for family, (make, variants, fast) in CASES.items():
         for name, values in variants.items():
-            marks = () if name in fast else pytest.mark.slow
+            marks = [] if name in fast else [pytest.mark.slow]
+            if name in GUARDED.get(family, ()):
+                marks.append(pytest.mark.xfail(strict=True, reason="the program takes some lengths only"))
             yield pytest.param(family, make, values, id=f"{family}-{name}", marks=marks)
 
 
