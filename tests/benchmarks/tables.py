@@ -73,11 +73,17 @@ def fill(text: str, results: dict[str, dict]) -> str:
     return MARKERS.sub(replace, text)
 
 
+def read_results() -> dict[str, dict]:
+    """Results that `run_all.py` wrote, by name; those of `make gpu` (`gpu_*.json`) have another form."""
+    paths = (path for path in sorted(RESULTS.glob("*.json")) if not path.name.startswith("gpu_"))
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=Path, metavar="FILE", help="fill in this file's markers instead of printing")
     arguments = parser.parse_args()
-    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
+    results = read_results()
     if arguments.write is None:
         for name, result in results.items():
             print(f"## {result['title']} ({name})\n\n{render(result)}\n")

@@ -26,6 +26,13 @@ RESULT = {
 }
 
 
+def test_results_that_are_kept_make_tables():
+    results = tables.read_results()
+    assert "training_step" in results
+    for name, result in results.items():
+        assert result["title"] and "|" in tables.render(result), name
+
+
 def test_tables_fill_markers_and_nothing_else():
     text = "before\n<!-- bench:speed -->\nold\n<!-- /bench -->\nafter\n"
     filled = tables.fill(text, {"speed": RESULT})
