@@ -1,11 +1,19 @@
 """tests/conftest.py itself: what it promises to all other tests."""
 
 import socket
+import subprocess
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests.conformance import conftest as conformance
 from tests.conformance import upstream
+
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_unwritten_memory_is_nan():
@@ -44,3 +52,57 @@ def test_conformance_without_an_index_is_an_error(monkeypatch):
     monkeypatch.setenv("HEPTAPOD_OFFLINE", "1")
     with pytest.raises(pytest.skip.Exception, match="pip could not download it"):
         upstream.load("test_modeling_common")
+
+
+def test_nobody_says_offline_for_us():
+    """`HEPTAPOD_OFFLINE=1` would have conformance look green where the index is only out of reach."""
+    for name in ("Makefile", ".ci/run"):
+        assert "HEPTAPOD_OFFLINE" not in (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_what_pip_could_not_download_is_said(monkeypatch, tmp_path):
+    failed = subprocess.CompletedProcess([], 1, "", "a hint\nERROR: No matching distribution found")
+    monkeypatch.setattr(upstream, "CACHE", tmp_path)
+    monkeypatch.setattr(upstream.subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(
+        OSError, match="source distribution of transformers==.*: ERROR: No matching distribution found"
+    ):
+        upstream.fetch()
+    failed.returncode, failed.stderr = 0, ""  # and brought nothing
+    with pytest.raises(OSError, match="pip said nothing"):
+        upstream.fetch()
+    assert [path.name for path in tmp_path.iterdir()] == [".gitignore"]
+
+
+def test_tests_are_those_of_the_installed_version_and_there_are_some(monkeypatch, tmp_path):
+    names = []
+
+    def download(version, folder):
+        names.append(version)
+        archive = Path(folder) / f"transformers-{version}.tar.gz"
+        with tarfile.open(archive, "w:gz") as tar:
+            for name in wanted:
+                tar.add(__file__, f"transformers-{version}/{name}")
+        return archive
+
+    monkeypatch.setattr(upstream, "CACHE", tmp_path)
+    monkeypatch.setattr(upstream, "_download", download)
+    wanted = ["tests/test_of_nothing_common.py", "src/test_modeling_common.py"]
+    with pytest.raises(OSError, match="carries no tests"):
+        upstream.fetch()
+    wanted = ["tests/test_modeling_common.py", "tests/models/test_modeling_bert.py"]
+    for version in ("5.98.0", "5.99.1", "5.99.1"):
+        monkeypatch.setattr(upstream.transformers, "__version__", version)
+        folder = upstream.fetch()
+        assert folder == tmp_path / version and [path.name for path in folder.iterdir()] == ["test_modeling_common.py"]
+    assert names[1:] == ["5.98.0", "5.99.1"]
+
+
+def test_conformance_runs_where_it_is_named_and_nowhere_else():
+    def is_ignored(*arguments):
+        config = SimpleNamespace(invocation_params=SimpleNamespace(dir=ROOT), args=arguments)
+        return conformance.pytest_ignore_collect(conformance.HERE / "test_leap_conformance.py", config)
+
+    for named in ("tests/conformance", "tests/conformance/test_leap_conformance.py::TestLeap", conformance.HERE):
+        assert is_ignored("tests/test_focus.py", str(named)) is None
+    assert is_ignored() is is_ignored("tests") is is_ignored("tests/test_focus.py") is True

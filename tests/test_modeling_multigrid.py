@@ -246,13 +246,13 @@ def test_a_cache_is_made_and_returned_where_it_is_wanted():
     assert run(tiny_multigrid(use_cache=False, **TWO_AXES), grid)[1] is None
 
 
-@pytest.mark.parametrize("variant", ["axes", "factored"])
-def test_few_logits_are_the_last_of_all(variant):
+@pytest.mark.parametrize("variant, is_known", [("axes", False), ("factored", False), ("factored", True)])
+def test_few_logits_are_the_last_of_all(variant, is_known):
     """Also where they know the meta tokens that follow, in rows that are padded on the right."""
     model = tiny_multigrid(**VARIANTS[variant])
     grid, mask = random_grid(model, 2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[1, 7:] = 0
-    more = {"next_meta_ids": torch.tensor([[1, 2], [3, 0]])} if variant == "factored" else {}
+    more = {"next_meta_ids": torch.tensor([[1, 2], [3, 0]])} if is_known else {}
     with torch.no_grad():
         whole = all_logits(model(**grid, **more, attention_mask=mask))
         for few in (1, 3):
@@ -385,6 +385,14 @@ def test_a_chunk_of_pads_alone_changes_nothing(variant):
     _, cache = run(model, grid, 0, 6, attention_mask=mask[:, :6], use_cache=True)
     logits, _ = run(model, grid, 6, 12, attention_mask=mask, past_key_values=cache)
     assert_same([x[1:, 1:] for x in logits], run(model, short)[0])
+    # in all rows at once, between tokens
+    grid, mask = random_grid(model, 2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[:, 5:8] = 0
+    _, cache = run(model, grid, 0, 5, attention_mask=mask[:, :5], use_cache=True)
+    run(model, grid, 5, 8, attention_mask=mask[:, :8], past_key_values=cache)
+    logits, _ = run(model, grid, 8, 12, attention_mask=mask, past_key_values=cache)
+    tokens = {name: x[..., mask[0].bool()] for name, x in grid.items()}
+    assert_same(logits, [x[:, 5:] for x in run(model, tokens)[0]])
 
 
 # --- packed rows equal separate rows -----------------------------------------------------------------------------------
@@ -708,11 +716,12 @@ def test_leaves_that_were_replaced_or_hooked_are_called():
     linears[1].register_forward_hook(lambda module, args, output: seen.append(output) or output + 1)
     torch.testing.assert_close(grouped_linear(linears, x)[1], seen[0] + 1)
 
-    linears = [nn.Linear(6, 10), nn.Linear(6, 10)]
-    linears[1].register_full_backward_pre_hook(lambda module, grads: seen.append(grads[0]))
+    linears, grads = [nn.Linear(6, 10), nn.Linear(6, 10)], []
+    linears[1].register_full_backward_pre_hook(lambda module, grad: grads.append(grad[0]))
     grouped_linear(linears, x.requires_grad_()).sum().backward()
-    assert seen[-1].shape == (4, 70, 10)
+    assert [grad.shape for grad in grads] == [(4, 70, 10)]
 
+    linears = [nn.Linear(6, 10), nn.Linear(6, 10)]
     linears[1].forward = lambda x: seen[0]
     torch.testing.assert_close(grouped_linear(linears, x)[1], seen[0])
 

@@ -74,6 +74,23 @@ def test_signatures_show_the_name_of_the_installed_version(make):
         assert {"past_key_values", "cache"} & set(names) == {CACHE}
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_signatures_show_one_name_of_the_cache_in_its_place(name, monkeypatch):
+    monkeypatch.setattr(transformers_versions, "CACHE", name)
+
+    @transformers_versions.with_cache_argument
+    def forward(input_ids, past_key_values=None, *, labels=None):
+        return input_ids, past_key_values, labels
+
+    assert list(inspect.signature(forward).parameters) == ["input_ids", name, "labels"]
+    assert (
+        forward(1, cache=2, labels=3)
+        == forward(1, past_key_values=2, labels=3)
+        == forward(1, 2, labels=3)
+        == (1, 2, 3)
+    )
+
+
 def test_the_renamed_field_keeps_its_place_and_its_docstring(monkeypatch):
     monkeypatch.setattr(transformers_versions, "CACHE", "cache")
 
