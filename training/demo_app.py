@@ -3,7 +3,8 @@
 Causal models write on from a prompt, token by token. LEAP also shows where it looks, MultiGrid its tracks below each line.
 The grid shows a page as it forms: type what is known, leave holes, and watch them being filled.
 
-Read top-down: models, what each family does (plain functions and generators, which know nothing of the page), the page.
+Read top-down: models, what each family does (plain functions and generators, which know nothing of gradio but speak of the
+page's fields in their errors), the page. What is shown as HTML is made in demo_views.py.
 Needs the extra `app`. Nothing of the package is imported: a folder brings its own code, which runs here, so open only those
 that you trust; that of a name on the Hub runs with `--trust_remote_code` only. The page itself asks no other machine for
 anything, and answers to nobody who calls it by another name than this machine's own.
@@ -18,6 +19,7 @@ need("app", "gradio", "matplotlib", "PIL")
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import time
+import traceback
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,11 +34,9 @@ from urllib.parse import urlsplit
 
 import gradio
 import torch
+from demo_views import CSS, show_page, show_tracks, show_weights
 from loading import TRUST_HELP, may_run_code
-from matplotlib import colormaps
-from matplotlib.colors import to_hex
-from page_animation import cell_text
-from sample_axes import characters_of, letters_for, lines_with_tracks
+from options import NUMPY_SEEDS
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from transformers import (
@@ -97,6 +97,8 @@ def load(folder: str, trust_remote_code: bool = False) -> Loaded:
     Raises:
         ValueError: where there is no model that writes, and what `may_run_code` raises.
     """
+    if not folder:
+        raise ValueError("No model is chosen: choose one, or type its folder.")
     with _one_load_at_a_time:
         trust = may_run_code(folder, trust_remote_code)
         return _load(folder, trust, max((path.stat().st_mtime for path in Path(folder).glob("*")), default=0.0))
@@ -117,9 +119,30 @@ def _load(folder, trust, changed):
 
 
 def describe(loaded: Loaded) -> str:
-    """One line about a model."""
+    """HTML: one line about a model."""
     million = loaded.model.num_parameters() / 1e6
-    return f"**{type(loaded.model).__name__}**, {million:.1f} million parameters, on {loaded.model.device.type}"
+    return f"<b>{type(loaded.model).__name__}</b>, {million:.1f} million parameters, on {loaded.model.device.type}"
+
+
+def _whole_number(label, value, most):
+    """A number typed into the field `label`. Raises a `ValueError` that names the field."""
+    if not 0 <= value <= most:
+        raise ValueError(f"{label} must lie between 0 and {most:,}, got {value:,}.")
+    return int(value)
+
+
+def _check_length(loaded, tokens, new_tokens=0):
+    """Raise a `ValueError` where there is no text, or more of it than the model has positions."""
+    if not tokens:
+        raise ValueError("The prompt is empty: type something.")
+    limit = loaded.model.config.max_position_embeddings
+    # Of learned positions there are so many, others go on; the last token that is written needs none.
+    if hasattr(loaded.model.base_model, "embed_positions") and tokens + max(0, new_tokens - 1) > limit:
+        more = f" and {new_tokens:,} new ones" if new_tokens else ""
+        raise ValueError(
+            f"The prompt has {tokens:,} tokens{more}, and this model has places for {limit:,} only: shorten the prompt"
+            f"{', or let it write less' if new_tokens else ''}."
+        )
 
 
 @contextmanager
@@ -179,18 +202,18 @@ def write(
         meta_source: of a MultiGrid with axes: `"predicted"` or `"annotated"`.
 
     Raises:
-        ValueError: for an empty prompt, and what `generate` raises.
+        ValueError: for an empty prompt, one that is too long, a seed out of range, and what `generate` raises.
     """
-    if not prompt:
-        raise ValueError("The prompt is empty: type something to write on from.")
+    seed = _whole_number("Seed", seed, NUMPY_SEEDS)
     inputs = loaded.processor(prompt, return_tensors="pt").to(loaded.model.device)
+    _check_length(loaded, inputs["input_ids"].shape[1], int(max_new_tokens))
     streamer = TextIteratorStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     draw = {"do_sample": True, "temperature": float(temperature)} if temperature else {"do_sample": False}
     has_axes = "meta_ids" in inputs
     axes = {"meta_source": meta_source, "processor": loaded.processor} if has_axes else {}
 
     def generate(stop):
-        set_seed(int(seed))
+        set_seed(seed)
         return loaded.model.generate(
             **inputs,
             **axes,
@@ -210,26 +233,6 @@ def write(
         yield text, show_tracks(loaded.processor, done["result"])
 
 
-def show_tracks(processor, output) -> str:
-    """HTML: the text line by line, below each line its tracks, and what their letters stand for."""
-    characters = characters_of(processor, output.sequences[0].tolist())
-    lines = lines_with_tracks(processor, characters, output.meta_sequences[0].tolist()).split("\n")
-    names = {axis.name for axis in processor.axes}
-    rows = []
-    for line in lines:
-        is_track = line.split(" ", 1)[0] in names
-        rows.append(f'<div class="{"track" if is_track else "text"}">{escape(line) or "&nbsp;"}</div>')
-    legend = []
-    for axis in processor.axes:
-        letters = letters_for(axis.vocabulary)
-        entries = ", ".join(
-            f"<code>{escape(letter)}</code>{'' if letter == name else ' ' + escape(name)}"
-            for letter, name in zip(letters[1:], axis.vocabulary[1:])
-        )
-        legend.append(f"<li><b>{escape(axis.name)}</b>: {entries}; blank: {escape(axis.vocabulary[0])}</li>")
-    return f'<div class="tracks">{"".join(rows)}</div><ul class="legend">{"".join(legend)}</ul>'
-
-
 @torch.no_grad()
 def look(loaded: Loaded, prompt: str, head: int = 0, position: int = 0) -> str:
     """HTML: how much each token of a text counts for one position, layer by layer.
@@ -241,19 +244,16 @@ def look(loaded: Loaded, prompt: str, head: int = 0, position: int = 0) -> str:
         position: which token looks, from 1, or 0 for the last.
 
     Raises:
-        ValueError: for an empty text, a head or a position that is not there.
+        ValueError: for an empty text, one that is too long, a head or a position that is not there.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
     length, heads = ids.shape[1], model.config.num_attention_heads
-    for name, value, limit in (("head", head, heads), ("position", position, length)):
-        if not 0 <= value <= limit:
-            raise ValueError(f"`{name}` must lie between 0 and {limit}, got {value}.")
-    if not length:
-        raise ValueError("The prompt is empty: type something to look at.")
+    _check_length(loaded, length)
+    head = _whole_number("Head", head, heads)
+    position = _whole_number("Token that looks", position, length)
     here = (position or length) - 1
     outputs = model(ids, output_attentions=True, use_cache=False)
-    pieces = [tokenizer.decode([token]) for token in ids[0].tolist()]
     layers = []
     for number, (layer, attentions) in enumerate(zip(model.model.layers, outputs.attentions)):
         # One row: all of them would be quadratic in length.
@@ -262,23 +262,8 @@ def look(loaded: Loaded, prompt: str, head: int = 0, position: int = 0) -> str:
         weights = matrix.mean(0) if head == 0 else matrix[head - 1]
         window = layer.mixer.settings.window
         about = "everything so far" if window is None else f"the last {window} tokens"
-        layers.append(
-            f'<div class="layer"><div class="about">layer {number + 1}: {about}</div>'
-            f'<div class="text">{_heat(pieces, weights.tolist(), here)}</div></div>'
-        )
-    return f'<div class="looks">{"".join(layers)}</div>'
-
-
-def _heat(pieces, weights, here):
-    """Tokens on a background as strong as their weights, the strongest of which is full; the looking one is framed."""
-    strongest = max(weights) or 1.0
-    spans = []
-    for place, (piece, weight) in enumerate(zip(pieces, weights)):
-        shown = escape(piece).replace("\n", "\u21b5\n")
-        kind = ' class="here"' if place == here else ""
-        colour = f"rgba(220,80,20,{weight / strongest:.2f})"
-        spans.append(f'<span{kind} title="{weight:.4f}" style="background:{colour}">{shown}</span>')
-    return "".join(spans)
+        layers.append((f"layer {number + 1}: {about}", weights.tolist()))
+    return show_weights(tokenizer, ids[0].tolist(), layers, here)
 
 
 # The grid: a page with holes
@@ -291,17 +276,24 @@ def lay_out(loaded: Loaded, text: str, region: str = REGIONS[0]) -> torch.LongTe
         ValueError: for a text that doesn't fit on the page, and a page without open cells.
     """
     processor = loaded.processor
-    height, width = processor.height, processor.width
+    height = processor.height or loaded.model.config.grid_size[0]
+    width = processor.width or loaded.model.config.grid_size[1]
     if _HOLE_CHARACTER in text:
         raise ValueError("The page holds a zero byte, which is no text.")
-    size = {"height": height or loaded.model.config.grid_size[0], "width": width or loaded.model.config.grid_size[1]}
-    page = processor(text.replace(HOLE, _HOLE_CHARACTER), **size)["input_ids"]
+    rows = torch.from_numpy(processor.paginate(text.replace(HOLE, _HOLE_CHARACTER), 1, width))[:, 0]
+    if len(rows) > height:
+        raise ValueError(
+            f"The text takes {len(rows):,} rows of {width:,} cells, and the page has {height:,}: shorten it, or its lines, of "
+            "which those that are longer than a row go on in the next."
+        )
+    page = torch.full((1, height, width), processor.blank_token_id)
+    page[0, : len(rows)] = rows
     hole = int(processor(_HOLE_CHARACTER, height=1, width=1)["input_ids"])
     page[page == hole] = processor.tokenizer.mask_token_id
     if region != REGIONS[0]:
         page = processor.open_cells(page, region)
     if not (page == processor.tokenizer.mask_token_id).any():
-        raise ValueError(f"No cell is open: type {HOLE} where something is missing, or choose a region to open.")
+        raise ValueError(f"No cell is open: put {HOLE} where something is missing, or choose what to open.")
     return page
 
 
@@ -324,10 +316,11 @@ def fill(
         temperature: of the draws; 0 takes the likeliest token.
         seed: of the draws.
     """
+    seed = _whole_number("Seed", seed, NUMPY_SEEDS)
     page = lay_out(loaded, text, region)
     draw = {"do_sample": True, "temperature": float(temperature)} if temperature else {"do_sample": False}
     counted = {"num_iterations": int(num_iterations)} if schedule in ("confidence", "random") else {}
-    options = {"schedule": schedule, "seed": int(seed), **counted, **draw}
+    options = {"schedule": schedule, "seed": seed, **counted, **draw}
     seen = SimpleQueue()
 
     def generate(stop):
@@ -363,48 +356,8 @@ class _Watch(LogitsProcessor):
         return scores
 
 
-def show_page(processor, pages: torch.LongTensor, caption: str) -> str:
-    """HTML of the last of `pages [steps + 1, height, width]`: cells coloured by the iteration that wrote them, dark first."""
-    mask, iterations = processor.tokenizer.mask_token_id, len(pages) - 1
-    changed = (pages[1:] != pages[:-1]).int()
-    steps = torch.arange(1, len(pages)).view(-1, 1, 1)
-    written_at = (changed * steps).amax(0) if iterations else torch.zeros_like(pages[0])
-    colours = [
-        to_hex(colour) for colour in colormaps["viridis"]([i / max(1, iterations - 1) for i in range(iterations)])
-    ]
-    rows = []
-    for tokens, times in zip(pages[-1].tolist(), written_at.tolist()):
-        cells = []
-        for token, at in zip(tokens, times):
-            kind, style = ("open", "") if token == mask else ("given", "")
-            if token != mask and at:
-                kind = "written early" if at <= 0.6 * iterations else "written"
-                style = f' style="background:{colours[at - 1]}"'
-            cells.append(f'<i class="{kind}"{style}>{escape(cell_text(token, processor)) or " "}</i>')
-        rows.append(f"<div>{''.join(cells)}</div>")
-    return f'<div class="page">{"".join(rows)}</div><div class="about">{escape(caption)}</div>'
-
-
 # The page in the browser
 
-CSS = """
-.page, .tracks, .looks .text { font-family: "DejaVu Sans Mono", ui-monospace, monospace; font-size: 13px; color: #141414;
-    background: #fff; border: 1px solid #bbb; border-radius: 6px; padding: 10px; overflow-x: auto; }
-.page > div { display: flex; }
-.page i { font-style: normal; flex: 0 0 auto; min-width: 1.25ch; height: 1.45em; line-height: 1.45em; text-align: center; white-space: pre;
-    box-shadow: inset 0 0 0 0.5px #e4e4e4; }
-.page i.open { background: repeating-linear-gradient(45deg, #cfcfcf, #cfcfcf 3px, #e2e2e2 3px, #e2e2e2 6px); }
-.page i.early { color: #f5f5f5; }
-.tracks div { white-space: pre; line-height: 1.35; }
-.tracks .text { margin-top: 4px; font-weight: 600; }
-.tracks .track { color: #8a4b08; line-height: 1.15; }
-.legend { font-size: 12px; margin-top: 8px; }
-.looks .text { white-space: pre-wrap; line-height: 1.6; overflow-wrap: anywhere; }
-.looks { display: grid; grid-template-columns: repeat(auto-fill, minmax(420px, 1fr)); gap: 10px; }
-.looks .here { outline: 2px solid #1f4fd8; }
-.about { font-size: 13px; opacity: 0.8; margin: 4px 2px; }
-textarea { font-family: "DejaVu Sans Mono", ui-monospace, monospace !important; font-size: 13px !important; }
-"""
 SYSTEM_FONTS = ("system-ui", "Helvetica", "Arial", "sans-serif")
 MONO_FONTS = ("DejaVu Sans Mono", "ui-monospace", "monospace")
 
@@ -418,18 +371,44 @@ def _theme():
     return gradio.themes.Default(primary_hue="orange", **fonts)
 
 
-def _shown(function):
-    """A handler whose errors of input appear on the page."""
+def _shown(function, fields):
+    """A handler whose errors appear on the page: what was typed or chosen wrong, or what went wrong while it worked."""
 
     def handler(*arguments):
-        if None in arguments:
-            raise gradio.Error("Something is not filled in: a model, or a number.", print_exception=False)
+        for field, value in zip(fields, arguments):
+            if value is None:
+                raise gradio.Error(escape(f"{field.label} is not filled in."), print_exception=False)
         try:
             yield from function(*arguments)
-        except (ValueError, OSError) as error:
-            raise gradio.Error(str(error), print_exception=False) from error
+        except Exception as error:
+            expected = isinstance(error, (ValueError, OSError))
+            raise gradio.Error(escape(_told(error)), print_exception=not expected) from error
 
     return handler
+
+
+def _told(error):
+    """What the page says of an error. Of those that nobody thought of the terminal has the rest."""
+    if isinstance(error, (ValueError, OSError)):
+        return str(error)
+    return f"{type(error).__name__}: {error} (the terminal says where)"
+
+
+# Where the end of the text was after the last piece; only who has not scrolled up since is taken to the new one.
+START_AT_THE_END = "() => { document.querySelector('#written').dataset.end = 0; }"
+STAY_AT_THE_END = """() => requestAnimationFrame(() => {
+    const block = document.querySelector('#written'), box = block.querySelector('textarea');
+    if (box.scrollTop + box.clientHeight >= block.dataset.end - 20) box.scrollTop = box.scrollHeight;
+    block.dataset.end = box.scrollHeight;
+})"""
+# In place of each selected character but for ends of lines, or where nothing is selected at the cursor.
+OPEN_CELLS = r"""() => {
+    const box = document.querySelector('#page_text textarea'), [start, end] = [box.selectionStart, box.selectionEnd];
+    const opened = box.value.slice(start, end).replace(/[^\n]/gu, 'HOLE') || 'HOLE';
+    box.setRangeText(opened, start, end, 'end');
+    box.dispatchEvent(new Event('input', { bubbles: true }));
+    box.focus();
+}""".replace("HOLE", HOLE)
 
 
 def build_app(folders: list[str], first: str | None = None, trust_remote_code: bool = False) -> gradio.Blocks:
@@ -456,7 +435,7 @@ def build_app(folders: list[str], first: str | None = None, trust_remote_code: b
                 elem_id="folder",
             )
             load_button = gradio.Button("Load", scale=0, min_width=120, elem_id="load")
-        about = gradio.Markdown(elem_id="about")
+        about = gradio.HTML(elem_id="about", padding=True)
 
         with gradio.Column(visible=False) as causal:
             with gradio.Row():
@@ -468,16 +447,20 @@ def build_app(folders: list[str], first: str | None = None, trust_remote_code: b
                         )
                         temperature = gradio.Slider(0, 2, 0.7, step=0.1, label="Temperature (0: likeliest)")
                     with gradio.Row():
-                        seed = gradio.Number(0, label="Seed", precision=0, minimum=0)
+                        seed = gradio.Number(0, label="Seed", precision=0)
                         meta_source = gradio.Radio(
-                            ["predicted", "annotated"], value="predicted", label="Meta tokens", visible=False
+                            ["predicted", "annotated"],
+                            value="predicted",
+                            label="Meta tokens",
+                            visible=False,
+                            elem_id="meta_source",
                         )
                     with gradio.Row():
                         write_button = gradio.Button("Write", variant="primary", elem_id="write")
                         stop_button = gradio.Button("Stop", elem_id="stop")
                 with gradio.Column(scale=3):
                     written = gradio.Textbox(
-                        label="Text", lines=18, max_lines=18, interactive=False, elem_id="written"
+                        label="Text", lines=18, max_lines=18, autoscroll=False, interactive=False, elem_id="written"
                     )
         tracks = gradio.HTML(visible=False, elem_id="tracks")
 
@@ -485,7 +468,7 @@ def build_app(folders: list[str], first: str | None = None, trust_remote_code: b
             gradio.Markdown("### Where it looks", padding=True)
             with gradio.Row():
                 head = gradio.Slider(0, 1, 0, step=1, label="Head (0: the mean of all)", elem_id="head")
-                position = gradio.Number(0, label="Token that looks (0: the last)", precision=0, minimum=0)
+                position = gradio.Number(0, label="Token that looks (0: the last)", precision=0)
                 look_button = gradio.Button("Look at the prompt", elem_id="look")
             looked = gradio.HTML(padding=True, elem_id="looked")
 
@@ -499,64 +482,83 @@ def build_app(folders: list[str], first: str | None = None, trust_remote_code: b
                         max_lines=16,
                         elem_id="page_text",
                     )
+                    open_button = gradio.Button(
+                        f"{HOLE} Open a cell here, or what is selected", size="sm", elem_id="open_cells"
+                    )
                     region = gradio.Dropdown(list(REGIONS), value=REGIONS[0], label="Open", elem_id="region")
                     with gradio.Row():
                         schedule = gradio.Dropdown(list(SCHEDULES), value=SCHEDULES[0], label="Schedule")
                         iterations = gradio.Slider(1, 64, 16, step=1, label="Iterations")
                     with gradio.Row():
                         page_temperature = gradio.Slider(0, 2, 0, step=0.1, label="Temperature (0: likeliest)")
-                        page_seed = gradio.Number(0, label="Seed", precision=0, minimum=0, elem_id="page_seed")
+                        page_seed = gradio.Number(0, label="Seed", precision=0, elem_id="page_seed")
                     with gradio.Row():
                         fill_button = gradio.Button("Fill", variant="primary", elem_id="fill")
                         leave_button = gradio.Button("Stop", elem_id="leave")
                 with gradio.Column(scale=3):
                     formed = gradio.HTML(padding=True, min_height=300, elem_id="formed")
                     read = gradio.Textbox(
-                        label="Read as text", lines=8, max_lines=8, interactive=False, elem_id="read"
+                        label="Read as text",
+                        lines=16,
+                        max_lines=16,
+                        autoscroll=False,
+                        interactive=False,
+                        elem_id="read",
                     )
 
         def show(name):
             try:
                 loaded = load_here(name)
-            except (ValueError, OSError) as error:  # a message beside what is still there
-                return {about: f"**{name} was not loaded.** {error}"}
+            except Exception as error:  # a message beside what is still there
+                if not isinstance(error, (ValueError, OSError)):
+                    traceback.print_exc()
+                outcome = f"{name} was not loaded." if name else "Nothing was loaded."
+                return {about: f"<b>{escape(outcome)}</b> {escape(_told(error))}"}
             leap, is_grid = loaded.family == "leap", loaded.family == "heptapod"
             has_axes = loaded.family == "multigrid" and loaded.model.config.num_axes > 0
             heads = getattr(loaded.model.config, "num_attention_heads", 1) if leap else 1
+            axes = loaded.processor.axes if has_axes else ()
+            sources = ["predicted", "annotated"] if all(axis.causal for axis in axes) else ["predicted"]
+            rows = min(40, loaded.processor.height or loaded.model.config.grid_size[0]) if is_grid else 16
             return {
                 about: describe(loaded),
                 causal: gradio.update(visible=not is_grid),
-                meta_source: gradio.update(visible=has_axes),
+                meta_source: gradio.update(choices=sources, value="predicted", visible=has_axes),
                 tracks: gradio.update(value="", visible=has_axes),
                 looks: gradio.update(visible=leap),
                 head: gradio.update(maximum=heads, value=0),
                 grid: gradio.update(visible=is_grid),
+                page: gradio.update(lines=rows, max_lines=rows),
                 written: "",
                 looked: "",
                 formed: "",
-                read: "",
+                read: gradio.update(value="", lines=rows, max_lines=rows),
             }
 
         def on_write(name, *arguments):
             yield from write(load_here(name), *arguments)
 
         def on_look(name, text, head, position):
-            yield look(load_here(name), text, int(head), int(position))
+            yield look(load_here(name), text, head, position)
 
         def on_fill(name, *arguments):
             for frame in fill(load_here(name), *arguments):
                 yield frame
                 time.sleep(FRAME_SECONDS)
 
-        shown = [about, causal, meta_source, tracks, looks, head, grid, written, looked, formed, read]
+        shown = [about, causal, meta_source, tracks, looks, head, grid, page, written, looked, formed, read]
         for event in (load_button.click, folder.input) + ((app.load,) if first else ()):
             event(show, folder, shown)
-        options = [folder, prompt, max_new_tokens, temperature, seed, meta_source]
-        writing = write_button.click(_shown(on_write), options, [written, tracks])
+        fields = [folder, prompt, max_new_tokens, temperature, seed, meta_source]
+        write_button.click(None, js=START_AT_THE_END)
+        writing = write_button.click(_shown(on_write, fields), fields, [written, tracks])
+        written.change(None, js=STAY_AT_THE_END)
         stop_button.click(None, cancels=[writing])
-        look_button.click(_shown(on_look), [folder, prompt, head, position], looked)
-        options = [folder, page, region, schedule, iterations, page_temperature, page_seed]
-        filling = fill_button.click(_shown(on_fill), options, [formed, read])
+        fields = [folder, prompt, head, position]
+        look_button.click(_shown(on_look, fields), fields, looked)
+        fields = [folder, page, region, schedule, iterations, page_temperature, page_seed]
+        filling = fill_button.click(_shown(on_fill, fields), fields, [formed, read])
+        open_button.click(None, js=OPEN_CELLS)
         leave_button.click(None, cancels=[filling])
     return app
 

@@ -10,6 +10,7 @@ from argparse import ArgumentParser
 import torch
 from loading import add_model_arguments, may_run_code
 from options import NUMPY_SEEDS, whole
+from token_text import is_byte_level, readable
 from transformers import AutoModelForCausalLM, AutoProcessor, set_seed
 
 
@@ -27,6 +28,19 @@ def characters_of(processor, ids: list[int]) -> list[str]:
     for token in ids:
         new, pending = processor.new_characters(pending, token)
         characters.append(new)
+    return characters
+
+
+def characters_to_show(processor, ids: list[int]) -> list[str]:
+    """What each token completes, where the bytes of a byte-level tokenizer that make no character are seen as `\\xf0`."""
+    if not is_byte_level(processor.tokenizer):
+        return characters_of(processor, ids)
+    special, characters = set(processor.tokenizer.all_special_ids), [""] * len(ids)
+    places = [place for place, token in enumerate(ids) if token not in special]
+    last = -1
+    for text, number in readable(processor.tokenizer, [ids[place] for place in places]):
+        last += number
+        characters[places[last]] = text
     return characters
 
 
@@ -83,9 +97,10 @@ def main():
             max_new_tokens=args.max_new_tokens,
             return_dict_in_generate=True,
         )
-        characters = characters_of(processor, output.sequences[0].tolist())
-        tracks, rules = output.meta_sequences[0].tolist(), annotations_of(processor, characters)
-        print(f"\n--- with meta tokens {source}\n{lines_with_tracks(processor, characters, tracks)}")
+        ids, tracks = output.sequences[0].tolist(), output.meta_sequences[0].tolist()
+        rules = annotations_of(processor, characters_of(processor, ids))
+        text = lines_with_tracks(processor, characters_to_show(processor, ids), tracks)
+        print(f"\n--- with meta tokens {source}\n{text}")
         for axis, track, rule in zip(processor.axes, tracks, rules):
             written = range(inputs["input_ids"].shape[1], len(track))
             same = sum(track[place] == rule[place] for place in written) / len(written)

@@ -7,13 +7,16 @@ import shutil
 import threading
 from html import unescape
 from itertools import pairwise
+from types import SimpleNamespace
 
+import gradio
 import pytest
 import torch
 from data import build_tokenizer
 from demo_app import (
     ALL_SHOWN,
     HOLE,
+    _shown,
     build_app,
     describe,
     fill,
@@ -25,6 +28,10 @@ from demo_app import (
     saved_folders,
     write,
 )
+from demo_views import CSS, LINES_SHOWN, TOKENS_SHOWN, ink_on, show_page, show_tracks, show_weights, step_colours
+from sample_axes import characters_to_show
+from token_text import readable
+from transformers import AutoTokenizer
 
 from modeling_heptapod import HeptapodProcessor, MultiGridProcessor
 from tests.tiny_heptapod import tiny_heptapod
@@ -41,6 +48,7 @@ HEIGHT, WIDTH = 5, 12
 PROMPT = "if a < b:\n"
 PAGE = f"def f(x):\n    {HOLE * 6} x\n"
 CAUSAL = ["leap", "additive", "hierarchical_lm", "multigrid", "axes"]
+OCTOPUS = "\U0001f419"  # four bytes, f0 9f 90 99
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +60,7 @@ def folders(tmp_path_factory):
         "leap": (tiny_leap(**COMMON), PLAIN),
         "additive": (tiny_leap(mixer="additive", **COMMON), PLAIN),
         "masked": (tiny_leap("LeapForMaskedLM", **COMMON), PLAIN),
+        "learned": (tiny_leap(position_embedding_type="learned", **COMMON), PLAIN),
         "hierarchical_lm": (tiny_hierarchical_lm(**COMMON), PLAIN),
         "multigrid": (tiny_multigrid(**COMMON), MultiGridProcessor(PLAIN)),
         "axes": (
@@ -136,13 +145,6 @@ def test_errors_of_generate_are_not_lost_in_its_thread(folders):
         list(write(load(str(folders / "axes")), PROMPT, 5, meta_source="guessed"))
 
 
-def test_an_empty_prompt_is_refused(leap):
-    with pytest.raises(ValueError, match="prompt is empty"):
-        next(write(leap, ""))
-    with pytest.raises(ValueError, match="prompt is empty"):
-        look(leap, "")
-
-
 def test_one_token_looks_without_the_matrix_of_all(leap, monkeypatch):
     largest = 0
     softmax = torch.softmax
@@ -178,10 +180,224 @@ def test_where_leap_looks(loaded, head, position):
         assert [place for place, (here, _) in enumerate(spans) if here] == [(position or len(PROMPT)) - 1]
 
 
-@pytest.mark.parametrize("options", [{"head": 5}, {"head": -1}, {"position": len(PROMPT) + 1}])
-def test_nobody_looks_from_elsewhere(leap, options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        look(leap, PROMPT, **options)
+def test_a_long_text_is_looked_at_in_part():
+    """The tokens up to the one that looks, and how much weight lies on those that are not shown."""
+    ids = [97] * (TOKENS_SHOWN + 500)
+    weights = [1 / len(ids)] * len(ids)
+    for here, first, last in ((len(ids) - 1, 501, 2500), (2099, 101, 2100), (3, 1, 2000)):
+        html = show_weights(PLAIN, ids, [("layer 1", weights)], here)
+        assert html.count("title=") == TOKENS_SHOWN
+        assert f"layer 1; tokens {first:,} to {last:,} of 2,500 are shown, 20% of the weight lies on others" in html
+        places = [place for place, span in enumerate(re.findall("<span[^>]*title[^>]*>", html)) if "here" in span]
+        assert places == [here + 1 - first]
+    assert "are shown" not in show_weights(PLAIN, ids[:TOKENS_SHOWN], [("layer 1", weights[:TOKENS_SHOWN])], 0)
+
+
+# What tokens are to a person who reads them
+
+
+@pytest.mark.parametrize(
+    "data, pieces",
+    [
+        (f"a\u00e9{OCTOPUS}\n".encode(), [("a", 1), ("\u00e9", 2), (OCTOPUS, 4), ("\n", 1)]),
+        (b"\xf0", [(r"\xf0", 1)]),
+        (b"\xf0\x9f\x90", [(r"\xf0", 1), (r"\x9f", 1), (r"\x90", 1)]),
+        (b"\xf0a\xc3\xa9", [(r"\xf0", 1), ("a", 1), ("\u00e9", 2)]),
+        (b"\x90\xf0\x9f\x90\x99", [(r"\x90", 1), (OCTOPUS, 4)]),
+        ("\ufffd".encode(), [("\ufffd", 3)]),
+        (b"", []),
+    ],
+)
+def test_characters_where_bytes_are_whole(data, pieces):
+    ids = [PLAIN.convert_tokens_to_ids(PLAIN.backend_tokenizer.id_to_token(byte)) for byte in data]
+    assert ids == list(data)  # a token a byte
+    assert readable(PLAIN, ids) == pieces
+
+
+def test_tokens_of_several_characters_and_no_bytes():
+    tokenizer = build_tokenizer("bpe", [f"ab {OCTOPUS} \u00e9"] * 30, vocab_size=280)
+    ids = tokenizer(f"ab {OCTOPUS} \u00e9{OCTOPUS}")["input_ids"]
+    pieces = readable(tokenizer, ids)
+    assert "".join(text for text, _ in pieces) == f"ab {OCTOPUS} \u00e9{OCTOPUS}"
+    assert sum(number for _, number in pieces) == len(ids) and "ab" in pieces[0][0]
+    assert readable(tokenizer, [tokenizer.eos_token_id, 99_999]) == [(tokenizer.eos_token, 1), ("", 1)]
+
+
+def test_tokenizers_that_know_no_bytes(tmp_path):
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"two": 0, "words": 1}, unk_token="two"))
+    words.decoder = decoders.WordPiece()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    assert readable(AutoTokenizer.from_pretrained(tmp_path), [0, 1]) == [("two", 1), ("words", 1)]
+
+
+def test_bytes_of_a_split_character(leap, grid):
+    html = look(leap, f"a{OCTOPUS}b", position=3)
+    layer = re.search(r'<div class="weights">(.*?)</div>', html, re.DOTALL)[1]
+    spans = re.findall(r"<span( class=\"here\")? title=\"(.*?)\".*?>(.*?)</span>", layer)
+    assert [(bool(here), text) for here, _, text in spans] == [(False, "a"), (True, OCTOPUS), (False, "b")]
+    whole, *parts = (float(number) for number in re.findall(r"\d\.\d+", spans[1][1]))
+    assert len(parts) == 4 and whole == pytest.approx(sum(parts), abs=3e-4) and spans[1][1].endswith("of 4 tokens")
+
+    ids = [*OCTOPUS.encode(), 10, 0xF0, 97, PLAIN.eos_token_id, 0x9F]
+    processor = SimpleNamespace(tokenizer=PLAIN)
+    assert characters_to_show(processor, ids) == ["", "", "", OCTOPUS, "\n", r"\xf0", "a", "", r"\x9f"]
+
+    mask, blank = TOKENIZER.mask_token_id, grid.processor.blank_token_id
+    page = torch.tensor(
+        [[97, *OCTOPUS.encode()[:2]], [*OCTOPUS.encode()[2:], blank], [0xF0, mask, 0x9F], [10, 9, blank]]
+    )
+    html = show_page(grid.processor, page[None], "")
+    rows = [re.findall("<i.*?>(.*?)</i>", row) for row in re.findall("<div><i.*?</div>", html)]
+    assert rows == [["a", OCTOPUS, " "], [" "] * 3, [r"\xf0", " ", r"\x9f"], ["\u21b5", "\u00b7", " "]]
+    assert html.count('class="given byte"') == 2
+
+
+def test_tracks_of_a_long_text_are_shown_in_part():
+    ids = PLAIN("".join(f"x{line:04}\n" for line in range(1500)) + "end")["input_ids"]
+    output = SimpleNamespace(sequences=torch.tensor([ids]), meta_sequences=torch.zeros(1, 2, len(ids), dtype=int))
+    html = show_tracks(AXES, output)
+    lines = re.findall('<div class="text">(.*?)</div>', html)
+    assert len(lines) == LINES_SHOWN and lines[0].strip() == "x1201" and lines[-1].strip() == "end"
+    assert html.count('class="track"') == 2 * LINES_SHOWN
+    assert "Lines 1,202 to 1,501 of 1,501 are shown" in html
+    short = SimpleNamespace(sequences=output.sequences[:, :60], meta_sequences=output.meta_sequences[..., :60])
+    assert "are shown" not in show_tracks(AXES, short)
+
+
+# Colours
+
+
+def contrast(one, other):
+    """By WCAG 2, of colours `(red, green, blue)` from 0 to 255."""
+    light = []
+    for colour in (one, other):
+        linear = [x / 255 / 12.92 if x <= 10 else ((x / 255 + 0.055) / 1.055) ** 2.4 for x in colour]
+        light.append(sum(weight * x for weight, x in zip((0.2126, 0.7152, 0.0722), linear)) + 0.05)
+    return max(light) / min(light)
+
+
+def parts_of(colour):
+    return [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
+
+
+@pytest.mark.parametrize("scheme", [":root", ".dark"])
+def test_colours_of_both_schemes_can_be_read(scheme):
+    declared = dict(re.findall(r"--(\w+): (.*?);", re.search(rf"{re.escape(scheme)} \{{(.*?)\}}", CSS, re.DOTALL)[1]))
+    paper, ink, track = (parts_of(declared[name]) for name in ("paper", "ink", "track"))
+    heat = [int(part) for part in declared["heat"].split()]
+    assert contrast(ink, paper) >= 4.5 and contrast(track, paper) >= 4.5
+    for weight in range(101):
+        blended = [weight / 100 * full + (1 - weight / 100) * none for full, none in zip(heat, paper)]
+        assert contrast(ink, blended) >= 4.5, weight
+    assert contrast(parts_of(declared["here"]), paper) >= 3 <= contrast(parts_of(declared["here"]), heat)  # a frame
+
+
+def test_ink_of_written_cells_can_be_read():
+    colours = {colour for steps in (1, 2, 16, 64, 1024) for colour in step_colours(steps)}
+    colours |= {f"#{red:02x}{green:02x}{blue:02x}" for red in (0, 120) for green in range(256) for blue in (0, 90)}
+    assert all(contrast(parts_of(colour), parts_of(ink_on(colour))) >= 4.5 for colour in colours)
+    assert {ink_on(colour) for colour in step_colours(16)} == {"#000000", "#ffffff"}
+
+
+def test_colours_of_ours_outrank_those_of_gradio():
+    """`.prose *` of gradio's sets the colour of each element below an HTML block."""
+    rules = re.findall(r"([^{}]+)\{([^{}]*)\}", CSS)
+    coloured = [selector.strip() for selector, body in rules if re.search(r"(^|[;\s])color:", body)]
+    assert len(coloured) >= 5
+    assert all(part.strip().startswith("#") for selector in coloured for part in selector.split(","))
+
+
+# Errors in the words of the page
+
+
+@pytest.mark.parametrize(
+    "name, call, message",
+    [
+        ("leap", lambda it: look(it, PROMPT, head=5), r"^Head must lie between 0 and \d, got 5\.$"),
+        ("leap", lambda it: look(it, PROMPT, head=-1), r"^Head must lie between 0 and \d, got -1\.$"),
+        ("leap", lambda it: look(it, PROMPT, position=11), r"^Token that looks must lie between 0 and 10, got 11\.$"),
+        ("leap", lambda it: look(it, PROMPT, position=-1), "^Token that looks must"),
+        ("leap", lambda it: look(it, ""), "^The prompt is empty"),
+        ("leap", lambda it: list(write(it, "")), "^The prompt is empty"),
+        ("leap", lambda it: list(write(it, PROMPT, seed=-1)), "^Seed must lie between 0 and 4,294,967,295, got -1"),
+        ("leap", lambda it: list(write(it, PROMPT, seed=2**32)), "^Seed must lie between"),
+        ("learned", lambda it: look(it, "a" * 513), "513 tokens, and this model has places for 512 only"),
+        ("learned", lambda it: list(write(it, "a" * 500, 14)), "500 tokens and 14 new ones, .* let it write less"),
+        ("axes", lambda it: list(write(it, "a" * 100, 30)), "100 tokens and 30 new ones, .* places for 128 only"),
+        ("heptapod", lambda it: lay_out(it, "no hole"), f"^No cell is open: put {HOLE}"),
+        ("heptapod", lambda it: lay_out(it, "\n" * 9 + HOLE), "takes 10 rows of 12 cells, and the page has 5"),
+        ("heptapod", lambda it: lay_out(it, HOLE * 61), "takes 6 rows of 12 cells"),
+        ("heptapod", lambda it: lay_out(it, "\0"), "zero byte"),
+        ("heptapod", lambda it: list(fill(it, PAGE, seed=-1)), "^Seed must lie"),
+        ("heptapod", lambda it: load(""), "^No model is chosen"),
+    ],
+)
+def test_errors_speak_of_what_is_on_the_page(folders, name, call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call(load(str(folders / name)))
+    assert not re.search(r"`|_|=|overflow|paginate", str(error.value))
+
+
+def test_all_places_of_a_model_can_be_filled(folders):
+    *_, (text, _) = write(load(str(folders / "learned")), "a" * 500, 13)  # the last token needs none
+    assert len(text) > 500
+
+
+def test_errors_reach_the_page():
+    fields = [SimpleNamespace(label="Model"), SimpleNamespace(label="Seed <1>")]
+
+    def fails(error):
+        def function(*_):
+            yield 1
+            raise error
+
+        with pytest.raises(gradio.Error) as raised:
+            list(_shown(function, fields)("folder", 1))
+        return raised.value.message, raised.value.print_exception
+
+    assert fails(ValueError("<b> is no text")) == ("&lt;b&gt; is no text", False)
+    assert fails(OSError("disk")) == ("disk", False)
+    assert fails(KeyError("x")) == ("KeyError: &#x27;x&#x27; (the terminal says where)", True)
+    with pytest.raises(gradio.Error) as raised:
+        list(_shown(None, fields)("folder", None))
+    assert raised.value.message == "Seed &lt;1&gt; is not filled in."
+
+
+def shown_of(folder):
+    """What the page shows when this folder is loaded, by the ids of elements."""
+    app = build_app([])
+    show = next(function.fn for function in app.fns.values() if function.name == "show")
+    return {component.elem_id: value for component, value in show(folder).items() if component.elem_id}
+
+
+def test_what_is_shown_of_a_model(folders):
+    """As many lines as a page has; errors of loading beside what is there."""
+    shown = shown_of(str(folders / "heptapod"))
+    assert shown["read"]["lines"] == shown["read"]["max_lines"] == shown["page_text"]["lines"] == HEIGHT
+    assert "HeptapodForMaskedLM" in shown["about"]
+    message = "<b>/&lt;nowhere&gt; was not loaded.</b> there is no folder /&lt;nowhere&gt;"
+    shown = shown_of("/<nowhere>")
+    assert list(shown) == ["about"] and shown["about"].startswith(message)
+    message = "<b>Nothing was loaded.</b> No model is chosen: choose one, or type its folder."
+    assert shown_of(None) == shown_of("") == {"about": message}
+
+
+def test_damaged_weights_are_told_of(folders, tmp_path, capsys):
+    shutil.copytree(folders / "leap", tmp_path / "leap")
+    (tmp_path / "leap" / "model.safetensors").write_bytes(b"no weights")
+    message = shown_of(str(tmp_path / "leap"))["about"]
+    assert "was not loaded" in message and "the terminal says where" in message
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_axes_that_look_ahead_are_not_annotated(folders, monkeypatch):
+    folder = str(folders / "axes")
+    assert shown_of(folder)["meta_source"]["choices"] == ["predicted", "annotated"]
+    monkeypatch.setattr(type(load(folder).processor.axes[0]), "causal", False)
+    assert shown_of(folder)["meta_source"]["choices"] == ["predicted"]
 
 
 def test_typed_holes_are_open_cells(grid):
@@ -190,14 +406,6 @@ def test_typed_holes_are_open_cells(grid):
     assert page.shape == (1, HEIGHT, WIDTH) and is_open.sum() == 6 and is_open[0, 1, 4:10].all()
     assert grid.processor.decode(page[0]) == PAGE
     assert (lay_out(grid, PAGE, "bottom") == TOKENIZER.mask_token_id)[0, -2:].all()
-
-
-@pytest.mark.parametrize(
-    "text, message", [("def f(x):\n", "No cell is open"), ("\n" * 9 + HOLE, "rows"), ("\0", "zero")]
-)
-def test_pages_that_cannot_be_filled(grid, text, message):
-    with pytest.raises(ValueError, match=message):
-        lay_out(grid, text)
 
 
 def cells_of(html):
@@ -259,7 +467,7 @@ def test_a_folder_that_was_written_again_is_loaded_again(folders, tmp_path):
 
 
 def test_folders_to_choose_from(folders):
-    assert len(saved_folders(str(folders))) == 7
+    assert len(saved_folders(str(folders))) == 8
     assert "LeapForCausalLM" in describe(load(str(folders / "leap")))
 
 
@@ -359,6 +567,127 @@ def pick(page, folder):
     page.click("#load")
 
 
+# The text of an element, its colour and the opaque colour behind it, which may be blended of several.
+COLOURS = """selector => [...document.querySelectorAll(selector)].map(element => {
+    const parts = text => text.match(/[\\d.]+/g).map(Number);
+    let behind = [];
+    for (let at = element; at; at = at.parentElement) behind.push(parts(getComputedStyle(at).backgroundColor));
+    const colour = behind.reverse().reduce((below, [red, green, blue, alpha = 1]) =>
+        [red, green, blue].map((part, place) => alpha * part + (1 - alpha) * below[place]), [255, 255, 255]);
+    return [parts(getComputedStyle(element).color), colour, element.textContent];
+})"""
+WRITTEN = "([least]) => document.querySelector('#written textarea').value.length > least"
+FROM_THE_END = """() => {
+    const box = document.querySelector('#written textarea');
+    return [box.scrollHeight - box.clientHeight - box.scrollTop, box.scrollHeight - box.clientHeight];
+}"""
+
+
+def assert_readable(page, *selectors):
+    for selector in selectors:
+        shown = page.evaluate(COLOURS, selector)
+        assert shown
+        for ink, behind, text in shown:
+            assert contrast(ink, behind) >= 4.5, (selector, text, ink, behind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read_in_a_browser(page, folders, scheme):
+    from playwright.sync_api import expect
+
+    page, _ = page
+    page.emulate_media(color_scheme=scheme)
+    page.reload()
+    expect(page.locator("#about")).to_contain_text("LeapForCausalLM")
+    assert page.evaluate("document.body.classList.contains('dark')") == (scheme == "dark")
+    page.fill("#prompt textarea", PROMPT)
+    page.fill("#new_tokens input[type=number]", "30")
+    page.click("#look")
+    expect(page.locator("#looked .layer")).to_have_count(4)
+    assert_readable(page, "#looked .weights span", "#looked .about", "#looked .legend", "#about b")
+
+    pick(page, folders / "axes")
+    expect(page.locator("#about")).to_contain_text("MultiGridForCausalLM")
+    page.click("#write")
+    expect(page.locator("#tracks .track").first).to_be_visible()
+    assert_readable(page, "#tracks .text", "#tracks .track", "#tracks .legend li", "#tracks .legend code")
+
+    pick(page, folders / "heptapod")
+    expect(page.locator("#about")).to_contain_text("HeptapodForMaskedLM")
+    page.fill("#page_text textarea", PAGE)
+    page.click("#fill")
+    expect(page.locator("#formed i[style]")).to_have_count(6)
+    assert_readable(page, "#formed i.given", "#formed i[style]", "#formed .about", "#formed .legend")
+
+
+@pytest.mark.slow
+def test_long_texts_in_a_browser(page, folders):
+    """The end is in sight while text is written, unless one has scrolled away from it; no block grows without bound."""
+    from playwright.sync_api import expect
+
+    page, _ = page
+    expect(page.locator("#about")).to_contain_text("LeapForCausalLM")
+    prompt = PROMPT * 60
+    page.fill("#prompt textarea", prompt)
+    page.fill("#new_tokens input[type=number]", "1000")
+    page.click("#write")
+    for more in (20, 60):
+        page.wait_for_function(WRITTEN, arg=[len(prompt) + more])
+        page.wait_for_timeout(200)
+        distance, scrolled = page.evaluate(FROM_THE_END)
+        assert distance < 40 < scrolled
+    page.evaluate("document.querySelector('#written textarea').scrollTop = 0")
+    page.wait_for_timeout(500)
+    distance, scrolled = page.evaluate(FROM_THE_END)
+    assert distance == scrolled > 40
+    page.click("#stop")
+    page.fill("#new_tokens input[type=number]", "10")
+    page.click("#write")  # another text: from its end again
+    page.wait_for_function(
+        "([most]) => document.querySelector('#written textarea').value.length < most", arg=[len(prompt) + 20]
+    )
+    page.wait_for_timeout(1500)
+    distance, scrolled = page.evaluate(FROM_THE_END)
+    assert distance < 40 < scrolled
+
+    page.click("#look")
+    expect(page.locator("#looked .layer")).to_have_count(4)
+    assert page.locator("#looked").bounding_box()["height"] < 4 * 900
+    pick(page, folders / "axes")
+    expect(page.locator("#about")).to_contain_text("MultiGridForCausalLM")
+    page.fill("#prompt textarea", "x\n" * 50)
+    page.click("#write")
+    expect(page.locator("#tracks .text").first).to_be_attached()
+    assert page.locator("#tracks .tracks").bounding_box()["height"] < 0.75 * page.viewport_size["height"]
+    box = "document.querySelector('#tracks .tracks')"
+    assert page.evaluate(f"{box}.scrollHeight > {box}.clientHeight")
+
+
+@pytest.mark.slow
+def test_cells_are_opened_in_a_browser(page, folders):
+    from playwright.sync_api import expect
+
+    page, _ = page
+    pick(page, folders / "heptapod")
+    expect(page.locator("#about")).to_contain_text("HeptapodForMaskedLM")
+    select = "([from, to]) => document.querySelector('#page_text textarea').setSelectionRange(from, to)"
+    page.fill("#page_text textarea", f"a = 1{OCTOPUS}\nb\n")
+    for place, opened in (
+        ((0, 0), f"{HOLE}a = 1{OCTOPUS}\nb\n"),
+        ((1, 2), f"{HOLE * 2} = 1{OCTOPUS}\nb\n"),
+        ((5, 10), f"{HOLE * 2} = {HOLE * 2}\n{HOLE}\n"),
+    ):
+        page.evaluate(select, place)
+        page.click("#open_cells")
+        assert page.input_value("#page_text textarea") == opened
+    page.keyboard.type("c")  # the cursor is behind what was opened
+    assert page.input_value("#page_text textarea") == f"{HOLE * 2} = {HOLE * 2}\n{HOLE}c\n"
+    page.click("#fill")  # what was opened reaches the handler
+    expect(page.locator("#formed i[style]")).to_have_count(5)
+    assert page.input_value("#read textarea").count("\n") >= 2
+
+
 @pytest.mark.slow
 def test_in_a_browser(page, folders):
     """One visit: text that streams, where it looks, a wrong name, tracks, a page that is typed, and forms."""
@@ -413,5 +742,5 @@ def test_in_a_browser(page, folders):
     expect(page.locator(".toast-body")).to_contain_text("No cell is open")
     page.fill("#page_seed input", "")
     page.click("#fill")
-    expect(page.locator(".toast-body").last).to_contain_text("Something is not filled in")
+    expect(page.locator(".toast-body").last).to_contain_text("Seed is not filled in.")
     assert len(hosts) == 1 and next(iter(hosts)).startswith("127.0.0.1")
