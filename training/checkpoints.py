@@ -6,15 +6,22 @@ that it is the same run, and `checksums.json` last, by which it sees that nothin
 
 import hashlib
 import json
+import os
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 logger = logging.get_logger(__name__)
 
@@ -92,15 +99,18 @@ def damage_of(folder: Path, num_processes: int = 1) -> str | None:
 
 def _damage_by_structure(folder, num_processes):
     """What is not there at all or does not end where it should; of checkpoints without checksums all that can be seen."""
+    if folder.exists() and not folder.is_dir():
+        return "it is no folder"
     try:
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         if not all(isinstance(state[name], int) for name in ("global_step", "max_steps")):
             return "trainer_state.json has no steps"
         num_processes = read_run(folder).get("processes", num_processes)
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, TypeError, KeyError) as error:
-        return f"trainer_state.json or {RUN} is damaged: {error}"
+        return f"trainer_state.json, config.json or {RUN} is damaged: {error}"
     if (folder / "latest").is_file():  # DeepSpeed's, which checks its own
         return None
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*")):
@@ -123,9 +133,16 @@ def _damage_by_structure(folder, num_processes):
 
 
 def read_run(folder: Path) -> dict:
-    """What `run.json` of a checkpoint says, nothing where there is none."""
+    """What `run.json` of a checkpoint says, nothing where there is none.
+
+    Raises:
+        ValueError: where it says something else than a run does.
+    """
     path = folder / RUN
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not isinstance(run, dict) or (run and not {"settings", "length", "processes"} <= run.keys()):
+        raise ValueError(f"{path} must hold `settings`, `length` and `processes`")
+    return run
 
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
@@ -183,6 +200,34 @@ def check_begins_alone(output_dir: str, checkpoint: str | None, num_processes: i
                 "mixed up: resume that one with --resume_from_checkpoint last, or give another folder"
             )
         logger.warning(f"--output_dir: {folder} is no whole checkpoint and counts for none: {damage}")
+
+
+@contextmanager
+def alone_in(output_dir: str) -> Iterator[None]:
+    """While in the block, no other run begins in this folder; what was killed is out of it at once.
+
+    Raises:
+        ValueError: naming `--output_dir` where there is one.
+    """
+    folder = os.open(output_dir, os.O_RDONLY) if fcntl is not None else None
+    try:
+        if folder is not None:
+            _lock(folder, output_dir)
+        yield
+    finally:
+        if folder is not None:
+            os.close(folder)
+
+
+def _lock(folder, output_dir):
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"--output_dir {output_dir}: another run writes into it; wait for its end, or give another folder"
+        ) from error
+    except OSError as error:  # not every file system has locks
+        logger.warning(f"--output_dir {output_dir}: a second run in it would not be noticed: {error}")
 
 
 def check_same_run(checkpoint: str, run: dict, is_last: bool) -> None:

@@ -6,7 +6,7 @@ Copy and edit it like one of transformers' examples: everything here is `Trainer
 given as well; `--help` lists them.
 """
 
-from options import check_number, check_training_arguments, need
+from options import check_can_write, check_number, check_training_arguments, need
 
 
 need("finetune", "accelerate", "datasets", "sklearn")
@@ -120,6 +120,7 @@ def main():
     check_training_arguments(training_args)
     check_number("--max_length", args.max_length, least=1)
     check_name(args.model)
+    check_can_write("--output_dir", training_args.output_dir)
     set_seed(training_args.seed)
 
     # Rows -> tokens

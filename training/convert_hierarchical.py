@@ -6,12 +6,11 @@ The prototype has no checkpoints of its own: `prototype.pt` is `torch.save(model
 `prototype.json` what was passed to `HierarchicalTransformer(...)`. The prototype itself need not be installed.
 """
 
-import json
-from argparse import ArgumentParser
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from loading import read_json, read_weights
+from redaction import Parser
 
 from modeling_heptapod import HierarchicalLMConfig, HierarchicalLMForCausalLM
 
@@ -231,18 +230,16 @@ def load_prototype(state_dict: str | Path, arguments: str | Path) -> tuple[dict,
 
     Raises:
         FileNotFoundError: where one of them is missing.
+        ValueError: naming one that is damaged.
     """
     for name, path in (("state_dict", state_dict), ("arguments", arguments)):
         if not Path(path).is_file():
             raise FileNotFoundError(f"`--{name}`: there is no file {path}.")
-    given = json.loads(Path(arguments).read_text(encoding="utf-8"))
-    if Path(state_dict).suffix == ".safetensors":
-        return given, load_file(state_dict)
-    return given, torch.load(state_dict, map_location="cpu", weights_only=True)
+    return read_json(Path(arguments)), read_weights(Path(state_dict))
 
 
 def main():
-    parser = ArgumentParser(description="Turn a model of pip's simple-hierarchical-transformer into ours.")
+    parser = Parser(description="Turn a model of pip's simple-hierarchical-transformer into ours.")
     parser.add_argument("--state_dict", required=True, help="file with the prototype's state dict")
     parser.add_argument("--arguments", required=True, help="JSON file with the arguments of its constructor")
     parser.add_argument("--output", required=True, help="folder to write our model to")

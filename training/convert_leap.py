@@ -6,12 +6,11 @@ The source is a folder with `config.json` and weights, as the prototype's `save_
 `LeapForCausalLM` or `FastformerForCausalLM`. The prototype itself need not be installed.
 """
 
-from argparse import ArgumentParser
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from transformers import PreTrainedConfig
+from loading import read_json, read_weights
+from redaction import Parser
 
 from modeling_heptapod import LeapConfig, LeapForCausalLM
 
@@ -149,6 +148,7 @@ def load_prototype(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
     Raises:
         FileNotFoundError: where the folder, its `config.json` or its weights are missing.
+        ValueError: naming one that is damaged.
     """
     folder = Path(folder)
     files = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
@@ -156,14 +156,12 @@ def load_prototype(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
         raise FileNotFoundError(f"`--source`: there is no config.json in {folder}.")
     if not files:
         raise FileNotFoundError(f"`--source`: there is neither {' nor '.join(WEIGHT_FILES)} in {folder}.")
-    config, _ = PreTrainedConfig.get_config_dict(folder)
-    if files[0].suffix == ".safetensors":
-        return config, load_file(files[0])
-    return config, torch.load(files[0], map_location="cpu", weights_only=True)
+    config = read_json(folder / "config.json")
+    return config, read_weights(files[0])
 
 
 def main():
-    parser = ArgumentParser(description="Turn a checkpoint of pip's leap-transformer into a LEAP of ours.")
+    parser = Parser(description="Turn a checkpoint of pip's leap-transformer into a LEAP of ours.")
     parser.add_argument("--source", required=True, help="folder with the prototype's config.json and weights")
     parser.add_argument("--output", required=True, help="folder to write our model to")
     args = parser.parse_args()

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from cache import default_folder
 from options import check_number
+from redaction import redact
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -128,9 +129,15 @@ def check_held_out(validation_percent: float, max_validation_bytes: int | None) 
         raise ValueError(f"--max_validation_bytes must be positive, got {max_validation_bytes}")
 
 
+def check_dataset_config(dataset: str, config: str | None) -> None:
+    """Raise a ValueError that names `--dataset_config` where it is of no use."""
+    if config is not None and (dataset == "stdlib" or Path(dataset).expanduser().exists()):
+        raise ValueError(f"--dataset_config {config} is of a named data set, which --dataset {dataset} is not")
+
+
 def dataset_name(dataset: str) -> str:
-    """What figures call a corpus: of a path its last part alone."""
-    return os.path.basename(os.path.normpath(dataset)) if os.path.exists(dataset) else dataset
+    """What figures call a corpus: of a path its last part alone, of an address no secrets."""
+    return os.path.basename(os.path.normpath(dataset)) if os.path.exists(dataset) else redact(dataset)
 
 
 def load_texts(
@@ -155,6 +162,7 @@ def load_texts(
         return hash_of(name) < validation_percent / 100
 
     path = Path(dataset).expanduser()
+    check_dataset_config(dataset, dataset_config)
     if dataset == "stdlib":
         texts = _split(_read_folder(Path(sysconfig.get_path("stdlib")), dataset), held_out)
     elif path.is_dir():
@@ -187,7 +195,8 @@ def load_texts(
 
 def hash_of(name: str) -> float:
     """A number in [0, 1) that depends on the name alone."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    name = name.encode(errors="surrogateescape")  # of files whose names are not UTF-8
+    return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") / 2**64
 
 
 def _is_stdlib_source(path: Path) -> bool:
@@ -201,7 +210,10 @@ def _is_visible(path: Path) -> bool:
 
 def _read_file(path: Path) -> str | None:
     """The text of one file, unpacked, with its line ends as they are; None if it is not UTF-8 text."""
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"--dataset: {path} cannot be read: {error}") from error
     unpack = {".gz": gzip.decompress, ".bz2": bz2.decompress}.get(path.suffix, bytes)
     try:
         text = unpack(data).decode("utf-8")
@@ -217,6 +229,9 @@ def folder_files(folder: Path, is_stdlib: bool) -> list[str]:
     for where, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if name not in left_out]  # not even looked into
         here = Path(where).relative_to(folder)
+        linked = [name for name in folders if os.path.islink(os.path.join(where, name)) and _is_visible(here / name)]
+        if linked and not is_stdlib:  # they may lead in circles, or to a text that is there already
+            logger.warning(f"--dataset {folder}: links to folders are left out, e.g. {here / linked[0]}")
         names += [here / name for name in files if wanted(here / name) and (folder / here / name).is_file()]
     return [name.as_posix() for name in sorted(names)]
 
@@ -387,7 +402,12 @@ def encode(
 
     Returns:
         [number of tokens], uint16 where the vocabulary allows it, else int32.
+
+    Raises:
+        ValueError: for a tokenizer without an end-of-sequence token.
     """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-sequence token, which separates documents")
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
     separator = np.array([tokenizer.eos_token_id], dtype=dtype)
     between = np.repeat(separator, 2 if isolated else 1)

@@ -8,13 +8,12 @@ characters; the tree is written as `axis.json`, which `make_axis` loads, and as 
 How often the tree is right on text that neither was fitted on is printed.
 """
 
-from options import NUMPY_SEEDS, check_number, need, whole
+from options import NUMPY_SEEDS, check_can_write, check_number, need, whole
 
 
 need("axes", "sklearn")
 
 import json
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from data import load_texts
 from loading import add_model_arguments, may_run_code
+from redaction import Parser
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
@@ -199,7 +199,7 @@ def tree_nodes(tree) -> list[list[int]]:
 
 
 def main():
-    parser = ArgumentParser(description="Make a meta axis from a trained model.")
+    parser = Parser(description="Make a meta axis from a trained model.")
     add_model_arguments(parser)
     parser.add_argument("--output_dir", default="outputs/axis", help="where axis.json, axis.py and report.json go")
     parser.add_argument("--dataset", default="stdlib", help="text to read, as for train.py")
@@ -219,6 +219,8 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=trust).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     check_layer(model, args.layer)
+    folder = Path(args.output_dir)
+    check_can_write("--output_dir", folder)
     axes = ()
     if getattr(model.config, "axis_names", None):
         axes = AutoProcessor.from_pretrained(args.folder, trust_remote_code=trust).axes
@@ -238,8 +240,6 @@ def main():
         seed=args.seed,
         axes=axes,
     )
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "axis.json").write_text(json.dumps(result.axis.to_spec()) + "\n", encoding="utf-8")
     (folder / "axis.py").write_text(result.axis.to_python(), encoding="utf-8")
     report = {name: getattr(result, name) for name in ("agreement", "chance", "tokens", "held_out_tokens")}

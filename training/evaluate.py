@@ -11,12 +11,10 @@ to `evaluation.json` in the folder, from where the model card takes them.
 """
 
 import hashlib
-import json
 import math
 import os
 import statistics
 import time
-from argparse import ArgumentParser
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +22,10 @@ import torch
 from data import annotate, dataset_name, encode, load_texts
 from diffusion_bound import MASK_SAMPLES, diffusion_bound
 from huggingface_hub import snapshot_download
-from loading import add_model_arguments, may_run_code
-from options import check_number, real, whole
+from loading import add_model_arguments, may_run_code, read_json
+from options import check_can_write, check_number, real, whole
 from provenance import provenance, weights_digest, write_figures
+from redaction import Parser
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -274,13 +273,13 @@ def evaluate(
 
 def _window_of_training(folder):
     try:
-        return json.loads((folder / "results.json").read_text(encoding="utf-8")).get("block_size")
-    except OSError:
+        return read_json(folder / "results.json").get("block_size")
+    except FileNotFoundError:
         return None
 
 
 def main():
-    parser = ArgumentParser(description="Measure a saved model on any text.")
+    parser = Parser(description="Measure a saved model on any text.")
     add_model_arguments(parser, "model")
     parser.add_argument("--revision", help="which commit or branch of a name on the Hub")
     parser.add_argument("--dataset", default="stdlib", help="the text, as for train.py; what is held out of it counts")
@@ -299,13 +298,16 @@ def main():
     args = parser.parse_args()
 
     is_folder = os.path.isdir(args.model)
+    if is_folder and args.revision is not None:
+        parser.error(f"argument --revision: is of a name on the Hub, and {args.model} is a folder")
     trust = may_run_code(args.model, args.trust_remote_code, revision=args.revision)
     folder = Path(args.model if is_folder else snapshot_download(args.model, revision=args.revision))
+    output = Path(args.output or (folder / "evaluation.json" if is_folder else "evaluation.json"))
+    check_can_write("--output: its folder", output.parent)
     texts = load_texts(
         args.dataset, args.dataset_config, args.text_column, args.validation_percent, args.max_validation_bytes
     )
     results = evaluate(folder, texts.validation, args.dataset, args.window, args.stride, args.batch_size, trust)
-    output = Path(args.output or (folder / "evaluation.json" if is_folder else "evaluation.json"))
     write_figures(output, results)
 
     print(f"{args.model} on {results['held_out_bytes']:,} held-out bytes of {results['dataset']}")

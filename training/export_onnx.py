@@ -7,12 +7,11 @@ it: what a token costs does not depend on how many came before. `states.npz` hol
 Needs the extra `deploy`. The folder brings its own code.
 """
 
-from options import need, whole
+from options import check_can_write, need, whole
 
 
 need("deploy", "onnx", "onnxruntime", "onnxscript")
 
-from argparse import ArgumentParser
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import onnxruntime
 import torch
 from loading import add_model_arguments, may_run_code
+from redaction import Parser
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -124,7 +124,7 @@ def write(step: OnnxStep, prompt: np.ndarray, max_new_tokens: int) -> Iterator[n
 
 
 def main():
-    parser = ArgumentParser(description="Export the recurrent step of a saved LEAP to ONNX, and let it write.")
+    parser = Parser(description="Export the recurrent step of a saved LEAP to ONNX, and let it write.")
     add_model_arguments(parser)
     parser.add_argument("--output_dir", help="where the graph goes; by default `onnx` in the folder, or here")
     parser.add_argument("--prompt", default="import os\nimport sys\n\n\nclass ", help="the text to continue")
@@ -134,6 +134,7 @@ def main():
     trust = may_run_code(args.folder, args.trust_remote_code)
     # A folder of the name of a model on the Hub would be taken for that model.
     output_dir = Path(args.output_dir or (Path(args.folder) / "onnx" if Path(args.folder).is_dir() else "onnx"))
+    check_can_write("--output_dir", output_dir)
     tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=trust)
     model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=trust, dtype=torch.float32)
     export_step(model, output_dir)

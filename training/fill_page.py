@@ -6,18 +6,18 @@ The page is held-out source text unless `--text_file` says otherwise. The folder
 `page.png` are written into it.
 """
 
-from options import NUMPY_SEEDS, need, whole
+from options import NUMPY_SEEDS, check_can_write, need, whole
 
 
 need("plots", "matplotlib", "PIL")
 
-from argparse import ArgumentParser
 from pathlib import Path
 
 import torch
 from data import load_texts
 from loading import add_model_arguments, may_run_code
 from page_animation import draw_page
+from redaction import Parser
 from transformers import AutoModelForMaskedLM, AutoProcessor
 
 
@@ -36,18 +36,21 @@ def choose_page(processor, text_file: str | None, number: int) -> torch.Tensor:
 
 
 def main():
-    parser = ArgumentParser(description="Let a saved grid model fill a hole in a page.")
+    parser = Parser(description="Let a saved grid model fill a hole in a page.")
     add_model_arguments(parser)
     parser.add_argument("--text_file", help="a text to take the page from")
     parser.add_argument("--page", type=whole(0), default=0, help="which page of it")
     parser.add_argument("--region", default="hole", help="what to open: top, middle, bottom, hole, frame or all")
     parser.add_argument("--num_iterations", type=whole(1), default=16, help="in how many iterations it is written")
-    parser.add_argument("--output_dir", help="where the pictures go, the folder itself by default")
+    parser.add_argument("--output_dir", help="where the pictures go; by default the folder, or here")
     parser.add_argument("--do_sample", action="store_true", help="draw tokens instead of taking the likeliest")
     parser.add_argument("--seed", type=whole(0, NUMPY_SEEDS), default=0, help="of what is drawn")
     args = parser.parse_args()
 
     trust = may_run_code(args.folder, args.trust_remote_code)
+    # A folder of the name of a model on the Hub would be taken for that model.
+    folder = Path(args.output_dir or (args.folder if Path(args.folder).is_dir() else "."))
+    check_can_write("--output_dir", folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = AutoProcessor.from_pretrained(args.folder, trust_remote_code=trust)
     model = AutoModelForMaskedLM.from_pretrained(args.folder, trust_remote_code=trust).to(device)
@@ -66,7 +69,6 @@ def main():
     print(f"--- the page, {int(is_open.sum())} cells opened\n{processor.decode(opened[0])}")
     print(f"\n--- written in {output.model_calls} model calls, {right:.0%} of the opened cells as in the original")
     print(processor.decode(output.sequences[0]))
-    folder = Path(args.output_dir or args.folder)
     draw_page(output.trajectory[:, 0], processor, folder / "page.gif", folder / "page.png")
     print(f"\nwritten: {folder / 'page.gif'}, {folder / 'page.png'}")
 

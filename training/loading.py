@@ -2,9 +2,13 @@
 
 import json
 import os
+import pickle
 import re
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import PreTrainedConfig
 
 
@@ -20,6 +24,38 @@ def add_model_arguments(parser, name: str = "folder", **options) -> None:
     parser.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
 
 
+def read_json(path: Path) -> dict:
+    """What a JSON file holds.
+
+    Raises:
+        FileNotFoundError: where there is none.
+        ValueError: naming a file that cannot be read, is damaged, or holds something else than names and values.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read, or is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it must hold names and values, and is a {type(content).__name__}")
+    return content
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """What a file of safetensors holds, or one of `torch.save`.
+
+    Raises:
+        ValueError: naming a file that holds something else, or is damaged.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        raise ValueError(f"{path} holds no weights, or is damaged: {error}") from error
+
+
 def how_to_make(name: str) -> str:
     """The command that makes a folder of this name."""
     demo = DEMO.fullmatch(name)
@@ -31,15 +67,28 @@ def how_to_make(name: str) -> str:
 
 
 def check_folder(folder: str | os.PathLike) -> None:
-    """A folder with a model has to be on this machine.
+    """A folder with a model has to be on this machine, and whole as far as can be told from its files.
 
     Raises:
-        ValueError: naming the command that makes it.
+        ValueError: naming the command that makes it, or the file that is damaged.
     """
     if not Path(folder).is_dir():
         raise ValueError(f"there is no folder {folder}: {how_to_make(str(folder))}")
     if not Path(folder, "config.json").is_file():
         raise ValueError(f"{folder} holds no model: there is no config.json in it; {how_to_make(str(folder))}")
+    for path in filter(Path.is_file, Path(folder).iterdir()):
+        if path.match("*config.json") or path.name == "tokenizer.json":
+            read_json(path)
+        elif path.suffix == ".safetensors":
+            _check_weights(path)
+
+
+def _check_weights(path):
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def check_name(name: str) -> None:
@@ -69,10 +118,10 @@ def may_run_code(name: str, trust_remote_code: bool = False, **options) -> bool:
     """
     check_name(name)
     if Path(name).is_dir():
-        elsewhere = _code_from_elsewhere(Path(name))
+        elsewhere = _code_from_elsewhere(Path(name)) + _model_from_elsewhere(Path(name))
         if elsewhere and not trust_remote_code:
             raise ValueError(
-                f"{name} has its code from {', '.join(elsewhere)} on the Hub, which would run on this machine: "
+                f"{name} has its code from {', '.join(elsewhere)}, which would run on this machine: "
                 "--trust_remote_code allows it"
             )
         return True
@@ -88,15 +137,33 @@ def may_run_code(name: str, trust_remote_code: bool = False, **options) -> bool:
 
 
 def _code_from_elsewhere(folder):
-    """Names on the Hub that the configs of a folder take their code from, as `name--module.Class`."""
+    """What of the Hub the configs of a folder take their code from, as `name--module.Class`."""
     names = set()
     for path in folder.glob("*config.json"):
-        try:
-            auto_map = json.loads(path.read_text(encoding="utf-8")).get("auto_map", {})
-        except (OSError, ValueError, AttributeError):
-            continue  # transformers will say so
-        for reference in auto_map.values():
-            for each in reference if isinstance(reference, list) else [reference]:
-                if isinstance(each, str) and "--" in each:
-                    names.add(each.split("--")[0])
+        for reference in references_of(path):
+            if "--" in reference:
+                names.add(f"{reference.split('--')[0]} on the Hub")
     return sorted(names)
+
+
+def _model_from_elsewhere(folder):
+    """What an adapter in a folder takes its model from, which may bring code as well."""
+    if not (folder / "adapter_config.json").is_file():
+        return []
+    name = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path"))
+    return [] if Path(name).resolve() == folder.resolve() else [name]
+
+
+def references_of(path: Path) -> list[str]:
+    """The classes in the `auto_map` of a config, as `module.Class`, those of lists of a slow and a fast tokenizer too.
+
+    Raises:
+        ValueError: naming a file that is damaged.
+    """
+    auto_map = read_json(path).get("auto_map") or {}
+    if not isinstance(auto_map, dict):
+        raise ValueError(f"{path} is damaged: `auto_map` must hold names and classes, got {auto_map}")
+    references = []
+    for reference in auto_map.values():
+        references += reference if isinstance(reference, list) else [reference]
+    return [reference for reference in references if isinstance(reference, str)]

@@ -12,13 +12,12 @@ from options import need
 need("eval", "jinja2")  # of which the card is made
 
 import json
-from argparse import ArgumentParser
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from loading import check_folder
+from loading import check_folder, read_json
 from provenance import weights_digest
-from redaction import redact
+from redaction import Parser, redact
 
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "hub_cards" / "template.md"
@@ -36,10 +35,10 @@ def write_card(folder: Path, path: Path | None = None, repo_id: str | None = Non
         ValueError: naming the folder, where it holds no results, or those of other weights.
     """
     check_folder(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     try:
-        results = json.loads(redact((folder / "results.json").read_text(encoding="utf-8")))
-    except OSError as error:
+        results = json.loads(redact(json.dumps(read_json(folder / "results.json"))))
+    except FileNotFoundError as error:
         raise ValueError(f"{folder} has no results.json, which train.py writes and a card is filled from") from error
     if results.get("weights_sha256") != weights_digest(folder):
         raise ValueError(
@@ -70,10 +69,10 @@ def write_card(folder: Path, path: Path | None = None, repo_id: str | None = Non
 def read_evaluation(folder: Path) -> dict | None:
     """What evaluate.py measured of a folder; `None` if it did not, or if the weights have changed since."""
     try:
-        evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    except OSError:
+        evaluation = read_json(folder / "evaluation.json")
+    except FileNotFoundError:
         return None
-    return evaluation if evaluation["weights_sha256"] == weights_digest(folder) else None
+    return evaluation if evaluation.get("weights_sha256") == weights_digest(folder) else None
 
 
 def _eval_results(results, evaluation):
@@ -111,7 +110,7 @@ def _eval_results(results, evaluation):
 
 
 def main():
-    parser = ArgumentParser(description="Fill the model cards of folders that train.py wrote.")
+    parser = Parser(description="Fill the model cards of folders that train.py wrote.")
     parser.add_argument("folders", nargs="+", type=Path, help="what train.py wrote")
     parser.add_argument(
         "--output_dir", type=Path, help="cards go here as <folder>.md, else to README.md in each folder"

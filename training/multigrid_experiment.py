@@ -26,7 +26,6 @@ from options import need, whole
 need("train", "matplotlib")
 need("axes", "nltk", "scipy", "sklearn")  # the last at the end, when all models are trained
 
-import argparse
 import hashlib
 import json
 import math
@@ -49,6 +48,7 @@ from data import PackedBlocks, annotate, build_tokenizer, encode, load_texts
 from distill_axis import distill
 from multigrid_report import draw, report_on
 from objectives import sum_nats
+from redaction import Parser
 
 from modeling_heptapod import MultiGridConfig, MultiGridForCausalLM, make_axis
 
@@ -480,7 +480,7 @@ def experiment(settings: dict[str, dict], seeds: int, jobs: int, folder: Path) -
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", choices=[*GRIDS, "all"], default="all", help="which text")
     parser.add_argument("--seeds", type=whole(2), default=3, help="how often each model is trained, at least 2")
     parser.add_argument("--jobs", type=whole(1), default=2, help="processes of one thread each")

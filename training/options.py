@@ -1,9 +1,12 @@
 """What the scripts of this folder ask of their options before they begin to work."""
 
 import math
+import os
+import tempfile
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 
 
 NUMPY_SEEDS = 2**32 - 1  # the largest
@@ -41,9 +44,26 @@ def check_number(
         for words, bound in (("at least", least), ("at most", most), ("above", above))
         if bound is not None
     ]
-    fits = math.isfinite(value) and (least is None or value >= least)
+    is_finite = isinstance(value, int) or math.isfinite(value)  # of ints some are too large for floats
+    if not is_finite:
+        wanted.insert(0, "finite")
+    fits = is_finite and (least is None or value >= least)
     if not fits or (most is not None and value > most) or (above is not None and value <= above):
-        raise ValueError(f"{name} must be {' and '.join(wanted) or 'a finite number'}, got {value}")
+        raise ValueError(f"{name} must be {' and '.join(wanted)}, got {value}")
+
+
+def check_can_write(name: str, folder: str | os.PathLike) -> None:
+    """A folder that takes files, made where it is not there: said before any work is done.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{name} {folder} must be a folder that can be written to: {error}") from error
 
 
 def whole(least: int | None = None, most: int | None = None) -> Callable[[str], int]:

@@ -13,17 +13,15 @@ from options import need
 need("eval", "jinja2")  # of which the card is made
 
 import hashlib
-import json
-from argparse import ArgumentParser
 from pathlib import Path
 
 from data import load_texts
 from evaluate import evaluate
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from loading import check_folder, may_run_code
+from loading import check_folder, may_run_code, read_json, references_of
 from model_card import read_evaluation, write_card
 from provenance import write_figures
-from redaction import redact
+from redaction import Parser, redact
 from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_imports
 
@@ -35,7 +33,8 @@ PUBLISHED = """
     tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
     results.json evaluation.json curve.png
 """.split()
-FIGURES = ("README.md", "results.json", "evaluation.json", "config.json", "generation_config.json")
+# What people write as well, so that a token may stand in it; not the tokenizer's words.
+READABLE = ["README.md", *(name for name in PUBLISHED if name.endswith((".json", ".jinja")) and "*" not in name)]
 
 
 def published_files(folder: Path) -> list[Path]:
@@ -60,7 +59,7 @@ def published_files(folder: Path) -> list[Path]:
     for path in files:
         if path.resolve().parent != folder.resolve():
             raise ValueError(f"{path} is a file of another folder, {path.resolve().parent}, and nothing was pushed")
-        if path.name not in FIGURES or not path.exists():  # the card is yet to be written
+        if path.name not in READABLE or not path.exists():  # the card is yet to be written
             continue
         text = path.read_text(encoding="utf-8")
         if redact(text) != text:
@@ -69,24 +68,25 @@ def published_files(folder: Path) -> list[Path]:
 
 
 def check_links(folder: Path) -> None:
-    """What would be published or written is no link to somewhere else.
+    """What would be published or written is a file, and no link to somewhere else.
 
     Raises:
-        ValueError: naming the link.
+        ValueError: naming the link, or what is no file.
     """
     for path in folder.iterdir():
         # Which other files a tokenizer is read from only the tokenizer knows.
-        is_ours = path.is_file() or any(path.match(pattern) for pattern in ("README.md", *PUBLISHED))
-        if path.is_symlink() and is_ours and path.resolve().parent != folder.resolve():
+        is_named = any(path.match(pattern) for pattern in ("README.md", *PUBLISHED))
+        if path.is_symlink() and (path.is_file() or is_named) and path.resolve().parent != folder.resolve():
             raise ValueError(f"{path} is a link to {path.resolve()}: copy the file if it is to be published")
+        if is_named and path.exists() and not path.is_file():
+            raise ValueError(f"{path} must be a file, and is a folder, a pipe or a device")
 
 
 def _code(folder):
     """Names of the modules that the Auto classes import from a folder, and of those that these import."""
     names = set()
     for path in folder.glob("*config.json"):
-        for reference in json.loads(path.read_text(encoding="utf-8")).get("auto_map", {}).values():
-            names.add(f"{reference.split('.')[0]}.py")
+        names |= {f"{reference.split('.')[0]}.py" for reference in references_of(path)}
     waiting = set(names)
     while waiting:
         module = folder / waiting.pop()
@@ -107,8 +107,8 @@ def evaluate_if_needed(folder: Path) -> None:
     if read_evaluation(folder) is not None:
         return
     try:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    except OSError as error:
+        results = read_json(folder / "results.json")
+    except FileNotFoundError as error:
         raise ValueError(f"{folder} has no results.json, which train.py writes") from error
     if results["dataset"] != "stdlib":
         raise ValueError(
@@ -126,15 +126,16 @@ def evaluate_if_needed(folder: Path) -> None:
 
 
 def main():
-    parser = ArgumentParser(description="Put a folder that train.py wrote on the Hub.")
+    parser = Parser(description="Put a folder that train.py wrote on the Hub.")
     parser.add_argument("folder", type=Path, help="what train.py wrote")
     parser.add_argument("--repo-id", required=True, help="its name on the Hub, as in me/my-model")
     parser.add_argument("--private", action="store_true", help="nobody else sees it; of a new repository only")
     parser.add_argument("--dry-run", action="store_true", help="make everything ready and show it, push nothing")
     args = parser.parse_args()
 
+    if args.folder.is_dir():
+        check_links(args.folder)  # before any of it is read
     check_folder(args.folder)
-    check_links(args.folder)
     evaluate_if_needed(args.folder)
     write_card(args.folder, repo_id=args.repo_id)
     files = published_files(args.folder)

@@ -15,6 +15,13 @@ TRAINING_STATE = ["optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_
 TRAINING_STATE += ["run.json", "checksums.json"]
 
 
+def check_links(folder: Path) -> None:
+    """Raise a ValueError that names a link below a folder that leads out of it."""
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"--push_to_hub: {path} is a link to {path.resolve()}, which would be pushed; remove it")
+
+
 class CleanPushes:
     """Comes before `Trainer` among the bases of a class.
 
@@ -30,6 +37,12 @@ class CleanPushes:
             self.args.hub_token = token
         if self.args.should_save:
             Path(output_dir or self.args.output_dir, ARGUMENTS).unlink(missing_ok=True)
+
+    def init_hf_repo(self, *args, **kwargs):
+        """Like `Trainer`'s, of a folder out of which no link leads: what it leads to would be pushed."""
+        if self.is_world_process_zero():
+            check_links(Path(self.args.output_dir))
+        super().init_hf_repo(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder):
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:

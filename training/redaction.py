@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import traceback
+from argparse import ArgumentParser
 from collections.abc import Iterable
 
 from transformers import HfArgumentParser
@@ -11,16 +12,20 @@ from transformers import HfArgumentParser
 
 HIDDEN = "<hidden>"
 SECRET_NAME = re.compile(r"(^|[_-])(token|key|secret|password)$", re.IGNORECASE)  # not --tokenizer, not --train_tokens
-HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
-LOGIN = re.compile(r"(?<=://)[^/\s@]+(?=@)")  # https://user:password@host
+HUB_TOKEN = re.compile(r"\bhf_(?:oauth_)?[A-Za-z0-9]{8,}")
+# https://user:password@host, also where it was taken for a path, which has no two slashes
+LOGIN = re.compile(r"(?<=://)[^/\s@]+(?=@)|(?<=:/)[^/\s@:]+:[^/\s@]+(?=@)")
+QUERY = re.compile(
+    r"(?i)(?<=[?&])([\w-]*(?:token|key|secret|password|signature|sig)=)[^&\s\"']+"
+)  # https://host/?token=...
 LEAST = 6  # characters that a value from the environment has at least: shorter ones occur in any text
 
 
 def redact(text: str) -> str:
-    """A text without the tokens of the Hub in it, logins in addresses, and what secret environment variables hold."""
+    """A text without the tokens of the Hub in it, logins and keys in addresses, and what secret environment variables hold."""
     for value in _secrets_of_environment():
         text = text.replace(value, HIDDEN)
-    return LOGIN.sub(HIDDEN, HUB_TOKEN.sub(HIDDEN, text))
+    return QUERY.sub(rf"\1{HIDDEN}", LOGIN.sub(HIDDEN, HUB_TOKEN.sub(HIDDEN, text)))
 
 
 def _secrets_of_environment():
@@ -56,6 +61,17 @@ def redact_errors() -> None:
         sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
     sys.excepthook = show
+
+
+class Parser(ArgumentParser):
+    """An `ArgumentParser` of which no error shows a secret, nor what ends the process after it."""
+
+    def parse_args(self, *args, **kwargs):
+        redact_errors()
+        return super().parse_args(*args, **kwargs)
+
+    def error(self, message):
+        super().error(redact(message))
 
 
 class CommandLine(HfArgumentParser):

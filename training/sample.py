@@ -3,16 +3,15 @@
 Nothing of the package is imported: the folder brings its own code.
 """
 
-from argparse import ArgumentParser
-
 import torch
 from loading import add_model_arguments, may_run_code
 from options import NUMPY_SEEDS, whole
+from redaction import Parser
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
 
 
 def main():
-    parser = ArgumentParser(description="Let a saved model write.")
+    parser = Parser(description="Let a saved model write.")
     add_model_arguments(parser)
     parser.add_argument("--prompt", default="import os\nimport sys\n\n\nclass ", help="the text to continue")
     parser.add_argument("--max_new_tokens", type=whole(1), default=400, help="how much to write")

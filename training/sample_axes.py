@@ -5,11 +5,11 @@ text so far. Nothing of the package is imported: the folder brings its own code.
 """
 
 import string
-from argparse import ArgumentParser
 
 import torch
 from loading import add_model_arguments, may_run_code
 from options import NUMPY_SEEDS, whole
+from redaction import Parser
 from token_text import is_byte_level, readable
 from transformers import AutoModelForCausalLM, AutoProcessor, set_seed
 
@@ -73,7 +73,7 @@ def lines_with_tracks(processor, characters: list[str], tracks: list[list[int]])
 
 
 def main():
-    parser = ArgumentParser(description="Let a saved MultiGrid write, with its meta tracks below each line.")
+    parser = Parser(description="Let a saved MultiGrid write, with its meta tracks below each line.")
     add_model_arguments(parser)
     parser.add_argument("--prompt", default="import os\nimport sys\n\n\nclass ", help="the text to continue")
     parser.add_argument("--max_new_tokens", type=whole(1), default=200, help="how much to write")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import DataArguments, Texts, check_held_out, first_bytes, folder_files, hash_of
+from data import DataArguments, Texts, check_dataset_config, check_held_out, first_bytes, folder_files, hash_of
 from transformers.utils import logging
 
 
@@ -29,11 +29,20 @@ SHUFFLED = 1024  # examples in the buffer
 class StreamedTexts:
     """The training texts of a corpus, one after the other, from the beginning each time that they are asked for."""
 
-    def __init__(self, read: Callable[[], Iterator[tuple[str, str]]], held_out: Callable[[str], bool]):
-        self.read, self.held_out = read, held_out
+    def __init__(
+        self,
+        read: Callable[[], Iterator[tuple[str, str]]],
+        held_out: Callable[[str], bool],
+        files: dict[str, Path] | None = None,
+    ):
+        self.read, self.held_out, self.files = read, held_out, files or {}
 
     def __iter__(self) -> Iterator[str]:
         return (text for name, text in self.read() if text and not self.held_out(name))
+
+    def sizes(self) -> list[str]:
+        """Name and bytes of each file, by which a corpus is known without reading all of it; nothing of data sets on the Hub."""
+        return [f"{name!r} {path.stat().st_size}" for name, path in self.files.items()]
 
     def head(self, size: int) -> list[str]:
         """The first texts that have `size` bytes together."""
@@ -56,6 +65,7 @@ def stream_texts(data_args: DataArguments) -> tuple[StreamedTexts, Texts]:
             fit.
     """
     check_held_out(data_args.validation_percent, data_args.max_validation_bytes)
+    check_dataset_config(data_args.dataset, data_args.dataset_config)
     path = Path(data_args.dataset).expanduser()
     if data_args.dataset == "stdlib" or path.is_dir():
         folder = Path(sysconfig.get_path("stdlib")) if data_args.dataset == "stdlib" else path
@@ -70,7 +80,7 @@ def stream_texts(data_args: DataArguments) -> tuple[StreamedTexts, Texts]:
         read, read_held_out = lambda: _pieces(files), None
 
     if read_held_out is None:
-        texts = StreamedTexts(read, lambda name: hash_of(name) < data_args.validation_percent / 100)
+        texts = StreamedTexts(read, lambda name: hash_of(name) < data_args.validation_percent / 100, files)
         held_out = StreamedTexts(read, lambda name: not texts.held_out(name))
     else:  # the data set has a split of its own
         texts = StreamedTexts(read, lambda name: False)

@@ -12,7 +12,7 @@ import gc
 
 gc.disable()  # until all is imported, which makes many objects and no garbage: half a second of the start
 
-from options import check_number, check_training_arguments, need
+from options import check_can_write, check_number, check_training_arguments, need
 
 
 need("train", "accelerate", "matplotlib", "jinja2", "psutil")  # the last three only at the end, when all is trained
@@ -34,7 +34,7 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate.utils import broadcast_object_list
-from checkpoints import check_begins_alone, check_same_run, find_checkpoint, read_run
+from checkpoints import alone_in, check_begins_alone, check_same_run, damage_of, find_checkpoint, read_run
 from data import DataArguments, check_data_arguments, dataset_name, load_texts
 from ending import Ending
 from huggingface_hub import upload_folder
@@ -146,10 +146,9 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
         raise ValueError(
             "--streaming needs --max_steps, --train_tokens or --train_minutes: nobody knows the corpus's end"
         )
-    if os.path.isfile(args.output_dir):
-        raise ValueError(f"--output_dir {args.output_dir} must be a folder, and is a file")
     if model_args.early_stopping_patience is not None and not args.load_best_model_at_end:
         raise ValueError("--early_stopping_patience needs --load_best_model_at_end, and what that needs")
+    check_can_write("--output_dir", args.output_dir)
 
 
 def read_config(config_name: str, **options) -> PreTrainedConfig:
@@ -206,6 +205,9 @@ def settings_of(objective, texts, data_args: DataArguments, args: TrainingArgume
         "--block_size": objective.about.get("block_size"),
         "--packing": data_args.packing,
         "--streaming": data_args.streaming,
+        # Beyond what is held in memory, which the first of these digests is of.
+        "--dataset (SHA-256 of its files' names and sizes)": data_args.streaming
+        and digest_of(objective.train_dataset.texts.sizes()),
         "--per_device_train_batch_size x --gradient_accumulation_steps x processes": examples_per_step,
         **{f"--{name}": given[name] for name in DECISIVE if name in given},
     }
@@ -251,6 +253,26 @@ def patience_spent(checkpoint: str) -> int:
     """How many evaluations before a checkpoint were no better than the best; 0 for a run that did not count them."""
     saved = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))["stateful_callbacks"]
     return saved.get("EarlyStoppingCallback", {}).get("attributes", {}).get("early_stopping_patience_counter", 0)
+
+
+class BestCheckpoint(TrainerCallback):
+    """A resumed run whose best checkpoint is gone or damaged takes the best of those to come for it."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not args.load_best_model_at_end or state.best_global_step is None:
+            return
+        here = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
+        damages = {}
+        for folder in (state.best_model_checkpoint or here, here):  # the output may have been moved
+            damages[folder] = damage_of(Path(folder), args.world_size)
+            if damages[folder] is None:
+                state.best_model_checkpoint = str(folder)
+                return
+        logger.warning(
+            f"--load_best_model_at_end: {here}, the best so far, is no whole checkpoint ({damages[here]}): the best of those "
+            "to come is taken"
+        )
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
 
 class Samples(TrainerCallback):
@@ -357,7 +379,8 @@ def plot_curve(
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     if train:
         axes.plot(*zip(*train), label="training batches", linewidth=1)
-    axes.plot(*zip(*held_out), "o-", label="held-out text")
+    if held_out:
+        axes.plot(*zip(*held_out), "o-", label="held-out text")
     axes.axhline(results["bits_per_byte_bz2"], color="gray", linestyle="--", label="bz2 -9 on the held-out text")
     axes.set(xlabel="optimizer step", ylabel="bits per byte", ylim=(0, None))
     axes.legend()
@@ -394,8 +417,15 @@ def set_use_cache(config: PreTrainedConfig, value: bool | None) -> None:
 
 
 def main():
-    model_args, data_args, training_args = CommandLine((ModelArguments, DataArguments, TrainingArguments)).parse()
-    check_arguments(model_args, data_args, training_args)
+    arguments = CommandLine((ModelArguments, DataArguments, TrainingArguments)).parse()
+    check_arguments(*arguments)
+    training_args = arguments[-1]
+    with alone_in(training_args.output_dir) if training_args.process_index == 0 else nullcontext():
+        run_with(*arguments)
+
+
+def run_with(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
+    """From text to a folder that is ready to be pushed."""
     training_args = choose_precision(model_args, training_args)
     training_args.include_for_metrics = ["loss"]
     if training_args.load_best_model_at_end and training_args.metric_for_best_model == "loss":
@@ -445,7 +475,14 @@ def main():
 
     processes = training_args.world_size
     examples_per_step = training_args.train_batch_size * training_args.gradient_accumulation_steps * processes
-    tokens_per_step = examples_per_step * objective.about["tokens_per_example"]
+    examples = math.inf if streamed else len(objective.train_dataset)
+    # A step reads no example twice.
+    tokens_per_step = min(examples_per_step, examples) * objective.about["tokens_per_example"]
+    if training_args.dataloader_drop_last and examples < training_args.train_batch_size * processes:
+        raise ValueError(
+            f"--dataloader_drop_last leaves nothing to train on: all of --dataset is {examples} examples, fewer than the "
+            f"{training_args.train_batch_size * processes} of a batch in each of {processes} processes"
+        )
     resumed_at, minutes, seconds_used = None, model_args.train_minutes, 0.0
     run = {
         "settings": settings_of(objective, texts, data_args, training_args, examples_per_step),
@@ -475,7 +512,7 @@ def main():
     use_cache = getattr(model.config, "use_cache", None)
     speed = Speed()
     ending = Ending(minutes and minutes * 60, seconds_used)
-    callbacks = [Samples(objective.sample), speed, ending]
+    callbacks = [Samples(objective.sample), speed, ending, BestCheckpoint()]
     if model_args.early_stopping_patience is not None:
         stopping = EarlyStoppingCallback(model_args.early_stopping_patience)
         if checkpoint is not None:  # how many evaluations it has been patient for already
@@ -526,7 +563,7 @@ def main():
         "parameters": parameters,
         "steps": trainer.state.global_step,
         "weights_of_step": trainer.state.best_global_step
-        if training_args.load_best_model_at_end
+        if training_args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
         else trainer.state.global_step,
         "resumed_at_step": resumed_at,
         "tokens_per_step": tokens_per_step,

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -13,7 +14,8 @@ from pathlib import Path
 import checkpoints
 import pytest
 import train
-from checkpoints import CHECKSUMS, RUN, check_begins_alone, check_same_run, damage_of, find_checkpoint
+from checkpoints import CHECKSUMS, RUN, alone_in, check_begins_alone, check_same_run, damage_of, find_checkpoint
+from transformers import TrainerState
 
 from tests.training import kills, tiny_runs
 
@@ -70,6 +72,10 @@ HARMS = {
     "random numbers missing": (remove("rng_state.pth"), "rng_state.pth is missing"),
     "state missing": (remove("trainer_state.json"), "trainer_state.json is missing"),
     "state cut off": (cut("trainer_state.json"), "trainer_state.json"),
+    "config empty": (cut("config.json", 0), "(trainer_state|config).json"),
+    "run cut off": (cut(RUN), "(trainer_state|run).json"),
+    "another run": (lambda checkpoint: (checkpoint / RUN).write_text('["a list"]'), "(trainer_state|run).json"),
+    "half a run": (lambda checkpoint: (checkpoint / RUN).write_text('{"settings": {}}'), "(trainer_state|run).json"),
 }
 
 
@@ -83,7 +89,7 @@ def test_what_is_damaged_is_named_and_the_one_before_taken(harm, has_checksums, 
     harm, named = HARMS[harm]
     harm(folder / "checkpoint-4")
     assert find_checkpoint("last", str(folder)) == str(folder / "checkpoint-2")
-    assert f"{folder / 'checkpoint-4'} is no whole checkpoint and is passed over: {named}" in caplog.text
+    assert re.search(f"{folder / 'checkpoint-4'} is no whole checkpoint and is passed over: {named}", caplog.text)
     with pytest.raises(ValueError, match=f"--resume_from_checkpoint .*checkpoint-4 is no whole checkpoint: {named}"):
         find_checkpoint(str(folder / "checkpoint-4"), str(folder))
     shutil.rmtree(folder / "checkpoint-2")
@@ -113,6 +119,53 @@ def test_where_there_is_nothing_training_begins(tmp_path, caplog):
         ValueError, match=r"--resume_from_checkpoint .*missing is no whole checkpoint: trainer_state\.json"
     ):
         find_checkpoint(str(tmp_path / "missing"), str(tmp_path))
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path, monkeypatch, caplog):
+    for _ in range(2):  # the end of one lets the next one in
+        with alone_in(str(tmp_path)):
+            with (
+                pytest.raises(ValueError, match="--output_dir .*: another run writes into it"),
+                alone_in(str(tmp_path)),
+            ):
+                pass
+            command = [*kills.arguments("leap", tmp_path / "run", 1), "--output_dir", str(tmp_path)]
+            monkeypatch.setattr(sys, "argv", ["train.py", *command])
+            with pytest.raises(ValueError, match="--output_dir .*: another run writes into it"):
+                train.main()
+
+    def no_locks(*_):
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(checkpoints.fcntl, "flock", no_locks)
+    with alone_in(str(tmp_path)):
+        assert "a second run in it would not be noticed: no locks available" in caplog.text
+
+
+@pytest.mark.parametrize("harm", [None, "weights cut off", "gone"])
+def test_a_best_checkpoint_is_taken_where_it_is_whole(harm, folder, caplog):
+    """Moved with its folder it still is; of what is gone no figure is written."""
+    args = train.TrainingArguments(
+        str(folder), load_best_model_at_end=True, save_strategy="steps", eval_strategy="steps", use_cpu=True
+    )
+    state = TrainerState(best_global_step=2, best_metric=1.5, best_model_checkpoint="elsewhere/checkpoint-2")
+    if harm == "gone":
+        shutil.rmtree(folder / "checkpoint-2")
+    elif harm is not None:
+        HARMS[harm][0](folder / "checkpoint-2")
+    train.BestCheckpoint().on_train_begin(args, state, None)
+    best = (state.best_global_step, state.best_metric, state.best_model_checkpoint)
+    if harm is None:
+        assert best == (2, 1.5, str(folder / "checkpoint-2")) and not caplog.text
+    else:
+        assert best == (None, None, None)
+        assert "checkpoint-2, the best so far, is no whole checkpoint" in caplog.text
+
+
+def test_what_is_no_folder_is_no_checkpoint(tmp_path):
+    (tmp_path / "checkpoint-7").write_text("a file")
+    assert damage_of(tmp_path / "checkpoint-7") == "it is no folder"
+    assert find_checkpoint("last", str(tmp_path)) is None
 
 
 def test_what_was_cut_off_is_not_of_another_run(folder, caplog):
@@ -147,7 +200,7 @@ def test_the_last_is_that_of_the_most_steps_and_all_processes(folder):
     assert find_checkpoint("last", str(folder)) == str(folder / "checkpoint-10")
     for checkpoint in (folder / "checkpoint-10", folder / "checkpoint-2"):
         (checkpoint / CHECKSUMS).unlink()
-        (checkpoint / RUN).write_text(json.dumps({"processes": 2}))
+        (checkpoint / RUN).write_text(json.dumps({**HERE, "processes": 2}))
         (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
     shutil.copy(folder / "checkpoint-2" / "rng_state_0.pth", folder / "checkpoint-2" / "rng_state_1.pth")
     assert damage_of(folder / "checkpoint-10") == "rng_state_1.pth is missing"

@@ -1,6 +1,7 @@
 """training/convert_leap.py: folders in, folders out, and nothing left over in between. No prototype needed."""
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -159,3 +160,8 @@ def test_folders_without_what_is_needed(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"--source.*model\.safetensors"):
         load_prototype(tmp_path)
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        for damage in (b"", b"not weights at all", pickle.dumps(Path("a class"))):
+            (tmp_path / name).write_bytes(damage)
+            with pytest.raises(ValueError, match=f"{name} holds no weights, or is damaged"):
+                load_prototype(tmp_path)

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import os
 import sysconfig
 from pathlib import Path
 
@@ -26,6 +27,33 @@ HARD_TEXTS = [
 def tokenizer(request):
     texts = [Path(sysconfig.get_path("stdlib"), "argparse.py").read_text(encoding="utf-8")]
     return build_tokenizer(request.param, texts, vocab_size=400)
+
+
+def test_folders_of_odd_files(tmp_path, caplog):
+    """Names that are not UTF-8, links in circles, pipes: nothing is lost without a word, and nothing hangs."""
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text(f"text {number}\n" * 20)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    expected = load_texts(str(tmp_path))
+    assert "left out" not in caplog.text
+    with open(os.path.join(os.fsencode(tmp_path), b"\xff.txt"), "w", encoding="utf-8") as file:
+        file.write("the fifth\n")
+    (tmp_path / "circle").symlink_to(tmp_path)
+    texts = load_texts(str(tmp_path))
+    assert sorted(texts.train + texts.validation) == sorted([*expected.train, *expected.validation, "the fifth\n"])
+    assert "links to folders are left out, e.g. circle" in caplog.text
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "mine.txt").write_text("text")
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    for dataset in (tmp_path, tmp_path / "mine.txt"):
+        with pytest.raises(ValueError, match=r"--dataset: .*mine\.txt cannot be read: .*Permission denied"):
+            load_texts(str(dataset))
 
 
 def test_tokenizers_give_back_every_text(tokenizer, tmp_path):

@@ -283,3 +283,10 @@ def test_bad_arguments_are_named(tmp_path):
     tiny_leap("LeapForMaskedLM").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a LeapForMaskedLM"):
         evaluate.load_model(tmp_path)
+
+
+def test_a_folder_has_no_revision(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path), "--revision", "main"])
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    assert "argument --revision: is of a name on the Hub" in capsys.readouterr().err

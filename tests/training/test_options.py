@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import train
 from loading import check_folder, may_run_code
-from options import check_number, check_training_arguments, need
+from options import check_can_write, check_number, check_training_arguments, need
 
 from tests.saved_models import save_tiny
 
@@ -141,6 +142,57 @@ def test_code_of_a_folder_may_run_and_of_a_name_only_where_it_is_allowed(tmp_pat
     assert may_run_code("me/with-code", True) is True and may_run_code("me/without") is False
 
 
+def test_an_adapter_takes_no_model_with_code_from_elsewhere(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    adapter = tmp_path / "adapter_config.json"
+    adapter.write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    assert may_run_code(str(tmp_path)) is True
+    for name in ("someone/else", None):
+        adapter.write_text(json.dumps({"base_model_name_or_path": name}))
+        with pytest.raises(ValueError, match=f"has its code from {name}, .*--trust_remote_code allows it"):
+            may_run_code(str(tmp_path))
+    assert may_run_code(str(tmp_path), True) is True
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("size", [0, 40])
+def test_a_file_of_a_folder_that_was_cut_off_is_named(name, size, tmp_path):
+    save_tiny("leap", tmp_path)
+    check_folder(tmp_path)
+    os.truncate(tmp_path / name, size)
+    for check in (check_folder, may_run_code):
+        with pytest.raises(ValueError, match=f"{tmp_path / name} (cannot be read, or )?is damaged"):
+            check(str(tmp_path))
+
+
+def test_output_that_cannot_be_written_is_named_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    check_can_write("--output_dir", tmp_path / "new" / "folder")
+    assert (tmp_path / "new" / "folder").is_dir() and not list((tmp_path / "new" / "folder").iterdir())
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", "/proc/none"):
+        with pytest.raises(ValueError, match=f"--output_dir {folder} must be a folder that can be written to"):
+            check_can_write("--output_dir", folder)
+
+
+# Of each script that works first and writes then, what it is given beside the folder of a model.
+WRITES = {
+    "evaluate.py": ["--output", "{file}/x.json"],
+    "fill_page.py": ["--output_dir", "{file}"],
+    "export_onnx.py": ["--output_dir", "{file}"],
+    "distill_axis.py": ["--output_dir", "{file}"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", WRITES)
+def test_scripts_say_before_they_work_that_they_cannot_write(script, tmp_path):
+    save_tiny("heptapod" if script == "fill_page.py" else "leap", tmp_path / "model")
+    (tmp_path / "file").write_text("")
+    words = [word.format(file=tmp_path / "file") for word in WRITES[script]]
+    ((code, shown),) = outcomes(script, [[str(tmp_path / "model"), *words]], tmp_path)
+    assert code == 1 and "must be a folder that can be written to" in shown and words[0] in shown
+
+
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "processor_config.json"])
 def test_code_that_a_tokenizer_takes_from_elsewhere_is_seen(file, tmp_path):
     (tmp_path / "config.json").write_text("{}")
@@ -198,7 +250,7 @@ def test_the_extras_bring_what_scripts_ask_for():
     [
         ({"least": 1}, [1, 2.5], [0, -1, math.nan, math.inf], "at least 1"),
         ({"above": 0, "most": 5}, [0.1, 5], [0, 5.1, math.nan], "at most 5 and above 0"),
-        ({}, [0, -3], [math.nan, -math.inf], "a finite number"),
+        ({}, [0, -3, 10**400], [math.nan, -math.inf], "finite"),
     ],
 )
 def test_numbers_outside_their_bounds_are_named(bounds, fits, wrong, words):
@@ -206,7 +258,8 @@ def test_numbers_outside_their_bounds_are_named(bounds, fits, wrong, words):
     for value in fits:
         check_number("--x", value, **bounds)
     for value in wrong:
-        with pytest.raises(ValueError, match=f"--x must be {words}, got {value}"):
+        finite = "" if math.isfinite(value) or not bounds else "finite and "
+        with pytest.raises(ValueError, match=f"--x must be {finite}{words}, got {value}"):
             check_number("--x", value, **bounds)
 
 

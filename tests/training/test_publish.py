@@ -453,6 +453,41 @@ def test_no_link_leads_out_of_a_published_folder(name, tmp_path, monkeypatch):
     publish.check_links(tmp_path / "leap")
 
 
+@pytest.mark.parametrize("name", ["results.json", "x.safetensors", "curve.png"])
+def test_what_is_no_file_is_not_published(name, tmp_path):
+    """Nor waited for, as for who writes into a pipe."""
+    save_with_results("leap", tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    for make in (os.mkfifo, os.mkdir):
+        make(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} must be a file, and is a folder, a pipe or a device"):
+            publish.published_files(tmp_path)
+        os.rmdir(tmp_path / name) if make is os.mkdir else os.unlink(tmp_path / name)
+
+
+def test_code_of_a_slow_and_of_a_fast_tokenizer_is_needed(tmp_path):
+    save_with_results("leap", tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config["auto_map"] = {"AutoTokenizer": [None, "mine.Fast"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert "mine.py" in publish._code(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[1", "[]"])
+def test_damaged_figures_are_named(content, tmp_path):
+    save_with_results("leap", tmp_path)
+    for name, call in {
+        "results.json": lambda: model_card.write_card(tmp_path),
+        "evaluation.json": lambda: publish.evaluate_if_needed(tmp_path),
+        "config.json": lambda: publish.published_files(tmp_path),
+    }.items():
+        before = (tmp_path / name).read_bytes() if (tmp_path / name).exists() else None
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=f"{name} (cannot be read, or )?is damaged"):
+            call()
+        (tmp_path / name).unlink() if before is None else (tmp_path / name).write_bytes(before)
+
+
 def test_no_folder_that_is_a_link_is_published(tmp_path):
     save_with_results("leap", tmp_path / "leap")
     (tmp_path / "other").mkdir()
@@ -481,7 +516,10 @@ def test_names_that_lead_out_of_the_folder_are_not_published(tmp_path, monkeypat
         publish.published_files(tmp_path / "leap")
 
 
-@pytest.mark.parametrize("name", ["results.json", "evaluation.json", "README.md", "config.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["results.json", "evaluation.json", "README.md", "config.json", "tokenizer_config.json", "chat_template.jinja"],
+)
 def test_what_holds_a_token_is_not_published(name, tmp_path):
     """Figures of an older version, say, which held the whole command. A card filled from them does not."""
     save_with_results("leap", tmp_path)

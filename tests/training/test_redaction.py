@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import train
+from data import dataset_name
 from provenance import write_figures
 from pushing import NOT_PUSHED
-from redaction import HIDDEN, CommandLine, redact, redact_command
+from redaction import HIDDEN, CommandLine, Parser, redact, redact_command
 
 from tests.training import kills, tiny_runs
 
@@ -34,6 +35,14 @@ HUB_TOKEN = "hf_SECRETSECRET"
         (["--hub_t", "a", "--hub_t=a"], ["a"], ["--hub_t", HIDDEN, f"--hub_t={HIDDEN}"]),
         (["anything", HUB_TOKEN], [], ["anything", HIDDEN]),
         (["--dataset", f"https://me:{TOKEN}@host/x"], [], ["--dataset", f"https://{HIDDEN}@host/x"]),
+        (["--dataset", f"s3://h/x?api_key={TOKEN}&a=b"], [], ["--dataset", f"s3://h/x?api_key={HIDDEN}&a=b"]),
+        (
+            ["--dataset", f"https://h/x?a=b&X-Amz-Signature={TOKEN}"],
+            [],
+            ["--dataset", f"https://h/x?a=b&X-Amz-Signature={HIDDEN}"],
+        ),
+        (["hf_oauth_SECRETSECRET"], [], [HIDDEN]),
+        ([f"no file /tmp/https:/me:{TOKEN}@host/x"], [], [f"no file /tmp/https:/{HIDDEN}@host/x"]),
         (["--tokenizer", "byte", "--train_tokens", "5"], [], ["--tokenizer", "byte", "--train_tokens", "5"]),
     ],
 )
@@ -71,6 +80,27 @@ def test_no_one_finds_a_token_in_the_command_line(given, monkeypatch, capsys):
     sys.excepthook(ValueError, ValueError(f"no {HUB_TOKEN}"), None)
     shown = capsys.readouterr().err
     assert f"no {HIDDEN}" in shown
+
+
+ADDRESS = f"https://me:{TOKEN}@host/x?token={TOKEN}"
+
+
+def test_no_error_of_any_script_shows_a_secret(monkeypatch, capsys):
+    """Scripts read their options by one of the two parsers, after which tracebacks are redacted."""
+    for script in sorted(SCRIPTS.glob("*.py")):
+        source = script.read_text(encoding="utf-8")
+        if "def main(" in source and script.name != "demo_app.py":
+            assert "= Parser(" in source or "CommandLine((" in source, script
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    parser = Parser()
+    parser.add_argument("--seed", type=int)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--seed", ADDRESS])
+    parser.parse_args([])
+    sys.excepthook(ValueError, ValueError(f"--dataset {ADDRESS} does not exist"), None)
+    shown = capsys.readouterr().err
+    assert "argument --seed" in shown and "does not exist" in shown and TOKEN not in shown
+    assert dataset_name(ADDRESS) == f"https://{HIDDEN}@host/x?token={HIDDEN}"
 
 
 def test_figures_are_written_without_secrets_and_without_nan(tmp_path):
@@ -124,6 +154,17 @@ def test_a_checkpoint_is_pushed_with_its_code_and_nothing_else(strategy, tmp_pat
         if path is None:
             assert ignored == NOT_PUSHED
             assert not {"optimizer.pt", "rng_state.pth", "trainer_state.json", "run.json", "checksums.json"} & names
+
+
+def test_no_link_leads_out_of_a_folder_that_is_pushed(tmp_path, monkeypatch):
+    (tmp_path / "out" / "runs").mkdir(parents=True)
+    (tmp_path / "out" / "runs" / "inside").symlink_to(tmp_path / "out")
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda self: setattr(self, "hub_model_id", "me/x"))
+    options = {"push_to_hub": True, "hub_model_id": "me/x"}
+    tiny_runs.trainer("leap", tmp_path / "out", **options)
+    (tmp_path / "out" / "runs" / "outside").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match="--push_to_hub: .*outside is a link to .*secret, which would be pushed"):
+        tiny_runs.trainer("leap", tmp_path / "out", **options)
 
 
 @pytest.mark.slow

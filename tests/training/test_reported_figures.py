@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import evaluate
 import fill_page
+import matplotlib.pyplot as plt
 import model_card
 import numpy as np
 import objectives
@@ -37,6 +38,7 @@ from transformers import (
 )
 
 from tests.saved_models import PAGE, save_tiny, save_with_results
+from tests.training import tiny_runs
 
 
 # Of characters that take one to four bytes, so that bytes, characters and tokens are different numbers.
@@ -207,6 +209,75 @@ def test_the_curve_is_in_bits_per_byte(learned):
     assert factor == pytest.approx(predicted / len(trained_on.encode()) / math.log(2))
     entry = next(entry for entry in history if "loss" in entry)
     assert train.text_loss(entry, names) == entry["loss"]
+
+
+def test_the_curve_draws_what_was_logged(tmp_path, monkeypatch):
+    """In bits per byte, each at its step, beside bz2; a run that was never evaluated has no line of held-out text."""
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    history = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "eval_bits_per_byte": 5.0}]
+    history.append({"step": 4, "eval_bits_per_byte": 4.5})
+    for entries, expected in (
+        (history, {"training batches": [(1, 6.0), (2, 4.0)], "held-out text": [(2, 5.0), (4, 4.5)]}),
+        (history[:2], {"training batches": [(1, 6.0), (2, 4.0)]}),
+        (history[2:], {"held-out text": [(2, 5.0), (4, 4.5)]}),
+    ):
+        train.plot_curve(entries, {"bits_per_byte_bz2": 2.5}, 2.0, tmp_path / "curve.png", [])
+        drawn = {line.get_label(): list(zip(*line.get_data())) for line in plt.gca().lines}
+        bz2_line = drawn.pop("bz2 -9 on the held-out text")
+        assert drawn == expected and [bits for _, bits in bz2_line] == [2.5, 2.5]
+
+
+def test_the_seconds_to_the_first_step_begin_with_the_process(capsys, monkeypatch):
+    monkeypatch.setattr(train.psutil, "Process", lambda: SimpleNamespace(create_time=lambda: 1000.0))
+    clock = SimpleNamespace(time=iter([1012.3456, 1020.0]).__next__, perf_counter=lambda: 0.0)
+    monkeypatch.setattr(train, "time", clock)
+    speed, state = train.Speed(), SimpleNamespace(is_world_process_zero=True)
+    for _ in range(2):
+        speed.on_step_begin(None, state, None)
+        speed.on_step_end(None, state, None)
+    assert speed.seconds == 12.35 and capsys.readouterr().out == "seconds to the first step: 12.3\n"
+
+
+def test_no_token_is_counted_twice_in_a_step(tmp_path):
+    """A batch that is larger than the text holds all of it."""
+    train_in(tmp_path, "--per_device_train_batch_size", 4000, "--max_steps", 1, "--save_strategy", "no")
+    results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    examples = (len(ids_of(tmp_path / "out", split(TEXT)[0])) - 1) // (BLOCK - 1)
+    assert results["tokens_per_step"] == examples * BLOCK
+
+
+def test_figures_of_a_run_on_pages(tmp_path):
+    """Cells, bits and errors of a grid that train.py trained: both units are of one sum, and the bound is that of its weights."""
+    (tmp_path / "config").mkdir()
+    config = {"model_type": "heptapod", **tiny_runs.CONFIGS["heptapod"]}
+    (tmp_path / "config" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "corpus.txt").write_bytes(TEXT.encode())
+    options = {"config_name": tmp_path / "config", "output_dir": tmp_path / "out", "dataset": tmp_path / "corpus.txt"}
+    options |= {"validation_percent": 20, "per_device_train_batch_size": 4, "cache_dir": "none", "max_steps": 2}
+    options |= {"max_validation_bytes": 900, "save_strategy": "no", "disable_tqdm": "true", "use_cpu": "true"}
+    printed = in_process(
+        train.main, *itertools.chain.from_iterable((f"--{name}", value) for name, value in options.items())
+    )
+    results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    held_out = split(TEXT)[1].encode()[:900].decode(errors="ignore")
+    height, width = config["grid_size"]
+    rows = sum(-(-len(line.encode()) // width) for line in held_out.splitlines(keepends=True))
+    cells = -(-rows // height) * height * width
+    expected = {"page": [height, width], "held_out_cells": cells, "held_out_bytes": len(held_out.encode())}
+    expected |= {"tokens_per_example": height * width, "tokens_per_step": 4 * height * width, "elbo_samples": 8}
+    assert {name: results[name] for name in expected} == expected
+
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    estimate = model.eval().elbo(
+        torch.from_numpy(processor.paginate(held_out)), num_samples=64, generator=torch.Generator().manual_seed(5)
+    )
+    bits = estimate.nats.sum().item() / math.log(2)
+    error = results["bits_per_byte_standard_error"]
+    assert results["bits_per_byte"] == pytest.approx(bits / len(held_out.encode()), abs=5 * error)
+    assert results["bits_per_cell"] * cells == pytest.approx(results["bits_per_byte"] * len(held_out.encode()))
+    words = f"  after training   {results['bits_per_byte']:.3f} +- {error:.3f} (an upper bound: the negative ELBO)"
+    assert words in printed.splitlines() and 0 < error < 0.1 * results["bits_per_byte"]
 
 
 def test_the_step_that_the_weights_are_of(climbed):

@@ -155,7 +155,7 @@ def test_patience_is_not_given_anew(tmp_path, monkeypatch, capsys):
 
 def test_a_new_run_does_not_mix_its_checkpoints_with_others(finished, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments(finished[0].parent, "--max_steps", "1")])
-    with pytest.raises(ValueError, match="--output_dir .* must be a folder, and is a file"):
+    with pytest.raises(ValueError, match="--output_dir .* must be a folder that can be written to"):
         file = TrainingArguments(str(finished[0] / "config.json"), use_cpu=True)
         train.check_arguments(train.ModelArguments(""), DataArguments(), file)
     with pytest.raises(ValueError, match="--output_dir .* holds checkpoint-12 of another run"):

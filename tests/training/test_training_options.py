@@ -12,7 +12,7 @@ import pytest
 import torch
 import train
 from cache import Cache
-from data import DataArguments, PackedBlocks, Texts, annotate, build_tokenizer, encode
+from data import DataArguments, PackedBlocks, Texts, annotate, build_tokenizer, encode, load_texts
 from objectives import objective_for
 from streaming import StreamedExamples, StreamedTexts, stream_texts
 from transformers import TrainingArguments
@@ -262,6 +262,26 @@ def test_a_sample_continues_the_first_text_that_holds_any(tmp_path):
 
 def held_out(documents):
     return StreamedTexts(documents.read, lambda name: not documents.held_out(name))
+
+
+def test_a_streamed_corpus_is_known_by_its_files(tmp_path):
+    """Also by those that are not held in memory when it begins."""
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("text\n" * 9)
+    sizes = lambda: StreamedTexts(None, None, {path.name: path for path in sorted(tmp_path.iterdir())}).sizes()
+    before = sizes()
+    assert before == ["'a.txt' 45", "'b.txt' 45"] and sizes() == before
+    (tmp_path / "b.txt").write_text("text\n" * 9 + "x")
+    assert sizes() == ["'a.txt' 45", "'b.txt' 46"]
+
+
+@pytest.mark.parametrize(
+    "read", [lambda options: load_texts(*options), lambda options: stream_texts(DataArguments(*options))]
+)
+def test_what_has_no_configurations_is_given_none(read, tmp_path):
+    for dataset in ("stdlib", str(tmp_path)):
+        with pytest.raises(ValueError, match=f"--dataset_config en is of a named data set, which --dataset {dataset}"):
+            read((dataset, "en"))
 
 
 def test_a_named_data_set_is_streamed(tmp_path):
