@@ -160,7 +160,7 @@ def arguments(tmp_path, **options):
         ({"train_tokens": 5}, {}, {"max_steps": 3}, "--train_tokens and --max_steps"),
         ({"train_tokens": 5, "train_minutes": 1.0}, {}, {}, "--train_minutes and --train_tokens"),
         ({"train_tokens": 0}, {}, {}, "--train_tokens must be at least 1, got 0"),
-        ({"train_minutes": float("nan")}, {}, {}, "--train_minutes must be above 0, got nan"),
+        ({"train_minutes": float("nan")}, {}, {}, "--train_minutes must be finite and above 0, got nan"),
         ({}, {}, {"per_device_train_batch_size": -2}, "--per_device_train_batch_size must be at least 1, got -2"),
         ({}, {"block_size": 1}, {}, "--block_size must be at least 2, got 1"),
         ({}, {"validation_percent": 0.0}, {}, "--validation_percent must lie between 0 and 100, got 0"),
