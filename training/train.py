@@ -67,7 +67,7 @@ gc.enable()
 logger = logging.get_logger(__name__)
 
 # Fields of a saved config that saving and training write, and that make no other model.
-OF_SAVING = {"architectures", "auto_map", "dtype", "transformers_version", "use_cache"}
+OF_SAVING = {"architectures", "auto_map", "transformers_version", "use_cache"}
 OF_SAVING |= {"bos_token_id", "eos_token_id", "pad_token_id"}  # which Trainer takes from the tokenizer
 
 TIMED_SHARE = 0.1  # of --train_minutes, for finding out what fits into them
@@ -173,6 +173,8 @@ def check_resumable(checkpoint: str, config: PreTrainedConfig) -> None:
     """
     saved = json.loads(Path(checkpoint, "config.json").read_text(encoding="utf-8"))
     ours = json.loads(config.to_json_string())
+    for each in (saved, ours):
+        each["dtype"] = each.get("dtype") or "float32"
     differ = {
         name: (saved.get(name), ours.get(name))
         for name in (saved.keys() | ours.keys()) - OF_SAVING
@@ -189,7 +191,7 @@ def check_resumable(checkpoint: str, config: PreTrainedConfig) -> None:
 DECISIVE = """
     seed data_seed full_determinism learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay
     optim optim_args optim_target_modules adam_beta1 adam_beta2 adam_epsilon max_grad_norm neftune_noise_alpha bf16 fp16
-    average_tokens_across_devices dataloader_drop_last train_sampling_strategy group_by_length
+    average_tokens_across_devices dataloader_drop_last train_sampling_strategy group_by_length accelerator_config
 """.split()
 
 
@@ -408,6 +410,13 @@ def runs_beside(folder: Path, results: dict) -> dict[str, float]:
     return beside
 
 
+def precision_of(args: TrainingArguments, model: PreTrainedModel) -> str:
+    """What products were computed in: that of autocast, else that of the weights."""
+    if args.bf16 or args.fp16:
+        return f"{'bfloat16' if args.bf16 else 'float16'} autocast"
+    return str(model.dtype).removeprefix("torch.")
+
+
 def set_use_cache(config: PreTrainedConfig, value: bool | None) -> None:
     """What Trainer writes into every config, also of models without a cache, which have no such field: `None`."""
     if value is not None:
@@ -572,7 +581,7 @@ def run_with(model_args: ModelArguments, data_args: DataArguments, training_args
         "seconds_to_first_step": speed.seconds,
         "tokens_per_second": speed.steps_per_second and round(speed.steps_per_second * tokens_per_step, 1),
         "train_seconds": round(train_result.metrics["train_runtime"], 1),
-        "precision": "bfloat16 autocast" if training_args.bf16 else "float32",
+        "precision": precision_of(training_args, model),
         "bits_per_byte_before": bits_before(trainer.state.log_history),
         **after,
         "bits_per_byte_bz2": 8 * len(bz2.compress(eval_text, 9)) / len(eval_text),

@@ -275,6 +275,7 @@ def test_settings_are_what_decides_the_weights(tmp_path):
         "--lr_scheduler_type": {"lr_scheduler_type": "cosine"},
         "--warmup_steps": {"warmup_steps": 3},
         "--bf16": {"bf16": True},
+        "--accelerator_config": {"accelerator_config": {"use_seedable_sampler": False}},
     }
     for name, change in changes.items():
         other = settings(**change)

@@ -294,6 +294,20 @@ def test_the_step_that_the_weights_are_of(climbed):
     assert f"**{of_weights:.3f}**" in card
 
 
+@pytest.mark.parametrize(
+    ("options", "dtype", "expected"),
+    [
+        ({}, torch.float32, "float32"),
+        ({}, torch.bfloat16, "bfloat16"),
+        ({"bf16": True}, torch.float32, "bfloat16 autocast"),
+        ({"fp16": True}, torch.float32, "float16 autocast"),
+    ],
+)
+def test_the_precision_is_that_of_the_products(options, dtype, expected):
+    args = SimpleNamespace(**{"bf16": False, "fp16": False, **options})
+    assert train.precision_of(args, SimpleNamespace(dtype=dtype)) == expected
+
+
 def test_figures_before_training_are_of_step_zero():
     later = {"step": 5, "eval_bits_per_byte": 2.0, "eval_loss": 1.0}
     start = {"step": 0, "eval_bits_per_byte": 8.0, "eval_loss": 5.0}

@@ -162,7 +162,9 @@ def test_a_new_run_does_not_mix_its_checkpoints_with_others(finished, monkeypatc
         train.main()
 
 
-@pytest.mark.parametrize("change", [{"window_sizes": [None, 8]}, {"model_type": "hierarchical_lm"}])
+@pytest.mark.parametrize(
+    "change", [{"window_sizes": [None, 8]}, {"model_type": "hierarchical_lm"}, {"dtype": "bfloat16"}]
+)
 def test_a_checkpoint_of_another_model_is_not_resumed(finished, change, tmp_path):
     config = {name: value for name, value in CONFIG.items() if name != "window_sizes"} | {"vocab_size": 300} | change
     config = AutoConfig.for_model(**config)
