@@ -113,6 +113,14 @@ def test_what_the_last_character_tells_is_found(tokenizer):
     assert len({*ids.values()}) > 2 and ids["a"] != ids[" "]
 
 
+def test_figures_of_another_text_are_by_the_clusters_of_the_first(tokenizer):
+    """Digits are the most frequent here and rare there, where almost all is a letter."""
+    text, other = "7" * 1600 + "a" * 200 + " " * 200, "a" * 380 + "7" * 20
+    result = distill(Told(), tokenizer, [text], [other], **{**SMALL, "clusters": 3, "length": 1, "max_tokens": 8000})
+    assert (result.tokens, result.held_out_tokens) == (2000, 400)
+    assert result.agreement == 1 and result.chance == pytest.approx(20 / 400)
+
+
 def test_a_model_is_distilled(distilled):
     assert distilled.tokens == 6_000 and distilled.held_out_tokens == 1_500
     assert distilled.chance + 0.1 < distilled.agreement < 1

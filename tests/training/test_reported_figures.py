@@ -21,6 +21,7 @@ import numpy as np
 import objectives
 import publish
 import pytest
+import sample
 import sample_axes
 import torch
 import train
@@ -363,7 +364,7 @@ def test_the_text_that_is_named_is_the_one_that_is_measured(learned, measured):
     error = math.sqrt(len(stretches) / (len(stretches) - 1) * sum(x * x for x in residuals))
     error = error / math.log(2) / num_bytes
     assert results["standard_error_over_text"] == pytest.approx(error, rel=1e-4)
-    assert f"+- {error:.3f} over text" in printed
+    assert f"with a sliding window of {WINDOW} tokens, stride {STRIDE}, +- {error:.3f} over text" in printed
 
 
 def test_figures_of_pages_by_hand(monkeypatch):
@@ -493,6 +494,17 @@ def test_figures_of_a_card_stand_at_their_texts():
 # --- what models write -------------------------------------------------------------------------------------------------
 
 
+def test_a_sample_is_as_long_as_asked_for(tmp_path, monkeypatch):
+    save_tiny("leap", tmp_path)
+    calls = []
+    model = SimpleNamespace(generate=lambda **options: calls.append((torch.initial_seed(), options)))
+    model.to = lambda device: model
+    monkeypatch.setattr(sample.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
+    in_process(sample.main, tmp_path, "--prompt", "ab", "--max_new_tokens", 7, "--seed", 3)
+    ((seed, options),) = calls
+    assert (seed, options["max_new_tokens"], options["input_ids"].tolist()) == (3, 7, [[97, 98]])
+
+
 def test_the_share_of_a_page_that_is_written_as_it_was(tmp_path):
     save_tiny("heptapod", tmp_path / "model")
     (tmp_path / "text.txt").write_text("import os\n" * 30)
@@ -510,6 +522,25 @@ def test_the_share_of_a_page_that_is_written_as_it_was(tmp_path):
     share = sum(int(a == b) for a, b in zip(written[0, :rows].flatten(), page[0, :rows].flatten())) / (rows * width)
     assert f"--- the page, {rows * width} cells opened" in printed
     assert f"--- written in 3 model calls, {share:.0%} of the opened cells as in the original" in printed
+    printed = in_process(fill_page.main, tmp_path / "model", *arguments, "--seed", 5, "--do_sample")
+    written = model.generate(opened, num_iterations=3, seed=5, do_sample=True)
+    assert processor.decode(written[0]) in printed
+
+
+def test_pages_that_are_shown_are_at_least_half_written(tmp_path, monkeypatch):
+    save_tiny("heptapod", tmp_path)
+    processor, (height, width) = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True), PAGE
+    full, half, less = (
+        ("x" * (width - 1) + "\n") * height,
+        "y" * (width * height // 2),
+        "z" * (width * height // 2 - 1),
+    )
+    texts = SimpleNamespace(validation=[less, half, less, full])
+    monkeypatch.setattr(fill_page, "load_texts", lambda *_, **__: texts)
+    shown = [processor.decode(fill_page.choose_page(processor, None, number)[0]) for number in (0, 1)]
+    assert shown == [half, full]
+    with pytest.raises(ValueError, match="--page 2: there are 2 pages"):
+        fill_page.choose_page(processor, None, 2)
 
 
 def test_the_share_of_meta_tokens_that_the_annotator_would_give(tmp_path, monkeypatch):
@@ -521,9 +552,17 @@ def test_the_share_of_meta_tokens_that_the_annotator_would_give(tmp_path, monkey
     kinds[len(prompt)] += 1  # one of four differs
     ids = torch.tensor([list((prompt + written).encode())])
     output = SimpleNamespace(sequences=ids, meta_sequences=torch.tensor([[kinds, brackets]]))
-    model = SimpleNamespace(generate=lambda **_: output, to=lambda device: model)
+    calls = []
+
+    def generate(meta_source, max_new_tokens, **_):
+        calls.append((meta_source, max_new_tokens, torch.rand(()).item()))
+        return output
+
+    model = SimpleNamespace(generate=generate, to=lambda device: model)
     monkeypatch.setattr(sample_axes.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
-    printed = in_process(sample_axes.main, tmp_path, "--prompt", prompt)
+    printed = in_process(sample_axes.main, tmp_path, "--prompt", prompt, "--max_new_tokens", 4, "--seed", 6)
+    drawn = torch.rand((), generator=torch.Generator().manual_seed(6)).item()  # the same for both
+    assert calls == [("predicted", 4, drawn), ("annotated", 4, drawn)]
     said = "of the meta tokens written are what the annotator says of the text"
     assert printed.count(f"{processor.axis_names[0]}: 75% {said}") == 2
     assert printed.count(f"{processor.axis_names[1]}: 100% {said}") == 2
