@@ -491,6 +491,100 @@ def test_figures_of_a_card_stand_at_their_texts():
         assert (figure.dataset_name, figure.metric_value, figure.metric_args) == expected
 
 
+# --- cards -------------------------------------------------------------------------------------------------------------
+
+
+def causal_evaluation(losses):
+    figures = {"window": 64, "stride": 24, "least_context": 40, "sliding_window_bits_per_byte": 5.4321}
+    figures |= {"generation": {"tokens_per_second": 1234.4, "prompt_tokens": 16, "new_tokens": 32}}
+    return {**figures, "losses": {name: {"nats_per_token": n, "bits_per_byte": b} for name, n, b in losses}}
+
+
+EVALUATIONS = {
+    "leap": causal_evaluation([("text", 1.5, 2.25)]),
+    "hierarchical_lm": causal_evaluation([("text", 1.5, 2.25)]),
+    "multigrid": causal_evaluation([("text", 1.5, 2.25), ("token_kind", 0.75, 0.875), ("bracket", 0.125, 0.625)]),
+    "heptapod": {
+        "bound_bits_per_byte": 6.5432,
+        "bound_standard_error": 0.0345,
+        "mask_samples": 4,
+        "generation": {"tokens_per_second": 1234.4, "new_tokens": 64, "num_iterations": 3},
+    },
+}
+BEFORE = "| before training | 9.876 | |"
+AFTER = [
+    "| **after training, blocks of 20 tokens that share no context** | **7.654** | |",
+    "| **after training, sliding window of 64 tokens**: each predicted once, with at least 40 before it; 8,765 bytes of "
+    "`book.txt` | **5.432** | 0.099 (over text) |",
+    "It writes 1,234 tokens per second on another computer, 7 threads (32 tokens after 16, greedy, one text at a time). "
+    "Measured by",
+]
+PLAIN = "`, 4,321 parameters, tokenizer `byte` with 258 entries."
+SAID = {
+    "leap": [*AFTER, "`LeapForCausalLM" + PLAIN],
+    "hierarchical_lm": [BEFORE, *AFTER, "`HierarchicalLMForCausalLM" + PLAIN],
+    "multigrid": [
+        *(BEFORE, *AFTER, f"`MultiGridForCausalLM{PLAIN.removesuffix('.')}, axes token_kind, bracket."),
+        *("| text | 1.500 | 2.250 |", "| token_kind | 0.750 | 0.875 |", "| bracket | 0.125 | 0.625 |"),
+    ],
+    "heptapod": [
+        "`HeptapodForMaskedLM`, 4,321 parameters, tokenizer `byte` with 260 entries.",
+        "| before training, upper bound from one draw of masks | 9.876 | |",
+        "| **after training, upper bound (negative ELBO)** | **7.654** | 0.012 (draw of masks) |",
+        "| the same by `evaluate.py`, on 8,765 bytes of `book.txt` | 6.543 | 0.035 (draw of masks), 0.099 (over pages) |",
+        "draws of masks were made of each page. Standard errors over text say how much other text of the same kind and "
+        "size would change a figure; the spread over",
+        "It writes 1,234 tokens per second on another computer, 7 threads (a page of 64 cells in 3 iterations). Measured by",
+    ],
+}
+OF_ALL = [
+    "| `bz2 -9` | 3.210 | |",
+    "python training/evaluate.py it",
+    "at commit `0123456789ab-dirty`; all figures are in `evaluation.json`.",
+    "the machine that trained it. Trained from scratch: 17 steps of 99 tokens in 12 s on a computer, 1 threads, float32.",
+    "python training/train.py --of_this test",
+    "Commit `abcdef123456`; python 3.1, torch 2.3. All figures are in `results.json`.",
+]
+
+
+@pytest.mark.parametrize("family", SAID)
+def test_every_figure_of_a_card_is_what_its_words_say(family, tmp_path):
+    """No two figures are equal, but those that are the same."""
+    save_with_results(family, tmp_path)
+    about = {"dataset": "book.txt", "held_out_bytes": 8765, "standard_error_over_text": 0.0987, "threads": 7}
+    about |= {
+        "device": "another computer",
+        "command": "python training/evaluate.py it",
+        "commit": "0123456789ab-dirty",
+    }
+    about |= {"weights_sha256": weights_digest(tmp_path), **EVALUATIONS[family]}
+    (tmp_path / "evaluation.json").write_text(json.dumps(about))
+    model_card.write_card(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    lines = card.splitlines()
+    for line in SAID[family] + OF_ALL:
+        assert line in lines, line
+    begins = [
+        "150 bytes of `stdlib` were held out where no other text is named",
+        "Data: 12,345 bytes of `stdlib`, the source",
+    ]
+    if family == "heptapod":
+        begins[0] += (
+            ", laid on pages of 4 x 16 cells that share no context; blank cells are paid for like others, and 8"
+        )
+    assert all(any(line.startswith(words) for line in lines) for words in begins)
+    assert (BEFORE in lines) == ("before training" in card and family != "heptapod")
+    if family == "multigrid":
+        config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+        for order, words in (
+            ("parallel", "cost nothing, so these figures are those of the tokens alone"),
+            ("factored", "the sum of all axes"),
+        ):
+            (tmp_path / "config.json").write_text(json.dumps({**config, "axis_order": order}))
+            model_card.write_card(tmp_path)
+            assert words in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
 # --- what models write -------------------------------------------------------------------------------------------------
 
 
