@@ -1,8 +1,10 @@
 """Models outside PyTorch's float32: the recurrent step in onnxruntime, weights in int8."""
 
 import copy
+import sys
 from pathlib import Path
 
+import export_onnx
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from transformers import (
     TorchAoConfig,
 )
 
+from tests.saved_models import save_tiny
 from tests.tiny_heptapod import random_page, tiny_heptapod
 from tests.tiny_hierarchical_lm import tiny_hierarchical_lm
 from tests.tiny_leap import VARIANTS, random_ids, tiny_leap
@@ -27,6 +30,23 @@ GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 50}
 # Two layers, one that remembers everything and one that remembers a window; all other ways are among the slow tests.
 SHORT = {"num_hidden_layers": 2, "window_sizes": [None, 4]}
 STEPS = {"short": SHORT, "short, exp": {**SHORT, "weight_function": "exp", "rescale": None}, **VARIANTS}
+
+
+def test_the_script_writes_as_much_as_asked_for_and_to_the_end_of_the_text(tmp_path, monkeypatch, capsys):
+    save_tiny("leap", tmp_path)
+    calls = []
+
+    def write(step, prompt, max_new_tokens):
+        calls.append((step, prompt.tolist(), max_new_tokens))
+        return iter(np.array([[ord("c")], [ord("d")], [256], [ord("e")]]))  # the third one ends the text
+
+    monkeypatch.setattr(export_onnx, "export_step", lambda model, folder: calls.append((model.dtype, folder)))
+    monkeypatch.setattr(export_onnx, "OnnxStep", lambda folder: folder)
+    monkeypatch.setattr(export_onnx, "write", write)
+    monkeypatch.setattr(sys, "argv", ["export_onnx.py", str(tmp_path), "--prompt", "ab", "--max_new_tokens", "7"])
+    export_onnx.main()
+    assert calls == [(torch.float32, tmp_path / "onnx"), (tmp_path / "onnx", [[97, 98]], 7)]
+    assert capsys.readouterr().out == f"abcd\n\nwritten: {tmp_path / 'onnx' / 'step.onnx'}\n"
 
 
 @pytest.mark.parametrize(

@@ -282,6 +282,7 @@ def test_curves_are_read_between_their_points():
 
 def test_equal_seconds_are_those_that_both_have():
     slow, fast = a_run("slow", 0, [4.0, 2.0, 1.0], seconds=10.0), a_run("fast", 0, [5.0, 3.0, 2.0], seconds=1.0)
+    assert (report.tokens_per_second(slow), report.tokens_per_second(fast)) == (10, 100)
     # The fast one ends after 100 s, when the slow one has read 1,000 tokens: 2.0 against 2.0.
     assert report.gain_at_equal_seconds(slow, fast) == pytest.approx(0.0)
     assert report.gain_at_equal_seconds(fast, slow) == pytest.approx(0.0)

@@ -135,11 +135,17 @@ def test_code_of_a_folder_may_run_and_of_a_name_only_where_it_is_allowed(tmp_pat
         may_run_code(str(tmp_path / "own"))
     assert may_run_code(str(tmp_path / "own"), trust_remote_code=True) is True
 
-    found = {"me/with-code": {"auto_map": {"AutoConfig": "x.X"}}, "me/without": {}}
-    monkeypatch.setattr("loading.PreTrainedConfig.get_config_dict", lambda name, **_: (found[name], {}))
+    found, asked = {"me/with-code": {"auto_map": {"AutoConfig": "x.X"}}, "me/without": {}}, []
+
+    def get_config_dict(name, **options):
+        asked.append(options)
+        return found[name], {}
+
+    monkeypatch.setattr("loading.PreTrainedConfig.get_config_dict", get_config_dict)
     with pytest.raises(ValueError, match="me/with-code brings its own code, .*: --trust_remote_code allows it"):
         may_run_code("me/with-code")
     assert may_run_code("me/with-code", True) is True and may_run_code("me/without") is False
+    assert may_run_code("me/without", revision="v1") is False and asked[-2:] == [{}, {"revision": "v1"}]
 
 
 def test_an_adapter_takes_no_model_with_code_from_elsewhere(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from data import build_tokenizer
 from matplotlib import colormaps
 from page_animation import GIVEN, OFF_PAGE, OPEN, draw_page
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from modeling_heptapod import HeptapodProcessor
 
@@ -50,8 +50,14 @@ def test_cells_have_the_colour_of_their_iteration(processor, trajectory):
         assert second == [GIVEN, GIVEN, GIVEN, OFF_PAGE]
 
 
-def test_files(processor, trajectory, tmp_path):
-    gif, strip = tmp_path / "page.gif", tmp_path / "page.png"
+def test_files(processor, trajectory, tmp_path, monkeypatch):
+    gif, strip, texts, text = tmp_path / "page.gif", tmp_path / "page.png", [], ImageDraw.ImageDraw.text
+
+    def noting_text(canvas, place, said, *more):
+        texts.append(said)
+        return text(canvas, place, said, *more)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", noting_text)
     frames = draw_page(trajectory.numpy(), processor, gif, strip, panels=3, seconds=1.2)
     with Image.open(gif) as animation:
         assert animation.n_frames == 6 and animation.size == frames[0].size and animation.info["loop"] == 0
@@ -60,6 +66,7 @@ def test_files(processor, trajectory, tmp_path):
             animation.seek(frame)
             durations.append(animation.info["duration"])
     assert durations == [200] * 5 + [2000]
+    assert [said for said in texts if "of" in said] == ["0 of 5", "2 of 5", "5 of 5"]
     with Image.open(strip) as picture:
         assert picture.width > 3 * frames[0].width and picture.height > frames[0].height
 
