@@ -66,12 +66,13 @@ def test_a_model_with_axes_reads_them_too(tokenizer):
     axes = [make_axis("bracket"), make_axis("indentation")]
     sizes = [len(axis.vocabulary) for axis in axes]
     model = tiny_multigrid(vocab_size=258, axis_names=["bracket", "indentation"], axis_vocab_sizes=sizes)
-    text = TEXTS[0][:300]
+    text = "def f(x):\n    return [g(y) for y in (x, {1: 2})]\n" * 6
     how = {"layer": -1, "length": 4, "max_tokens": 10_000, "block_size": 64, "seed": 0}
     states, _ = hidden_states(model, tokenizer, [text], axes=axes, **how)
     encoded = tokenizer(text, return_offsets_mapping=True)
     ids = torch.tensor([tokenizer.eos_token_id, *encoded["input_ids"]])
     tracks = torch.tensor([[0, *axis.annotate(text, encoded["offset_mapping"])] for axis in axes])
+    assert len(tracks[0].unique()) > 2 and len(tracks[1].unique()) > 1
     expected = []
     for block, track in zip(ids.split(64), tracks.split(64, dim=1)):
         with torch.no_grad():
