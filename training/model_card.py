@@ -12,6 +12,7 @@ from options import need
 need("eval", "jinja2")  # of which the card is made
 
 import json
+import re
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -62,8 +63,22 @@ def write_card(folder: Path, path: Path | None = None, repo_id: str | None = Non
         config=config,
         results=results,
         evaluation=evaluation,
+        transformers=tested_transformers(folder),
     )
     card.save(path or folder / "README.md")
+
+
+def tested_transformers(folder: Path) -> str | None:
+    """Which versions of Transformers the code of a folder takes, as `>=5.17,<5.25`; `None` for code that does not say."""
+    try:
+        code = (folder / "transformers_versions.py").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    window = re.search(r"^OLDEST, NEWEST = \((\d+), (\d+)\), \((\d+), (\d+)\)$", code, re.MULTILINE)
+    if window is None:
+        return None
+    oldest, first, newest, last = map(int, window.groups())
+    return f">={oldest}.{first},<{newest}.{last + 1}"
 
 
 def read_evaluation(folder: Path) -> dict | None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import urllib.error
@@ -338,6 +339,9 @@ def test_the_card_says_what_was_measured(family, hub, published):
     assert f"writes {evaluation['generation']['tokens_per_second']:,.0f} tokens per second" in card
     assert "blocks of 20 tokens that share no context" in card or family == "heptapod"
     assert f'name = "me/{family}"' in card and "What does not work:" in card
+    stated = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    needed = re.search(r'^dependencies = \["(torch>=.*?),<3", "(transformers.*?)"\]$', stated, re.MULTILINE)
+    assert f'pip install "{needed[1]}" "{needed[2]}"' in card.split("## Use")[1].split("```python")[0]
     if family == "heptapod":
         assert f"{evaluation['bound_bits_per_byte']:.3f} | {evaluation['bound_standard_error']:.3f} (draw" in card
     else:
@@ -400,6 +404,10 @@ def test_cards_of_folders_without_an_evaluation(published, tmp_path):
         card = (tmp_path / f"{family}.md").read_text(encoding="utf-8")
         assert "`evaluate.py` has not been run" in card and "{{" not in card and find_errors(card) == []
         assert "curve.png" not in card  # it lies elsewhere
+    (tmp_path / "leap" / "transformers_versions.py").unlink()  # code from before there was a window
+    model_card.write_card(tmp_path / "leap")
+    card = (tmp_path / "leap" / "README.md").read_text(encoding="utf-8")
+    assert "pip install" not in card and "takes the versions" not in card
     save_tiny("leap", tmp_path / "leap", seed=3)
     with pytest.raises(ValueError, match=r"leap: results\.json is of other weights than those beside it"):
         model_card.write_card(tmp_path / "leap")
