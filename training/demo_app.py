@@ -12,7 +12,7 @@ anything, and answers to nobody who calls it by another name than this machine's
 
 import os
 
-from options import need, whole
+from options import NUMPY_SEEDS, need, whole
 
 
 need("app", "gradio", "matplotlib", "PIL")
@@ -20,7 +20,6 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import time
 import traceback
-from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ import gradio
 import torch
 from demo_views import CSS, show_page, show_tracks, show_weights
 from loading import TRUST_HELP, may_run_code
-from options import NUMPY_SEEDS
+from redaction import Parser
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from transformers import (
@@ -608,7 +607,7 @@ def saved_folders(root: str = "outputs") -> list[str]:
 
 
 def main():
-    parser = ArgumentParser(description="A page in the browser to try a saved model.")
+    parser = Parser(description="A page in the browser to try a saved model.")
     parser.add_argument("folder", nargs="?", help="what train.py wrote, or a name on the Hub")
     parser.add_argument("--port", type=whole(1, 65535), default=7860, help="of the page, on this machine only")
     parser.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
