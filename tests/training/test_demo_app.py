@@ -385,11 +385,15 @@ def test_what_is_shown_of_a_model(folders):
     assert shown_of(None) == shown_of("") == {"about": message}
 
 
-def test_damaged_weights_are_told_of(folders, tmp_path, capsys):
+def test_what_keeps_a_model_from_being_loaded_is_told(folders, tmp_path, monkeypatch, capsys):
     shutil.copytree(folders / "leap", tmp_path / "leap")
     (tmp_path / "leap" / "model.safetensors").write_bytes(b"no weights")
     message = shown_of(str(tmp_path / "leap"))["about"]
-    assert "was not loaded" in message and "the terminal says where" in message
+    assert "was not loaded" in message and "model.safetensors is damaged" in message
+    assert "Traceback" not in capsys.readouterr().err
+    monkeypatch.setattr("demo_app.load", lambda *_: {}["<layer>"])  # nobody thought of it
+    message = shown_of(str(tmp_path / "leap"))["about"]
+    assert message.endswith("KeyError: &#x27;&lt;layer&gt;&#x27; (the terminal says where)")
     assert "Traceback" in capsys.readouterr().err
 
 
