@@ -97,7 +97,7 @@ class Cache:
         return True
 
     def _clean(self):
-        """Remove what nobody holds the lock of any more."""
+        """Remove unfinished files whose writers have ended: nobody holds their locks."""
         for path in self.folder.glob(f"{UNFINISHED}*"):
             try:
                 with path.open("rb") as file:

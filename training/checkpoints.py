@@ -179,7 +179,7 @@ def find_checkpoint(resume_from: str, output_dir: str, num_processes: int = 1) -
             raise ValueError(f"--resume_from_checkpoint last: {folder} cannot be resumed: {damage}")
         logger.warning(f"--resume_from_checkpoint last: {folder} is no whole checkpoint and is passed over: {damage}")
     logger.warning(
-        f"--resume_from_checkpoint last: there is no whole checkpoint in {output_dir}, SO TRAINING BEGINS ANEW"
+        f"--resume_from_checkpoint last: there is no whole checkpoint in {output_dir}, so training begins anew"
     )
     return None
 
@@ -204,7 +204,7 @@ def check_begins_alone(output_dir: str, checkpoint: str | None, num_processes: i
 
 @contextmanager
 def alone_in(output_dir: str) -> Iterator[None]:
-    """While in the block, no other run begins in this folder; what was killed is out of it at once.
+    """While in the block, no other run can begin in this folder. The lock ends with its process, also where that is killed.
 
     Raises:
         ValueError: naming `--output_dir` where there is one.

@@ -65,9 +65,8 @@ class Ending(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._began = time.monotonic()
-        self.by_clock = (
-            self.seconds is not None and self.used >= self.seconds
-        )  # of the same checkpoint in all processes
+        # `used` is of the same checkpoint in all processes, so they need not agree.
+        self.by_clock = self.seconds is not None and self.used >= self.seconds
 
     def on_step_end(self, args, state, control, **kwargs):
         self.agree(args)

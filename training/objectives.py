@@ -176,9 +176,8 @@ def choose_axes(names: list[str]) -> list:
     """
     try:
         axes = [make_axis(name) for name in names]
-        for (
-            axis
-        ) in axes:  # NLTK and its data would otherwise be missed at the first sample, where the corpus is in the cache
+        for axis in axes:
+            # With the corpus in the cache, NLTK and its data would not be missed before the first sample.
             axis.annotate("A few words.\n")
     except (ImportError, LookupError, OSError, TypeError, ValueError) as error:
         raise ValueError(f"--axes {' '.join(names)}: {error}") from error

@@ -94,7 +94,7 @@ def test_what_is_damaged_is_named_and_the_one_before_taken(harm, has_checksums, 
         find_checkpoint(str(folder / "checkpoint-4"), str(folder))
     shutil.rmtree(folder / "checkpoint-2")
     assert find_checkpoint("last", str(folder)) is None
-    assert f"there is no whole checkpoint in {folder}, SO TRAINING BEGINS ANEW" in caplog.text
+    assert f"there is no whole checkpoint in {folder}, so training begins anew" in caplog.text
 
 
 def test_a_changed_byte_is_seen(folder):
@@ -114,7 +114,7 @@ def test_checksums_are_of_all_files(saved):
 def test_where_there_is_nothing_training_begins(tmp_path, caplog):
     """As after a kill before the first checkpoint, or in a loop that always resumes the last."""
     assert find_checkpoint("last", str(tmp_path / "nothing")) is None
-    assert "SO TRAINING BEGINS ANEW" in caplog.text
+    assert "so training begins anew" in caplog.text
     with pytest.raises(
         ValueError, match=r"--resume_from_checkpoint .*missing is no whole checkpoint: trainer_state\.json"
     ):
