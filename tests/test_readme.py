@@ -34,9 +34,9 @@ def run(code, folder, **env):
         [sys.executable, "-c", code],
         cwd=folder,
         capture_output=True,
-        text=True,
+        encoding="utf-8",  # models write any letters
         timeout=600,
-        env={**os.environ, **env},
+        env={**os.environ, "PYTHONIOENCODING": "utf-8", **env},
     )
     assert result.returncode == 0, result.stderr
     return result.stdout

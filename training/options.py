@@ -1,7 +1,9 @@
 """What the scripts of this folder ask of their options before they begin to work."""
 
+import io
 import math
 import os
+import sys
 import tempfile
 from argparse import ArgumentTypeError
 from collections.abc import Callable
@@ -27,6 +29,13 @@ def need(extra: str, *modules: str) -> None:
         raise ImportError(
             f"this script needs {', '.join(missing)}, which the extra `{extra}` brings: in a clone `pip install -e .[{extra}]`"
         )
+
+
+def escape_unprintable() -> None:
+    r"""Print characters that the terminal's encoding lacks as escapes such as `\ufffd`, rather than fail in the middle of work."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def check_number(

@@ -7,6 +7,7 @@ import traceback
 from argparse import ArgumentParser
 from collections.abc import Iterable
 
+from options import escape_unprintable
 from transformers import HfArgumentParser
 
 
@@ -67,6 +68,7 @@ class Parser(ArgumentParser):
     """An `ArgumentParser` of which no error shows a secret, nor what ends the process after it."""
 
     def parse_args(self, *args, **kwargs):
+        escape_unprintable()
         redact_errors()
         return super().parse_args(*args, **kwargs)
 
@@ -83,6 +85,7 @@ class CommandLine(HfArgumentParser):
         Raises:
             ValueError: naming options that there are not, without their values.
         """
+        escape_unprintable()
         redact_errors()
         *parsed, unknown = self.parse_args_into_dataclasses(return_remaining_strings=True)
         values = [value for each in parsed for name, value in vars(each).items() if SECRET_NAME.search(name)]

@@ -1,5 +1,7 @@
 """Options that make no sense, missing packages and missing folders are named before any work."""
 
+import importlib
+import io
 import json
 import math
 import os
@@ -249,6 +251,24 @@ def test_the_extras_bring_what_scripts_ask_for():
     for extra, modules in NEEDS.values():
         brought = " ".join(extras[extra])
         assert all(packages.get(module, module) in brought for module in modules), (extra, modules, brought)
+
+
+PRINTING = sorted(path.stem for path in SCRIPTS.glob("*.py") if "def main(" in path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("script", PRINTING)
+def test_text_that_the_terminal_cannot_show_ends_no_script(script, monkeypatch):
+    """Models write any bytes, and paths hold any letters: a terminal of few letters shows escapes."""
+    for module in NEEDS.get(script, ("", []))[1]:
+        pytest.importorskip(module)
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline="\n")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(script).main()
+    print("caf\xe9 \ufffd")
+    terminal.flush()
+    assert ended.value.code == 0 and terminal.buffer.getvalue().endswith(rb"caf\xe9 \ufffd" + b"\n")
 
 
 @pytest.mark.parametrize(
