@@ -547,8 +547,9 @@ def page(folders):
     """The page in a browser, with LEAP loaded; and the hosts that the browser has asked for something."""
     if CHROMIUM is None:
         pytest.skip("no chromium on this machine: `apt-get install chromium`")
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=60_000)  # the machine may be busy
     app = build_app(saved_folders(str(folders)), str(folders / "leap"))
     _, url, _ = launch(app, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
     try:
