@@ -20,7 +20,7 @@ from tests.tiny_multigrid import tiny_multigrid
 
 pytest.importorskip("sklearn", reason="the extra `axes` is not installed")
 import distill_axis
-from data import build_tokenizer
+from data import build_tokenizer, load_texts
 from distill_axis import distill, hidden_states, last_characters, tree_nodes
 from sklearn.tree import DecisionTreeClassifier
 
@@ -250,4 +250,10 @@ def test_from_a_saved_model_to_files(model, tokenizer, tmp_path):
     assert (tmp_path / "axis" / "axis.py").read_text(encoding="utf-8") == axis.to_python()
     report = json.loads((tmp_path / "axis" / "report.json").read_text(encoding="utf-8"))
     assert report["tokens"] == 3000 and report["agreement"] > report["chance"]
-    assert f"{report['agreement']:.1%}" in done.stdout and "held-out tokens" in done.stdout
+    leaves = sum(len(node) == 1 for node in axis.nodes)
+    tokens = min(3000 // 4, len(load_texts(str(tmp_path / "text.txt")).validation[0].encode()))
+    assert report["held_out_tokens"] == tokens
+    assert (
+        f"{leaves} leaves on the last {axis.length} characters. On {tokens} held-out tokens it names the cluster in "
+        f"{report['agreement']:.1%}, the most frequent one would in {report['chance']:.1%}." in done.stdout
+    )

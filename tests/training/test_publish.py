@@ -241,6 +241,9 @@ def test_a_dry_run_shows_files_and_pushes_nothing(hub, published):
     for name in ("model.safetensors", "modeling_leap.py", "tokenizer.json"):
         assert f"{(folder / 'leap' / name).stat().st_size:>13,}  {name}\n" in shown
     assert "README.md" in shown and "optimizer.pt" not in shown
+    *files, total = shown.splitlines()
+    sizes = [int(line.split()[0].replace(",", "")) for line in files]
+    assert total == f"{sum(sizes):>13,}  bytes in {len(sizes)} files"
 
 
 def test_publishing_again_in_other_files_leaves_no_old_weights(hub, published, tmp_path):
