@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
-from loading import check_name
+from loading import check_family, check_name
 from provenance import write_figures
 from pushing import CleanPushes
 from redaction import CommandLine
@@ -67,8 +67,12 @@ def read_rows(path: str, text_column: str, label_column: str) -> tuple[list[str]
     if not Path(path).is_file():
         raise ValueError(f"--rows {path} must be a file of JSON objects, one a line; there is none")
     texts, labels = [], []
+    try:
+        content = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--rows {path} is not UTF-8 text: {error}") from error
     # Not `splitlines`, which also ends lines at characters that JSON may hold.
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
+    for number, line in enumerate(content.rstrip("\n").split("\n"), start=1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -78,11 +82,20 @@ def read_rows(path: str, text_column: str, label_column: str) -> tuple[list[str]
         for name, column in (("--text_column", text_column), ("--label_column", label_column)):
             if column not in row:
                 raise ValueError(f"{name} {column}: line {number} of {path} has only {sorted(row)}")
-        texts.append(str(row[text_column]))
-        labels.append(str(row[label_column]))
-    if len(set(labels)) < 2 or len(texts) < 2 * HELD_OUT:
+        text, label = row[text_column], row[label_column]
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"--text_column {text_column}: line {number} of {path} must hold text, got {text!r}")
+        if not isinstance(label, (str, int)):
+            raise ValueError(
+                f"--label_column {label_column}: line {number} of {path} must hold a word or a whole number, got {label!r}"
+            )
+        texts.append(text)
+        labels.append(str(label))
+    found = len(set(split(labels)[0]))
+    if found < 2 or len(texts) < 2 * HELD_OUT:
         raise ValueError(
-            f"--rows {path} must have at least {2 * HELD_OUT} rows of two labels, got {len(texts)} of {len(set(labels))}"
+            f"--rows {path} must have at least {2 * HELD_OUT} rows, with two labels among those that are not held out, got "
+            f"{len(texts)} with {found}"
         )
     return texts, labels
 
@@ -93,10 +106,17 @@ def split(rows: list) -> tuple[list, list]:
 
 
 def words_alone(texts: list[str], labels: list[str], held_out: list[str]) -> np.ndarray:
-    """What a logistic regression on the words of a text, weighted by how rare they are, says of the held-out ones."""
+    """What a logistic regression on the words of a text, weighted by how rare they are, says of the held-out ones.
+
+    Where no word is in two texts, always the most frequent label.
+    """
     vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2)
+    try:
+        vectors = vectorizer.fit_transform(texts)
+    except ValueError:  # no words are left
+        return np.full(len(held_out), Counter(labels).most_common(1)[0][0])
     regression = LogisticRegression(C=10, max_iter=1000)
-    return regression.fit(vectorizer.fit_transform(texts), labels).predict(vectorizer.transform(held_out))
+    return regression.fit(vectors, labels).predict(vectorizer.transform(held_out))
 
 
 def scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -120,6 +140,7 @@ def main():
     check_training_arguments(training_args)
     check_number("--max_length", args.max_length, least=1)
     check_name(args.model)
+    check_family(args.model, but=("hierarchical_lm", "heptapod", "multigrid"))
     check_can_write("--output_dir", training_args.output_dir)
     set_seed(training_args.seed)
 
@@ -127,6 +148,7 @@ def main():
     texts, labels = read_rows(args.rows, args.text_column, args.label_column)
     names = sorted(set(labels))
     (train_texts, test_texts), (train_labels, test_labels) = split(texts), split(labels)
+    by_words = words_alone(train_texts, train_labels, test_texts)
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
 
     def tokens(texts, labels):
@@ -158,7 +180,7 @@ def main():
     truth = np.array(test_labels)
     predicted = {
         "always the same": np.full(len(truth), Counter(train_labels).most_common(1)[0][0]),
-        "words alone": words_alone(train_texts, train_labels, test_texts),
+        "words alone": by_words,
         type(model).__name__: np.array(names)[logits.argmax(-1)],
     }
     ours, words = predicted[type(model).__name__], predicted["words alone"]

@@ -63,6 +63,9 @@ def convert_config(arguments: dict, block_windows: bool = False) -> Hierarchical
     unknown = sorted(set(arguments) - {*REQUIRED, *DEFAULTS})
     if missing or unknown:
         raise ValueError(f"`arguments` do not match the prototype's: missing {missing}, unknown {unknown}.")
+    for name in ("num_tokens", "depth"):
+        if not isinstance(arguments[name], int):
+            raise ValueError(f"`{name}` must be a whole number, got {arguments[name]!r}.")
     given = {**DEFAULTS, **arguments}
     if _any(given["chunk_summarizers"]):
         raise ValueError("`chunk_summarizers` are code: override `PredictiveLosses.make_summarizer` with it.")

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from data import load_texts
-from loading import add_model_arguments, may_run_code
+from loading import add_model_arguments, check_family, may_run_code
 from redaction import Parser
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
@@ -215,6 +215,7 @@ def main():
     args = parser.parse_args()
 
     trust = may_run_code(args.folder, args.trust_remote_code)
+    check_family(args.folder, but=("heptapod",))
     tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=trust)
     model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=trust).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")

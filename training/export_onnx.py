@@ -7,7 +7,7 @@ it: what a token costs does not depend on how many came before. `states.npz` hol
 Needs the extra `deploy`. The folder brings its own code.
 """
 
-from options import check_can_write, need, whole
+from options import check_can_write, need, prompt_text, whole
 
 
 need("deploy", "onnx", "onnxruntime", "onnxscript")
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
-from loading import add_model_arguments, may_run_code
+from loading import add_model_arguments, check_family, may_run_code
 from redaction import Parser
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -127,11 +127,14 @@ def main():
     parser = Parser(description="Export the recurrent step of a saved LEAP to ONNX, and let it write.")
     add_model_arguments(parser)
     parser.add_argument("--output_dir", help="where the graph goes; by default `onnx` in the folder, or here")
-    parser.add_argument("--prompt", default="import os\nimport sys\n\n\nclass ", help="the text to continue")
+    parser.add_argument(
+        "--prompt", type=prompt_text, default="import os\nimport sys\n\n\nclass ", help="the text to continue"
+    )
     parser.add_argument("--max_new_tokens", type=whole(1), default=200, help="how much to write")
     args = parser.parse_args()
 
     trust = may_run_code(args.folder, args.trust_remote_code)
+    check_family(args.folder, ("leap",))
     # A folder of the name of a model on the Hub would be taken for that model.
     output_dir = Path(args.output_dir or (Path(args.folder) / "onnx" if Path(args.folder).is_dir() else "onnx"))
     check_can_write("--output_dir", output_dir)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from data import load_texts
-from loading import add_model_arguments, may_run_code
+from loading import add_model_arguments, check_family, may_run_code
 from page_animation import draw_page
 from redaction import Parser
 from transformers import AutoModelForMaskedLM, AutoProcessor
@@ -24,7 +24,7 @@ from transformers import AutoModelForMaskedLM, AutoProcessor
 def choose_page(processor, text_file: str | None, number: int) -> torch.Tensor:
     """A page of text, `[1, height, width]`; of the held-out source text only pages that are at least half written."""
     if text_file is not None:
-        texts = [Path(text_file).read_text(encoding="utf-8")]
+        texts = [_read(text_file)]
     else:
         texts = load_texts("stdlib", max_validation_bytes=131_072).validation
     pages = torch.cat([torch.from_numpy(processor.paginate(text)) for text in texts])
@@ -33,6 +33,16 @@ def choose_page(processor, text_file: str | None, number: int) -> torch.Tensor:
     if not 0 <= number < len(pages):
         raise ValueError(f"--page {number}: there are {len(pages)} pages")
     return pages[number : number + 1]
+
+
+def _read(text_file):
+    try:
+        text = Path(text_file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--text_file {text_file} must be a UTF-8 text file: {error}") from error
+    if not text:
+        raise ValueError(f"--text_file {text_file} is empty")
+    return text
 
 
 def main():
@@ -48,6 +58,7 @@ def main():
     args = parser.parse_args()
 
     trust = may_run_code(args.folder, args.trust_remote_code)
+    check_family(args.folder, ("heptapod",))
     # A folder of the name of a model on the Hub would be taken for that model.
     folder = Path(args.output_dir or (args.folder if Path(args.folder).is_dir() else "."))
     check_can_write("--output_dir", folder)

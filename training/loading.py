@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -13,6 +14,12 @@ from transformers import PreTrainedConfig
 
 
 DEMO = re.compile(r"outputs/(leap|hierarchical_lm|heptapod|multigrid)-tiny/?")
+SHOWN_BY = {
+    "leap": "sample.py",
+    "hierarchical_lm": "sample.py",
+    "heptapod": "fill_page.py",
+    "multigrid": "sample_axes.py",
+}
 TRUST_HELP = (
     "run the code that a name on the Hub brings, on this machine; a folder that train.py wrote needs no such leave"
 )
@@ -54,6 +61,19 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         raise ValueError(f"{path} holds no weights, or is damaged: {error}") from error
+
+
+def check_family(name: str, families: Collection[str] = (), but: Collection[str] = ()) -> None:
+    """A model is of one of these families, or of any but those.
+
+    Raises:
+        ValueError: naming what else there is for it.
+    """
+    family = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+    if (families and family not in families) or family in but:
+        script = SHOWN_BY.get(family)
+        other = f", for which there is training/{script}" if script else f"; this script is for {', '.join(families)}"
+        raise ValueError(f"{name} holds a {family}{other}")
 
 
 def how_to_make(name: str) -> str:

@@ -85,6 +85,17 @@ def real(**bounds: float) -> Callable[[str], float]:
     return _number(float, "a number", **bounds)
 
 
+def prompt_text(text: str) -> str:
+    """The `type` of an argparse option that is a text to continue."""
+    if not text:
+        raise ArgumentTypeError("must be a text of at least one character, got none")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ArgumentTypeError(f"must be UTF-8 text, got {text!r}") from None
+    return text
+
+
 def _number(kind, words, **bounds):
     def parse(text):
         try:

@@ -4,27 +4,26 @@ Nothing of the package is imported: the folder brings its own code.
 """
 
 import torch
-from loading import add_model_arguments, may_run_code
-from options import NUMPY_SEEDS, whole
+from loading import add_model_arguments, check_family, may_run_code
+from options import NUMPY_SEEDS, prompt_text, whole
 from redaction import Parser
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
 
 
 def main():
     parser = Parser(description="Let a saved model write.")
     add_model_arguments(parser)
-    parser.add_argument("--prompt", default="import os\nimport sys\n\n\nclass ", help="the text to continue")
+    parser.add_argument(
+        "--prompt", type=prompt_text, default="import os\nimport sys\n\n\nclass ", help="the text to continue"
+    )
     parser.add_argument("--max_new_tokens", type=whole(1), default=400, help="how much to write")
     parser.add_argument("--seed", type=whole(0, NUMPY_SEEDS), default=0, help="another seed, another text")
     args = parser.parse_args()
 
     trust = may_run_code(args.folder, args.trust_remote_code)
+    check_family(args.folder, but=("heptapod", "multigrid"))
     set_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = AutoConfig.from_pretrained(args.folder, trust_remote_code=trust)
-    other = {"heptapod": "fill_page.py", "multigrid": "sample_axes.py"}.get(config.model_type)
-    if other is not None:
-        raise ValueError(f"{args.folder} holds a {config.model_type}, for which there is training/{other}")
     tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=trust)
     model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=trust).to(device)
     inputs = tokenizer(args.prompt, return_tensors="pt").to(device)

@@ -7,8 +7,8 @@ text so far. Nothing of the package is imported: the folder brings its own code.
 import string
 
 import torch
-from loading import add_model_arguments, may_run_code
-from options import NUMPY_SEEDS, whole
+from loading import add_model_arguments, check_family, may_run_code
+from options import NUMPY_SEEDS, prompt_text, whole
 from redaction import Parser
 from token_text import is_byte_level, readable
 from transformers import AutoModelForCausalLM, AutoProcessor, set_seed
@@ -75,12 +75,15 @@ def lines_with_tracks(processor, characters: list[str], tracks: list[list[int]])
 def main():
     parser = Parser(description="Let a saved MultiGrid write, with its meta tracks below each line.")
     add_model_arguments(parser)
-    parser.add_argument("--prompt", default="import os\nimport sys\n\n\nclass ", help="the text to continue")
+    parser.add_argument(
+        "--prompt", type=prompt_text, default="import os\nimport sys\n\n\nclass ", help="the text to continue"
+    )
     parser.add_argument("--max_new_tokens", type=whole(1), default=200, help="how much to write")
     parser.add_argument("--seed", type=whole(0, NUMPY_SEEDS), default=0, help="another seed, another text")
     args = parser.parse_args()
 
     trust = may_run_code(args.folder, args.trust_remote_code)
+    check_family(args.folder, ("multigrid",))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = AutoProcessor.from_pretrained(args.folder, trust_remote_code=trust)
     model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=trust).to(device)

@@ -112,6 +112,12 @@ def test_words_alone_tell_what_words_tell():
     assert words_alone(texts, labels, ["sea so blue", "red red red"]).tolist() == ["b", "r"]
 
 
+@pytest.mark.parametrize("texts", [["one", "two", "three"], ["a", "b", "c"]])
+def test_words_that_tell_nothing(texts):
+    """None is in two texts, or all are too short to count: always the most frequent label."""
+    assert words_alone(texts, ["x", "y", "y"], ["one", "four"]).tolist() == ["y", "y"]
+
+
 def test_scores_by_hand():
     truth, said = np.array(["a", "a", "b", "c"]), np.array(["a", "b", "b", "b"])
     found = scores(said, truth)
@@ -145,5 +151,19 @@ def test_bad_rows_are_named(tmp_path):
     with pytest.raises(ValueError, match="--rows nowhere must be a file of JSON objects"):
         read_rows("nowhere", "text", "label")
     path.write_text('{"text": "a", "label": "x"}\n' * 30)
-    with pytest.raises(ValueError, match="--rows .* must have at least 20 rows of two labels, got 30 of 1"):
+    with pytest.raises(ValueError, match="--rows .* must have at least 20 rows, with two labels .*, got 30 with 1"):
+        read_rows(str(path), "text", "label")
+    path.write_text('{"text": "a", "label": "y"}\n' + '{"text": "a", "label": "x"}\n' * 30)  # the first is held out
+    with pytest.raises(ValueError, match="got 31 with 1"):
+        read_rows(str(path), "text", "label")
+    for row, column in (
+        ({"text": "", "label": "x"}, "text"),
+        ({"text": ["a"], "label": "x"}, "text"),
+        ({"text": "a", "label": None}, "label"),
+    ):
+        path.write_text(json.dumps({"text": "a", "label": 3}) + "\n" + json.dumps(row))
+        with pytest.raises(ValueError, match=f"--{column}_column {column}: line 2 of .* must hold"):
+            read_rows(str(path), "text", "label")
+    path.write_bytes(b'{"text": "\xe9", "label": 1}')
+    with pytest.raises(ValueError, match="--rows .* is not UTF-8 text"):
         read_rows(str(path), "text", "label")

@@ -127,6 +127,8 @@ def test_arguments_of_something_else():
     for name in ("num_tokens", "dim", "depth"):
         with pytest.raises(ValueError, match=f"missing.*'{name}'"):
             convert_config({key: value for key, value in ARGUMENTS.items() if key != name})
+    with pytest.raises(ValueError, match="`num_tokens` must be a whole number, got 'x'"):
+        convert_config({**ARGUMENTS, "num_tokens": "x"})
     with pytest.raises(ValueError, match="unknown.*'n_layer'"):
         convert_config({**ARGUMENTS, "n_layer": 2})
     with pytest.raises(ValueError, match="`chunk_summarizers` are code"):

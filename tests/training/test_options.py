@@ -7,12 +7,13 @@ import math
 import os
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
 import train
-from loading import check_folder, may_run_code
-from options import check_can_write, check_number, check_training_arguments, need
+from loading import check_family, check_folder, may_run_code
+from options import check_can_write, check_number, check_training_arguments, need, prompt_text
 
 from tests.saved_models import save_tiny
 
@@ -118,6 +119,52 @@ FOLDER_OF = {
     "publish.py": ["--repo-id", "me/x"],
     "model_card.py": [],
 }
+
+
+@pytest.mark.parametrize("text", ["", os.fsdecode(b"\xff")])
+def test_a_prompt_is_text(text):
+    assert prompt_text("é") == "é"
+    with pytest.raises(ArgumentTypeError, match="must be a text|must be UTF-8 text"):
+        prompt_text(text)
+
+
+# Of each script that is for some families, one that it is not for, and what there is for that.
+NOT_FOR = {
+    "sample": ("heptapod", "fill_page.py"),
+    "sample_axes": ("leap", "sample.py"),
+    "fill_page": ("multigrid", "sample_axes.py"),
+    "export_onnx": ("hierarchical_lm", "sample.py"),
+    "distill_axis": ("heptapod", "fill_page.py"),
+}
+
+
+@pytest.mark.parametrize("script", NOT_FOR)
+def test_a_model_of_another_family_is_named_with_what_there_is_for_it(script, tmp_path, monkeypatch):
+    if script in NEEDS:
+        for module in NEEDS[script][1]:
+            pytest.importorskip(module)
+    family, other = NOT_FOR[script]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", str(tmp_path)])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(ValueError, match=f"holds a {family}, for which there is training/{other}"):
+        importlib.import_module(script).main()
+
+
+def test_a_family_that_no_script_is_for_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    check_family(str(tmp_path), but=("heptapod",))
+    with pytest.raises(ValueError, match="holds a gpt2; this script is for leap, multigrid"):
+        check_family(str(tmp_path), ("leap", "multigrid"))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe"])
+def test_a_page_is_of_text(content, tmp_path):
+    pytest.importorskip("matplotlib")
+    if content is not None:
+        (tmp_path / "text").write_bytes(content)
+    with pytest.raises(ValueError, match="--text_file .*text (must be a UTF-8 text file|is empty)"):
+        importlib.import_module("fill_page").choose_page(None, str(tmp_path / "text"), 0)
 
 
 @pytest.mark.slow

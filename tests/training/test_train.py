@@ -228,13 +228,6 @@ def test_saved_folder_writes_text_without_the_package(finished, tmp_path):
     assert first.stdout != other.stdout
 
 
-@pytest.mark.parametrize("model_type, script", [("heptapod", "fill_page.py"), ("multigrid", "sample_axes.py")])
-def test_what_needs_another_script_to_write_is_named(model_type, script, tmp_path):
-    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
-    process = run(SCRIPTS / "sample.py", tmp_path, cwd=tmp_path)
-    assert f"ValueError: {tmp_path} holds a {model_type}, for which there is training/{script}" in process.stderr
-
-
 def test_saved_configuration_is_the_models_and_the_tokenizers(finished):
     folder, _ = finished
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
