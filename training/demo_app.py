@@ -205,11 +205,14 @@ def write(
     """
     seed = _whole_number("Seed", seed, NUMPY_SEEDS)
     inputs = loaded.processor(prompt, return_tensors="pt").to(loaded.model.device)
-    _check_length(loaded, inputs["input_ids"].shape[1], int(max_new_tokens))
+    length, config = inputs["input_ids"].shape[1], loaded.model.config
+    _check_length(loaded, length, int(max_new_tokens))
     streamer = TextIteratorStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     draw = {"do_sample": True, "temperature": float(temperature)} if temperature else {"do_sample": False}
     has_axes = "meta_ids" in inputs
     axes = {"meta_source": meta_source, "processor": loaded.processor} if has_axes else {}
+    if any(getattr(config, "use_xpos", ())) and length > 8 * config.xpos_scale_base:
+        draw["prefill_chunk_size"] = max(1, int(8 * config.xpos_scale_base))  # xPos bounds the tokens of one pass
 
     def generate(stop):
         set_seed(seed)

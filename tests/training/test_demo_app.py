@@ -16,6 +16,7 @@ from data import build_tokenizer
 from demo_app import (
     ALL_SHOWN,
     HOLE,
+    Loaded,
     _shown,
     build_app,
     describe,
@@ -344,6 +345,14 @@ def test_errors_speak_of_what_is_on_the_page(folders, name, call, message):
 def test_all_places_of_a_model_can_be_filled(folders):
     *_, (text, _) = write(load(str(folders / "learned")), "a" * 500, 13)  # the last token needs none
     assert len(text) > 500
+
+
+def test_a_prompt_of_more_tokens_than_xpos_takes_at_once_is_read_in_parts():
+    model = tiny_hierarchical_lm(use_xpos=True, xpos_scale_base=1, **COMMON)
+    with pytest.raises(ValueError, match="fit in one pass"):
+        model.generate(**PLAIN("a" * 100, return_tensors="pt"), max_new_tokens=2)
+    *_, (text, _) = write(Loaded(model, PLAIN), "a" * 100, 6, 0)
+    assert text.startswith("a" * 100) and len(text) > 100
 
 
 def test_errors_reach_the_page():
