@@ -180,6 +180,8 @@ def naive_focus_mixing(
 
     `means` may be any function of the arguments of `naive_focus_mean`.
     """
+    if padding_mask is not None:
+        qfkv = torch.where(padding_mask.bool()[..., None, None, None], qfkv, 0.0)
     parts = [standardize(part) if settings.normalize else part for part in qfkv.unbind(2)]
     f, k, v = parts[-3:]
     logs = log_weight(settings.scale * (f * k).sum(-1), settings.weight_function)
@@ -469,8 +471,8 @@ def focus_mixing(
         settings (`FocusSettings`): see there.
         decay (`torch.Tensor` of shape `[heads]`, *optional*): subtracted from log weights per token of distance.
         rotary (`tuple` of cos and sin `[1 or batch, seq, head_dim]`, *optional*): positions of queries and keys.
-        padding_mask (`torch.Tensor` of shape `[batch, seq]`, *optional*): zero or `False` at pads, which weigh nothing.
-            They do take places in windows and steps of decay where they stand: models lay rows out before.
+        padding_mask (`torch.Tensor` of shape `[batch, seq]`, *optional*): zero or `False` at pads, which weigh nothing
+            and are taken for zeros, whatever they hold. They do take places in windows and steps of decay where they stand: models lay rows out before.
         segment_ids (`torch.LongTensor` of shape `[batch, seq]`, *optional*): packed rows; each run of equal ids is a
             sequence of its own.
         state (`FocusState`, *optional*): what came before (causal only). No gradient flows into it.
@@ -487,9 +489,10 @@ def focus_mixing(
     batch, seq, _, heads, head_dim = qfkv.shape
     channels = head_dim if parts == 3 else 2 * head_dim
     _check_companions(qfkv, (batch, seq, heads, channels), settings, decay, padding_mask, segment_ids, state)
+    qfkv, mask = _blank_pads(qfkv, padding_mask)
     if state is None and has_open_sizes(qfkv):
         precise = qfkv.to(torch.promote_types(qfkv.dtype, torch.float32))
-        masks = padding_mask, segment_ids
+        masks = mask, segment_ids
         return naive_focus_mixing(precise, settings, decay, rotary, *masks, _means_by_matrix).to(qfkv.dtype), None
     cos, sin = (None, None) if rotary is None else rotary
     for name, table in (("rotary[0]", cos), ("rotary[1]", sin)):
@@ -502,7 +505,6 @@ def focus_mixing(
     if rotary is not None and cos.shape != sin.shape:
         raise ValueError(f"`rotary` must be two tensors of one shape, got {list(cos.shape)} and {list(sin.shape)}.")
     past = (None, None) if state is None else (state.log_weights, state.values)
-    mask = None if padding_mask is None else padding_mask.bool()
     out, *final = _FocusMixing.apply(qfkv, settings, decay, cos, sin, mask, _runs(segment_ids), *past)
     return out, FocusState(*final) if settings.causal else None
 
@@ -570,7 +572,8 @@ def focus_mean(
     dtype = torch.promote_types(values.dtype, torch.float32)
     logs = log_weights.to(dtype)
     if padding_mask is not None:
-        logs = logs.masked_fill(~padding_mask.bool().unsqueeze(-1), -math.inf)
+        mask = padding_mask.bool().unsqueeze(-1)
+        logs, values = logs.masked_fill(~mask, -math.inf), values.masked_fill(~mask.unsqueeze(-1), 0)
     if state is None and has_open_sizes(values):
         arguments = settings.window, decay, settings.null_weight, settings.causal, segment_ids
         return _means_by_matrix(logs, values.to(dtype), *arguments).to(values.dtype), None
@@ -588,8 +591,16 @@ def token_state(
     padding_mask: torch.Tensor | None = None,
 ) -> FocusState:
     """Log weights and values of tokens, as a windowed state holds them; the arguments are those of `focus_mixing`."""
-    mask = None if padding_mask is None else padding_mask.bool()
+    qfkv, mask = _blank_pads(qfkv, padding_mask)
     return FocusState(*_Block(qfkv, settings, None, rotary, mask, None).tokens[:2])
+
+
+def _blank_pads(qfkv, padding_mask):
+    """Zeros at pads: a weight of 0 would not keep a NaN out of a sum. And the mask as booleans."""
+    if padding_mask is None:
+        return qfkv, None
+    mask = padding_mask.bool()
+    return qfkv.masked_fill(~mask[..., None, None, None], 0), mask
 
 
 def _check_inputs(name, tensor, shape, settings, state):

@@ -124,6 +124,11 @@ def of_new_tokens(mask: torch.BoolTensor | None, seq: int) -> torch.BoolTensor |
     return None if not is_tracing(mask) and mask.all() else mask
 
 
+def without_pads(x: torch.Tensor, mask: torch.BoolTensor | None) -> torch.Tensor:
+    """`x [..., channels]` with zeros where `mask [...]` is `False`: weights of 0 do not keep a NaN or an infinity out of a sum."""
+    return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0)
+
+
 def check_past_mask(attention_mask: torch.Tensor | None, seq: int, lengths: int | list[int] | torch.Tensor) -> None:
     """Raise a `ValueError` where a mask of all tokens so far is not of what a cache holds.
 
@@ -184,4 +189,5 @@ __all__ = [
     "look_up",
     "of_new_tokens",
     "token_mask",
+    "without_pads",
 ]

@@ -27,7 +27,7 @@ from .configuration_heptapod import HeptapodConfig
 from .generation_heptapod import HeptapodGenerationMixin
 from .local_attention import attention_weights, grid_rotary, local_attention, rotate
 from .losses import IGNORED, at_least_one, require_labels
-from .model_inputs import check_ids, check_one_input, has_open_sizes
+from .model_inputs import check_ids, check_one_input, has_open_sizes, without_pads
 from .unread_arguments import refuse_unread, take_out
 
 
@@ -258,6 +258,8 @@ class HeptapodModel(HeptapodPreTrainedModel):
             hidden_states = hidden_states + places.expand(inputs_embeds.shape[0], *places.shape[1:]).reshape_as(
                 inputs_embeds
             )
+        if padding_mask is not None:
+            hidden_states = without_pads(hidden_states, padding_mask.view(hidden_states.shape[:-1]))
         hidden_states = self.dropout(hidden_states)
         for layer in self.layers:
             hidden_states = layer(

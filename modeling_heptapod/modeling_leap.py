@@ -62,6 +62,7 @@ from .model_inputs import (
     embed_text,
     of_new_tokens,
     token_mask,
+    without_pads,
 )
 from .own_cache import OwnCacheMixin
 from .packed_rows import next_positions
@@ -466,7 +467,7 @@ class LeapModel(LeapPreTrainedModel):
         counted = position_ids is None
         if counted and self.position_type in ("learned", "rotary"):
             position_ids = count_positions(inputs_embeds, mask, segment_ids, past)
-        hidden_states = inputs_embeds
+        hidden_states = without_pads(inputs_embeds, mask)
         if self.position_type == "learned":
             self._check_positions(position_ids, counted, past)
             hidden_states = hidden_states + self.embed_positions(position_ids)
@@ -626,7 +627,7 @@ class LeapForMaskedLM(LeapPreTrainedModel):
 @auto_docstring(
     custom_intro="""
     LEAP with a linear head on the last real token of each sequence: the last one that `attention_mask` keeps, or, without
-    a mask, the last one that is not `config.pad_token_id`.
+    a mask, the last one that is not `config.pad_token_id`. Batches of `inputs_embeds` need the mask.
     """
 )
 class LeapForSequenceClassification(LeapPreTrainedModel):
@@ -673,10 +674,10 @@ class LeapForSequenceClassification(LeapPreTrainedModel):
         real = attention_mask[:, -seq:] if attention_mask is not None else None
         if real is None and self.config.pad_token_id is not None and input_ids is not None:
             real = input_ids != self.config.pad_token_id
-        if real is None and self.config.pad_token_id is None and batch > 1:
+        if real is None and batch > 1:
             raise ValueError(
-                "Batches of more than one sequence need an `attention_mask` or a `config.pad_token_id`, got neither: "
-                "the last real tokens cannot be told from pads."
+                "Batches of more than one sequence need an `attention_mask`, or `input_ids` and a `config.pad_token_id`, got "
+                "neither: the last real tokens cannot be told from pads."
             )
         last = torch.full((batch,), seq - 1, device=hidden_states.device)
         if real is not None:

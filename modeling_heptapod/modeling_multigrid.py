@@ -34,6 +34,7 @@ from .model_inputs import (
     look_up,
     of_new_tokens,
     token_mask,
+    without_pads,
 )
 from .multigrid_blocks import MultiGridLayer, NextMetaBlock
 from .multigrid_cache import MultiGridCache
@@ -222,6 +223,7 @@ class MultiGridModel(MultiGridPreTrainedModel):
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         mask, lengths = self._token_mask(attention_mask, main, past_key_values, past)
         new_mask = of_new_tokens(mask, seq)
+        main, meta = without_pads(main, new_mask), None if meta is None else without_pads(meta, new_mask)
         segments = find_segments(main, new_mask, position_ids, seq_idx, cu_seq_lens_q, lengths if past else None)
         counted = position_ids is None
         if counted and config.core != "lstm":

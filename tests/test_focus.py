@@ -121,6 +121,8 @@ def check_against_naive(qfkv, settings, kwargs, tolerance=1e-9):
 
 def tokens_of(qfkv, settings, rotary=None, padding_mask=None, **_):
     """Log weights `[batch, seq, heads]` and what is averaged `[batch, seq, heads, channels]`, from the definitions."""
+    if padding_mask is not None:
+        qfkv = qfkv.masked_fill(~padding_mask[..., None, None, None], 0)
     parts = [standardize(x) if settings.normalize else x for x in qfkv.unbind(2)]
     f, k, v = parts[-3:]
     logs = log_weight(settings.scale * (f * k).sum(-1), settings.weight_function)

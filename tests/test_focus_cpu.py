@@ -323,6 +323,36 @@ def test_what_is_not_finite_stays_so(window, option, poison, monkeypatch):
             assert not (wanted & ~got).any() or not alone
 
 
+@pytest.mark.parametrize("form", ["C", "torch", "definition"])
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+def test_what_pads_hold_leaves_no_trace(window, form, monkeypatch):
+    """Not even in sums where it would have a weight of 0: outputs, states and gradients as with zeros there."""
+    if form == "torch":
+        monkeypatch.setattr(focus, "applies", lambda *_: False)
+    mask, weight = torch.rand(2, 200) < 0.7, torch.randn(2, 200, HEADS, 4)
+    mask[0, 150:], mask[1, :9] = False, False
+    for option in ("normalize", "null") if window == 4 else ("no gate",):
+        qfkv, kwargs = make_inputs(2, 200, **OPTIONS[option])
+        kwargs["padding_mask"] = mask
+        settings, results = settings_for(window, **OPTIONS[option]), []
+
+        def mix(x, settings=settings, kwargs=kwargs):
+            return (
+                (naive_focus_mixing(x, settings, **kwargs), None)
+                if form == "definition"
+                else focus_mixing(x, settings, **kwargs)
+            )
+
+        for filling in (0.0, math.nan, math.inf):
+            x = qfkv.masked_fill(~mask[..., None, None, None], filling).requires_grad_()
+            out, state = mix(x)
+            (out * weight).sum().backward()
+            results.append((out.detach(), x.grad, *([] if state is None else state[:2])))
+        for result in results[1:]:
+            for got, expected in zip(result, results[0]):
+                assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("option", ["plain", "exp", "null", "decay", "normalize", "no gate"])
 @pytest.mark.parametrize("window", [None, 4])
 def test_a_state_keeps_what_is_not_finite(window, option, monkeypatch):

@@ -8,10 +8,13 @@ from modeling_heptapod import StaticRecurrentCache, focus_cpu
 from modeling_heptapod.model_inputs import count_positions, of_new_tokens, token_mask
 from modeling_heptapod.transformers_versions import CACHE
 from tests.tiny import random_ids
+from tests.tiny_heptapod import VARIANTS as GRID
+from tests.tiny_heptapod import tiny_heptapod
 from tests.tiny_hierarchical_lm import VARIANTS as HIERARCHICAL
 from tests.tiny_hierarchical_lm import tiny_hierarchical_lm
 from tests.tiny_leap import VARIANTS as LEAP
 from tests.tiny_leap import tiny_leap
+from tests.tiny_multigrid import VARIANTS as MULTIGRID
 from tests.tiny_multigrid import tiny_multigrid
 
 
@@ -279,6 +282,43 @@ def test_pads_between_tokens_get_no_gradient_and_change_none(name):
         alone = embeds.detach()[row : row + 1, mask[row]].requires_grad_()
         (model(inputs_embeds=alone).logits[0] * weight[row, mask[row]]).sum().backward()
         torch.testing.assert_close(embeds.grad[row, mask[row]], alone.grad[0], rtol=1e-5, atol=1e-5)
+
+
+EVERY_HEAD = {
+    **MODELS,
+    "leap masked": lambda **more: tiny_leap("LeapForMaskedLM", **LEAP["decay"], **more),
+    "multigrid axes": lambda **more: tiny_multigrid(**MULTIGRID["factored"], **more),
+    "multigrid leap axes": lambda **more: tiny_multigrid(**MULTIGRID["leap"], **more),
+    "multigrid lstm axes": lambda **more: tiny_multigrid(**MULTIGRID["lstm"], **more),
+    "grid": lambda **more: tiny_heptapod(grid_size=(5, 6), **more),
+    "grid global": lambda **more: tiny_heptapod(grid_size=(5, 6), **GRID["global"], **more),
+}
+
+
+@pytest.mark.parametrize("pads", ["behind", "anywhere"])
+@pytest.mark.parametrize("name", EVERY_HEAD)
+def test_what_pads_hold_is_not_looked_at(name, pads):
+    """NaN in embeddings of pads is in no output of real tokens, no gradient, and nothing that follows from a cache."""
+    model, ids = EVERY_HEAD[name](), random_ids(3, 30, vocab_size=18)
+    mask = scattered(3, 30) if pads == "anywhere" else torch.arange(30) < torch.tensor([[30], [17], [3]])
+    axes = getattr(model.config, "num_axes", 0)
+    meta = {"meta_ids": torch.zeros(3, axes, 30, dtype=torch.long)} if axes else {}
+    results = []
+    for filling in (0.5, torch.nan, torch.inf):
+        model.zero_grad()
+        embeds = model.get_input_embeddings()(ids).masked_fill(~mask.unsqueeze(-1), filling)
+        out = model(inputs_embeds=embeds, attention_mask=mask, labels=ids.masked_fill(~mask, -100), **meta)
+        out.loss.backward()
+        result = [out.loss.detach(), out.logits[mask].detach()]
+        result += [x.grad for x in model.parameters() if x.grad is not None]
+        if model.can_generate() and not axes and not name.startswith("grid"):
+            with torch.no_grad():
+                cache = model(inputs_embeds=embeds, attention_mask=mask, use_cache=True)[CACHE]
+                result += [model(ids[:, at : at + 1], **{CACHE: cache}).logits for at in range(2)]
+        results.append(result)
+    for result in results[1:]:
+        for got, expected in zip(result, results[0], strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"use_cache": False}, {"prefill_chunk_size": 7}], ids=str)

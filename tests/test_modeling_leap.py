@@ -580,6 +580,16 @@ def test_classification_reads_the_last_real_token(side):
         torch.testing.assert_close(by_embeds, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_classification_asks_which_embeddings_are_pads():
+    """GPT-2 takes the last place of every row, with a warning."""
+    model = tiny_leap("LeapForSequenceClassification", num_labels=3, pad_token_id=0)
+    embeds = model.get_input_embeddings()(random_ids(2, 6))
+    with pytest.raises(ValueError, match="need an `attention_mask`, or `input_ids` and a `config.pad_token_id`"):
+        model(inputs_embeds=embeds)
+    alone, mask = model(inputs_embeds=embeds[:1]).logits, torch.ones(2, 6)
+    torch.testing.assert_close(model(inputs_embeds=embeds, attention_mask=mask).logits[:1], alone)
+
+
 def test_classification_takes_a_mask_by_layer_type():
     model, ids = tiny_leap("LeapForSequenceClassification", num_labels=3), random_ids(4, 6)
     mask = torch.ones_like(ids)
