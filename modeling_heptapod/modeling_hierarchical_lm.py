@@ -8,6 +8,7 @@ A stream of factor `c` and stride `s` has a step for every `s`-th token: step `k
 token reads the last step that is made of nothing later than itself. Attention and token shift in it jump `c / s` steps.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .hierarchical_block import HierarchicalLMBlock
 from .hierarchical_cache import HierarchicalCache
 from .losses import IGNORED, at_least_one, causal_lm_loss, require_labels
-from .model_inputs import check_past_mask, check_position_ids, embed_text, of_new_tokens, token_mask
+from .model_inputs import check_past_mask, check_position_ids, embed_text, has_open_sizes, of_new_tokens, token_mask
 from .own_cache import OwnCacheMixin
 from .packed_rows import segment_ids
 from .predictive_losses import LinearFromZero, PredictionHead, PredictiveLosses, RandomProjectionQuantizer
@@ -316,7 +317,11 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
             check_past_mask(attention_mask, seq, past)
         mask = of_new_tokens(mask, seq)
         segments = segment_ids(inputs_embeds, mask, position_ids, seq_idx, cu_seq_lens_q, None if fresh else past)
-        rows = None
+        rows, length = None, None
+        if has_open_sizes(inputs_embeds) and cache is None and not (output_attentions or output_hierarchy_embeddings):
+            length = seq
+            inputs_embeds, mask, segments = self._with_empty_slots(inputs_embeds, mask, segments)
+            seq = inputs_embeds.shape[1]
         if segments is not None:
             if past_key_values is not None:
                 raise ValueError(f"`{CACHE}` cannot be filled by packed rows: a cache row is one sequence.")
@@ -347,6 +352,9 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         last_hidden_state = at_tokens[0] if len(at_tokens) == 1 else torch.cat(at_tokens, dim=-1)
         if rows is not None:
             last_hidden_state = rows.restore(last_hidden_state)
+        if length is not None:
+            last_hidden_state = last_hidden_state[:, :length]
+            hidden_states = [x[:, : -(-length // plans[predicting].stride)] for x in hidden_states]
         if cache is not None:
             cache.advance(seq, [before + more for before, more in zip(past, new)])
         return HierarchicalLMModelOutput(
@@ -361,6 +369,20 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
     def embed(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None) -> torch.FloatTensor:
         """The embeddings `[batch, seq, hidden_size]` of one or the other. Raises `TypeError` and `ValueError` for bad input."""
         return embed_text(self.embed_tokens, input_ids, inputs_embeds, self.config.hidden_size)
+
+    def _with_empty_slots(self, embeds, mask, segments):
+        """Rows whose length an export leaves open, longer by slots that no token sees: a multiple of all strides, two steps at least.
+
+        Otherwise the program would be for lengths alone whose last step is as full as that of the example.
+        """
+        multiple = math.lcm(*self.config.strides)
+        seq = embeds.shape[1]
+        more = (seq // multiple + 2) * multiple - seq
+        embeds = nn.functional.pad(embeds, (0, 0, 0, more))
+        mask = None if mask is None else nn.functional.pad(mask, (0, more), value=False)
+        if segments is not None:
+            segments = torch.cat((segments, segments[:, -1:].expand(-1, more)), dim=1)
+        return embeds, mask, segments
 
     def _compress(self, embeds, plans, pass_):
         """The streams `[batch, steps, width]` that the first layer gets, without their norm."""

@@ -119,7 +119,7 @@ def test_rows_of_an_empty_cache(name):
 def test_another_batch_size_is_an_error(name):
     model, cache, inputs = case(name)
     model(**part(inputs, [0, 1], 0, PROMPT), past_key_values=cache)
-    with pytest.raises(ValueError, match="`past_key_values` holds 2 rows, but the batch has 1.*batch_select_indices"):
+    with pytest.raises(ValueError, match=f"`{CACHE}` holds 2 rows, but the batch has 1.*batch_select_indices"):
         model(**part(inputs, [0], PROMPT, LENGTH), past_key_values=cache)
 
 
@@ -143,7 +143,7 @@ def test_more_sequences_than_cached_rows_are_an_error(name):
     model, cache, inputs = case(name)
     first = {k: v[:1, ..., :PROMPT] for k, v in inputs.items() if k != "attention_mask"}
     model(**{k: v[..., :-1] for k, v in first.items()}, past_key_values=cache)
-    with pytest.raises(ValueError, match="`past_key_values` holds 1 rows, but the batch has 3"):
+    with pytest.raises(ValueError, match=f"`{CACHE}` holds 1 rows, but the batch has 3"):
         model.generate(**first, past_key_values=cache, num_return_sequences=3, do_sample=True, max_new_tokens=2)
 
 
@@ -192,10 +192,10 @@ def test_caches_of_other_models_are_errors(make, variants):
                 model(**inputs, past_key_values=cache)
                 continue
             refused += 1
-            with pytest.raises(ValueError, match="`past_key_values` is not of this model"):
+            with pytest.raises(ValueError, match=f"`{CACHE}` is not of this model"):
                 model(**inputs, past_key_values=cache)
             assert layout(cache) == before
-    with pytest.raises(ValueError, match="`past_key_values` is not of this model"):
+    with pytest.raises(ValueError, match=f"`{CACHE}` is not of this model"):
         models["deep"].generate(
             **prompt_for(models["deep"], 2, 9), past_key_values=next(iter(caches.values())), max_new_tokens=2
         )
@@ -228,7 +228,7 @@ def test_a_cache_of_a_smaller_model_is_not_written_past_its_end(cache_class):
 @torch.no_grad()
 def test_empty_caches_of_other_models_are_errors(make, own, other):
     model, cache = make(**own), next(iter(make()._cache_classes.values()))(make(**other).config)
-    with pytest.raises(ValueError, match="`past_key_values` is not of this model"):
+    with pytest.raises(ValueError, match=f"`{CACHE}` is not of this model"):
         model(**prompt_for(model, 2, 1), past_key_values=cache)
 
 
@@ -241,7 +241,7 @@ def test_caches_of_no_rows_are_errors(name, choose):
     choose(cache)
     assert cache.num_rows() == 0
     for rows in ([0], [0, 1]):
-        with pytest.raises(ValueError, match="`past_key_values` holds no rows"):
+        with pytest.raises(ValueError, match=f"`{CACHE}` holds no rows"):
             model(**part(inputs, rows, PROMPT, PROMPT + 1), past_key_values=cache)
 
 
@@ -252,7 +252,7 @@ def test_states_of_another_dtype_are_errors(name, dtype):
     model, cache, inputs = case(name)
     model(**part(inputs, [0, 1], 0, PROMPT), past_key_values=cache)
     change_states(cache, lambda state: state.to(dtype))
-    with pytest.raises(ValueError, match=f"`past_key_values` .*of {dtype}, expected torch.float32"):
+    with pytest.raises(ValueError, match=f"`{CACHE}` .*of {dtype}, expected torch.float32"):
         model(**part(inputs, [0, 1], PROMPT, LENGTH), past_key_values=cache)
 
 
@@ -274,7 +274,7 @@ def test_states_on_another_device_are_errors(name):
     model, cache, inputs = case(name)
     model(**part(inputs, [0, 1], 0, PROMPT), past_key_values=cache)
     change_states(cache, lambda state: state.to("meta"))
-    with pytest.raises(ValueError, match="`past_key_values` .* on meta, the input is on cpu"):
+    with pytest.raises(ValueError, match=f"`{CACHE}` .* on meta, the input is on cpu"):
         model(**part(inputs, [0, 1], PROMPT, LENGTH), past_key_values=cache)
 
 
@@ -291,7 +291,7 @@ def test_a_state_that_does_not_fit_the_others_is_an_error(name, change):
     for count in range(len(all_states(cache))):
         changed = copy.deepcopy(cache)
         change_states(changed, change, only=count)
-        with pytest.raises(ValueError, match="`past_key_values` is not of this model"):
+        with pytest.raises(ValueError, match=f"`{CACHE}` is not of this model"):
             model(**part(inputs, [0, 1], PROMPT, LENGTH), past_key_values=changed)
 
 

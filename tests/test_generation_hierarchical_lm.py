@@ -6,6 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from modeling_heptapod import HierarchicalCache
+from modeling_heptapod.transformers_versions import CACHE
 from tests.tiny_hierarchical_lm import VARIANTS, random_ids, tiny_hierarchical_lm
 
 
@@ -222,7 +223,7 @@ def test_a_reset_leaves_nothing_to_rows_that_begin_with_pads(variant):
 def test_caches_and_modes_that_cannot_work_say_so():
     model = tiny_hierarchical_lm()
     prompt = random_ids(1, 9)
-    with pytest.raises(TypeError, match="past_key_values"):
+    with pytest.raises(TypeError, match=f"{CACHE}"):
         model(prompt, past_key_values=DynamicCache(config=model.config))
     with pytest.raises(ValueError, match="cache_implementation"):
         model.generate(prompt, cache_implementation="static", max_new_tokens=2, **GREEDY)

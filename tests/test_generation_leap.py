@@ -7,6 +7,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_heptapod import RecurrentCache, StaticRecurrentCache
+from modeling_heptapod.transformers_versions import CACHE
 from tests.tiny_leap import VARIANTS, random_ids, tiny_leap
 
 
@@ -183,7 +184,7 @@ def test_a_given_cache_is_used():
 
 def test_caches_and_modes_that_cannot_work_say_so():
     model, prompt = tiny_leap(), random_ids(1, 12)
-    with pytest.raises(TypeError, match=r"past_key_values.*RecurrentCache"):
+    with pytest.raises(TypeError, match=rf"{CACHE}.*RecurrentCache"):
         model.generate(prompt, past_key_values=DynamicCache(config=model.config), max_new_tokens=3, **GREEDY)
     for kind in ("quantized", "offloaded"):
         with pytest.raises(ValueError, match="cache_implementation"):

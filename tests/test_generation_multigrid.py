@@ -9,6 +9,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_heptapod import MultiGridCache, MultiGridProcessor
+from tests.tiny import a_loop_of_ones_own
 from tests.tiny_multigrid import TWO_AXES, VARIANTS, random_grid, random_ids, tiny_multigrid
 
 
@@ -657,22 +658,6 @@ def test_bad_input_is_named():
     refused(TypeError, "`meta_ids` must be .*got torch.float32", meta_ids=batch["meta_ids"].float())
     assert model.generate(**batch, guidance_scale=1.0, max_new_tokens=4).shape == (2, 10)
     refused(ValueError, "temprature", temprature=3)
-
-
-def a_loop_of_ones_own(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-    """Greedy, as transformers' guide to `custom_generate` writes loops."""
-    first, unfinished = True, torch.ones(len(input_ids), dtype=torch.bool)
-    while unfinished.any():
-        length = None if first else 1
-        inputs = model.prepare_inputs_for_generation(
-            input_ids, is_first_iteration=first, next_sequence_length=length, **kwargs
-        )
-        outputs = model(**inputs, return_dict=True)
-        kwargs, first = model._update_model_kwargs_for_generation(outputs, kwargs), False
-        tokens = outputs.logits[:, -1].argmax(-1, keepdim=True)
-        input_ids = torch.cat((input_ids, tokens), dim=1)
-        unfinished = unfinished & ~stopping_criteria(input_ids, None)
-    return input_ids
 
 
 RECIPE = """

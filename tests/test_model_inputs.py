@@ -7,7 +7,7 @@ from torch import nn
 from modeling_heptapod import StaticRecurrentCache, focus_cpu
 from modeling_heptapod.model_inputs import count_positions, of_new_tokens, token_mask
 from modeling_heptapod.transformers_versions import CACHE
-from tests.tiny import random_ids
+from tests.tiny import a_loop_of_ones_own, random_ids
 from tests.tiny_heptapod import VARIANTS as GRID
 from tests.tiny_heptapod import tiny_heptapod
 from tests.tiny_hierarchical_lm import VARIANTS as HIERARCHICAL
@@ -333,6 +333,24 @@ def test_generation_after_pads_anywhere(name, how):
     for row in range(3):
         alone = ids[row : row + 1, mask[row].bool()]
         assert torch.equal(tokens[row], model.generate(alone, **greedy)[0, alone.shape[1] :])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_decoding_loops_of_ones_own(name):
+    """`generate(custom_generate=...)`, whose loop prepares inputs and updates arguments itself."""
+    model, ids = MODELS[name](), random_ids(2, 9)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, :4] = 0
+    greedy = {
+        "attention_mask": mask,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 50,
+        "max_new_tokens": 8,
+    }
+    assert torch.equal(
+        model.generate(ids, custom_generate=a_loop_of_ones_own, **greedy), model.generate(ids, **greedy)
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -7,6 +7,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from modeling_heptapod import HierarchicalCache, HierarchicalLMForCausalLM, HierarchicalLMModel
 from modeling_heptapod.stream_merges import ConcatMerge
+from modeling_heptapod.transformers_versions import CACHE
 from tests.reference.hierarchical_lm import HierarchicalDescription, hierarchical_logits, hierarchical_streams
 from tests.tiny_hierarchical_lm import VARIANTS, random_ids, tiny_config, tiny_hierarchical_lm
 
@@ -213,7 +214,7 @@ def test_packed_rows_of_a_padded_batch(variant):
 def test_packed_rows_fill_no_cache():
     model, ids = tiny_hierarchical_lm(), random_ids(1, sum(LENGTHS))
     assert model(ids, use_cache=True, **packing("seq_idx")).past_key_values is None
-    with pytest.raises(ValueError, match="past_key_values"):
+    with pytest.raises(ValueError, match=f"{CACHE}"):
         model(ids, past_key_values=HierarchicalCache(model.config), **packing("seq_idx"))
 
 

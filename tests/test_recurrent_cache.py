@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
 from modeling_heptapod import RecurrentCache, StaticRecurrentCache, focus_cpu
+from modeling_heptapod.transformers_versions import CACHE
 from tests.tiny_leap import VARIANTS, random_ids, tiny_config, tiny_leap
 
 
@@ -253,7 +254,7 @@ def test_a_returned_cache_is_the_given_one_and_models_keep_nothing():
 def test_stock_caches_get_a_clear_error():
     model = tiny_leap()
     for cache in (DynamicCache(), DynamicCache(config=model.config)):
-        with pytest.raises(TypeError, match=r"past_key_values.*RecurrentCache"):
+        with pytest.raises(TypeError, match=rf"{CACHE}.*RecurrentCache"):
             model(random_ids(1, 5), past_key_values=cache)
 
 

@@ -10,23 +10,23 @@ from tests.tiny_heptapod import random_page
 from tests.tiny_multigrid import random_grid
 
 
-SIZES = {"batch": ((3, 12), (1, 12), (4, 12)), "both": ((3, 12), (1, 9), (2, 33), (1, 63))}
+SIZES = {"batch": ((3, 12), (1, 12), (4, 12)), "both": ((3, 12), (1, 9), (2, 33), (1, 63), (2, 1))}
 CASES = {
     "leap": (tiny_leap.tiny_leap, tiny_leap.VARIANTS, ["default"]),
-    "hierarchical_lm": (tiny_hierarchical_lm.tiny_hierarchical_lm, tiny_hierarchical_lm.VARIANTS, ["two"]),
+    "hierarchical_lm": (
+        tiny_hierarchical_lm.tiny_hierarchical_lm,
+        tiny_hierarchical_lm.VARIANTS,
+        ["two", "hourglass"],
+    ),
     "multigrid": (tiny_multigrid.tiny_multigrid, tiny_multigrid.VARIANTS, ["axis"]),
     "heptapod": (tiny_heptapod.tiny_heptapod, tiny_heptapod.VARIANTS, ["split"]),
 }
-# Their programs carry a guard against lengths that strides do not divide as they did the exported one.
-GUARDED = {"hierarchical_lm": ("cross-all", "hourglass", "no-attention", "predict-all")}
 
 
 def cases():
     for family, (make, variants, fast) in CASES.items():
         for name, values in variants.items():
             marks = [] if name in fast else [pytest.mark.slow]
-            if name in GUARDED.get(family, ()):
-                marks.append(pytest.mark.xfail(strict=True, reason="the program takes some lengths only"))
             yield pytest.param(family, make, values, id=f"{family}-{name}", marks=marks)
 
 
