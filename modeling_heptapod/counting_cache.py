@@ -87,6 +87,7 @@ class CountingCacheMixin(CacheVersionsMixin):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices`, numbers or a mask, in this order."""
+        indices = torch.as_tensor(indices)
         if self.num_rows() is not None:
             self.reorder_cache(indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices)
 

@@ -301,11 +301,10 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         batch, seq, _ = inputs_embeds.shape
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        use_cache = config.use_cache if use_cache is None else use_cache
         if past_key_values is not None:
             self.check_cache(past_key_values, inputs_embeds)
         cache = past_key_values
-        if cache is None and use_cache and not self.training:
+        if cache is None and self.starts_cache(use_cache):
             cache = HierarchicalCache(config)
         check_position_ids(position_ids, batch, seq)
 

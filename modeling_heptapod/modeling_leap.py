@@ -446,14 +446,14 @@ class LeapModel(LeapPreTrainedModel):
         # Not by `merge_with_config_defaults`, which also writes `is_causal` into the config: a token would feel that.
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        use_cache = config.use_cache if use_cache is None else use_cache
+        asked, use_cache = use_cache, config.use_cache if use_cache is None else use_cache
         is_causal = config.is_causal if is_causal is None else is_causal
         if not is_causal:
             if past_key_values is not None:
                 raise ValueError(f"`{CACHE}` was given, but a bidirectional model has no past to continue from.")
         elif past_key_values is not None:
             self.check_cache(past_key_values, inputs_embeds)
-        elif use_cache and not self.training:
+        elif self.starts_cache(asked):
             past_key_values = RecurrentCache(self.config)
 
         check_position_ids(position_ids, batch, seq)

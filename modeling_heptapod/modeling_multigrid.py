@@ -212,11 +212,11 @@ class MultiGridModel(MultiGridPreTrainedModel):
         main = self.embed(input_ids, inputs_embeds)
         meta = self.embed_meta(meta_ids, main.shape[:2])
         batch, seq, _ = main.shape
-        use_cache = config.use_cache if use_cache is None else use_cache
+        asked, use_cache = use_cache, config.use_cache if use_cache is None else use_cache
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         if past_key_values is not None:
             self.check_cache(past_key_values, main)
-        elif use_cache and not self.training:
+        elif self.starts_cache(asked):
             past_key_values = MultiGridCache(config)
         check_position_ids(position_ids, batch, seq)
 
@@ -453,7 +453,6 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
             )
         if self.config.num_axes:
             require_labels(labels, of_loss.get("num_items_in_batch"), "the meta axes learn with them")
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
         outputs = self.model(
             input_ids=input_ids,
             meta_ids=meta_ids,
@@ -469,6 +468,7 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
         main = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         if self._is_factored:
             states = outputs.last_hidden_state
+            past = 0 if past_key_values is None else past_key_values.get_seq_length() - states.shape[1]
             mask = of_new_tokens(token_mask(attention_mask, states, past), states.shape[1])
             segments = None  # a pass that continues a cache has none
             if past == 0:
@@ -567,12 +567,6 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
                 f"`meta_targets` of axis {self.config.axis_names[axis]!r} must be in [0, {self.config.axis_vocab_sizes[axis]}) or "
                 f"{IGNORED}, got {int(meta_targets[wrong][0])}."
             )
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
-        """As that of all families; layers with checkpointing ignore any cache."""
-        if self.training and self.model.gradient_checkpointing and model_kwargs.get(CACHE) is None:
-            generation_config.use_cache = model_kwargs["use_cache"] = False
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
 
 
 MultiGridModel.register_for_auto_class("AutoModel")

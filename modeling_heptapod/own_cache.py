@@ -2,9 +2,13 @@
 
 import torch
 from transformers.cache_utils import Cache
+from transformers.utils import logging
 
 from .cache_states import LayerStates, check_states
 from .transformers_versions import CACHE
+
+
+logger = logging.get_logger(__name__)
 
 
 class OwnCacheMixin:
@@ -20,6 +24,17 @@ class OwnCacheMixin:
         """What each layer of `cache` holds once it has seen a token."""
         raise NotImplementedError
 
+    def starts_cache(self, use_cache: bool | None) -> bool:
+        """Whether a forward pass without a cache fills a new one: in training only if asked to, by more than the config."""
+        if not self.training:
+            return self.config.use_cache if use_cache is None else bool(use_cache)
+        if use_cache and self.base_model.gradient_checkpointing:
+            logger.warning_once(
+                "`use_cache=True` is ignored in training with gradient checkpointing, where layers get no cache."
+            )
+            return False
+        return bool(use_cache)
+
     def check_cache(self, cache: Cache, inputs_embeds: torch.Tensor | None = None) -> None:
         """Check that a cache is of this model, and fits the input that is to continue it.
 
@@ -29,7 +44,8 @@ class OwnCacheMixin:
 
         Raises:
             TypeError: for caches of other kinds.
-            ValueError: for a cache of another model, dtype, device or batch size, or of no rows.
+            ValueError: for a cache of another model, dtype, device or batch size, or of no rows, and for any in training with
+                gradient checkpointing, where layers get none.
         """
         names = [cache_class.__name__ for cache_class in self._cache_classes.values()]
         # By name: a cache that was made here also serves a model whose code came with its folder.
@@ -38,6 +54,11 @@ class OwnCacheMixin:
                 f"`{CACHE}` must be a {' or '.join(names)}, got {type(cache).__name__}: build it with "
                 f"`{names[0]}(model.config)`, or leave it out and pass `use_cache=True`. Prefix tuning, which makes keys and "
                 "values to put before a text, does not work with this model; prompt tuning does."
+            )
+        if self.training and self.base_model.gradient_checkpointing:
+            raise ValueError(
+                f"`{CACHE}` cannot be used in training with gradient checkpointing, where layers get none: call `eval()` or "
+                "`gradient_checkpointing_disable()` before."
             )
         # Where accelerate has spread the layers over devices, so are their states.
         one_device = not any("_hf_hook" in vars(module) for module in getattr(self, "layers", ()))
@@ -59,7 +80,9 @@ class OwnCacheMixin:
     generate_batch = init_continuous_batching
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_length):
-        """A cache of our own in place of the stock one."""
+        """A cache of our own in place of the stock one; none in training with gradient checkpointing, where layers get none."""
+        if model_kwargs.get(CACHE) is None and self.training and self.base_model.gradient_checkpointing:
+            generation_config.use_cache = model_kwargs["use_cache"] = False
         given, kind = model_kwargs.get(CACHE), generation_config.cache_implementation
         if given is not None:
             self.check_cache(given)

@@ -125,9 +125,19 @@ def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torc
 
     Returns:
         `torch.Tensor` of shape `[batch, positions, channels]`, for a mask `[kept, channels]`.
+
+    Raises:
+        TypeError, ValueError: for a negative number, and for what is neither a number nor a tensor of positions.
     """
     if isinstance(logits_to_keep, int):
+        if logits_to_keep < 0:
+            raise ValueError(f"`logits_to_keep` must be at least 0, got {logits_to_keep}.")
         return hidden_states[:, slice(-logits_to_keep, None)]
+    if not isinstance(logits_to_keep, torch.Tensor) or logits_to_keep.dim() not in (1, 2):
+        got = getattr(logits_to_keep, "shape", type(logits_to_keep).__name__)
+        raise TypeError(
+            f"`logits_to_keep` must be an integer or a tensor [positions] or [batch, positions], got {got}."
+        )
     if logits_to_keep.dim() == 1:
         return hidden_states[:, logits_to_keep]
     if logits_to_keep.dtype == torch.bool:

@@ -89,9 +89,10 @@ def continue_from(model, cache, inputs, rows):
         (lambda cache: cache.batch_repeat_interleave(3), [0, 0, 0, 1, 1, 1]),
         (lambda cache: cache.batch_select_indices(torch.tensor([1, 0, 1])), [1, 0, 1]),
         (lambda cache: cache.batch_select_indices(torch.tensor([False, True])), [1]),
+        (lambda cache: cache.batch_select_indices([1, 1]), [1, 1]),
         (lambda cache: cache.reorder_cache(torch.tensor([1, 0])), [1, 0]),
     ],
-    ids=["repeat", "select", "mask", "reorder"],
+    ids=["repeat", "select", "mask", "list", "reorder"],
 )
 @pytest.mark.parametrize("name", CASES, ids="-".join)
 @torch.no_grad()
@@ -367,3 +368,39 @@ def test_generate_with_a_tokenizer(name):
     prompt = {**prompt_for(model, 1, PROMPT), "max_new_tokens": 4, "do_sample": False}
     written = model.generate(**prompt, stop_strings=["no such text"], tokenizer=tokenizer)
     assert torch.equal(written, model.generate(**prompt))
+
+
+# --- training ----------------------------------------------------------------------------------------------------------
+
+TRAINED = [("leap", "default"), ("hierarchical_lm", "stride"), ("multigrid", "factored"), ("multigrid", "leap")]
+
+
+@pytest.mark.parametrize("name", [*TRAINED, ("multigrid", "lstm-factored")], ids=str)
+def test_caches_in_training(name):
+    """One is filled where it is asked for, and continued; the pass after it can be differentiated."""
+    model, cache, inputs = case(name)
+    every = slice(None)
+    expected = model(**inputs).logits
+    model.train()
+    assert model(**part(inputs, every, 0, PROMPT)).get(CACHE) is None
+    out = model(**part(inputs, every, 0, PROMPT), use_cache=True)
+    assert type(out[CACHE]) is type(cache) and out[CACHE].get_seq_length() == PROMPT
+    logits = model(**part(inputs, every, PROMPT, LENGTH), **{CACHE: out[CACHE]}).logits
+    torch.testing.assert_close(logits, expected[:, PROMPT:], rtol=1e-4, atol=1e-4)
+    (logits.square().sum() + out.logits.square().sum()).backward()
+
+
+@pytest.mark.parametrize("name", TRAINED, ids=str)
+def test_no_cache_is_lost_on_gradient_checkpointing(name):
+    """In training its layers get no cache: `generate` does without one, and a given one is refused, not counted on."""
+    model, cache, inputs = case(name)
+    greedy = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": model.config.vocab_size}
+    expected = model.generate(**inputs, **greedy)
+    model.train().gradient_checkpointing_enable()
+    assert torch.equal(model.generate(**inputs, **greedy), expected)
+    assert model(**inputs, use_cache=True).get(CACHE) is None
+    for call in (model, lambda **kwargs: model.generate(**kwargs, **greedy)):
+        with pytest.raises(ValueError, match=f"`{CACHE}` cannot be used in training with gradient checkpointing"):
+            call(**inputs, **{CACHE: cache})
+    model.eval()
+    assert model(**inputs, **{CACHE: cache})[CACHE].get_seq_length() == LENGTH

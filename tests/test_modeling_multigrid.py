@@ -854,6 +854,7 @@ def bad_inputs():
     yield "a far position", far, "max_position_embeddings"
     stock = {"input_ids": ids, "meta_ids": meta_ids, "past_key_values": DynamicCache()}
     yield "a stock cache", stock, "MultiGridCache"
+    yield "no cache at all", {**stock, "past_key_values": ()}, "MultiGridCache.*got tuple"
     yield (
         "targets of one axis",
         {"input_ids": ids, "meta_ids": meta_ids, "labels": ids, "meta_targets": ids},

@@ -136,6 +136,15 @@ def test_logits_to_keep_are_sliced_as_by_transformers(logits_to_keep):
     )
 
 
+@pytest.mark.parametrize(
+    "wrong, error",
+    [(-2, ValueError), ("3", TypeError), (1.0, TypeError), (torch.tensor(3), TypeError), ([1], TypeError)],
+)
+def test_logits_to_keep_of_another_kind_are_named(wrong, error):
+    with pytest.raises(error, match="`logits_to_keep` must be"):
+        slice_logits_to_keep(torch.randn(2, 5, 3), wrong)
+
+
 def test_a_grid_s_generation_config_is_loaded_as_by_older_versions(tmp_path):
     """Before 5.20 with the commit of the folder, which is no option."""
     modeling_heptapod.HeptapodGenerationConfig(num_iterations=3).save_pretrained(tmp_path)
