@@ -203,7 +203,7 @@ def test_a_stream_has_the_examples_of_the_text_in_memory(family, tmp_path):
 def test_streamed_files_are_read_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr("streaming.PIECE", 100)
     lines = [f"line {number} é\n" for number in range(400)]
-    (tmp_path / "a.txt").write_text("".join(lines))
+    (tmp_path / "a.txt").write_text("".join(lines), encoding="utf-8")
     (tmp_path / "b.bin").write_bytes(b"\xff\xfe\x00")
     documents, memory = stream_texts(DataArguments(str(tmp_path), max_validation_bytes=150))
     read = list(documents)
