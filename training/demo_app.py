@@ -285,8 +285,8 @@ def lay_out(loaded: Loaded, text: str, region: str = REGIONS[0]) -> torch.LongTe
     rows = torch.from_numpy(processor.paginate(text.replace(HOLE, _HOLE_CHARACTER), 1, width))[:, 0]
     if len(rows) > height:
         raise ValueError(
-            f"The text takes {len(rows):,} rows of {width:,} cells, and the page has {height:,}: shorten it, or its lines, of "
-            "which those that are longer than a row go on in the next."
+            f"The text takes {len(rows):,} rows of {width:,} cells, and the page has {height:,}: shorten it. A line that is longer "
+            "than a row takes several."
         )
     page = torch.full((1, height, width), processor.blank_token_id)
     page[0, : len(rows)] = rows
