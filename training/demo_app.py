@@ -317,6 +317,9 @@ def fill(
         schedule, num_iterations: as for `generate`; `"entropy"` and `"raster"` take as many iterations as they need.
         temperature: of the draws; 0 takes the likeliest token.
         seed: of the draws.
+
+    Raises:
+        ValueError: for a seed out of range, and what `lay_out` and `generate` raise.
     """
     seed = _whole_number("Seed", seed, NUMPY_SEEDS)
     page = lay_out(loaded, text, region)
