@@ -14,13 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from locks import lock
 from transformers.utils import logging
 
-
-try:
-    import fcntl
-except ImportError:  # not on Windows, where an open file cannot be removed anyway
-    fcntl = None
 
 logger = logging.get_logger(__name__)
 
@@ -83,7 +79,7 @@ class Cache:
         file = None
         try:
             with tempfile.NamedTemporaryFile(prefix=UNFINISHED, dir=path.parent, delete=False) as file:
-                _lock(file)
+                lock(file)
                 hashed = _Hashed(file)
                 write(hashed)
                 file.write(hashed.digest.digest())
@@ -101,7 +97,7 @@ class Cache:
         for path in self.folder.glob(f"{UNFINISHED}*"):
             try:
                 with path.open("rb") as file:
-                    _lock(file)
+                    lock(file)
                     path.unlink()
             except OSError:
                 continue  # being written, or gone
@@ -116,16 +112,6 @@ class _Hashed:
     def write(self, content):
         self.digest.update(content)
         return self.file.write(content)
-
-
-def _lock(file):
-    """Until it is closed, or its process ends.
-
-    Raises:
-        OSError: where another process has it.
-    """
-    if fcntl is not None:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _is_whole(path):

@@ -13,15 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from locks import fcntl, lock
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
 
 logger = logging.get_logger(__name__)
 
@@ -221,7 +217,7 @@ def alone_in(output_dir: str) -> Iterator[None]:
 
 def _lock(folder, output_dir):
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(folder)
     except BlockingIOError as error:
         raise ValueError(
             f"--output_dir {output_dir}: another run writes into it; wait for its end, or give another folder"

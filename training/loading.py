@@ -20,9 +20,7 @@ SHOWN_BY = {
     "heptapod": "fill_page.py",
     "multigrid": "sample_axes.py",
 }
-TRUST_HELP = (
-    "run the code that a name on the Hub brings, on this machine; a folder that train.py wrote needs no such leave"
-)
+TRUST_HELP = "run the code that a name on the Hub brings, on this machine; a folder that train.py wrote needs no such permission"
 
 
 def add_model_arguments(parser, name: str = "folder", **options) -> None:

@@ -15,7 +15,7 @@ TRAINING_STATE = ["optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_
 TRAINING_STATE += ["run.json", "checksums.json"]
 
 
-def check_links(folder: Path) -> None:
+def check_links_below(folder: Path) -> None:
     """Raise a ValueError that names a link below a folder that leads out of it."""
     for path in folder.rglob("*"):
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
@@ -41,7 +41,7 @@ class CleanPushes:
     def init_hf_repo(self, *args, **kwargs):
         """Like `Trainer`'s, of a folder out of which no link leads: what it leads to would be pushed."""
         if self.is_world_process_zero():
-            check_links(Path(self.args.output_dir))
+            check_links_below(Path(self.args.output_dir))
         super().init_hf_repo(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder):

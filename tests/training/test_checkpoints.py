@@ -137,7 +137,7 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path, monkeypatch, caplog):
     def no_locks(*_):
         raise OSError("no locks available")
 
-    monkeypatch.setattr(checkpoints.fcntl, "flock", no_locks)
+    monkeypatch.setattr(checkpoints, "lock", no_locks)
     with alone_in(str(tmp_path)):
         assert "a second run in it would not be noticed: no locks available" in caplog.text
 
