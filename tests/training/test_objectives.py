@@ -110,7 +110,7 @@ class Stub:
         return torch.autocast("cpu", enabled=False)
 
 
-def test_the_bound_of_a_uniform_model_is_known():
+def test_the_bound_of_a_uniform_model_is_known(monkeypatch):
     """258 tokens may be written, bytes, end and blank; every cell costs log2(258) bits, whatever was masked."""
     objective = MaskedPages(Texts(["a\n"], ["é" * 50, "b\n"]), DataArguments(), page_config())
     figures = objective.evaluate(Stub(objective))
@@ -121,6 +121,13 @@ def test_the_bound_of_a_uniform_model_is_known():
     output = argparse.Namespace(losses=np.full(3, math.log(258)))
     during_training = objective.trainer_options()["compute_metrics"](output)
     assert during_training["bits_per_byte"] == pytest.approx(figures["bits_per_byte"], rel=1e-5)
+    # Of nats that differ, with their error, all in one unit; the loss is of the 96 cells that two bytes were trained on.
+    monkeypatch.setattr("objectives.diffusion_bound", lambda *_: (np.array([100.0, 200.0, 44.0]), 1.5))
+    figures = objective.evaluate(Stub(objective))
+    names = ("bits_per_byte", "bits_per_byte_standard_error", "bits_per_cell")
+    nats_in_bits = [344 / 102, 1.5 / 102, 344 / cells]
+    assert [figures[name] for name in names] == pytest.approx([x / math.log(2) for x in nats_in_bits])
+    assert objective.bits_per_byte_of_loss == pytest.approx(96 / 2 / math.log(2))
 
 
 def run(*command, cwd):
