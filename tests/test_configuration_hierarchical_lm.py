@@ -133,6 +133,10 @@ BAD = {
         {"next_latent_rollouts": 2, "next_latent_rollout_weights": [1.0]},
         "next_latent_rollout_weights",
     ),
+    "rollout weights without a sum": (
+        {"next_latent_rollouts": 2, "next_latent_rollout_weights": [0.0, 0.0]},
+        "next_latent_rollout_weights",
+    ),
     "dynamics without width": ({"dynamics_hidden_size": 0}, "dynamics_hidden_size"),
     "a scale base of zero": ({"xpos_scale_base": 0}, "xpos_scale_base"),
     "frequencies that change": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type"),

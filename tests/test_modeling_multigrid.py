@@ -392,7 +392,13 @@ def test_a_chunk_of_pads_alone_changes_nothing(variant):
     run(model, grid, 5, 8, attention_mask=mask[:, :8], past_key_values=cache)
     logits, _ = run(model, grid, 8, 12, attention_mask=mask, past_key_values=cache)
     tokens = {name: x[..., mask[0].bool()] for name, x in grid.items()}
-    assert_same(logits, [x[:, 5:] for x in run(model, tokens)[0]])
+    expected = [x[:, 5:] for x in run(model, tokens)[0]]
+    assert_same(logits, expected)
+    mask[0] = 1  # in one row, while the other one goes on
+    _, cache = run(model, grid, 0, 5, attention_mask=mask[:, :5], use_cache=True)
+    run(model, grid, 5, 8, attention_mask=mask[:, :8], past_key_values=cache)
+    logits, _ = run(model, grid, 8, 12, attention_mask=mask, past_key_values=cache)
+    assert_same([x[1:] for x in logits], [x[1:] for x in expected])
 
 
 # --- packed rows equal separate rows -----------------------------------------------------------------------------------

@@ -322,6 +322,10 @@ def test_arguments_may_come_in_dicts(by_bytes):
     ):
         out = by_bytes(text=["a", "b\nc"], **given)
         assert all(np.array_equal(out[name], expected[name]) for name in expected) and out.keys() == expected.keys()
+    out = by_bytes(["a", "b\nc"], height=3, common_kwargs={"height": 9, "return_tensors": "np"})  # the call wins
+    assert np.array_equal(out["input_ids"], expected["input_ids"])
+    with pytest.raises(ValueError, match="`height` was given twice: in `text_kwargs` and by itself"):
+        by_bytes("a", height=3, text_kwargs={"height": 4})
     lists = by_bytes(["a", "b\nc"], height=3, return_tensors=None)
     assert lists["input_ids"] == expected["input_ids"].tolist()
 
@@ -365,6 +369,12 @@ def test_rows_of_a_dataset_make_a_batch(by_bytes):
 def test_rows_that_make_no_batch_are_named(by_bytes, rows, options, message):
     with pytest.raises(ValueError, match=message):
         HeptapodProcessor(by_bytes.tokenizer, height=4, width=9).pad(rows, **options)
+
+
+def test_columns_of_unequal_length_make_no_batch(by_bytes):
+    page = [[1, 2], [3, 4]]
+    with pytest.raises(ValueError, match=r"columns of equal length, got \{'input_ids': 2, 'labels': 1\}"):
+        by_bytes.pad({"input_ids": [page, page], "labels": [page]})
 
 
 # ---- saving

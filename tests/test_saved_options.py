@@ -220,14 +220,16 @@ def test_every_option_of_an_axis(axis_class, options):
 
 
 def test_every_option_of_a_processor(by_bytes, tmp_path):
-    page = HeptapodProcessor(by_bytes, height=4, width=9, overflow="clip", blank_token="<|endoftext|>")
+    options = {"overflow": "clip", "blank_token": "<|endoftext|>", "chat_template": "{{ messages }}"}
+    page = HeptapodProcessor(by_bytes, height=4, width=9, **options)
     page.save_pretrained(tmp_path / "page")
     loaded = HeptapodProcessor.from_pretrained(tmp_path / "page")
-    expected = {"height": 4, "width": 9, "overflow": "clip", "blank_token": "<|endoftext|>"}
+    expected = {"height": 4, "width": 9, **options}
     assert {name: getattr(loaded, name) for name in expected} == expected
     axes = [axis_class("a" * (i + 1), **options) for i, (axis_class, options) in enumerate(AXES)]
-    MultiGridProcessor(by_bytes, axes).save_pretrained(tmp_path / "grid")
+    MultiGridProcessor(by_bytes, axes, chat_template="{{ messages }}").save_pretrained(tmp_path / "grid")
     loaded = MultiGridProcessor.from_pretrained(tmp_path / "grid")
+    assert loaded.chat_template == "{{ messages }}"
     assert [axis.to_spec() for axis in loaded.axes] == [axis.to_spec() for axis in axes]
 
 

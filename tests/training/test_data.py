@@ -102,6 +102,9 @@ def test_a_loaded_tokenizer_gets_the_tokens_of_pages(tokenizer, tmp_path):
     pages.save_pretrained(tmp_path / "pages")
     again = build_tokenizer(str(tmp_path / "pages"), [], for_pages=True)
     assert again.get_vocab() == pages.get_vocab() and again.mask_token_id == pages.mask_token_id
+    again.mask_token = "<|endoftext|>"  # what a tokenizer has it keeps
+    again.save_pretrained(tmp_path / "own")
+    assert build_tokenizer(str(tmp_path / "own"), [], for_pages=True).mask_token == "<|endoftext|>"
 
 
 def test_a_saved_tokenizer_is_loaded_by_its_folder(tokenizer, tmp_path):
