@@ -174,6 +174,23 @@ def test_what_a_text_costs():
     assert train.text_loss({"loss": 9.0}, ["ce_loss"]) == train.text_loss({"loss": 9.0}, []) == 9
 
 
+@pytest.mark.parametrize("is_factored", [False, True])
+def test_pads_cost_nothing_on_any_axis(is_factored):
+    objective = object.__new__(AnnotatedTokens)
+    objective.is_factored = is_factored
+    sizes, labels = (7, 3, 4), torch.randint(3, (2, 5))
+    labels[1, 3:] = -100
+    logits, ids = [torch.randn(2, 5, size) for size in sizes], torch.randint(3, (2, 2, 5))
+    found = objective._sum_nats((logits[0], logits[1:]), (labels, ids))
+    expected = torch.zeros(2)
+    for row, length in enumerate((5, 3)):
+        for place in range(length - 1):
+            targets = [labels[row, place + 1], *(ids[row, :, place + 1] if is_factored else ())]
+            for scores, target in zip(logits, targets):
+                expected[row] -= scores[row, place].log_softmax(-1)[target]
+    torch.testing.assert_close(found, expected)
+
+
 def run(*command, cwd):
     env = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent)}
     return subprocess.run([sys.executable, *command], cwd=cwd, env=env, text=True, capture_output=True, timeout=300)
