@@ -74,8 +74,11 @@ def test_values_without_a_meaning(family):
                 TINY[family](**{name: -0.1})
             assert getattr(TINY[family](**{name: 0.0}), name) == 0
     if hasattr(TINY[family](), "rope_parameters"):
-        with pytest.raises((ValueError, StrictDataclassError), match="`rope_parameters.*must be positive, got -1"):
-            TINY[family](rope_parameters={"rope_theta": -1.0})
+        for theta in (-1.0, 0.0):
+            with pytest.raises(
+                (ValueError, StrictDataclassError), match=f"`rope_parameters.*must be positive, got {theta}"
+            ):
+                TINY[family](rope_parameters={"rope_theta": theta})
 
 
 @pytest.mark.parametrize("family", MODELS)
