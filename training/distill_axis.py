@@ -30,6 +30,9 @@ from modeling_heptapod import DecisionTreeAxis, MetaAxis
 from modeling_heptapod.meta_axes import visible_lengths
 
 
+LONGEST = 1000  # characters that a tree may see
+
+
 @dataclass
 class Distilled:
     """An axis and how well it fits.
@@ -87,7 +90,7 @@ def distill(
     from sklearn.tree import DecisionTreeClassifier
 
     check_number("--clusters", clusters, least=2)
-    check_number("--length", length, least=1)
+    check_number("--length", length, least=1, most=LONGEST)
     check_number("--max_leaves", max_leaves, least=2)
     check_number("--max_tokens", max_tokens, least=4)
     check_number("--block_size", block_size, least=1)
@@ -208,11 +211,13 @@ def main():
         "--layer", type=whole(), default=-1, help="of the hidden states: 0 the embeddings, -1 the last"
     )
     parser.add_argument("--clusters", type=whole(2), default=16, help="groups of hidden states")
-    parser.add_argument("--length", type=whole(1), default=8, help="last characters that the tree sees")
+    parser.add_argument("--length", type=whole(1, LONGEST), default=8, help="last characters that the tree sees")
     parser.add_argument("--max_leaves", type=whole(2), default=128, help="size of the tree")
     parser.add_argument("--max_tokens", type=whole(4), default=200_000, help="hidden states to fit on")
     parser.add_argument("--seed", type=whole(0, NUMPY_SEEDS), default=0)
     args = parser.parse_args()
+    if not args.name.isidentifier():
+        parser.error(f"argument --name: must be a Python identifier, got {args.name!r}")
 
     trust = may_run_code(args.folder, args.trust_remote_code)
     check_family(args.folder, but=("heptapod",))

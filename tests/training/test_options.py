@@ -35,7 +35,8 @@ NUMBERS = {
     "export_onnx.py": {"--max_new_tokens": ["0", "-1"]},
     "distill_axis.py": {
         "--clusters": ["1", "-2"],
-        "--length": ["0"],
+        "--length": ["0", "1001"],
+        "--name": ["../x"],
         "--max_leaves": ["1"],
         "--max_tokens": ["0", "-9"],
         "--seed": ["-1"],
