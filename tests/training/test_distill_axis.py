@@ -225,7 +225,7 @@ def test_hidden_states_stand_at_their_characters(model, tokenizer):
     "arguments, message",
     [
         ({"clusters": 1}, "--clusters must be at least 2, got 1"),
-        ({"length": 0}, "--length must be at least 1, got 0"),
+        ({"length": 0}, "--length must be at least 1 and at most 1000, got 0"),
         ({"max_leaves": 1}, "--max_leaves must be at least 2, got 1"),
         ({"texts": ["ab"]}, "--clusters 6 is more than the 2 tokens of the text"),
         ({"texts": [""]}, "there is no text to read hidden states on"),
