@@ -339,7 +339,7 @@ class HierarchicalLMConfig(PreTrainedConfig):
             "quantized_prophet_loss_weight",
             "next_latent_dynamic_decay",
         ):
-            if not getattr(self, name) >= 0:
+            if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         if not all(weight >= 0 for weight in self.next_latent_loss_weight):
             raise ValueError(f"`next_latent_loss_weight` must not be negative, got {self.next_latent_loss_weight}.")
