@@ -31,7 +31,7 @@ from .focus_cpu import NativeMixing, applies
 from .focus_kinds import QUERY_GATES, WEIGHT_FUNCTIONS
 from .focus_triton import TritonMixing
 from .focus_triton import applies as triton_applies
-from .model_inputs import has_open_sizes
+from .model_inputs import has_open_sizes, is_transformed
 from .running_mean import EMPTY, FocusState, same_segment, two_sided_mean, weighted_mean
 
 
@@ -479,7 +479,8 @@ def focus_mixing(
 
     Returns:
         The output `[batch, seq, heads, head_dim]` in the dtype of `qfkv`, and the `FocusState` after the last token
-        (`None` when bidirectional, and where `torch.export` leaves sizes open: then time is quadratic, too).
+        (`None` when bidirectional, and where `torch.export` leaves sizes open or `torch.func` is at work: then time is
+            quadratic, too).
 
     Raises:
         TypeError, ValueError: for inputs of another dtype or shape, or a state in a bidirectional step.
@@ -490,7 +491,7 @@ def focus_mixing(
     channels = head_dim if parts == 3 else 2 * head_dim
     _check_companions(qfkv, (batch, seq, heads, channels), settings, decay, padding_mask, segment_ids, state)
     qfkv, mask = _blank_pads(qfkv, padding_mask)
-    if state is None and has_open_sizes(qfkv):
+    if state is None and _must_be_plain(qfkv):
         precise = qfkv.to(torch.promote_types(qfkv.dtype, torch.float32))
         masks = mask, segment_ids
         return naive_focus_mixing(precise, settings, decay, rotary, *masks, _means_by_matrix).to(qfkv.dtype), None
@@ -574,7 +575,7 @@ def focus_mean(
     if padding_mask is not None:
         mask = padding_mask.bool().unsqueeze(-1)
         logs, values = logs.masked_fill(~mask, -math.inf), values.masked_fill(~mask.unsqueeze(-1), 0)
-    if state is None and has_open_sizes(values):
+    if state is None and _must_be_plain(values):
         arguments = settings.window, decay, settings.null_weight, settings.causal, segment_ids
         return _means_by_matrix(logs, values.to(dtype), *arguments).to(values.dtype), None
     past = (None, None) if state is None else (state.log_weights, state.values)
@@ -593,6 +594,11 @@ def token_state(
     """Log weights and values of tokens, as a windowed state holds them; the arguments are those of `focus_mixing`."""
     qfkv, mask = _blank_pads(qfkv, padding_mask)
     return FocusState(*_Block(qfkv, settings, None, rotary, mask, None).tokens[:2])
+
+
+def _must_be_plain(x):
+    """Whether plain operations are needed: where an export leaves sizes open, and under `torch.func.grad` and `vmap`."""
+    return has_open_sizes(x) or is_transformed()
 
 
 def _blank_pads(qfkv, padding_mask):
@@ -675,7 +681,7 @@ def attention_matrix(
     """
     place = torch.arange(log_weights.shape[-1], device=log_weights.device)
     real = log_weights[:, :1] != -math.inf  # [batch, 1, seq]
-    if is_tracing(log_weights) or not real.all():
+    if is_tracing(log_weights) or is_transformed() or not real.all():
         place = real.long().cumsum(-1)  # a pad takes no place
     here = place if positions is None else place[..., positions]
     distance = here.unsqueeze(-1) - place.unsqueeze(-2)

@@ -12,6 +12,11 @@ def has_open_sizes(x: torch.Tensor) -> bool:
     return torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in x.shape)
 
 
+def is_transformed() -> bool:
+    """Whether `torch.func` (`grad`, `vmap`) is at work: it takes plain operations only, and lets no value be looked at."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def check_ids(name: str, ids: torch.Tensor) -> None:
     """Raise a `TypeError` unless `ids` is a tensor of integers."""
     kind = getattr(ids, "dtype", type(ids).__name__)
@@ -186,6 +191,7 @@ __all__ = [
     "count_positions",
     "embed_text",
     "has_open_sizes",
+    "is_transformed",
     "look_up",
     "of_new_tokens",
     "token_mask",

@@ -160,6 +160,11 @@ class _Mixer(nn.Module):
 
     def _write_state(self, state, past, tokens, seq, rows, cache, state_idx=0):
         """Put the state after `seq` more tokens into the cache; `past` and `tokens` are those of `state_of_rows`."""
+        if state is None:
+            raise ValueError(
+                f"`use_cache` must be False and `{CACHE}` left out where `torch.export` leaves sizes open or `torch.func` is at "
+                "work: there LEAP's mixing leaves no state."
+            )
         state = state_of_rows(state, past, self.settings, self.decay, seq, rows.lengths, rows.segment_ids, tokens)
         packed = pack_state(state, self.settings, self.head_dim, cache.get_seq_length() + seq)
         write = cache.update_recurrent_state if self.settings.window is None else cache.update_conv_state

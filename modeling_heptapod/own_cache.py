@@ -5,6 +5,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from .cache_states import LayerStates, check_states
+from .model_inputs import is_transformed
 from .transformers_versions import CACHE
 
 
@@ -26,6 +27,8 @@ class OwnCacheMixin:
 
     def starts_cache(self, use_cache: bool | None) -> bool:
         """Whether a forward pass without a cache fills a new one: in training only if asked to, by more than the config."""
+        if use_cache is None and is_transformed():
+            return False  # of `torch.func`, whose tensors are not to be kept
         if not self.training:
             return self.config.use_cache if use_cache is None else bool(use_cache)
         if use_cache and self.base_model.gradient_checkpointing:
@@ -83,6 +86,12 @@ class OwnCacheMixin:
         """A cache of our own in place of the stock one; none in training with gradient checkpointing, where layers get none."""
         if model_kwargs.get(CACHE) is None and self.training and self.base_model.gradient_checkpointing:
             generation_config.use_cache = model_kwargs["use_cache"] = False
+        mask = model_kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] and not mask[:, -1].all():
+            raise ValueError(
+                "`attention_mask` must end with 1 in every row, since `generate` reads what follows a prompt off its last place: "
+                'pad prompts on the left (`tokenizer.padding_side = "left"`).'
+            )
         given, kind = model_kwargs.get(CACHE), generation_config.cache_implementation
         if given is not None:
             self.check_cache(given)

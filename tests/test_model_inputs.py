@@ -335,6 +335,18 @@ def test_generation_after_pads_anywhere(name, how):
         assert torch.equal(tokens[row], model.generate(alone, **greedy)[0, alone.shape[1] :])
 
 
+@pytest.mark.parametrize("name", ["leap", "hierarchical", "multigrid", "multigrid lstm"])
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"use_cache": False}], ids=str)
+def test_prompts_are_not_padded_on_the_right(name, how):
+    """Their last place is that of a pad; GPT-2 goes on from it, with a warning at best."""
+    model, ids = MODELS[name](), random_ids(3, 9)
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[1, 6:] = mask[2, :4] = 0
+    for given in ({"input_ids": ids}, {"inputs_embeds": model.get_input_embeddings()(ids).detach()}):
+        with pytest.raises(ValueError, match="`attention_mask` must end with 1 in every row.*on the left"):
+            model.generate(**given, attention_mask=mask, max_new_tokens=2, pad_token_id=50, **how)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_decoding_loops_of_ones_own(name):
     """`generate(custom_generate=...)`, whose loop prepares inputs and updates arguments itself."""

@@ -563,6 +563,28 @@ def test_compiled_training_step_equals_eager():
         torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-4)
 
 
+# --- torch.func ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["default", "decay-null", "additive", "learned"])
+def test_gradients_of_each_row(variant):
+    """As the tutorial of `torch.func` makes them, by `grad` and `vmap`: the mixing is plain operations there."""
+    model, ids = tiny_leap(**VARIANTS[variant]), random_ids(3, 20)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(weights, row):
+        return torch.func.functional_call(model, weights, (row[None],), {"labels": row[None]}).loss
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, ids)
+    for row in range(3):
+        model.zero_grad()
+        model(ids[row : row + 1], labels=ids[row : row + 1]).loss.backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(found[name][row], parameter.grad, rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match="`use_cache` must be False"):
+        torch.func.grad(lambda x: model(inputs_embeds=x, use_cache=True).logits.sum())(torch.randn(1, 4, 32))
+
+
 # --- heads and inputs --------------------------------------------------------------------------------------------------
 
 
