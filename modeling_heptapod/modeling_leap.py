@@ -96,6 +96,7 @@ class _Mixer(nn.Module):
             window=config.window_sizes[layer_idx],
             null_weight=config.null_weight,
         )
+        self.two_sided = replace(self.settings, causal=False)  # made here, not in a forward pass that is compiled
         decay = decay_slopes(self.num_heads) if config.position_embedding_type == "decay" else None
         self.register_buffer("decay", decay, persistent=False)
 
@@ -185,7 +186,7 @@ class _Mixer(nn.Module):
         logs = log_weight(logits, self.settings.weight_function)
         if rows.padding_mask is not None:
             logs = logs.masked_fill(~rows.padding_mask.unsqueeze(-1), -torch.inf)
-        past, settings = self._read_state(cache, state_idx), replace(self.settings, causal=is_causal)
+        past, settings = self._read_state(cache, state_idx), self.settings if is_causal else self.two_sided
         means, state = focus_mean(logs, values, settings, self.decay, None, rows.segment_ids, past)
         if cache is not None:
             tokens = partial(self._tokens_of_mean, logs.detach(), values.detach())
@@ -222,7 +223,7 @@ class LeapMixer(_Mixer):
         elif single_step:
             out = self._step(qfkv, cache, rows.rotary)
         else:
-            past, settings = self._read_state(cache), replace(self.settings, causal=is_causal)
+            past, settings = self._read_state(cache), self.settings if is_causal else self.two_sided
             masks = rows.padding_mask, rows.segment_ids
             out, state = focus_mixing(qfkv, settings, self.decay, rows.rotary, *masks, past)
             if cache is not None:

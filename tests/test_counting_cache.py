@@ -380,6 +380,7 @@ def test_caches_in_training(name):
     """One is filled where it is asked for, and continued; the pass after it can be differentiated."""
     model, cache, inputs = case(name)
     every = slice(None)
+    inputs["attention_mask"].fill_(1)  # pads are laid out in copies, which gradients need not share
     expected = model(**inputs).logits
     model.train()
     assert model(**part(inputs, every, 0, PROMPT)).get(CACHE) is None

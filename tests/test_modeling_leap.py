@@ -563,6 +563,17 @@ def test_compiled_training_step_equals_eager():
         torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-4)
 
 
+@torch.no_grad()
+def test_models_of_two_scales_are_compiled_in_one_process():
+    """The second makes an open number of the scale, of which a graph cannot ask whether it is finite."""
+    ids = random_ids(2, 12)
+    for more in ({}, {"mixer": "additive", "position_embedding_type": "decay", "null_weight": 0.1, "rescale": None}):
+        model = tiny_leap(num_hidden_layers=1, **more)
+        compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+
+
 # --- torch.func ---------------------------------------------------------------------------------------------------------
 
 
