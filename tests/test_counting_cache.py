@@ -29,7 +29,7 @@ CASES = {
     },
     **{
         ("multigrid", name): (tiny_multigrid, MultiGridCache, GRIDS[name])
-        for name in ("plain", "axes", "factored", "leap", "lstm-factored")
+        for name in ("plain", "axes", "factored", "leap", "lstm-factored", "lstm-plain")
     },
 }
 LENGTH, PROMPT, PADS = 13, 7, 2  # pads before the second row, so that rows differ in length
@@ -375,7 +375,7 @@ def test_generate_with_a_tokenizer(name):
 TRAINED = [("leap", "default"), ("hierarchical_lm", "stride"), ("multigrid", "factored"), ("multigrid", "leap")]
 
 
-@pytest.mark.parametrize("name", [*TRAINED, ("multigrid", "lstm-factored")], ids=str)
+@pytest.mark.parametrize("name", [*TRAINED, ("multigrid", "lstm-plain")], ids=str)
 def test_caches_in_training(name):
     """One is filled where it is asked for, and continued; the pass after it can be differentiated."""
     model, cache, inputs = case(name)
