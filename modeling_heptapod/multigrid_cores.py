@@ -390,7 +390,9 @@ class LSTMCore(_Core):
                 if past is None:
                     state = x.new_zeros(2, 1, batch, width)
                 else:
-                    state = past[:, :, offset : offset + width].to(x.dtype).permute(1, 0, 2).unsqueeze(1).contiguous()
+                    # A copy: the cache is overwritten, while gradients may need what it held.
+                    state = past[:, :, offset : offset + width].to(x.dtype).permute(1, 0, 2).unsqueeze(1)
+                    state = state.clone(memory_format=torch.contiguous_format)
                 offset += width
                 run = mixer.lstm if plan.lstm_rows is None else partial(plan.lstm_rows.run, mixer.lstm)
                 with _differentiable(mixer.lstm, x):
