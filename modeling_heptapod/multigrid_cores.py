@@ -402,7 +402,7 @@ class LSTMCore(_Core):
             outs.append(parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts))
         if cache is not None:
             precise = torch.promote_types(states[0].dtype, torch.float32)
-            state = torch.cat(states, dim=-1).detach().transpose(0, 1).to(precise)  # [batch, 2, width of all]
+            state = torch.cat(states, dim=-1).transpose(0, 1).to(precise)  # [batch, 2, width of all]
             cache.update_recurrent_state(state, self.layer_idx)
         return outs, None
 
