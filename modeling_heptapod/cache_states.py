@@ -79,17 +79,10 @@ def check_states(
             shape = states.shapes[name]
             if name[0] == "conv_states" and getattr(layer, "record_past", False):
                 shape = (*shape[:-1], None)  # it keeps more, to roll back
-            if state.dim() != len(shape) + 1 or any(a not in (None, b) for a, b in zip(shape, state.shape[1:])):
-                wanted = ", ".join("?" if size is None else str(size) for size in ("rows", *shape))
-                raise _misfit(f"layer {idx} has {_names([name])} of shape {list(state.shape)}, expected [{wanted}]")
             rows = state.shape[0] if rows is None else rows
-            if state.shape[0] != rows:
-                raise _misfit(f"layer {idx} has {_names([name])} of {state.shape[0]} rows, others have {rows}")
-            if dtypes is not None and state.dtype not in dtypes[states.precise]:
-                wanted = " or ".join(map(str, dtypes[states.precise]))
-                raise _misfit(f"layer {idx} has {_names([name])} of {state.dtype}, expected {wanted}")
-            if device is not None and state.device != device:
-                raise _misfit(f"layer {idx} has {_names([name])} on {state.device}, the input is on {device}")
+            fault = _fault(state, shape, rows, dtypes and dtypes[states.precise], device)
+            if fault is not None:
+                raise _misfit(f"layer {idx} has {_names([name])} {fault}")
         if ("keys", None) in held and layer.keys.shape[2] != layer.values.shape[2]:
             raise _misfit(f"layer {idx} has {layer.keys.shape[2]} keys, but {layer.values.shape[2]} values")
     if len(set(begun)) > 1:
@@ -97,6 +90,20 @@ def check_states(
     if rows == 0:
         raise ValueError(f"`{CACHE}` holds no rows: none were left when rows were chosen.")
     return rows
+
+
+def _fault(state, shape, rows, dtypes, device):
+    """What is wrong with a state, as words that follow its name; `None` where nothing is."""
+    if state.dim() != len(shape) + 1 or any(a not in (None, b) for a, b in zip(shape, state.shape[1:])):
+        wanted = ", ".join("?" if size is None else str(size) for size in ("rows", *shape))
+        return f"of shape {list(state.shape)}, expected [{wanted}]"
+    if state.shape[0] != rows:
+        return f"of {state.shape[0]} rows, others have {rows}"
+    if dtypes is not None and state.dtype not in dtypes:
+        return f"of {state.dtype}, expected {' or '.join(map(str, dtypes))}"
+    if device is not None and state.device != device:
+        return f"on {state.device}, the input is on {device}"
+    return None
 
 
 def _possible_dtypes(inputs_embeds):

@@ -36,7 +36,7 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class _HeadCounts(list):
-    """Heads of each hierarchy; who takes them for one number and divides by it, as peft's prefix tuning does, is told."""
+    """Heads of each hierarchy; a clear error where one divides by them, as peft's prefix tuning does by a number of heads."""
 
     def __rfloordiv__(self, number):
         raise TypeError(

@@ -42,7 +42,7 @@ class CountingCacheMixin(CacheVersionsMixin):
             self.next_positions = self.next_positions[beam_idx.to(self.next_positions.device)]
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Empty the cache, as before its first token."""
         super().reset()
         self.next_positions, self.packed = None, False
 
@@ -62,7 +62,7 @@ class CountingCacheMixin(CacheVersionsMixin):
         self.seen_tokens += tokens_to_remove
 
     def activate_past_recording(self) -> None:
-        """Have `crop` made possible, which it is already; raises a `RuntimeError` where it cannot be."""
+        """Nothing to record for `crop`; raises a `RuntimeError` where tokens cannot be taken back."""
         self._check_that_tokens_are_kept()
 
     def _check_that_tokens_are_kept(self):
@@ -80,16 +80,39 @@ class CountingCacheMixin(CacheVersionsMixin):
         return None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times, one after the other: many continuations of one prompt."""
+        """Each row `repeats` times, one after the other: many continuations of one prompt.
+
+        Raises:
+            ValueError: unless `repeats` is an integer of at least 0.
+        """
+        if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 0:
+            raise ValueError(f"`repeats` must be an integer of at least 0, got {repeats!r}.")
         rows = self.num_rows()
         if rows is not None:
             self.reorder_cache(torch.arange(rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices`, numbers or a mask, in this order."""
-        indices = torch.as_tensor(indices)
-        if self.num_rows() is not None:
-            self.reorder_cache(indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices)
+        """Keep the rows `indices`, numbers or a mask, in this order.
+
+        Raises:
+            TypeError, ValueError: for what are no numbers of rows, or a mask of another length.
+        """
+        indices, rows = torch.as_tensor(indices), self.num_rows()
+        if rows is None:
+            return
+        if indices.numel() == 0:
+            indices = indices.long()  # an empty list makes floats
+        if indices.dtype == torch.bool:
+            if list(indices.shape) != [rows]:
+                raise ValueError(f"`indices` as a mask must be [{rows}], got {list(indices.shape)}.")
+            indices = indices.nonzero().squeeze(1)
+        elif indices.is_floating_point() or indices.is_complex():
+            raise TypeError(f"`indices` must be integers or a mask, got {indices.dtype}.")
+        elif indices.dim() != 1 or ((indices < -rows) | (indices >= rows)).any():
+            raise ValueError(
+                f"`indices` must be a vector of numbers below {rows}, the rows held, got {indices.tolist()}."
+            )
+        self.reorder_cache(indices)
 
 
 __all__ = ["CountingCacheMixin"]

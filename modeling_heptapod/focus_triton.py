@@ -57,7 +57,7 @@ def applies(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> bool:
 
 
 if triton is not None:
-    # Stand for log(0): finite, so that no difference is NaN; what is not there loses even against an empty sum.
+    # Stand for log(0), finite so that no difference is NaN: of a masked token, and, above it, of a sum over no tokens.
     _NOTHING = tl.constexpr(-1e30)
     _EMPTY = tl.constexpr(-1e29)
 

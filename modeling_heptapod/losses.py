@@ -133,7 +133,7 @@ def sequence_classification_loss(
 
 
 def _out_of_range(name, labels, size, ignored):
-    """For what `cross_entropy` notices on a CPU; elsewhere a look would stop the device."""
+    """For what `cross_entropy` notices on a CPU; elsewhere reading a value would synchronize the device."""
     low, high = (int(x) for x in labels[labels != ignored].aminmax())
     return ValueError(f"`{name}` must be in [0, {size}) or {ignored}, got values from {low} to {high}.")
 

@@ -59,10 +59,10 @@ def embed_text(
 
 
 def look_up(table: nn.Module, ids: torch.LongTensor, what: str) -> torch.FloatTensor:
-    """Rows of an embedding. Raises a `ValueError` about `what` for ids that it has not."""
+    """Rows of an embedding. Raises a `ValueError` about `what` for ids outside of it."""
     try:
         return table(ids)
-    except IndexError as error:  # on a CPU; elsewhere a look would stop the device
+    except IndexError as error:  # on a CPU; elsewhere reading a value would synchronize the device
         size = table.weight.shape[0]  # what an adapter in place of the table has as well
         low, high = (int(x) for x in ids.aminmax())
         raise ValueError(f"{what} must be in [0, {size}), got values from {low} to {high}.") from error
@@ -79,7 +79,7 @@ def check_position_ids(position_ids: torch.LongTensor | None, batch: int, seq: i
 
 
 def check_position_range(position_ids: torch.LongTensor, limit: int, remedy: str) -> None:
-    """Raise a `ValueError` for positions that a learned table of `limit` has not; `remedy` ends the message."""
+    """Raise a `ValueError` for positions outside of a learned table of `limit`; `remedy` ends the message."""
     if is_tracing(position_ids):
         return
     low, high = (int(x) for x in position_ids.aminmax())

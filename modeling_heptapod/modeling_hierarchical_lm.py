@@ -216,7 +216,7 @@ class HierarchicalLMPreTrainedModel(FullAutoMapMixin, OwnCacheMixin, PreTrainedM
         super().__init__(config, *args, **kwargs)
 
     def _cache_layers(self, cache):
-        """As that of all families: hierarchies within layers, then what compressors and the head look back at."""
+        """See `OwnCacheMixin._cache_layers`: hierarchies within layers, then what compressors and the head look back at."""
         config, hierarchies, layer, last = self.config, range(self.config.num_hierarchies), [], {}
         for h, kind in zip(hierarchies, config.cache_layer_types):
             width, window = config.hidden_sizes[h], None

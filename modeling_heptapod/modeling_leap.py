@@ -385,7 +385,7 @@ class LeapPreTrainedModel(FullAutoMapMixin, OwnCacheMixin, PreTrainedModel):
         super().__init__(config, *args, **kwargs)
 
     def _cache_layers(self, cache):
-        """As that of all families."""
+        """See `OwnCacheMixin._cache_layers`."""
         config = self.config
         parts = 1 if config.query_gate == "none" else 2
         shape = config.num_attention_heads, parts, config.head_dim

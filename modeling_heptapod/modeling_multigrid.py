@@ -140,7 +140,7 @@ class MultiGridPreTrainedModel(FullAutoMapMixin, OwnCacheMixin, PreTrainedModel)
         self._is_stateful = config.core != "transformer"  # a recurrent state cannot be rolled back
 
     def _cache_layers(self, cache):
-        """As that of all families: each stream's own past, then, with axes, what streams read of each other."""
+        """See `OwnCacheMixin._cache_layers`: each stream's own past, then, with axes, what streams read of each other."""
         config, layers = self.config, []
         axes, head_dim = config.num_axes, config.head_dim
         own = config.num_attention_heads + axes * config.meta_num_attention_heads
@@ -558,7 +558,7 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
 
     def _check_meta_targets(self, meta_targets):
         if meta_targets.device.type != "cpu" or is_tracing(meta_targets):
-            return  # a look would stop the device
+            return  # reading a value would synchronize the device
         sizes = torch.tensor(self.config.axis_vocab_sizes).unsqueeze(-1)
         wrong = (meta_targets >= sizes) | ((meta_targets < 0) & (meta_targets != IGNORED))
         if wrong.any():

@@ -55,8 +55,8 @@ class OwnCacheMixin:
         if not any(base.__name__ in names for base in type(cache).__mro__):
             raise TypeError(
                 f"`{CACHE}` must be a {' or '.join(names)}, got {type(cache).__name__}: build it with "
-                f"`{names[0]}(model.config)`, or leave it out and pass `use_cache=True`. Prefix tuning, which makes keys and "
-                "values to put before a text, does not work with this model; prompt tuning does."
+                f"`{names[0]}(model.config)`, or leave it out and pass `use_cache=True`. Prefix tuning, which makes a "
+                "cache of keys and values, does not work with this model."
             )
         if self.training and self.base_model.gradient_checkpointing:
             raise ValueError(
@@ -86,12 +86,6 @@ class OwnCacheMixin:
         """A cache of our own in place of the stock one; none in training with gradient checkpointing, where layers get none."""
         if model_kwargs.get(CACHE) is None and self.training and self.base_model.gradient_checkpointing:
             generation_config.use_cache = model_kwargs["use_cache"] = False
-        mask = model_kwargs.get("attention_mask")
-        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] and not mask[:, -1].all():
-            raise ValueError(
-                "`attention_mask` must end with 1 in every row, since `generate` reads what follows a prompt off its last place: "
-                'pad prompts on the left (`tokenizer.padding_side = "left"`).'
-            )
         given, kind = model_kwargs.get(CACHE), generation_config.cache_implementation
         if given is not None:
             self.check_cache(given)
@@ -104,6 +98,12 @@ class OwnCacheMixin:
             raise ValueError(
                 f"`cache_implementation` must be {' or '.join(map(repr, self._cache_classes))} for "
                 f"{type(self).__name__}, got {kind!r}."
+            )
+        mask = model_kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] and not mask[:, -1].all():
+            raise ValueError(
+                "`attention_mask` must end with 1 in every row, since `generate` reads what follows a prompt off its last place: "
+                'pad prompts on the left (`tokenizer.padding_side = "left"`).'
             )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, max_length)
         if given is None and model_kwargs.get(CACHE) is not None:

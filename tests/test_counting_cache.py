@@ -107,6 +107,31 @@ def test_rows_are_repeated_and_chosen(name, change, rows):
     torch.testing.assert_close(continue_from(model, cache, inputs, rows), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            lambda cache: cache.batch_repeat_interleave(-1),
+            ValueError,
+            "`repeats` must be an integer of at least 0, got -1",
+        ),
+        (lambda cache: cache.batch_repeat_interleave(1.5), ValueError, "`repeats`.*got 1.5"),
+        (lambda cache: cache.batch_select_indices(torch.tensor([0, 2])), ValueError, r"`indices`.*below 2.*\[0, 2\]"),
+        (lambda cache: cache.batch_select_indices([-3]), ValueError, r"`indices`.*below 2.*\[-3\]"),
+        (lambda cache: cache.batch_select_indices(torch.tensor(1)), ValueError, "`indices` must be a vector"),
+        (lambda cache: cache.batch_select_indices([True, False, True]), ValueError, r"mask must be \[2\], got \[3\]"),
+        (lambda cache: cache.batch_select_indices([0.5]), TypeError, "`indices` must be integers or a mask.*float32"),
+    ],
+)
+@torch.no_grad()
+def test_rows_that_are_not_there_are_named(change, error, message):
+    model, cache, inputs = case(("leap", "default"))
+    model(**part(inputs, [0, 1], 0, PROMPT), past_key_values=cache)
+    with pytest.raises(error, match=message):
+        change(cache)
+    assert cache.num_rows() == 2
+
+
 @pytest.mark.parametrize("name", CASES, ids="-".join)
 def test_rows_of_an_empty_cache(name):
     _, cache, _ = case(name)

@@ -768,6 +768,24 @@ def test_the_generation_config_is_looked_for_where_the_model_is(tmp_path):
     assert model.generation_config.num_iterations == 3
 
 
+def test_options_of_loading_reach_the_generation_config(tmp_path, monkeypatch):
+    tiny_heptapod().save_pretrained(tmp_path)
+    how = {"revision": "v1", "token": "hf_none", "cache_dir": tmp_path / "cache", "local_files_only": True}
+    given = {}
+    load = classmethod(lambda cls, name, **kwargs: given.update(kwargs) or cls())
+    monkeypatch.setattr(HeptapodGenerationConfig, "from_pretrained", load)
+    HeptapodForMaskedLM.from_pretrained(tmp_path, **how)
+    assert how.items() <= given.items()
+
+
+def test_old_options_in_a_model_config_are_none_of_generation():
+    config = tiny_heptapod().config
+    config.top_k, config.do_sample = 5, True  # as config.json files of older versions hold them
+    empty = HeptapodGenerationConfig().to_diff_dict()
+    assert HeptapodGenerationConfig.from_model_config(config).to_diff_dict() == empty
+    assert HeptapodForMaskedLM(config).generation_config.to_diff_dict() == empty
+
+
 def test_a_config_of_another_class_counts_by_its_values():
     model, pages = stub(), prompts()
     stock = GenerationConfig(do_sample=True, temperature=0.7)
