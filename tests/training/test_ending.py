@@ -89,7 +89,7 @@ def test_time_runs_out_with_all_that_is_not_a_step(tmp_path, monkeypatch):
     clock[0] += 1000  # before training begins
     options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 7, "max_steps": 9}
     run = tiny_runs.trainer("leap", tmp_path, [Slow(), ending], **options)
-    run.describe_run = lambda: {"seconds": ending.seconds_used}
+    run.describe_run = lambda: {"settings": {}, "length": 9, "processes": 1, "seconds": ending.seconds_used}
     run.train()
     assert (run.state.global_step, ending.by_clock, ending.signal) == (4, True, None)
     assert steps_of(tmp_path) == [4]
