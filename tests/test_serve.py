@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers.utils import is_serve_available
 
 from modeling_heptapod import serve
 from tests.saved_models import save_tiny
@@ -58,6 +59,8 @@ def test_completions_with_axes_are_annotated(tmp_path):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """Where a server listens, and the folder of its models."""
+    if not is_serve_available():
+        pytest.skip("the extra `serve` is not installed")
     folder = tmp_path_factory.mktemp("served")
     for name in FAMILIES:
         save(name, folder)

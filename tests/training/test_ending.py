@@ -36,7 +36,7 @@ def steps_of(folder):
     return sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 @pytest.mark.parametrize("strategy", ["steps", "no"])
 def test_a_signal_ends_the_step_and_saves_it(number, strategy, tmp_path):
     ending = Ending()
