@@ -651,6 +651,9 @@ def test_bad_input_is_named():
     fits = {"processor": FakeProcessor(Letters(names[0], sizes[0])), "meta_source": {names[0]: "annotated"}}
     refused(ValueError, "text from its beginning", input_ids=None, inputs_embeds=embeds, **fits)
     refused(ValueError, "Assisted decoding", prompt_lookup_num_tokens=2)
+    for core in ("leap", "lstm"):  # whose state cannot be taken back
+        with pytest.raises(ValueError, match="stateful"):
+            tiny_multigrid(core=core).generate(random_ids(1, 6), prompt_lookup_num_tokens=2, max_new_tokens=3)
     refused(ValueError, "`guidance_scale` must be 1 with meta axes, got 1.5", guidance_scale=1.5)
     config = GenerationConfig(guidance_scale=1.5, max_new_tokens=4)
     refused(ValueError, "`guidance_scale` must be 1", generation_config=config, num_beams=2)

@@ -738,9 +738,17 @@ def test_bad_input_gives_an_error_that_names_it(head, case):
         tiny_leap(head)(**inputs)
 
 
+def test_hidden_states_are_what_layers_give_to_each_other():
+    model, given = tiny_leap().model, []
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    states = model(IDS, output_hidden_states=True).hidden_states
+    assert len(states) == len(given) + 1 and all(map(torch.equal, states, given))
+
+
 def test_bidirectional_models_have_no_cache():
     model = tiny_leap("LeapForMaskedLM")
-    with pytest.raises(ValueError, match=f"{CACHE}"):
+    with pytest.raises(ValueError, match=f"`{CACHE}` was given, but a bidirectional model has no past"):
         model.model(IDS, past_key_values=RecurrentCache(model.config))
     assert model.model(IDS, use_cache=True).past_key_values is None
 

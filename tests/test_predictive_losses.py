@@ -184,6 +184,12 @@ def test_options(options):
     check(config_of("widths", **options))
 
 
+def test_inner_layers_of_the_dynamics_are_as_wide_as_said():
+    config = config_of("widths", next_latent_loss_weight=1.0, dynamics_num_layers=3, dynamics_hidden_size=11)
+    inner = [m for name, m in PredictiveLosses(config).named_modules() if name.endswith(("layers.0", "layers.1"))]
+    assert len(inner) == 2 * len(config.hierarchies) and all(layer.out_features == 11 for layer in inner)
+
+
 def test_only_what_is_switched_on_is_computed_and_built():
     off = dict.fromkeys(ALL, 0.0)
     assert not PredictiveLosses.wanted(config_of("widths", **off))
@@ -251,6 +257,15 @@ def test_the_quantizer_is_frozen_and_saved():
     assert torch.equal(quantizer(5 * batch.embeddings.float() + 3, 2, 1), codes)  # what a normalised input means
     many = quantizer(torch.randn(1, 2001, config.hidden_size), 2, 1)
     assert all(many[0, :, book].unique().numel() == 7 for book in range(3))  # no code is idle
+
+
+def test_codes_do_not_depend_on_the_precision_of_training():
+    config = config_of("strides", quantized_prophet_loss_weight=1.0)
+    quantizer = PredictiveLosses(config).quantized_prophet["2"].quantizer
+    vectors = torch.randn(1, 2001, config.hidden_size)
+    codes = quantizer(vectors, 2, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantizer(vectors, 2, 1), codes)
 
 
 def test_no_gradient_from_targets():

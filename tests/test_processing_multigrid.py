@@ -331,6 +331,20 @@ def test_characters_of_other_tokenizers():
         assert rows == processor(text)["meta_ids"][0]
 
 
+def test_a_token_of_a_character_and_a_part_of_the_next():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {
+        sign: place for place, sign in enumerate([*alphabet, "a\u00c3"])
+    }  # the first byte of an e with an accent
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("a", "\u00c3")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    processor = MultiGridProcessor(PreTrainedTokenizerFast(tokenizer_object=tokenizer), AXES)
+    ids = processor("(aéb")["input_ids"][0]
+    assert len(ids) == 4
+    assert written(processor, ids)[1] == ["(", "a", "é", "b"]
+
+
 def test_bytes_that_make_no_character(by_bytes):
     """A model may write anything: what can be read is read as the tokenizer decodes it."""
     ids = [ord("("), 0xA9, 0xC3, ord("["), 0xC3, EOS, 0xA9, 0xE2, 0x82, ord("x")]
