@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import evaluate
 import numpy as np
@@ -154,6 +155,17 @@ def test_the_bound_of_pages_and_its_error(folders):
     assert few.sum() == pytest.approx(many.sum(), abs=4 * error)
     # Whatever is drawn, it costs about as much as cells that nothing is known of: the weights are random.
     assert many.sum() > 0.5 * pages.numel() * math.log(260)
+
+
+def test_errors_of_pages_add_up_in_squares():
+    class Known:
+        device = "cpu"
+
+        def elbo(self, pages, **_):
+            return SimpleNamespace(nats=pages.flatten(), standard_error=pages.flatten())
+
+    nats, error = evaluate.diffusion_bound(Known(), torch.tensor([[[3.0]], [[4.0]], [[12.0]]]), 2, num_samples=2)
+    assert nats.tolist() == [3, 4, 12] and error == pytest.approx(13)
 
 
 def test_errors_of_pages_are_in_bits_per_byte(folders, measured, text):
