@@ -107,9 +107,22 @@ class OldCacheNameMixin:
     From 5.24 on peft, up to 0.21, finds no cache by the new name, and puts virtual tokens before every token of a text.
     """
 
-    def prepare_inputs_for_generation(self, *args, inputs_embeds: torch.FloatTensor | None = None, **kwargs):
-        """As the stock method, in whose signature `generate` looks for `inputs_embeds`."""
-        inputs = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
+    @with_cache_argument
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        past_key_values=None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ):
+        """As the stock method, in whose signature `generate` looks for what it may hand over."""
+        given = {CACHE: past_key_values, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length, is_first_iteration=is_first_iteration, **given, **kwargs
+        )
         if "cache" in inputs:
             inputs["past_key_values"] = inputs.pop("cache")
         return inputs

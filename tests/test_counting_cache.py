@@ -132,6 +132,17 @@ def test_rows_that_are_not_there_are_named(change, error, message):
     assert cache.num_rows() == 2
 
 
+@pytest.mark.parametrize("name", [("leap", "default"), ("hierarchical_lm", "plain")], ids="-".join)
+def test_a_forward_that_was_wrapped_generates(name):
+    """As one that is timed, logged or compiled: `generate` cannot read its signature."""
+    model, _, inputs = case(name)
+    how = {**part(inputs, [0, 1], 0, PROMPT), "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    how["attention_mask"] = torch.ones_like(how["input_ids"])
+    expected, forward = model.generate(**how), model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    assert torch.equal(model.generate(**how), expected)
+
+
 @pytest.mark.parametrize("name", CASES, ids="-".join)
 def test_rows_of_an_empty_cache(name):
     _, cache, _ = case(name)
