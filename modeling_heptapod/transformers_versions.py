@@ -89,6 +89,14 @@ class CacheVersionsMixin:
         """
         return [False] * len(self.layers)
 
+    def reset(self) -> None:
+        """Stock layers that grow keep keys of zeros in early versions of the window, and append new ones to them."""
+        for layer in self.layers:
+            if getattr(layer, "is_initialized", False) and not layer.is_compileable:
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+        super().reset()
+
     # Stock caches have the next two from 5.21 on, the same.
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
         """A conv state of a layer, `None` before the first is written."""

@@ -107,6 +107,15 @@ class TestGeneration:
         more = model.generate(**inputs, **{**long, "max_new_tokens": 8}, **{argument: first[CACHE]})
         assert torch.equal(more.sequences, expected)
 
+    @pytest.mark.parametrize("name", CAUSAL)
+    def test_a_cache_that_was_reset_is_as_new(self, name):
+        model = make(name)
+        inputs = inputs_of(model)
+        out = model(**inputs, use_cache=True)
+        out[CACHE].reset()
+        again = model(**inputs, **{CACHE: out[CACHE]})
+        torch.testing.assert_close(again.logits, out.logits)
+
     def test_static_caches(self):
         model = make("leap")
         inputs = inputs_of(model)
