@@ -36,8 +36,8 @@ def _check(name, value):
         for key, entry in value.items():
             _check(f"{name}[{key!r}]", entry)
     elif isinstance(value, (list, tuple)):
-        for entry in value:
-            _check(name, entry)
+        for index, entry in enumerate(value):
+            _check(f"{name}[{index}]", entry)
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"`{name}` must be finite, got {value}.")
     elif isinstance(value, int) and abs(value) > LARGEST:

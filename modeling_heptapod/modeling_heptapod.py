@@ -368,7 +368,7 @@ def _check_clean(input_ids, labels, mask_token_id):
 
 
 def _may_be_looked_at(ids):
-    """On the CPU; elsewhere it would stop the device."""
+    """On the CPU; elsewhere reading values would synchronize the device."""
     return ids.device.type == "cpu" and not is_tracing(ids)
 
 
@@ -633,7 +633,7 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
             labels = labels.masked_fill(~attention_mask.bool(), IGNORED)
         _check_range("labels", labels.masked_fill(labels == IGNORED, 0), self.config.vocab_size)
         mask_token_id = self.config.mask_token_id
-        # Elsewhere than on a CPU a look stops the device: once, since what makes wrong batches makes them all the time.
+        # Off the CPU reading values synchronizes the device: once, since what makes wrong batches makes them all the time.
         if _may_be_looked_at(labels) or not (self._has_looked_at_labels or is_tracing(labels)):
             _check_clean(input_ids, labels, mask_token_id)
             self._has_looked_at_labels = True

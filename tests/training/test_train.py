@@ -380,6 +380,16 @@ def test_tokens_of_a_run_are_those_of_all_its_batches(tmp_path, monkeypatch):
     assert results["tokens_per_second"] * (results["train_seconds"] + 0.05) > 2 * 512
 
 
+def test_a_batch_that_is_never_full_is_not_dropped_without_a_word(tmp_path, monkeypatch):
+    folder = prepare(tmp_path)
+    more = ("--dataloader_drop_last", "true", "--per_device_train_batch_size", "900")
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(folder, *more)])
+    with pytest.raises(
+        ValueError, match=r"--dataloader_drop_last leaves nothing to train on: .* fewer than the 900 of"
+    ):
+        train.main()
+
+
 def test_the_speed_is_that_of_the_steps_after_the_first(monkeypatch):
     ticks, clock = iter([0, 5, 10, 11, 20, 23]), itertools.count(time.time()).__next__
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: next(ticks), time=clock))
