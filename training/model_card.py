@@ -11,14 +11,13 @@ from options import need
 
 need("eval", "jinja2")  # of which the card is made
 
-import json
 import re
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from loading import check_folder, read_json
 from provenance import weights_digest
-from redaction import Parser, redact
+from redaction import Parser, redact_all
 
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "hub_cards" / "template.md"
@@ -38,7 +37,7 @@ def write_card(folder: Path, path: Path | None = None, repo_id: str | None = Non
     check_folder(folder)
     config = read_json(folder / "config.json")
     try:
-        results = json.loads(redact(json.dumps(read_json(folder / "results.json"))))
+        results = redact_all(read_json(folder / "results.json"))
     except FileNotFoundError as error:
         raise ValueError(f"{folder} has no results.json, which train.py writes and a card is filled from") from error
     if results.get("weights_sha256") != weights_digest(folder):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from redaction import redact, redact_command
+from redaction import redact_all, redact_command
 from safetensors import safe_open
 
 
@@ -48,7 +48,7 @@ def write_figures(path: Path, figures: dict) -> None:
     names = [name for name, value in _leaves("", figures) if isinstance(value, float) and not math.isfinite(value)]
     if names:
         raise ValueError(f"{path} was not written: {', '.join(names)} of this model would be NaN or infinite")
-    path.write_text(redact(json.dumps(figures, indent=2, allow_nan=False)) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(redact_all(figures), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _leaves(name, value):

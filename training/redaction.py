@@ -13,9 +13,10 @@ from transformers import HfArgumentParser
 
 HIDDEN = "<hidden>"
 SECRET_NAME = re.compile(r"(^|[_-])(token|key|secret|password)$", re.IGNORECASE)  # not --tokenizer, not --train_tokens
-HUB_TOKEN = re.compile(r"\bhf_(?:oauth_)?[A-Za-z0-9]{8,}")
-# https://user:password@host, also where it was taken for a path, which has no two slashes
-LOGIN = re.compile(r"(?<=://)[^/\s@]+(?=@)|(?<=:/)[^/\s@:]+:[^/\s@]+(?=@)")
+# hf_..., or a JSON web token, whose parts stand between full stops; that of a sentence is none of it
+HUB_TOKEN = re.compile(r"\bhf_(?:(?:oauth|jwt)_[\w-]{8,}(?:\.[\w-]+)*|[A-Za-z0-9]{8,})")
+# https://user:password@host, also where it was taken for a path, which has no two slashes; C:/name@host is one
+LOGIN = re.compile(r"(?:(?<=://)|(?<=\w\w:/))[^/\s@]+(?=@)")
 QUERY = re.compile(
     r"(?i)(?<=[?&])([\w-]*(?:token|key|secret|password|signature|sig)=)[^&\s\"']+"
 )  # https://host/?token=...
@@ -27,6 +28,20 @@ def redact(text: str) -> str:
     for value in _secrets_of_environment():
         text = text.replace(value, HIDDEN)
     return QUERY.sub(rf"\1{HIDDEN}", LOGIN.sub(HIDDEN, HUB_TOKEN.sub(HIDDEN, text)))
+
+
+def redact_all(value):
+    """The same for all texts in what JSON can hold, of which numbers and quotes stay as they are."""
+    if isinstance(value, dict):
+        return {redact_all(name): redact_all(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redact_all(part) for part in value]
+    return redact(value) if isinstance(value, str) else value
+
+
+def redact_message(message: str) -> str:
+    """The same for what argparse says, without the values of secret options in it."""
+    return redact(" ".join(redact_command(message.split(" "))))
 
 
 def _secrets_of_environment():
@@ -73,7 +88,7 @@ class Parser(ArgumentParser):
         return super().parse_args(*args, **kwargs)
 
     def error(self, message):
-        super().error(redact(message))
+        super().error(redact_message(message))
 
 
 class CommandLine(HfArgumentParser):
@@ -99,4 +114,4 @@ class CommandLine(HfArgumentParser):
 
     def error(self, message):
         """Like argparse's, without secrets."""
-        super().error(" ".join(redact_command(message.split(" "))))
+        super().error(redact_message(message))

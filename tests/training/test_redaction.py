@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import train
 from data import dataset_name
+from model_card import write_card
 from provenance import write_figures
 from pushing import NOT_PUSHED
 from redaction import HIDDEN, CommandLine, Parser, redact, redact_command
 
+from tests.saved_models import save_with_results
 from tests.training import kills, tiny_runs
 
 
@@ -42,7 +44,13 @@ HUB_TOKEN = "hf_SECRETSECRET"
             ["--dataset", f"https://h/x?a=b&X-Amz-Signature={HIDDEN}"],
         ),
         (["hf_oauth_SECRETSECRET"], [], [HIDDEN]),
+        (
+            ["no hf_oauth_eyJhbGciOiJF.eyJz-dWI_.c2ln-_, no hf_jwt_eyJhbGciOiJF.eyJz."],
+            [],
+            [f"no {HIDDEN}, no {HIDDEN}."],
+        ),
         ([f"no file /tmp/https:/me:{TOKEN}@host/x"], [], [f"no file /tmp/https:/{HIDDEN}@host/x"]),
+        ([f"https:/{TOKEN}@host/x", "C:/me@home"], [], [f"https:/{HIDDEN}@host/x", "C:/me@home"]),
         (["--tokenizer", "byte", "--train_tokens", "5"], [], ["--tokenizer", "byte", "--train_tokens", "5"]),
     ],
 )
@@ -89,28 +97,45 @@ def test_no_error_of_any_script_shows_a_secret(monkeypatch, capsys):
     """Scripts read their options by one of the two parsers, after which tracebacks are redacted."""
     for script in sorted(SCRIPTS.glob("*.py")):
         source = script.read_text(encoding="utf-8")
-        if "def main(" in source and script.name != "demo_app.py":
+        if "def main(" in source:
             assert "= Parser(" in source or "CommandLine((" in source, script
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     parser = Parser()
     parser.add_argument("--seed", type=int)
     with pytest.raises(SystemExit):
         parser.parse_args(["--seed", ADDRESS])
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--token", TOKEN, f"--api_key={TOKEN}"])
     parser.parse_args([])
     sys.excepthook(ValueError, ValueError(f"--dataset {ADDRESS} does not exist"), None)
     shown = capsys.readouterr().err
     assert "argument --seed" in shown and "does not exist" in shown and TOKEN not in shown
+    assert f"unrecognized arguments: --token {HIDDEN} --api_key={HIDDEN}" in shown
     assert dataset_name(ADDRESS) == f"https://{HIDDEN}@host/x?token={HIDDEN}"
 
 
-def test_figures_are_written_without_secrets_and_without_nan(tmp_path):
+def test_figures_are_written_without_secrets_and_without_nan(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
-    write_figures(path, {"command": f"--x {HUB_TOKEN}", "bits": 1.5})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"command": f"--x {HIDDEN}", "bits": 1.5}
+    monkeypatch.setenv("API_KEY", "123456")
+    words = [f'--x {{"url": "https://h/x?token={TOKEN}"}}', "123456"]
+    write_figures(path, {"command": f"--x {HUB_TOKEN}", "bits": 1.5, "words": words, HUB_TOKEN: {"count": 1234567}})
+    hidden = [f'--x {{"url": "https://h/x?token={HIDDEN}"}}', HIDDEN]
+    expected = {"command": f"--x {HIDDEN}", "bits": 1.5, "words": hidden, HIDDEN: {"count": 1234567}}
+    assert json.loads(path.read_text(encoding="utf-8")) == expected
     for wrong in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"other.json was not written: losses.text.bits, list.1 of this model"):
             write_figures(tmp_path / "other.json", {"losses": {"text": {"bits": wrong}}, "list": [1.0, wrong]})
     assert not (tmp_path / "other.json").exists()
+
+
+def test_a_card_shows_no_token_of_its_figures(tmp_path):
+    """Of a version that wrote them into results.json, or of a hand that did."""
+    save_with_results("leap", tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    (tmp_path / "results.json").write_text(json.dumps({**results, "command": f"python train.py '\"{HUB_TOKEN}\"'"}))
+    write_card(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"python train.py '\"{HIDDEN}\"'" in card and HUB_TOKEN not in card
 
 
 def test_what_is_saved_holds_no_token(tmp_path, monkeypatch):
