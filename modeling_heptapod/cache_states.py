@@ -79,7 +79,7 @@ def check_states(
             shape = states.shapes[name]
             if name[0] == "conv_states" and getattr(layer, "record_past", False):
                 shape = (*shape[:-1], None)  # it keeps more, to roll back
-            rows = state.shape[0] if rows is None else rows
+            rows = state.shape[0] if rows is None and state.dim() else rows
             fault = _fault(state, shape, rows, dtypes and dtypes[states.precise], device)
             if fault is not None:
                 raise _misfit(f"layer {idx} has {_names([name])} {fault}")

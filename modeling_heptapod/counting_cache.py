@@ -46,6 +46,14 @@ class CountingCacheMixin(CacheVersionsMixin):
         super().reset()
         self.next_positions, self.packed = None, False
 
+    def drop_states(self) -> None:
+        """Let go of states, of which the `reset` of stock layers keeps the memory, and so the number of rows."""
+        for layer in self.layers:
+            for name in ("conv_states", "recurrent_states"):
+                states, written = getattr(layer, name, {}), getattr(layer, f"is_{name}_initialized", {})
+                states.update(dict.fromkeys(states))
+                written.update(dict.fromkeys(written, False))
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens.
 
@@ -92,7 +100,7 @@ class CountingCacheMixin(CacheVersionsMixin):
             self.reorder_cache(torch.arange(rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices`, numbers or a mask, in this order.
+        """Keep the rows `indices` in this order: numbers, those below 0 from the end, or a mask.
 
         Raises:
             TypeError, ValueError: for what are no numbers of rows, or a mask of another length.
@@ -100,7 +108,7 @@ class CountingCacheMixin(CacheVersionsMixin):
         indices, rows = torch.as_tensor(indices), self.num_rows()
         if rows is None:
             return
-        if indices.numel() == 0:
+        if indices.numel() == 0 and indices.dtype != torch.bool:
             indices = indices.long()  # an empty list makes floats
         if indices.dtype == torch.bool:
             if list(indices.shape) != [rows]:
@@ -112,7 +120,7 @@ class CountingCacheMixin(CacheVersionsMixin):
             raise ValueError(
                 f"`indices` must be a vector of numbers below {rows}, the rows held, got {indices.tolist()}."
             )
-        self.reorder_cache(indices)
+        self.reorder_cache(indices.long() % rows)
 
 
 __all__ = ["CountingCacheMixin"]

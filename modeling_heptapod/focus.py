@@ -25,7 +25,6 @@ from functools import wraps
 
 import torch
 from torch import nn
-from transformers.utils.import_utils import is_tracing
 
 from .focus_cpu import NativeMixing, applies
 from .focus_kinds import QUERY_GATES, WEIGHT_FUNCTIONS
@@ -394,6 +393,9 @@ class _FocusMixing(torch.autograd.Function):
     @_in_full_precision
     def forward(ctx, qfkv, settings, decay, cos, sin, padding_mask, segments, state_logs, state_values):
         past = None if state_logs is None else (state_logs, state_values)
+        if past is not None and ctx.needs_input_grad[0]:
+            # A cache may hold it, and be written over before the backward pass reads it.
+            past = tuple(x.clone() for x in past)
         rotary = None if cos is None else (cos, sin)
         ctx.native = None
         ctx.save_for_backward(qfkv)
@@ -472,7 +474,8 @@ def focus_mixing(
         decay (`torch.Tensor` of shape `[heads]`, *optional*): subtracted from log weights per token of distance.
         rotary (`tuple` of cos and sin `[1 or batch, seq, head_dim]`, *optional*): positions of queries and keys.
         padding_mask (`torch.Tensor` of shape `[batch, seq]`, *optional*): zero or `False` at pads, which weigh nothing
-            and are taken for zeros, whatever they hold. They do take places in windows and steps of decay where they stand: models lay rows out before.
+            and are taken for zeros, whatever they hold. They do take places in windows and steps of decay where they stand:
+            models lay rows out before.
         segment_ids (`torch.LongTensor` of shape `[batch, seq]`, *optional*): packed rows; each run of equal ids is a
             sequence of its own.
         state (`FocusState`, *optional*): what came before (causal only). No gradient flows into it.
@@ -480,7 +483,7 @@ def focus_mixing(
     Returns:
         The output `[batch, seq, heads, head_dim]` in the dtype of `qfkv`, and the `FocusState` after the last token
         (`None` when bidirectional, and where `torch.export` leaves sizes open or `torch.func` is at work: then time is
-            quadratic, too).
+        quadratic, too).
 
     Raises:
         TypeError, ValueError: for inputs of another dtype or shape, or a state in a bidirectional step.
@@ -562,7 +565,7 @@ def focus_mean(
 
     Returns:
         Means of shape `[batch, seq, heads, channels]` in the dtype of `values`, and the `FocusState` after the last
-        token (`None` when bidirectional).
+        token (`None` where `focus_mixing` has none).
 
     Raises:
         TypeError, ValueError: for inputs of another dtype or shape, or a state in a bidirectional step.
@@ -657,9 +660,9 @@ def _check_tensor(name, tensor, like, shape, floating=None):
 def _means_by_matrix(logs, values, window, decay, null_weight, causal, segment_ids):
     """What `naive_focus_mean` computes, as one product, quadratic in length."""
     settings = FocusSettings(scale=1.0, window=window, null_weight=null_weight, causal=causal)
-    return (attention_matrix(logs.transpose(1, 2), settings, decay, segment_ids) @ values.transpose(1, 2)).transpose(
-        1, 2
-    )
+    place, runs = torch.arange(logs.shape[1], device=logs.device), _runs(segment_ids)
+    weights = _weight_matrix(logs.transpose(1, 2), settings, decay, place, place, runs, runs)
+    return (weights @ values.transpose(1, 2)).transpose(1, 2)
 
 
 def attention_matrix(
@@ -672,25 +675,29 @@ def attention_matrix(
     """The weights `P` of the module's docstring as a matrix: quadratic in length, for looking at.
 
     Args:
-        log_weights (`torch.Tensor` of shape `[batch, heads, seq]`): `-inf` at pads.
+        log_weights (`torch.Tensor` of shape `[batch, heads, seq]`): `-inf` at pads, which take no place in windows and no
+            step of decay.
         settings, decay, segment_ids: as in `focus_mixing`.
         positions (`torch.LongTensor` of shape `[rows]`, *optional*): the rows to make; all when not given.
 
     Returns:
         `torch.Tensor` of shape `[batch, heads, rows, seq]`: row `i` holds the weights with which position `i` sees.
     """
-    place = torch.arange(log_weights.shape[-1], device=log_weights.device)
-    real = log_weights[:, :1] != -math.inf  # [batch, 1, seq]
-    if is_tracing(log_weights) or is_transformed() or not real.all():
-        place = real.long().cumsum(-1)  # a pad takes no place
-    here = place if positions is None else place[..., positions]
+    place = (log_weights[:, :1] != -math.inf).long().cumsum(-1)  # [batch, 1, seq]
+    runs = _runs(segment_ids)
+    rows = slice(None) if positions is None else positions
+    here, own_runs = place[..., rows], None if runs is None else runs[:, rows]
+    return _weight_matrix(log_weights, settings, decay, here, place, own_runs, runs)
+
+
+def _weight_matrix(log_weights, settings, decay, here, place, own_runs, runs):
+    """With the places and runs of the rows (`here`, `own_runs`) and of all positions."""
     distance = here.unsqueeze(-1) - place.unsqueeze(-2)
     allowed = distance >= 0 if settings.causal else torch.ones_like(distance, dtype=torch.bool)
     if settings.window is not None:
         allowed = allowed & (distance.abs() < settings.window)
-    if segment_ids is not None:
-        runs = _runs(segment_ids)
-        allowed = allowed & same_segment(runs if positions is None else runs[:, positions], runs)
+    if runs is not None:
+        allowed = allowed & same_segment(own_runs, runs)
     logits = log_weights.unsqueeze(-2)
     if decay is not None:
         logits = logits - decay.view(-1, 1, 1) * distance.abs()

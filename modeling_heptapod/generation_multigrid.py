@@ -304,7 +304,9 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         input_ids: torch.LongTensor,
         next_sequence_length: int | None = None,
         past_key_values=None,
+        attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        meta_ids: torch.LongTensor | None = None,
         is_first_iteration: bool | None = False,
         meta_tracks: _MetaTracks | None = None,
         meta_sources: _Sources | None = None,
@@ -316,10 +318,13 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
             input_ids,
             next_sequence_length=next_sequence_length,
             **{CACHE: past_key_values},
+            attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        if meta_ids is not None:
+            inputs["meta_ids"] = meta_ids
         if meta_tracks is not None:
             if not is_first_iteration:
                 meta_tracks.follow(input_ids)

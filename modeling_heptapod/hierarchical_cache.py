@@ -157,15 +157,9 @@ class HierarchicalCache(CountingCacheMixin, DynamicCache):
             self.row_lengths = [self.row_lengths[row] for row in rows]
 
     def reset(self) -> None:
-        """Forget everything."""
-        for layer in self.layers:
-            for states in (layer.conv_states, layer.recurrent_states):
-                for place in states:
-                    states[place] = None
-            for flags in (layer.is_conv_states_initialized, layer.is_recurrent_states_initialized):
-                for place in flags:
-                    flags[place] = False
+        """Empty the cache, as before its first token: of another batch, too."""
         super().reset()
+        self.drop_states()
         self.seen_tokens, self.row_lengths, self._room = 0, None, {}
 
 

@@ -30,7 +30,7 @@ class MultiGridCache(RecurrentCache):
         self.past_mask = None
 
     def reset(self) -> None:
-        """Forget everything, keep the memory."""
+        """Empty the cache, as before its first token: of another batch, too."""
         super().reset()
         self.past_mask = None
 

@@ -6,7 +6,7 @@ from transformers.utils import logging
 
 from .cache_states import LayerStates, check_states
 from .model_inputs import is_transformed
-from .transformers_versions import CACHE
+from .transformers_versions import CACHE, checkpoints_layers
 
 
 logger = logging.get_logger(__name__)
@@ -31,7 +31,7 @@ class OwnCacheMixin:
             return False  # of `torch.func`, whose tensors are not to be kept
         if not self.training:
             return self.config.use_cache if use_cache is None else bool(use_cache)
-        if use_cache and self.base_model.gradient_checkpointing:
+        if use_cache and checkpoints_layers(self.base_model):
             logger.warning_once(
                 "`use_cache=True` is ignored in training with gradient checkpointing, where layers get no cache."
             )
@@ -58,7 +58,7 @@ class OwnCacheMixin:
                 f"`{names[0]}(model.config)`, or leave it out and pass `use_cache=True`. Prefix tuning, which makes a "
                 "cache of keys and values, does not work with this model."
             )
-        if self.training and self.base_model.gradient_checkpointing:
+        if checkpoints_layers(self.base_model):
             raise ValueError(
                 f"`{CACHE}` cannot be used in training with gradient checkpointing, where layers get none: call `eval()` or "
                 "`gradient_checkpointing_disable()` before."
@@ -84,7 +84,11 @@ class OwnCacheMixin:
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_length):
         """A cache of our own in place of the stock one; none in training with gradient checkpointing, where layers get none."""
-        if model_kwargs.get(CACHE) is None and self.training and self.base_model.gradient_checkpointing:
+        if model_kwargs.get(CACHE) is None and checkpoints_layers(self.base_model):
+            logger.warning_once(
+                "`generate` does without a cache in training with gradient checkpointing, where layers get none: each token "
+                "reads the whole text anew. Call `eval()` before."
+            )
             generation_config.use_cache = model_kwargs["use_cache"] = False
         given, kind = model_kwargs.get(CACHE), generation_config.cache_implementation
         if given is not None:
@@ -103,7 +107,8 @@ class OwnCacheMixin:
         if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] and not mask[:, -1].all():
             raise ValueError(
                 "`attention_mask` must end with 1 in every row, since `generate` reads what follows a prompt off its last place: "
-                'pad prompts on the left (`tokenizer.padding_side = "left"`).'
+                'pad prompts on the left (`tokenizer.padding_side = "left"`). Where no mask is given, every `pad_token_id` counts '
+                "as a pad."
             )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, max_length)
         if given is None and model_kwargs.get(CACHE) is not None:

@@ -49,8 +49,9 @@ class RecurrentCache(_RecurrentCacheMixin, DynamicCache):
         self.seen_tokens += tokens
 
     def reset(self) -> None:
-        """Forget everything, keep the memory."""
+        """Empty the cache, as before its first token: of another batch, too."""
         super().reset()
+        self.drop_states()
         self.seen_tokens = 0
 
 
@@ -84,7 +85,7 @@ class StaticRecurrentCache(_RecurrentCacheMixin, StaticCache):
             torch._dynamo.mark_static_address(self.next_positions)
 
     def reset(self) -> None:
-        """Forget everything, keep the memory."""
+        """Forget everything, keep the memory that compiled steps know."""
         super().reset()
         self.seen_tokens.zero_()
 

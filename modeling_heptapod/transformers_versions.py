@@ -79,6 +79,11 @@ def with_cache_field(output_class):
     return output_class
 
 
+def checkpoints_layers(model) -> bool:
+    """Whether a forward pass of a base model checkpoints its layers, which get no cache then: from 5.24 on only where gradients are."""
+    return model.training and model.gradient_checkpointing and (CACHE != "cache" or torch.is_grad_enabled())
+
+
 class CacheVersionsMixin:
     """Before a cache class that counts the tokens it has seen: what differs in stock caches."""
 
@@ -90,7 +95,7 @@ class CacheVersionsMixin:
         return [False] * len(self.layers)
 
     def reset(self) -> None:
-        """Stock layers that grow keep keys of zeros in early versions of the window, and append new ones to them."""
+        """In 5.17, no longer in 5.20, stock layers that grow keep keys of zeros, and append new ones to them."""
         for layer in self.layers:
             if getattr(layer, "is_initialized", False) and not layer.is_compileable:
                 layer.keys = layer.values = None
@@ -174,6 +179,7 @@ __all__ = [
     "CacheVersionsMixin",
     "OldCacheNameMixin",
     "check_version",
+    "checkpoints_layers",
     "slice_logits_to_keep",
     "with_cache_argument",
     "with_cache_field",

@@ -90,9 +90,10 @@ def continue_from(model, cache, inputs, rows):
         (lambda cache: cache.batch_select_indices(torch.tensor([1, 0, 1])), [1, 0, 1]),
         (lambda cache: cache.batch_select_indices(torch.tensor([False, True])), [1]),
         (lambda cache: cache.batch_select_indices([1, 1]), [1, 1]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([-1, 0], dtype=torch.int16)), [1, 0]),
         (lambda cache: cache.reorder_cache(torch.tensor([1, 0])), [1, 0]),
     ],
-    ids=["repeat", "select", "mask", "list", "reorder"],
+    ids=["repeat", "select", "mask", "list", "from the end", "reorder"],
 )
 @pytest.mark.parametrize("name", CASES, ids="-".join)
 @torch.no_grad()
@@ -120,6 +121,7 @@ def test_rows_are_repeated_and_chosen(name, change, rows):
         (lambda cache: cache.batch_select_indices([-3]), ValueError, r"`indices`.*below 2.*\[-3\]"),
         (lambda cache: cache.batch_select_indices(torch.tensor(1)), ValueError, "`indices` must be a vector"),
         (lambda cache: cache.batch_select_indices([True, False, True]), ValueError, r"mask must be \[2\], got \[3\]"),
+        (lambda cache: cache.batch_select_indices(torch.zeros(0, dtype=torch.bool)), ValueError, r"\[2\], got \[0\]"),
         (lambda cache: cache.batch_select_indices([0.5]), TypeError, "`indices` must be integers or a mask.*float32"),
     ],
 )
@@ -132,7 +134,11 @@ def test_rows_that_are_not_there_are_named(change, error, message):
     assert cache.num_rows() == 2
 
 
-@pytest.mark.parametrize("name", [("leap", "default"), ("hierarchical_lm", "plain")], ids="-".join)
+@pytest.mark.parametrize(
+    "name",
+    [("leap", "default"), ("hierarchical_lm", "plain"), ("multigrid", "plain"), ("multigrid", "axes")],
+    ids="-".join,
+)
 def test_a_forward_that_was_wrapped_generates(name):
     """As one that is timed, logged or compiled: `generate` cannot read its signature."""
     model, _, inputs = case(name)
@@ -141,6 +147,26 @@ def test_a_forward_that_was_wrapped_generates(name):
     expected, forward = model.generate(**how), model.forward
     model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
     assert torch.equal(model.generate(**how), expected)
+
+
+@torch.no_grad()
+def test_a_state_of_no_dimensions_is_named():
+    model, cache, inputs = case(("leap", "default"))
+    model(**part(inputs, [0, 1], 0, PROMPT), past_key_values=cache)
+    change_states(cache, lambda state: torch.tensor(0.0), only=0)
+    with pytest.raises(ValueError, match=r"is not of this model: layer 0 has .* of shape \[\], expected \[rows"):
+        continue_from(model, cache, inputs, [0, 1])
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name[1] != "static"], ids="-".join)
+@torch.no_grad()
+def test_a_reset_is_for_another_batch_too(name):
+    model, cache, inputs = case(name)
+    model(**part(inputs, [0, 1], 0, PROMPT), past_key_values=cache)
+    cache.reset()
+    assert cache.num_rows() is None
+    again = model(**part(inputs, [0], 0, LENGTH), past_key_values=cache)
+    torch.testing.assert_close(again.logits, model(**part(inputs, [0], 0, LENGTH), use_cache=False).logits)
 
 
 @pytest.mark.parametrize("name", CASES, ids="-".join)
@@ -427,17 +453,53 @@ def test_caches_in_training(name):
     (logits.square().sum() + out.logits.square().sum()).backward()
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", [*TRAINED, ("leap", "static"), ("multigrid", "lstm-plain")], ids=str)
+def test_gradients_of_a_pass_that_continues_a_cache(name, rows):
+    """Against differences of losses: the pass writes its own states over those that it began with."""
+    model, cache, inputs = case(name)
+    inputs["attention_mask"].fill_(1)
+    few = slice(rows)
+    with torch.no_grad():
+        model(**part(inputs, few, 0, PROMPT), past_key_values=cache)
+    more = part(inputs, few, PROMPT, LENGTH)
+    weights = list(model.parameters())
+
+    def loss():
+        return model(**more, past_key_values=copy.deepcopy(cache)).logits.double().log_softmax(-1)[..., 0].sum()
+
+    loss().backward()
+    gradients = [torch.zeros_like(x) if x.grad is None else x.grad.clone() for x in weights]
+    length = sum(x.double().square().sum() for x in gradients).sqrt()
+    found = []
+    for step in (1e-2, -1e-2):
+        with torch.no_grad():
+            for weight, gradient in zip(weights, gradients):
+                weight += step * gradient / length
+            found.append(loss())
+            for weight, gradient in zip(weights, gradients):
+                weight -= step * gradient / length
+    torch.testing.assert_close((found[0] - found[1]) / 2e-2, length, rtol=0.02, atol=0)
+
+
 @pytest.mark.parametrize("name", TRAINED, ids=str)
 def test_no_cache_is_lost_on_gradient_checkpointing(name):
-    """In training its layers get no cache: `generate` does without one, and a given one is refused, not counted on."""
+    """In training its layers get no cache: `generate` does without one, and a given one is refused, not counted on.
+
+    From Transformers 5.24 on they get one where there are no gradients, as in `generate`.
+    """
     model, cache, inputs = case(name)
     greedy = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": model.config.vocab_size}
     expected = model.generate(**inputs, **greedy)
     model.train().gradient_checkpointing_enable()
     assert torch.equal(model.generate(**inputs, **greedy), expected)
     assert model(**inputs, use_cache=True).get(CACHE) is None
-    for call in (model, lambda **kwargs: model.generate(**kwargs, **greedy)):
-        with pytest.raises(ValueError, match=f"`{CACHE}` cannot be used in training with gradient checkpointing"):
-            call(**inputs, **{CACHE: cache})
+    refused = pytest.raises(ValueError, match=f"`{CACHE}` cannot be used in training with gradient checkpointing")
+    with refused:
+        model(**inputs, **{CACHE: cache})
+    with torch.no_grad() if CACHE == "cache" else refused:
+        model(**inputs, **{CACHE: copy.deepcopy(cache)})
+        more = model.generate(**inputs, **greedy, **{CACHE: copy.deepcopy(cache)})
+        assert torch.equal(more, expected) and model(**inputs, use_cache=True)[CACHE].get_seq_length() == LENGTH
     model.eval()
     assert model(**inputs, **{CACHE: cache})[CACHE].get_seq_length() == LENGTH

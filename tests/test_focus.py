@@ -250,6 +250,20 @@ def test_the_dense_formula_is_the_loop(window, causal):
     torch.testing.assert_close(dense_mixing(qfkv, settings, **kwargs), naive_focus_mixing(qfkv, settings, **kwargs))
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("option", ["padding", "decay", "all"])
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_matrix_of_torch_func_is_the_loop(window, option, causal):
+    """Where pads take places in windows and steps of decay, too."""
+    qfkv, kwargs = make_inputs(2, 30, **OPTIONS[option])
+    settings = settings_for(window, causal, **OPTIONS[option])
+    weight = torch.randn(2, 30, HEADS, DIM, dtype=torch.float64)
+    expected, _, expected_grad = with_gradient(lambda x: naive_focus_mixing(x, settings, **kwargs), qfkv, weight)
+    out, gradient = torch.func.vjp(lambda x: focus_mixing(x, settings, **kwargs)[0], qfkv)
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradient(weight)[0], expected_grad, rtol=1e-9, atol=1e-9)
+
+
 def mean_kwargs(kwargs):
     """The loop has no argument for pads: they are log weights of `-inf`."""
     return {name: value for name, value in kwargs.items() if name != "padding_mask"}

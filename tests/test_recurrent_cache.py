@@ -205,7 +205,8 @@ def test_reset(cache_class):
         assert cache.get_seq_length() == 0 and not cache.has_previous_state(0)
         logits, _ = decode(model, ids, [3, 4, 5], cache)
         torch.testing.assert_close(logits, model(ids).logits, rtol=1e-4, atol=1e-4)
-        assert [state.data_ptr() for state in states(cache)] == addresses
+        if cache_class is StaticRecurrentCache:  # compiled steps know where it is
+            assert [state.data_ptr() for state in states(cache)] == addresses
 
 
 @pytest.mark.parametrize("cache_class", [RecurrentCache, StaticRecurrentCache])

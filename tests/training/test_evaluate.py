@@ -263,9 +263,10 @@ def test_what_is_no_model_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "option, value", [("batch_size", -2), ("batch_size", 0), ("window", 0), ("window", 1), ("stride", 0)]
 )
-def test_numbers_that_score_nothing_are_named(option, value, folders):
+def test_numbers_that_score_nothing_are_named(option, value):
+    """Before a model is looked for."""
     with pytest.raises(ValueError, match=f"--{option} must be at least ., got {value}"):
-        evaluate.evaluate(folders / "leap", ["text"], CORPUS, **{option: value})
+        evaluate.evaluate(Path("nowhere"), ["text"], CORPUS, **{option: value})
 
 
 def test_a_grid_has_no_window(folders):
