@@ -183,9 +183,17 @@ def find_checkpoint(resume_from: str, output_dir: str, num_processes: int = 1) -
 def check_begins_alone(output_dir: str, checkpoint: str | None, num_processes: int = 1) -> None:
     """A run writes into a folder without checkpoints of another one; what was cut off or is damaged counts for none.
 
+    Nor are there files or links where it would write its own.
+
     Raises:
         ValueError: naming `--output_dir`.
     """
+    for path in checkpoints_in(output_dir):
+        if path.is_symlink() or not path.is_dir():
+            raise ValueError(
+                f"--output_dir {output_dir}: {path.name} is a file or a link, where a checkpoint may have to be written: remove it, "
+                "or give another folder"
+            )
     if checkpoint is not None and Path(checkpoint).resolve().parent == Path(output_dir).resolve():
         return
     for folder in checkpoints_in(output_dir):
@@ -198,9 +206,23 @@ def check_begins_alone(output_dir: str, checkpoint: str | None, num_processes: i
         logger.warning(f"--output_dir: {folder} is no whole checkpoint and counts for none: {damage}")
 
 
+_locked = set()  # descriptors of folders
+
+
+def _let_go():
+    while _locked:
+        os.close(_locked.pop())
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_let_go)  # workers of a data loader outlive a run that was killed
+
+
 @contextmanager
 def alone_in(output_dir: str) -> Iterator[None]:
     """While in the block, no other run can begin in this folder. The lock ends with its process, also where that is killed.
+
+    Processes that are forked from it do not hold it.
 
     Raises:
         ValueError: naming `--output_dir` where there is one.
@@ -208,10 +230,12 @@ def alone_in(output_dir: str) -> Iterator[None]:
     folder = os.open(output_dir, os.O_RDONLY) if fcntl is not None else None
     try:
         if folder is not None:
+            _locked.add(folder)
             _lock(folder, output_dir)
         yield
     finally:
-        if folder is not None:
+        if folder in _locked:
+            _locked.remove(folder)
             os.close(folder)
 
 

@@ -137,7 +137,8 @@ def check_dataset_config(dataset: str, config: str | None) -> None:
 
 def dataset_name(dataset: str) -> str:
     """What figures call a corpus: of a path its last part alone, of an address no secrets."""
-    return os.path.basename(os.path.normpath(dataset)) if os.path.exists(dataset) else redact(dataset)
+    path = os.path.expanduser(dataset)
+    return os.path.basename(os.path.normpath(path)) if os.path.exists(path) else redact(dataset)
 
 
 def load_texts(

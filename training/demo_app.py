@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
+from inspect import signature
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
@@ -258,8 +259,11 @@ def look(loaded: Loaded, prompt: str, head: int = 0, position: int = 0) -> str:
     outputs = model(ids, output_attentions=True, use_cache=False)
     layers = []
     for number, (layer, attentions) in enumerate(zip(model.model.layers, outputs.attentions)):
-        # One row: all of them would be quadratic in length.
-        matrix = layer.mixer.attention_matrix(attentions, positions=torch.tensor([here]))[0, ..., 0, :]
+        if "positions" in signature(layer.mixer.attention_matrix).parameters:
+            # One row: all of them would be quadratic in length.
+            matrix = layer.mixer.attention_matrix(attentions, positions=torch.tensor([here]))[0, ..., 0, :]
+        else:  # code of an earlier version, which came with the folder
+            matrix = layer.mixer.attention_matrix(attentions)[0, ..., here, :]
         matrix = matrix.abs().view(heads, -1, length).mean(1)  # of the additive mixer's two poolings the mean
         weights = matrix.mean(0) if head == 0 else matrix[head - 1]
         window = layer.mixer.settings.window

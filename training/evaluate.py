@@ -23,7 +23,7 @@ from data import annotate, dataset_name, encode, load_texts
 from diffusion_bound import MASK_SAMPLES, diffusion_bound
 from huggingface_hub import snapshot_download
 from loading import add_model_arguments, may_run_code, read_json
-from options import check_can_write, check_number, real, whole
+from options import check_can_write_file, check_number, real, whole
 from provenance import provenance, weights_digest, write_figures
 from redaction import Parser
 from tqdm.auto import tqdm
@@ -303,7 +303,7 @@ def main():
     trust = may_run_code(args.model, args.trust_remote_code, revision=args.revision)
     folder = Path(args.model if is_folder else snapshot_download(args.model, revision=args.revision))
     output = Path(args.output or (folder / "evaluation.json" if is_folder else "evaluation.json"))
-    check_can_write("--output: its folder", output.parent)
+    check_can_write_file("--output", output)
     texts = load_texts(
         args.dataset, args.dataset_config, args.text_column, args.validation_percent, args.max_validation_bytes
     )

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -56,9 +55,14 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        raise ValueError(f"{path} holds no weights, or is damaged: {error}") from error
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of anything may be read what is no pickle
+        raise ValueError(f"{path} holds no weights, or is damaged: {error!r}") from error
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in weights.items()
+    ):
+        raise ValueError(f"{path} holds no weights: it must hold tensors by their names, as of `model.state_dict()`")
+    return weights
 
 
 def check_family(name: str, families: Collection[str] = (), but: Collection[str] = ()) -> None:
@@ -136,7 +140,7 @@ def may_run_code(name: str, trust_remote_code: bool = False, **options) -> bool:
     """
     check_name(name)
     if Path(name).is_dir():
-        elsewhere = _code_from_elsewhere(Path(name)) + _model_from_elsewhere(Path(name))
+        elsewhere = from_elsewhere(Path(name))
         if elsewhere and not trust_remote_code:
             raise ValueError(
                 f"{name} has its code from {', '.join(elsewhere)}, which would run on this machine: "
@@ -152,6 +156,11 @@ def may_run_code(name: str, trust_remote_code: bool = False, **options) -> bool:
     if "auto_map" in config and not trust_remote_code:
         raise ValueError(f"{name} brings its own code, which would run on this machine: --trust_remote_code allows it")
     return trust_remote_code
+
+
+def from_elsewhere(folder: Path) -> list[str]:
+    """What a folder takes its code from, or an adapter in it its model, which may bring code as well."""
+    return _code_from_elsewhere(folder) + _model_from_elsewhere(folder)
 
 
 def _code_from_elsewhere(folder):

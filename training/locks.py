@@ -1,4 +1,4 @@
-"""Locks that end with the process that holds them."""
+"""Locks that end when the file is closed, and so with the process that opened it and those that were forked from it."""
 
 try:
     import fcntl
@@ -7,7 +7,7 @@ except ImportError:  # not on Windows, where an open file cannot be removed anyw
 
 
 def lock(file) -> None:
-    """Until it is closed, or its process ends; nothing on Windows.
+    """Until it is closed here and in all processes that were forked meanwhile, or they end; nothing on Windows.
 
     Args:
         file: an open file, or the descriptor of one or of a folder.

@@ -75,6 +75,21 @@ def check_can_write(name: str, folder: str | os.PathLike) -> None:
         raise ValueError(f"{name} {folder} must be a folder that can be written to: {error}") from error
 
 
+def check_can_write_file(name: str, path: str | os.PathLike) -> None:
+    """The same for a file, which may be there already.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    path = Path(path)
+    check_can_write(f"{name}: its folder", path.parent)
+    try:
+        if path.exists():
+            path.open("ab").close()
+    except OSError as error:
+        raise ValueError(f"{name} {path} must be a file that can be written: {error}") from error
+
+
 def whole(least: int | None = None, most: int | None = None) -> Callable[[str], int]:
     """The `type` of an argparse option that is a whole number in these bounds."""
     return _number(int, "a whole number", least=least, most=most)

@@ -18,7 +18,7 @@ from pathlib import Path
 from data import load_texts
 from evaluate import evaluate
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from loading import check_folder, may_run_code, read_json, references_of
+from loading import check_folder, from_elsewhere, may_run_code, read_json, references_of
 from model_card import read_evaluation, write_card
 from provenance import write_figures
 from redaction import Parser, redact
@@ -136,6 +136,11 @@ def main():
     if args.folder.is_dir():
         check_links(args.folder)  # before any of it is read
     check_folder(args.folder)
+    elsewhere = from_elsewhere(args.folder)
+    if elsewhere:
+        raise ValueError(
+            f"{args.folder} has its code from {', '.join(elsewhere)}, and only what brings its own is published, as train.py saves it"
+        )
     evaluate_if_needed(args.folder)
     write_card(args.folder, repo_id=args.repo_id)
     files = published_files(args.folder)

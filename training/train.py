@@ -34,7 +34,7 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate.utils import broadcast_object_list
-from checkpoints import alone_in, check_begins_alone, check_same_run, damage_of, find_checkpoint, read_run
+from checkpoints import alone_in, check_begins_alone, check_same_run, damage_of, find_checkpoint, read_run, step_of
 from data import DataArguments, check_data_arguments, dataset_name, load_texts
 from ending import Ending
 from huggingface_hub import upload_folder
@@ -42,6 +42,7 @@ from model_card import write_card
 from objectives import json_of, objective_for
 from provenance import provenance, weights_digest, write_figures
 from pushing import NOT_PUSHED
+from reading import Reading
 from redaction import CommandLine
 from sharding import ShardingTrainer
 from streaming import StreamedExamples, stream_texts
@@ -52,6 +53,7 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -165,7 +167,7 @@ def read_config(config_name: str, **options) -> PreTrainedConfig:
         ) from error
 
 
-def check_resumable(checkpoint: str, config: PreTrainedConfig) -> None:
+def check_resumable(checkpoint: str, config: PreTrainedConfig, args: TrainingArguments) -> None:
     """A checkpoint goes on as the model that it was, or not at all.
 
     Raises:
@@ -175,6 +177,8 @@ def check_resumable(checkpoint: str, config: PreTrainedConfig) -> None:
     ours = json.loads(config.to_json_string())
     for each in (saved, ours):
         each["dtype"] = each.get("dtype") or "float32"
+    if args.deepspeed_plugin is not None and (args.bf16 or args.fp16):
+        saved["dtype"] = ours["dtype"]  # DeepSpeed casts the weights, and saves what it cast them to
     differ = {
         name: (saved.get(name), ours.get(name))
         for name in (saved.keys() | ours.keys()) - OF_SAVING
@@ -251,21 +255,36 @@ def choose_checkpoint(args: TrainingArguments) -> str | None:
     return broadcast_object_list(found)[0]
 
 
+def state_of(checkpoint: str) -> dict:
+    """What `Trainer` saved of its state."""
+    return json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
+
+
 def patience_spent(checkpoint: str) -> int:
     """How many evaluations before a checkpoint were no better than the best; 0 for a run that did not count them."""
-    saved = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))["stateful_callbacks"]
+    saved = state_of(checkpoint)["stateful_callbacks"]
     return saved.get("EarlyStoppingCallback", {}).get("attributes", {}).get("early_stopping_patience_counter", 0)
 
 
 class BestCheckpoint(TrainerCallback):
-    """A resumed run whose best checkpoint is gone or damaged takes the best of those to come for it."""
+    """A resumed run whose best checkpoint is gone or damaged takes the best of those to come for it.
+
+    Args:
+        checkpoint: that is resumed, if any.
+    """
+
+    def __init__(self, checkpoint: str | None):
+        self.checkpoint = checkpoint
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if not args.load_best_model_at_end or state.best_global_step is None:
+        # As it was saved: of a folder that is not there any more `Trainer` remembers nothing. The best step has none where
+        # evaluations come more often than checkpoints.
+        best = self.checkpoint and state_of(self.checkpoint).get("best_model_checkpoint")
+        if not args.load_best_model_at_end or best is None:
             return
-        here = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
+        here = Path(args.output_dir, Path(best).name)
         damages = {}
-        for folder in (state.best_model_checkpoint or here, here):  # the output may have been moved
+        for folder in (best, here):  # the output may have been moved
             damages[folder] = damage_of(Path(folder), args.world_size)
             if damages[folder] is None:
                 state.best_model_checkpoint = str(folder)
@@ -305,7 +324,7 @@ class Speed(TrainerCallback):
 
     Attributes:
         seconds (`float`): to the end of the first step.
-        steps_per_second (`float`): of those after it, without what evaluating and saving took; `None` where there are none.
+        later_seconds (`float`): that those after it took, without evaluating and saving.
     """
 
     seconds = None
@@ -317,9 +336,8 @@ class Speed(TrainerCallback):
         self.timer.on_step_begin(*args, **kwargs)
 
     @property
-    def steps_per_second(self):
-        later = self.timer.seconds[1:]
-        return len(later) / sum(later) if later else None
+    def later_seconds(self):
+        return sum(self.timer.seconds[1:])
 
     def on_step_end(self, args, state, control, **kwargs):
         self.timer.on_step_end(args, state, control)
@@ -417,6 +435,13 @@ def precision_of(args: TrainingArguments, model: PreTrainedModel) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
+def step_of_weights(args: TrainingArguments, state: TrainerState) -> int:
+    """Which step the weights are of in the end: the last, or that of the best checkpoint, which not every best step has."""
+    if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        return int(step_of(Path(state.best_model_checkpoint)))
+    return state.global_step
+
+
 def set_use_cache(config: PreTrainedConfig, value: bool | None) -> None:
     """What Trainer writes into every config, also of models without a cache, which have no such field: `None`."""
     if value is not None:
@@ -483,30 +508,30 @@ def run_with(model_args: ModelArguments, data_args: DataArguments, training_args
         )
 
     processes = training_args.world_size
-    examples_per_step = training_args.train_batch_size * training_args.gradient_accumulation_steps * processes
-    examples = math.inf if streamed else len(objective.train_dataset)
-    # A step reads no example twice.
-    tokens_per_step = min(examples_per_step, examples) * objective.about["tokens_per_example"]
-    if training_args.dataloader_drop_last and examples < training_args.train_batch_size * processes:
+    batch = training_args.train_batch_size * processes
+    # A stream has no end, and no short steps.
+    examples = batch * training_args.gradient_accumulation_steps if streamed else len(objective.train_dataset)
+    if training_args.dataloader_drop_last and examples < batch:
         raise ValueError(
             f"--dataloader_drop_last leaves nothing to train on: all of --dataset is {examples} examples, fewer than the "
-            f"{training_args.train_batch_size * processes} of a batch in each of {processes} processes"
+            f"{batch} of a batch in each of {processes} processes"
         )
+    reading, tokens_per_example = Reading(examples, training_args), objective.about["tokens_per_example"]
     resumed_at, minutes, seconds_used = None, model_args.train_minutes, 0.0
     run = {
-        "settings": settings_of(objective, texts, data_args, training_args, examples_per_step),
+        "settings": settings_of(objective, texts, data_args, training_args, reading.per_step),
         "length": length_of(model_args, training_args),
         "processes": processes,
         "sharded": bool(training_args.fsdp),
     }
     if checkpoint is not None:
-        check_resumable(checkpoint, config)
+        check_resumable(checkpoint, config, training_args)
         check_same_run(checkpoint, run, training_args.resume_from_checkpoint == "last")
         saved = read_run(Path(checkpoint))
         run["length"] = saved.get("length", run["length"])
         minutes, seconds_used = run["length"].get("--train_minutes"), saved.get("seconds", 0.0)
         # The schedule of the run that is being resumed, not one that is measured anew.
-        state = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
+        state = state_of(checkpoint)
         scheduled, resumed_at = state["max_steps"], state["global_step"]
         if training_args.max_steps not in (-1, scheduled):
             raise ValueError(
@@ -514,14 +539,14 @@ def run_with(model_args: ModelArguments, data_args: DataArguments, training_args
             )
         training_args.max_steps = scheduled
     elif model_args.train_tokens is not None:
-        training_args.max_steps = -(-model_args.train_tokens // tokens_per_step)
+        training_args.max_steps = reading.steps_for(-(-model_args.train_tokens // tokens_per_example))
     elif model_args.train_minutes is not None:
         training_args.max_steps = steps_within(model_args.train_minutes, model, training_args, objective.train_dataset)
 
     use_cache = getattr(model.config, "use_cache", None)
     speed = Speed()
     ending = Ending(minutes and minutes * 60, seconds_used)
-    callbacks = [Samples(objective.sample), speed, ending, BestCheckpoint()]
+    callbacks = [Samples(objective.sample), speed, ending, BestCheckpoint(checkpoint)]
     if model_args.early_stopping_patience is not None:
         stopping = EarlyStoppingCallback(model_args.early_stopping_patience)
         if checkpoint is not None:  # how many evaluations it has been patient for already
@@ -554,6 +579,7 @@ def run_with(model_args: ModelArguments, data_args: DataArguments, training_args
     set_use_cache(model.config, use_cache)
     trainer.save_model()
     set_use_cache(model.config, training_args.use_cache)
+    precision = precision_of(training_args, model)  # of the training: --bf16_full_eval casts the weights
     after = objective.evaluate(trainer)
     set_use_cache(model.config, use_cache)
 
@@ -562,6 +588,10 @@ def run_with(model_args: ModelArguments, data_args: DataArguments, training_args
     if not trainer.is_world_process_zero():
         return
     folder = Path(training_args.output_dir)
+    first, last = (resumed_at or 0) + 1, trainer.state.global_step
+    later_tokens = (
+        (reading.examples_in(last) - reading.examples_in(first)) * tokens_per_example if last > first else None
+    )
     results = {
         "dataset": dataset_name(data_args.dataset),
         "tokenizer": data_args.tokenizer,
@@ -571,17 +601,15 @@ def run_with(model_args: ModelArguments, data_args: DataArguments, training_args
         "held_out_sha256": hashlib.sha256(eval_text).hexdigest(),
         "parameters": parameters,
         "steps": trainer.state.global_step,
-        "weights_of_step": trainer.state.best_global_step
-        if training_args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
-        else trainer.state.global_step,
+        "weights_of_step": step_of_weights(training_args, trainer.state),
         "resumed_at_step": resumed_at,
-        "tokens_per_step": tokens_per_step,
+        "tokens_per_step": min(reading.per_step, reading.per_epoch) * tokens_per_example,
         "processes": processes,
         "wrapper": type(trainer.model_wrapped).__name__,
         "seconds_to_first_step": speed.seconds,
-        "tokens_per_second": speed.steps_per_second and round(speed.steps_per_second * tokens_per_step, 1),
+        "tokens_per_second": later_tokens and round(later_tokens / speed.later_seconds, 1),
         "train_seconds": round(train_result.metrics["train_runtime"], 1),
-        "precision": precision_of(training_args, model),
+        "precision": precision,
         "bits_per_byte_before": bits_before(trainer.state.log_history),
         **after,
         "bits_per_byte_bz2": 8 * len(bz2.compress(eval_text, 9)) / len(eval_text),

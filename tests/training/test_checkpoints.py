@@ -142,21 +142,49 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path, monkeypatch, caplog):
         assert "a second run in it would not be noticed: no locks available" in caplog.text
 
 
-@pytest.mark.parametrize("harm", [None, "weights cut off", "gone"])
+@pytest.mark.skipif(checkpoints.fcntl is None, reason="Windows has no fork")
+def test_a_forked_worker_keeps_no_other_run_out(tmp_path):
+    with alone_in(str(tmp_path)):
+        is_there, says_so = os.pipe()
+        worker = os.fork()
+        if worker == 0:
+            os.write(says_so, b"x")
+            while True:
+                signal.pause()
+        os.read(is_there, 1)
+        with pytest.raises(ValueError, match="another run writes into it"), alone_in(str(tmp_path)):
+            pass
+    try:  # as after the run was killed
+        with alone_in(str(tmp_path)):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+
+
+@pytest.mark.parametrize("harm", [None, "weights cut off", "gone", "never saved"])
 def test_a_best_checkpoint_is_taken_where_it_is_whole(harm, folder, caplog):
-    """Moved with its folder it still is; of what is gone no figure is written."""
+    """Moved with its folder it still is; of what is gone no figure is written. The best step may be one that was not saved."""
     args = train.TrainingArguments(
         str(folder), load_best_model_at_end=True, save_strategy="steps", eval_strategy="steps", use_cpu=True
     )
-    state = TrainerState(best_global_step=2, best_metric=1.5, best_model_checkpoint="elsewhere/checkpoint-2")
+    recorded = None if harm == "never saved" else "elsewhere/checkpoint-2"
+    saved = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text(encoding="utf-8"))
+    saved["best_model_checkpoint"] = recorded
+    (folder / "checkpoint-4" / "trainer_state.json").write_text(json.dumps(saved))
+    # Trainer drops a folder that is not there.
+    state = TrainerState(best_global_step=3, best_metric=1.5, best_model_checkpoint=None)
     if harm == "gone":
         shutil.rmtree(folder / "checkpoint-2")
-    elif harm is not None:
+    elif harm in HARMS:
         HARMS[harm][0](folder / "checkpoint-2")
-    train.BestCheckpoint().on_train_begin(args, state, None)
+    train.BestCheckpoint(None).on_train_begin(args, state, None)
+    train.BestCheckpoint(str(folder / "checkpoint-4")).on_train_begin(args, state, None)
     best = (state.best_global_step, state.best_metric, state.best_model_checkpoint)
     if harm is None:
-        assert best == (2, 1.5, str(folder / "checkpoint-2")) and not caplog.text
+        assert best == (3, 1.5, str(folder / "checkpoint-2")) and not caplog.text
+    elif harm == "never saved":
+        assert best == (3, 1.5, None) and not caplog.text
     else:
         assert best == (None, None, None)
         assert "checkpoint-2, the best so far, is no whole checkpoint" in caplog.text
@@ -166,6 +194,20 @@ def test_what_is_no_folder_is_no_checkpoint(tmp_path):
     (tmp_path / "checkpoint-7").write_text("a file")
     assert damage_of(tmp_path / "checkpoint-7") == "it is no folder"
     assert find_checkpoint("last", str(tmp_path)) is None
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link", "a link to nothing"])
+def test_nothing_is_in_the_way_of_a_checkpoint(kind, folder):
+    """Said at the start, not when the step is saved."""
+    path = folder / "checkpoint-6"
+    if kind == "a file":
+        path.write_text("")
+    else:
+        path.symlink_to(folder / ("checkpoint-4" if kind == "a link" else "nothing"))
+    for checkpoint in (None, str(folder / "checkpoint-2")):
+        with pytest.raises(ValueError, match="--output_dir .*: checkpoint-6 is a file or a link, where a checkpoint"):
+            check_begins_alone(str(folder), checkpoint)
+    assert os.path.lexists(path)
 
 
 def test_what_was_cut_off_is_not_of_another_run(folder, caplog):

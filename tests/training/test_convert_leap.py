@@ -160,8 +160,12 @@ def test_folders_without_what_is_needed(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"--source.*model\.safetensors"):
         load_prototype(tmp_path)
+    others = []
+    for content in ([1, 2], {"model": {"weight": torch.zeros(1)}}, {1: torch.zeros(1)}):
+        torch.save(content, tmp_path / "other")
+        others.append((tmp_path / "other").read_bytes())
     for name in ("pytorch_model.bin", "model.safetensors"):
-        for damage in (b"", b"not weights at all", pickle.dumps(Path("a class"))):
+        for damage in (b"", b"hello", b"not weights at all", pickle.dumps(Path("a class")), *others):
             (tmp_path / name).write_bytes(damage)
-            with pytest.raises(ValueError, match=f"{name} holds no weights, or is damaged"):
+            with pytest.raises(ValueError, match=f"{name} holds no weights"):
                 load_prototype(tmp_path)

@@ -181,6 +181,13 @@ def test_where_leap_looks(loaded, head, position):
         assert [place for place, (here, _) in enumerate(spans) if here] == [(position or len(PROMPT)) - 1]
 
 
+def test_code_of_an_earlier_version_makes_all_rows(leap, monkeypatch):
+    kind, expected = type(leap.model.model.layers[0].mixer), look(leap, PROMPT, 1, 3)
+    of_all = kind.attention_matrix
+    monkeypatch.setattr(kind, "attention_matrix", lambda self, attentions, is_causal=True: of_all(self, attentions))
+    assert look(leap, PROMPT, 1, 3) == expected
+
+
 def test_a_long_text_is_looked_at_in_part():
     """The tokens up to the one that looks, and how much weight lies on those that are not shown."""
     ids = [97] * (TOKENS_SHOWN + 500)

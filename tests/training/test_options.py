@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import train
 from loading import check_family, check_folder, may_run_code
-from options import check_can_write, check_number, check_training_arguments, need, prompt_text
+from options import check_can_write, check_can_write_file, check_number, check_training_arguments, need, prompt_text
 
 from tests.saved_models import save_tiny
 
@@ -228,6 +228,27 @@ def test_output_that_cannot_be_written_is_named_before_any_work(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "below", "/proc/none"):
         with pytest.raises(ValueError, match=f"--output_dir {folder} must be a folder that can be written to"):
             check_can_write("--output_dir", folder)
+
+
+def test_a_file_that_cannot_be_written_is_named_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("before")
+    check_can_write_file("--output", tmp_path / "file")
+    check_can_write_file("--output", tmp_path / "new" / "file")
+    assert (tmp_path / "file").read_text() == "before" and not (tmp_path / "new" / "file").exists()
+    with pytest.raises(ValueError, match=f"--output {tmp_path} must be a file that can be written: "):
+        check_can_write_file("--output", tmp_path)
+    with pytest.raises(ValueError, match=f"--output: its folder {tmp_path / 'file'} must be a folder that can"):
+        check_can_write_file("--output", tmp_path / "file" / "x.json")
+
+
+def test_figures_do_not_go_into_a_folder(tmp_path, monkeypatch):
+    save_tiny("leap", tmp_path)
+    evaluate = importlib.import_module("evaluate")
+    monkeypatch.setattr(evaluate, "load_texts", None)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path), "--output", str(tmp_path)])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(ValueError, match="--output .* must be a file that can be written"):
+        evaluate.main()
 
 
 # Of each script that works first and writes then, what it is given beside the folder of a model.

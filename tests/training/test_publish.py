@@ -428,7 +428,7 @@ def test_the_card_of_a_run_that_was_resumed_or_not_used_to_its_end_says_so(tmp_p
     model_card.write_card(tmp_path)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "17 steps of 99 tokens, resumed at step 9 and from there in 12 s" in card
-    assert "The weights are those of step 11, the best by the held-out text." in card
+    assert "The weights are those of step 11, the best by the held-out text when they were saved." in card
 
 
 def test_weights_are_known_by_their_values(tmp_path):
@@ -474,6 +474,17 @@ def test_what_is_no_file_is_not_published(name, tmp_path):
         with pytest.raises(ValueError, match=f"{name} must be a file, and is a folder, a pipe or a device"):
             publish.published_files(tmp_path)
         os.rmdir(tmp_path / name) if make is os.mkdir else os.unlink(tmp_path / name)
+
+
+def test_code_from_elsewhere_is_not_published(tmp_path, monkeypatch):
+    save_with_results("leap", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    config["auto_map"]["AutoModelForCausalLM"] = "someone/else--modeling.Model"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(sys, "argv", ["publish.py", str(tmp_path), "--repo-id", "me/x", "--dry-run"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(ValueError, match="has its code from someone/else on the Hub, and only what brings its own is"):
+        publish.main()
 
 
 def test_code_of_a_slow_and_of_a_fast_tokenizer_is_needed(tmp_path):

@@ -128,6 +128,16 @@ def test_figures_are_written_without_secrets_and_without_nan(tmp_path, monkeypat
     assert not (tmp_path / "other.json").exists()
 
 
+def test_of_a_path_only_its_last_part_is_named(tmp_path, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "corpus.txt").write_text("")
+    for dataset in ("~/private/corpus.txt", str(tmp_path / "private" / "corpus.txt")):
+        assert dataset_name(dataset) == "corpus.txt"
+    assert dataset_name("~/other/corpus.txt") == "~/other/corpus.txt"
+
+
 def test_a_card_shows_no_token_of_its_figures(tmp_path):
     """Of a version that wrote them into results.json, or of a hand that did."""
     save_with_results("leap", tmp_path)

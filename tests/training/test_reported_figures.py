@@ -36,6 +36,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     PreTrainedTokenizerFast,
+    TrainerState,
 )
 
 from tests.saved_models import PAGE, save_tiny, save_with_results
@@ -240,11 +241,15 @@ def test_the_seconds_to_the_first_step_begin_with_the_process(capsys, monkeypatc
 
 
 def test_no_token_is_counted_twice_in_a_step(tmp_path):
-    """A batch that is larger than the text holds all of it."""
-    train_in(tmp_path, "--per_device_train_batch_size", 4000, "--max_steps", 1, "--save_strategy", "no")
+    """A batch that is larger than the text holds all of it. The weights are cast after the training."""
+    clock = SimpleNamespace(perf_counter=itertools.count(0, 0.25).__next__, time=time.time)
+    more = ("--per_device_train_batch_size", 4000, "--max_steps", 3, "--save_strategy", "no")
+    train_in(tmp_path, *more, "--eval_strategy", "no", "--bf16_full_eval", "true", time=clock)
     results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     examples = (len(ids_of(tmp_path / "out", split(TEXT)[0])) - 1) // (BLOCK - 1)
     assert results["tokens_per_step"] == examples * BLOCK
+    assert results["tokens_per_second"] == pytest.approx(examples * BLOCK / 0.25, abs=0.1)
+    assert results["precision"] == "float32"
 
 
 def test_figures_of_a_run_on_pages(tmp_path):
@@ -294,8 +299,18 @@ def test_the_step_that_the_weights_are_of(climbed):
     )
     assert results["bits_per_byte_before"] is None and "before training" not in printed
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "The weights are those of step 1, the best by the held-out text." in card
+    assert "The weights are those of step 1, the best by the held-out text when they were saved." in card
     assert f"**{of_weights:.3f}**" in card
+
+
+def test_the_step_that_the_weights_are_of_was_saved():
+    """The best evaluation may be of a step that was not."""
+    args, state = SimpleNamespace(load_best_model_at_end=True), TrainerState(global_step=40, best_global_step=30)
+    assert train.step_of_weights(args, state) == 40
+    state.best_model_checkpoint = "out/checkpoint-20"
+    assert train.step_of_weights(args, state) == 20
+    args.load_best_model_at_end = False
+    assert train.step_of_weights(args, state) == 40
 
 
 @pytest.mark.parametrize(

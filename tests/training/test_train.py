@@ -17,8 +17,11 @@ import numpy as np
 import pytest
 import torch
 import train
+from accelerate.data_loader import BatchSamplerShard
 from data import DataArguments, PackedBlocks
 from objectives import objective_for
+from reading import Reading
+from torch.utils.data import BatchSampler
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerState, TrainingArguments
 
 
@@ -162,6 +165,20 @@ def test_a_new_run_does_not_mix_its_checkpoints_with_others(finished, monkeypatc
         train.main()
 
 
+PLAIN = SimpleNamespace(deepspeed_plugin=None, bf16=True, fp16=False)
+
+
+def test_what_deepspeed_casts_is_resumed(tmp_path):
+    """It saves the dtype that it cast the weights to; without a cast the dtype is the model's own."""
+    config = AutoConfig.for_model("leap")
+    (tmp_path / "config.json").write_text(json.dumps({**json.loads(config.to_json_string()), "dtype": "bfloat16"}))
+    for options in ({"bf16": True, "fp16": False}, {"bf16": False, "fp16": True}):
+        train.check_resumable(str(tmp_path), config, SimpleNamespace(deepspeed_plugin=object(), **options))
+    for args in (PLAIN, SimpleNamespace(deepspeed_plugin=object(), bf16=False, fp16=False)):
+        with pytest.raises(ValueError, match="is of another model .*'dtype': .'bfloat16', 'float32'"):
+            train.check_resumable(str(tmp_path), config, args)
+
+
 @pytest.mark.parametrize(
     "change", [{"window_sizes": [None, 8]}, {"model_type": "hierarchical_lm"}, {"dtype": "bfloat16"}]
 )
@@ -169,7 +186,7 @@ def test_a_checkpoint_of_another_model_is_not_resumed(finished, change, tmp_path
     config = {name: value for name, value in CONFIG.items() if name != "window_sizes"} | {"vocab_size": 300} | change
     config = AutoConfig.for_model(**config)
     with pytest.raises(ValueError, match=rf"--resume_from_checkpoint .* is of another model .*{next(iter(change))}"):
-        train.check_resumable(str(finished[0] / "checkpoint-6"), config)
+        train.check_resumable(str(finished[0] / "checkpoint-6"), config, PLAIN)
     with pytest.raises(ValueError, match=r"--config_name must be a folder with a config\.json, .* got .*nowhere"):
         train.read_config(str(tmp_path / "nowhere"))
 
@@ -380,6 +397,30 @@ def test_tokens_of_a_run_are_those_of_all_its_batches(tmp_path, monkeypatch):
     assert results["tokens_per_second"] * (results["train_seconds"] + 0.05) > 2 * 512
 
 
+@pytest.mark.parametrize("accumulated", [1, 2, 3])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("drops", [False, True])
+def test_steps_read_what_accelerate_gives_them(drops, processes, accumulated):
+    """Short last steps of an epoch, and last batches that are filled up with examples that were read already."""
+    batch = 4
+    args = SimpleNamespace(train_batch_size=batch, world_size=processes, dataloader_drop_last=drops)
+    args.gradient_accumulation_steps = accumulated
+    for examples in (*range(1, 40), 100):
+        if drops and examples < batch * processes:
+            continue  # is refused
+        batches = BatchSampler(range(examples), batch, drops)
+        shards = [list(BatchSamplerShard(batches, processes, rank)) for rank in range(processes)]
+        if processes == 1:
+            shards = [list(batches)]
+        sizes = [sum(map(len, row)) for row in zip(*shards, strict=True)]
+        steps = [sum(sizes[i : i + accumulated]) for i in range(0, len(sizes), accumulated)]
+        reading, read = Reading(examples, args), list(itertools.accumulate(steps * 3, initial=0))
+        assert [reading.examples_in(number) for number in range(len(read))] == read
+        for wanted in range(1, read[-1] + 1):
+            number = reading.steps_for(wanted)
+            assert read[number - 1] < wanted <= read[number]
+
+
 def test_a_batch_that_is_never_full_is_not_dropped_without_a_word(tmp_path, monkeypatch):
     folder = prepare(tmp_path)
     more = ("--dataloader_drop_last", "true", "--per_device_train_batch_size", "900")
@@ -397,9 +438,9 @@ def test_the_speed_is_that_of_the_steps_after_the_first(monkeypatch):
     for _ in range(3):
         speed.on_step_begin(None, state, None)
         speed.on_step_end(None, state, None)
-        found.append((speed.seconds, speed.steps_per_second))
+        found.append((speed.seconds, speed.later_seconds))
     first = found[0][0]
-    assert first > 0 and found == [(first, None), (first, 1 / 1), (first, 2 / (1 + 3))]
+    assert first > 0 and found == [(first, 0), (first, 1), (first, 1 + 3)]
 
 
 @pytest.mark.parametrize("metric", [(), ("--metric_for_best_model", "bits_per_byte")], ids=["default", "named"])
