@@ -186,7 +186,12 @@ def test_seeds_pair_the_order_of_text(corpus):
         train, held_out = corpus.blocks(grid, SETTINGS)
         seen[name] = Watched(train)
         experiment.train(config, seen[name], held_out, SETTINGS, seed=3)
-    assert seen["plain"].order == seen["token kind"].order
+    order = seen["plain"].order
+    assert order == seen["token kind"].order
+    seen["plain"].order = []
+    held_out = corpus.blocks(models["plain"][0], SETTINGS)[1]
+    experiment.train(models["plain"][1], seen["plain"], held_out, SETTINGS, seed=4)
+    assert sorted(order) != order != seen["plain"].order
     assert len(set(seen["plain"].order)) == len(seen["plain"].order) == SETTINGS["steps"] * SETTINGS["batch_size"]
 
 

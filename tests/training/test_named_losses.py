@@ -136,6 +136,24 @@ def test_one_loss_alone_is_the_loss(tmp_path):
         assert logged(found)[0]["ce_loss"] == pytest.approx(logged(found)[0]["loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_losses_of_several_devices_are_scaled_as_their_total(alone, tmp_path, monkeypatch):
+    """`Trainer` multiplies the total by the number of devices, which then average their gradients."""
+    off = dict.fromkeys((f"{name}_weight" for name in (*OTHERS, "next_latent_loss")), 0.0)
+    found = trainer(tmp_path, hierarchical_lm(**off if alone else {}), rows(2), max_steps=1)
+    (batch,) = stacked(rows(2), 2)
+    found.current_gradient_accumulation_steps = 1
+    one = found.compute_loss(found.model.train(), dict(batch), num_items_in_batch=torch.tensor(30)).item()
+    shares = {name: value.item() for name, value in found._batch_losses.items()}
+    monkeypatch.setattr(type(found.accelerator), "num_processes", property(lambda self: 2))
+    assert found.compute_loss(found.model, dict(batch), num_items_in_batch=torch.tensor(30)).item() == pytest.approx(
+        2 * one
+    )
+    assert {name: value.item() for name, value in found._batch_losses.items()} == pytest.approx(
+        {name: 2 * share for name, share in shares.items()}
+    )
+
+
 def test_rows_without_labels_are_predicted_after_training(tmp_path):
     found = trainer(tmp_path, hierarchical_lm(), rows(2), max_steps=1)
     found.train()

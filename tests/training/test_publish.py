@@ -20,6 +20,7 @@ from evaluate import evaluate, load_model
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from provenance import weights_digest
+from safetensors.torch import save_file
 
 from tests.hub_server import HubServer, find_errors
 from tests.saved_models import AXES, FAMILIES, results_of, save_tiny, save_with_results
@@ -317,7 +318,10 @@ def test_an_evaluation_of_other_weights_does_not_count(tmp_path, monkeypatch):
         publish.evaluate_if_needed(tmp_path)
 
 
-@pytest.mark.parametrize("family, left_out", [("leap", "auto_map.py"), ("heptapod", "processing_heptapod.py")])
+@pytest.mark.parametrize(
+    "family, left_out",
+    [("leap", "auto_map.py"), ("leap", "native_library.py"), ("heptapod", "processing_heptapod.py")],
+)
 def test_a_folder_without_its_code_is_refused(family, left_out, tmp_path):
     save_with_results(family, tmp_path)
     publish.published_files(tmp_path)
@@ -442,6 +446,11 @@ def test_weights_are_known_by_their_values(tmp_path):
         model.model.norm.weight[0] += 1
     model.save_pretrained(tmp_path, max_shard_size="10KB")
     assert weights_digest(tmp_path) != digest
+    for names in ("ab", "ac", "ba"):  # which weights these are, not their values alone
+        tensors = dict(zip(names, (torch.zeros(2), torch.ones(2))))
+        (tmp_path / names).mkdir()
+        save_file(tensors, tmp_path / names / "model.safetensors")
+    assert len({weights_digest(tmp_path / names) for names in ("ab", "ac", "ba")}) == 3
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "curve.png", "modeling_leap.py", "README.md", "evaluation.json"])
