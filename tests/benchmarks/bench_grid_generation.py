@@ -17,10 +17,10 @@ from pathlib import Path
 
 import harness
 import torch
+from data import build_tokenizer, load_texts
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoProcessor
 
 from modeling_heptapod import HeptapodConfig, HeptapodForMaskedLM, HeptapodProcessor, LeapConfig, LeapForCausalLM
-from training.data import build_tokenizer, load_texts
 
 
 OUTPUTS = Path(__file__).resolve().parents[2] / "outputs"

@@ -17,11 +17,11 @@ import harness
 import matplotlib
 import numpy as np
 import torch
+from data import PackedBlocks, build_tokenizer, encode, load_texts
 from run_all import commit as current_commit
 from training_step import Trainee
 
 from modeling_heptapod import HierarchicalLMConfig, HierarchicalLMForCausalLM
-from training.data import PackedBlocks, build_tokenizer, encode, load_texts
 
 
 matplotlib.use("Agg")

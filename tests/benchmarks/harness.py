@@ -21,14 +21,15 @@ import time
 from pathlib import Path
 
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "training"))  # whose scripts import each other by name
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from convert_hierarchical import convert
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_heptapod import LeapConfig, LeapForCausalLM
 from tests.benchmarks.tables import format_cell
-from training.convert_hierarchical import convert
 
 
 THREADS = 2
