@@ -34,7 +34,7 @@ TEXT_FIELDS = {"max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id":
 class ModelTester:
     """A tiny model of a family, in the sizes by which upstream knows it, with weights large enough for differences to show.
 
-    Subclasses say the `config_class`, its other `fields`, and which of the ids are ordinary tokens.
+    Subclasses say the `config_class` and its other `fields`.
 
     Args:
         overrides: configuration fields that differ from those of the class.
@@ -46,7 +46,6 @@ class ModelTester:
     num_hidden_layers = 2
     num_attention_heads = 4
     vocab_size = 99
-    num_ordinary_tokens = vocab_size  # ids below are what inputs consist of
     is_training = True
 
     def __init__(self, **overrides):
@@ -62,7 +61,7 @@ class ModelTester:
         return self.config_class(**self.config_fields)
 
     def prepare_config_and_inputs_for_common(self):
-        input_ids = common.ids_tensor([self.batch_size, self.seq_length], self.num_ordinary_tokens)
+        input_ids = common.ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
         # Rows of growing length, padded on the right.
         attention_mask = torch.ones_like(input_ids).tril()
         return self.get_config(), {"input_ids": input_ids, "attention_mask": attention_mask}
