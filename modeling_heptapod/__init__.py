@@ -17,12 +17,12 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from . import transformers_versions  # noqa: F401  (first: it refuses untested versions)
-from .auto_map import enter_name
-from .configuration_heptapod import HeptapodConfig
-from .configuration_hierarchical_lm import HierarchicalLMConfig
-from .configuration_leap import LeapConfig
-from .configuration_multigrid import MultiGridConfig
+from .common import transformers_versions  # noqa: F401  (first: it refuses untested versions)
+from .common.auto_map import enter_name
+from .heptapod.configuration_heptapod import HeptapodConfig
+from .hierarchical_lm.configuration_hierarchical_lm import HierarchicalLMConfig
+from .leap.configuration_leap import LeapConfig
+from .multigrid.configuration_multigrid import MultiGridConfig
 
 
 try:
@@ -31,42 +31,42 @@ except PackageNotFoundError:  # run from a folder that was not installed
     __version__ = "unknown"
 
 _MODULE_OF = {
-    "AffixAxis": "meta_axes_text",
-    "ConstantAxis": "meta_axes",
-    "DecisionTreeAxis": "decision_tree_axis",
-    "GoldTagAxis": "meta_axes_text",
-    "HeptapodForMaskedLM": "modeling_heptapod",
-    "HeptapodGenerationConfig": "generation_heptapod",
-    "HeptapodGenerationMixin": "generation_heptapod",
-    "HeptapodModel": "modeling_heptapod",
-    "HeptapodPreTrainedModel": "modeling_heptapod",
-    "HeptapodProcessor": "processing_heptapod",
-    "HierarchicalCache": "hierarchical_cache",
-    "HierarchicalLMForCausalLM": "modeling_hierarchical_lm",
-    "HierarchicalLMModel": "modeling_hierarchical_lm",
-    "HierarchicalLMPreTrainedModel": "modeling_hierarchical_lm",
-    "LeapForCausalLM": "modeling_leap",
-    "LeapForMaskedLM": "modeling_leap",
-    "LeapForSequenceClassification": "modeling_leap",
-    "LeapModel": "modeling_leap",
-    "LeapPreTrainedModel": "modeling_leap",
-    "MetaAxis": "meta_axes",
-    "MultiGridCache": "multigrid_cache",
-    "MultiGridForCausalLM": "modeling_multigrid",
-    "MultiGridGenerationMixin": "generation_multigrid",
-    "MultiGridModel": "modeling_multigrid",
-    "MultiGridPreTrainedModel": "modeling_multigrid",
-    "MultiGridProcessor": "processing_multigrid",
-    "PartOfSpeechAxis": "meta_axes_text",
-    "PythonBracketAxis": "meta_axes_python",
-    "PythonIndentationAxis": "meta_axes_python",
-    "PythonStringAxis": "meta_axes_python",
-    "PythonTokenKindAxis": "meta_axes_python",
-    "RandomAxis": "meta_axes",
-    "RecurrentCache": "recurrent_cache",
-    "StaticRecurrentCache": "recurrent_cache",
-    "find_lookahead": "meta_axes",
-    "make_axis": "shipped_axes",
+    "AffixAxis": "multigrid.meta_axes_text",
+    "ConstantAxis": "multigrid.meta_axes",
+    "DecisionTreeAxis": "multigrid.decision_tree_axis",
+    "GoldTagAxis": "multigrid.meta_axes_text",
+    "HeptapodForMaskedLM": "heptapod.modeling_heptapod",
+    "HeptapodGenerationConfig": "heptapod.generation_heptapod",
+    "HeptapodGenerationMixin": "heptapod.generation_heptapod",
+    "HeptapodModel": "heptapod.modeling_heptapod",
+    "HeptapodPreTrainedModel": "heptapod.modeling_heptapod",
+    "HeptapodProcessor": "heptapod.processing_heptapod",
+    "HierarchicalCache": "hierarchical_lm.hierarchical_cache",
+    "HierarchicalLMForCausalLM": "hierarchical_lm.modeling_hierarchical_lm",
+    "HierarchicalLMModel": "hierarchical_lm.modeling_hierarchical_lm",
+    "HierarchicalLMPreTrainedModel": "hierarchical_lm.modeling_hierarchical_lm",
+    "LeapForCausalLM": "leap.modeling_leap",
+    "LeapForMaskedLM": "leap.modeling_leap",
+    "LeapForSequenceClassification": "leap.modeling_leap",
+    "LeapModel": "leap.modeling_leap",
+    "LeapPreTrainedModel": "leap.modeling_leap",
+    "MetaAxis": "multigrid.meta_axes",
+    "MultiGridCache": "multigrid.multigrid_cache",
+    "MultiGridForCausalLM": "multigrid.modeling_multigrid",
+    "MultiGridGenerationMixin": "multigrid.generation_multigrid",
+    "MultiGridModel": "multigrid.modeling_multigrid",
+    "MultiGridPreTrainedModel": "multigrid.modeling_multigrid",
+    "MultiGridProcessor": "multigrid.processing_multigrid",
+    "PartOfSpeechAxis": "multigrid.meta_axes_text",
+    "PythonBracketAxis": "multigrid.meta_axes_python",
+    "PythonIndentationAxis": "multigrid.meta_axes_python",
+    "PythonStringAxis": "multigrid.meta_axes_python",
+    "PythonTokenKindAxis": "multigrid.meta_axes_python",
+    "RandomAxis": "multigrid.meta_axes",
+    "RecurrentCache": "leap.recurrent_cache",
+    "StaticRecurrentCache": "leap.recurrent_cache",
+    "find_lookahead": "multigrid.meta_axes",
+    "make_axis": "multigrid.shipped_axes",
 }
 _MODELS = (
     (AutoModel, HeptapodConfig, "HeptapodModel"),

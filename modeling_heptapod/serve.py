@@ -9,9 +9,9 @@ from functools import cached_property
 from transformers import AutoProcessor
 from transformers.cli import transformers as command_line
 
-from .modeling_hierarchical_lm import HierarchicalLMForCausalLM
-from .modeling_leap import LeapForCausalLM
-from .modeling_multigrid import MultiGridForCausalLM
+from .hierarchical_lm.modeling_hierarchical_lm import HierarchicalLMForCausalLM
+from .leap.modeling_leap import LeapForCausalLM
+from .multigrid.modeling_multigrid import MultiGridForCausalLM
 
 
 class ServedMultiGridForCausalLM(MultiGridForCausalLM):

@@ -10,9 +10,10 @@ import random
 
 import torch
 
-from modeling_heptapod import LeapConfig, LeapForCausalLM, MultiGridConfig, MultiGridForCausalLM, focus, focus_cpu
-from modeling_heptapod.focus import FocusSettings, FocusState, focus_mixing
-from modeling_heptapod.focus_step import pack_state, packed_shape
+from modeling_heptapod import LeapConfig, LeapForCausalLM, MultiGridConfig, MultiGridForCausalLM
+from modeling_heptapod.leap import focus, focus_cpu
+from modeling_heptapod.leap.focus import FocusSettings, FocusState, focus_mixing
+from modeling_heptapod.leap.focus_step import pack_state, packed_shape
 
 
 HEAD_DIMS = (4, 7, 16)

@@ -9,8 +9,8 @@ from data import build_tokenizer
 from transformers import DynamicCache
 
 from modeling_heptapod import HierarchicalCache, MultiGridCache, RecurrentCache, StaticRecurrentCache
-from modeling_heptapod.cache_states import held_states
-from modeling_heptapod.transformers_versions import CACHE
+from modeling_heptapod.common.cache_states import held_states
+from modeling_heptapod.common.transformers_versions import CACHE
 from tests.tiny_hierarchical_lm import VARIANTS as STREAMS
 from tests.tiny_hierarchical_lm import tiny_hierarchical_lm
 from tests.tiny_leap import VARIANTS as MIXERS

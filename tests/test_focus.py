@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.profiler import profile
 
-from modeling_heptapod import focus, focus_cpu
-from modeling_heptapod.focus import (
+from modeling_heptapod.leap import focus, focus_cpu
+from modeling_heptapod.leap.focus import (
     FocusSettings,
     FocusState,
     attention_matrix,
@@ -22,7 +22,7 @@ from modeling_heptapod.focus import (
     rotate,
     standardize,
 )
-from modeling_heptapod.focus_step import (
+from modeling_heptapod.leap.focus_step import (
     gate_output,
     pack_state,
     prepare_step,

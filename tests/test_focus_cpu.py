@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from modeling_heptapod import focus, focus_cpu
-from modeling_heptapod.configuration_leap import _CHOICES
-from modeling_heptapod.focus import FocusSettings, FocusState, focus_mixing, naive_focus_mixing
-from modeling_heptapod.focus_kinds import QUERY_GATES, WEIGHT_FUNCTIONS, WeightFunction
-from modeling_heptapod.focus_step import pack_state
+from modeling_heptapod.leap import focus, focus_cpu
+from modeling_heptapod.leap.configuration_leap import _CHOICES
+from modeling_heptapod.leap.focus import FocusSettings, FocusState, focus_mixing, naive_focus_mixing
+from modeling_heptapod.leap.focus_kinds import QUERY_GATES, WEIGHT_FUNCTIONS, WeightFunction
+from modeling_heptapod.leap.focus_step import pack_state
 from tests.test_focus import OPTIONS, check_state, relative_rms, settings_for
 from tests.tiny_leap import tiny_leap
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling_heptapod import focus_triton
+from modeling_heptapod.leap import focus_triton
 from tests.test_focus import settings_for
 
 
@@ -29,7 +29,7 @@ def test_tensors_on_cpus_are_left_alone():
 
 
 def test_the_package_needs_no_triton():
-    code = "import sys; sys.modules['triton'] = None; from modeling_heptapod import focus_triton as f; assert f.triton is None"
+    code = "import sys; sys.modules['triton'] = None; from modeling_heptapod.leap import focus_triton as f; assert f.triton is None"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

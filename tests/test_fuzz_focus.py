@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling_heptapod import focus_cpu
+from modeling_heptapod.leap import focus_cpu
 from tests.fuzz_focus import fuzz
 
 

@@ -20,7 +20,7 @@ from transformers.generation import RepetitionPenaltyLogitsProcessor
 from transformers.modeling_outputs import MaskedLMOutput
 
 from modeling_heptapod import HeptapodForMaskedLM
-from modeling_heptapod.generation_heptapod import (
+from modeling_heptapod.heptapod.generation_heptapod import (
     HeptapodGenerateOutput,
     HeptapodGenerationConfig,
     HeptapodGenerationMixin,

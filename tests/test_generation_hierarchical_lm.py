@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from modeling_heptapod import HierarchicalCache
-from modeling_heptapod.transformers_versions import CACHE
+from modeling_heptapod.common.transformers_versions import CACHE
 from tests.tiny_hierarchical_lm import VARIANTS, random_ids, tiny_hierarchical_lm
 
 

@@ -7,7 +7,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_heptapod import RecurrentCache, StaticRecurrentCache
-from modeling_heptapod.transformers_versions import CACHE
+from modeling_heptapod.common.transformers_versions import CACHE
 from tests.tiny_leap import VARIANTS, random_ids, tiny_leap
 
 

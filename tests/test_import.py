@@ -88,12 +88,12 @@ from transformers.utils import auto_docstring
 before = set(sys.modules)
 import modeling_heptapod
 heavy = ["transformers.modeling_utils", "transformers.generation.utils"]
-heavy += ["modeling_heptapod.modeling_leap", "modeling_heptapod.modeling_heptapod"]
-heavy += ["modeling_heptapod.modeling_hierarchical_lm", "modeling_heptapod.modeling_multigrid"]
+heavy += ["modeling_heptapod.leap.modeling_leap", "modeling_heptapod.heptapod.modeling_heptapod"]
+heavy += ["modeling_heptapod.hierarchical_lm.modeling_hierarchical_lm", "modeling_heptapod.multigrid.modeling_multigrid"]
 print([name for name in heavy if name in sys.modules])
 print(len([name for name in set(sys.modules) - before if not name.startswith("modeling_heptapod")]) < 20)
 modeling_heptapod.LeapModel
-print("modeling_heptapod.modeling_heptapod" in sys.modules)
+print("modeling_heptapod.heptapod.modeling_heptapod" in sys.modules)
 modeling_heptapod.HeptapodModel, modeling_heptapod.HierarchicalLMModel, modeling_heptapod.MultiGridModel
 print([name for name in heavy if name not in sys.modules])
 """

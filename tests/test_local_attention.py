@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_heptapod import local_attention as operator
-from modeling_heptapod.local_attention import (
+from modeling_heptapod.heptapod import local_attention as operator
+from modeling_heptapod.heptapod.local_attention import (
     attention_weights,
     grid_rotary,
     local_attention,

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from modeling_heptapod.losses import causal_lm_loss, masked_lm_loss, sequence_classification_loss
+from modeling_heptapod.common.losses import causal_lm_loss, masked_lm_loss, sequence_classification_loss
 from tests.tiny_heptapod import random_page, tiny_heptapod
 from tests.tiny_hierarchical_lm import VARIANTS as HIERARCHICAL
 from tests.tiny_hierarchical_lm import tiny_hierarchical_lm

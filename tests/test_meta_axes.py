@@ -23,7 +23,7 @@ from modeling_heptapod import (
     find_lookahead,
     make_axis,
 )
-from modeling_heptapod.meta_axes import Automaton, visible_lengths
+from modeling_heptapod.multigrid.meta_axes import Automaton, visible_lengths
 from tests.tiny_multigrid import tiny_multigrid
 
 

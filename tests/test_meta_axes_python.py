@@ -17,7 +17,7 @@ from modeling_heptapod import (
     PythonTokenKindAxis,
     find_lookahead,
 )
-from modeling_heptapod.meta_axes_python import BRACKETS, KEYWORDS, KINDS, STRINGS
+from modeling_heptapod.multigrid.meta_axes_python import BRACKETS, KEYWORDS, KINDS, STRINGS
 
 
 STDLIB = Path(sysconfig.get_path("stdlib"))

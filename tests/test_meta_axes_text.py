@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from modeling_heptapod import AffixAxis, GoldTagAxis, PartOfSpeechAxis, find_lookahead
-from modeling_heptapod.meta_axes_text import ENGLISH_AFFIXES, TaggedText, read_conllu, read_nltk_tagged
+from modeling_heptapod.multigrid.meta_axes_text import ENGLISH_AFFIXES, TaggedText, read_conllu, read_nltk_tagged
 
 
 REPOSITORY = Path(__file__).parent.parent
@@ -161,7 +161,7 @@ def test_little_is_lost_without_the_words_to_come(nltk_data):
 
 @pytest.mark.parametrize("tagset, size", [("universal", 13), ("penn", 46)])
 def test_vocabularies_hold_all_tags(nltk_data, tagset, size):
-    from modeling_heptapod.meta_axes_text import PENN_TAGS, _tagger, _universal
+    from modeling_heptapod.multigrid.meta_axes_text import PENN_TAGS, _tagger, _universal
 
     axis = PartOfSpeechAxis(tagset=tagset)
     assert len(axis.vocabulary) == size
@@ -190,7 +190,7 @@ def errors(lines, folder):
 def test_missing_data_are_named_and_how_to_get_them(tmp_path):
     pytest.importorskip("nltk", reason="the extra `axes` is not installed")
     lines = [
-        "import modeling_heptapod.meta_axes_text as axes",
+        "import modeling_heptapod.multigrid.meta_axes_text as axes",
         "axes.PartOfSpeechAxis().annotate('a b')",
         "axes.PartOfSpeechAxis(alignment='word').annotate('a b')",
         "axes.read_nltk_tagged('brown')",
@@ -206,7 +206,7 @@ def test_missing_data_are_named_and_how_to_get_them(tmp_path):
 def test_missing_nltk_is_named(tmp_path):
     """The axis is made without it, so a processor loads; it is needed when the axis is used."""
     lines = [
-        "sys.modules['nltk'] = None; import modeling_heptapod.meta_axes_text as axes",
+        "sys.modules['nltk'] = None; import modeling_heptapod.multigrid.meta_axes_text as axes",
         "axis = axes.PartOfSpeechAxis()",
         "axis.annotate('a b')",
     ]

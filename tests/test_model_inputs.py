@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_heptapod import StaticRecurrentCache, focus_cpu
-from modeling_heptapod.model_inputs import count_positions, of_new_tokens, token_mask
-from modeling_heptapod.transformers_versions import CACHE
+from modeling_heptapod import StaticRecurrentCache
+from modeling_heptapod.common.model_inputs import count_positions, of_new_tokens, token_mask
+from modeling_heptapod.common.transformers_versions import CACHE
+from modeling_heptapod.leap import focus_cpu
 from tests.tiny import a_loop_of_ones_own, random_ids
 from tests.tiny_heptapod import VARIANTS as GRID
 from tests.tiny_heptapod import tiny_heptapod

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding, Trainer, TrainingArguments
 
 from modeling_heptapod import HeptapodForMaskedLM, HeptapodModel, HeptapodProcessor
-from modeling_heptapod import modeling_heptapod as module
-from modeling_heptapod.modeling_heptapod import draw_mask, draw_masks_of_pages, masked_diffusion_loss
+from modeling_heptapod.heptapod import modeling_heptapod as module
+from modeling_heptapod.heptapod.modeling_heptapod import draw_mask, draw_masks_of_pages, masked_diffusion_loss
 from tests.reference.heptapod import HeptapodDescription, heptapod_logits, window
 from tests.tiny_heptapod import MASK, PAD, VARIANTS, random_page, tiny_config, tiny_heptapod
 

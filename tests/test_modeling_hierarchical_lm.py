@@ -6,8 +6,8 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from modeling_heptapod import HierarchicalCache, HierarchicalLMForCausalLM, HierarchicalLMModel
-from modeling_heptapod.stream_merges import ConcatMerge
-from modeling_heptapod.transformers_versions import CACHE
+from modeling_heptapod.common.transformers_versions import CACHE
+from modeling_heptapod.hierarchical_lm.stream_merges import ConcatMerge
 from tests.reference.hierarchical_lm import HierarchicalDescription, hierarchical_logits, hierarchical_streams
 from tests.tiny_hierarchical_lm import VARIANTS, random_ids, tiny_config, tiny_hierarchical_lm
 

@@ -15,7 +15,7 @@ from modeling_heptapod import (
     LeapModel,
     RecurrentCache,
 )
-from modeling_heptapod.transformers_versions import CACHE
+from modeling_heptapod.common.transformers_versions import CACHE
 from tests.reference.leap import LeapDescription, leap_logits
 from tests.tiny_leap import VARIANTS, random_ids, tiny_config, tiny_leap
 

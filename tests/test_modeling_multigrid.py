@@ -6,8 +6,9 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from modeling_heptapod import MultiGridCache, MultiGridForCausalLM, multigrid_blocks
-from modeling_heptapod.multigrid_cores import grouped_linear
+from modeling_heptapod import MultiGridCache, MultiGridForCausalLM
+from modeling_heptapod.multigrid import multigrid_blocks
+from modeling_heptapod.multigrid.multigrid_cores import grouped_linear
 from tests.tiny_multigrid import TWO_AXES, VARIANTS, random_grid, random_ids, tiny_config, tiny_multigrid
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling_heptapod import focus_cpu, native_library
-from modeling_heptapod.focus import FocusSettings, focus_mixing, naive_focus_mixing
-from modeling_heptapod.native_library import BuildError, compile_library, find_compiler, load_library
+from modeling_heptapod.common import native_library
+from modeling_heptapod.common.native_library import BuildError, compile_library, find_compiler, load_library
+from modeling_heptapod.leap import focus_cpu
+from modeling_heptapod.leap.focus import FocusSettings, focus_mixing, naive_focus_mixing
 
 
 SOURCE = "int answer(void) { return 42; }\n"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_heptapod.local_attention import local_attention
+from modeling_heptapod.heptapod.local_attention import local_attention
 
 
 prototype = pytest.importorskip("heptapod.model", reason="the prototype is not installed: pip install .[parity]")

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-import modeling_heptapod.linear_cross_entropy as linear_cross_entropy_file
-from modeling_heptapod.configuration_hierarchical_lm import HierarchicalLMConfig
-from modeling_heptapod.linear_cross_entropy import linear_cross_entropy, naive_linear_cross_entropy
-from modeling_heptapod.predictive_losses import (
+import modeling_heptapod.hierarchical_lm.linear_cross_entropy as linear_cross_entropy_file
+from modeling_heptapod.hierarchical_lm.configuration_hierarchical_lm import HierarchicalLMConfig
+from modeling_heptapod.hierarchical_lm.linear_cross_entropy import linear_cross_entropy, naive_linear_cross_entropy
+from modeling_heptapod.hierarchical_lm.predictive_losses import (
     ChunkSummarizer,
     LinearFromZero,
     PredictiveLosses,

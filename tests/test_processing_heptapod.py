@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from modeling_heptapod import HeptapodProcessor
-from modeling_heptapod.processing_heptapod import open_region
+from modeling_heptapod.heptapod.processing_heptapod import open_region
 from tests.clean_room import run_alone, run_beside
 from tests.tiny_heptapod import tiny_heptapod
 
@@ -162,7 +162,7 @@ def test_what_is_clipped_is_counted(processor):
 
 
 def test_clipping_warns_unless_asked(by_bytes, monkeypatch):
-    from modeling_heptapod import processing_heptapod
+    from modeling_heptapod.heptapod import processing_heptapod
 
     said = []
     monkeypatch.setattr(processing_heptapod.logger, "warning", said.append)
@@ -445,7 +445,7 @@ import sys
 import {first}
 from transformers import AutoProcessor
 import modeling_heptapod
-assert "modeling_heptapod.processing_heptapod" not in sys.modules
+assert "modeling_heptapod.heptapod.processing_heptapod" not in sys.modules
 processor = AutoProcessor.from_pretrained({str(tmp_path)!r})
 assert type(processor) is modeling_heptapod.HeptapodProcessor
 assert processor.decode(processor("ab").input_ids[0]) == "ab"

@@ -446,7 +446,7 @@ import sys
 import {first}
 from transformers import AutoProcessor
 import modeling_heptapod
-assert "modeling_heptapod.processing_multigrid" not in sys.modules
+assert "modeling_heptapod.multigrid.processing_multigrid" not in sys.modules
 processor = AutoProcessor.from_pretrained({str(tmp_path)!r})
 assert type(processor) is modeling_heptapod.MultiGridProcessor
 assert len(processor("ab")["meta_ids"][0]) == {len(AXES)}

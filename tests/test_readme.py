@@ -108,8 +108,11 @@ def installed(tmp_path_factory):
 
 
 def test_the_wheel_is_the_whole_package(installed):
-    modules = {path.name for path in (ROOT / "modeling_heptapod").glob("*.py")}
-    assert {path.name for path in (installed / "modeling_heptapod").glob("*.py")} == modules
+    modules, shipped = (
+        {path.relative_to(folder) for path in (folder / "modeling_heptapod").rglob("*.py")}
+        for folder in (ROOT, installed)
+    )
+    assert shipped == modules
     assert not (installed / "training").exists() and not (installed / "tests").exists()
 
 

@@ -8,8 +8,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
-from modeling_heptapod import RecurrentCache, StaticRecurrentCache, focus_cpu
-from modeling_heptapod.transformers_versions import CACHE
+from modeling_heptapod import RecurrentCache, StaticRecurrentCache
+from modeling_heptapod.common.transformers_versions import CACHE
+from modeling_heptapod.leap import focus_cpu
 from tests.tiny_leap import VARIANTS, random_ids, tiny_config, tiny_leap
 
 

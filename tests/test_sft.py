@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from modeling_heptapod import modeling_hierarchical_lm
+from modeling_heptapod.hierarchical_lm import modeling_hierarchical_lm
 from tests.tiny_hierarchical_lm import VARIANTS as HIERARCHICAL
 from tests.tiny_hierarchical_lm import tiny_hierarchical_lm
 from tests.tiny_leap import tiny_leap

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import modeling_heptapod
-from modeling_heptapod import transformers_versions
-from modeling_heptapod.transformers_versions import CACHE, NEWEST, OLDEST, check_version, slice_logits_to_keep
+from modeling_heptapod.common import transformers_versions
+from modeling_heptapod.common.transformers_versions import CACHE, NEWEST, OLDEST, check_version, slice_logits_to_keep
 from tests.clean_room import run_beside
 from tests.tiny import random_ids
 from tests.tiny_hierarchical_lm import tiny_hierarchical_lm
@@ -34,7 +34,7 @@ def test_other_versions_are_refused_by_name(version):
         check_version(version)
 
 
-@pytest.mark.parametrize("module", ["modeling_heptapod", "modeling_heptapod.modeling_leap"])
+@pytest.mark.parametrize("module", ["modeling_heptapod", "modeling_heptapod.leap.modeling_leap"])
 def test_the_import_refuses_before_anything_else(module):
     code = f"""
 import sys, transformers

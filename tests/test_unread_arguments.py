@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.utils.logging import warning_once
 
-from modeling_heptapod.transformers_versions import CACHE
+from modeling_heptapod.common.transformers_versions import CACHE
 from tests.tiny import random_ids
 from tests.tiny_heptapod import random_page, tiny_heptapod
 from tests.tiny_hierarchical_lm import tiny_hierarchical_lm

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_heptapod.windowed_attention import (
+from modeling_heptapod.hierarchical_lm.windowed_attention import (
     first_key,
     naive_windowed_attention,
     step_attention,

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from modeling_heptapod import DecisionTreeAxis, MetaAxis
-from modeling_heptapod.meta_axes import visible_lengths
+from modeling_heptapod.multigrid.meta_axes import visible_lengths
 
 
 LONGEST = 1000  # characters that a tree may see

@@ -8,8 +8,8 @@ by autograd. bf16 is held against the float64 result rounded to bf16, which noth
 import harness
 import torch
 
-from modeling_heptapod import focus
-from modeling_heptapod.focus import FocusSettings, focus_mean, focus_mixing, naive_focus_mixing
+from modeling_heptapod.leap import focus
+from modeling_heptapod.leap.focus import FocusSettings, focus_mean, focus_mixing, naive_focus_mixing
 
 
 HEADS, HEAD_DIM = 2, 16

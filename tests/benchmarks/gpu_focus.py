@@ -31,9 +31,10 @@ import torch
 import transformers
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from modeling_heptapod import LeapConfig, LeapForCausalLM, focus, focus_triton
-from modeling_heptapod.focus import FocusSettings, focus_mixing, naive_focus_mixing
-from modeling_heptapod.local_attention import local_attention
+from modeling_heptapod import LeapConfig, LeapForCausalLM
+from modeling_heptapod.heptapod.local_attention import local_attention
+from modeling_heptapod.leap import focus, focus_triton
+from modeling_heptapod.leap.focus import FocusSettings, focus_mixing, naive_focus_mixing
 
 
 DEVICE = "cpu" if QUICK else "cuda"

@@ -13,7 +13,7 @@ import harness
 import torch
 from training_step import memory_field
 
-from modeling_heptapod.local_attention import local_attention, naive_local_attention
+from modeling_heptapod.heptapod.local_attention import local_attention, naive_local_attention
 
 
 BATCH, HEADS, HEAD_DIM = 4, 8, 32

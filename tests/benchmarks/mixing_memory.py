@@ -12,7 +12,7 @@ import harness
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_heptapod.focus import FocusSettings, focus_mixing
+from modeling_heptapod.leap.focus import FocusSettings, focus_mixing
 
 
 HEADS, HEAD_DIM = 4, 64

@@ -49,6 +49,13 @@ def test_tables_name_what_has_no_results():
         tables.fill("<!-- bench:speed -->\n<!-- /bench -->", {})
 
 
+def test_every_benchmark_finds_what_it_imports():
+    """As a script, with its own folder first on the path; the slow tests run them."""
+    imports = "; ".join(f"import {name}" for name in run_all.NAMES)
+    run = subprocess.run([sys.executable, "-c", imports], cwd=HERE, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 def test_every_benchmark_is_in_run_all():
     scripts = {path.stem for path in HERE.glob("*.py")} - {
         "harness",

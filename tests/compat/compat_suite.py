@@ -16,7 +16,7 @@ from data import build_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments, pipeline
 
-from modeling_heptapod.transformers_versions import CACHE
+from modeling_heptapod.common.transformers_versions import CACHE
 from tests.compat.models import AUTO, CAUSAL, MODELS, inputs_of, labels_of, make, what_it_says
 
 

@@ -20,7 +20,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
 
-from modeling_heptapod.transformers_versions import OLDEST
+from modeling_heptapod.common.transformers_versions import OLDEST
 
 
 ROOT = Path(__file__).parents[2]

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from modeling_heptapod.transformers_versions import OLDEST
+from modeling_heptapod.common.transformers_versions import OLDEST
 from tests.compat.models import MODELS
 from tests.compat.run_versions import counts_of, newest_on_the_index, resolve, table_of
 from tests.test_unread_arguments import MODELS as HEADS

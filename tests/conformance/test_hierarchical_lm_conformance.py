@@ -6,7 +6,7 @@ from unittest import mock
 import torch
 
 from modeling_heptapod import HierarchicalLMConfig, HierarchicalLMForCausalLM, HierarchicalLMModel
-from modeling_heptapod.predictive_losses import RandomProjectionQuantizer
+from modeling_heptapod.hierarchical_lm.predictive_losses import RandomProjectionQuantizer
 from tests.conformance import families
 
 

@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from modeling_heptapod import focus, focus_triton
-from modeling_heptapod.focus import FocusSettings, FocusState, focus_mixing, naive_focus_mixing
-from modeling_heptapod.focus_step import pack_state
+from modeling_heptapod.leap import focus, focus_triton
+from modeling_heptapod.leap.focus import FocusSettings, FocusState, focus_mixing, naive_focus_mixing
+from modeling_heptapod.leap.focus_step import pack_state
 from tests.test_focus import OPTIONS, check_state, relative_rms, settings_for
 from tests.test_focus_cpu import HEADS, in_float64, make_inputs, with_gradient
 

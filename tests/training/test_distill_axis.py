@@ -13,7 +13,7 @@ import torch
 
 import modeling_heptapod
 from modeling_heptapod import DecisionTreeAxis, MultiGridProcessor, find_lookahead, make_axis
-from modeling_heptapod.meta_axes import visible_lengths
+from modeling_heptapod.multigrid.meta_axes import visible_lengths
 from tests.tiny_leap import tiny_leap
 from tests.tiny_multigrid import tiny_multigrid
 
@@ -26,9 +26,10 @@ from sklearn.tree import DecisionTreeClassifier
 
 
 PACKAGE = Path(modeling_heptapod.__file__).parent
-TEXTS = [(PACKAGE / name).read_text(encoding="utf-8") for name in ("meta_axes.py", "meta_axes_python.py")]
+AXES = PACKAGE / "multigrid"
+TEXTS = [(AXES / name).read_text(encoding="utf-8") for name in ("meta_axes.py", "meta_axes_python.py")]
 HELD_OUT = [
-    (PACKAGE / "meta_axes_text.py").read_text(encoding="utf-8")[:12_000],
+    (AXES / "meta_axes_text.py").read_text(encoding="utf-8")[:12_000],
     "L'été coûte 3 €.\n\U0001f419\U0001f419 ½\n" * 20,
 ]
 TALES = Path(__file__).parents[3] / "shared" / "data" / "fairy_tales" / "jacobs_celtic.txt"

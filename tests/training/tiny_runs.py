@@ -23,7 +23,7 @@ from sharding import ShardingTrainer
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, TrainingArguments, set_seed
 
-from modeling_heptapod import modeling_heptapod
+from modeling_heptapod.heptapod import modeling_heptapod
 
 
 CONFIGS = {

@@ -1,0 +1,110 @@
+"""Saved folders hold the code of their classes, and load with `trust_remote_code=True` where this package is not installed.
+
+Here the code lies in folders, one for each family; Transformers loads it from one folder, whose modules import each other
+as `from .name import`. So relative imports are followed from the modules that a folder names and written anew.
+"""
+
+import ast
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import ClassVar
+
+
+def write_code(modules: Iterable[Path], folder: str | Path) -> None:
+    """Write modules, and those that they import relatively, side by side into a folder.
+
+    Args:
+        modules (`Iterable[Path]`): files to begin with.
+        folder (`str` or `Path`): is made where it is not there.
+
+    Raises:
+        ValueError: for two modules of one name, and for a relative import of a package.
+    """
+    waiting, flat = list(modules), {}
+    while waiting:
+        path = waiting.pop()
+        if path in flat.values():
+            continue
+        if path.name in flat:
+            raise ValueError(f"{flat[path.name]} and {path} would be one file in a saved folder: rename one of them")
+        flat[path.name] = path
+        waiting += _relative_imports(path)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, path in flat.items():
+        Path(folder, name).write_text(_flattened(path), encoding="utf-8")
+
+
+def _nodes(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"), path)
+    return [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+
+
+def _relative_imports(path):
+    """The files of the modules that one imports relatively."""
+    found = []
+    for node in _nodes(path):
+        file = path.parents[node.level - 1].joinpath(*(node.module or "").split(".")).with_suffix(".py")
+        if node.module is None or not file.is_file():
+            raise ValueError(
+                f"{path}, line {node.lineno}: a relative import must be of a module, in a file of its own"
+            )
+        found.append(file)
+    return found
+
+
+def _flattened(path):
+    """Source with `from .name import` in place of each relative import."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for node in _nodes(path):
+        name = node.module.rpartition(".")[2]
+        lines[node.lineno - 1] = re.sub(r"\bfrom\s+\.+[\w.]+", f"from .{name}", lines[node.lineno - 1], count=1)
+    return "".join(lines)
+
+
+class OwnCodeMixin:
+    """Before `PreTrainedConfig` or `ProcessorMixin`: what is saved has the code of its family with it.
+
+    Models need nothing of their own: they save their config.
+
+    Attributes:
+        _auto_classes (`dict[str, str]`): from the name of an Auto class to `"module.Class"`, with modules in the folder of
+            the class itself.
+    """
+
+    _auto_classes: ClassVar[dict[str, str]]
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As Transformers' own, with the code; with `trust_remote_code=True` every Auto class loads the folder.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): folder to write to.
+            kwargs: as there.
+        """
+        ours = {reference.partition(".")[0] for reference in self._auto_classes.values()}
+        given = getattr(self, "auto_map", None) or {}
+        # Also classes that a user has registered; what is said of ours is of the folder that they were loaded from.
+        others = {name: given[name] for name in given if _module_of(given[name]) not in ours}
+        self.auto_map = {**self._auto_classes, **others}
+        here = Path(sys.modules[_defining(type(self)).__module__].__file__).parent
+        files = (here / f"{name}.py" for name in sorted(ours))
+        write_code([file for file in files if file.is_file()], save_directory)  # loaded as code, a config comes alone
+        super().save_pretrained(save_directory, **kwargs)
+
+    def _get_files_timestamps(self, working_dir):
+        """As Transformers' own, by which it knows what to push: the code has been written already, and counts as changed."""
+        times = super()._get_files_timestamps(working_dir)
+        return {name: time for name, time in times.items() if not name.endswith(".py")}
+
+
+def _module_of(reference):
+    return reference.rpartition("--")[2].partition(".")[0] if isinstance(reference, str) else None
+
+
+def _defining(cls):
+    """The class of a family, of which `cls` may be a subclass somewhere else."""
+    return next(base for base in cls.__mro__ if "_auto_classes" in vars(base))
+
+
+__all__ = ["OwnCodeMixin", "write_code"]

@@ -1,0 +1,162 @@
+"""Heptapod grid configuration."""
+
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import auto_docstring
+
+from ..common.config_checks import check_numbers
+from ..common.remote_code import OwnCodeMixin
+
+
+_ATTENTION_TYPES = ("local", "dilated", "global")
+
+
+@auto_docstring(checkpoint="heptapod/heptapod-tiny")
+@strict
+class HeptapodConfig(OwnCodeMixin, PreTrainedConfig):
+    r"""
+    attention_types (`list`, *optional*):
+        What the cells of each layer attend to: `"local"` (the cells around them), `"dilated"` (cells around them,
+        `dilation` apart) or `"global"` (the whole page). When not given, `["local", "dilated", "local", "global"]`
+        repeated.
+    window_size (`int` or `list`, *optional*, defaults to 3):
+        Radius of the neighbourhood in local and dilated layers, in neighbours: `1` is the 3 x 3 cells around a cell.
+        One number, or one for each layer.
+    dilation (`int` or `list`, *optional*, defaults to 2):
+        Distance between neighbours in dilated layers, in cells. One number, or one for each layer; other layers do not
+        read it.
+    num_global_heads (`int`, *optional*, defaults to 0):
+        Heads of local and dilated layers, the last ones, that attend to the whole page.
+    rope_theta (`float`, *optional*, defaults to 100.0):
+        Base of the two-dimensional rotary positions. Pages are not as long as texts: with 100 the slowest channel turns
+        once in a few hundred cells.
+    border_distances (`bool`, *optional*, defaults to `True`):
+        Whether cells are told how far they are from the four borders of their page. Without it they know only how they
+        lie to each other, and all cells of an empty page are alike.
+    grid_size (`list`, *optional*):
+        Height and width of the page that flat inputs `[batch, height * width]` are laid on when a call does not say.
+    self_conditioning (`bool`, *optional*, defaults to `False`):
+        Whether the model reads its own last prediction (`previous_logits`), as in Analog Bits (arXiv 2208.04202).
+    neighbor_loss_weight (`float`, *optional*, defaults to 0.0):
+        Weight, in training, of a loss on the prediction of each masked cell from the cells above, below, left and
+        right.
+    mask_token_id (`int`, *optional*):
+        The token of cells that are yet to be written. Training and generation need it.
+    hidden_dropout (`float`, *optional*, defaults to 0.0):
+        Dropout on embeddings and on what attention and feed-forward add.
+    attention_dropout (`float`, *optional*, defaults to 0.0):
+        Dropout on attention weights.
+
+    Example:
+
+    ```python
+    >>> from modeling_heptapod import HeptapodConfig, HeptapodForMaskedLM
+
+    >>> config = HeptapodConfig(vocab_size=259, hidden_size=256, mask_token_id=256)
+    >>> model = HeptapodForMaskedLM(config)
+    ```"""
+
+    model_type = "heptapod"
+    _auto_classes: ClassVar[dict[str, str]] = {
+        "AutoConfig": "configuration_heptapod.HeptapodConfig",
+        "AutoModel": "modeling_heptapod.HeptapodModel",
+        "AutoModelForMaskedLM": "modeling_heptapod.HeptapodForMaskedLM",
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 256
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 8
+    hidden_act: str = "gelu"
+    attention_types: list[str] | tuple[str, ...] | None = None
+    window_size: int | list[int] | tuple[int, ...] = 3
+    dilation: int | list[int] | tuple[int, ...] = 2
+    num_global_heads: int = 0
+    rope_theta: float | int = 100.0
+    border_distances: bool = True
+    grid_size: list[int] | tuple[int, ...] | None = None
+    self_conditioning: bool = False
+    neighbor_loss_weight: float | int = 0.0
+    layer_norm_eps: float = 1e-5
+    hidden_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    mask_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        check_numbers(self)
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.attention_types is None:
+            cycle = ("local", "dilated", "local", "global")
+            self.attention_types = [cycle[layer % 4] for layer in range(self.num_hidden_layers)]
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation. Raises `ValueError` for values that make no model."""
+        check_numbers(self)
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.hidden_size % (4 * self.num_attention_heads):
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) must be a multiple of four times `num_attention_heads` "
+                f"({self.num_attention_heads}): rotary positions on a grid turn a head's channels in two pairs."
+            )
+        if len(self.attention_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"`attention_types` must have one entry for each of the {self.num_hidden_layers} layers, got "
+                f"{len(self.attention_types)}: {self.attention_types}."
+            )
+        if not set(self.attention_types) <= set(_ATTENTION_TYPES):
+            raise ValueError(f"`attention_types` must be of {_ATTENTION_TYPES}, got {self.attention_types}.")
+        for name, least in (("window_size", 0), ("dilation", 1)):
+            values = getattr(self, name)
+            if not isinstance(values, int) and len(values) != self.num_hidden_layers:
+                raise ValueError(
+                    f"`{name}` must be one number or one for each of the {self.num_hidden_layers} layers, got "
+                    f"{len(values)}: {values}."
+                )
+            if min(values if not isinstance(values, int) else [values]) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {values}.")
+        if not 0 <= self.num_global_heads <= self.num_attention_heads:
+            raise ValueError(
+                f"`num_global_heads` must be between 0 and `num_attention_heads` ({self.num_attention_heads}), got "
+                f"{self.num_global_heads}."
+            )
+        if self.rope_theta <= 0:
+            raise ValueError(f"`rope_theta` must be positive, got {self.rope_theta}.")
+        if self.grid_size is not None and (len(self.grid_size) != 2 or min(self.grid_size) < 1):
+            raise ValueError(f"`grid_size` must be a height and a width of at least 1, got {self.grid_size}.")
+        if self.neighbor_loss_weight < 0:
+            raise ValueError(f"`neighbor_loss_weight` must not be negative, got {self.neighbor_loss_weight}.")
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
+        for name in ("mask_token_id", "pad_token_id"):
+            token = getattr(self, name)
+            if token is not None and not 0 <= token < self.vocab_size:
+                raise ValueError(f"`{name}` must be in [0, {self.vocab_size}), got {token}.")
+        if self.mask_token_id is not None and self.mask_token_id == self.pad_token_id:
+            raise ValueError(f"`mask_token_id` and `pad_token_id` must differ, got {self.mask_token_id} for both.")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def neighborhood(self, layer_idx: int) -> tuple[int | None, int]:
+        """Radius and dilation of a layer's neighbourhood; a radius of `None` is the whole page."""
+        kind = self.attention_types[layer_idx]
+        if kind == "global":
+            return None, 1
+        radius, dilation = (x if isinstance(x, int) else x[layer_idx] for x in (self.window_size, self.dilation))
+        return radius, dilation if kind == "dilated" else 1
+
+
+__all__ = ["HeptapodConfig"]

@@ -1,0 +1,637 @@
+"""`generate` for the grid: all open cells of a page are predicted at once, a schedule decides which are written.
+
+Read top-down: the options, the four ways to choose cells, the draw of tokens, the loop. The idea is that of
+Mask-Predict (arXiv 1904.09324) and MaskGIT (arXiv 2202.04200, counts and confidence), the entropy bound that of
+arXiv 2505.24857; written one cell at a time in an order that does not depend on the tokens, a page is a sample of the
+model's own conditionals (arXiv 2110.02037).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.generation import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput, logging
+
+from ..common.transformers_versions import GENERATION_METADATA
+
+
+logger = logging.get_logger(__name__)
+
+SCHEDULES = ("confidence", "entropy", "random", "raster")
+COUNTS = ("cosine", "linear")
+# What `generate` falls back to. Where it is None the option is off.
+_DEFAULTS = {
+    "schedule": "confidence",
+    "counts": "cosine",
+    "num_iterations": None,
+    "entropy_bound": 0.1,
+    "reopen_threshold": None,
+    "stability_threshold": None,
+    "do_sample": False,
+    "temperature": None,
+    "top_k": None,
+    "top_p": None,
+    "seed": None,
+    "return_dict_in_generate": False,
+    "output_scores": False,
+    "output_trajectory": False,
+}
+# Not options: Trainer aligns the first three with the tokenizer, GenerationConfig writes the others into its file.
+_METADATA = ("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config")
+_ITERATIONS_WITH_COUNTS = 32
+
+
+class HeptapodGenerationConfig(GenerationConfig):
+    """How [`HeptapodGenerationMixin.generate`] writes a page; an option that is not set is taken from the model's own.
+
+    Args:
+        schedule (`str`, *optional*, defaults to `"confidence"`):
+            Which open cells are written in an iteration: those whose drawn token is the most probable
+            (`"confidence"`), the most certain ones while their entropies add up to no more than `entropy_bound`
+            (`"entropy"`), any (`"random"`), or the first one, left to right and top to bottom (`"raster"`).
+        counts (`str`, *optional*, defaults to `"cosine"`):
+            How many cells `"confidence"` and `"random"` write in an iteration: equal shares (`"linear"`) or few at
+            first (`"cosine"`). Each row of a batch has its own counts.
+        num_iterations (`int`, *optional*):
+            In how many iterations `"confidence"` and `"random"` write a page, 32 when not given; a row with fewer
+            open cells writes one in each. `"entropy"` writes all that is left in this iteration; without it, it takes
+            as many as the bound asks for. `"raster"` takes one iteration a cell.
+        entropy_bound (`float`, *optional*, defaults to 0.1):
+            For `"entropy"`, in nats. The cell with the least entropy is always written.
+        reopen_threshold (`float`, *optional*):
+            Re-open a written cell when the model gives its token less than this probability later on. A cell is
+            re-opened once at most, given cells never.
+        stability_threshold (`int`, *optional*):
+            Write all open cells of a row at once after this many iterations in which its prediction has not changed.
+        do_sample (`bool`, *optional*, defaults to `False`):
+            Draw tokens instead of taking the most probable ones.
+        temperature (`float`, *optional*), top_k (`int`, *optional*), top_p (`float`, *optional*):
+            Transformers' warpers, applied in this order when `do_sample=True`. They shape what is drawn; confidence
+            and entropy are those of the distribution before them.
+        seed (`int`, *optional*):
+            Seed of a generator of this call's own. Without it the global one is used.
+        return_dict_in_generate (`bool`, *optional*, defaults to `False`):
+            Return a [`HeptapodGenerateOutput`] instead of the pages alone.
+        output_scores, output_trajectory (`bool`, *optional*, defaults to `False`):
+            What else it holds.
+
+    Raises:
+        ValueError: for an unknown option or a value that makes no sense, naming both.
+    """
+
+    def __init__(self, **kwargs):
+        # GenerationConfig's own __init__ would add some sixty options that mean nothing here.
+        for name in (*_DEFAULTS, *_METADATA):
+            setattr(self, name, kwargs.pop(name, None))
+        for name in GENERATION_METADATA:
+            kwargs.pop(name, None)
+        if kwargs:
+            raise ValueError(_unknown(kwargs))
+        self.validate()
+
+    def validate(self, **unused_kwargs):
+        """Raise a `ValueError` for values that make no sense; the arguments are those of the parent and unused."""
+        for name, choices in (("schedule", SCHEDULES), ("counts", COUNTS)):
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
+        for name, least in (("num_iterations", 1), ("stability_threshold", 1), ("top_k", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < least):
+                raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+        for name, fits, expected in (
+            ("entropy_bound", lambda x: x >= 0, "must not be negative"),
+            ("reopen_threshold", lambda x: 0 <= x <= 1, "must be a probability"),
+            (
+                "temperature",
+                lambda x: 0 < x < math.inf,
+                "must be positive and finite (`do_sample=False` is the limit of zero)",
+            ),
+            ("top_p", lambda x: 0 < x <= 1, "must be in (0, 1]"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not (type(value) in (int, float) and fits(value)):
+                raise ValueError(f"`{name}` {expected}, got {value!r}.")
+        for name in ("do_sample", "return_dict_in_generate", "output_scores", "output_trajectory"):
+            value = getattr(self, name)
+            if value is not None and type(value) is not bool:
+                raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is set, and nothing else."""
+        return {name: value for name, value in super().to_diff_dict().items() if value is not None}
+
+    @staticmethod
+    def _get_default_generation_params() -> dict[str, Any]:
+        return dict(_DEFAULTS)
+
+    @classmethod
+    def from_model_config(cls, model_config):
+        """An empty config: generation options have no place in a model config."""
+        return cls()
+
+    def get_generation_mode(self, assistant_model=None):
+        raise NotImplementedError("The generation modes of GenerationMixin do not exist on a grid; see `schedule`.")
+
+
+def _unknown(options) -> str:
+    return f"Unknown generation options {sorted(options)}; there are {sorted(_DEFAULTS)}."
+
+
+@dataclass
+class HeptapodGenerateOutput(ModelOutput):
+    """What `generate` returns with `return_dict_in_generate=True`. Pages have the shape of the prompt.
+
+    Args:
+        sequences (`torch.LongTensor`, `[batch, height, width]`):
+            The written pages.
+        committed_at (`torch.LongTensor`, `[batch, height, width]`):
+            The iteration, from 0, in which a cell got its token; -1 where it was given or is off the page.
+        model_calls (`int`):
+            How often the model was called. Rows that are finished are left out of the later calls.
+        scores (`torch.FloatTensor`, `[batch, height, width]`, *optional*):
+            Log-probability of each written token in the distribution it was drawn from, at that time; 0 elsewhere.
+            With `output_scores=True`.
+        trajectory (`torch.LongTensor`, `[iterations + 1, batch, height, width]`, *optional*):
+            The pages before the first iteration and after each. With `output_trajectory=True`.
+    """
+
+    sequences: torch.LongTensor
+    committed_at: torch.LongTensor | None = None
+    model_calls: int | None = None
+    scores: torch.FloatTensor | None = None
+    trajectory: torch.LongTensor | None = None
+
+
+def num_open_after(iteration: int, num_open: torch.Tensor, num_iterations: int, counts: str) -> torch.Tensor:
+    """How many cells of each row are still open after an iteration (numbered from 0) of `"confidence"` or `"random"`.
+
+    At least one cell is written in each iteration until none is open, which is after `min(num_iterations, num_open)`.
+
+    Args:
+        iteration: number of this iteration.
+        num_open: `[rows]`, int64: cells that were open before the first one.
+        num_iterations: in how many they are to be written.
+        counts: `"linear"` or `"cosine"`.
+
+    Returns:
+        `[rows]`, int64.
+    """
+    last = num_open.clamp(min=1, max=num_iterations)
+    done = last.clamp(max=iteration + 1)
+    if counts == "linear":
+        return num_open - num_open * done // last
+    left = (num_open * torch.cos(math.pi / 2 * done.double() / last)).floor().long()
+    return torch.where(done == last, 0, torch.minimum(left, num_open - done))
+
+
+def _least(keys, is_open, number):
+    """The `number [rows]` open cells of each row with the least keys `[rows, cells]`; of equal ones the first."""
+    order = keys.masked_fill(~is_open, torch.inf).sort(dim=1, stable=True).indices
+    ranks = order.argsort(dim=1)
+    return is_open & (ranks < number.unsqueeze(1))
+
+
+def _first(is_open):
+    return is_open & (is_open.cumsum(1) == 1)
+
+
+def _within_entropy_bound(entropy, is_open, bound):
+    """The open cells of least entropy whose sum stays within the bound, and always the first of them."""
+    entropy, order = entropy.masked_fill(~is_open, torch.inf).sort(dim=1, stable=True)
+    fits = entropy.cumsum(1) <= bound
+    fits[:, 0] = True
+    return is_open & torch.zeros_like(is_open).scatter(1, order, fits)
+
+
+class _Schedule:
+    """Which open cells `[rows, cells]` of the rows numbered `rows` are written in an iteration."""
+
+    def __init__(self, config, num_open, generator):
+        self.config, self.num_open, self.generator = config, num_open, generator
+        self.num_iterations = config.num_iterations or _ITERATIONS_WITH_COUNTS
+        self.limit = torch.full_like(num_open, torch.iinfo(torch.long).max)
+        if config.schedule in ("confidence", "random"):
+            self.limit = num_open.clamp(max=self.num_iterations)
+        elif config.schedule == "entropy" and config.num_iterations is not None:
+            self.limit = torch.full_like(num_open, config.num_iterations)
+
+    def choose_before(self, is_open, rows, iteration):
+        """For schedules that need no prediction to choose; `None` for the others."""
+        if self.config.schedule == "raster":
+            return _first(is_open)
+        if self.config.schedule == "random":
+            keys = torch.rand(is_open.shape, generator=self.generator, device=is_open.device)
+            return _least(keys, is_open, self._number(is_open, rows, iteration))
+        return None
+
+    def choose_after(self, prediction, is_open, rows, iteration):
+        if self.config.schedule == "entropy":
+            return _within_entropy_bound(prediction.entropy, is_open, self.config.entropy_bound)
+        return _least(-prediction.confidence, is_open, self._number(is_open, rows, iteration))
+
+    def _number(self, is_open, rows, iteration):
+        # Counted from what is open now: cells that were re-opened since are made up for.
+        num_open = self.num_open[rows].cpu()  # where there is float64
+        left = num_open_after(iteration, num_open, self.num_iterations, self.config.counts)
+        return is_open.sum(1) - left.to(is_open.device)
+
+    def is_last(self, rows, iteration):
+        """`[rows]`: whether nothing may be left open."""
+        return iteration + 1 >= self.limit[rows]
+
+
+@dataclass
+class _Prediction:
+    """What the model says about cells, all `[rows, cells]`; zero where it was not looked at."""
+
+    drawn: torch.Tensor  # tokens drawn, or most probable ones without sampling
+    likeliest: torch.Tensor
+    score: torch.Tensor  # log-probability of `drawn` in the distribution it was drawn from
+    confidence: torch.Tensor  # probability of `drawn` before temperature, top-k and top-p
+    entropy: torch.Tensor  # nats, likewise
+    current: torch.Tensor  # probability of the token on the page, likewise
+
+
+class _TokenDraw:
+    """Tokens for cells: never a mask or a pad, then the caller's processors, then temperature, top-k and top-p."""
+
+    def __init__(self, config, processors, forbidden, generator, width):
+        self.processors, self.forbidden, self.generator, self.width = processors, forbidden, generator, width
+        self.do_sample = config.do_sample
+        self.warpers = LogitsProcessorList()
+        if config.temperature not in (None, 1):
+            self.warpers.append(TemperatureLogitsWarper(float(config.temperature)))
+        if config.top_k:
+            self.warpers.append(TopKLogitsWarper(config.top_k))
+        if config.top_p not in (None, 1):
+            self.warpers.append(TopPLogitsWarper(float(config.top_p)))
+
+    def __call__(self, logits, ids, looked_at):
+        """Predict the cells `looked_at` of `ids`, both `[rows, cells]`, from `logits [rows, cells, vocab]`."""
+        scores = logits[looked_at].to(torch.promote_types(logits.dtype, torch.float32))
+        scores[:, self.forbidden] = -torch.inf
+        if self.processors:
+            scores = self._process(scores, ids, looked_at)
+        believed = scores.log_softmax(-1)
+        likeliest = drawn = believed.argmax(-1)
+        warped = believed
+        if self.do_sample:
+            warped = self.warpers(None, believed).log_softmax(-1)
+            drawn = torch.multinomial(warped.exp(), 1, generator=self.generator).squeeze(1)
+
+        def spread(values):
+            return values.new_zeros(looked_at.shape).masked_scatter(looked_at, values)
+
+        def of(tokens, logs):
+            return logs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+
+        return _Prediction(
+            drawn=spread(drawn),
+            likeliest=spread(likeliest),
+            score=spread(of(drawn, warped)),
+            confidence=spread(of(drawn, believed).exp()),
+            entropy=spread(torch.special.entr(believed.exp()).sum(-1)),
+            current=spread(of(ids[looked_at], believed).exp()),
+        )
+
+    def _process(self, scores, ids, looked_at):
+        """The caller's processors, a page at a time: each cell is a row whose `input_ids` are the whole page."""
+        processed = []
+        for page, cells, page_scores in zip(ids, looked_at, scores.split(looked_at.sum(1).tolist())):
+            if len(page_scores):
+                where = cells.nonzero().squeeze(1)
+                where = {"rows": where // self.width, "columns": where % self.width}
+                page_scores = self.processors(page.expand(len(page_scores), -1), page_scores, **where)
+            processed.append(page_scores)
+        scores = torch.cat(processed)
+        if not (scores > -torch.inf).any(-1).all():
+            raise ValueError("`logits_processor` leaves a cell without any token that could be written.")
+        return scores
+
+
+class _Pages:
+    """Pages on which is written: all `[batch, cells]`, `rows` are numbers of rows, other arguments `[rows, cells]`."""
+
+    def __init__(self, ids, mask_token_id, on_page):
+        self.ids, self.mask_token_id = ids, mask_token_id
+        self.is_open = (ids == mask_token_id) & on_page
+        self.may_reopen = self.is_open.clone()  # no cell twice, given cells never
+        self.committed_at = torch.full_like(ids, -1)
+        self.scores = torch.zeros_like(ids, dtype=torch.float32)
+        self.predicted = ids.clone()  # with the likeliest token in every open cell
+        self.stable_for = torch.zeros_like(ids[:, 0])  # iterations without a change of these
+
+    def unfinished(self):
+        return self.is_open.any(1).nonzero().squeeze(1)
+
+    def written(self, rows):
+        """Cells with a token of ours that may still be taken back."""
+        return self.may_reopen[rows] & ~self.is_open[rows]
+
+    def see(self, rows, likeliest):
+        """Take in what is predicted; returns for how many iterations it has been the same, `[rows]`."""
+        predicted = torch.where(self.is_open[rows], likeliest, self.ids[rows])
+        same = (predicted == self.predicted[rows]).all(1)
+        self.predicted[rows] = predicted
+        self.stable_for[rows] = torch.where(same, self.stable_for[rows] + 1, 0)
+        return self.stable_for[rows]
+
+    def write(self, rows, cells, prediction, iteration):
+        self.ids[rows] = torch.where(cells, prediction.drawn, self.ids[rows])
+        self.scores[rows] = torch.where(cells, prediction.score.float(), self.scores[rows])
+        self.committed_at[rows] = self.committed_at[rows].masked_fill(cells, iteration)
+        self.is_open[rows] &= ~cells
+
+    def reopen(self, rows, cells):
+        self.ids[rows] = self.ids[rows].masked_fill(cells, self.mask_token_id)
+        self.is_open[rows] |= cells
+        self.may_reopen[rows] &= ~cells
+
+    def draft(self):
+        return torch.where(self.is_open, self.predicted, self.ids)
+
+
+class HeptapodGenerationMixin:
+    """`generate` for models whose `forward` takes pages `[batch, height, width]` and returns `logits` for every cell.
+
+    The model has `config.mask_token_id`, `config.pad_token_id` (may be `None`), `config.vocab_size`, and where
+    `config.self_conditioning` is set its `forward` takes `previous_logits`.
+    """
+
+    generation_config_class = HeptapodGenerationConfig
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        generation_config: HeptapodGenerationConfig | None = None,
+        logits_processor: Sequence[LogitsProcessor] | None = None,
+        generator: torch.Generator | None = None,
+        streamer: BaseStreamer | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        **kwargs,
+    ) -> torch.LongTensor | HeptapodGenerateOutput:
+        """Write all open cells of the pages; cells that are given never change.
+
+        A cell is open where `input_ids` is `config.mask_token_id` and `attention_mask` is not 0. In each iteration
+        the model sees the pages as they are and predicts their open cells; the schedule writes some of them. Neither
+        mask nor pad tokens are ever written. A prompt without open cells comes back as it is, without a model call.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `[batch, height, width]`, *optional*):
+                The prompt. A flat `[batch, height * width]` is taken as well, with `height` and `width` or
+                `config.grid_size`. Without a prompt an empty page of `height` by `width` is written.
+            attention_mask (`torch.Tensor` of the shape of `input_ids`, bool or integer, *optional*):
+                0 where a cell lies off its page: it is not seen and never written.
+            generation_config ([`HeptapodGenerationConfig`], *optional*):
+                How to write; what it does not set comes from `self.generation_config`.
+            logits_processor (list of `LogitsProcessor`, *optional*):
+                Called page by page with `input_ids [cells, height * width]`, each row of it the page, and
+                `scores [cells, vocab]` of cells that may be written, before temperature, top-k and top-p. One with
+                two more parameters `rows` and `columns` is told where these cells are, `[cells]` each.
+            generator (`torch.Generator`, *optional*):
+                Source of all draws, on the device of the pages.
+            streamer (`BaseStreamer`, *optional*):
+                Gets the prompt, after each iteration a draft of the whole page (through `put_draft`, if it has this
+                method, such as `TextDiffusionStreamer`), then the page; all as `[batch, height * width]`.
+            height, width (`int`, *optional*):
+                Size of an empty or a flat page.
+            kwargs:
+                Options of [`HeptapodGenerationConfig`], which take precedence over `generation_config`.
+
+        Returns:
+            `torch.LongTensor` of the shape of `input_ids`, or [`HeptapodGenerateOutput`].
+
+        Raises:
+            ValueError: for a model without a mask token, unknown options, shapes that do not fit, pads without an
+                `attention_mask`, a `logits_processor` that forbids every token.
+            TypeError: for arguments of another type.
+        """
+        config = self._prepare_generation_config(generation_config, kwargs)
+        mask_token_id, forbidden = self._special_tokens()
+        shape, pages, on_page = self._prepare_pages(input_ids, attention_mask, height, width)
+        generator = _prepare_generator(generator, config.seed, pages.device)
+        draw = _TokenDraw(config, _prepare_processors(logits_processor), forbidden, generator, pages.shape[2])
+        on_page, batch_shape = on_page.flatten(1), pages.shape
+        state = _Pages(pages.flatten(1), mask_token_id, on_page)
+        schedule = _Schedule(config, state.is_open.sum(1), generator)
+        drafts = hasattr(streamer, "put_draft")
+        trajectory = [state.ids.clone()]
+        previous_logits, iteration = None, 0
+        if streamer is not None:
+            streamer.put(state.ids.to("cpu", copy=True))
+
+        rows = state.unfinished()
+        while len(rows):
+            ids, is_open = state.ids[rows], state.is_open[rows]
+            logits = self._predict(ids, on_page[rows], batch_shape, previous_logits)
+
+            # All open cells are looked at only where the schedule or an option needs them.
+            chosen = schedule.choose_before(is_open, rows, iteration)
+            looked_at = is_open if chosen is None or drafts or config.stability_threshold else chosen
+            written = state.written(rows)
+            if config.reopen_threshold is not None:
+                looked_at = looked_at | written
+            prediction = draw(logits, ids, looked_at)
+            if chosen is None:
+                chosen = schedule.choose_after(prediction, is_open, rows, iteration)
+
+            ends = schedule.is_last(rows, iteration)
+            if drafts or config.stability_threshold:
+                stable_for = state.see(rows, prediction.likeliest)
+                if config.stability_threshold:
+                    ends = ends | (stable_for >= config.stability_threshold)
+            state.write(rows, chosen | (is_open & ends.unsqueeze(1)), prediction, iteration)
+            if config.reopen_threshold is not None:
+                doubtful = written & (prediction.current < config.reopen_threshold)
+                state.reopen(rows, doubtful & ~ends.unsqueeze(1))
+
+            iteration += 1
+            if config.output_trajectory:
+                trajectory.append(state.ids.clone())
+            if drafts:
+                streamer.put_draft(state.draft().cpu())
+            if self._is_self_conditioned():
+                previous_logits = logits[state.is_open[rows].any(1)]
+            rows = state.unfinished()
+
+        if streamer is not None:
+            streamer.put(state.ids.to("cpu", copy=True))
+            streamer.end()
+        if not config.return_dict_in_generate:
+            return state.ids.view(shape)
+        return HeptapodGenerateOutput(
+            sequences=state.ids.view(shape),
+            committed_at=state.committed_at.view(shape),
+            model_calls=iteration,
+            scores=state.scores.view(shape) if config.output_scores else None,
+            trajectory=torch.stack(trajectory).view(len(trajectory), *shape) if config.output_trajectory else None,
+        )
+
+    def _predict(self, ids, on_page, batch_shape, previous_logits):
+        """Logits `[rows, cells, vocab]` of pages `[rows, cells]`."""
+        shape = (len(ids), *batch_shape[1:])
+        conditions = {} if previous_logits is None else {"previous_logits": previous_logits.view(*shape, -1)}
+        attention_mask = None if on_page.all() else on_page.view(shape).long()
+        outputs = self(input_ids=ids.view(shape), attention_mask=attention_mask, return_dict=True, **conditions)
+        return outputs.logits.flatten(1, 2)
+
+    def _is_self_conditioned(self):
+        return getattr(self.config, "self_conditioning", False)
+
+    def _prepare_generation_config(self, generation_config, options):
+        """Options of this call, over those of `generation_config`, over the model's own, over the defaults."""
+        if generation_config is not None and not isinstance(generation_config, GenerationConfig):
+            raise TypeError(
+                f"`generation_config` must be a HeptapodGenerationConfig, got {type(generation_config).__name__}."
+            )
+        unknown = set(options) - set(_DEFAULTS)
+        if unknown:
+            raise ValueError(_unknown(unknown))
+        # By value: what a checkpoint's own code made is of another class.
+        config = HeptapodGenerationConfig(**(generation_config or self.generation_config).to_diff_dict())
+        config.update(**self.generation_config.to_diff_dict(), defaults_only=True)
+        config.update(**options)
+        config.update(**_DEFAULTS, defaults_only=True)
+        ignored = [name for name in ("temperature", "top_k", "top_p") if options.get(name) is not None]
+        if ignored and not config.do_sample:
+            logger.warning_once(f"{ignored} have no effect without `do_sample=True`.")
+        return config
+
+    def _special_tokens(self):
+        """The mask token, and all tokens that are never written."""
+        mask, pad = (getattr(self.config, name, None) for name in ("mask_token_id", "pad_token_id"))
+        if mask is None:
+            raise ValueError(
+                "`config.mask_token_id` is not set, so no cell can be open; set it to the mask token's id."
+            )
+        if not 0 <= mask < self.config.vocab_size:
+            raise ValueError(
+                f"`config.mask_token_id` must be in the vocabulary [0, {self.config.vocab_size}), got {mask}."
+            )
+        if mask == pad:
+            raise ValueError(f"`config.mask_token_id` and `config.pad_token_id` must differ, both are {mask}.")
+        return mask, [mask] if pad is None else [mask, pad]
+
+    def _prepare_pages(self, input_ids, attention_mask, height, width):
+        """The prompt's shape, the pages (ours to write on) and their cells, both `[batch, height, width]`."""
+        for name, value in (("height", height), ("width", width)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        default = getattr(self.config, "grid_size", None) or (None, None)
+        size = (height or default[0], width or default[1])
+        if input_ids is None:
+            if attention_mask is not None:
+                raise ValueError("`attention_mask` was given without `input_ids`.")
+            if None in size:
+                raise ValueError("`input_ids`, or `height` and `width` of an empty page, must be given.")
+            pages = torch.full((1, *size), self.config.mask_token_id, dtype=torch.long, device=self.device)
+            return pages.shape, pages, torch.ones_like(pages, dtype=torch.bool)
+
+        for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+            if value is None:
+                continue
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}.")
+            if value.is_floating_point() or (value.dtype == torch.bool and name == "input_ids"):
+                raise TypeError(f"`{name}` must hold integers, got {value.dtype}.")
+        shape = input_ids.shape
+        if attention_mask is not None and attention_mask.shape != shape:
+            raise ValueError(
+                f"`attention_mask` must have the shape {list(shape)} of `input_ids`, got {list(attention_mask.shape)}."
+            )
+        if 0 in shape:
+            raise ValueError(f"`input_ids` must hold at least one page of at least one cell, got {list(shape)}.")
+        if len(shape) == 3:
+            if (height or shape[1], width or shape[2]) != tuple(shape[1:]):
+                raise ValueError(
+                    f"`height` and `width` ({height}, {width}) differ from those of `input_ids` {list(shape)}."
+                )
+            size = tuple(shape[1:])
+        elif len(shape) != 2 or None in size or shape[1] != size[0] * size[1]:
+            raise ValueError(
+                f"`input_ids` must be [batch, height, width], or [batch, height * width] with `height` and `width` "
+                f"(now {size[0]} and {size[1]}), got {list(shape)}."
+            )
+        pad = getattr(self.config, "pad_token_id", None)
+        if attention_mask is None and pad is not None and (input_ids == pad).any():
+            raise ValueError(
+                f"`input_ids` hold the pad token {pad}, but there is no `attention_mask` to tell what is off the page."
+            )
+        pages = input_ids.reshape(-1, *size).long().clone()
+        if attention_mask is None:
+            return shape, pages, torch.ones_like(pages, dtype=torch.bool)
+        return shape, pages, attention_mask.reshape(-1, *size).bool()
+
+    def adjust_generation_fn(
+        self,
+        generation_config,
+        from_auto_class,
+        from_pipeline,
+        pretrained_model_name_or_path,
+        cache_dir=None,
+        force_download=False,
+        proxies=None,
+        local_files_only=False,
+        token=None,
+        revision="main",
+        subfolder="",
+        trust_remote_code=None,
+        **kwargs,
+    ):
+        """Called by `from_pretrained`: take its `generation_config`, or the checkpoint's generation_config.json.
+
+        Its other `kwargs` are fields of the model's config, or options of loading.
+        """
+        if generation_config is not None:
+            self.generation_config = HeptapodGenerationConfig(**generation_config.to_diff_dict())
+        elif pretrained_model_name_or_path is not None:
+            try:
+                self.generation_config = HeptapodGenerationConfig.from_pretrained(
+                    pretrained_model_name_or_path,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    proxies=proxies,
+                    local_files_only=local_files_only,
+                    token=token,
+                    revision=revision,
+                    subfolder=subfolder,
+                    _from_auto=from_auto_class,
+                    _from_pipeline=from_pipeline,
+                )
+            except OSError:
+                logger.info("There is no generation config; all options have their defaults.")
+
+
+def _prepare_generator(generator, seed, device):
+    if generator is None:
+        return None if seed is None else torch.Generator(device).manual_seed(seed)
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"`generator` must be a torch.Generator, got {type(generator).__name__}.")
+    if generator.device.type != device.type:
+        raise ValueError(f"`generator` must be on the device of the pages, {device}, got {generator.device}.")
+    return generator
+
+
+def _prepare_processors(logits_processor):
+    processors = LogitsProcessorList() if logits_processor is None else logits_processor
+    if not isinstance(processors, list | tuple) or not all(callable(processor) for processor in processors):
+        raise TypeError(f"`logits_processor` must be a list of logits processors, got {logits_processor!r}.")
+    return LogitsProcessorList(processors)
+
+
+__all__ = ["HeptapodGenerateOutput", "HeptapodGenerationConfig", "HeptapodGenerationMixin", "num_open_after"]

@@ -1,0 +1,407 @@
+"""Hierarchical LM configuration."""
+
+import copy
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import auto_docstring
+
+from ..common.config_checks import check_numbers
+from ..common.remote_code import OwnCodeMixin
+
+
+_CHOICES = {
+    "window_type": ("sliding", "block"),
+    "merge": ("concat", "cross_attention"),
+    "merge_into": ("predicting", "all"),
+    "merge_direction": ("coarse_to_fine", "full"),
+    "compressor": ("conv", "attention"),
+    "attention_norm": ("rms_norm", "layer_norm"),
+    "next_latent_loss_type": ("mse", "cosine", "mse_and_cosine", "smooth_l1"),
+}
+# One value for all hierarchies or a list with one for each; kept as lists.
+_PER_HIERARCHY = (
+    "strides",
+    "hidden_sizes",
+    "num_attention_heads",
+    "head_dim",
+    "ff_mult",
+    "window_sizes",
+    "attention_norm",
+    "use_xpos",
+    "compressor",
+    "next_latent_loss_weight",
+)
+# Rotary variants whose frequencies never change with the length seen: cached keys are not rotated again.
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+class _HeadCounts(list):
+    """Heads of each hierarchy; a clear error where one divides by them, as peft's prefix tuning does by a number of heads."""
+
+    def __rfloordiv__(self, number):
+        raise TypeError(
+            f"`num_attention_heads` of a hierarchical LM must be read as a list, {list(self)}, a number for each hierarchy, got a "
+            f"division of {number} by it. Prefix tuning, which makes keys and values to put before a text, does not work with "
+            "this model; prompt tuning does."
+        )
+
+
+@auto_docstring(checkpoint="heptapod/hierarchical_lm-tiny")
+@strict
+class HierarchicalLMConfig(OwnCodeMixin, PreTrainedConfig):
+    r"""
+    hierarchies (`int` or `list[int]`, *optional*, defaults to 1):
+        Compression factor of each hierarchy: unique powers of two. 1 alone is a plain decoder. The fields below that say
+        "of each hierarchy" take one value for all, or a list in this order; the config keeps lists.
+    strides (`int` or `list[int]`, *optional*, defaults to 1):
+        Of each hierarchy: how many tokens one of its steps is apart from the next, a power of two that divides its factor.
+        At 1 a hierarchy of factor `c` has as many steps as tokens, of which each attends to every `c`-th; at `c` it has
+        `c` times fewer (Hourglass, arXiv 2110.13711).
+    hidden_size (`int`, *optional*):
+        Width of the token embeddings, that of the widest hierarchy when not given.
+    hidden_sizes (`int` or `list[int]`, *optional*):
+        Width of each hierarchy, `hidden_size` when not given (256 when neither is).
+    head_dim (`int` or `list[int]`, *optional*, defaults to 64):
+        Channels of one attention head, of each hierarchy.
+    ff_mult (`float` or `list[float]`, *optional*, defaults to 4):
+        Width of the feed-forward over that of the stream, of each hierarchy.
+    window_sizes (`str`, `int` or `list`, *optional*, defaults to `"auto"`):
+        How many steps of `c` tokens, its own included, a step of each hierarchy of factor `c` attends to. `None` for all, 0 for no attention
+        at all, `"auto"` for half of `max_position_embeddings` at each resolution.
+    window_type (`str`, *optional*, defaults to `"sliding"`):
+        `"sliding"`, or `"block"`: windows are blocks of that many steps, and a step attends to its own block up to itself
+        and to the whole one before it.
+    attention_norm (`str` or `list[str]`, *optional*, defaults to `"rms_norm"`):
+        Norm before the attention of each hierarchy: `"rms_norm"` or `"layer_norm"` (the prototype's windowed ones).
+    use_xpos (`bool` or `list[bool]`, *optional*, defaults to `True`):
+        Whether the rotary positions of each hierarchy also decay with distance (xPos, arXiv 2212.10554).
+    xpos_scale_base (`int`, *optional*, defaults to 512):
+        Distance over which xPos decays by its base.
+    shared_attention (`bool`, *optional*, defaults to `False`):
+        Hierarchies of equal width, heads and head_dim share the attention weights of a layer.
+    compressor (`str` or `list[str]`, *optional*, defaults to `"conv"`):
+        How each hierarchy makes one of the last `c` token embeddings: `"conv"`, or `"attention"` over them (factors of at
+        least 4). A hierarchy of factor 1 needs none.
+    predict_hierarchy (`int`, *optional*):
+        Factor of the hierarchy that predicts, the finest when not given.
+    predict_from_all (`bool`, *optional*, defaults to `False`):
+        Predict from all hierarchies, side by side.
+    merge (`str`, *optional*, defaults to `"concat"`):
+        How hierarchies inform each other at the end of each layer: `"concat"` (side by side through a feed-forward) or
+        `"cross_attention"` (over the hierarchies at the same time step).
+    merge_into (`str`, *optional*, defaults to `"predicting"`):
+        Which hierarchies receive: `"predicting"` or `"all"`.
+    merge_direction (`str`, *optional*, defaults to `"full"`):
+        What cross attention sees: `"full"` for all hierarchies, `"coarse_to_fine"` for itself and coarser ones.
+    layer_norm_eps (`float`, *optional*, defaults to 1e-5):
+        Epsilon of the norms of embeddings and outputs, and of `attention_norm="layer_norm"`.
+    reconstruction_loss_weight (`float`, *optional*, defaults to 0.0):
+        Weight of the loss of telling the last `c` tokens from a compressed one.
+    prophet_loss_weight (`float`, *optional*, defaults to 0.0):
+        Weight of the loss of telling the next `c` tokens (ProphetNet, arXiv 2001.04063).
+    quantized_prophet_loss_weight (`float`, *optional*, defaults to 0.0):
+        Weight of the same loss on the next `c` tokens as codes of a random-projection quantizer (arXiv 2202.01855).
+    prophet_codebook_size (`int`, *optional*, defaults to 1024):
+        Codes in each codebook of this quantizer.
+    prophet_codebook_dim (`int`, *optional*, defaults to 64):
+        Width of a code.
+    prophet_num_codebooks (`int`, *optional*, defaults to 16):
+        Codebooks of this quantizer.
+    next_latent_loss_weight (`float` or `list[float]`, *optional*, defaults to 0.0):
+        Weight of the loss of telling each hierarchy's next latent (arXiv 2511.05963), of each hierarchy.
+    next_latent_loss_type (`str`, *optional*, defaults to `"mse_and_cosine"`):
+        `"mse"`, `"cosine"`, `"mse_and_cosine"` (a tenth of the first, nine of the second) or `"smooth_l1"`.
+    next_latent_rollouts (`int`, *optional*, defaults to 1):
+        How many latents ahead.
+    next_latent_rollout_weights (`list[float]`, *optional*):
+        Weight of each of them, equal when not given.
+    next_latent_dynamic_weights (`bool`, *optional*, defaults to `True`):
+        Weigh later rollouts down by what the earlier ones have lost.
+    next_latent_dynamic_decay (`float`, *optional*, defaults to 1.0):
+        How fast: a rollout's weight is `exp(-decay * loss so far)`.
+    detach_summaries (`bool`, *optional*, defaults to `True`):
+        No gradient from this loss to the token embeddings.
+    dynamics_hidden_size (`int`, *optional*):
+        Width of the network that tells the next latent, the hierarchy's own when not given.
+    dynamics_num_layers (`int`, *optional*, defaults to 3):
+        Its linear layers.
+
+    Example:
+
+    ```python
+    >>> from modeling_heptapod import HierarchicalLMConfig, HierarchicalLMForCausalLM
+
+    >>> config = HierarchicalLMConfig(vocab_size=258, hierarchies=[1, 2, 8], window_sizes=[32, 64, None])
+    >>> model = HierarchicalLMForCausalLM(config)
+    ```"""
+
+    model_type = "hierarchical_lm"
+    _auto_classes: ClassVar[dict[str, str]] = {
+        "AutoConfig": "configuration_hierarchical_lm.HierarchicalLMConfig",
+        "AutoModel": "modeling_hierarchical_lm.HierarchicalLMModel",
+        "AutoModelForCausalLM": "modeling_hierarchical_lm.HierarchicalLMForCausalLM",
+    }
+    # What `Trainer` must not gather as logits.
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "cache",
+        "hierarchy_embeddings",
+        "row_layout",
+        "ce_loss",
+        "reconstruction_loss",
+        "prophet_loss",
+        "quantized_prophet_loss",
+        "next_latent_loss",
+    ]
+
+    vocab_size: int = 32000
+    hierarchies: int | list[int] | tuple[int, ...] = 1
+    strides: int | list[int] | tuple[int, ...] = 1
+    hidden_size: int | None = None
+    hidden_sizes: int | list[int] | tuple[int, ...] | None = None
+    num_hidden_layers: int = 6
+    num_attention_heads: int | list[int] | tuple[int, ...] = 8
+    head_dim: int | list[int] | tuple[int, ...] = 64
+    ff_mult: int | float | list[int | float] | tuple[int | float, ...] = 4
+    hidden_act: str = "gelu"
+    window_sizes: str | int | list[int | None] | tuple[int | None, ...] | None = "auto"
+    window_type: str = "sliding"
+    attention_norm: str | list[str] | tuple[str, ...] = "rms_norm"
+    use_xpos: bool | list[bool] | tuple[bool, ...] = True
+    xpos_scale_base: int | float = 512
+    rope_parameters: dict | None = None
+    shared_attention: bool = False
+    compressor: str | list[str] | tuple[str, ...] = "conv"
+    predict_hierarchy: int | None = None
+    predict_from_all: bool = False
+    merge: str = "concat"
+    merge_into: str = "predicting"
+    merge_direction: str = "full"
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    reconstruction_loss_weight: float | int = 0.0
+    prophet_loss_weight: float | int = 0.0
+    quantized_prophet_loss_weight: float | int = 0.0
+    prophet_codebook_size: int = 1024
+    prophet_codebook_dim: int = 64
+    prophet_num_codebooks: int = 16
+    next_latent_loss_weight: float | int | list[float | int] | tuple[float | int, ...] = 0.0
+    next_latent_loss_type: str = "mse_and_cosine"
+    next_latent_rollouts: int = 1
+    next_latent_rollout_weights: list[float | int] | tuple[float | int, ...] | None = None
+    next_latent_dynamic_weights: bool = True
+    next_latent_dynamic_decay: float | int = 1.0
+    detach_summaries: bool = True
+    dynamics_hidden_size: int | None = None
+    dynamics_num_layers: int = 3
+
+    def __post_init__(self, **kwargs):
+        self._fill_in()
+        super().__post_init__(**kwargs)
+
+    def complete(self) -> None:
+        """Make lists of values that were set since, one by one, as `from_pretrained` sets what it overrides, and check all.
+
+        A model calls it before it is built. Raises what the constructor raises.
+        """
+        self._fill_in()
+        self.validate_architecture()
+
+    def _fill_in(self):
+        check_numbers(self)
+        if isinstance(self.hierarchies, int):
+            self.hierarchies = [self.hierarchies]
+        self.hierarchies = list(self.hierarchies)
+        if self.hidden_sizes is None:
+            self.hidden_sizes = 256 if self.hidden_size is None else self.hidden_size
+        if self.window_sizes == "auto":
+            self.window_sizes = [max(1, self.max_position_embeddings // max(2 * x, 1)) for x in self.hierarchies]
+        for name in _PER_HIERARCHY:
+            value = getattr(self, name)
+            listed = list(value) if isinstance(value, list | tuple) else [value] * self.num_hierarchies
+            setattr(self, name, _HeadCounts(listed) if name == "num_attention_heads" else listed)
+        if self.hidden_size is None:
+            self.hidden_size = max(self.hidden_sizes, default=0)
+        if self.predict_hierarchy is None:
+            self.predict_hierarchy = min(self.hierarchies, default=1)
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation. Raises `ValueError` for values that make no model."""
+        factors = self.hierarchies
+        if not factors or len(set(factors)) != len(factors) or not all(_is_power_of_two(x) for x in factors):
+            raise ValueError(f"`hierarchies` must be unique powers of two, at least one, got {factors}.")
+        for name in _PER_HIERARCHY:
+            if len(getattr(self, name)) != len(factors):
+                raise ValueError(
+                    f"`{name}` must be one value, or a list with one for each of the {len(factors)} hierarchies {factors}, "
+                    f"got {getattr(self, name)}."
+                )
+        for name, choices in _CHOICES.items():
+            given = getattr(self, name)
+            if not set(given if isinstance(given, list) else [given]) <= set(choices):
+                raise ValueError(f"`{name}` must be one of {choices}, got {given!r}.")
+        for factor, stride in zip(factors, self.strides):
+            if not _is_power_of_two(stride) or factor % stride:
+                raise ValueError(
+                    "`strides` must be powers of two that divide their compression factor, got stride "
+                    f"{stride} at factor {factor}."
+                )
+        for name in (
+            "vocab_size",
+            "hidden_sizes",
+            "hidden_size",
+            "num_hidden_layers",
+            "max_position_embeddings",
+            "prophet_codebook_size",
+            "prophet_codebook_dim",
+            "prophet_num_codebooks",
+            "next_latent_rollouts",
+            "dynamics_num_layers",
+            "num_attention_heads",
+            "head_dim",
+        ):
+            value = getattr(self, name)
+            if min(value if isinstance(value, list) else [value]) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if any(x % 2 for x in self.head_dim):
+            raise ValueError(f"Rotary positions need an even `head_dim`, got {self.head_dim}.")
+        if any(int(size * mult) < 1 for size, mult in zip(self.hidden_sizes, self.ff_mult)):
+            raise ValueError(f"`ff_mult` must make at least one channel of {self.hidden_sizes}, got {self.ff_mult}.")
+        if any(x is not None and x < 0 for x in self.window_sizes):
+            raise ValueError(
+                f"`window_sizes` must be at least 0 (no attention) or None (all), got {self.window_sizes}."
+            )
+        if any(x == "attention" and factor == 2 for x, factor in zip(self.compressor, factors)):
+            raise ValueError(f"`compressor`='attention' needs factors of at least 4, got {factors}.")
+        if self.xpos_scale_base <= 0:
+            raise ValueError(f"`xpos_scale_base` must be positive, got {self.xpos_scale_base}.")
+        self._validate_prediction()
+        self._validate_losses()
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type not in _ROPE_TYPES:
+            raise ValueError(
+                f"`rope_parameters['rope_type']` must be one of {_ROPE_TYPES} (cached keys cannot follow frequencies "
+                f"that change with length), got {rope_type!r}."
+            )
+
+        if (self.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError("`rope_parameters['partial_rotary_factor']` must be 1: all channels of a head turn.")
+
+    def validate_rope(self):
+        """The stock validation, which knows one head dimension only."""
+        PreTrainedConfig.validate_rope(self.of_hierarchy(0))
+
+    def to_dict(self):
+        """As `PreTrainedConfig`'s, with one `head_dim` where hierarchies agree: `Trainer` reads a checkpoint's config as
+        one of no family before it resumes, and cannot validate a list."""
+        output = super().to_dict()
+        if isinstance(output["head_dim"], list) and len(set(output["head_dim"])) == 1:
+            output["head_dim"] = output["head_dim"][0]
+        return output
+
+    def of_hierarchy(self, index: int) -> "HierarchicalLMConfig":
+        """A copy whose `num_attention_heads` and `head_dim` are the integers of one hierarchy, as stock code reads them."""
+        config = copy.copy(self)
+        config.num_attention_heads = self.num_attention_heads[index]
+        config.head_dim = self.head_dim[index]
+        return config
+
+    def _validate_prediction(self):
+        if self.predict_hierarchy not in self.hierarchies:
+            raise ValueError(
+                f"`predict_hierarchy` must be one of `hierarchies` {self.hierarchies}, got {self.predict_hierarchy}."
+            )
+        stride = self.strides[self.predict_index]
+        if stride > 1 and self.merge_into != "all":
+            raise ValueError(
+                "The hierarchy that predicts must have stride 1 unless `merge_into` is 'all', got stride "
+                f"{stride} at `predict_hierarchy`={self.predict_hierarchy}."
+            )
+        finest = self.predict_hierarchy == min(self.hierarchies)
+        if self.merge == "cross_attention" and self.merge_direction == "coarse_to_fine" and not finest:
+            if not self.predict_from_all:
+                raise ValueError(
+                    "`merge_direction`='coarse_to_fine' needs the finest hierarchy to predict, or `predict_from_all`: finer "
+                    f"ones than `predict_hierarchy`={self.predict_hierarchy} would be read by nothing."
+                )
+        if self.tie_word_embeddings and self.prediction_size != self.hidden_size:
+            raise ValueError(
+                f"`tie_word_embeddings` needs predictions of the width of the embeddings, {self.hidden_size}, got "
+                f"{self.prediction_size}."
+            )
+
+    def _validate_losses(self):
+        for name in (
+            "reconstruction_loss_weight",
+            "prophet_loss_weight",
+            "quantized_prophet_loss_weight",
+            "next_latent_dynamic_decay",
+        ):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        if not all(weight >= 0 for weight in self.next_latent_loss_weight):
+            raise ValueError(f"`next_latent_loss_weight` must not be negative, got {self.next_latent_loss_weight}.")
+        weights = self.next_latent_rollout_weights
+        if weights is not None and (
+            len(weights) != self.next_latent_rollouts or min(weights) < 0 or sum(weights) <= 0
+        ):
+            raise ValueError(
+                f"`next_latent_rollout_weights` must be {self.next_latent_rollouts} numbers with a positive sum, got "
+                f"{weights}."
+            )
+        if self.dynamics_hidden_size is not None and self.dynamics_hidden_size < 1:
+            raise ValueError(f"`dynamics_hidden_size` must be at least 1, got {self.dynamics_hidden_size}.")
+
+    @property
+    def num_hierarchies(self) -> int:
+        """How many streams there are."""
+        return len(self.hierarchies)
+
+    @property
+    def predict_index(self) -> int:
+        """Place of the predicting hierarchy in `hierarchies`."""
+        return self.hierarchies.index(self.predict_hierarchy)
+
+    @property
+    def prediction_size(self) -> int:
+        """Width of what the head sees."""
+        return sum(self.hidden_sizes) if self.predict_from_all else self.hidden_sizes[self.predict_index]
+
+    @property
+    def intermediate_sizes(self) -> list[int]:
+        """Width of each hierarchy's feed-forward."""
+        return [int(size * mult) for size, mult in zip(self.hidden_sizes, self.ff_mult)]
+
+    @property
+    def dilations(self) -> list[int]:
+        """How many steps of its own stream each hierarchy's attention and token shift jump."""
+        return [factor // stride for factor, stride in zip(self.hierarchies, self.strides)]
+
+    @property
+    def kept_steps(self) -> list[int | None]:
+        """How many steps, its own included, a cache must hold for the next one of each hierarchy; `None` for all."""
+        reach = [x if x is None or self.window_type == "sliding" else 2 * x for x in self.window_sizes]
+        return [None if x is None else max(x - 1, 0) * step + 1 for x, step in zip(reach, self.dilations)]
+
+    @property
+    def cache_layer_types(self) -> list[str]:
+        """Types of cache layers, by transformers' names: hierarchies within layers, then one for the compressors."""
+        of_hierarchy = {None: "hybrid", 0: "conv"}
+        layer = [of_hierarchy.get(window, "hybrid_sliding") for window in self.window_sizes]
+        return layer * self.num_hidden_layers + ["conv"]
+
+
+def _is_power_of_two(x):
+    return x > 0 and x & (x - 1) == 0
+
+
+__all__ = ["HierarchicalLMConfig"]

@@ -1,0 +1,136 @@
+"""One stream of the hierarchical LM in one layer: token shift, windowed attention with rotary positions, feed-forward."""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..common.eager_attention import eager_attention
+from .configuration_hierarchical_lm import HierarchicalLMConfig
+from .hierarchical_cache import HierarchicalCache
+from .stream_plan import StreamPlan
+from .windowed_attention import step_attention, windowed_attention
+
+
+def _rotate(x, rotary):
+    """Half-split rotary positions of `x [batch, steps, 2, heads, head_dim]`, queries and keys at once.
+
+    `rotary` is cosines and signed sines `[1 or batch, steps, 1 or 2, 1, head_dim]`, times what xPos adds.
+    """
+    cos, sin = rotary
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+class HierarchicalLMAttention(nn.Module):
+    """Causal attention of one stream, or of several of equal width."""
+
+    def __init__(self, config: HierarchicalLMConfig, hierarchy: int):
+        super().__init__()
+        self.config = config
+        self.num_heads, self.head_dim = config.num_attention_heads[hierarchy], config.head_dim[hierarchy]
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        inner, width = self.num_heads * self.head_dim, config.hidden_sizes[hierarchy]
+        self.qkv_proj = nn.Linear(width, 3 * inner, bias=False)
+        self.o_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(
+        self, hidden_states: torch.Tensor, plan: StreamPlan, cache: HierarchicalCache | None, layer_idx: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch, steps, _ = hidden_states.shape
+        qkv = self.qkv_proj(hidden_states).view(batch, steps, 3, self.num_heads, self.head_dim)
+        query, key = _rotate(qkv[:, :, :2], plan.rotary).unbind(2)
+        value = qkv[:, :, 2]
+        if cache is None:
+            keys, values = key.transpose(1, 2), value.transpose(1, 2)
+        else:
+            keys, values = cache.append(layer_idx, key.transpose(1, 2), value.transpose(1, 2), plan.order)
+        weights = None
+        if plan.in_the_open:
+            out, weights = eager_attention(self, query.transpose(1, 2), keys, values, plan.mask, self.scaling)
+        elif plan.fresh and plan.mask is None:
+            where = (plan.window, plan.dilation, plan.block, plan.positions, plan.segments)
+            out = windowed_attention(self._attend, query, key, value, *where)
+        elif not plan.fresh and steps == 1:
+            query = query.transpose(1, 2)
+            out = step_attention(self._attend, query, keys, values, plan.keys_seen, plan.dilation, plan.mask)
+        else:
+            out = self._attend(query.transpose(1, 2), keys, values, plan.mask, False)
+        return self.o_proj(out.reshape(batch, steps, -1)), weights
+
+    def _attend(self, query, key, value, mask, is_causal):
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        return attention(self, query, key, value, mask, scaling=self.scaling, is_causal=is_causal)[0]
+
+
+class HierarchicalLMMLP(nn.Module):
+    def __init__(self, config: HierarchicalLMConfig, hierarchy: int):
+        super().__init__()
+        width, inner = config.hidden_sizes[hierarchy], config.intermediate_sizes[hierarchy]
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class HierarchicalLMBlock(nn.Module):
+    """Pre-norm block of one stream: attention (unless its window is 0) and feed-forward, both behind a token shift.
+
+    `attention` is the module of another block where weights are shared, `None` for a block's own.
+    """
+
+    def __init__(self, config: HierarchicalLMConfig, layer_idx: int, hierarchy: int, has_own_attention: bool):
+        super().__init__()
+        width = config.hidden_sizes[hierarchy]
+        self.cache_idx = layer_idx * config.num_hierarchies + hierarchy
+        self.has_attention = config.window_sizes[hierarchy] != 0
+        if self.has_attention:
+            norms = {
+                "rms_norm": (nn.RMSNorm, config.rms_norm_eps),
+                "layer_norm": (nn.LayerNorm, config.layer_norm_eps),
+            }
+            norm, eps = norms[config.attention_norm[hierarchy]]
+            self.input_layernorm = norm(width, eps=eps)
+        if has_own_attention:
+            self.self_attn = HierarchicalLMAttention(config, hierarchy)
+        self.post_attention_layernorm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+        self.mlp = HierarchicalLMMLP(config, hierarchy)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        plan: StreamPlan,
+        cache: HierarchicalCache | None = None,
+        attention: nn.Module | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weights = None
+        if self.has_attention:
+            shifted = self.input_layernorm(self._token_shift(hidden_states, plan, cache, 0))
+            attention = self.self_attn if attention is None else attention
+            out, weights = attention(shifted, plan, cache, self.cache_idx)
+            hidden_states = hidden_states + out
+        shifted = self.post_attention_layernorm(self._token_shift(hidden_states, plan, cache, 1))
+        return hidden_states + self.mlp(shifted), weights
+
+    def _token_shift(self, x, plan, cache, state_idx):
+        """The second half of the channels, from one (dilated) step before (RWKV's token shift)."""
+        steps, width = x.shape[1:]
+        kept, moved = x.split((width + 1) // 2, dim=-1) if width > 1 else (x, x[..., :0])
+        past = None if cache is None else cache.read_conv(self.cache_idx, state_idx)
+        if past is None:
+            past = moved.new_zeros(x.shape[0], plan.dilation, moved.shape[-1])
+        if cache is not None and steps == 1 and plan.dilation == 1 and plan.counts is None:
+            cache.write_conv(moved, self.cache_idx, state_idx)
+            return torch.cat((kept, past), dim=-1)
+        joined = torch.cat((past, moved), dim=1)
+        if cache is not None:
+            cache.write_conv(plan.last_of(joined, plan.dilation), self.cache_idx, state_idx)
+        earlier = joined[:, :steps]
+        if plan.shift_mask is not None:
+            earlier = earlier * plan.shift_mask
+        return torch.cat((kept, earlier), dim=-1)
+
+
+__all__ = ["HierarchicalLMAttention", "HierarchicalLMBlock", "HierarchicalLMMLP"]

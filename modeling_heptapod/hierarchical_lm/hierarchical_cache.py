@@ -1,0 +1,166 @@
+"""The cache of the hierarchical LM: transformers' own layers, one for each hierarchy of each layer and one for the compressors.
+
+    hybrid, hybrid_sliding    keys and values; conv states 0 and 1: what the token shifts before attention and feed-forward
+                              look back at; recurrent state 0: the last step of a strided hierarchy before it is merged
+    conv                      the same without keys and values, for hierarchies without attention
+    conv (the last one)       conv state 0: the embeddings that compressors look back at; recurrent states: the last output
+                              of each strided hierarchy
+
+Rows are aligned at their ends: what a row has not seen yet is missing at the front. Keys and values are written in place
+into memory with room to spare, so that a token costs what a window holds, not what copying it would.
+"""
+
+import torch
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicCache
+
+from ..common.counting_cache import CountingCacheMixin
+
+
+class HierarchicalCache(CountingCacheMixin, DynamicCache):
+    """Dynamic cache of a [`HierarchicalLMModel`].
+
+    Args:
+        config (`HierarchicalLMConfig`): of the model.
+
+    Attributes:
+        seen_tokens (`int`): tokens seen, pads included.
+        row_lengths (`list[int]`, *optional*): real tokens of each row, `None` before the first.
+        centers (`list[int]`): of each hierarchy, the position from which cached keys count their decay (xPos).
+    """
+
+    # Keys, lengths and strides change in Python from step to step, so each would be another graph.
+    is_compileable = False
+
+    def __init__(self, config):
+        layers = []
+        hierarchies = config.num_hierarchies
+        for place, layer_type in enumerate(config.cache_layer_types):
+            is_last = place == hierarchies * config.num_hidden_layers
+            how = {"number_of_states": max(2, hierarchies) if is_last else 2}
+            if layer_type == "hybrid_sliding":
+                how["sliding_window"] = config.kept_steps[place % hierarchies]
+            layers.append(DYNAMIC_LAYER_TYPE_MAPPING[layer_type](**how))
+        super(DynamicCache, self).__init__(layers=layers)
+        self.num_hierarchies = hierarchies
+        self.centers = [0] * hierarchies
+        self.seen_tokens = 0
+        self.row_lengths = None
+        self._room = {}
+
+    def advance(self, tokens: int, row_lengths: list[int]) -> None:
+        """Count `tokens` more; a model calls it once a forward pass, after its last layer."""
+        self.seen_tokens += tokens
+        self.row_lengths = row_lengths
+
+    def steps_cached(self, hierarchy: int) -> int:
+        """How many keys there are of a hierarchy, missing ones at the front of short rows included."""
+        layer = self.layers[hierarchy]
+        return layer.keys.shape[2] if getattr(layer, "is_initialized", False) and layer.keys.dim() == 4 else 0
+
+    def append(
+        self, layer_idx: int, key: torch.Tensor, value: torch.Tensor, order: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add steps.
+
+        Args:
+            layer_idx (`int`): of a layer with keys and values.
+            key, value (`torch.Tensor` of shape `[batch, heads, steps, channels]`).
+            order (`torch.LongTensor` of shape `[batch, length]`, *optional*): which of the cached and new steps to keep,
+                where rows have not all got as many.
+
+        Returns:
+            Keys and values of all steps, cached and new, without `order`: `[batch, heads, length, channels]`.
+        """
+        layer = self.layers[layer_idx]
+        if not layer.is_initialized:
+            layer.lazy_initialization(key, value)
+            layer.keys, layer.values = (x.new_zeros(*x.shape[:2], 0, x.shape[3]) for x in (key, value))
+        keep = layer.sliding_window - 1 if layer.is_sliding else None
+        if layer.is_sliding:
+            layer.cumulative_length += key.shape[2]
+        if order is None and not (torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)):
+            return self._append_in_place(layer, layer_idx, key, value, keep)
+        full = [torch.cat(pair, dim=2) for pair in ((layer.keys, key), (layer.values, value))]
+        kept = full
+        if order is not None:
+            order = order[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
+            kept = [x.gather(2, order) for x in full]
+        if keep is not None:
+            kept = [x[:, :, max(x.shape[2] - keep, 0) :] for x in kept]
+        layer.keys, layer.values = kept
+        return tuple(full)
+
+    def _append_in_place(self, layer, layer_idx, key, value, keep):
+        length, steps = layer.keys.shape[2], key.shape[2]
+        if keep is not None and steps > max(keep, 1):  # a prompt: what leaves the window is not kept alive
+            full = (
+                [torch.cat(pair, dim=2) for pair in ((layer.keys, key), (layer.values, value))]
+                if length
+                else [key, value]
+            )
+            layer.keys, layer.values = (x[:, :, x.shape[2] - keep :].clone() for x in full)
+            return tuple(full)
+        memory, end, view = self._room.get(layer_idx, (None, 0, None))
+        if view is not layer.keys or end + steps > memory[0].shape[2]:
+            # Twice the room once it is full; no more than is needed where a batch was reordered, which takes a copy anyway.
+            room = (length + steps) * (2 if view is layer.keys else 1)
+            memory = [x.new_empty(*x.shape[:2], room, x.shape[3]) for x in (key, value)]
+            memory[0][:, :, :length].copy_(layer.keys)
+            memory[1][:, :, :length].copy_(layer.values)
+            end = length
+        start, end = end - length, end + steps
+        memory[0][:, :, end - steps : end].copy_(key)
+        memory[1][:, :, end - steps : end].copy_(value)
+        full = [x[:, :, start:end] for x in memory]
+        kept = full
+        if keep is not None and length + steps > keep:
+            kept = [x[:, :, end - keep : end] for x in memory]
+        layer.keys, layer.values = kept
+        self._room[layer_idx] = (memory, end, layer.keys)
+        return tuple(full)
+
+    def scale_keys(self, hierarchy: int, factor: torch.Tensor) -> None:
+        """Multiply the cached keys of a hierarchy by `factor [channels]`, in every layer."""
+        for layer in self.layers[hierarchy : -1 : self.num_hierarchies]:
+            layer.keys = (layer.keys * factor).to(layer.keys.dtype)
+
+    def read_conv(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """A conv state, `None` before the first is written."""
+        return self.layers[layer_idx].conv_states[state_idx]
+
+    def write_conv(self, state: torch.Tensor, layer_idx: int, state_idx: int = 0) -> None:
+        """Put `state [batch, ...]` in place of the last one."""
+        layer = self.layers[layer_idx]
+        if not layer.is_conv_states_initialized[state_idx]:
+            layer.lazy_initialization(conv_states=state, state_idx=state_idx)
+            layer.has_previous_state[state_idx] = True
+        layer.conv_states[state_idx] = state
+
+    def read_recurrent(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """A recurrent state, `None` before the first is written."""
+        return self.layers[layer_idx].recurrent_states[state_idx]
+
+    def write_recurrent(self, state: torch.Tensor, layer_idx: int, state_idx: int = 0) -> None:
+        """Put `state [batch, ...]` in place of the last one."""
+        layer = self.layers[layer_idx]
+        if not layer.is_recurrent_states_initialized[state_idx]:
+            layer.lazy_initialization(recurrent_states=state, state_idx=state_idx)
+            layer.device = state.device
+        layer.recurrent_states[state_idx] = state
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the rows for beam search; there may be more or fewer than before."""
+        super().reorder_cache(beam_idx)
+        if self.row_lengths is not None:
+            equal = len(set(self.row_lengths)) == 1  # then rows need not be known, which would stop a device
+            rows = [0] * len(beam_idx) if equal else beam_idx.tolist()
+            self.row_lengths = [self.row_lengths[row] for row in rows]
+
+    def reset(self) -> None:
+        """Empty the cache, as before its first token: of another batch, too."""
+        super().reset()
+        self.drop_states()
+        self.seen_tokens, self.row_lengths, self._room = 0, None, {}
+
+
+__all__ = ["HierarchicalCache"]

@@ -1,0 +1,563 @@
+"""The hierarchical LM: streams of the same text at several resolutions, each a decoder of its own, merged in every layer.
+
+Read bottom-up: layer, model, head. Blocks are in `hierarchical_block.py`, what a pass does to each stream in `stream_plan.py`,
+pads and packed rows in `row_layout.py`, losses beside cross-entropy in `predictive_losses.py`. The prototype is
+`simple-hierarchical-transformer` on PyPI; compression with strides is that of Hourglass (arXiv 2110.13711).
+
+A stream of factor `c` and stride `s` has a step for every `s`-th token: step `k` is made of tokens up to `k * s`, and a
+token reads the last step that is made of nothing later than itself. Attention and token shift in it jump `c / s` steps.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple, logging
+from transformers.utils.output_capturing import capture_outputs
+
+from ..common.auto_map import KnownByNameMixin
+from ..common.cache_states import LayerStates
+from ..common.losses import IGNORED, at_least_one, causal_lm_loss, require_labels
+from ..common.model_inputs import (
+    check_past_mask,
+    check_position_ids,
+    embed_text,
+    has_open_sizes,
+    of_new_tokens,
+    token_mask,
+)
+from ..common.own_cache import OwnCacheMixin
+from ..common.packed_rows import segment_ids
+from ..common.row_layout import RowLayout, packed_layout, pad_layout
+from ..common.transformers_versions import (
+    CACHE,
+    OldCacheNameMixin,
+    slice_logits_to_keep,
+    with_cache_argument,
+    with_cache_field,
+)
+from ..common.unread_arguments import refuse_unread, take_out
+from .causal_compressors import AttentionCompressor, make_compressor
+from .configuration_hierarchical_lm import HierarchicalLMConfig
+from .hierarchical_block import HierarchicalLMBlock
+from .hierarchical_cache import HierarchicalCache
+from .predictive_losses import LinearFromZero, PredictionHead, PredictiveLosses, RandomProjectionQuantizer
+from .stream_merges import ConcatMerge, CrossAttentionMerge
+from .stream_plan import Pass, StreamPlan, make_plan
+
+
+logger = logging.get_logger(__name__)
+
+
+@auto_docstring(
+    custom_intro="""
+    Output of the base model.
+    """
+)
+@dataclass
+@with_cache_field
+class HierarchicalLMModelOutput(ModelOutput):
+    r"""
+    last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, prediction_size)`):
+        What the head predicts from: the normalised stream of the predicting hierarchy, or of all side by side.
+    past_key_values (`HierarchicalCache`, *optional*):
+        What further tokens need of these.
+    hidden_states (`tuple`, *optional*):
+        The stream of the predicting hierarchy before the first and after each layer, the last as `last_hidden_state`.
+    attentions (`tuple`, *optional*):
+        `[batch_size, heads, steps, steps]` of each layer's hierarchies with attention, layer after layer.
+    hierarchy_embeddings (`tuple`, *optional*):
+        The normalised stream of every hierarchy: one step for every `stride`-th token of a sequence, counted from its own
+        beginning, so that padded and packed rows are arranged as `row_layout` says.
+    row_layout (`RowLayout`, *optional*):
+        Comes with `hierarchy_embeddings` where rows are padded or packed.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    hierarchy_embeddings: tuple[torch.FloatTensor, ...] | None = None
+    row_layout: RowLayout | None = None
+
+
+@auto_docstring(
+    custom_intro="""
+    Output of the language model, with each loss by its name.
+    """
+)
+@dataclass
+@with_cache_field
+class HierarchicalLMOutput(ModelOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
+        `ce_loss` and the others times their weights.
+    logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
+        Scores of the next token.
+    past_key_values (`HierarchicalCache`, *optional*):
+        What further tokens need of these.
+    hidden_states (`tuple`, *optional*):
+        As from the base model.
+    attentions (`tuple`, *optional*):
+        As from the base model.
+    hierarchy_embeddings (`tuple`, *optional*):
+        As from the base model.
+    row_layout (`RowLayout`, *optional*):
+        As from the base model.
+    ce_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
+        Cross-entropy of the next token.
+    reconstruction_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
+        Cross-entropy of the tokens that a step was made of. Like the next two without its weight, `None` at weight 0.
+    prophet_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
+        Cross-entropy of the next tokens, as many as the factor.
+    quantized_prophet_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
+        The same with codes for tokens.
+    next_latent_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
+        Distance to the next latent, with the weights of the hierarchies.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    hierarchy_embeddings: tuple[torch.FloatTensor, ...] | None = None
+    row_layout: RowLayout | None = None
+    ce_loss: torch.FloatTensor | None = None
+    reconstruction_loss: torch.FloatTensor | None = None
+    prophet_loss: torch.FloatTensor | None = None
+    quantized_prophet_loss: torch.FloatTensor | None = None
+    next_latent_loss: torch.FloatTensor | None = None
+
+
+class HierarchicalLMLayer(GradientCheckpointingLayer):
+    """A block for each stream, then what they tell each other."""
+
+    def __init__(self, config: HierarchicalLMConfig, layer_idx: int):
+        super().__init__()
+        self.owners = _attention_owners(config)
+        self.blocks = nn.ModuleList(
+            HierarchicalLMBlock(config, layer_idx, h, owner == h) for h, owner in enumerate(self.owners)
+        )
+        self.merge = None
+        if config.num_hierarchies > 1:
+            self.merge = (ConcatMerge if config.merge == "concat" else CrossAttentionMerge)(config)
+
+    @with_cache_argument
+    def forward(
+        self,
+        *streams: torch.Tensor,
+        plans: list[StreamPlan],
+        past_key_values: HierarchicalCache | None = None,
+        ablate_merge: bool = False,
+    ) -> tuple[torch.Tensor, ...]:
+        """Streams `[batch, steps, width]` after this layer, then the attentions of those whose plans ask for them."""
+        cache, attentions = past_key_values, []
+        streams = list(streams)
+        for h, (block, plan) in enumerate(zip(self.blocks, plans)):
+            if plan.steps == 0:
+                continue
+            attention = None if self.owners[h] in (None, h) else self.blocks[self.owners[h]].self_attn
+            streams[h], weights = block(streams[h], plan, cache, attention)
+            if weights is not None:
+                attentions.append(weights)
+        if self.merge is None:
+            return (*streams, *attentions)
+        to_read = [_to_read(x, plan, cache, block.cache_idx) for x, plan, block in zip(streams, plans, self.blocks)]
+        if not ablate_merge:
+            for h, pooled in self.merge(to_read, plans).items():
+                if plans[h].steps:
+                    streams[h] = streams[h] + plans[h].at_steps(pooled)
+        return (*streams, *attentions)
+
+
+def _attention_owners(config):
+    """Which hierarchy's block holds the attention weights of each hierarchy, `None` where there is no attention."""
+    owners, first_of = [], {}
+    for h, window in enumerate(config.window_sizes):
+        shape = (config.hidden_sizes[h], config.num_attention_heads[h], config.head_dim[h])
+        shape = shape if config.shared_attention else h
+        owners.append(None if window == 0 else first_of.setdefault(shape, h))
+    return owners
+
+
+def _to_read(x, plan, cache, layer_idx, state_idx=0):
+    """The steps of a stream that tokens read; the last one stays in the cache for tokens to come."""
+    if plan.stride == 1 or cache is None:
+        return x
+    last = cache.read_recurrent(layer_idx, state_idx)
+    if last is None:
+        last = x.new_zeros(x.shape[0], 1, x.shape[2])
+    if plan.steps:
+        seen = x if plan.counts is None else torch.cat((last, x), dim=1)
+        cache.write_recurrent(plan.last_of(seen, 1), layer_idx, state_idx)
+    return plan.to_read(x, last)
+
+
+@auto_docstring
+class HierarchicalLMPreTrainedModel(KnownByNameMixin, OwnCacheMixin, PreTrainedModel):
+    config: HierarchicalLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HierarchicalLMLayer"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _supports_sdpa = True
+    _is_stateful = True
+    _cache_classes = {"dynamic": HierarchicalCache}
+
+    def __init__(self, config: HierarchicalLMConfig, *args, **kwargs):
+        config.complete()
+        super().__init__(config, *args, **kwargs)
+
+    def _cache_layers(self, cache):
+        """See `OwnCacheMixin._cache_layers`: hierarchies within layers, then what compressors and the head look back at."""
+        config, hierarchies, layer, last = self.config, range(self.config.num_hierarchies), [], {}
+        for h, kind in zip(hierarchies, config.cache_layer_types):
+            width, window = config.hidden_sizes[h], None
+            shift, keys = (config.dilations[h], width // 2), (config.num_attention_heads[h], None, config.head_dim[h])
+            shapes = {("conv_states", 1): shift}
+            if kind != "conv":
+                shapes |= {("conv_states", 0): shift, ("keys", None): keys, ("values", None): keys}
+            if config.strides[h] > 1 and len(hierarchies) > 1:
+                shapes["recurrent_states", 0] = (1, width)
+            if kind == "hybrid_sliding":
+                window = config.kept_steps[h]
+            layer.append(LayerStates(kind, shapes, sliding_window=window))
+            if config.strides[h] > 1 and (config.predict_from_all or h == config.predict_index):
+                last["recurrent_states", h] = (1, width)
+        if max(config.hierarchies) > 1:
+            last["conv_states", 0] = (max(config.hierarchies) - 1, config.hidden_size)
+        return layer * config.num_hidden_layers + [LayerStates("conv", last)]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, AttentionCompressor):
+            init.normal_(module.tap_embed, std=self.config.initializer_range)
+        elif isinstance(module, ConcatMerge):
+            init.zeros_(module.up_bias)
+        elif isinstance(module, PredictionHead):
+            init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, (LinearFromZero, RandomProjectionQuantizer)):
+            module.init_weights()
+
+
+@auto_docstring
+class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
+    def __init__(self, config: HierarchicalLMConfig):
+        super().__init__(config)
+        hierarchies = range(config.num_hierarchies)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.rotary_emb = nn.ModuleList(LlamaRotaryEmbedding(config.of_hierarchy(h)) for h in hierarchies)
+        self.compressors = nn.ModuleList(make_compressor(config, h) for h in hierarchies)
+        self.embed_norms = nn.ModuleList(
+            nn.LayerNorm(width, eps=config.layer_norm_eps) for width in config.hidden_sizes
+        )
+        self.layers = nn.ModuleList(HierarchicalLMLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=config.layer_norm_eps) for width in config.hidden_sizes)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    @auto_docstring
+    @with_cache_argument
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_hierarchy_embeddings: bool = False,
+        ablate_merge: bool = False,
+        seq_idx: torch.LongTensor | None = None,
+        cu_seq_lens_q: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> HierarchicalLMModelOutput:
+        r"""
+        output_hierarchy_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether to also return the normalised stream of every hierarchy.
+        ablate_merge (`bool`, *optional*, defaults to `False`):
+            Leave out what hierarchies tell each other.
+        seq_idx (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Index of the packed sequence each token belongs to.
+        cu_seq_lens_q (`torch.LongTensor` of shape `(num_sequences + 1,)`, *optional*):
+            Boundaries of the sequences packed into one row. Restarting `position_ids` mean the same.
+        """
+        refuse_unread(self, kwargs, cu_seq_lens_q)
+        config = self.config
+        if self.training and torch.is_grad_enabled() and not output_hierarchy_embeddings:
+            _warn_of_forgotten_losses(config)
+        inputs_embeds = self.embed(input_ids, inputs_embeds)
+        batch, seq, _ = inputs_embeds.shape
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if past_key_values is not None:
+            self.check_cache(past_key_values, inputs_embeds)
+        cache = past_key_values
+        if cache is None and self.starts_cache(use_cache):
+            cache = HierarchicalCache(config)
+        check_position_ids(position_ids, batch, seq)
+
+        # Without a cache no row is told from another: one stands for all, however many an export leaves open.
+        past = [0] if cache is None else [0] * batch if cache.seen_tokens == 0 else cache.row_lengths
+        fresh = cache is None or cache.seen_tokens == 0
+        mask = token_mask(attention_mask, inputs_embeds, 0 if fresh else cache.seen_tokens)
+        if not fresh and (mask is not None or min(past) < cache.seen_tokens):
+            check_past_mask(attention_mask, seq, past)
+        mask = of_new_tokens(mask, seq)
+        segments = segment_ids(inputs_embeds, mask, position_ids, seq_idx, cu_seq_lens_q, None if fresh else past)
+        rows, length = None, None
+        if has_open_sizes(inputs_embeds) and cache is None and not (output_attentions or output_hierarchy_embeddings):
+            length = seq
+            inputs_embeds, mask, segments = self._with_empty_slots(inputs_embeds, mask, segments)
+            seq = inputs_embeds.shape[1]
+        if segments is not None:
+            if past_key_values is not None:
+                raise ValueError(f"`{CACHE}` cannot be filled by packed rows: a cache row is one sequence.")
+            cache, past = None, [0]
+            rows = packed_layout(segments, mask, max(config.hierarchies))
+        elif mask is not None:
+            rows = pad_layout(mask)
+        new = [seq] * len(past) if mask is None or cache is None else mask.sum(1).tolist()
+        embeds = inputs_embeds if rows is None else rows.align(inputs_embeds)
+
+        pass_ = Pass(embeds, past, new, rows, cache, fresh, bool(output_attentions))
+        plans = [
+            make_plan(config, h, pass_, self.rotary_emb[h], self.embed_tokens.weight.dtype)
+            for h in range(config.num_hierarchies)
+        ]
+        streams = tuple(norm(x) for norm, x in zip(self.embed_norms, self._compress(embeds, plans, pass_)))
+        predicting, hidden_states, attentions = config.predict_index, [], []
+        for layer in self.layers:
+            if output_hidden_states:
+                hidden_states.append(_restore(rows, streams[predicting], plans[predicting]))
+            out = layer(*streams, plans=plans, ablate_merge=ablate_merge, **{CACHE: cache})
+            streams = out[: len(plans)]
+            attentions.extend(out[len(plans) :])
+        streams = tuple(norm(x) for norm, x in zip(self.norms, streams))
+        used = range(config.num_hierarchies) if config.predict_from_all else [predicting]
+        last = len(self.layers) * config.num_hierarchies
+        at_tokens = [plans[h].at_tokens(_to_read(streams[h], plans[h], cache, last, h)) for h in used]
+        last_hidden_state = at_tokens[0] if len(at_tokens) == 1 else torch.cat(at_tokens, dim=-1)
+        if rows is not None:
+            last_hidden_state = rows.restore(last_hidden_state)
+        if length is not None:
+            last_hidden_state = last_hidden_state[:, :length]
+            hidden_states = [x[:, : -(-length // plans[predicting].stride)] for x in hidden_states]
+        if cache is not None:
+            cache.advance(seq, [before + more for before, more in zip(past, new)])
+        return HierarchicalLMModelOutput(
+            last_hidden_state=last_hidden_state,
+            **{CACHE: cache},
+            hidden_states=(*hidden_states, last_hidden_state) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            hierarchy_embeddings=streams if output_hierarchy_embeddings else None,
+            row_layout=rows if output_hierarchy_embeddings else None,
+        )
+
+    def embed(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None) -> torch.FloatTensor:
+        """The embeddings `[batch, seq, hidden_size]` of one or the other. Raises `TypeError` and `ValueError` for bad input."""
+        return embed_text(self.embed_tokens, input_ids, inputs_embeds, self.config.hidden_size)
+
+    def _with_empty_slots(self, embeds, mask, segments):
+        """Rows whose length an export leaves open, longer by slots that no token sees: a multiple of all strides, two steps at least.
+
+        Otherwise the program would be for lengths alone whose last step is as full as that of the example.
+        """
+        multiple = math.lcm(*self.config.strides)
+        seq = embeds.shape[1]
+        more = (seq // multiple + 2) * multiple - seq
+        embeds = nn.functional.pad(embeds, (0, 0, 0, more))
+        mask = None if mask is None else nn.functional.pad(mask, (0, more), value=False)
+        if segments is not None:
+            segments = torch.cat((segments, segments[:, -1:].expand(-1, more)), dim=1)
+        return embeds, mask, segments
+
+    def _compress(self, embeds, plans, pass_):
+        """The streams `[batch, steps, width]` that the first layer gets, without their norm."""
+        factors = self.config.hierarchies
+        back = max(factors) - 1  # embeddings that compressors look back at
+        joined, cache = embeds, pass_.cache
+        if back:
+            before = None if cache is None else cache.read_conv(-1)
+            if before is None:
+                before = embeds.new_zeros(embeds.shape[0], back, embeds.shape[2])
+            joined = torch.cat((before, embeds), dim=1)
+            if cache is not None:
+                cache.write_conv(pass_.last_of(joined, back), -1)
+        streams = []
+        for factor, width, plan, compressor in zip(factors, self.config.hidden_sizes, plans, self.compressors):
+            if plan.steps == 0:
+                streams.append(embeds.new_zeros(embeds.shape[0], 0, width))
+                continue
+            if factor == 1:
+                streams.append(compressor(embeds).to(embeds.dtype))
+                continue
+            first, stride = (plan.pick.start, plan.stride) if isinstance(plan.pick, slice) else (0, 1)
+            windows = joined[:, back - factor + 1 + first :].unfold(1, factor, stride).transpose(2, 3)
+            if stride < plan.stride:
+                windows = torch.stack([plan.at_steps(x) for x in windows.unbind(2)], dim=2)
+            exists = None
+            if isinstance(compressor, AttentionCompressor):
+                taps = torch.arange(1 - factor, 1, device=embeds.device)
+                exists = (plan.token_positions.unsqueeze(-1) + taps) >= 0
+            streams.append(compressor(windows, exists).to(embeds.dtype))  # autocast must not make bf16 streams
+        return streams
+
+
+def _warn_of_forgotten_losses(config):
+    """Clients such as trl make the loss themselves, of the base model's states."""
+    if PredictiveLosses.wanted(config):
+        logger.warning_once(
+            "The config gives weights to losses beside cross-entropy (`*_loss_weight`), but this training step computes none of "
+            "them: they come with the loss that HierarchicalLMForCausalLM makes of `labels`, without `past_key_values`."
+        )
+
+
+def _restore(rows, x, plan):
+    """A stream in the order of the input; one with a stride stays as it is laid out."""
+    return x if rows is None or plan.stride > 1 else rows.restore(x)
+
+
+@auto_docstring
+class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, OldCacheNameMixin, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    predictive_losses_class = PredictiveLosses
+
+    def __init__(self, config: HierarchicalLMConfig):
+        super().__init__(config)
+        self.model = HierarchicalLMModel(config)
+        self.lm_head = nn.Linear(config.prediction_size, config.vocab_size, bias=False)
+        self.predictive_losses = None
+        if self.predictive_losses_class.wanted(config):
+            self.predictive_losses = self.predictive_losses_class(config)
+        self._freeze_unread()
+        self.loss_type, self.loss_function = "ForCausalLM", causal_lm_loss
+        self.post_init()
+
+    def _freeze_unread(self):
+        """What neither the head nor a loss reads takes no gradient, for which data parallel training would wait."""
+        config, merge = self.config, self.model.layers[-1].merge
+        read = [] if self.predictive_losses is None else self.predictive_losses.hierarchies_read
+        for h in range(config.num_hierarchies):
+            if h == config.predict_index or config.predict_from_all or h in read:
+                continue
+            self.model.norms[h].requires_grad_(False)
+            if isinstance(merge, CrossAttentionMerge) and h in merge.receivers:
+                merge.q_projs[str(h)].requires_grad_(False)
+                merge.o_projs[str(h)].requires_grad_(False)
+
+    @can_return_tuple
+    @auto_docstring
+    @with_cache_argument
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_hierarchy_embeddings: bool = False,
+        ablate_merge: bool = False,
+        seq_idx: torch.LongTensor | None = None,
+        cu_seq_lens_q: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> HierarchicalLMOutput:
+        r"""
+        output_hierarchy_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether to also return the normalised stream of every hierarchy.
+        ablate_merge (`bool`, *optional*, defaults to `False`):
+            Leave out what hierarchies tell each other.
+        seq_idx (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Index of the packed sequence each token belongs to.
+        cu_seq_lens_q (`torch.LongTensor` of shape `(num_sequences + 1,)`, *optional*):
+            Boundaries of the sequences packed into one row.
+        """
+        of_loss = take_out(kwargs, "num_items_in_batch", "shift_labels")
+        if self.predictive_losses is not None:
+            require_labels(labels, of_loss.get("num_items_in_batch"), "they make losses of the coarse streams")
+        predictive = self.predictive_losses is not None and labels is not None and past_key_values is None
+        if predictive:
+            inputs_embeds = self.model.embed(input_ids, inputs_embeds)
+        outputs = self.model(
+            input_ids=None if predictive else input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hierarchy_embeddings=output_hierarchy_embeddings or predictive,
+            ablate_merge=ablate_merge,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss, losses = None, {}
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss)
+            losses["ce_loss"] = loss
+        if predictive:
+            others = self._predictive_losses(outputs, inputs_embeds, input_ids, labels, **of_loss)
+            for name, value in others.items():
+                # The next-latent loss has its weights, one for each hierarchy, inside.
+                weight = 1.0 if name == "next_latent" else getattr(self.config, f"{name}_loss_weight")
+                loss = loss + weight * value
+                losses[f"{name}_loss"] = value
+        return HierarchicalLMOutput(
+            loss=loss,
+            logits=logits,
+            **{CACHE: outputs.get(CACHE)},
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            hierarchy_embeddings=outputs.hierarchy_embeddings if output_hierarchy_embeddings else None,
+            row_layout=outputs.row_layout if output_hierarchy_embeddings else None,
+            **losses,
+        )
+
+    def _predictive_losses(
+        self, outputs, embeds, input_ids, labels, num_items_in_batch=None, shift_labels=None, **kwargs
+    ):
+        """Losses beside cross-entropy, by name; with accumulated gradients, this batch's share of them. 0 without targets."""
+        rows, mask, segments = outputs.row_layout, None, None
+        if rows is not None:
+            mask, segments = rows.real, rows.segments
+            embeds = rows.align(embeds)
+            input_ids = None if input_ids is None else rows.align(input_ids.unsqueeze(-1)).squeeze(-1)
+        targets = labels[:, 1:] if shift_labels is None else shift_labels
+        count = (targets != IGNORED).sum()
+        scale = count / at_least_one(count if num_items_in_batch is None else num_items_in_batch)
+        return self.predictive_losses(
+            list(outputs.hierarchy_embeddings), embeds, input_ids, mask=mask, segments=segments, scale=scale
+        )
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As `PreTrainedModel`'s; the heads of losses that tell tokens follow."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if self.predictive_losses is not None:
+            self.predictive_losses.resize_vocabulary(self.config.vocab_size)
+        return embeddings
+
+
+__all__ = [
+    "HierarchicalLMForCausalLM",
+    "HierarchicalLMModel",
+    "HierarchicalLMModelOutput",
+    "HierarchicalLMOutput",
+    "HierarchicalLMPreTrainedModel",
+]

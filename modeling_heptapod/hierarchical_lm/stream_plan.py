@@ -1,0 +1,237 @@
+"""What one forward pass of the hierarchical LM does to the stream of one hierarchy, and the way between tokens and steps."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..common.model_inputs import has_open_sizes
+from ..common.row_layout import RowLayout
+from .configuration_hierarchical_lm import HierarchicalLMConfig
+from .hierarchical_cache import HierarchicalCache
+from .windowed_attention import first_key, visible
+
+
+# xPos multiplies queries and keys by powers of a base of at least 0.4 / 1.4, with the distance to a centre over
+# `xpos_scale_base` as exponent. 30 of these on both sides make products, of masked keys too, within the range of float32
+# and bfloat16; float16 holds the factors of 8.
+_FARTHEST_FROM_CENTER = 30
+_FARTHEST_FROM_CENTER_IN_FLOAT16 = 8
+
+
+@dataclass
+class StreamPlan:
+    """What one forward pass does to the stream of one hierarchy, the same in every layer.
+
+    Attributes:
+        stride, dilation (`int`), window (`int`, *optional*), block (`bool`): of the hierarchy.
+        steps (`int`): new ones, of the row that has most of them.
+        fresh (`bool`): whether they are the first.
+        tokens (`int`): new ones.
+        rotary (`tuple[torch.Tensor, torch.Tensor]`, *optional*): of the new steps, see `_rotate` in `hierarchical_block.py`.
+        pick (`slice` or `torch.LongTensor` of shape `[batch, steps]`): the token that each step comes with, at strides
+            above 1.
+        spread (`torch.LongTensor` of shape `[tokens]` or `[batch, tokens]`, *optional*): the step each token reads, 0 for
+            the last cached one and from 1 on for new ones.
+        counts (`torch.LongTensor` of shape `[batch]`, *optional*): new steps of each row, where not all have as many.
+        order (`torch.LongTensor` of shape `[batch, length]`, *optional*): which cached and new steps to keep then.
+        positions, segments (`torch.LongTensor` of shape `[batch, steps]`, *optional*): of packed rows.
+        shift_mask (`torch.BoolTensor` of shape `[batch, steps, 1]`, *optional*): steps of packed rows that have another one
+            to look back at.
+        keys_seen (`int`, *optional*): how many keys a single step reads, `None` for all.
+        mask (`torch.BoolTensor` of shape `[1 or batch, 1, queries, keys]`, *optional*): where neither windows of whole
+            sequences nor a single step's say everything.
+        token_positions (`torch.LongTensor` of shape `[1 or batch, steps]`, *optional*): of the token each step comes with.
+        in_the_open (`bool`): whether to return attentions, which takes the mask.
+    """
+
+    stride: int
+    dilation: int
+    window: int | None
+    block: bool
+    steps: int
+    fresh: bool
+    tokens: int
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    pick: slice | torch.Tensor | None = None
+    spread: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
+    shift_mask: torch.Tensor | None = None
+    keys_seen: int | None = None
+    mask: torch.Tensor | None = None
+    token_positions: torch.Tensor | None = None
+    in_the_open: bool = False
+
+    def at_steps(self, x: torch.Tensor) -> torch.Tensor:
+        """`[batch, tokens, width]` -> `[batch, steps, width]`: the tokens that steps come with."""
+        if self.stride == 1:
+            return x
+        return x[:, self.pick] if isinstance(self.pick, slice) else gather_steps(x, self.pick)
+
+    def to_read(self, x: torch.Tensor, last: torch.Tensor | None) -> torch.Tensor:
+        """`[batch, steps, width]` and `last [batch, 1, width]`, the step before -> the steps that tokens read."""
+        if self.stride == 1 or self.fresh:
+            return x
+        if self.tokens == 1 and self.spread is None:
+            return x if self.steps else last
+        return torch.cat((last, x), dim=1)
+
+    def at_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """What `to_read` gave, or any function of each of its steps -> `[batch, tokens, width]`: what each token reads."""
+        if self.stride == 1:
+            return x
+        if self.fresh and has_open_sizes(x):
+            return x[:, torch.arange(self.tokens, device=x.device) // self.stride]
+        if self.fresh:
+            return x.repeat_interleave(self.stride, dim=1)[:, : self.tokens]
+        if self.spread is None:
+            return x
+        return x[:, self.spread] if self.spread.dim() == 1 else gather_steps(x, self.spread)
+
+    def last_of(self, x: torch.Tensor, number: int) -> torch.Tensor:
+        """The last `number` of cached and new steps, of `[batch, number + steps, width]`, as a state to keep."""
+        if self.counts is not None:
+            places = self.counts.unsqueeze(1) + torch.arange(number, device=x.device)
+            return gather_steps(x, places)
+        last = x[:, x.shape[1] - number :]
+        return last if x.shape[1] <= 2 * number else last.clone()  # no long row is kept alive for its end
+
+
+def gather_steps(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """`[batch, steps, width]` at `places [batch, chosen]` of each row -> `[batch, chosen, width]`."""
+    return x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+@dataclass
+class Pass:
+    """What the plans of all hierarchies share: embeddings as laid out, real tokens of each row before and in this pass."""
+
+    embeds: torch.Tensor
+    past: list[int]
+    new: list[int]
+    rows: RowLayout | None
+    cache: HierarchicalCache | None
+    fresh: bool
+    in_the_open: bool
+
+    def last_of(self, x, number):
+        """The last `number` of `[batch, number + tokens, width]`, as `StreamPlan.last_of`."""
+        tokens = self.embeds.shape[1]
+        counts = None if min(self.new) == tokens else torch.tensor(self.new, device=x.device)
+        return StreamPlan(1, 1, None, False, tokens, self.fresh, tokens, counts=counts).last_of(x, number)
+
+
+def make_plan(
+    config: HierarchicalLMConfig, hierarchy: int, pass_: Pass, rotary_emb: nn.Module, dtype: torch.dtype
+) -> StreamPlan:
+    """The plan for one hierarchy. Its cosines and sines, of `rotary_emb`, come in `dtype`.
+
+    Raises:
+        ValueError: with xPos, for more steps than `dtype` can hold the decay of.
+    """
+    cache, device = pass_.cache, pass_.embeds.device
+    stride, dilation = config.strides[hierarchy], config.dilations[hierarchy]
+    window = config.window_sizes[hierarchy]
+    block = config.window_type == "block" and window is not None
+    tokens, past = pass_.embeds.shape[1], pass_.past
+    before = [-(-x // stride) for x in past]  # steps of each row so far
+    steps = max(-(-(x + tokens) // stride) - k for x, k in zip(past, before))
+    plan = StreamPlan(stride, dilation, window, block, steps, pass_.fresh, tokens)
+    one_start = min(past) == max(past)
+    if stride > 1:
+        if one_start:
+            plan.pick = slice(before[0] * stride - past[0], None, stride)
+            if not pass_.fresh and tokens > 1:
+                plan.spread = (past[0] + torch.arange(tokens, device=device)) // stride - (before[0] - 1)
+        else:
+            starts, firsts = (torch.tensor(x, device=device).unsqueeze(1) for x in (past, before))
+            pick = (firsts + torch.arange(steps, device=device)) * stride - starts
+            plan.pick = pick.clamp_max(tokens - 1)
+            plan.spread = (starts + torch.arange(tokens, device=device)) // stride - (firsts - 1)
+    if steps == 0:
+        return plan
+    new = [-(-(x + more) // stride) - k for x, more, k in zip(past, pass_.new, before)]
+    if cache is not None and min(new) < steps:
+        plan.counts = torch.tensor(new, device=device)
+    first = torch.tensor(before[:1] if one_start else before, device=device).unsqueeze(1)
+    positions = first + torch.arange(steps, device=device)
+    if pass_.rows is not None and pass_.rows.segments is not None:
+        positions = plan.positions = pass_.rows.positions[:, ::stride] // stride
+        plan.segments = pass_.rows.segments[:, ::stride]
+        plan.shift_mask = (positions >= dilation).unsqueeze(-1)
+    plan.token_positions = positions * stride
+    if window == 0:
+        return plan
+    newest = (max(before) + steps) // dilation
+    plan.rotary = _rotary(
+        config, hierarchy, positions // dilation, newest, -(-steps // dilation), cache, rotary_emb, dtype
+    )
+    cached = 0 if cache is None else cache.steps_cached(hierarchy)
+    if plan.counts is not None:
+        length = cached + max(new)
+        places = torch.arange(length, device=device) + plan.counts.unsqueeze(1) - max(new)
+        plan.order = places.clamp_min(0)
+    plan.in_the_open = pass_.in_the_open
+    if plan.in_the_open or has_open_sizes(pass_.embeds) or (steps > 1 and not pass_.fresh):
+        if cached:
+            positions = first - cached + torch.arange(cached + steps, device=device)
+        plan.mask = visible(positions, steps, window, dilation, block, plan.segments).unsqueeze(1)
+    elif not pass_.fresh:
+        plan.keys_seen = window
+        if block:
+            plan.keys_seen = 2 * window if not one_start else window + before[0] // dilation % window + 1
+        read = first_key(cached + 1, plan.keys_seen, dilation)
+        if min(before) - cached + read < 0 or (block and not one_start):
+            positions = first - cached + torch.arange(read, cached + 1, dilation, device=device)
+            plan.mask = visible(positions, 1, window, dilation, block).unsqueeze(1)
+    return plan
+
+
+def _rotary(config, hierarchy, positions, newest, steps, cache, rotary_emb, dtype):
+    """Cosines and signed sines of positions `[1 or batch, steps]` within a phase, with what xPos adds."""
+    head_dim = config.head_dim[hierarchy]
+    cos, sin = rotary_emb(positions.new_zeros((), dtype=torch.float32), positions)
+    sin = torch.cat((-sin[..., : head_dim // 2], sin[..., head_dim // 2 :]), dim=-1)
+    cos, sin = (x.unsqueeze(-2).unsqueeze(-2) for x in (cos, sin))
+    if config.use_xpos[hierarchy]:
+        base = config.xpos_scale_base
+        decay = (torch.arange(0, head_dim, 2, device=positions.device) + 0.4 * head_dim) / (1.4 * head_dim)
+        decay = decay.repeat(2)
+        center = _center(config, hierarchy, newest, steps, decay, cache, dtype)
+        scale = decay ** ((positions - center).unsqueeze(-1) / base)
+        scale = torch.stack((scale, 1 / scale), dim=-2).unsqueeze(-2)
+        cos, sin = cos * scale, sin * scale
+    return cos.to(dtype), sin.to(dtype)
+
+
+def _center(config, hierarchy, newest, steps, decay, cache, dtype):
+    """The position from which decay is counted; it follows the newest one, and cached keys follow it."""
+    base = config.xpos_scale_base
+    device = decay.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    farthest = _FARTHEST_FROM_CENTER_IN_FLOAT16 if dtype == torch.float16 else _FARTHEST_FROM_CENTER
+    fresh = cache is None or cache.steps_cached(hierarchy) == 0
+    fit = int((2 if fresh else 1) * farthest * base)
+    if steps > fit:
+        raise ValueError(
+            f"With `use_xpos` at most {fit} steps of a hierarchy's phase fit in one pass "
+            f"{'' if fresh else 'after cached ones '}at this precision, got {steps}: give them in several passes with "
+            "a cache, or set a higher `xpos_scale_base`."
+        )
+    if fresh:
+        center = newest // 2
+        if cache is not None:
+            cache.centers[hierarchy] = center
+        return center
+    center = cache.centers[hierarchy]
+    if newest - center > farthest // 2 * base:
+        cache.scale_keys(hierarchy, decay ** ((newest - center) / base))
+        cache.centers[hierarchy] = center = newest
+    return center
+
+
+__all__ = ["Pass", "StreamPlan", "gather_steps", "make_plan"]

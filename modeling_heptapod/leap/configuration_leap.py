@@ -1,0 +1,195 @@
+"""LEAP configuration."""
+
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import auto_docstring
+
+from ..common.config_checks import check_numbers
+from ..common.remote_code import OwnCodeMixin
+
+
+_CHOICES = {
+    "mixer": ("focus", "additive"),
+    "weight_function": ("elu", "exp"),
+    "query_gate": ("sigmoid", "gelu", "none"),
+    "position_embedding_type": ("learned", "rotary", "decay", "none"),
+}
+# Rotary variants whose frequencies never change with the length seen: a recurrent state cannot be rotated again.
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@auto_docstring(checkpoint="heptapod/leap-tiny")
+@strict
+class LeapConfig(OwnCodeMixin, PreTrainedConfig):
+    r"""
+    mixer (`str`, *optional*, defaults to `"focus"`):
+        What stands in place of attention: `"focus"` (LEAP's gated running means) or `"additive"` (Fastformer's two
+        rounds of additive attention, arXiv 2108.09084).
+    weight_function (`str`, *optional*, defaults to `"elu"`):
+        From focus logits to positive weights: `"elu"` (`elu(x) + 1`) or `"exp"` (softmax weights).
+    rescale (`float`, *optional*, defaults to 10.0):
+        Standardise queries, focus, keys and values over the head dimension and multiply dot products by
+        `rescale / head_dim`. `None` leaves them as they are and multiplies by `head_dim ** -0.5`.
+    query_gate (`str`, *optional*):
+        Gate on each head's output: `"sigmoid"` (default of the focus mixer), `"gelu"` or `"none"` (no queries; the
+        only value the additive mixer knows, whose queries are pooled instead).
+    window_sizes (`list`, *optional*):
+        Window of each layer in tokens, `None` in the list for a global layer. When not given, the prototype's
+        schedule: `[None, 4, 8, 16]` repeated.
+    position_embedding_type (`str`, *optional*):
+        `"rotary"` (default of the focus mixer; rotates queries and keys), `"learned"` (default of the additive mixer;
+        bounded by `max_position_embeddings`), `"decay"` (each head's weights fall off with distance, with ALiBi's
+        slopes, arXiv 2108.12409) or `"none"`.
+    null_weight (`float`, *optional*, defaults to 0.0):
+        Weight of one more token of value zero in every window. The prototype's `1e-5` in its denominators is exactly
+        this.
+    is_causal (`bool`, *optional*, defaults to `True`):
+        Whether a position sees only its past. `LeapForMaskedLM` sets it to `False`.
+    hidden_dropout (`float`, *optional*, defaults to 0.0):
+        Dropout on embeddings and on the feed-forward's output.
+    attention_dropout (`float`, *optional*, defaults to 0.0):
+        Dropout on queries, focus and values and on whole focus logits, where the prototype has it. The additive mixer
+        has it on its pooled queries and keys.
+    initializer_range (`float`, *optional*):
+        Standard deviation of initial weights, `hidden_size ** -0.5` when not given.
+
+    Example:
+
+    ```python
+    >>> from modeling_heptapod import LeapConfig, LeapForCausalLM
+
+    >>> config = LeapConfig(vocab_size=258, hidden_size=256, num_hidden_layers=4)
+    >>> model = LeapForCausalLM(config)
+    ```"""
+
+    model_type = "leap"
+    _auto_classes: ClassVar[dict[str, str]] = {
+        "AutoConfig": "configuration_leap.LeapConfig",
+        "AutoModel": "modeling_leap.LeapModel",
+        "AutoModelForCausalLM": "modeling_leap.LeapForCausalLM",
+        "AutoModelForMaskedLM": "modeling_leap.LeapForMaskedLM",
+        "AutoModelForSequenceClassification": "modeling_leap.LeapForSequenceClassification",
+    }
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 256
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    hidden_act: str = "gelu"
+    mixer: str = "focus"
+    weight_function: str = "elu"
+    rescale: float | int | None = 10.0
+    query_gate: str | None = None
+    window_sizes: list[int | None] | tuple[int | None, ...] | None = None
+    position_embedding_type: str | None = None
+    rope_parameters: dict | None = None
+    max_position_embeddings: int = 1024
+    null_weight: float | int = 0.0
+    is_causal: bool = True
+    layer_norm_eps: float = 1e-5
+    hidden_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    initializer_range: float | None = None
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        check_numbers(self)
+        focus = self.mixer == "focus"
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.query_gate is None:
+            self.query_gate = "sigmoid" if focus else "none"
+        if self.position_embedding_type is None:
+            self.position_embedding_type = "rotary" if focus else "learned"
+        if self.window_sizes is None:
+            self.window_sizes = [(None, 4, 8, 16)[layer % 4] for layer in range(self.num_hidden_layers)]
+        if self.initializer_range is None:
+            self.initializer_range = max(self.hidden_size, 1) ** -0.5
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation. Raises `ValueError` for values that make no model."""
+        check_numbers(self)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
+                f"({self.num_attention_heads})."
+            )
+        if self.rescale is not None and (self.rescale <= 0 or self.head_dim < 2):
+            raise ValueError(
+                f"`rescale` must be positive and needs a head dimension of at least 2, got rescale={self.rescale}, "
+                f"head_dim={self.head_dim}."
+            )
+        if len(self.window_sizes) != self.num_hidden_layers:
+            raise ValueError(
+                f"`window_sizes` must have one entry for each of the {self.num_hidden_layers} layers, got "
+                f"{len(self.window_sizes)}: {self.window_sizes}."
+            )
+        if any(window is not None and window < 1 for window in self.window_sizes):
+            raise ValueError(f"`window_sizes` must be at least 1 or None (global), got {self.window_sizes}.")
+        if self.null_weight < 0:
+            raise ValueError(f"`null_weight` must not be negative, got {self.null_weight}.")
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
+        if self.mixer == "additive" and self.query_gate != "none":
+            raise ValueError(f"`query_gate` must be 'none' with mixer='additive', got {self.query_gate!r}.")
+        if self.position_embedding_type == "rotary":
+            if self.query_gate == "none":
+                raise ValueError(
+                    "`position_embedding_type`='rotary' rotates queries and keys, but there are none with "
+                    f"mixer={self.mixer!r} and query_gate='none'; use 'learned', 'decay' or 'none'."
+                )
+            if self.head_dim % 2:
+                raise ValueError(f"Rotary positions need an even head dimension, got head_dim={self.head_dim}.")
+            rope_parameters = self.rope_parameters or {}
+            if rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+                raise ValueError(
+                    "`rope_parameters['partial_rotary_factor']` must be 1 (every channel turns), got "
+                    f"{rope_parameters['partial_rotary_factor']}."
+                )
+            rope_type = rope_parameters.get("rope_type", "default")
+            if rope_type not in _ROPE_TYPES:
+                raise ValueError(
+                    f"`rope_parameters['rope_type']` must be one of {_ROPE_TYPES} (a recurrent state cannot follow "
+                    f"frequencies that change with length), got {rope_type!r}."
+                )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def layer_types(self) -> list[str]:
+        """One entry per layer; transformers builds the layers of a cache from it."""
+        return ["linear_attention"] * self.num_hidden_layers
+
+    @property
+    def number_of_conv_states(self) -> int:
+        """States a cache layer holds: the additive mixer pools twice."""
+        return 2 if self.mixer == "additive" else 1
+
+
+__all__ = ["LeapConfig"]

@@ -1,0 +1,242 @@
+"""The mixing step and its recurrent form on CPUs: compiles the C source once a machine, and calls it.
+
+A C compiler (`$CC`, `cc`, `gcc` or `clang`) is wanted but not needed: without one, or with the environment variable
+`HEPTAPOD_NATIVE=0`, everything runs in torch, and more slowly. `native_library.py` keeps what was compiled. Nothing is handed
+to C before its shape, dtype, device and memory were looked at.
+"""
+
+import ctypes
+import os
+from functools import cache, lru_cache
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from ..common.native_library import compile_library, find_compiler, load_library
+from .focus_cpu_source import SOURCE
+
+
+logger = logging.get_logger(__name__)
+
+_BLOCK, _WIDEST = 128, 64  # of the source
+_NO_MEMORY = 1  # what a call returns
+_MOST_DIM = 1024  # a head's rows must fit on a thread's stack
+_FLAGS = "-O3 -fopenmp-simd -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros -ffp-contract=fast -shared -fPIC -pthread".split()
+_PARALLEL = 512  # rows of heads below which a second thread costs more than it saves
+_INTEGERS = "batch seq heads parts window past kept bf16 normalize weight gate bounded rotary_stride threads".split()
+_POINTERS = (
+    "input out decay cos sin mask segments past_logs past_values final_logs final_values carries grad_out grad_in state"
+).split()
+
+
+class _Mixing(ctypes.Structure):
+    """`Mixing` of the source."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _INTEGERS),
+        ("scale", ctypes.c_double),
+        ("null_weight", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        ("next", ctypes.c_int64),
+        ("failed", ctypes.c_int64),
+    ]
+
+
+_missing = None  # why there is no library, once that is known
+
+
+@cache
+def _library(head_dim):
+    """The source compiled for one size of heads, `None` where there is no way to have it."""
+    global _missing
+    if _missing is not None or os.environ.get("HEPTAPOD_NATIVE", "1") == "0":
+        return None
+    try:
+        library = load_library(_compiled(find_compiler(), head_dim))
+    except (OSError, RuntimeError) as error:
+        _missing = str(error) or type(error).__name__
+        logger.warning(
+            f"LEAP's mixing runs in torch, which is slower, since its C source was not compiled: {_missing}."
+        )
+        return None
+    for name in ("focus_forward", "focus_backward", "focus_step"):
+        getattr(library, name).argtypes = [ctypes.POINTER(_Mixing)]
+    return library
+
+
+def _compiled(compiler: str, head_dim: int) -> Path:
+    """Path of the library, compiled now unless it was before."""
+    return compile_library(compiler, "focus", SOURCE, [*_FLAGS, f"-DHEAD_DIM={head_dim}"])
+
+
+def applies(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> bool:
+    """Whether the compiled source can take this mixing step: causal, on a CPU, float32 or bfloat16, windows up to 64."""
+    return (
+        type(qfkv) in (torch.Tensor, torch.nn.Parameter)  # not one of tracing, which has no memory
+        and qfkv.device.type == "cpu"
+        and qfkv.dtype in (torch.float32, torch.bfloat16)
+        and settings.causal
+        and None not in settings.kernels
+        and (settings.window is None or settings.window <= _WIDEST)
+        and 1 < qfkv.shape[-1] <= _MOST_DIM
+        and (rotary is None or rotary[0].dtype == torch.float32)
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and _library(qfkv.shape[-1]) is not None
+    )
+
+
+@lru_cache(maxsize=256)
+def _blank(shape, dtype, settings, past, rotary_rows, threads):
+    """A `Mixing` without its pointers, and what these must point to: kept, because a single token feels the time they take."""
+    batch, seq, parts, heads, dim = shape
+    channels, weight, gate = dim if parts == 3 else 2 * dim, *settings.kernels
+    blank = _Mixing(
+        batch=batch,
+        seq=seq,
+        heads=heads,
+        parts=parts,
+        window=settings.window or 0,
+        past=past,
+        kept=0 if settings.window is None else min(settings.window - 1, past + seq),
+        bf16=dtype == torch.bfloat16,
+        normalize=settings.normalize,
+        weight=weight,
+        gate=gate,
+        bounded=settings.bounded(dim),
+        rotary_stride=seq * dim if rotary_rows > 1 else 0,
+        threads=min(threads, batch * heads) if batch * seq * heads >= _PARALLEL else 1,
+        scale=settings.scale,
+        null_weight=settings.null_weight,
+    )
+    windowed, single = settings.window is not None, torch.float32
+    before, after = ((past,), (blank.kept,)) if windowed else ((), ())
+    state = (heads * (1 + channels), max(settings.window - 1, 1)) if windowed else (heads * (2 + channels),)
+    expected = {
+        **dict.fromkeys(("input", "grad_in"), (shape, dtype)),
+        **dict.fromkeys(("out", "grad_out"), ((batch, seq, heads, dim), dtype)),
+        "decay": ((heads,), single),
+        **dict.fromkeys(("cos", "sin"), ((batch if rotary_rows > 1 else 1, seq, dim), single)),
+        "mask": ((batch, seq), torch.bool),
+        "segments": ((batch, seq), torch.long),
+        "past_logs": ((batch, heads, *before), single),
+        "past_values": ((batch, heads, *before, channels), single),
+        "final_logs": ((batch, heads, *after), single),
+        "final_values": ((batch, heads, *after, channels), single),
+        "carries": ((batch, heads, -(-seq // _BLOCK), 2 + channels), torch.float64),
+        "state": ((batch, *state), single),
+    }
+    return blank, expected
+
+
+def _address(name, tensor, shape, dtype):
+    """Where a tensor's memory begins, if it is what C will take it for."""
+    fits = tensor.shape == shape and tensor.dtype == dtype and tensor.device.type == "cpu"
+    if not fits or tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.is_neg():
+        raise ValueError(
+            f"`{name}` must be a contiguous {dtype} of shape {list(shape)} on a CPU, got {tensor.dtype} of shape "
+            f"{list(tensor.shape)} on {tensor.device}."
+        )
+    address = tensor.data_ptr()
+    if address == 0 and tensor.numel():
+        raise ValueError(f"`{name}` has no memory.")
+    return address
+
+
+def _dense(tensor, dtype=None):
+    return tensor.resolve_neg().to(dtype or tensor.dtype).contiguous()
+
+
+class NativeMixing:
+    """One mixing step on the compiled source: `forward`, then perhaps `backward`.
+
+    Args:
+        qfkv, settings, decay, padding_mask, segments: as in `focus_mixing`, `segments` numbered by runs.
+        rotary (`tuple` of cos and sin, *optional*): as in `focus_mixing`.
+        past (`tuple` of log weights and values, *optional*): of the `FocusState` before the first token.
+    """
+
+    def __init__(self, qfkv, settings, decay=None, rotary=None, padding_mask=None, segments=None, past=None):
+        self.windowed, self.library = settings.window is not None, _library(qfkv.shape[-1])
+        self.given, tokens, rows = {}, 0, 0
+        if decay is not None:
+            self.given["decay"] = _dense(decay, torch.float32)
+        if rotary is not None:
+            self.given["cos"], self.given["sin"] = map(_dense, rotary)
+            rows = rotary[0].shape[0]
+        if padding_mask is not None:
+            self.given["mask"] = _dense(padding_mask)
+        if segments is not None:
+            self.given["segments"] = _dense(segments)
+        if past is not None:
+            self.given["past_logs"], self.given["past_values"] = (_dense(x, torch.float32) for x in past)
+            tokens = past[0].shape[2] if self.windowed else 0
+        threads = torch.get_num_threads()
+        self.blank, self.expected = _blank(qfkv.shape, qfkv.dtype, settings, tokens, rows, threads)
+
+    def call(self, name: str, **tensors: torch.Tensor) -> None:
+        """Call a function of the library with what was given and what `tensors` adds.
+
+        Raises:
+            ValueError: for a tensor that is not what the source takes it for, and kinds that it does not know.
+            MemoryError: where there is none for one block of tokens.
+        """
+        mixing = _Mixing.from_buffer_copy(self.blank)
+        for field, tensor in (*self.given.items(), *tensors.items()):
+            setattr(mixing, field, _address(field, tensor, *self.expected[field]))
+        status = getattr(self.library, name)(mixing)
+        if status == _NO_MEMORY:
+            raise MemoryError("The mixing step found no memory for one block of tokens.")
+        if status:
+            raise ValueError(
+                "The C source does not know the weight function, the gate or the sizes of this mixing step."
+            )
+
+    def forward(self, qfkv: torch.Tensor, for_backward: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Output `[batch, seq, heads, head_dim]`, and log weights and values of the `FocusState` after the last token."""
+        batch, seq, parts, heads, dim = qfkv.shape
+        channels = dim if parts == 3 else 2 * dim
+        kept = (self.blank.kept,) if self.windowed else ()
+        logs = qfkv.new_empty(batch, heads, *kept, dtype=torch.float32)
+        values = logs.new_empty(*logs.shape, channels)
+        if for_backward and not self.windowed:
+            carries = logs.new_empty(batch, heads, -(-seq // _BLOCK), 2 + channels, dtype=torch.float64)
+            self.given["carries"] = carries  # for the backward pass as well
+        out = qfkv.new_empty(batch, seq, heads, dim)
+        state = {"final_logs": logs, "final_values": values}
+        self.call("focus_forward", input=_dense(qfkv), out=out, **state)
+        return out, logs, values
+
+    def backward(self, qfkv: torch.Tensor, grad_out: torch.Tensor) -> torch.Tensor:
+        """Gradient of `qfkv` from that of the output."""
+        if not self.windowed and "carries" not in self.given:
+            raise RuntimeError("The backward pass needs a forward pass that was told of it.")
+        qfkv, grad_out = _dense(qfkv), _dense(grad_out, qfkv.dtype)
+        grad = torch.empty_like(qfkv)
+        self.call("focus_backward", input=qfkv, grad_out=grad_out, grad_in=grad)
+        return grad
+
+
+def step(
+    qfkv: torch.Tensor, settings, decay: torch.Tensor | None, rotary: tuple | None, packed: torch.Tensor
+) -> torch.Tensor | None:
+    """The mixing step of one more token, which also enters the packed state, in place.
+
+    Args:
+        qfkv, settings, decay, rotary: as in `focus_mixing`, for one token.
+        packed (`torch.Tensor`): of `pack_state`, float32.
+
+    Returns:
+        Output `[batch, 1, heads, head_dim]` in the dtype of `qfkv`; `None`, and nothing done, where the compiled source
+        can't take the step.
+    """
+    if not applies(qfkv, settings, rotary) or packed.dtype != torch.float32 or not packed.is_contiguous():
+        return None
+    if settings.window is not None and packed.dim() == 3 and packed.shape[-1] > max(settings.window - 1, 1):
+        return None  # a cache that keeps more than it needs, to roll back
+    if qfkv.shape[1] != 1:
+        raise ValueError(f"`qfkv` must hold one token, got {qfkv.shape[1]}.")
+    out = qfkv.new_empty(qfkv.shape[0], 1, *qfkv.shape[3:])
+    NativeMixing(qfkv, settings, decay, rotary).call("focus_step", input=_dense(qfkv), out=out, state=packed)
+    return out

@@ -1,0 +1,93 @@
+"""Caches for models whose layers are all recurrent.
+
+Stock caches hold the states of such layers already (`LinearAttentionLayer`), but cannot say how many tokens they have
+seen, which `generate` and position embeddings need. These subclasses count; the layers stay transformers' own.
+"""
+
+import torch
+from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.utils.import_utils import is_tracing
+
+from ..common.cache_states import LayerStates
+from ..common.counting_cache import CountingCacheMixin
+from .focus_step import packed_shape
+
+
+def mixing_states(window: int | None, heads: int, parts: int, head_dim: int, number: int = 1) -> LayerStates:
+    """What a layer of running means keeps, `number` of them: see `pack_state` in `focus_step.py`."""
+    kind, shape = "recurrent_states" if window is None else "conv_states", packed_shape(window, heads, parts, head_dim)
+    return LayerStates("linear_attention", {(kind, place): shape for place in range(number)}, precise=True)
+
+
+class _RecurrentCacheMixin(CountingCacheMixin):
+    """What both caches change in the stock ones."""
+
+    def update_recurrent_state(self, recurrent_states, layer_idx, state_idx=0, **kwargs):
+        """As the stock method; also marks the state as present, which stock layers leave to their conv state."""
+        states = super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
+        self.layers[layer_idx].has_previous_state[state_idx] = True
+        return states
+
+
+class RecurrentCache(_RecurrentCacheMixin, DynamicCache):
+    """Dynamic cache that counts the tokens it has seen.
+
+    Args:
+        config (`PreTrainedConfig`): its `layer_types` must all be `"linear_attention"` or `"conv"`.
+        offloading, offload_only_non_sliding (`bool`): as in `DynamicCache`.
+    """
+
+    # Counts in Python, so each step would be another graph; `StaticRecurrentCache` is for compiled steps.
+    is_compileable = False
+
+    def __init__(self, config, **kwargs):
+        super().__init__(config=config, **kwargs)
+        self.seen_tokens = 0
+
+    def advance(self, tokens: int, device: torch.device) -> None:
+        """Count `tokens` more; a model calls it once a forward pass, after its last layer."""
+        self.seen_tokens += tokens
+
+    def reset(self) -> None:
+        """Empty the cache, as before its first token: of another batch, too."""
+        super().reset()
+        self.drop_states()
+        self.seen_tokens = 0
+
+
+class StaticRecurrentCache(_RecurrentCacheMixin, StaticCache):
+    """The same for compiled steps: the count is a tensor changed in place, so that one graph serves every step.
+
+    Args:
+        config (`PreTrainedConfig`): as in `RecurrentCache`.
+        max_cache_len (`int`, *optional*): taken because `generate` passes it; recurrent states have no length.
+        offloading, offload_only_non_sliding (`bool`): as in `StaticCache`.
+    """
+
+    def __init__(self, config, max_cache_len: int | None = None, **kwargs):
+        super().__init__(config=config, max_cache_len=max_cache_len, **kwargs)
+        self.seen_tokens = torch.zeros((), dtype=torch.long)
+
+    def advance(self, tokens: int, device: torch.device) -> None:
+        """Count `tokens` more, in place; the first call moves the count to the model's device."""
+        if self.seen_tokens.device != device:
+            self.seen_tokens = self.seen_tokens.to(device)
+            torch._dynamo.mark_static_address(self.seen_tokens)
+        self.seen_tokens.add_(tokens)
+
+    def follow(self, next_positions: torch.Tensor) -> None:
+        """As the dynamic cache, in place."""
+        if self.next_positions is not None and self.next_positions.shape == next_positions.shape:
+            self.next_positions.copy_(next_positions)
+            return
+        self.next_positions = next_positions
+        if not is_tracing(next_positions):
+            torch._dynamo.mark_static_address(self.next_positions)
+
+    def reset(self) -> None:
+        """Forget everything, keep the memory that compiled steps know."""
+        super().reset()
+        self.seen_tokens.zero_()
+
+
+__all__ = ["RecurrentCache", "StaticRecurrentCache", "mixing_states"]

@@ -1,0 +1,227 @@
+"""MultiGrid configuration."""
+
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import auto_docstring
+
+from ..common.config_checks import check_numbers
+from ..common.remote_code import OwnCodeMixin
+
+
+_CHOICES = {"core": ("transformer", "leap", "lstm"), "axis_order": ("parallel", "factored")}
+
+
+@auto_docstring(checkpoint="heptapod/multigrid-tiny")
+@strict
+class MultiGridConfig(OwnCodeMixin, PreTrainedConfig):
+    r"""
+    axis_names (`list[str]`, *optional*, defaults to `[]`):
+        Names of the meta axes, in the order of `meta_ids`. Without any the model is a plain decoder (GPT-2).
+    axis_vocab_sizes (`list[int]`, *optional*, defaults to `[]`):
+        Size of each axis's vocabulary, in the same order.
+    meta_hidden_size (`int`, *optional*):
+        Width of the meta streams, `hidden_size` when not given. Narrower streams are the light wiring: their feed-forwards,
+        and the attention with which they and the main stream read each other, shrink with them. A multiple of the head
+        dimension.
+    cross_feed_forward (`bool`, *optional*, defaults to `True`):
+        Whether a stream that has read another one passes a feed-forward, as in the prototype. `False` is lighter.
+    core (`str`, *optional*, defaults to `"transformer"`):
+        How positions mix: `"transformer"` (attention, learned positions), `"leap"` (LEAP's gated running means, rotary
+        positions) or `"lstm"` (no positions). The last two decode from a state of constant size and have no longest text.
+    axis_order (`str`, *optional*, defaults to `"parallel"`):
+        `"parallel"`: all axes of the next position are predicted from the past. `"factored"`: its meta tokens first, then
+        the main token given them. A meta track is a function of the text, so the code length of the text in the factored
+        order is the *sum* of main and meta losses; the main loss alone is no measure of it.
+    main_loss_weight (`float`, *optional*, defaults to 0.5):
+        `w` in the loss `w * main + (1 - w) * mean of the axes`. Without axes the loss is that of the main axis.
+    axis_weights (`list[float]`, *optional*):
+        Share of each axis in what the main stream takes over from its readings, one over the number of axes each (the
+        prototype's mean) when not given.
+    window_sizes (`list`, *optional*):
+        With `core="leap"`: window of each layer in tokens, `None` in the list for a global layer. When not given,
+        `[None, 4, 8, 16]` repeated.
+    hidden_dropout (`float`, *optional*, defaults to 0.0):
+        Dropout on embeddings and on what mixers and feed-forwards add to a stream.
+    attention_dropout (`float`, *optional*, defaults to 0.0):
+        Dropout on the weights of attention (`core="transformer"` only).
+
+    Example:
+
+    ```python
+    >>> from modeling_heptapod import MultiGridConfig, MultiGridForCausalLM
+
+    >>> config = MultiGridConfig(vocab_size=258, axis_names=["kind", "bracket"], axis_vocab_sizes=[12, 4])
+    >>> model = MultiGridForCausalLM(config)
+    ```"""
+
+    model_type = "multigrid"
+    _auto_classes: ClassVar[dict[str, str]] = {
+        "AutoConfig": "configuration_multigrid.MultiGridConfig",
+        "AutoModel": "modeling_multigrid.MultiGridModel",
+        "AutoModelForCausalLM": "modeling_multigrid.MultiGridForCausalLM",
+    }
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "cache",
+        "main_hidden_states",
+        "meta_logits",
+        "main_loss",
+        "meta_losses",
+    ]
+
+    vocab_size: int = 32000
+    axis_names: list[str] | tuple[str, ...] | None = None
+    axis_vocab_sizes: list[int] | tuple[int, ...] | None = None
+    hidden_size: int = 256
+    meta_hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    hidden_act: str = "gelu_new"
+    core: str = "transformer"
+    axis_order: str = "parallel"
+    cross_feed_forward: bool = True
+    main_loss_weight: float | int = 0.5
+    axis_weights: list[float | int] | tuple[float | int, ...] | None = None
+    window_sizes: list[int | None] | tuple[int | None, ...] | None = None
+    max_position_embeddings: int = 1024
+    layer_norm_eps: float = 1e-5
+    hidden_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        self._fill_in()
+        super().__post_init__(**kwargs)
+
+    def complete(self) -> None:
+        """Fill in what depends on values that were set since, one by one, as `from_pretrained` sets what it overrides.
+
+        A model calls it before it is built. Raises what the constructor raises.
+        """
+        self._fill_in()
+        self.validate_architecture()
+
+    def _fill_in(self):
+        check_numbers(self)
+        self.axis_names = list(self.axis_names or [])
+        self.axis_vocab_sizes = list(self.axis_vocab_sizes or [])
+        if self.axis_weights is not None:
+            self.axis_weights = list(self.axis_weights)
+        if self.meta_hidden_size is None:
+            self.meta_hidden_size = self.hidden_size
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.window_sizes is None and self.core == "leap":
+            self.window_sizes = [(None, 4, 8, 16)[layer % 4] for layer in range(self.num_hidden_layers)]
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation. Raises `ValueError` for values that make no model."""
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "meta_hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
+                f"({self.num_attention_heads})."
+            )
+        if self.meta_hidden_size % self.head_dim or self.meta_hidden_size > self.hidden_size:
+            raise ValueError(
+                f"`meta_hidden_size` must be a multiple of the head dimension {self.head_dim} and at most `hidden_size` "
+                f"({self.hidden_size}), got {self.meta_hidden_size}."
+            )
+        self._validate_axes()
+        if not 0 <= self.main_loss_weight <= 1:
+            raise ValueError(f"`main_loss_weight` must be in [0, 1], got {self.main_loss_weight}.")
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
+        if self.attention_dropout and self.core != "transformer":
+            raise ValueError(f"`attention_dropout` needs core='transformer', got core={self.core!r}.")
+        if self.core == "leap":
+            self._validate_leap()
+        elif self.window_sizes is not None:
+            raise ValueError(f"`window_sizes` needs core='leap', got core={self.core!r}.")
+
+    def _validate_axes(self):
+        names = self.axis_names
+        if len(set(names)) != len(names) or not all(name.isidentifier() for name in names):
+            raise ValueError(f"`axis_names` must be unique Python identifiers, got {names}.")
+        if "main" in names:
+            raise ValueError(f"`axis_names` must not hold 'main', the name of the main axis in logs, got {names}.")
+        for name, values in (("axis_vocab_sizes", self.axis_vocab_sizes), ("axis_weights", self.axis_shares)):
+            if len(values) != len(names):
+                raise ValueError(
+                    f"`{name}` must have one entry for each of the {len(names)} axes {names}, got {values}."
+                )
+        if min(self.axis_vocab_sizes, default=1) < 1:
+            raise ValueError(f"`axis_vocab_sizes` must be at least 1, got {self.axis_vocab_sizes}.")
+        if not all(weight >= 0 for weight in self.axis_shares):
+            raise ValueError(f"`axis_weights` must not be negative, got {self.axis_weights}.")
+
+    def _validate_leap(self):
+        if self.head_dim % 2:
+            raise ValueError(f"core='leap' turns pairs of channels, but `head_dim` is {self.head_dim}.")
+        if len(self.window_sizes) != self.num_hidden_layers:
+            raise ValueError(
+                f"`window_sizes` must have one entry for each of the {self.num_hidden_layers} layers, got "
+                f"{self.window_sizes}."
+            )
+        if any(window is not None and window < 1 for window in self.window_sizes):
+            raise ValueError(f"`window_sizes` must be at least 1 or None (global), got {self.window_sizes}.")
+
+    @property
+    def num_axes(self) -> int:
+        """How many meta axes there are."""
+        return len(self.axis_names)
+
+    @property
+    def axis_shares(self) -> list[float]:
+        """`axis_weights`, or one over the number of axes each."""
+        return self.axis_weights or [1 / self.num_axes for _ in self.axis_names]
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head, the same in all streams."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def meta_num_attention_heads(self) -> int:
+        """Heads of a meta stream, and of the main stream when it reads one."""
+        return self.meta_hidden_size // self.head_dim
+
+    @property
+    def meta_intermediate_size(self) -> int:
+        """Width of a meta stream's feed-forward."""
+        return self.intermediate_size * self.meta_hidden_size // self.hidden_size
+
+    @property
+    def layer_types(self) -> list[str]:
+        """One entry per layer; transformers' names for layers of a cache."""
+        return ["full_attention" if self.core == "transformer" else "linear_attention"] * self.num_hidden_layers
+
+    @property
+    def cache_layer_types(self) -> list[str]:
+        """Layers of a cache: all streams' own mixing in each layer, then, with axes, their readings of each other."""
+        return self.layer_types * (2 if self.num_axes else 1)
+
+
+__all__ = ["MultiGridConfig"]

@@ -1,0 +1,519 @@
+"""`generate` for MultiGrid: every new token comes with its meta tokens, predicted, annotated from the text, or forced.
+
+Read top-down: the outputs, the tracks of one call, the mixin. The decoding loops are transformers' own. They call
+`prepare_inputs_for_generation` before each forward pass and `_update_model_kwargs_for_generation` after it; meta tokens
+enter and leave through these two. Nothing is kept on the module: the tracks of a call travel with its model kwargs.
+
+When a meta token of position `t + 1` is known:
+
+    source       parallel order                           factored order
+    predicted    with the main token of t + 1             before the main token of t + 1, which is conditioned on it
+    forced       the same                                 the same: the caller's choice steers this very token
+    annotated    after it, by rule from the text          a guess of the model's conditions the main token and is then
+                                                          replaced by what the rule says of the text
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import wraps
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import torch
+from transformers.generation import (
+    GenerateBeamDecoderOnlyOutput,
+    GenerateDecoderOnlyOutput,
+    GenerationConfig,
+    GenerationMixin,
+    StoppingCriteriaList,
+)
+
+from ..common.model_inputs import check_ids
+from ..common.text_processors import special_token_ids
+from ..common.transformers_versions import CACHE, OldCacheNameMixin, with_cache_argument
+
+
+META_SOURCES = ("predicted", "annotated", "forced")
+
+
+@dataclass
+class MultiGridGenerateOutput(GenerateDecoderOnlyOutput):
+    """What `generate` returns with `return_dict_in_generate=True` and without beams: the stock output, and the tracks.
+
+    Args:
+        meta_sequences (`torch.LongTensor` of shape `[batch, axes, length]`):
+            Meta ids of every token of `sequences`, axes in the order of `config.axis_names`; 0 at the pads behind a
+            finished row.
+    """
+
+    meta_sequences: torch.LongTensor | None = None
+
+
+@dataclass
+class MultiGridGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
+    """The same with beams.
+
+    Args:
+        meta_sequences (`torch.LongTensor` of shape `[batch, axes, length]`):
+            As in [`MultiGridGenerateOutput`]: the tracks of the hypotheses that are returned.
+    """
+
+    meta_sequences: torch.LongTensor | None = None
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """Where the meta tokens of each axis come from, and who annotates."""
+
+    of_axes: tuple[str, ...]
+    processor: Any = None
+    annotators: tuple = ()  # those of the annotated axes, in their order
+
+    def places(self, source: str) -> list[int]:
+        return [place for place, name in enumerate(self.of_axes) if name == source]
+
+
+class _Reading(NamedTuple):
+    """What annotators know of a row: tokens that complete no character yet, and the state of each. Beams share it."""
+
+    pending: tuple
+    states: tuple
+
+
+class _MetaTracks:
+    """The meta tokens of all rows during one call of `generate`.
+
+    Between two forward passes: `choose` adds the meta tokens of a position, then the loop adds the main tokens, then
+    `follow` finds out which rows have moved where, and lets annotators read the new tokens.
+
+    Args:
+        sources (`_Sources`): where meta tokens come from.
+        tokens (`torch.LongTensor` of shape `[rows, length]`): the prompts; nothing where they are embeddings.
+        mask (`torch.Tensor` of shape `[rows, length]`, *optional*): which tokens are no pads.
+        meta_ids (`torch.LongTensor` of shape `[rows, axes, prompt]`): of the prompts.
+        forced (`torch.LongTensor` of shape `[rows, forced axes, steps]`, *optional*): what the caller wants.
+        past (`int`): cached tokens before the first of `meta_ids`.
+        beams (`int`): rows of one prompt that change places with each other.
+        temperature (`float`, *optional*): predicted meta tokens are drawn at this temperature, `None`: the likeliest.
+    """
+
+    def __init__(self, sources, tokens, mask, meta_ids, forced, past=0, beams=1, temperature=None):
+        self.sources, self.tokens, self.meta_ids, self.forced = sources, tokens, meta_ids, forced
+        self.past, self.beams, self.temperature = past, beams, temperature
+        self.prompt_length, self.prompt_meta_ids = tokens.shape[1], meta_ids
+        self.finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
+        self.chosen = []  # of each step, [rows, axes]
+        self.annotated = sources.places("annotated")
+        self.special_tokens = special_token_ids(sources.processor.tokenizer) if self.annotated else set()
+        self.readings = self.prompt_readings = self._read_prompts(mask)
+
+    def at(self, first: int, length: int) -> torch.LongTensor:
+        """Meta ids of `length` tokens, the first of which has `first` tokens before it: `[rows, axes, length]`."""
+        first -= self.past
+        return self.meta_ids[..., first : first + length]
+
+    def choose(self, meta_logits: tuple[torch.Tensor, ...]) -> torch.LongTensor:
+        """Meta tokens of the next position from logits `[rows, axis vocabulary]` of each axis: `[rows, axes]`."""
+        self.writes_pads = self.finished.clone()
+        forced = self.sources.places("forced")
+        chosen = []
+        for axis, logits in enumerate(meta_logits):
+            if axis in forced:
+                chosen.append(self.forced[:, forced.index(axis), len(self.chosen)])
+            elif self.temperature is None:
+                chosen.append(logits.argmax(-1))
+            else:
+                chances = (logits.float() / self.temperature).softmax(-1)
+                chosen.append(torch.multinomial(chances, 1).squeeze(-1))
+        chosen = torch.stack([ids.to(self.tokens.device) for ids in chosen], dim=1)
+        self.chosen.append(chosen.masked_fill(self.writes_pads.unsqueeze(1), 0))
+        self.meta_ids = torch.cat((self.meta_ids, self.chosen[-1].unsqueeze(-1)), dim=-1)
+        return self.chosen[-1]
+
+    def follow(self, tokens: torch.LongTensor) -> None:
+        """Take in sequences that are one token longer, `[rows, length]`, in whatever order beams have brought them."""
+        if self.beams > 1:
+            parents = self._parents(tokens[:, :-1])
+            self.meta_ids = self.meta_ids[parents]
+            self.readings = [self.readings[row] for row in parents.tolist()]
+        self.tokens = tokens
+        if self.annotated:
+            self.readings = list(self.readings)
+            for row in (~self.writes_pads).nonzero().flatten().tolist():
+                ids, self.readings[row] = self.read(self.readings[row], int(tokens[row, -1]))
+                self.meta_ids[row, self.annotated, -1] = self.meta_ids.new_tensor(ids)
+
+    def of_rows(self, sequences: torch.LongTensor) -> torch.LongTensor:
+        """Tracks of the finished `sequences [rows, length]` of a search without beams, `[rows, axes, length]`."""
+        if sequences.shape[1] > self.tokens.shape[1]:
+            self.follow(sequences)
+        first = self.prompt_meta_ids.shape[-1] - self.prompt_length  # prompts of embeddings are in no sequence
+        return self.meta_ids[..., first : first + sequences.shape[1]]
+
+    def of_beams(self, sequences: torch.LongTensor, beam_indices: torch.LongTensor, per_prompt: int):
+        """Tracks of finished hypotheses, `[rows, axes, length]`.
+
+        Args:
+            sequences (`torch.LongTensor` of shape `[rows, length]`): the best `per_prompt` of each prompt.
+            beam_indices (`torch.LongTensor` of shape `[rows, steps]`): which row each token was written by, -1: none.
+            per_prompt (`int`): hypotheses returned for each prompt.
+        """
+        steps = torch.arange(beam_indices.shape[1], device=sequences.device)
+        first_rows = torch.arange(len(sequences), device=sequences.device) // per_prompt * self.beams
+        written = torch.stack(self.chosen[: len(steps)])[steps, beam_indices.clamp_min(0).long()]
+        written = written.masked_fill((beam_indices < 0).unsqueeze(-1), 0).transpose(1, 2)
+        for row, first_row in enumerate(first_rows.tolist() if self.annotated else ()):
+            reading = self.prompt_readings[first_row]
+            for step in range(int((beam_indices[row] >= 0).sum())):
+                ids, reading = self.read(reading, int(sequences[row, self.prompt_length + step]))
+                written[row, self.annotated, step] = written.new_tensor(ids)
+        prompts = self.prompt_meta_ids[first_rows][..., self.prompt_meta_ids.shape[-1] - self.prompt_length :]
+        return torch.cat((prompts, written), dim=-1)
+
+    def _parents(self, tokens):
+        """For each row the first of the same prompt that has written the same so far."""
+        prompts = len(tokens) // self.beams
+        new, old = (x[:, self.prompt_length :].unflatten(0, (prompts, self.beams)) for x in (tokens, self.tokens))
+        same = (new.unsqueeze(2) == old.unsqueeze(1)).all(-1)
+        first_rows = torch.arange(0, len(tokens), self.beams, device=tokens.device).unsqueeze(1)
+        return (same.int().argmax(-1) + first_rows).flatten()
+
+    def _read_prompts(self, mask):
+        start = _Reading((), tuple(axis.start() for axis in self.sources.annotators))
+        if not self.annotated:
+            return [start] * len(self.tokens)
+        known = {}  # beams share their prompt
+        readings = []
+        for row, tokens in enumerate(self.tokens):
+            tokens = tuple((tokens if mask is None else tokens[mask[row].bool()]).tolist())
+            if tokens not in known:
+                reading = start
+                for token in tokens:
+                    _, reading = self.read(reading, token)
+                known[tokens] = reading
+            readings.append(known[tokens])
+        return readings
+
+    def read(self, reading, token):
+        """Meta ids of the annotated axes for one more token, and what is known after it; special tokens have id 0."""
+        if token in self.special_tokens:
+            return [0] * len(self.annotated), reading
+        characters, pending = self.sources.processor.new_characters(reading.pending, token)
+        steps = [axis.step(state, characters) for axis, state in zip(self.sources.annotators, reading.states)]
+        for axis, (meta_id, _) in zip(self.sources.annotators, steps):
+            if not (isinstance(meta_id, Integral) and 0 <= meta_id < len(axis.vocabulary)):
+                raise ValueError(f"axis {axis.name!r} must give ids in [0, {len(axis.vocabulary)}), got {meta_id!r}.")
+        return [meta_id for meta_id, _ in steps], _Reading(pending, tuple(state for _, state in steps))
+
+
+class _NotesFinishedRows(StoppingCriteriaList):
+    """Stopping criteria that also tell the tracks which rows will be filled with pads from now on."""
+
+    def __init__(self, criteria, tracks):
+        super().__init__(criteria)
+        self.tracks = tracks
+        self.finished_rows_get_pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+
+    def __call__(self, input_ids, scores, **kwargs):
+        done = super().__call__(input_ids, scores, **kwargs)
+        if self.finished_rows_get_pads:
+            self.tracks.finished |= done
+        return done
+
+
+def _with_tracks(loop):
+    """A decoding loop of the caller's, `custom_generate`, with the tracks among its model kwargs."""
+
+    @wraps(loop)  # `generate` reads the signature
+    def loop_with_tracks(model, input_ids, *, stopping_criteria, generation_config, **kwargs):
+        tracks = model._start_tracks(input_ids, generation_config, kwargs, beams=generation_config.num_beams)
+        stopping_criteria = _NotesFinishedRows(stopping_criteria, tracks)
+        kwargs.update(stopping_criteria=stopping_criteria, generation_config=generation_config, meta_tracks=tracks)
+        return loop(model, input_ids, **kwargs)
+
+    return loop_with_tracks
+
+
+class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
+    """`generate` with meta axes. Without any it is transformers' own."""
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args,
+        meta_source: str | dict[str, str] = "predicted",
+        processor: Any = None,
+        forced_meta_ids: torch.LongTensor | None = None,
+        **kwargs,
+    ):
+        """As [`GenerationMixin.generate`], with meta tokens beside the text.
+
+        Args:
+            inputs, generation_config, args, kwargs:
+                As there. `meta_ids` (`torch.LongTensor` of shape `[batch, axes, prompt]`) are those of the prompt; a
+                [`MultiGridProcessor`] returns them with the `input_ids`. Where there are axes they are required, or
+                `processor`, which then annotates the prompt: a pipeline hands over nothing but `input_ids`.
+            meta_source (`str` or `dict[str, str]`, *optional*, defaults to `"predicted"`):
+                Where meta tokens come from, for all axes or by the axis's name (`"predicted"` where one is left out):
+
+                - `"predicted"`: the model. The likeliest one; with `do_sample=True` drawn at `temperature` (the other
+                  warpers are about main tokens), before the main token.
+                - `"annotated"`: the axis's rule, from the text written so far. Needs `processor`, and a causal axis.
+                - `"forced"`: `forced_meta_ids`. In the parallel order a forced meta token reaches the main stream with
+                  its own position, so it steers what comes after it; in the factored order it steers its own token.
+            processor ([`MultiGridProcessor`], *optional*):
+                Its tokenizer turns tokens into characters, its axes annotate what is written, and the prompt where
+                `meta_ids` are not given.
+            forced_meta_ids (`torch.LongTensor` of shape `[batch, forced axes or all axes, steps]`, *optional*):
+                Meta ids of the tokens to come, at least as many as are generated. Of all axes, only the forced ones are
+                read.
+            custom_generate (`Callable` or `str`, *optional*):
+                As there. A loop of one's own finds the tracks among its keyword arguments and hands them on with these to
+                `prepare_inputs_for_generation` and `_update_model_kwargs_for_generation`, whose order is that of the stock
+                loops: inputs, forward pass, update, and then the logits.
+
+        Returns:
+            `sequences`, or with `return_dict_in_generate=True` a [`MultiGridGenerateOutput`] or
+            [`MultiGridGenerateBeamOutput`], which have `meta_sequences` beside them. Scores are those of main tokens.
+
+        Raises:
+            TypeError: for a `meta_source`, `meta_ids` or `forced_meta_ids` of another type.
+            ValueError: for a `guidance_scale` or assisted decoding, unknown axes or sources, a missing `processor` or `meta_ids`, an axis that is not causal and
+                annotated, forced tracks of a wrong shape, too short, or with ids outside an axis's vocabulary.
+        """
+        sources = self._meta_sources(meta_source, processor, forced_meta_ids)
+        if kwargs.get("meta_ids") is not None:
+            check_ids("meta_ids", kwargs["meta_ids"])
+        loop = kwargs.get("custom_generate")
+        if sources.of_axes and isinstance(loop, str):  # code from a folder, which calls `generate` again
+            kwargs.update(meta_source=meta_source, processor=processor, forced_meta_ids=forced_meta_ids)
+        elif sources.of_axes:
+            if loop is not None:
+                kwargs["custom_generate"] = _with_tracks(loop)
+            kwargs.update(meta_sources=sources, forced_meta_ids=forced_meta_ids)
+        else:
+            meta_ids = kwargs.pop("meta_ids", None)
+            if meta_ids is not None and meta_ids.numel():
+                raise ValueError(f"`meta_ids` of shape {list(meta_ids.shape)} were given, but the model has no axes.")
+        return super().generate(inputs, generation_config, *args, **kwargs)
+
+    @with_cache_argument
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        past_key_values=None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        meta_ids: torch.LongTensor | None = None,
+        is_first_iteration: bool | None = False,
+        meta_tracks: _MetaTracks | None = None,
+        meta_sources: _Sources | None = None,
+        forced_meta_ids: torch.LongTensor | None = None,
+        **kwargs,
+    ):
+        """As the stock method, with the meta ids of the tokens that the forward pass is given."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            **{CACHE: past_key_values},
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if meta_ids is not None:
+            inputs["meta_ids"] = meta_ids
+        if meta_tracks is not None:
+            if not is_first_iteration:
+                meta_tracks.follow(input_ids)
+            given = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+            past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+            inputs["meta_ids"] = meta_tracks.at(past, given.shape[1]).to(given.device)
+        return inputs
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        tracks = model_kwargs.get("meta_tracks")
+        if tracks is not None:
+            next_meta_ids = tracks.choose(tuple(logits[:, -1] for logits in outputs.meta_logits))
+            if self.config.axis_order == "factored":
+                hidden = outputs.main_hidden_states[:, -1:]
+                outputs.logits = self.main_logits(hidden, next_meta_ids.unsqueeze(-1).to(hidden.device))
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        tracks = self._start_tracks(input_ids, generation_config, kwargs)
+        if tracks is None:
+            return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+        stopping_criteria = _NotesFinishedRows(stopping_criteria, tracks)
+        out = super()._sample(
+            input_ids, logits_processor, stopping_criteria, generation_config, meta_tracks=tracks, **kwargs
+        )
+        if isinstance(out, torch.Tensor):
+            return out
+        return MultiGridGenerateOutput(**out, meta_sequences=tracks.of_rows(out.sequences))
+
+    def _beam_search(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        tracks = self._start_tracks(input_ids, generation_config, kwargs, beams=generation_config.num_beams)
+        if tracks is None:
+            return super()._beam_search(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+        out = super()._beam_search(
+            input_ids, logits_processor, stopping_criteria, generation_config, meta_tracks=tracks, **kwargs
+        )
+        if isinstance(out, torch.Tensor):
+            return out
+        tracks = tracks.of_beams(out.sequences, out.beam_indices, generation_config.num_return_sequences)
+        return MultiGridGenerateBeamOutput(**out, meta_sequences=tracks)
+
+    def _assisted_decoding(self, *args, **kwargs):
+        if self.config.axis_names:
+            raise ValueError(
+                "Assisted decoding is not supported with meta axes: drafted tokens come without their meta tokens. Leave "
+                "`assistant_model` and `prompt_lookup_num_tokens` out."
+            )
+        return super()._assisted_decoding(*args, **kwargs)
+
+    def _meta_sources(self, meta_source, processor, forced_meta_ids) -> _Sources:
+        names = list(self.config.axis_names)
+        by_name = dict.fromkeys(names, meta_source) if isinstance(meta_source, str) else meta_source
+        if not isinstance(by_name, dict):
+            raise TypeError(f"`meta_source` must be a string or a dict, got {type(meta_source).__name__}.")
+        unknown = sorted(set(by_name) - set(names))
+        if unknown:
+            raise ValueError(f"`meta_source` names unknown axes {unknown}; the model's are {names}.")
+        wrong = [source for source in (*by_name.values(), meta_source) if source not in META_SOURCES]
+        if isinstance(meta_source, dict):
+            wrong = wrong[:-1]
+        if wrong:
+            raise ValueError(f"`meta_source` must be one of {META_SOURCES}, got {wrong[0]!r}.")
+        of_axes = tuple(by_name.get(name, "predicted") for name in names)
+        if ("forced" in of_axes) != (forced_meta_ids is not None):
+            raise ValueError(
+                "`forced_meta_ids` and a `meta_source` of 'forced' belong together, got "
+                f"meta_source={meta_source!r} and {'no' if forced_meta_ids is None else 'some'} `forced_meta_ids`."
+            )
+        if forced_meta_ids is not None:
+            check_ids("forced_meta_ids", forced_meta_ids)
+        annotators = tuple(self._annotator(name, processor) for name in names if by_name.get(name) == "annotated")
+        return _Sources(of_axes, processor, annotators)
+
+    def _annotator(self, name, processor):
+        if processor is None:
+            raise ValueError(
+                f"`processor` is needed to annotate axis {name!r}, got None: pass the MultiGridProcessor."
+            )
+        axes = {axis.name: axis for axis in processor.axes}
+        if name not in axes:
+            raise ValueError(f"`processor` has no axis {name!r}; its axes are {list(axes)}.")
+        axis, size = axes[name], self.config.axis_vocab_sizes[list(self.config.axis_names).index(name)]
+        if not axis.causal:
+            raise ValueError(
+                f"Axis {name!r} cannot be annotated during generation, for it is not causal: {axis.why_not_causal}. Use "
+                "the source 'predicted' or 'forced' for it."
+            )
+        if len(axis.vocabulary) != size:
+            raise ValueError(
+                f"Axis {name!r} of `processor` has {len(axis.vocabulary)} meta tokens, that of the model has {size}."
+            )
+        return axis
+
+    def _start_tracks(self, input_ids, generation_config, model_kwargs, beams=1) -> _MetaTracks | None:
+        """Take what `generate` was told about meta tokens out of `model_kwargs`."""
+        sources, forced, meta_ids = (
+            model_kwargs.pop(x, None) for x in ("meta_sources", "forced_meta_ids", "meta_ids")
+        )
+        if sources is None:
+            return None
+        if generation_config.guidance_scale not in (None, 1):
+            raise ValueError(
+                f"`guidance_scale` must be 1 with meta axes, got {generation_config.guidance_scale}: what the model would say "
+                "without the prompt is asked for without meta tokens."
+            )
+        embeds, cache, mask = (model_kwargs.get(x) for x in ("inputs_embeds", CACHE, "attention_mask"))
+        rows, length = (input_ids if embeds is None else embeds).shape[:2]
+        expected = [rows, len(sources.of_axes), length]
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if meta_ids is None and sources.processor is not None and embeds is None and past == 0:
+            meta_ids = self._annotate_prompts(sources.processor, input_ids, mask)
+        if meta_ids is None or list(meta_ids.shape) != expected:
+            got = "None" if meta_ids is None else list(meta_ids.shape)
+            raise ValueError(
+                f"`meta_ids` must be [batch, axes, prompt] = {expected} (rows repeated for beams), got {got}: the "
+                "processor returns them with the `input_ids`; or pass `processor`, which annotates a prompt of tokens."
+            )
+        annotated = sources.places("annotated")
+        whole = embeds is not None or past == 0 or length == self._mask_length(mask, generation_config)
+        if annotated and (embeds is not None or not whole):
+            raise ValueError(
+                f"Axes {[self.config.axis_names[a] for a in annotated]} cannot be annotated: the text from its beginning "
+                f"is needed, pass all of it as `input_ids`, also what is in `{CACHE}`."
+            )
+        if forced is not None:
+            forced = self._check_forced(sources, forced, rows, generation_config.max_length - input_ids.shape[1])
+        temperature = None
+        if generation_config.do_sample:
+            temperature = 1.0 if generation_config.temperature is None else generation_config.temperature
+        device = input_ids.device
+        return _MetaTracks(
+            sources,
+            input_ids,
+            mask,
+            meta_ids.to(device),
+            None if forced is None else forced.to(device),
+            past=0 if whole else past,
+            beams=beams,
+            temperature=temperature,
+        )
+
+    def _annotate_prompts(self, processor, tokens, mask) -> torch.LongTensor:
+        """What the axes of `processor` say of prompts `[rows, length]`: `[rows, axes, length]`, 0 at pads."""
+        names = self.config.axis_names
+        ahead = [axis.name for axis in processor.axes if axis.name in names and not axis.causal]
+        if ahead:
+            raise ValueError(
+                f"`meta_ids` of the prompt must be given: axes {ahead} of `processor` look ahead and can't be stepped."
+            )
+        axes = tuple(self._annotator(name, processor) for name in names)
+        meta_ids = tokens.new_zeros(len(tokens), len(names), tokens.shape[1])
+        reader = _MetaTracks(
+            _Sources(("annotated",) * len(names), processor, axes), tokens[:, :0], None, meta_ids[..., :0], None
+        )
+        for row, reading in enumerate(reader.readings):
+            places = range(tokens.shape[1]) if mask is None else mask[row].nonzero().flatten().tolist()
+            for place in places:
+                ids, reading = reader.read(reading, int(tokens[row, place]))
+                meta_ids[row, :, place] = meta_ids.new_tensor(ids)
+        return meta_ids
+
+    @staticmethod
+    def _mask_length(mask, generation_config):
+        """How `generate` itself tells whole sequences from new tokens after a cache."""
+        return mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", -1)
+
+    def _check_forced(self, sources: _Sources, forced: torch.LongTensor, rows: int, steps: int) -> torch.LongTensor:
+        places: Sequence[int] = sources.places("forced")
+        names = [self.config.axis_names[place] for place in places]
+        if forced.dim() != 3 or forced.shape[0] != rows or forced.shape[1] not in (len(places), len(sources.of_axes)):
+            raise ValueError(
+                f"`forced_meta_ids` must be [batch, axes, steps] with rows for {names} or for all {len(sources.of_axes)} "
+                f"axes, got {list(forced.shape)} for {rows} rows."
+            )
+        if forced.shape[2] < steps:
+            raise ValueError(
+                f"`forced_meta_ids` must say a meta token for each of the {steps} tokens that may be generated, got "
+                f"{forced.shape[2]}."
+            )
+        if forced.shape[1] != len(places):
+            forced = forced[:, places]
+        for name, place, ids in zip(names, places, forced.unbind(1)):
+            size = self.config.axis_vocab_sizes[place]
+            if not ((ids >= 0) & (ids < size)).all():
+                raise ValueError(
+                    f"`forced_meta_ids` of axis {name!r} must be in [0, {size}), got values from {int(ids.min())} to "
+                    f"{int(ids.max())}."
+                )
+        return forced
+
+
+__all__ = ["META_SOURCES", "MultiGridGenerateBeamOutput", "MultiGridGenerateOutput", "MultiGridGenerationMixin"]

@@ -1,0 +1,168 @@
+"""The layers of MultiGrid: blocks of equal shape together.
+
+One layer of the main stream and `A` meta streams is `1 + 3 A` blocks, each mixing and feed-forward behind a norm:
+
+    x       <- self_block(x)                            every stream, from its own past
+    main_a  <- main_cross_blocks[a](main, meta_a)       the main stream reads axis a
+    meta_a  <- meta_cross_blocks[a](meta_a, main)       at the same time, axis a reads the main stream
+    main    <- main + sum_a axis_weights[a] * (main_a - main)
+
+Position `t` of any stream reads positions up to `t` only, its own, or another's after the self blocks.
+"""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..common.transformers_versions import with_cache_argument
+from .configuration_multigrid import MultiGridConfig
+from .multigrid_cache import MultiGridCache
+from .multigrid_cores import CORES, Group, MixingPlan, grouped_linear, grouped_norm
+
+
+class MultiGridMLP(nn.Module):
+    def __init__(self, config: MultiGridConfig, width: int, inner: int):
+        super().__init__()
+        self.up_proj = nn.Linear(width, inner)
+        self.down_proj = nn.Linear(inner, width)
+        # The same function in one operation instead of eight.
+        self.act_fn = ACT2FN["gelu_pytorch_tanh" if config.hidden_act == "gelu_new" else config.hidden_act]
+
+
+def grouped_mlp(mlps: list[MultiGridMLP], x: torch.Tensor) -> torch.Tensor:
+    """One feed-forward for each stream `[streams, batch, seq, width]`."""
+    x = grouped_linear([mlp.up_proj for mlp in mlps], x)
+    return grouped_linear([mlp.down_proj for mlp in mlps], mlps[0].act_fn(x))
+
+
+class MultiGridBlock(nn.Module):
+    """Weights of one pre-norm block: mixer and feed-forward of a stream that mixes its own past or reads another one.
+
+    Args:
+        config (`MultiGridConfig`): of the model.
+        is_meta (`bool`): whether the stream that is changed is a meta stream.
+        is_cross (`bool`): whether it reads a stream of the other kind.
+    """
+
+    def __init__(self, config: MultiGridConfig, is_meta: bool, is_cross: bool):
+        super().__init__()
+        core = CORES[config.core]
+        sizes = [
+            (config.hidden_size, config.intermediate_size),
+            (config.meta_hidden_size, config.meta_intermediate_size),
+        ]
+        width, inner = sizes[is_meta]
+        other_width = sizes[not is_meta][0]
+        self.input_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        if is_cross:
+            self.key_value_layernorm = nn.LayerNorm(other_width, eps=config.layer_norm_eps)
+        reach = config.meta_hidden_size
+        self.mixer = core.cross_mixer(width, other_width, reach) if is_cross else core.self_mixer(width)
+        self.mlp = None
+        if not is_cross or config.cross_feed_forward:
+            self.post_attention_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+            self.mlp = MultiGridMLP(config, width, inner)
+
+    def close(self):
+        """Let the block change nothing: what it adds to its stream becomes zero, and learns."""
+        for linear in (self.mixer.o_proj, None if self.mlp is None else self.mlp.down_proj):
+            if linear is not None:
+                init.zeros_(linear.weight)
+                init.zeros_(linear.bias)
+
+
+class MultiGridLayer(GradientCheckpointingLayer):
+    """`1 + 3 A` blocks, those of equal shape together."""
+
+    def __init__(self, config: MultiGridConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.hidden_dropout = config.hidden_dropout
+        axes = range(config.num_axes)
+        self.self_block = MultiGridBlock(config, is_meta=False, is_cross=False)
+        self.meta_self_blocks = nn.ModuleList(MultiGridBlock(config, is_meta=True, is_cross=False) for _ in axes)
+        self.main_cross_blocks = nn.ModuleList(MultiGridBlock(config, is_meta=False, is_cross=True) for _ in axes)
+        self.meta_cross_blocks = nn.ModuleList(MultiGridBlock(config, is_meta=True, is_cross=True) for _ in axes)
+        self.layer_idx = layer_idx
+        self.make_cores()
+
+    def make_cores(self):
+        """What runs the mixers; it holds no weights, but knows how many there are."""
+        core, layers = CORES[self.config.core], self.config.num_hidden_layers
+        self.core = core(self.config, self.layer_idx)
+        self.cross_core = core(self.config, layers + self.layer_idx) if self.config.num_axes else None
+
+    @with_cache_argument
+    def forward(
+        self,
+        main: torch.Tensor,
+        meta: torch.Tensor | None = None,
+        plan: MixingPlan | None = None,
+        past_key_values: MultiGridCache | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """`main [batch, seq, hidden_size]` and `meta [axes, batch, seq, meta_hidden_size]` after this layer, and attentions."""
+        streams = [([self.self_block], main.unsqueeze(0), None)]
+        if meta is not None:
+            streams.append((self.meta_self_blocks, meta, None))
+        (main, *rest), weights = self._run(self.core, streams, plan, past_key_values)
+        main = main[0]
+        if meta is None:
+            return main, None, weights
+        meta = rest[0]
+        mains = main.expand(len(meta), *main.shape)
+        readings = [(self.main_cross_blocks, mains, meta), (self.meta_cross_blocks, meta, mains)]
+        (read, meta), _ = self._run(self.cross_core, readings, plan, past_key_values)
+        # One after the other, so that an axis that changes nothing changes no rounding either.
+        for change, share in zip(read - main, self.config.axis_shares):
+            main = torch.add(main, change, alpha=share)
+        return main, meta, weights
+
+    def _run(self, core, streams, plan, cache):
+        """Blocks of several groups of streams, given as (blocks, own, other)."""
+        groups = []
+        for blocks, own, other in streams:
+            own = grouped_norm([block.input_layernorm for block in blocks], own)
+            if other is not None:
+                other = grouped_norm([block.key_value_layernorm for block in blocks], other)
+            groups.append(Group([block.mixer for block in blocks], own, other))
+        mixed, weights = core.mix(groups, plan, cache)
+        results = []
+        for (blocks, own, _), out in zip(streams, mixed):
+            x = own + self._dropout(out)
+            if blocks[0].mlp is not None:
+                normed = grouped_norm([block.post_attention_layernorm for block in blocks], x)
+                x = x + self._dropout(grouped_mlp([block.mlp for block in blocks], normed))
+            results.append(x)
+        return results, weights
+
+    def _dropout(self, x):
+        return nn.functional.dropout(x, self.hidden_dropout, self.training) if self.hidden_dropout else x
+
+
+class NextMetaBlock(nn.Module):
+    """The factored order: what the main stream learns of the next meta tokens before it predicts, and a feed-forward."""
+
+    def __init__(self, config: MultiGridConfig):
+        super().__init__()
+        self.projs = nn.ModuleList(
+            nn.Linear(config.meta_hidden_size, config.hidden_size, bias=False) for _ in config.axis_names
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MultiGridMLP(config, config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, next_embeds: list[torch.Tensor], known: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`hidden_states [batch, seq, hidden_size]`, changed by the embeddings `[batch, seq, meta_hidden_size]` of each axis.
+
+        `known [1 or batch, seq]` says at which positions there are any; `None` for all.
+        """
+        for proj, embeds in zip(self.projs, next_embeds):
+            change = proj(embeds)
+            hidden_states = hidden_states + (change if known is None else change.masked_fill(~known.unsqueeze(-1), 0))
+        return hidden_states + grouped_mlp([self.mlp], self.norm(hidden_states).unsqueeze(0))[0]
+
+
+__all__ = ["MultiGridBlock", "MultiGridLayer", "MultiGridMLP", "NextMetaBlock", "grouped_mlp"]

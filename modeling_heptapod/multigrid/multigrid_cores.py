@@ -1,0 +1,425 @@
+"""How positions mix in MultiGrid: attention, LEAP's running means, or an LSTM, for all streams of a layer at once.
+
+A core makes the weights of one mixer (`self_mixer`, `cross_mixer`) and runs many of them (`mix`). Streams of equal width come
+stacked, `[streams, batch, seq, width]`, in a `Group` with one mixer each. Weights stay plain `nn.Linear` leaves, which
+adapters and quantisation know; `grouped_linear` takes them together where nothing has replaced them.
+"""
+
+import copy
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..common.eager_attention import eager_attention
+from ..common.model_inputs import has_open_sizes
+from ..leap.configuration_leap import LeapConfig
+from ..leap.mixing_rows import MixingRows
+from ..leap.modeling_leap import LeapMixer
+
+
+_BATCHED_ROWS = 256  # below this, putting the weights side by side costs more than a batched product saves
+
+
+class Group(NamedTuple):
+    """Mixers of equal shape and their normalised streams.
+
+    Attributes:
+        mixers (`list[nn.Module]`): one a stream.
+        own (`torch.Tensor` of shape `[streams, batch, seq, width]`): the streams that mix their past, or that read.
+        other (`torch.Tensor` of shape `[streams, batch, seq, other_width]`, *optional*): the streams that are read.
+    """
+
+    mixers: list[nn.Module]
+    own: torch.Tensor
+    other: torch.Tensor | None = None
+
+
+@dataclass
+class MixingPlan:
+    """What all layers of one forward pass need to know about its rows.
+
+    Attributes:
+        attention_mask (`torch.BoolTensor` of shape `[1 or batch, 1, seq, keys]`, *optional*): what each token sees, where
+            that is not just its past (core "transformer").
+        mixing_rows (`MixingRows`, *optional*): pads, packed sequences and positions (core "leap").
+        lstm_rows (`LSTMRows`, *optional*): how pads and packed sequences are laid out (core "lstm").
+        single_step (`bool`): one real token after cached ones, without gradients.
+        in_the_open (`bool`): whether to return attention weights.
+    """
+
+    attention_mask: torch.Tensor | None = None
+    mixing_rows: MixingRows | None = None
+    lstm_rows: "LSTMRows | None" = None
+    single_step: bool = False
+    in_the_open: bool = False
+
+    def to(self, device: torch.device) -> "MixingPlan":
+        """The same on another device: where layers are spread over devices, accelerate asks it of their arguments."""
+        names = ("attention_mask", "mixing_rows", "lstm_rows")
+        moved = {name: getattr(self, name).to(device) for name in names if getattr(self, name) is not None}
+        return replace(self, **moved)
+
+
+def _is_plain(linear):
+    """Whether a leaf is what it was built as: no adapter, hook, quantised or sharded weight."""
+    hooked = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    hooked = hooked or "forward" in vars(linear)  # accelerate, and others, put a function of their own in its place
+    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not hooked
+
+
+def grouped_linear(linears: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
+    """One linear layer for each stream: `[streams, batch, seq, in] -> [streams, batch, seq, out]`.
+
+    In training one batched product; in inference one product each, whose results do not depend on the number of streams to the last bit.
+    """
+    if len(linears) == 1:
+        return linears[0](x[0]).unsqueeze(0)
+    one_each = not torch.is_grad_enabled() or has_open_sizes(x) or not all(map(_is_plain, linears))
+    if one_each or x[0, ..., 0].numel() < _BATCHED_ROWS:
+        return torch.stack([linear(part) for linear, part in zip(linears, x)])
+    weight = torch.stack([linear.weight for linear in linears]).transpose(1, 2)
+    if linears[0].bias is None:
+        out = torch.bmm(x.flatten(1, 2), weight)
+    else:
+        bias = torch.stack([linear.bias for linear in linears]).unsqueeze(1)
+        out = torch.baddbmm(bias, x.flatten(1, 2), weight)
+    return out.unflatten(1, x.shape[1:3])
+
+
+def grouped_norm(norms: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
+    """One norm for each stream `[streams, batch, seq, width]`."""
+    if len(norms) == 1:
+        return norms[0](x[0]).unsqueeze(0)
+    return torch.stack([norm(part) for norm, part in zip(norms, x)])
+
+
+def join_heads(x: torch.Tensor) -> torch.Tensor:
+    """`[streams, batch, seq, ..., heads, head_dim]` -> `[batch, seq, ..., streams * heads, head_dim]`."""
+    return x.movedim(0, -3).flatten(-3, -2)
+
+
+def split_heads(x: torch.Tensor, groups: list[Group], heads: list[int]) -> list[torch.Tensor]:
+    """The heads of all groups side by side, `[batch, seq, heads, head_dim]`, back as `[streams, batch, seq, width]`."""
+    parts = x.split([len(group.mixers) * count for group, count in zip(groups, heads)], dim=2)
+    return [part.unflatten(2, (-1, count)).movedim(2, 0).flatten(3) for part, count in zip(parts, heads)]
+
+
+class _Core(nn.Module):
+    """What cores have in common.
+
+    Args:
+        config (`MultiGridConfig`): of the model.
+        layer_idx (`int`): layer of the cache that holds the past.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+
+    def mix(self, groups: list[Group], plan: MixingPlan, cache) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """What each stream is to add to itself, `[streams, batch, seq, width]` for each group, and attention weights.
+
+        The weights, `[batch, all heads, seq, keys]`, are given where the plan asks for them and the core has any.
+        """
+        raise NotImplementedError
+
+
+class _SelfAttention(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.qkv_proj = nn.Linear(width, 3 * width)
+        self.o_proj = nn.Linear(width, width)
+
+
+class _CrossAttention(nn.Module):
+    def __init__(self, width, other_width, inner):
+        super().__init__()
+        self.q_proj = nn.Linear(width, inner)
+        self.kv_proj = nn.Linear(other_width, 2 * inner)
+        self.o_proj = nn.Linear(inner, width)
+
+
+class TransformerCore(_Core):
+    """Causal attention. Streams are folded into the batch, or, where there is a cache, into the heads."""
+
+    is_causal = True
+
+    @staticmethod
+    def self_mixer(width: int) -> nn.Module:
+        """Weights of attention of a stream to itself."""
+        return _SelfAttention(width)
+
+    @staticmethod
+    def cross_mixer(width: int, other_width: int, inner: int) -> nn.Module:
+        """Weights of attention of one stream to another one, over `inner` channels."""
+        return _CrossAttention(width, other_width, inner)
+
+    def mix(self, groups, plan, cache):
+        parts = [self._project(group) for group in groups]
+        if cache is None and not plan.in_the_open:
+            outs, weights = [self._attend_in_batch(*part, plan) for part in parts], None
+        else:
+            query, key, value = (torch.cat([join_heads(x) for x in xs], dim=2).transpose(1, 2) for xs in zip(*parts))
+            if cache is not None:
+                key, value = cache.update(key, value, self.layer_idx)
+            out, weights = self._attend(query, key, value, plan)
+            outs = split_heads(out, groups, [part[0].shape[3] for part in parts])
+        return [grouped_linear([m.o_proj for m in group.mixers], out) for group, out in zip(groups, outs)], weights
+
+    def _project(self, group):
+        """Queries, keys and values `[streams, batch, seq, heads, head_dim]`."""
+        head_dim = self.config.head_dim
+        if group.other is None:
+            qkv = grouped_linear([m.qkv_proj for m in group.mixers], group.own)
+            return qkv.unflatten(-1, (3, -1, head_dim)).unbind(3)
+        query = grouped_linear([m.q_proj for m in group.mixers], group.own).unflatten(-1, (-1, head_dim))
+        key_value = grouped_linear([m.kv_proj for m in group.mixers], group.other)
+        return query, *key_value.unflatten(-1, (2, -1, head_dim)).unbind(3)
+
+    def _attend_in_batch(self, query, key, value, plan):
+        streams, batch = query.shape[:2]
+        mask = plan.attention_mask
+        if mask is not None and mask.shape[0] > 1:
+            mask = mask.repeat(streams, 1, 1, 1)
+        query, key, value = (x.flatten(0, 1).transpose(1, 2) for x in (query, key, value))
+        out = self._attention()(self, query, key, value, mask, **self._options(query, mask))[0]
+        return out.unflatten(0, (streams, batch)).flatten(3)
+
+    def _attend(self, query, key, value, plan):
+        attention = eager_attention if plan.in_the_open else self._attention()
+        return attention(self, query, key, value, plan.attention_mask, **self._options(query, plan.attention_mask))
+
+    def _attention(self):
+        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+
+    def _options(self, query, mask):
+        return {
+            "scaling": self.config.head_dim**-0.5,
+            "dropout": self.config.attention_dropout if self.training else 0.0,
+            "is_causal": mask is None and query.shape[2] > 1,
+        }
+
+
+def leap_config(config, heads: int) -> LeapConfig:
+    """LEAP's own defaults for `heads` heads, in the layers of a MultiGrid and then in their readings."""
+    return LeapConfig(
+        hidden_size=heads * config.head_dim,
+        num_attention_heads=heads,
+        num_hidden_layers=2 * config.num_hidden_layers,
+        window_sizes=2 * config.window_sizes,
+    )
+
+
+class _LeapSelfMixing(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.qfkv_proj = nn.Linear(width, 4 * width, bias=False)
+
+
+class _LeapCrossMixing(nn.Module):
+    def __init__(self, width, other_width, inner):
+        super().__init__()
+        self.q_proj = nn.Linear(width, inner, bias=False)
+        self.fkv_proj = nn.Linear(other_width, 3 * inner, bias=False)
+        self.o_proj = nn.Linear(inner, width)
+
+
+def _as_projected(x):
+    return x
+
+
+class LeapCore(_Core):
+    """LEAP's mixer on the heads of all streams; a reading takes its queries from the reader, all else from the other."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        axes, meta_heads = config.num_axes, config.meta_num_attention_heads
+        is_cross = layer_idx >= config.num_hidden_layers
+        heads = 2 * axes * meta_heads if is_cross else config.num_attention_heads + axes * meta_heads
+        self.mixer = LeapMixer(leap_config(config, heads), layer_idx)
+        # Streams have projections of their own; a module of this name would be taken for one of them by adapters.
+        del self.mixer.qfkv_proj
+        self.mixer.qfkv_proj = _as_projected
+
+    @staticmethod
+    def self_mixer(width: int) -> nn.Module:
+        """Weights of LEAP's mixing step of a stream."""
+        return _LeapSelfMixing(width)
+
+    @staticmethod
+    def cross_mixer(width: int, other_width: int, inner: int) -> nn.Module:
+        """Weights of the same step of one stream over another one, over `inner` channels."""
+        return _LeapCrossMixing(width, other_width, inner)
+
+    def mix(self, groups, plan, cache):
+        parts = [self._project(group) for group in groups]
+        joined = torch.cat([join_heads(part) for part in parts], dim=3)  # [batch, seq, 4, heads, head_dim]
+        out, _ = self.mixer(
+            joined.flatten(2),
+            past_key_values=cache,
+            rows=plan.mixing_rows,
+            is_causal=True,
+            single_step=plan.single_step,
+        )
+        outs = split_heads(out.unflatten(-1, (-1, self.config.head_dim)), groups, [part.shape[4] for part in parts])
+        for i, group in enumerate(groups):
+            if group.other is not None:
+                outs[i] = grouped_linear([m.o_proj for m in group.mixers], outs[i])
+        return outs, None
+
+    def _project(self, group):
+        """Queries, focus, keys and values `[streams, batch, seq, 4, heads, head_dim]`."""
+        head_dim = self.config.head_dim
+        if group.other is None:
+            qfkv = grouped_linear([m.qfkv_proj for m in group.mixers], group.own)
+            return qfkv.unflatten(-1, (4, -1, head_dim))
+        query = grouped_linear([m.q_proj for m in group.mixers], group.own)
+        rest = grouped_linear([m.fkv_proj for m in group.mixers], group.other)
+        return torch.cat((query, rest), dim=-1).unflatten(-1, (4, -1, head_dim))
+
+
+class _LSTMSelfMixing(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.lstm = nn.LSTM(width, width, batch_first=True)
+
+
+class _LSTMCrossMixing(nn.Module):
+    def __init__(self, width, other_width, inner):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner)
+        self.value_proj = nn.Linear(other_width, inner)
+        self.o_proj = nn.Linear(inner, width)
+
+
+class LSTMRows:
+    """Padded and packed rows taken apart: every sequence becomes a row of its own, without pads.
+
+    Args:
+        padding_mask (`torch.BoolTensor` of shape `[batch, seq]`, *optional*): which tokens are real.
+        segment_ids (`torch.LongTensor` of shape `[batch, seq]`, *optional*): packed sequence of each token. Equal values
+            that do not touch are different sequences.
+    """
+
+    def __init__(self, padding_mask: torch.Tensor | None, segment_ids: torch.Tensor | None):
+        batch, seq = (padding_mask if segment_ids is None else segment_ids).shape
+        if segment_ids is None:
+            runs = torch.zeros(batch, seq, dtype=torch.long, device=padding_mask.device)
+        else:
+            runs = nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0)).long().cumsum(1)
+        device = runs.device
+        if padding_mask is None:
+            self.tokens = torch.arange(batch * seq, device=device)  # real ones, in a flat batch
+        else:
+            self.tokens = padding_mask.flatten().nonzero().squeeze(1)
+        rows = torch.arange(batch, device=device).unsqueeze(1)
+        names = (rows * seq + runs).flatten()[self.tokens]
+        _, self.sequence, counts = names.unique_consecutive(return_inverse=True, return_counts=True)
+        starts = counts.cumsum(0) - counts
+        self.place = torch.arange(len(self.tokens), device=device) - starts[self.sequence]
+        self.lengths = counts.tolist()
+        self.row = self.tokens[starts] // seq  # of each sequence
+        last = torch.searchsorted(self.row, rows.squeeze(1), right=True) - 1
+        self.last = last.clamp_min(0)  # sequence of each row
+        self.has_tokens = (last >= 0) & (torch.bincount(self.row, minlength=batch) > 0)
+
+    def to(self, device: torch.device) -> "LSTMRows":
+        """The same on another device."""
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(moved, name, value.to(device))
+        return moved
+
+    def run(self, lstm: nn.LSTM, x: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]):
+        """As the LSTM itself, `x [batch, seq, width]` and `state` of two `[1, batch, width]`; pads give zeros."""
+        out = x.new_zeros(x.shape[0] * x.shape[1], lstm.hidden_size)
+        if not self.lengths:
+            return out.unflatten(0, x.shape[:2]), state
+        take = self.tokens.new_zeros(len(self.lengths), max(self.lengths))
+        take[self.sequence, self.place] = self.tokens
+        rows = nn.utils.rnn.pack_padded_sequence(
+            x.flatten(0, 1)[take], torch.tensor(self.lengths), batch_first=True, enforce_sorted=False
+        )
+        rows, final = lstm(rows, tuple(part[:, self.row] for part in state))
+        rows, _ = nn.utils.rnn.pad_packed_sequence(rows, batch_first=True)
+        out = out.index_copy(0, self.tokens, rows[self.sequence, self.place])
+        has_tokens = self.has_tokens.unsqueeze(-1)
+        final = tuple(torch.where(has_tokens, new[:, self.last], old) for new, old in zip(final, state))
+        return out.unflatten(0, x.shape[:2]), final
+
+
+def _differentiable(lstm, x):
+    """cuDNN has the gradients of an LSTM in training mode only."""
+    if x.is_cuda and torch.is_grad_enabled() and not lstm.training:
+        return torch.backends.cudnn.flags(enabled=False)
+    return nullcontext()
+
+
+class LSTMCore(_Core):
+    """An LSTM in each stream, one after the other (recurrences of different weights have no batched form).
+
+    What a stream has in mind of its past is in its state, so another stream reads it at the same position, through a gate.
+    """
+
+    @staticmethod
+    def self_mixer(width: int) -> nn.Module:
+        """Weights of the LSTM of a stream."""
+        return _LSTMSelfMixing(width)
+
+    @staticmethod
+    def cross_mixer(width: int, other_width: int, inner: int) -> nn.Module:
+        """Weights of the gate of one stream on another one, of `inner` channels."""
+        return _LSTMCrossMixing(width, other_width, inner)
+
+    def mix(self, groups, plan, cache):
+        if groups[0].other is not None:
+            return [self._read(group) for group in groups], None
+        outs, states, offset = [], [], 0
+        past = None if cache is None else cache.get_recurrent_state(self.layer_idx)
+        for group in groups:
+            parts = []
+            for mixer, x in zip(group.mixers, group.own):
+                batch, _, width = x.shape
+                if past is None:
+                    state = x.new_zeros(2, 1, batch, width)
+                else:
+                    # A copy: the cache is overwritten, while gradients may need what it held.
+                    state = past[:, :, offset : offset + width].to(x.dtype).permute(1, 0, 2).unsqueeze(1)
+                    state = state.clone(memory_format=torch.contiguous_format)
+                offset += width
+                run = mixer.lstm if plan.lstm_rows is None else partial(plan.lstm_rows.run, mixer.lstm)
+                with _differentiable(mixer.lstm, x):
+                    out, state = run(x, tuple(state.unbind(0)))
+                parts.append(out)
+                states.append(torch.cat(state))
+            outs.append(parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts))
+        if cache is not None:
+            precise = torch.promote_types(states[0].dtype, torch.float32)
+            state = torch.cat(states, dim=-1).transpose(0, 1).to(precise)  # [batch, 2, width of all]
+            cache.update_recurrent_state(state, self.layer_idx)
+        return outs, None
+
+    def _read(self, group):
+        gate = torch.sigmoid(grouped_linear([m.gate_proj for m in group.mixers], group.own))
+        value = grouped_linear([m.value_proj for m in group.mixers], group.other)
+        return grouped_linear([m.o_proj for m in group.mixers], gate * value)
+
+
+CORES = {"transformer": TransformerCore, "leap": LeapCore, "lstm": LSTMCore}
+
+__all__ = [
+    "CORES",
+    "Group",
+    "LSTMRows",
+    "MixingPlan",
+    "grouped_linear",
+    "grouped_norm",
+    "leap_config",
+]

@@ -1,0 +1,268 @@
+"""Text to tokens and meta ids, for training and for writing on."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+from ..common.remote_code import OwnCodeMixin
+from ..common.text_processors import columns_of, list_of_texts, reads_text_only, special_token_ids
+from .meta_axes import MetaAxis
+from .shipped_axes import make_axis
+
+
+UNFINISHED = "\ufffd"
+
+
+class MultiGridProcessor(OwnCodeMixin, ProcessorMixin):
+    """A tokenizer and the meta axes that stand beside its tokens.
+
+    Args:
+        tokenizer ([`PreTrainedTokenizerBase`]):
+            A fast one: it tells which characters each token covers.
+        axes (`Sequence`, *optional*, defaults to `()`):
+            The axes in the order of the model's `axis_names`: [`MetaAxis`] objects or what [`make_axis`] makes one of.
+            They are saved with the processor; those of a class of your own load after its module is imported.
+        chat_template (`str`, *optional*): for `apply_chat_template`, that of `tokenizer` when not given.
+
+    Raises:
+        ValueError: for a tokenizer that is not fast, and for axes that share a name or are unknown.
+
+    Example:
+
+    ```python
+    >>> processor = MultiGridProcessor(tokenizer, ["token_kind", "bracket"])
+    >>> names, sizes = processor.axis_names, processor.axis_vocab_sizes
+    >>> config = MultiGridConfig(vocab_size=len(tokenizer), axis_names=names, axis_vocab_sizes=sizes)
+    >>> model.generate(**processor("def f(x):", return_tensors="pt"), meta_source="annotated", processor=processor)
+    ```"""
+
+    _auto_classes = {"AutoProcessor": "processing_multigrid.MultiGridProcessor"}
+
+    def __init__(self, tokenizer, axes: Sequence = (), chat_template: str | None = None):
+        super().__init__(tokenizer)
+        self.chat_template = getattr(tokenizer, "chat_template", None) if chat_template is None else chat_template
+        if not tokenizer.is_fast:
+            raise ValueError(f"`tokenizer` must be a fast one, which gives offsets, got {type(tokenizer).__name__}.")
+        if isinstance(axes, (str, dict, MetaAxis)):
+            raise ValueError(f"`axes` must be a sequence of axes, got {axes!r}.")
+        self.axes = tuple(make_axis(axis) for axis in axes)
+        names = [axis.name for axis in self.axes]
+        if len(set(names)) < len(names):
+            raise ValueError(f"`axes` must have different names, got {names}.")
+
+    @reads_text_only
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        add_special_tokens: bool = True,
+        padding: bool | str = False,
+        truncation: bool | str = False,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        split_special_tokens: bool | None = None,
+        return_special_tokens_mask: bool = False,
+        return_offsets_mapping: bool = False,
+        return_tensors: str | None = None,
+    ) -> BatchFeature:
+        """Tokenize and annotate one text or several.
+
+        Args:
+            text: one text or a sequence of them.
+            add_special_tokens, padding, truncation, max_length, pad_to_multiple_of, padding_side:
+                As for the tokenizer, on the tokenizer's sides when not given.
+            split_special_tokens: whether the name of a special token in a text is text as well, and not that token.
+                As the tokenizer is set when not given, which usually is `False`. `True` for texts of strangers.
+            return_special_tokens_mask: give `special_tokens_mask`, 1 at special tokens and pads, as well.
+            return_offsets_mapping: give `offset_mapping`, `(start, end)` of each token, as well; without tensors only.
+            return_tensors: `"pt"`, `"np"` or `None` for lists.
+
+        `text_kwargs` and `common_kwargs`, dicts of these, may stand for them, as in all processors.
+
+        Returns:
+            `input_ids` and `attention_mask [batch, tokens]`, and, if there are axes, `meta_ids [batch, axes, tokens]`;
+            int64. Meta ids of a text that is truncated are those of the whole text. Pads and special tokens have meta
+            id 0, and axes do not see their characters.
+
+        Raises:
+            TypeError: for what is no text, and for options that this processor does not have.
+            ValueError: for no text at all, and what the tokenizer and the axes raise.
+        """
+        texts = list_of_texts(text)
+        split = {} if split_special_tokens is None else {"split_special_tokens": split_special_tokens}
+        encoded = self._tokenize(
+            texts,
+            add_special_tokens=add_special_tokens,
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            pad_to_multiple_of=pad_to_multiple_of,
+            padding_side=padding_side,
+            return_special_tokens_mask=True,
+            **split,
+        )
+        special = list(special_token_ids(self.tokenizer))
+        data = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+        if return_special_tokens_mask:
+            data["special_tokens_mask"] = [np.isin(ids, special).astype(int).tolist() for ids in encoded["input_ids"]]
+        if return_offsets_mapping:
+            data["offset_mapping"] = encoded["offset_mapping"]
+        if self.axes:
+            # Those that the tokenizer has put around the text, and pads.
+            is_text = [np.array(mask) == 0 for mask in encoded["special_tokens_mask"]]
+            if truncation:  # A token at the cut may hold a part of a character, hence the whole text.
+                whole = self._tokenize(texts, add_special_tokens=False, **split)
+                tokens = list(zip(whole["input_ids"], whole["offset_mapping"]))
+            else:
+                columns = zip(encoded["input_ids"], encoded["offset_mapping"], is_text)
+                tokens = [(np.array(ids)[here], np.array(pairs)[here]) for ids, pairs, here in columns]
+            data["meta_ids"] = [
+                self._lay(each, np.isin(ids, special), pairs, here)
+                for each, (ids, pairs), here in zip(texts, tokens, is_text)
+            ]
+        if return_tensors is not None:
+            data = _as_integers(data)
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def pad(
+        self,
+        encoded_inputs,
+        padding: bool | str = True,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_attention_mask: bool | None = None,
+        return_tensors: str | None = None,
+        verbose: bool = True,
+    ) -> BatchFeature:
+        """As the tokenizer's, with `meta_ids` and `labels`: `DataCollatorWithPadding(processor)` makes batches of rows
+        that [`~MultiGridProcessor.__call__`] has made, and `DataCollatorForLanguageModeling(processor, mlm=False)` gives
+        them labels.
+
+        Args:
+            encoded_inputs: rows `[{name: values}]`, or columns `{name: rows}`; `meta_ids` are `[axes, tokens]` each.
+            padding, max_length, pad_to_multiple_of, padding_side, return_attention_mask, return_tensors, verbose:
+                As for the tokenizer.
+
+        Returns:
+            All columns, padded: `meta_ids` with 0, `labels` with -100, others as the tokenizer does.
+
+        Raises:
+            TypeError: for what is neither rows nor columns.
+            ValueError: where `meta_ids` are missing or do not align with the tokens, and what the tokenizer raises.
+        """
+        columns = columns_of(encoded_inputs)
+        lengths = [len(ids) for ids in columns["input_ids"]]
+        tracks = {"meta_ids": columns.pop("meta_ids", None), "labels": columns.pop("labels", None)}
+        if tracks["meta_ids"] is None and self.axes:
+            raise ValueError(f"`encoded_inputs` must have `meta_ids` of the axes {self.axis_names}.")
+        padded = self.tokenizer.pad(
+            columns,
+            padding=padding,
+            max_length=max_length,
+            pad_to_multiple_of=pad_to_multiple_of,
+            padding_side=padding_side,
+            return_attention_mask=return_attention_mask,
+            verbose=verbose,
+        )
+        data = dict(padded)
+        side = self.tokenizer.padding_side if padding_side is None else padding_side
+        for name, filler, shape in (("meta_ids", 0, [len(self.axes)]), ("labels", -100, [])):
+            if tracks[name] is None:
+                continue
+            data[name] = []
+            for row, length, ids in zip(tracks[name], lengths, data["input_ids"]):
+                row = np.asarray(row, dtype=np.int64)
+                if list(row.shape) != [*shape, length]:
+                    raise ValueError(
+                        f"`{name}` must be {[*shape, length]} each like the tokens, got {list(row.shape)}."
+                    )
+                room = (len(ids) - length, 0) if side == "left" else (0, len(ids) - length)
+                data[name].append(np.pad(row, [(0, 0)] * len(shape) + [room], constant_values=filler).tolist())
+        if return_tensors is not None:
+            data = _as_integers(data)
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def annotate(self, text: str, offsets=None) -> list[list[int]]:
+        """The ids of each axis, `[axes][tokens]`; see [`MetaAxis.annotate`]."""
+        return [axis.annotate(text, offsets) for axis in self.axes]
+
+    def new_characters(self, pending: tuple, token_id: int) -> tuple[str, tuple]:
+        """Which characters one more token completes, for axes that are stepped while a model writes.
+
+        The rule is that of `MetaAxis.annotate`: of several tokens that share a character the last one completes it. The
+        character U+FFFD, by which tokenizers show what is not complete, is completed by the token after it.
+
+        Args:
+            pending: what the last call returned, `()` before the first token. It is never changed in place.
+            token_id: the token.
+
+        Returns:
+            The characters, none for special tokens, and what to give to the next call.
+        """
+        seen, ids = pending if pending else (0, ())
+        ids = (*ids, int(token_id))
+        text = self._decode(ids)
+        complete = text.rstrip(UNFINISHED)
+        if len(complete) < len(text):
+            return complete[seen:], (max(seen, len(complete)), ids)
+        # The next token is decoded behind this one: some tokenizers write the first token of a text differently.
+        return text[seen:], (len(self._decode(ids[-1:])), ids[-1:])
+
+    @property
+    def axis_names(self) -> list[str]:
+        return [axis.name for axis in self.axes]
+
+    @property
+    def axis_vocab_sizes(self) -> list[int]:
+        return [len(axis.vocabulary) for axis in self.axes]
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """That of the tokenizer, which collators look for here."""
+        return self.tokenizer.pad_token_id
+
+    @property
+    def model_input_names(self):
+        return ["input_ids", "attention_mask", "meta_ids"]
+
+    def to_dict(self):
+        return {**super().to_dict(), "axes": [axis.to_spec() for axis in self.axes]}
+
+    def _tokenize(self, texts, **kwargs):
+        return self.tokenizer(texts, return_offsets_mapping=True, verbose=False, **kwargs)
+
+    def _decode(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _lay(self, text, is_special, offsets, is_text):
+        """The ids of a text at its tokens, as many as there are places; 0 elsewhere and at special tokens."""
+        offsets = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+        if is_special.any():  # their characters are no text, as in what `new_characters` reads
+            kept = np.ones(len(text), dtype=bool)
+            for start, end in offsets[is_special]:
+                kept[start:end] = False
+            offsets = np.append(0, kept.cumsum())[offsets]
+            text = "".join(np.array(list(text))[kept]) if kept.any() else ""
+        annotated = np.array(self.annotate(text, offsets), dtype=np.int64)
+        annotated[:, is_special] = 0
+        places = is_text.nonzero()[0]
+        right = self.tokenizer.truncation_side == "right"
+        kept = slice(len(places)) if right else slice(len(offsets) - len(places), None)
+        ids = np.zeros((len(self.axes), len(is_text)), dtype=np.int64)
+        ids[:, places] = annotated[:, kept]
+        return ids.tolist()
+
+
+def _as_integers(data):
+    """Rows as arrays, of int64 where they hold integers or nothing: a tensor of nothing would be of floats."""
+    rows = {name: [np.asarray(row) for row in column] for name, column in data.items()}
+    return {
+        name: [row.astype(np.int64) if not row.size or row.dtype.kind in "iu" else row for row in column]
+        for name, column in rows.items()
+    }
+
+
+__all__ = ["MultiGridProcessor"]
