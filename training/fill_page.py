@@ -17,6 +17,7 @@ import torch
 from data import load_texts
 from loading import add_model_arguments, check_family, may_run_code
 from page_animation import draw_page
+from page_score import baselines, score_pages
 from redaction import Parser
 from transformers import AutoModelForMaskedLM, AutoProcessor
 
@@ -76,10 +77,15 @@ def main():
         **({"do_sample": True} if args.do_sample else {}),  # otherwise as the folder's generation config says
     )
     is_open = opened != page
-    right = (output.sequences.cpu() == page)[is_open].float().mean()
+    written = output.sequences.cpu()
     print(f"--- the page, {int(is_open.sum())} cells opened\n{processor.decode(opened[0])}")
-    print(f"\n--- written in {output.model_calls} model calls, {right:.0%} of the opened cells as in the original")
-    print(processor.decode(output.sequences[0]))
+    print(f"\n--- written in {output.model_calls} model calls\n{processor.decode(written[0])}")
+    print("\n--- opened cells as in the original: those that are not blank, then all of them, blanks included")
+    print(f"{'':<12}{'precision':>10}{'recall':>8}{'F1':>6}{'with blanks':>13}")
+    for name, filled in {"the model": written, **baselines(page, is_open, processor)}.items():
+        score = score_pages(filled, page, is_open, processor.blank_token_id)
+        shares = f"{score.precision:>10.2f}{score.recall:>8.2f}{score.f1:>6.2f}{score.right_with_blanks:>13.2f}"
+        print(f"{name:<12}{shares}")
     draw_page(output.trajectory[:, 0], processor, folder / "page.gif", folder / "page.png")
     print(f"\nwritten: {folder / 'page.gif'}, {folder / 'page.png'}")
 

@@ -5,6 +5,7 @@ text so far. Nothing of the package is imported: the folder brings its own code.
 """
 
 import string
+from collections import Counter
 
 import torch
 from loading import add_model_arguments, check_family, may_run_code
@@ -107,7 +108,11 @@ def main():
         for axis, track, rule in zip(processor.axes, tracks, rules):
             written = range(inputs["input_ids"].shape[1], len(track))
             same = sum(track[place] == rule[place] for place in written) / len(written)
-            print(f"{axis.name}: {same:.0%} of the meta tokens written are what the annotator says of the text")
+            most = max(Counter(rule[place] for place in written).values()) / len(written)
+            print(
+                f"{axis.name}: {same:.0%} of the meta tokens written are what the annotator says of the text "
+                f"(its most frequent one throughout: {most:.0%})"
+            )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 Holes of several shapes are opened in held-out pages of source text and filled by each schedule of one grid model.
 Peers: raster order of the same model, one cell at a time, and a left-to-right model of equal size, trained as long on
-the same text, which writes a hole row by row without what follows it. Quality is the share of cells as in the
-original, and bits per byte of the text of the whole page under a judge, a left-to-right model of another seed. All
-that is drawn is the most probable token. The three models are what these commands leave:
+the same text, which writes a hole row by row without what follows it. Quality is precision, recall and F1 of the cells
+that are not blank, beside the same of holes filled with one token, and bits per byte of the text of the whole page
+under a judge, a left-to-right model of another seed. All that is drawn is the most probable token. The three models are
+what these commands leave:
 
     make demo FAMILY=heptapod
     make demo
@@ -18,6 +19,7 @@ from pathlib import Path
 import harness
 import torch
 from data import build_tokenizer, load_texts
+from page_score import baselines, score_pages
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoProcessor
 
 from modeling_heptapod import HeptapodConfig, HeptapodForMaskedLM, HeptapodProcessor, LeapConfig, LeapForCausalLM
@@ -120,26 +122,34 @@ class Hole:
         self.opened = processor.open_cells(pages, region)
         self.is_open = self.opened != pages
         self.cells = int(self.is_open[0].sum())
-        self.right, self.bits = {}, {}
+        self.f1, self.bits = {}, {}
 
     def judge_filling(self, name, fill):
         filled, calls = fill(self.opened)
         given = torch.equal(filled[~self.is_open], self.pages[~self.is_open])
         closed = not (filled == self.processor.tokenizer.mask_token_id).any()
         harness.require(given and closed, f"{name} changed given cells or left cells open")
-        right = ((filled == self.pages) & self.is_open).flatten(1).sum(1).double() / self.cells
+        score = score_pages(filled, self.pages, self.is_open, self.processor.blank_token_id)
         bits = judged_bits(self.judge, filled, self.processor) - self.original
-        self.right[name], self.bits[name] = right, bits
+        self.f1[name], self.bits[name] = score.f1_of_pages, bits
         self.report.row(
             region=self.region,
             open_cells=self.cells,
             how=name,
             model_calls=calls,
-            cells_right=right.mean().item(),
-            standard_error=standard_error(right),
+            precision=score.precision,
+            recall=score.recall,
+            F1=score.f1,
+            standard_error=standard_error(score.f1_of_pages),
+            cells_right_with_blanks=score.right_with_blanks,
             judge_bits_above_original=bits.mean().item(),
             standard_error_of_bits=standard_error(bits),
         )
+
+    def judge_baselines(self):
+        """What it scores to fill the hole with one token."""
+        for name, filled in baselines(self.pages, self.is_open, self.processor).items():
+            self.judge_filling(name, lambda _, filled=filled: (filled, 0))
 
     def time_fillings(self, ways, rounds):
         """Seconds for the first page alone, all ways in turns. Returns how many rounds were disturbed."""
@@ -159,7 +169,7 @@ class Hole:
     def compare(self, name, peer, target):
         """How far `name` is ahead of `peer`, page by page, in standard errors."""
         ahead = {
-            "cells right": self.right[name] - self.right[peer],
+            "F1": self.f1[name] - self.f1[peer],
             "judge's bits": self.bits[peer] - self.bits[name],
         }
         for what, values in ahead.items():
@@ -194,6 +204,7 @@ def main():
         ways["left to right"] = partial(fill_left_to_right, left_to_right, processor=processor)
         for name, way in ways.items():
             hole.judge_filling(name, way)
+        hole.judge_baselines()
         if region == "hole":
             disturbed = hole.time_fillings(ways, rounds)
         hole.compare("confidence, cosine, 1/16", "raster", -2.0)
@@ -202,6 +213,9 @@ def main():
 
     height, width = pages.shape[1:]
     report.note(f"{len(pages)} held-out pages of {height} x {width} cells in one batch.")
+    report.note(
+        "Precision, recall and F1 are of cells that are not blank; the standard error after them is that of F1."
+    )
     report.note(f"Seconds: one page alone, medians of {rounds} rounds, {disturbed} disturbed by other processes.")
     report.note(f"The judge gives the original pages {original.mean().item():.3f} bits per byte.")
     report.note(

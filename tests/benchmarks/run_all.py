@@ -29,6 +29,7 @@ NAMES = (
     "decode_speed",
     "grid_attention",
     "bench_grid_generation",
+    "page_baselines",
     "hierarchical_equality",
     "hierarchical_decode",
     "hierarchical_step",

@@ -1,11 +1,13 @@
 """The benchmarks run, at sizes that measure nothing, and the README's tables are made from their results."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.benchmarks import run_all, tables
 
@@ -65,6 +67,44 @@ def test_every_benchmark_is_in_run_all():
         "gpu_focus",
     }
     assert scripts == set(run_all.NAMES)
+
+
+def test_holes_are_judged_by_what_is_written_in_them(monkeypatch):
+    monkeypatch.syspath_prepend(HERE)
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "warning")  # that harness.py leaves this process as it is
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    bench = importlib.import_module("bench_grid_generation")
+    monkeypatch.setattr(bench, "judged_bits", lambda judge, pages, processor: torch.zeros(len(pages)))
+    processor = bench.models(quick=True)[1]
+    blank = processor.blank_token_id
+    pages = torch.full((2, 4, 12), blank)  # of which rows 1 and 2, columns 3 to 8 are opened
+    pages[:, 1, 3:6], pages[1, 2, 3:8], pages[:, 3] = ord("a"), ord("b"), ord("c")
+    filled = pages.clone()
+    filled[0, 1, 3], filled[0, 1, 8], filled[1, 2, 3:8] = ord("b"), ord("x"), blank
+    report = bench.harness.Report("", quick=True)
+    hole = bench.Hole("hole", pages, torch.zeros(2), processor, None, report)
+    hole.judge_filling("mine", lambda opened: (filled, 7))
+    hole.judge_baselines()
+    hole.compare("mine", "all 'a'", 0.5)
+    (row, *others) = report.rows
+    # Right 2 of 4 that were written and of 3 there were, then 3 of 3 and of 8.
+    assert (row["how"], row["model calls"], row["open cells"]) == ("mine", 7, 12)
+    assert (row["precision"], row["recall"], row["F1"]) == pytest.approx((5 / 7, 5 / 11, 10 / 18), abs=1e-4)
+    assert row["cells right with blanks"] == pytest.approx(17 / 24, abs=1e-4)
+    # Residuals of 4 of 7 and 6 of 11 are 1 / 9 and -1 / 9.
+    assert row["standard error"] == pytest.approx((2 / 1 * 2 / 81) ** 0.5 / 18, abs=1e-5)
+    shares = [(each["how"], each["F1"], each["cells right with blanks"]) for each in others]
+    assert shares == [
+        ("all blanks", 0, pytest.approx(13 / 24, abs=1e-4)),
+        ("all spaces", 0, 0),
+        ("all 'a'", pytest.approx(12 / 35, abs=1e-4), 6 / 24),
+    ]
+    (ahead, bits) = report.checks
+    assert ahead["what"] == "hole: mine ahead of all 'a' in F1, standard errors" and bits["measured"] == 0
+    mine = [10 / 18 + (4 - 10 / 18 * 7) / 9, 10 / 18 + (6 - 10 / 18 * 11) / 9]
+    peer = [12 / 35 + (6 - 12 / 35 * 15) / 17.5, 12 / 35 + (6 - 12 / 35 * 20) / 17.5]
+    first, second = (a - b for a, b in zip(mine, peer))
+    assert ahead["measured"] == pytest.approx((first + second) / abs(first - second), rel=1e-3)
 
 
 @pytest.mark.slow

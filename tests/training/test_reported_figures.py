@@ -25,7 +25,8 @@ import sample
 import sample_axes
 import torch
 import train
-from data import encode
+from data import build_tokenizer, encode
+from page_score import baselines, score_pages
 from provenance import weights_digest
 from streaming import StreamedExamples
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -39,6 +40,7 @@ from transformers import (
     TrainerState,
 )
 
+from modeling_heptapod import HeptapodProcessor
 from tests.saved_models import PAGE, save_tiny, save_with_results
 from tests.training import tiny_runs
 
@@ -631,12 +633,96 @@ def test_the_share_of_a_page_that_is_written_as_it_was(tmp_path):
     opened[:, :rows] = processor.tokenizer.mask_token_id
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
     written = model.generate(opened, num_iterations=3, seed=5)
-    share = sum(int(a == b) for a, b in zip(written[0, :rows].flatten(), page[0, :rows].flatten())) / (rows * width)
     assert f"--- the page, {rows * width} cells opened" in printed
-    assert f"--- written in 3 model calls, {share:.0%} of the opened cells as in the original" in printed
+    assert "--- written in 3 model calls\n" in printed
+    blank = processor.blank_token_id
+    # "o" is the only letter that a line has twice.
+    for name, cells in (
+        ("the model", written[0, :rows].flatten().tolist()),
+        ("all blanks", [blank] * rows * width),
+        ("all spaces", [32] * rows * width),
+        ("all 'o'", [ord("o")] * rows * width),
+    ):
+        pairs = list(zip(cells, page[0, :rows].flatten().tolist()))
+        right = sum(a == b != blank for a, b in pairs)
+        wrote, there = sum(a != blank for a, _ in pairs), sum(b != blank for _, b in pairs)
+        precision, recall = right / max(wrote, 1), right / there
+        shares = f"{precision:.2f} {recall:.2f} {2 * right / (wrote + there):.2f}"
+        line = f"{name} {shares} {sum(a == b for a, b in pairs) / len(pairs):.2f}"
+        assert line in [" ".join(row.split()) for row in printed.splitlines()]
     printed = in_process(fill_page.main, tmp_path / "model", *arguments, "--seed", 5, "--do_sample")
     written = model.generate(opened, num_iterations=3, seed=5, do_sample=True)
     assert processor.decode(written[0]) in printed
+
+
+BLANK = 259
+
+
+def score_rows(filled, original):
+    """Of pages of one row; `_` is a blank. A last cell that is right is given, so that it does not count."""
+    pages = [
+        torch.tensor([[[BLANK if sign == "_" else ord(sign) for sign in f"{row}z"]] for row in rows])
+        for rows in (filled, original)
+    ]
+    is_open = torch.ones_like(pages[0], dtype=torch.bool)
+    is_open[..., -1] = False
+    return score_pages(*pages, is_open, BLANK)
+
+
+@pytest.mark.parametrize(
+    ("filled", "original", "precision", "recall", "f1", "with_blanks"),
+    [
+        (["_______"], ["ab c;__"], 0, 0, 0, 2 / 7),
+        (["ab c;__"], ["ab c;__"], 1, 1, 1, 1),
+        (["ab x;__"], ["ab c;__"], 4 / 5, 4 / 5, 4 / 5, 6 / 7),
+        (["ab_____"], ["ab c;__"], 1, 2 / 5, 4 / 7, 4 / 7),
+        (["ab c;xy"], ["ab c;__"], 5 / 7, 1, 10 / 12, 5 / 7),
+        (["       "], ["ab c;__"], 1 / 7, 1 / 5, 2 / 12, 1 / 7),
+        (["_______"], ["_______"], math.nan, math.nan, math.nan, 1),
+        (["x______"], ["_______"], 0, 0, 0, 6 / 7),
+        (["ab_____", "x______"], ["ab c;__", "_______"], 2 / 3, 2 / 5, 4 / 8, 10 / 14),
+    ],
+)
+def test_blanks_score_nothing(filled, original, precision, recall, f1, with_blanks):
+    score = score_rows(filled, original)
+    shares = (score.precision, score.recall, score.f1, score.right_with_blanks)
+    assert shares == pytest.approx((precision, recall, f1, with_blanks), nan_ok=True)
+
+
+def test_scores_of_pages_are_those_of_scikit_learn_and_their_error_is_that_of_a_ratio():
+    metrics = pytest.importorskip("sklearn.metrics")
+    signs = np.random.default_rng(0).choice(list("ab__"), size=(2, 9, 40))
+    signs[0, :, 20:30] = signs[1, :, 20:30]
+    signs[:, 0, 5:] = "_"  # a page that hardly counts
+    score = score_rows(*[["".join(row) for row in rows] for rows in signs])
+    expected = metrics.precision_recall_fscore_support(
+        signs[1].ravel(), signs[0].ravel(), labels=["a", "b"], average="micro"
+    )
+    assert (score.precision, score.recall, score.f1) == pytest.approx(expected[:3])
+    twice_right = 2 * ((signs[0] == signs[1]) & (signs[0] != "_")).sum(1)
+    cells = (signs != "_").sum((0, 2))
+    residuals = twice_right - expected[2] * cells
+    error = math.sqrt(9 / 8 * (residuals**2).sum()) / cells.sum()
+    assert score.f1_of_pages.mean().item() == pytest.approx(expected[2])
+    assert score.f1_of_pages.std().item() / 3 == pytest.approx(error)
+
+
+def test_what_pages_of_one_token_are_compared_with():
+    processor = HeptapodProcessor(build_tokenizer("byte", [], for_pages=True))
+    assert processor.blank_token_id == BLANK
+    page = torch.tensor([[[*b"bbb\n\n\n   ccaa", BLANK, BLANK, BLANK, BLANK]]])
+    is_open = torch.ones_like(page, dtype=torch.bool)
+    is_open[..., :2] = False  # so that "a" and "c" are more frequent than "b"
+    found = baselines(page, is_open, processor)
+    assert {name: set(pages[is_open].tolist()) for name, pages in found.items()} == {
+        "all blanks": {BLANK},
+        "all spaces": {32},
+        "all 'a'": {97},
+    }
+    assert all(torch.equal(pages[~is_open], page[~is_open]) for pages in found.values())
+    assert list(baselines(page[..., 3:9], is_open[..., 3:9], processor)) == ["all blanks", "all spaces"]
+    with pytest.raises(ValueError, match=r"one shape, got \[\[1, 1, 17\], \[1, 17\], \[1, 1, 17\]\]"):
+        score_pages(page, page[0], is_open, BLANK)
 
 
 def test_pages_that_are_shown_are_at_least_half_written(tmp_path, monkeypatch):
@@ -675,6 +761,8 @@ def test_the_share_of_meta_tokens_that_the_annotator_would_give(tmp_path, monkey
     printed = in_process(sample_axes.main, tmp_path, "--prompt", prompt, "--max_new_tokens", 4, "--seed", 6)
     drawn = torch.rand((), generator=torch.Generator().manual_seed(6)).item()  # the same for both
     assert calls == [("predicted", 4, drawn), ("annotated", 4, drawn)]
-    said = "of the meta tokens written are what the annotator says of the text"
-    assert printed.count(f"{processor.axis_names[0]}: 75% {said}") == 2
-    assert printed.count(f"{processor.axis_names[1]}: 100% {said}") == 2
+    said = "of the meta tokens written are what the annotator says of the text (its most frequent one throughout:"
+    kinds[len(prompt)] -= 1
+    often = [max(track[len(prompt) :].count(entry) for entry in range(99)) / 4 for track in (kinds, brackets)]
+    assert printed.count(f"{processor.axis_names[0]}: 75% {said} {often[0]:.0%})") == 2
+    assert printed.count(f"{processor.axis_names[1]}: 100% {said} {often[1]:.0%})") == 2
