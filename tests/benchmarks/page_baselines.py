@@ -16,10 +16,8 @@ def main():
     report, quick = harness.start("Filling holes in pages with one token")
     processor = HeptapodProcessor(build_tokenizer("byte", [], for_pages=True), *((4, 12) if quick else (16, 64)))
     of_benchmark, of_readme = held_out_pages(processor, 3 if quick else 12), choose_page(processor, None, 30)
-    for name, pages, region in (
-        *(("benchmark", of_benchmark, region) for region in REGIONS),
-        ("30", of_readme, "hole"),
-    ):
+    sets = [("of the benchmark", of_benchmark, region) for region in REGIONS]
+    for name, pages, region in (*sets, ("30 of fill_page.py", of_readme, "hole")):
         is_open = processor.open_cells(pages, region) != pages
         for how, filled in baselines(pages, is_open, processor).items():
             score = score_pages(filled, pages, is_open, processor.blank_token_id)
@@ -34,7 +32,7 @@ def main():
                 cells_right_with_blanks=score.right_with_blanks,
             )
             if how == "all blanks":
-                report.check(f"{name}, {region}: F1 of all blanks", score.f1, "==", 0)
+                report.check(f"pages {name}, {region}: F1 of all blanks", score.f1, "==", 0)
     report.note("Precision, recall and F1 are of cells that are not blank; the letter is the most frequent one there.")
     report.finish()
 
