@@ -10,7 +10,7 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     Returns the output `[batch, queries, heads, head_dim]` and the weights `[batch, heads, queries, keys]`.
     """
     logits = query @ key.transpose(2, 3) * scaling
-    if is_causal:
+    if is_causal and query.shape[2] > 1:  # one query sees all keys
         attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     if attention_mask is not None:
         logits = logits.masked_fill(~attention_mask, torch.finfo(logits.dtype).min)

@@ -10,9 +10,9 @@ The window is `(i - w, i]` (causal) or `(i - w, i + w)` (bidirectional); without
 is that of the prototype `leap-transformer`, after Fastformer (arXiv 2108.09084) and "Transformers are RNNs" (arXiv
 2006.16236); its logits do not depend on the query, which is what makes linear time and a constant-size state possible.
 
-Read in this order: `naive_focus_mean` and `naive_focus_mixing` (the specification),
-`_FocusMixing` (the whole mixing step, recomputed in the backward pass), `focus_mixing` (what the model calls). The tiles are
-in `running_mean.py`, the recurrent form is in `focus_step.py`, the form in C for CPUs is in `focus_cpu.py`.
+Read in this order: `naive_focus_mean` and `naive_focus_mixing` (the specification), then `focus_mixing` (what the model
+calls). It checks its inputs and takes `focus_operator.py`, which runs one of three forms: torch in tiles (`focus_tiles.py`,
+`running_mean.py`), C for CPUs (`focus_cpu.py`), Triton for GPUs (`focus_triton.py`). The recurrent form is in `focus_step.py`.
 
 Numerics: everything is accumulated in float32 (float64 for float64 inputs) in log-weight space relative to a maximum
 that is actually present, so that no exponent is positive and no prefix sums are ever subtracted from each other.
@@ -20,94 +20,15 @@ that is actually present, so that no exponent is positive and no prefix sums are
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import wraps
 
 import torch
 from torch import nn
 
 from ..common.model_inputs import has_open_sizes, is_transformed
-from .focus_cpu import NativeMixing, applies
-from .focus_kinds import QUERY_GATES, WEIGHT_FUNCTIONS
-from .focus_triton import TritonMixing
-from .focus_triton import applies as triton_applies
-from .running_mean import EMPTY, FocusState, same_segment, two_sided_mean, weighted_mean
-
-
-_CPU_BLOCK = 2048  # tokens whose temporaries stay in the cache of a core
-_NORM_EPS = 1e-5  # added to the standard deviation, as in the prototype
-
-
-@dataclass(frozen=True)
-class FocusSettings:
-    """What distinguishes one mixing step from another; see the module's docstring for the symbols.
-
-    Attributes:
-        scale (`float`): factor of both dot products.
-        normalize (`bool`): standardise q, f, k and v over the head dimension first (the prototype's `rescale`).
-        weight_function (`str`): `"elu"` or `"exp"`.
-        query_gate (`str`): `"sigmoid"`, `"gelu"` or `"none"`; with `"none"` there is no q and `out = vbar`.
-        window (`int`, *optional*): window size; `None` is global.
-        null_weight (`float`): weight of one more token of value zero in every window.
-        causal (`bool`): whether a position sees only itself and its past.
-
-    Raises:
-        ValueError: for kinds that are not in the tables of `focus_kinds.py`, and numbers that mean nothing.
-    """
-
-    scale: float
-    normalize: bool = False
-    weight_function: str = "elu"
-    query_gate: str = "sigmoid"
-    window: int | None = None
-    null_weight: float = 0.0
-    causal: bool = True
-
-    def __post_init__(self):
-        for name, known in (("weight_function", WEIGHT_FUNCTIONS), ("query_gate", QUERY_GATES)):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"`{name}` must be one of {list(known)}, got {getattr(self, name)!r}; a new one is an entry of the table "
-                    "in focus_kinds.py."
-                )
-        if self.window is not None and (type(self.window) is not int or self.window < 1):
-            raise ValueError(f"`window` must be an integer of at least 1, or None, got {self.window!r}.")
-        if not math.isfinite(self.scale):
-            raise ValueError(f"`scale` must be finite, got {self.scale}.")
-        if not 0 <= self.null_weight < math.inf:
-            raise ValueError(f"`null_weight` must be finite and not negative, got {self.null_weight}.")
-
-    @property
-    def kernels(self) -> tuple[int | None, int | None]:
-        """Numbers of weight function and gate in the kernels, `None` for what is in torch only."""
-        return WEIGHT_FUNCTIONS[self.weight_function].kernel, QUERY_GATES[self.query_gate].kernel
-
-    def bounded(self, head_dim: int) -> bool:
-        """Whether no focus logit can leave +-30: dot products of standardised vectors stay below `head_dim`."""
-        return self.normalize and self.scale * head_dim <= 30
-
-
-def log_weight(logits: torch.Tensor, weight_function: str) -> torch.Tensor:
-    """Log of the positive weight that a focus logit stands for, elementwise."""
-    return WEIGHT_FUNCTIONS[weight_function].log(logits)
-
-
-def open_gate(alignment: torch.Tensor, query_gate: str) -> torch.Tensor:
-    """The gate of an alignment `scale * q . kbar`, elementwise."""
-    return QUERY_GATES[query_gate].open(alignment)
-
-
-def standardize(x: torch.Tensor) -> torch.Tensor:
-    """Subtract the mean and divide by (unbiased standard deviation + 1e-5) over the last dimension."""
-    centred = x - x.mean(-1, keepdim=True)
-    variance = centred.square().sum(-1, keepdim=True) / (x.shape[-1] - 1)
-    return centred / (variance.clamp_min(1e-24).sqrt() + _NORM_EPS)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions (arXiv 2104.09864) on `[batch, seq, heads, head_dim]`; `cos`, `sin` `[batch, seq, head_dim]`."""
-    low, high = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos.unsqueeze(2), torch.cat((-high, low), dim=-1), sin.unsqueeze(2))
+from .focus_kinds import FocusSettings, log_weight, open_gate, rotate, standardize
+from .focus_operator import focus_mean_step, focus_mixing_step
+from .focus_tiles import Block
+from .running_mean import EMPTY, FocusState, same_segment
 
 
 def _runs(segment_ids):
@@ -199,263 +120,6 @@ def naive_focus_mixing(
     return open_gate(alignment, settings.query_gate) * mean(v)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Means and their gradients, for both autograd functions below
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _means(logs, values, settings, decay, segments, carry):
-    """Means `[batch, heads, n, channels]`, logs of the summed weights `[batch, heads, n]`, and the carry that follows."""
-    if settings.causal:
-        log_total, means = weighted_mean(logs, values, settings.window, decay, segments, carry)
-        carry = _leave_state(logs, values, settings, segments, (log_total, means), carry)
-    else:
-        log_total, means = two_sided_mean(logs, values, settings.window, decay, segments)
-    if settings.null_weight:
-        seen = log_total
-        log_total = torch.logaddexp(seen, seen.new_tensor(math.log(settings.null_weight)))
-        means = means * torch.exp(seen - log_total).unsqueeze(-1)
-    return means, log_total, carry
-
-
-def _means_backward(grads, log_total, logs, values, settings, decay, segments, carry):
-    """Gradients of log weights and values, and the carry for the block before.
-
-    With weights `P_ij`, `grad_values = P^T grad_means` and `grad_logs_j = values_j . grad_values_j - sum_i P_ij inner_i`,
-    where `inner_i = grad_means_i . means_i`. As `P_ij = exp(l_j) exp(-log_total_i)`, a product with `P^T` is the same kind
-    of mean in the other direction, with log weights `-log_total`.
-
-    Args:
-        grads (`torch.Tensor` of shape `[batch, heads, n, channels + 1]`): `grad_means`, and `inner` in the last channel.
-
-    Returns:
-        `grad_logs [batch, heads, n]`, `grad_values [batch, heads, n, channels]` still to be multiplied by a factor
-        `[batch, heads, n, 1]`, this factor, and the carry.
-    """
-    channels = values.shape[-1]
-    reverse_logs = torch.where(log_total <= EMPTY / 2, -math.inf, -log_total)  # NaN stays
-    if settings.causal:
-        running = weighted_mean(reverse_logs, grads, settings.window, decay, segments, carry, reverse=True)
-        carry = _leave_state(reverse_logs, grads, settings, segments, running, carry, reverse=True)
-    else:
-        running = two_sided_mean(reverse_logs, grads, settings.window, decay, segments)
-    factor = torch.exp(logs + running[0])
-    grad_values, inner = running[1][..., :channels], running[1][..., channels]
-    grad_logs = ((grad_values * values).sum(-1) - inner) * factor
-    return grad_logs, grad_values, factor.unsqueeze(-1), carry
-
-
-def _leave_state(logs, values, settings, segments, running, carry, reverse=False):
-    """What these tokens leave to the following ones (to the preceding ones when `reverse`)."""
-    if settings.window is None:
-        end = 0 if reverse else -1
-        return FocusState(*(x[:, :, end].clone() for x in running), None if segments is None else segments[:, end])
-    count = settings.window - 1
-    tokens = FocusState(logs, values, segments)
-    if carry is not None and logs.shape[2] < count:
-        pairs = zip(tokens, carry) if reverse else zip(carry, tokens)
-        tokens = FocusState(*(None if a is None else torch.cat((a, b), dim=2 if a.dim() > 2 else 1) for a, b in pairs))
-    length = tokens.log_weights.shape[2]
-    kept = slice(0, count) if reverse else slice(max(length - count, 0), length)
-    kept_segments = None if segments is None else tokens.segments[:, kept]
-    return FocusState(tokens.log_weights[:, :, kept], tokens.values[:, :, kept], kept_segments)
-
-
-def _enter_state(state, settings, segments):
-    """A state from outside belongs to the first segment."""
-    if state is None or segments is None:
-        return state
-    first = segments[:, :1]
-    return state._replace(segments=first[:, 0] if settings.window is None else first.expand(-1, state.values.shape[2]))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The whole mixing step, block by block, recomputed in the backward pass
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def standardize_forward(x):
-    """`standardize` through the layer norm kernel, and what its backward needs."""
-    size = x.shape[-1]
-    y, mean, rstd = torch.native_layer_norm(x, [size], None, None, 1e-30)
-    # From the biased deviation 1 / rstd to the unbiased one plus epsilon, relative to the former.
-    divisor = rstd * _NORM_EPS + math.sqrt(size / (size - 1))
-    return y.div_(divisor), (x, mean, rstd, divisor)
-
-
-def _standardize_backward(grad, stats):
-    """Gradient of `standardize` by the layer norm kernel; its row factors make it exact, epsilon included."""
-    x, mean, rstd, divisor = stats
-    size = x.shape[-1]
-    root = (math.sqrt(size / (size - 1)) / divisor).sqrt()
-    grad = grad.mul_(root * math.sqrt((size - 1) / size))
-    mask = [True, False, False]
-    return torch.ops.aten.native_layer_norm_backward(grad, x, [size], mean, rstd * root, None, None, mask)[0]
-
-
-class _Block:
-    """One block of the mixing step: the arithmetic before and after the means, forward and backward."""
-
-    def __init__(self, raw, settings, decay, rotary, padding_mask, segments):
-        self.settings, self.rotary = settings, rotary
-        parts = raw.to(torch.promote_types(raw.dtype, torch.float32))  # [batch, n, parts, heads, head_dim]
-        if settings.normalize:
-            parts, self.norm_stats = standardize_forward(parts)
-        self.f, self.k, self.v = parts.unbind(2)[-3:]
-        self.logits = (self.f * self.k).sum(-1).mul_(settings.scale)  # [batch, n, heads]
-        logs = log_weight(self.logits, settings.weight_function)
-        if padding_mask is not None:
-            logs = logs.masked_fill(~padding_mask.unsqueeze(-1), -math.inf)
-        logs = logs.transpose(1, 2).contiguous()  # [batch, heads, n]
-        if settings.query_gate == "none":
-            values = self.v.transpose(1, 2).contiguous()
-        else:
-            q, k = parts[:, :, 0], self.k
-            if rotary is not None:
-                q, k = rotate(q, *rotary), rotate(k, *rotary)
-            self.q = q.transpose(1, 2)
-            values = torch.cat((k.transpose(1, 2), self.v.transpose(1, 2)), dim=-1)  # [batch, heads, n, 2 * head_dim]
-        self.tokens = logs, values, settings, decay, segments
-
-    def forward(self, carry):
-        """The mixing step's output `[batch, heads, n, head_dim]`, and the carry for the next block."""
-        self.means, self.log_total, carry = _means(*self.tokens, carry)
-        if self.settings.query_gate == "none":
-            return self.means, carry
-        self.kbar, self.vbar = self.means.chunk(2, dim=-1)
-        self.dot = (self.q * self.kbar).sum(-1)
-        self.gate = open_gate(self.dot * self.settings.scale, self.settings.query_gate)
-        return self.gate.unsqueeze(-1) * self.vbar, carry
-
-    def backward(self, grad_out, carry):
-        """Gradient of the raw parts `[batch, n, parts, heads, head_dim]`, and the carry for the block before."""
-        settings, scale = self.settings, self.settings.scale
-        grad_out = grad_out.to(self.v.dtype)  # [batch, heads, n, head_dim]
-        channels = self.means.shape[-1]
-        grad_means = self.means.new_empty(*self.means.shape[:-1], channels + 1)
-        if settings.query_gate == "none":
-            grad_means[..., :channels] = grad_out
-            torch.sum(grad_out * self.means, -1, out=grad_means[..., channels])
-        else:
-            grad_gate = (grad_out * self.vbar).sum(-1)
-            grad_dot = grad_gate * QUERY_GATES[settings.query_gate].slope(self.dot * scale, self.gate) * scale
-            torch.mul(grad_dot.unsqueeze(-1), self.q, out=grad_means[..., : channels // 2])
-            torch.mul(self.gate.unsqueeze(-1), grad_out, out=grad_means[..., channels // 2 : channels])
-            torch.addcmul(grad_dot * self.dot, self.gate, grad_gate, out=grad_means[..., channels])
-        grad_logs, grad_values, factor, carry = _means_backward(grad_means, self.log_total, *self.tokens, carry)
-
-        grad_logits = grad_logs.transpose(1, 2) * scale  # [batch, n, heads]
-        grad_logits = WEIGHT_FUNCTIONS[settings.weight_function].backward(grad_logits, self.logits).unsqueeze(-1)
-        grad_values, factor = grad_values.transpose(1, 2), factor.transpose(1, 2)
-        batch, n, heads, head_dim = self.v.shape
-        grads = grad_values.new_empty(batch, n, 3 if settings.query_gate == "none" else 4, heads, head_dim)
-        *grad_q, grad_f, grad_k, grad_v = grads.unbind(2)
-        torch.mul(grad_logits, self.k, out=grad_f)
-        torch.mul(grad_values[..., -head_dim:], factor, out=grad_v)
-        torch.mul(grad_logits, self.f, out=grad_k)
-        if grad_q:
-            grad_rotated = grad_values[..., :head_dim]
-            torch.mul(grad_dot.unsqueeze(-1).transpose(1, 2), self.kbar.transpose(1, 2), out=grad_q[0])
-            if self.rotary is not None:
-                cos, sin = self.rotary
-                grad_q[0].copy_(rotate(grad_q[0], cos, -sin))
-                grad_rotated = rotate(grad_rotated, cos, -sin)
-            grad_k.addcmul_(grad_rotated, factor)
-        return (_standardize_backward(grads, self.norm_stats) if settings.normalize else grads), carry
-
-
-def _block_ranges(batch, seq, settings, device):
-    """Ranges of rows and, inside them, of tokens: small enough for a core's cache, in order of time."""
-    block = _CPU_BLOCK if device.type == "cpu" and not torch.compiler.is_compiling() else batch * seq
-    if settings.window is not None:
-        block = max(block, 4 * settings.window)
-    rows = max(1, block // seq)
-    length = block if settings.causal else seq
-    times = [slice(start, min(start + length, seq)) for start in range(0, seq, length)]
-    return [slice(row, min(row + rows, batch)) for row in range(0, batch, rows)], times
-
-
-def _in_full_precision(function):
-    """Run a step of an autograd function outside autocast, which would hand its float32 sums to bf16 products."""
-
-    @wraps(function)
-    def wrapper(ctx, tensor, *args):
-        with torch.autocast(tensor.device.type, enabled=False):
-            return function(ctx, tensor, *args)
-
-    return wrapper
-
-
-class _FocusMixing(torch.autograd.Function):
-    """The mixing step. Between forward and backward it holds its input and one carry a block, nothing else."""
-
-    @staticmethod
-    @_in_full_precision
-    def forward(ctx, qfkv, settings, decay, cos, sin, padding_mask, segments, state_logs, state_values):
-        past = None if state_logs is None else (state_logs, state_values)
-        if past is not None and ctx.needs_input_grad[0]:
-            # A cache may hold it, and be written over before the backward pass reads it.
-            past = tuple(x.clone() for x in past)
-        rotary = None if cos is None else (cos, sin)
-        ctx.native = None
-        ctx.save_for_backward(qfkv)
-        mixing = NativeMixing if applies(qfkv, settings, rotary) else None
-        if triton_applies(qfkv, settings, rotary):
-            mixing = TritonMixing
-        if mixing is not None:
-            ctx.native = mixing(qfkv, settings, decay, rotary, padding_mask, segments, past)
-            out, *final = ctx.native.forward(qfkv, ctx.needs_input_grad[0])
-            ctx.mark_non_differentiable(*final)
-            return out, *final
-        inputs = settings, decay, cos, sin, padding_mask, segments
-        rows, times = _block_ranges(*qfkv.shape[:2], settings, qfkv.device)
-        out = qfkv.new_empty(*qfkv.shape[:2], *qfkv.shape[3:])
-        carries, finals = [], []
-        for row in rows:
-            carry = None
-            if state_logs is not None:
-                carry = FocusState(state_logs[row], state_values[row])
-                carry = _enter_state(carry, settings, None if segments is None else segments[row])
-            for time in times:
-                carries.append(carry if carry is None else FocusState(*(x if x is None else x.clone() for x in carry)))
-                part, carry = _make_block(qfkv, inputs, row, time).forward(carry)
-                out[row, time] = part.transpose(1, 2)
-            finals.append(carry)
-        ctx.inputs, ctx.blocks, ctx.carries = inputs, (rows, times), carries
-        if not settings.causal:
-            return out, None, None
-        final = [torch.cat([final[i] for final in finals]) for i in (0, 1)]
-        ctx.mark_non_differentiable(*final)
-        return out, *final
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    @_in_full_precision
-    def backward(ctx, grad_out, *_):
-        (qfkv,) = ctx.saved_tensors
-        if ctx.native is not None:
-            return ctx.native.backward(qfkv, grad_out), *(None,) * 8
-        grad = torch.empty_like(qfkv)
-        rows, times = ctx.blocks
-        carries = iter(reversed(ctx.carries))
-        for row in reversed(rows):
-            following = None
-            for time in reversed(times):
-                block = _make_block(qfkv, ctx.inputs, row, time)
-                block.forward(next(carries))
-                grad[row, time], following = block.backward(grad_out[row, time].transpose(1, 2), following)
-        return grad, *(None,) * 8
-
-
-def _make_block(qfkv, inputs, row, time):
-    settings, decay, cos, sin, padding_mask, segments = inputs
-    rotary = None
-    if cos is not None:
-        rotary = tuple((x if x.shape[0] == 1 else x[row])[:, time] for x in (cos, sin))
-    masks = (None if mask is None else mask[row, time] for mask in (padding_mask, segments))
-    return _Block(qfkv[row, time], settings, decay, rotary, *masks)
-
-
 def focus_mixing(
     qfkv: torch.Tensor,
     settings: FocusSettings,
@@ -508,42 +172,9 @@ def focus_mixing(
             raise ValueError(f"`rotary` needs an even head dimension, got {head_dim}.")
     if rotary is not None and cos.shape != sin.shape:
         raise ValueError(f"`rotary` must be two tensors of one shape, got {list(cos.shape)} and {list(sin.shape)}.")
-    past = (None, None) if state is None else (state.log_weights, state.values)
-    out, *final = _FocusMixing.apply(qfkv, settings, decay, cos, sin, mask, _runs(segment_ids), *past)
+    past = None if state is None else (state.log_weights, state.values)
+    out, *final = focus_mixing_step(qfkv, settings, decay, rotary, mask, _runs(segment_ids), past)
     return out, FocusState(*final) if settings.causal else None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Means alone, for mixers that have their own arithmetic around them
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class _FocusMean(torch.autograd.Function):
-    """Means alone. Between forward and backward it holds inputs, outputs and the logs of the summed weights."""
-
-    @staticmethod
-    @_in_full_precision
-    def forward(ctx, logs, values, settings, decay, segments, state_logs, state_values):
-        carry = None if state_logs is None else FocusState(state_logs, state_values)
-        carry = _enter_state(carry, settings, segments)
-        means, log_total, final = _means(logs, values, settings, decay, segments, carry)
-        ctx.settings, ctx.decay, ctx.segments = settings, decay, segments
-        ctx.save_for_backward(logs, values, means, log_total)
-        if not settings.causal:
-            return means, None, None
-        final = [x.clone() for x in final[:2]]
-        ctx.mark_non_differentiable(*final)
-        return means, *final
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    @_in_full_precision
-    def backward(ctx, grad_means, *_):
-        logs, values, means, log_total = ctx.saved_tensors
-        grads = torch.cat((grad_means, (grad_means * means).sum(-1, keepdim=True)), dim=-1)
-        arguments = logs, values, ctx.settings, ctx.decay, ctx.segments
-        grad_logs, grad_values, factor, _ = _means_backward(grads, log_total, *arguments, None)
-        return grad_logs, grad_values * factor, None, None, None, None, None
 
 
 def focus_mean(
@@ -581,9 +212,9 @@ def focus_mean(
     if state is None and _must_be_plain(values):
         arguments = settings.window, decay, settings.null_weight, settings.causal, segment_ids
         return _means_by_matrix(logs, values.to(dtype), *arguments).to(values.dtype), None
-    past = (None, None) if state is None else (state.log_weights, state.values)
+    past = None if state is None else (state.log_weights, state.values)
     rows = logs.transpose(1, 2).contiguous(), values.to(dtype).transpose(1, 2).contiguous()
-    means, *final = _FocusMean.apply(*rows, settings, decay, _runs(segment_ids), *past)
+    means, *final = focus_mean_step(*rows, settings, decay, _runs(segment_ids), past)
     return means.transpose(1, 2).to(values.dtype), FocusState(*final) if settings.causal else None
 
 
@@ -596,7 +227,7 @@ def token_state(
 ) -> FocusState:
     """Log weights and values of tokens, as a windowed state holds them; the arguments are those of `focus_mixing`."""
     qfkv, mask = _blank_pads(qfkv, padding_mask)
-    return FocusState(*_Block(qfkv, settings, None, rotary, mask, None).tokens[:2])
+    return FocusState(*Block(qfkv, settings, None, rotary, mask, None).tokens[:2])
 
 
 def _must_be_plain(x):

@@ -71,18 +71,25 @@ def _compiled(compiler: str, head_dim: int) -> Path:
 
 
 def applies(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> bool:
-    """Whether the compiled source can take this mixing step: causal, on a CPU, float32 or bfloat16, windows up to 64."""
+    """Whether the compiled source runs this mixing step in eager mode."""
     return (
         type(qfkv) in (torch.Tensor, torch.nn.Parameter)  # not one of tracing, which has no memory
-        and qfkv.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and takes(qfkv, settings, rotary)
+    )
+
+
+def takes(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> bool:
+    """Whether the compiled source can take this mixing step: causal, on a CPU, float32 or bfloat16, windows up to 64."""
+    return (
+        qfkv.device.type == "cpu"
         and qfkv.dtype in (torch.float32, torch.bfloat16)
         and settings.causal
         and None not in settings.kernels
         and (settings.window is None or settings.window <= _WIDEST)
         and 1 < qfkv.shape[-1] <= _MOST_DIM
         and (rotary is None or rotary[0].dtype == torch.float32)
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
         and _library(qfkv.shape[-1]) is not None
     )
 
@@ -159,6 +166,7 @@ class NativeMixing:
 
     def __init__(self, qfkv, settings, decay=None, rotary=None, padding_mask=None, segments=None, past=None):
         self.windowed, self.library = settings.window is not None, _library(qfkv.shape[-1])
+        self.carries = None  # of the forward pass, for the backward pass
         self.given, tokens, rows = {}, 0, 0
         if decay is not None:
             self.given["decay"] = _dense(decay, torch.float32)
@@ -183,6 +191,8 @@ class NativeMixing:
             MemoryError: where there is none for one block of tokens.
         """
         mixing = _Mixing.from_buffer_copy(self.blank)
+        if self.carries is not None:
+            tensors["carries"] = self.carries
         for field, tensor in (*self.given.items(), *tensors.items()):
             setattr(mixing, field, _address(field, tensor, *self.expected[field]))
         status = getattr(self.library, name)(mixing)
@@ -193,6 +203,15 @@ class NativeMixing:
                 "The C source does not know the weight function, the gate or the sizes of this mixing step."
             )
 
+    @staticmethod
+    def new_carries(qfkv: torch.Tensor, window: int | None) -> torch.Tensor | None:
+        """Memory for what the forward pass keeps of global means, for the backward pass; `None` where it keeps nothing."""
+        if window is not None:
+            return None
+        batch, seq, parts, heads, dim = qfkv.shape
+        channels = dim if parts == 3 else 2 * dim
+        return qfkv.new_empty(batch, heads, -(-seq // _BLOCK), 2 + channels, dtype=torch.float64)
+
     def forward(self, qfkv: torch.Tensor, for_backward: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Output `[batch, seq, heads, head_dim]`, and log weights and values of the `FocusState` after the last token."""
         batch, seq, parts, heads, dim = qfkv.shape
@@ -200,9 +219,8 @@ class NativeMixing:
         kept = (self.blank.kept,) if self.windowed else ()
         logs = qfkv.new_empty(batch, heads, *kept, dtype=torch.float32)
         values = logs.new_empty(*logs.shape, channels)
-        if for_backward and not self.windowed:
-            carries = logs.new_empty(batch, heads, -(-seq // _BLOCK), 2 + channels, dtype=torch.float64)
-            self.given["carries"] = carries  # for the backward pass as well
+        if for_backward:
+            self.carries = self.new_carries(qfkv, self.blank.window or None)
         out = qfkv.new_empty(batch, seq, heads, dim)
         state = {"final_logs": logs, "final_values": values}
         self.call("focus_forward", input=_dense(qfkv), out=out, **state)
@@ -210,7 +228,7 @@ class NativeMixing:
 
     def backward(self, qfkv: torch.Tensor, grad_out: torch.Tensor) -> torch.Tensor:
         """Gradient of `qfkv` from that of the output."""
-        if not self.windowed and "carries" not in self.given:
+        if not self.windowed and self.carries is None:
             raise RuntimeError("The backward pass needs a forward pass that was told of it.")
         qfkv, grad_out = _dense(qfkv), _dense(grad_out, qfkv.dtype)
         grad = torch.empty_like(qfkv)

@@ -1,15 +1,21 @@
-"""The weight functions and query gates of the focus operator, in one table each for torch, its backward pass, C and Triton.
+"""The settings of the focus operator and its elementwise operations.
 
-A new one is an entry here, with its derivative, and a name in `LeapConfig`. While it has no number in the kernels
+Weight functions and query gates stand in one table each for torch, its backward pass, C and Triton.
+
+A new kind is an entry here, with its derivative, and a name in `LeapConfig`. While it has no number in the kernels
 (`kernel=None`) it runs in torch.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import nn
+
+
+NORM_EPS = 1e-5  # added to the standard deviation, as in the prototype
 
 
 class WeightFunction(NamedTuple):
@@ -65,4 +71,88 @@ QUERY_GATES = {
     "gelu": QueryGate(nn.functional.gelu, _gelu_slope, 2),
 }
 
-__all__ = ["QUERY_GATES", "WEIGHT_FUNCTIONS", "QueryGate", "WeightFunction"]
+
+@dataclass(frozen=True)
+class FocusSettings:
+    """What distinguishes one mixing step from another; see `focus.py` for the symbols.
+
+    Attributes:
+        scale (`float`): factor of both dot products.
+        normalize (`bool`): standardise q, f, k and v over the head dimension first (the prototype's `rescale`).
+        weight_function (`str`): `"elu"` or `"exp"`.
+        query_gate (`str`): `"sigmoid"`, `"gelu"` or `"none"`; with `"none"` there is no q and `out = vbar`.
+        window (`int`, *optional*): window size; `None` is global.
+        null_weight (`float`): weight of one more token of value zero in every window.
+        causal (`bool`): whether a position sees only itself and its past.
+
+    Raises:
+        ValueError: for kinds that are not in the tables above, and numbers that mean nothing.
+    """
+
+    scale: float
+    normalize: bool = False
+    weight_function: str = "elu"
+    query_gate: str = "sigmoid"
+    window: int | None = None
+    null_weight: float = 0.0
+    causal: bool = True
+
+    def __post_init__(self):
+        for name, known in (("weight_function", WEIGHT_FUNCTIONS), ("query_gate", QUERY_GATES)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"`{name}` must be one of {list(known)}, got {getattr(self, name)!r}; a new one is an entry of the table "
+                    "in focus_kinds.py."
+                )
+        if self.window is not None and (type(self.window) is not int or self.window < 1):
+            raise ValueError(f"`window` must be an integer of at least 1, or None, got {self.window!r}.")
+        if not math.isfinite(self.scale):
+            raise ValueError(f"`scale` must be finite, got {self.scale}.")
+        if not 0 <= self.null_weight < math.inf:
+            raise ValueError(f"`null_weight` must be finite and not negative, got {self.null_weight}.")
+
+    @property
+    def kernels(self) -> tuple[int | None, int | None]:
+        """Numbers of weight function and gate in the kernels, `None` for what is in torch only."""
+        return WEIGHT_FUNCTIONS[self.weight_function].kernel, QUERY_GATES[self.query_gate].kernel
+
+    def bounded(self, head_dim: int) -> bool:
+        """Whether no focus logit can leave +-30: dot products of standardised vectors stay below `head_dim`."""
+        return self.normalize and self.scale * head_dim <= 30
+
+
+def log_weight(logits: torch.Tensor, weight_function: str) -> torch.Tensor:
+    """Log of the positive weight that a focus logit stands for, elementwise."""
+    return WEIGHT_FUNCTIONS[weight_function].log(logits)
+
+
+def open_gate(alignment: torch.Tensor, query_gate: str) -> torch.Tensor:
+    """The gate of an alignment `scale * q . kbar`, elementwise."""
+    return QUERY_GATES[query_gate].open(alignment)
+
+
+def standardize(x: torch.Tensor) -> torch.Tensor:
+    """Subtract the mean and divide by (unbiased standard deviation + 1e-5) over the last dimension."""
+    centred = x - x.mean(-1, keepdim=True)
+    variance = centred.square().sum(-1, keepdim=True) / (x.shape[-1] - 1)
+    return centred / (variance.clamp_min(1e-24).sqrt() + NORM_EPS)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (arXiv 2104.09864) on `[batch, seq, heads, head_dim]`; `cos`, `sin` `[batch, seq, head_dim]`."""
+    low, high = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos.unsqueeze(2), torch.cat((-high, low), dim=-1), sin.unsqueeze(2))
+
+
+__all__ = [
+    "NORM_EPS",
+    "QUERY_GATES",
+    "WEIGHT_FUNCTIONS",
+    "FocusSettings",
+    "QueryGate",
+    "WeightFunction",
+    "log_weight",
+    "open_gate",
+    "rotate",
+    "standardize",
+]

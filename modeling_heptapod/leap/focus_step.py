@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .focus import FocusSettings, log_weight, open_gate, rotate, standardize_forward
-from .focus_kinds import WEIGHT_FUNCTIONS
+from .focus_kinds import WEIGHT_FUNCTIONS, FocusSettings, log_weight, open_gate, rotate
+from .focus_tiles import standardize_forward
 from .running_mean import EMPTY, FocusState
 
 
@@ -75,7 +75,9 @@ def pack_state(
     if settings.window is None:
         reference = torch.zeros_like(logs)
         if not settings.bounded(head_dim):
-            reference = logs - torch.as_tensor(seen_tokens, dtype=logs.dtype, device=logs.device).log()
+            if not isinstance(seen_tokens, torch.Tensor):  # `as_tensor` would fix a length that a graph leaves open
+                seen_tokens = logs.new_full((), seen_tokens)
+            reference = logs - seen_tokens.to(logs).log()
         parts = values.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # [batch, parts, heads, head_dim]
         return torch.cat((reference, (logs - reference).exp(), parts.flatten(1)), dim=1)
     missing = max(settings.window - 1, 1) - logs.shape[2]

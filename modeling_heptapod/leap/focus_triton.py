@@ -35,6 +35,16 @@ _HEADER = 4
 
 
 def applies(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> bool:
+    """Whether the kernels run this mixing step in eager mode."""
+    return (
+        type(qfkv) in (torch.Tensor, torch.nn.Parameter)  # not one of tracing, which has no memory
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and takes(qfkv, settings, rotary)
+    )
+
+
+def takes(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> bool:
     """Whether the kernels can take this mixing step: causal, on a CUDA device, windows up to 64, heads up to 256 channels.
 
     Heads of more than 64 channels have windows up to 33 here.
@@ -43,7 +53,6 @@ def applies(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> bool:
     return (
         triton is not None
         and qfkv.device.type in _DEVICES
-        and type(qfkv) in (torch.Tensor, torch.nn.Parameter)  # not one of tracing, which has no memory
         and qfkv.dtype in _DTYPES
         and settings.causal
         and None not in settings.kernels
@@ -51,8 +60,6 @@ def applies(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> bool:
         and 1 < qfkv.shape[-1] <= _MOST_DIM
         and qfkv.shape[0] > 0
         and (rotary is None or (rotary[0].dtype == torch.float32 and qfkv.shape[-1] % 2 == 0))
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
     )
 
 
@@ -814,6 +821,11 @@ def _tile(dim: int, halo: int) -> tuple[int, int, int]:
     return 32, warps, min(8, 2 * warps)
 
 
+def _padded(dim: int) -> int:
+    """Channels of a head in a kernel's rows, a power of two."""
+    return max(16, triton.next_power_of_2(dim))
+
+
 def _precision(dtype: torch.dtype) -> str:
     """How matrix products round: as finely as float32 does, but where the output is far coarser."""
     return "tf32" if dtype == torch.bfloat16 else "tf32x3"
@@ -841,9 +853,8 @@ class TritonMixing:
             self.past_logs = self.past_values = None
         halo = 16 if settings.window is None else max(16, triton.next_power_of_2(settings.window - 1))
         chunk, *self.warps = _tile(dim, halo)
-        padded = max(16, triton.next_power_of_2(dim))
         self.rows, self.chunks = batch * heads, -(-seq // chunk)
-        self.record = _HEADER + (parts - 2) * padded
+        self.carries = None  # of the forward pass, for the backward pass
         self.numbers = {
             "seq": seq,
             "heads": heads,
@@ -857,7 +868,7 @@ class TritonMixing:
         }
         self.constants = {
             "D": dim,
-            "DP": padded,
+            "DP": _padded(dim),
             "T": chunk,
             "HALO": halo,
             "GROUP": _GROUP,
@@ -869,13 +880,23 @@ class TritonMixing:
             "PRECISION": _precision(qfkv.dtype),
         }
 
+    @staticmethod
+    def new_carries(qfkv: torch.Tensor, window: int | None) -> torch.Tensor | None:
+        """Memory for what the forward pass keeps of global means, for the backward pass; `None` where it keeps nothing."""
+        if window is not None:
+            return None
+        batch, seq, parts, heads, dim = qfkv.shape
+        chunk, *_ = _tile(dim, 16)
+        record = _HEADER + (parts - 2) * _padded(dim)
+        return qfkv.new_empty(batch * heads, -(-seq // chunk), record, dtype=torch.float32)
+
     def _shared_memory(self, like):
         """Records of chunks and of ends of groups, and the words by which programs wait for each other."""
-        if self.settings.window is not None:
+        records = self.new_carries(like, self.settings.window)  # as large as the carries
+        if records is None:
             return None, None, None
         groups = -(-self.chunks // _GROUP)
-        records = like.new_empty(self.rows, self.chunks, self.record, dtype=torch.float32)
-        ends = like.new_empty(self.rows, groups, self.record, dtype=torch.float32)
+        ends = like.new_empty(self.rows, groups, records.shape[-1], dtype=torch.float32)
         return records, ends, like.new_zeros(1 + self.rows * groups, dtype=torch.int32)
 
     def forward(self, qfkv: torch.Tensor, for_backward: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -891,9 +912,8 @@ class TritonMixing:
             logs[:, :, :stay] = self.past_logs[:, :, self.past - stay :]
             values[:, :, :stay] = self.past_values[:, :, self.past - stay :]
         records, ends, words = self._shared_memory(qfkv)
-        self.carries = None
-        if for_backward and window is None:
-            self.carries = torch.empty_like(records)
+        if for_backward:
+            self.carries = self.new_carries(qfkv, window)
         out = qfkv.new_empty(batch, seq, heads, dim)
         has_final = window is None or kept > 0
         with _on_device(qfkv):
@@ -987,7 +1007,7 @@ def step(
             float(settings.scale),
             math.log(settings.null_weight) if settings.null_weight else 0.0,
             D=dim,
-            DP=max(16, triton.next_power_of_2(dim)),
+            DP=_padded(dim),
             HELD=triton.next_power_of_2(held),
             NORMALIZE=settings.normalize,
             ELU=settings.kernels[0] == 1,

@@ -47,17 +47,9 @@ from ..common.packed_rows import segment_ids as find_segments
 from ..common.transformers_versions import CACHE, OldCacheNameMixin, slice_logits_to_keep, with_cache_argument
 from ..common.unread_arguments import refuse_unread, take_out
 from .configuration_leap import LeapConfig
-from .focus import (
-    FocusSettings,
-    attention_matrix,
-    focus_mean,
-    focus_mixing,
-    log_weight,
-    rotate,
-    standardize,
-    token_state,
-)
+from .focus import attention_matrix, focus_mean, focus_mixing, token_state
 from .focus_cpu import step
+from .focus_kinds import FocusSettings, log_weight, rotate, standardize
 from .focus_step import (
     gate_output,
     pack_state,

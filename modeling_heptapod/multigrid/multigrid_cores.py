@@ -202,7 +202,7 @@ class TransformerCore(_Core):
         return {
             "scaling": self.config.head_dim**-0.5,
             "dropout": self.config.attention_dropout if self.training else 0.0,
-            "is_causal": mask is None and query.shape[2] > 1,
+            "is_causal": mask is None,
         }
 
 

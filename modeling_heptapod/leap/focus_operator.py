@@ -1,0 +1,336 @@
+"""The mixing step and the means alone as one differentiable call each, in eager mode and in the graphs of `torch.compile`.
+
+Eager mode takes autograd functions. A graph takes the registered operators `heptapod::focus_mixing` and `heptapod::focus_mean`,
+so that it keeps the kernels and serves all lengths: C on CPUs, Triton on GPUs, torch elsewhere. What `torch.export` makes has to
+run without this package and so holds plain operations.
+"""
+
+import hashlib
+from functools import wraps
+
+import torch
+
+from . import focus_cpu, focus_triton
+from .focus_cpu import NativeMixing
+from .focus_kinds import FocusSettings
+from .focus_tiles import TiledMixing, enter_state, means, means_backward
+from .focus_triton import TritonMixing
+from .running_mean import FocusState
+
+
+# A folder saved with its code registers operators of its own: that code may be of another version than the package's.
+_OF_PACKAGE = __name__.startswith("modeling_heptapod.")
+NAMESPACE = "heptapod" if _OF_PACKAGE else f"heptapod_{hashlib.sha256(__name__.encode()).hexdigest()[:8]}"
+
+
+def focus_mixing_step(
+    qfkv: torch.Tensor,
+    settings: FocusSettings,
+    decay: torch.Tensor | None,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None,
+    padding_mask: torch.Tensor | None,
+    segments: torch.Tensor | None,
+    past: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The mixing step of checked inputs; the arguments are those of `TiledMixing`, the results those of its `forward`."""
+    tensors = decay, *(rotary or (None, None)), padding_mask, segments
+    if not _in_graph():
+        return _FocusMixing.apply(qfkv, settings, *tensors, *(past or (None, None)))
+    for_backward = torch.is_grad_enabled() and qfkv.requires_grad
+    past = _kept(past, for_backward) or (None, None)
+    out, *final, _ = _mixing_operator(qfkv, *tensors, *past, *_values(settings), for_backward)
+    return out, *(final if settings.causal else (None, None))
+
+
+def focus_mean_step(
+    logs: torch.Tensor,
+    values: torch.Tensor,
+    settings: FocusSettings,
+    decay: torch.Tensor | None,
+    segments: torch.Tensor | None,
+    past: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Means of checked inputs `logs [batch, heads, seq]`, `values [batch, heads, seq, channels]`, and the state after them."""
+    arguments = decay, segments, *(past or (None, None))
+    if not _in_graph():
+        return _FocusMean.apply(logs, values, settings, *arguments)
+    out, _, *final = _mean_operator(logs, values, *arguments, settings.window, settings.null_weight, settings.causal)
+    return out, *(final if settings.causal else (None, None))
+
+
+def _in_graph():
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
+def _kept(past, for_backward):
+    """A cache may hold the past, and be written over before the backward pass reads it."""
+    return tuple(x.clone() for x in past) if past is not None and for_backward else past
+
+
+def _in_full_precision(function):
+    """Run outside autocast, which would hand float32 sums to bf16 products."""
+
+    @wraps(function)
+    def wrapper(*args):
+        tensor = next(x for x in args if isinstance(x, torch.Tensor))
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(*args)
+
+    return wrapper
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eager mode
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _choose_mixing(qfkv, settings, rotary):
+    if focus_triton.applies(qfkv, settings, rotary):
+        return TritonMixing
+    return NativeMixing if focus_cpu.applies(qfkv, settings, rotary) else TiledMixing
+
+
+class _FocusMixing(torch.autograd.Function):
+    """The mixing step. Between forward and backward it holds its input and one carry a block, nothing else."""
+
+    @staticmethod
+    @_in_full_precision
+    def forward(ctx, qfkv, settings, decay, cos, sin, padding_mask, segments, state_logs, state_values):
+        rotary, for_backward = None if cos is None else (cos, sin), ctx.needs_input_grad[0]
+        past = _kept(None if state_logs is None else (state_logs, state_values), for_backward)
+        mixing = _choose_mixing(qfkv, settings, rotary)
+        ctx.mixing = mixing(qfkv, settings, decay, rotary, padding_mask, segments, past)
+        ctx.save_for_backward(qfkv)
+        out, *final = ctx.mixing.forward(qfkv, for_backward)
+        if settings.causal:
+            ctx.mark_non_differentiable(*final)
+        return out, *final
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    @_in_full_precision
+    def backward(ctx, grad_out, *_):
+        (qfkv,) = ctx.saved_tensors
+        return ctx.mixing.backward(qfkv, grad_out), *(None,) * 8
+
+
+class _FocusMean(torch.autograd.Function):
+    """Means alone. Between forward and backward it holds inputs, outputs and the logs of the summed weights."""
+
+    @staticmethod
+    @_in_full_precision
+    def forward(ctx, logs, values, settings, decay, segments, state_logs, state_values):
+        out, log_total, *final = _mean(logs, values, settings, decay, segments, state_logs, state_values)
+        ctx.settings, ctx.decay, ctx.segments = settings, decay, segments
+        ctx.save_for_backward(logs, values, out, log_total)
+        if settings.causal:
+            ctx.mark_non_differentiable(*final)
+        return out, *final
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    @_in_full_precision
+    def backward(ctx, grad_out, *_):
+        grads = _mean_backward(grad_out, *ctx.saved_tensors, ctx.settings, ctx.decay, ctx.segments)
+        return *grads, *(None,) * 5
+
+
+def _mean(logs, values, settings, decay, segments, state_logs, state_values):
+    """Means, logs of the summed weights, and log weights and values of the state after them (`None` when bidirectional)."""
+    carry = None if state_logs is None else FocusState(state_logs, state_values)
+    out, log_total, final = means(logs, values, settings, decay, segments, enter_state(carry, settings, segments))
+    return out, log_total, *((x.clone() for x in final[:2]) if settings.causal else (None, None))
+
+
+def _mean_backward(grad_out, logs, values, out, log_total, settings, decay, segments):
+    grads = torch.cat((grad_out, (grad_out * out).sum(-1, keepdim=True)), dim=-1)
+    grad_logs, grad_values, factor, _ = means_backward(grads, log_total, logs, values, settings, decay, segments, None)
+    return grad_logs, grad_values * factor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operators of a graph: each with the shapes that it gives, and its backward pass as an operator of its own
+# ---------------------------------------------------------------------------------------------------------------------
+
+_SETTINGS = "scale normalize weight_function query_gate window null_weight causal".split()
+
+
+def _values(settings):
+    return (getattr(settings, name) for name in _SETTINGS)
+
+
+def _mixing(qfkv, decay, cos, sin, padding_mask, segments, past_logs, past_values, *values):
+    """The mixing step that runs on this machine, also for tensors without memory, which stand for it in a graph."""
+    rotary, past = None if cos is None else (cos, sin), None if past_logs is None else (past_logs, past_values)
+    settings = FocusSettings(**dict(zip(_SETTINGS, values)))
+    mixing = TiledMixing
+    for kernels, takes in ((TritonMixing, focus_triton.takes), (NativeMixing, focus_cpu.takes)):
+        mixing = kernels if takes(qfkv, settings, rotary) else mixing
+    return mixing, (qfkv, settings, decay, rotary, padding_mask, segments, past)
+
+
+def _state_like(values, batch, heads, channels, seq, past_logs, window, causal):
+    """Memory for log weights and values of a state, in the dtype of `values` or wider; empty where there is none."""
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    if not causal:
+        return values.new_empty(0, dtype=dtype), values.new_empty(0, dtype=dtype)
+    past = 0 if past_logs is None or window is None else past_logs.shape[2]
+    kept = () if window is None else (torch.sym_min(window - 1, past + seq),)
+    shape = batch, heads, *kept
+    return values.new_empty(*shape, dtype=dtype), values.new_empty(*shape, channels, dtype=dtype)
+
+
+def _present(tensors, like):
+    """A graph has no optional results."""
+    return tuple(like.new_empty(0) if x is None else x.contiguous() for x in tensors)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::focus_mixing", mutates_args=())
+@_in_full_precision
+def _mixing_operator(
+    qfkv: torch.Tensor,
+    decay: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    padding_mask: torch.Tensor | None,
+    segments: torch.Tensor | None,
+    past_logs: torch.Tensor | None,
+    past_values: torch.Tensor | None,
+    scale: float,
+    normalize: bool,
+    weight_function: str,
+    query_gate: str,
+    window: int | None,
+    null_weight: float,
+    causal: bool,
+    for_backward: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    values = scale, normalize, weight_function, query_gate, window, null_weight, causal
+    kind, arguments = _mixing(qfkv, decay, cos, sin, padding_mask, segments, past_logs, past_values, *values)
+    mixing = kind(*arguments)
+    out, logs, means = mixing.forward(qfkv, for_backward and kind is not TiledMixing)
+    return out, *_present((logs, means, mixing.carries), qfkv)
+
+
+@_mixing_operator.register_fake
+def _(qfkv, *rest):
+    *rest, for_backward = rest
+    kind, arguments = _mixing(qfkv, *rest)
+    settings, past_logs = arguments[1], rest[5]
+    batch, seq, parts, heads, dim = qfkv.shape
+    channels = dim if parts == 3 else 2 * dim
+    state = _state_like(qfkv, batch, heads, channels, seq, past_logs, settings.window, settings.causal)
+    carries = kind.new_carries(qfkv, settings.window) if for_backward else None
+    return qfkv.new_empty(batch, seq, heads, dim), *state, *_present((carries,), qfkv)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::focus_mixing_backward", mutates_args=())
+@_in_full_precision
+def _mixing_backward_operator(
+    grad_out: torch.Tensor,
+    carries: torch.Tensor,
+    qfkv: torch.Tensor,
+    decay: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    padding_mask: torch.Tensor | None,
+    segments: torch.Tensor | None,
+    past_logs: torch.Tensor | None,
+    past_values: torch.Tensor | None,
+    scale: float,
+    normalize: bool,
+    weight_function: str,
+    query_gate: str,
+    window: int | None,
+    null_weight: float,
+    causal: bool,
+) -> torch.Tensor:
+    values = scale, normalize, weight_function, query_gate, window, null_weight, causal
+    kind, arguments = _mixing(qfkv, decay, cos, sin, padding_mask, segments, past_logs, past_values, *values)
+    mixing = kind(*arguments)
+    if kind.new_carries(qfkv, window) is not None:
+        mixing.carries = carries
+    return mixing.backward(qfkv, grad_out).contiguous()
+
+
+@_mixing_backward_operator.register_fake
+def _(grad_out, carries, qfkv, *_):
+    return qfkv.new_empty(qfkv.shape)
+
+
+def _keep_mixing(ctx, inputs, output):
+    tensors, ctx.values = inputs[:8], inputs[8:-1]
+    ctx.save_for_backward(output[3], *tensors)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _mixing_gradients(ctx, grad_out, *_):
+    carries, *tensors = ctx.saved_tensors
+    return _mixing_backward_operator(grad_out, carries, *tensors, *ctx.values), *(None,) * 15
+
+
+_mixing_operator.register_autograd(_mixing_gradients, setup_context=_keep_mixing)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::focus_mean", mutates_args=())
+@_in_full_precision
+def _mean_operator(
+    logs: torch.Tensor,
+    values: torch.Tensor,
+    decay: torch.Tensor | None,
+    segments: torch.Tensor | None,
+    past_logs: torch.Tensor | None,
+    past_values: torch.Tensor | None,
+    window: int | None,
+    null_weight: float,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    settings = FocusSettings(scale=1.0, window=window, null_weight=null_weight, causal=causal)
+    return _present(_mean(logs, values, settings, decay, segments, past_logs, past_values), logs)
+
+
+@_mean_operator.register_fake
+def _(logs, values, decay, segments, past_logs, past_values, window, null_weight, causal):
+    batch, heads, seq, channels = values.shape
+    state = _state_like(logs, batch, heads, channels, seq, past_logs, window, causal)
+    return values.new_empty(values.shape), logs.new_empty(logs.shape), *state
+
+
+@torch.library.custom_op(f"{NAMESPACE}::focus_mean_backward", mutates_args=())
+@_in_full_precision
+def _mean_backward_operator(
+    grad_out: torch.Tensor,
+    logs: torch.Tensor,
+    values: torch.Tensor,
+    out: torch.Tensor,
+    log_total: torch.Tensor,
+    decay: torch.Tensor | None,
+    segments: torch.Tensor | None,
+    window: int | None,
+    null_weight: float,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    settings = FocusSettings(scale=1.0, window=window, null_weight=null_weight, causal=causal)
+    return _present(_mean_backward(grad_out, logs, values, out, log_total, settings, decay, segments), logs)
+
+
+@_mean_backward_operator.register_fake
+def _(grad_out, logs, values, *_):
+    return logs.new_empty(logs.shape), values.new_empty(values.shape)
+
+
+def _keep_mean(ctx, inputs, output):
+    logs, values, decay, segments, *_ = inputs
+    ctx.settings = inputs[6:]
+    ctx.save_for_backward(logs, values, *output[:2], decay, segments)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _mean_gradients(ctx, grad_out, *_):
+    return *_mean_backward_operator(grad_out, *ctx.saved_tensors, *ctx.settings), *(None,) * 7
+
+
+_mean_operator.register_autograd(_mean_gradients, setup_context=_keep_mean)
+
+
+__all__ = ["NAMESPACE", "focus_mean_step", "focus_mixing_step"]
