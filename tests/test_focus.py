@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.profiler import profile
 
-from modeling_heptapod.leap import focus, focus_cpu
+from modeling_heptapod.leap import focus_cpu, focus_tiles
 from modeling_heptapod.leap.focus import (
     FocusSettings,
     FocusState,
@@ -164,7 +164,7 @@ def check_state(state, qfkv, settings, kwargs, tolerance=1e-7):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 64 tokens, so that short sequences cross their borders."""
-    monkeypatch.setattr(focus, "_CPU_BLOCK", 64)
+    monkeypatch.setattr(focus_tiles, "_CPU_BLOCK", 64)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -228,7 +228,7 @@ def dense_mixing(qfkv, settings, decay=None, padding_mask=None):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 17, 100])
-@pytest.mark.parametrize("seq", [focus._CPU_BLOCK - 1, focus._CPU_BLOCK, focus._CPU_BLOCK + 1, 4097])
+@pytest.mark.parametrize("seq", [focus_tiles._CPU_BLOCK - 1, focus_tiles._CPU_BLOCK, focus_tiles._CPU_BLOCK + 1, 4097])
 def test_real_blocks(seq, window, causal):
     if seq == 4097 and not (causal and window is None):
         window = {None: 16, 17: 64, 100: 65}[window]
@@ -297,7 +297,7 @@ def test_means_alone(window, option, causal):
 @pytest.mark.parametrize("option", ["plain", "gelu", "all", "all of exp"])
 @pytest.mark.parametrize("window", [None, 3])
 def test_gradcheck(window, option, causal, monkeypatch):
-    monkeypatch.setattr(focus, "_CPU_BLOCK", 12)
+    monkeypatch.setattr(focus_tiles, "_CPU_BLOCK", 12)
     options = OPTIONS[option]
     qfkv, kwargs = make_inputs(1, 30, **options)
     settings = settings_for(window, causal, **options)
