@@ -11,7 +11,7 @@ import random
 import torch
 
 from modeling_heptapod import LeapConfig, LeapForCausalLM, MultiGridConfig, MultiGridForCausalLM
-from modeling_heptapod.leap import focus_cpu
+from modeling_heptapod.leap import focus_cpu, focus_operator
 from modeling_heptapod.leap.focus import FocusSettings, FocusState, focus_mixing
 from modeling_heptapod.leap.focus_step import pack_state, packed_shape
 
@@ -90,7 +90,7 @@ def valid_call(seed):
         compiled = run(qfkv, settings, given, weight)
     finally:
         torch.set_num_threads(1)
-    applies, focus_cpu.applies = focus_cpu.applies, lambda *_: False
+    applies, focus_operator.native_applies = focus_operator.native_applies, lambda *_: False
     try:
         expected = run(qfkv, settings, given, weight)
         single = {"decay": given.get("decay")}
@@ -98,7 +98,7 @@ def valid_call(seed):
         token = qfkv[:, -1:].float()
         after, _ = focus_mixing(token, settings, **single, state=state)
     finally:
-        focus_cpu.applies = applies
+        focus_operator.native_applies = applies
     for name, got, wanted in zip(("output", "log weights", "values", "gradient"), compiled, expected):
         if got.numel():
             close = 3e-2 if qfkv.dtype == torch.bfloat16 else 2e-3

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from modeling_heptapod.leap import focus, focus_cpu
+from modeling_heptapod.leap import focus, focus_cpu, focus_operator
 from modeling_heptapod.leap.configuration_leap import _CHOICES
 from modeling_heptapod.leap.focus import FocusSettings, FocusState, focus_mixing, naive_focus_mixing
 from modeling_heptapod.leap.focus_kinds import QUERY_GATES, WEIGHT_FUNCTIONS, WeightFunction
@@ -137,7 +137,7 @@ def test_gradient_after_a_state(window, monkeypatch):
         return focus_mixing(x, settings, **kwargs, state=state)
 
     out, _, grad = with_gradient(run, qfkv[:, 50:], weight)
-    monkeypatch.setattr(focus_cpu, "applies", lambda *_: False)
+    monkeypatch.setattr(focus_operator, "native_applies", lambda *_: False)
     expected, _, expected_grad = with_gradient(run, qfkv[:, 50:], weight)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-4)
@@ -314,7 +314,7 @@ def test_what_is_not_finite_stays_so(window, option, poison, monkeypatch):
         compiled = with_gradient(lambda x: focus_mixing(x, settings, **kwargs), poisoned, weight)
         exact = with_gradient(lambda x: naive_focus_mixing(x, settings, **double), poisoned.double(), weight.double())
         with monkeypatch.context() as patch:
-            patch.setattr(focus_cpu, "applies", lambda *_: False)
+            patch.setattr(focus_operator, "native_applies", lambda *_: False)
             tiles = with_gradient(lambda x: focus_mixing(x, settings, **kwargs), poisoned, weight)
         for which in (0, 2):  # outputs, gradients
             got, wanted, spread = (not_finite(x[which]) for x in (compiled, exact, tiles))
@@ -328,7 +328,7 @@ def test_what_is_not_finite_stays_so(window, option, poison, monkeypatch):
 def test_what_pads_hold_leaves_no_trace(window, form, monkeypatch):
     """Not even in sums where it would have a weight of 0: outputs, states and gradients as with zeros there."""
     if form == "torch":
-        monkeypatch.setattr(focus_cpu, "applies", lambda *_: False)
+        monkeypatch.setattr(focus_operator, "native_applies", lambda *_: False)
     mask, weight = torch.rand(2, 200) < 0.7, torch.randn(2, 200, HEADS, 4)
     mask[0, 150:], mask[1, :9] = False, False
     for option in ("normalize", "null") if window == 4 else ("no gate",):
@@ -363,7 +363,7 @@ def test_a_state_keeps_what_is_not_finite(window, option, monkeypatch):
     results = {}
     for form in ("C", "torch"):
         if form == "torch":
-            monkeypatch.setattr(focus_cpu, "applies", lambda *_: False)
+            monkeypatch.setattr(focus_operator, "native_applies", lambda *_: False)
         _, state = focus_mixing(qfkv[:, :10], settings, decay)
         results[form] = not_finite(focus_mixing(qfkv[:, 10:], settings, decay, state=state)[0])
         if form == "C":
@@ -448,7 +448,7 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 def test_inputs_that_do_not_fit_are_named(what, form, monkeypatch):
     if form == "torch":
-        monkeypatch.setattr(focus_cpu, "applies", lambda *_: False)
+        monkeypatch.setattr(focus_operator, "native_applies", lambda *_: False)
     changes, kind, name = WRONG[what]
     arguments = {"qfkv": torch.zeros(2, 10, 4, HEADS, 4), **changes}
     with pytest.raises(kind, match=f"`{name}"):

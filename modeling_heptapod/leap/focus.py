@@ -246,7 +246,9 @@ def _blank_pads(qfkv, padding_mask):
 def _check_inputs(name, tensor, shape, settings, state):
     if not tensor.is_floating_point():
         raise TypeError(f"`{name}` must be floating point, got {tensor.dtype}.")
-    wrong = len(shape) != tensor.dim() or any(size not in (None, got) for size, got in zip(shape, tensor.shape))
+    wrong = len(shape) != tensor.dim() or any(
+        size is not None and size != got for size, got in zip(shape, tensor.shape)
+    )
     if wrong or 0 in tensor.shape:
         expected = ", ".join("?" if size is None else str(size) for size in shape)
         raise ValueError(f"`{name}` must have shape [{expected}] with at least one token, got {list(tensor.shape)}.")

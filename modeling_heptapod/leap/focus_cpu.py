@@ -90,7 +90,7 @@ def takes(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> bool:
         and (settings.window is None or settings.window <= _WIDEST)
         and 1 < qfkv.shape[-1] <= _MOST_DIM
         and (rotary is None or rotary[0].dtype == torch.float32)
-        and _library(qfkv.shape[-1]) is not None
+        and _library(int(qfkv.shape[-1])) is not None  # a library is for one size, which a graph might leave open
     )
 
 

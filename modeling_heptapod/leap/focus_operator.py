@@ -10,11 +10,14 @@ from functools import wraps
 
 import torch
 
-from . import focus_cpu, focus_triton
 from .focus_cpu import NativeMixing
+from .focus_cpu import applies as native_applies
+from .focus_cpu import takes as native_takes
 from .focus_kinds import FocusSettings
 from .focus_tiles import TiledMixing, enter_state, means, means_backward
 from .focus_triton import TritonMixing
+from .focus_triton import applies as triton_applies
+from .focus_triton import takes as triton_takes
 from .running_mean import FocusState
 
 
@@ -85,9 +88,9 @@ def _in_full_precision(function):
 
 
 def _choose_mixing(qfkv, settings, rotary):
-    if focus_triton.applies(qfkv, settings, rotary):
+    if triton_applies(qfkv, settings, rotary):
         return TritonMixing
-    return NativeMixing if focus_cpu.applies(qfkv, settings, rotary) else TiledMixing
+    return NativeMixing if native_applies(qfkv, settings, rotary) else TiledMixing
 
 
 class _FocusMixing(torch.autograd.Function):
@@ -159,14 +162,17 @@ def _values(settings):
     return (getattr(settings, name) for name in _SETTINGS)
 
 
+def _form(qfkv, settings, rotary):
+    """Which form of the mixing step runs on this machine, also for tensors without memory, which stand for it in a graph."""
+    if triton_takes(qfkv, settings, rotary):
+        return TritonMixing
+    return NativeMixing if native_takes(qfkv, settings, rotary) else TiledMixing
+
+
 def _mixing(qfkv, decay, cos, sin, padding_mask, segments, past_logs, past_values, *values):
-    """The mixing step that runs on this machine, also for tensors without memory, which stand for it in a graph."""
     rotary, past = None if cos is None else (cos, sin), None if past_logs is None else (past_logs, past_values)
     settings = FocusSettings(**dict(zip(_SETTINGS, values)))
-    mixing = TiledMixing
-    for kernels, takes in ((TritonMixing, focus_triton.takes), (NativeMixing, focus_cpu.takes)):
-        mixing = kernels if takes(qfkv, settings, rotary) else mixing
-    return mixing, (qfkv, settings, decay, rotary, padding_mask, segments, past)
+    return _form(qfkv, settings, rotary)(qfkv, settings, decay, rotary, padding_mask, segments, past)
 
 
 def _state_like(values, batch, heads, channels, seq, past_logs, window, causal):
@@ -206,21 +212,24 @@ def _mixing_operator(
     for_backward: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     values = scale, normalize, weight_function, query_gate, window, null_weight, causal
-    kind, arguments = _mixing(qfkv, decay, cos, sin, padding_mask, segments, past_logs, past_values, *values)
-    mixing = kind(*arguments)
-    out, logs, means = mixing.forward(qfkv, for_backward and kind is not TiledMixing)
-    return out, *_present((logs, means, mixing.carries), qfkv)
+    mixing = _mixing(qfkv, decay, cos, sin, padding_mask, segments, past_logs, past_values, *values)
+    # Carries of tiles are no tensor: their backward pass finds them again.
+    out, *state = mixing.forward(qfkv, for_backward and not isinstance(mixing, TiledMixing))
+    return out, *_present((*state, mixing.carries), qfkv)
 
 
 @_mixing_operator.register_fake
-def _(qfkv, *rest):
-    *rest, for_backward = rest
-    kind, arguments = _mixing(qfkv, *rest)
-    settings, past_logs = arguments[1], rest[5]
+def _(qfkv, decay, cos, sin, padding_mask, segments, past_logs, past_values, *values_and_purpose):
+    *values, for_backward = values_and_purpose
+    values = dict(zip(_SETTINGS, values))
+    window = None if values["window"] is None else int(values["window"])
+    settings = FocusSettings(
+        **{**values, "window": window, "scale": 1.0, "null_weight": 0.0}
+    )  # of these a graph may have any
     batch, seq, parts, heads, dim = qfkv.shape
-    channels = dim if parts == 3 else 2 * dim
-    state = _state_like(qfkv, batch, heads, channels, seq, past_logs, settings.window, settings.causal)
-    carries = kind.new_carries(qfkv, settings.window) if for_backward else None
+    state = _state_like(qfkv, batch, heads, dim if parts == 3 else 2 * dim, seq, past_logs, window, settings.causal)
+    form = _form(qfkv, settings, None if cos is None else (cos, sin))
+    carries = form.new_carries(qfkv, window) if for_backward else None
     return qfkv.new_empty(batch, seq, heads, dim), *state, *_present((carries,), qfkv)
 
 
@@ -246,9 +255,8 @@ def _mixing_backward_operator(
     causal: bool,
 ) -> torch.Tensor:
     values = scale, normalize, weight_function, query_gate, window, null_weight, causal
-    kind, arguments = _mixing(qfkv, decay, cos, sin, padding_mask, segments, past_logs, past_values, *values)
-    mixing = kind(*arguments)
-    if kind.new_carries(qfkv, window) is not None:
+    mixing = _mixing(qfkv, decay, cos, sin, padding_mask, segments, past_logs, past_values, *values)
+    if carries.numel():
         mixing.carries = carries
     return mixing.backward(qfkv, grad_out).contiguous()
 

@@ -886,8 +886,8 @@ class TritonMixing:
         if window is not None:
             return None
         batch, seq, parts, heads, dim = qfkv.shape
-        chunk, *_ = _tile(dim, 16)
-        record = _HEADER + (parts - 2) * _padded(dim)
+        chunk, *_ = _tile(int(dim), 16)
+        record = _HEADER + (parts - 2) * _padded(int(dim))
         return qfkv.new_empty(batch * heads, -(-seq // chunk), record, dtype=torch.float32)
 
     def _shared_memory(self, like):

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from modeling_heptapod.leap import focus_cpu, focus_triton
+from modeling_heptapod.leap import focus_operator, focus_triton
 from modeling_heptapod.leap.focus import FocusSettings, FocusState, focus_mixing, naive_focus_mixing
 from modeling_heptapod.leap.focus_step import pack_state
 from tests.test_focus import OPTIONS, check_state, relative_rms, settings_for
@@ -32,7 +32,7 @@ at_length = pytest.mark.skipif(INTERPRETED, reason="too long for the interpreter
 def kernels(monkeypatch):
     """The kernels on whatever device the tests run; in the interpreter nothing else takes the step before them."""
     monkeypatch.setattr(focus_triton, "_DEVICES", (DEVICE,))
-    monkeypatch.setattr(focus_cpu, "applies", lambda *_: False)
+    monkeypatch.setattr(focus_operator, "native_applies", lambda *_: False)
     if INTERPRETED:
         from triton.runtime.interpreter import InterpreterBuilder
 
@@ -147,7 +147,7 @@ def test_gradient_after_a_state(window, monkeypatch):
 
     out, _, grad = with_gradient(step, qfkv[:, 50:], weight)
     monkeypatch.setattr(focus_triton, "_DEVICES", ())
-    monkeypatch.setattr(focus_triton, "applies", lambda *_: False)
+    monkeypatch.setattr(focus_operator, "triton_applies", lambda *_: False)
     expected, _, expected_grad = with_gradient(step, qfkv[:, 50:], weight)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-4)
@@ -279,7 +279,7 @@ def test_long_rows_equal_the_torch_form(monkeypatch):
     weight = torch.randn(1, 131_072, 2, 32, device=DEVICE)
     settings = replace(settings_for(None, normalize=True), scale=0.3)
     out, state, grad = with_gradient(lambda x: focus_mixing(x, settings), qfkv, weight)
-    monkeypatch.setattr(focus_triton, "applies", lambda *_: False)
+    monkeypatch.setattr(focus_operator, "triton_applies", lambda *_: False)
     expected, final, expected_grad = with_gradient(lambda x: focus_mixing(x, settings), qfkv.double(), weight.double())
     assert relative_rms(out, expected) < 5e-6
     assert relative_rms(grad, expected_grad) < 5e-5

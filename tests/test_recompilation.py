@@ -1,0 +1,80 @@
+"""`torch.compile` on inputs of varying lengths: one graph for the first, one more for all others, as for GPT-2."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tests import tiny_leap, tiny_multigrid
+
+
+LENGTHS = (40, 57, 64, 33, 19, 90, 7)
+LEAP, MULTIGRID = tiny_leap.VARIANTS, tiny_multigrid.VARIANTS
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compilations(model, make_inputs, train):
+    """Graphs compiled for inputs of all `LENGTHS`, whose results must be those of eager mode."""
+    graphs = CompileCounterWithBackend("eager")
+    model = model.train(train)
+    compiled = torch.compile(model, backend=graphs)
+    for length in LENGTHS:
+        inputs = make_inputs(length)
+        if train:
+            inputs["labels"] = inputs["input_ids"]
+        with torch.set_grad_enabled(train):
+            results = []
+            for run in (compiled, model):
+                model.zero_grad()
+                outputs = run(**inputs)
+                if train:
+                    outputs.loss.backward()
+                results.append([outputs.logits, *(p.grad for p in model.parameters() if p.grad is not None)])
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    return graphs.frame_count
+
+
+def text(length):
+    return {"input_ids": tiny_leap.random_ids(2, length)}
+
+
+def test_the_peer():
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=64, resid_pdrop=0.0, embd_pdrop=0.0))
+    assert compilations(model, text, train=False) == 2
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["no-grad", "training"])
+@pytest.mark.parametrize(
+    "variant",
+    [name if name in ("default", "plain-scale") else pytest.param(name, marks=pytest.mark.slow) for name in LEAP],
+)
+def test_leap(variant, train):
+    """Without gradients each pass also fills a cache."""
+    assert compilations(tiny_leap.tiny_leap(**LEAP[variant]), text, train) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["default", "decay", "additive"])
+def test_bidirectional_leap(variant):
+    model = tiny_leap.tiny_leap("LeapForMaskedLM", **LEAP[variant])
+    assert compilations(model, text, train=True) == 2
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["no-grad", "training"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "axes",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in MULTIGRID if "lstm" not in name and name != "axes"),
+    ],
+)
+def test_multigrid(variant, train):
+    model = tiny_multigrid.tiny_multigrid(**MULTIGRID[variant])
+    assert compilations(model, lambda length: tiny_multigrid.random_grid(model, 2, length), train) == 2
