@@ -115,7 +115,7 @@ def test_means_alone_in_a_graph(kind):
     compare(lambda *x: focus_mean(*x, settings), logs, values)
 
 
-@pytest.mark.parametrize("kind", ["global", "window", "two-sided window"])
+@pytest.mark.parametrize("kind", ["global", "wide", "two-sided window"])
 def test_operators_are_what_torch_expects(kind):
     """Schema, shapes without memory, and gradients, as `torch.library.opcheck` looks at them."""
     qfkv, _ = inputs(seq=20)

@@ -85,6 +85,18 @@ def gpt2_and_ours(**options):
     return gpt2, ours
 
 
+def test_eager_attention_of_one_more_token():
+    """A single query has the whole past before it, and no mask."""
+    model = tiny_multigrid()
+    model.set_attn_implementation("eager")
+    grid = random_grid(model, 2, 9)
+    with torch.no_grad():
+        expected = model(**grid, use_cache=False).logits[:, -1]
+        cache = model(grid["input_ids"][:, :-1], grid["meta_ids"][..., :-1], use_cache=True).past_key_values
+        more = model(grid["input_ids"][:, -1:], grid["meta_ids"][..., -1:], past_key_values=cache)
+    torch.testing.assert_close(more.logits[:, -1], expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_without_axes_it_is_gpt2(attention):
     gpt2, ours = gpt2_and_ours()
