@@ -5,11 +5,11 @@ so that it keeps the kernels and serves all lengths: C on CPUs, Triton on GPUs, 
 run without this package and so holds plain operations.
 """
 
-import hashlib
 from functools import wraps
 
 import torch
 
+from ..common.operator_namespace import operator_namespace
 from .focus_cpu import NativeMixing
 from .focus_cpu import applies as native_applies
 from .focus_cpu import takes as native_takes
@@ -21,9 +21,7 @@ from .focus_triton import takes as triton_takes
 from .running_mean import FocusState
 
 
-# A folder saved with its code registers operators of its own: that code may be of another version than the package's.
-_OF_PACKAGE = __name__.startswith("modeling_heptapod.")
-NAMESPACE = "heptapod" if _OF_PACKAGE else f"heptapod_{hashlib.sha256(__name__.encode()).hexdigest()[:8]}"
+NAMESPACE = operator_namespace(__name__)
 
 
 def focus_mixing_step(
