@@ -5,11 +5,25 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tests import tiny_leap, tiny_multigrid
+from tests import tiny_hierarchical_lm, tiny_leap, tiny_multigrid
 
 
 LENGTHS = (40, 57, 64, 33, 19, 90, 7)
 LEAP, MULTIGRID = tiny_leap.VARIANTS, tiny_multigrid.VARIANTS
+HIERARCHICAL = {
+    **tiny_hierarchical_lm.VARIANTS,
+    "losses": {
+        **tiny_hierarchical_lm.VARIANTS["predict-all"],
+        "reconstruction_loss_weight": 0.1,
+        "prophet_loss_weight": 0.1,
+        "quantized_prophet_loss_weight": 0.1,
+        "prophet_codebook_size": 8,
+        "prophet_codebook_dim": 4,
+        "prophet_num_codebooks": 2,
+        "next_latent_loss_weight": 0.1,
+        "next_latent_rollouts": 2,
+    },
+}
 
 
 @pytest.fixture(autouse=True)
@@ -19,13 +33,13 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def compilations(model, make_inputs, train):
-    """Graphs compiled for inputs of all `LENGTHS`, whose results must be those of eager mode."""
+def compilations(model, make_inputs, train, sizes=LENGTHS):
+    """Graphs compiled for inputs of all `sizes`, whose results must be those of eager mode."""
     graphs = CompileCounterWithBackend("eager")
     model = model.train(train)
     compiled = torch.compile(model, backend=graphs)
-    for length in LENGTHS:
-        inputs = make_inputs(length)
+    for size in sizes:
+        inputs = make_inputs(size)
         if train:
             inputs["labels"] = inputs["input_ids"]
         with torch.set_grad_enabled(train):
@@ -78,3 +92,27 @@ def test_bidirectional_leap(variant):
 def test_multigrid(variant, train):
     model = tiny_multigrid.tiny_multigrid(**MULTIGRID[variant])
     assert compilations(model, lambda length: tiny_multigrid.random_grid(model, 2, length), train) == 2
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["no-grad", "training"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        name if name in ("two", "predict-all", "losses") else pytest.param(name, marks=pytest.mark.slow)
+        for name in HIERARCHICAL
+    ],
+)
+def test_hierarchical_lm(variant, train):
+    """Without gradients each pass also fills a cache. A text that is not longer than a stride is another program."""
+    model = tiny_hierarchical_lm.tiny_hierarchical_lm(**HIERARCHICAL[variant])
+    expected = 3 if max(model.config.strides) > min(LENGTHS) else 2
+    assert compilations(model, text, train) == expected
+
+
+def test_hierarchical_lm_with_batches_of_varying_sizes():
+    model = tiny_hierarchical_lm.tiny_hierarchical_lm(**HIERARCHICAL["two"])
+
+    def rows(number):
+        return {"input_ids": tiny_hierarchical_lm.random_ids(number, 40)}
+
+    assert compilations(model, rows, train=False, sizes=(2, 3, 5, 4, 7)) == 2

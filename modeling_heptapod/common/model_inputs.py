@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import has_static_value
 from transformers.utils.import_utils import is_tracing
 
 from .transformers_versions import CACHE
@@ -10,6 +11,11 @@ from .transformers_versions import CACHE
 def has_open_sizes(x: torch.Tensor) -> bool:
     """Whether `torch.export` leaves sizes of it open: paths that loop over sizes would fix them then."""
     return torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in x.shape)
+
+
+def is_open(size: int) -> bool:
+    """Whether a compiler or an export leaves a size open: what is compared with it then narrows what the program is for."""
+    return torch.compiler.is_compiling() and not has_static_value(size)
 
 
 def is_transformed() -> bool:
@@ -191,6 +197,7 @@ __all__ = [
     "count_positions",
     "embed_text",
     "has_open_sizes",
+    "is_open",
     "is_transformed",
     "look_up",
     "of_new_tokens",

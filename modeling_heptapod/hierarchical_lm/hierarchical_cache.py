@@ -24,7 +24,7 @@ class HierarchicalCache(CountingCacheMixin, DynamicCache):
 
     Attributes:
         seen_tokens (`int`): tokens seen, pads included.
-        row_lengths (`list[int]`, *optional*): real tokens of each row, `None` before the first.
+        row_lengths (`list[int]`, *optional*): real tokens of each row, or of all if there is one; `None` before the first.
         centers (`list[int]`): of each hierarchy, the position from which cached keys count their decay (xPos).
     """
 
@@ -92,12 +92,14 @@ class HierarchicalCache(CountingCacheMixin, DynamicCache):
 
     def _append_in_place(self, layer, layer_idx, key, value, keep):
         length, steps = layer.keys.shape[2], key.shape[2]
-        if keep is not None and steps > max(keep, 1):  # a prompt: what leaves the window is not kept alive
-            full = (
-                [torch.cat(pair, dim=2) for pair in ((layer.keys, key), (layer.values, value))]
-                if length
-                else [key, value]
-            )
+        if not length:  # a prompt: what leaves the window, and the queries beside the keys, are not kept alive
+            first = 0 if keep is None else max(steps - keep, 0)
+            memory = [x[:, :, first:].clone() for x in (key, value)]
+            layer.keys, layer.values = memory
+            self._room[layer_idx] = (memory, steps - first, layer.keys)
+            return key, value
+        if keep is not None and steps > max(keep, 1):
+            full = [torch.cat(pair, dim=2) for pair in ((layer.keys, key), (layer.values, value))]
             layer.keys, layer.values = (x[:, :, x.shape[2] - keep :].clone() for x in full)
             return tuple(full)
         memory, end, view = self._room.get(layer_idx, (None, 0, None))

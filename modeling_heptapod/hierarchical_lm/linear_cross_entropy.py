@@ -11,6 +11,8 @@ What is kept for the backward pass is the gradients themselves, which are as lar
 
 import torch
 
+from ..common.model_inputs import is_open
+
 
 _IGNORED = -100  # the target that does not count
 _PIECE = 1 << 22  # logits held at a time
@@ -59,8 +61,10 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: to
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, dtype, differentiate):
+        # Compiled, the loop over pieces would be another one for each number of states.
+        in_pieces = _in_pieces_as_one if is_open(hidden.shape[0]) else _in_pieces
         with torch.autocast(hidden.device.type, enabled=False):
-            loss, grad_hidden, grad_weight = _loss_and_gradients(
+            loss, grad_hidden, grad_weight = in_pieces(
                 hidden.to(dtype),
                 weight.to(dtype),
                 targets,
@@ -75,13 +79,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         grads = (
-            None if saved is None else (saved * grad).to(dtype) for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes)
+            (saved * grad).to(dtype) if needed else None
+            for saved, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad)
         )
         return *grads, None, None, None
 
 
-def _loss_and_gradients(hidden, weight, targets, for_hidden, for_weight):
-    """The mean loss and its gradients (`None` where not wanted); sums in at least float32."""
+def _in_pieces(hidden, weight, targets, for_hidden, for_weight):
+    """The mean loss and its gradients (empty where not wanted); sums in at least float32."""
     states, num_targets = targets.shape
     vocab = weight.shape[0] // num_targets
     precise = torch.promote_types(hidden.dtype, torch.float32)
@@ -89,8 +94,8 @@ def _loss_and_gradients(hidden, weight, targets, for_hidden, for_weight):
     share = 1 / counts.sum().clamp_min(1).to(precise)
     places = targets.clamp_min(0).unsqueeze(-1)
     loss = hidden.new_zeros((), dtype=precise)
-    grad_hidden = hidden.new_zeros(hidden.shape, dtype=precise) if for_hidden else None
-    grad_weight = hidden.new_zeros(weight.shape, dtype=precise) if for_weight else None
+    grad_hidden = hidden.new_zeros(hidden.shape if for_hidden else (0,), dtype=precise)
+    grad_weight = hidden.new_zeros(weight.shape if for_weight else (0,), dtype=precise)
 
     group = max(1, min(num_targets, _PIECE // (states * vocab + 1)))  # targets in a piece
     rows = max(1, min(states, _PIECE // (group * vocab)))  # states in a piece
@@ -112,5 +117,19 @@ def _loss_and_gradients(hidden, weight, targets, for_hidden, for_weight):
                 grad_hidden[here] += grad @ part
             if for_weight:
                 grad_weight[first * vocab : (first + group) * vocab] += grad.t() @ hidden[here]
-    scaled = (None if grad is None else grad.mul_(share) for grad in (grad_hidden, grad_weight))
-    return loss * share, *scaled
+    return loss * share, grad_hidden.mul_(share), grad_weight.mul_(share)
+
+
+@torch.library.custom_op("heptapod::linear_cross_entropy", mutates_args=())
+def _in_pieces_as_one(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, for_hidden: bool, for_weight: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`_in_pieces` as one operator, into which compilers do not look."""
+    return _in_pieces(hidden, weight, targets, for_hidden, for_weight)
+
+
+@_in_pieces_as_one.register_fake
+def _(hidden, weight, targets, for_hidden, for_weight):
+    precise = torch.promote_types(hidden.dtype, torch.float32)
+    shapes = ((), hidden.shape if for_hidden else (0,), weight.shape if for_weight else (0,))
+    return tuple(hidden.new_empty(shape, dtype=precise) for shape in shapes)

@@ -310,9 +310,9 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
             cache = HierarchicalCache(config)
         check_position_ids(position_ids, batch, seq)
 
-        # Without a cache no row is told from another: one stands for all, however many an export leaves open.
-        past = [0] if cache is None else [0] * batch if cache.seen_tokens == 0 else cache.row_lengths
+        # Where no row is told from another one stands for all, however many a compiler leaves open.
         fresh = cache is None or cache.seen_tokens == 0
+        past = [0] if fresh else cache.row_lengths
         mask = token_mask(attention_mask, inputs_embeds, 0 if fresh else cache.seen_tokens)
         if not fresh and (mask is not None or min(past) < cache.seen_tokens):
             check_past_mask(attention_mask, seq, past)
@@ -330,7 +330,11 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
             rows = packed_layout(segments, mask, max(config.hierarchies))
         elif mask is not None:
             rows = pad_layout(mask)
-        new = [seq] * len(past) if mask is None or cache is None else mask.sum(1).tolist()
+        if mask is None or cache is None:
+            new = [seq] * len(past)
+        else:
+            new = mask.sum(1).tolist()
+            past = past * batch if len(past) == 1 else past
         embeds = inputs_embeds if rows is None else rows.align(inputs_embeds)
 
         pass_ = Pass(embeds, past, new, rows, cache, fresh, bool(output_attentions))
@@ -392,11 +396,12 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         joined, cache = embeds, pass_.cache
         if back:
             before = None if cache is None else cache.read_conv(-1)
+            unread = int(before is None)  # then windows never are all there is, which compilers would ask of each length
             if before is None:
-                before = embeds.new_zeros(embeds.shape[0], back, embeds.shape[2])
+                before = embeds.new_zeros(embeds.shape[0], unread + back, embeds.shape[2])
             joined = torch.cat((before, embeds), dim=1)
             if cache is not None:
-                cache.write_conv(pass_.last_of(joined, back), -1)
+                cache.write_conv(pass_.last_of(joined[:, unread:], back), -1)
         streams = []
         for factor, width, plan, compressor in zip(factors, self.config.hidden_sizes, plans, self.compressors):
             if plan.steps == 0:
@@ -406,7 +411,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
                 streams.append(compressor(embeds).to(embeds.dtype))
                 continue
             first, stride = (plan.pick.start, plan.stride) if isinstance(plan.pick, slice) else (0, 1)
-            windows = joined[:, back - factor + 1 + first :].unfold(1, factor, stride).transpose(2, 3)
+            windows = joined[:, unread + back - factor + 1 + first :].unfold(1, factor, stride).transpose(2, 3)
             if stride < plan.stride:
                 windows = torch.stack([plan.at_steps(x) for x in windows.unbind(2)], dim=2)
             exists = None

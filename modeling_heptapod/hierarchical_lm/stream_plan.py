@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..common.model_inputs import has_open_sizes
+from ..common.model_inputs import has_open_sizes, is_open
 from ..common.row_layout import RowLayout
 from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .hierarchical_cache import HierarchicalCache
@@ -83,9 +83,9 @@ class StreamPlan:
         """What `to_read` gave, or any function of each of its steps -> `[batch, tokens, width]`: what each token reads."""
         if self.stride == 1:
             return x
-        if self.fresh and has_open_sizes(x):
-            return x[:, torch.arange(self.tokens, device=x.device) // self.stride]
         if self.fresh:
+            if is_open(self.tokens):  # one step more than tokens read, so that their number is never compared
+                x = nn.functional.pad(x, (0, 0, 0, 1))
             return x.repeat_interleave(self.stride, dim=1)[:, : self.tokens]
         if self.spread is None:
             return x
@@ -97,7 +97,7 @@ class StreamPlan:
             places = self.counts.unsqueeze(1) + torch.arange(number, device=x.device)
             return gather_steps(x, places)
         last = x[:, x.shape[1] - number :]
-        return last if x.shape[1] <= 2 * number else last.clone()  # no long row is kept alive for its end
+        return last.clone() if self.fresh or x.shape[1] > 2 * number else last  # no long row is kept alive for its end
 
 
 def gather_steps(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from ..common.model_inputs import is_open
+
 
 # Chunks are at least this long: below, more of them cost more than the keys they would spare.
 _SHORTEST_CHUNK = 32
@@ -130,8 +132,12 @@ def windowed_attention(
     """
     batch, length, heads, channels = query.shape
     phase_length = -(-length // dilation)
+    # Where lengths are open one program is for all of them: no case for short ones, and room that none fills.
+    length_is_open = is_open(length)
+    if length_is_open and (window is not None or dilation > 1):
+        phase_length = length // dilation + 2
     reach = window if window is None or not block else 2 * window
-    if window is not None and (window if block else reach) >= phase_length:
+    if window is not None and not length_is_open and (window if block else reach) >= phase_length:
         window = None  # every step sees all before it
     if segments is not None:
         positions, segments = (_fold_positions(x, dilation) for x in (positions // dilation, segments))
@@ -144,6 +150,10 @@ def windowed_attention(
     # Without segments the blocks of the window are the chunks; packed sequences begin anywhere in a chunk.
     chunk = window if block and segments is None else max(reach - 1, min(_SHORTEST_CHUNK, phase_length))
     chunks = -(-phase_length // chunk)
+    if length_is_open:
+        chunk = window if block and segments is None else max(reach - 1, _SHORTEST_CHUNK)
+        chunk = min(chunk, phase_length)
+        chunks = phase_length // chunk + 1
     after = chunks * chunk - phase_length
     query = _cut(_pad(query, 0, chunks * chunk * dilation), chunks, dilation)
     key, value = (
