@@ -396,7 +396,8 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         joined, cache = embeds, pass_.cache
         if back:
             before = None if cache is None else cache.read_conv(-1)
-            unread = int(before is None)  # then windows never are all there is, which compilers would ask of each length
+            # With one more than is read, windows never are all there is: a compiler would ask of each length.
+            unread = int(before is None)
             if before is None:
                 before = embeds.new_zeros(embeds.shape[0], unread + back, embeds.shape[2])
             joined = torch.cat((before, embeds), dim=1)

@@ -133,11 +133,11 @@ def windowed_attention(
     batch, length, heads, channels = query.shape
     phase_length = -(-length // dilation)
     # Where lengths are open one program is for all of them: no case for short ones, and room that none fills.
-    length_is_open = is_open(length)
-    if length_is_open and (window is not None or dilation > 1):
-        phase_length = length // dilation + 2
+    length_is_open = segments is None and is_open(length)
     reach = window if window is None or not block else 2 * window
-    if window is not None and not length_is_open and (window if block else reach) >= phase_length:
+    if length_is_open:
+        phase_length = phase_length if window is None and dilation == 1 else length // dilation + 2
+    elif window is not None and (window if block else reach) >= phase_length:
         window = None  # every step sees all before it
     if segments is not None:
         positions, segments = (_fold_positions(x, dilation) for x in (positions // dilation, segments))
@@ -151,7 +151,6 @@ def windowed_attention(
     chunk = window if block and segments is None else max(reach - 1, min(_SHORTEST_CHUNK, phase_length))
     chunks = -(-phase_length // chunk)
     if length_is_open:
-        chunk = window if block and segments is None else max(reach - 1, _SHORTEST_CHUNK)
         chunk = min(chunk, phase_length)
         chunks = phase_length // chunk + 1
     after = chunks * chunk - phase_length
