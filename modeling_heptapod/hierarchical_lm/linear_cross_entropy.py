@@ -12,6 +12,7 @@ What is kept for the backward pass is the gradients themselves, which are as lar
 import torch
 
 from ..common.model_inputs import is_open
+from ..common.operator_namespace import operator_namespace
 
 
 _IGNORED = -100  # the target that does not count
@@ -120,7 +121,7 @@ def _in_pieces(hidden, weight, targets, for_hidden, for_weight):
     return loss * share, grad_hidden.mul_(share), grad_weight.mul_(share)
 
 
-@torch.library.custom_op("heptapod::linear_cross_entropy", mutates_args=())
+@torch.library.custom_op(f"{operator_namespace(__name__)}::linear_cross_entropy", mutates_args=())
 def _in_pieces_as_one(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, for_hidden: bool, for_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
