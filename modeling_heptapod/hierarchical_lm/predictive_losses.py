@@ -376,7 +376,8 @@ def _owners(mask, segments):
 
 def _block_targets(input_ids, owners, offsets, stride):
     """Tokens at `offsets` from every `stride`-th token, `[batch, n, offsets]`; -100 outside of its sequence."""
-    before, after = max(0, -offsets[0]), max(0, offsets[-1])
+    # With one more than is read, windows never are all there is: a compiler would ask of each length.
+    before, after = max(0, -offsets[0]) + 1, max(0, offsets[-1])
 
     def around(x, outside):
         padded = nn.functional.pad(x, (before, after), value=outside)
