@@ -59,6 +59,7 @@ CODE = {
         "modeling_leap.py",
         "native_library.py",
         "operator_namespace.py",
+        "operator_namespace.py",
         "own_cache.py",
         "packed_rows.py",
         "recurrent_cache.py",
