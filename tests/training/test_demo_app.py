@@ -602,6 +602,7 @@ FROM_THE_END = """() => {
     const box = document.querySelector('#written textarea');
     return [box.scrollHeight - box.clientHeight - box.scrollTop, box.scrollHeight - box.clientHeight];
 }"""
+AT_THE_END = f"() => {{ const [distance, scrolled] = ({FROM_THE_END})(); return distance < 40 && scrolled > 40; }}"
 
 
 def assert_readable(page, *selectors):
@@ -655,11 +656,10 @@ def test_long_texts_in_a_browser(page, folders):
     page.click("#write")
     for more in (20, 60):
         page.wait_for_function(WRITTEN, arg=[len(prompt) + more])
-        page.wait_for_timeout(200)
-        distance, scrolled = page.evaluate(FROM_THE_END)
-        assert distance < 40 < scrolled
+        page.wait_for_function(AT_THE_END)
     page.evaluate("document.querySelector('#written textarea').scrollTop = 0")
-    page.wait_for_timeout(500)
+    length = page.evaluate("document.querySelector('#written textarea').value.length")
+    page.wait_for_function(WRITTEN, arg=[length + 20])
     distance, scrolled = page.evaluate(FROM_THE_END)
     assert distance == scrolled > 40
     page.click("#stop")
@@ -668,9 +668,7 @@ def test_long_texts_in_a_browser(page, folders):
     page.wait_for_function(
         "([most]) => document.querySelector('#written textarea').value.length < most", arg=[len(prompt) + 20]
     )
-    page.wait_for_timeout(1500)
-    distance, scrolled = page.evaluate(FROM_THE_END)
-    assert distance < 40 < scrolled
+    page.wait_for_function(AT_THE_END)
 
     page.click("#look")
     expect(page.locator("#looked .layer")).to_have_count(4)
