@@ -163,14 +163,14 @@ def leap() -> Picture:
     p.text(440, 80, "windows of the layers")
     draw_windows(p, 440, 98)
     p.text(440, 262, "state while generating")
-    p.box(440, 274, 106, 28, "violet", "Σ weight")
-    p.box(554, 274, 106, 28, "violet", "Σ weight · k")
-    p.box(668, 274, 106, 28, "violet", "Σ weight · v")
+    p.box(440, 274, 106, 28, "violet", "Σ of weights")
+    p.box(554, 274, 106, 28, "violet", "mean of k")
+    p.box(668, 274, 106, 28, "violet", "mean of v")
     _wrapped(
         p,
         440,
         326,
-        ["Running sums, or the last tokens of a window:", "its size does not depend on the length of the text."],
+        ["Running means, or the last tokens of a window:", "its size does not depend on the length of the text."],
         step=17,
     )
     return p
