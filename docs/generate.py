@@ -81,20 +81,17 @@ def own_fields(config_class: type) -> list[dataclasses.Field]:
     return [field for field in dataclasses.fields(config_class) if field.name in inspect.get_annotations(config_class)]
 
 
-def model_table(prefix: str = "") -> str:
-    """The models that have a card, with their bits per byte; `prefix` leads from the page to the repository."""
+def model_table(is_linked: bool = True) -> str:
+    """The models that have a card, with their bits per byte; the site of the docs has no cards to link to."""
     lines = ["| model | parameters | bits per byte | measured as |", "| --- | --- | --- | --- |"]
-    cards = {
-        path: path.read_text(encoding="utf-8") for path in (ROOT / "hub_cards").glob("*.md") if path.stem != "template"
-    }
-    order = sorted(cards, key=lambda path: (FAMILIES.index(path.stem.rsplit("-", 1)[0]), path.stem))
-    for path in order:
-        _, front, body = cards[path].split("---\n", 2)
+    cards = [path for path in (ROOT / "hub_cards").glob("*.md") if path.stem != "template"]
+    for path in sorted(cards, key=lambda path: (FAMILIES.index(path.stem.rsplit("-", 1)[0]), path.stem)):
+        _, front, body = path.read_text(encoding="utf-8").split("---\n", 2)
         metric = yaml.safe_load(front)["model-index"][0]["results"][0]["metrics"][-1]
+        name = f"[`{path.stem}`](hub_cards/{path.name})" if is_linked else f"`{path.stem}`"
         parameters = re.search(r"([\d,]+) parameters", body)[1]
-        how = metric["name"].removeprefix("bits per byte, ")
         lines.append(
-            f"| [`{path.stem}`]({prefix}hub_cards/{path.name}) | {parameters} | {metric['value']:.3f} | {how} |"
+            f"| {name} | {parameters} | {metric['value']:.3f} | {metric['name'].removeprefix('bits per byte, ')} |"
         )
     return "\n".join(lines)
 
@@ -144,10 +141,9 @@ def figure_lines(prefix: str = "docs/") -> str:
 def generate(path: Path, text: str) -> str:
     """`text` of the page at `path` with its generated parts as they should be."""
     in_docs = path.is_relative_to(ROOT / "docs")
-    up = "../" * len(path.relative_to(ROOT).parent.parts)
     makers = {
         "config": config_table,
-        "models": lambda _: model_table(up),
+        "models": lambda _: model_table(not in_docs),
         "figures": lambda _: figure_lines("" if in_docs else "docs/"),
     }
     text = MARKERS.sub(lambda match: f"{match[1]}{makers[match[2]](match[3])}\n{match[4]}", text)

@@ -1,6 +1,6 @@
-"""Docstrings that transformers' `auto_docstring` completes, as mkdocstrings reads them: from the source.
+"""Docstrings in the style of Transformers, as mkdocstrings reads them: from the source.
 
-Where the decorator stands, a docstring names arguments without the heading `Args:`, and leaves out those that all models have in
+Where `auto_docstring` stands, a docstring names arguments without the heading `Args:`, and leaves out those that all models have in
 common. The heading is added here; the common arguments are those of Transformers' own pages.
 """
 
@@ -9,21 +9,26 @@ import re
 import griffe
 
 
-_ARGUMENT = re.compile(r"\w[\w, ]* \(.*\):\n")
+_ARGUMENT = re.compile(r"^( *[\w*][\w*, ]*) \((.*)\):$", re.MULTILINE)
 _REFERENCE = re.compile(r"\[(`[^`\]]+`)\](?!\(|\[)")  # [`Name`], which Transformers' doc-builder makes a link of
 
 
 class AutoDocstring(griffe.Extension):
-    """Gives docstrings their heading, and takes the brackets off names."""
+    """Gives docstrings their headings, and takes markup off types and names."""
 
     def on_object(self, *, obj, **_):
-        docstring = obj.docstring
-        if docstring is None:
+        if obj.docstring is None:
             return
-        value = docstring.value.strip()
+        text = obj.docstring.value.strip()
         decorators = [str(decorator.value) for decorator in getattr(obj, "decorators", [])]
-        if any("auto_docstring" in decorator for decorator in decorators) and _ARGUMENT.match(value):
-            fields, *rest = re.split(r"\n\n(?=Example:)", value, maxsplit=1)
-            heading = "Attributes" if obj.is_class else "Args"
-            value = "\n\n".join(["{}:\n{}".format(heading, re.sub(r"(?m)^(?=.)", "    ", fields)), *rest])
-        docstring.value = _REFERENCE.sub(r"\1", value)
+        obj.docstring.value = tidy(text, any("auto_docstring" in decorator for decorator in decorators), obj.is_class)
+
+
+def tidy(text: str, is_completed: bool, is_class: bool) -> str:
+    """A docstring with sections; `is_completed` where `auto_docstring` would write the heading."""
+    if is_completed and _ARGUMENT.match(text):
+        fields, *rest = re.split(r"\n\n(?=Example:)", text, maxsplit=1)
+        heading = "Attributes" if is_class else "Args"
+        text = "\n\n".join([f"{heading}:\n" + re.sub(r"^(?=.)", "    ", fields, flags=re.MULTILINE), *rest])
+    text = _ARGUMENT.sub(lambda match: f"{match[1]} ({re.sub('[`*]', '', match[2])}):", text)
+    return _REFERENCE.sub(r"\1", text)
