@@ -4,6 +4,7 @@ Only the standard library is needed, and the same source draws the same bytes. A
 the reader's colour scheme, so that it can be read on light and on dark pages.
 """
 
+import re
 from html import escape
 from pathlib import Path
 
@@ -402,6 +403,40 @@ def architectures() -> Picture:
     return p
 
 
+# --- badges ----------------------------------------------------------------------------------------------------------
+
+
+def badge(left: str, right: str) -> str:
+    """A small label of two parts, as the front page shows them; the colours can be read on light and on dark pages."""
+    widths = [round(7.2 * len(words)) + 14 for words in (left, right)]
+    total = sum(widths)
+    parts, x = [], 0
+    for words, width, colour in zip((left, right), widths, ("#4a5163", "#2563c9")):
+        parts.append(f'<rect x="{x}" width="{width}" height="20" fill="{colour}"/>')
+        parts.append(
+            f'<text x="{x + width / 2:g}" y="14" fill="#ffffff" text-anchor="middle" textLength="{width - 14}" '
+            f'font-family="Verdana, DejaVu Sans, sans-serif" font-size="11">{escape(words)}</text>'
+        )
+        x += width
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{total}" height="20" role="img" aria-label="{escape(left)}: {escape(right)}">'
+        f'<clipPath id="round"><rect width="{total}" height="20" rx="3"/></clipPath><g clip-path="url(#round)">{"".join(parts)}</g></svg>\n'
+    )
+
+
+def badges() -> dict[str, str]:
+    """What pyproject.toml says of licence, Python and Transformers."""
+    project = (HERE.parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    (licence,) = re.findall(r'^license = "(.*)"$', project, re.MULTILINE)
+    (python,) = re.findall(r'^requires-python = "(.*)"$', project, re.MULTILINE)
+    (transformers,) = re.findall(r'"transformers(>=[^"]*)"', project)
+    return {
+        "badge-licence": badge("licence", licence),
+        "badge-python": badge("python", python),
+        "badge-transformers": badge("transformers", transformers.replace(",", " ")),
+    }
+
+
 PICTURES = {
     "architectures": architectures,
     "leap": leap,
@@ -411,9 +446,14 @@ PICTURES = {
 }
 
 
+def draw_all() -> dict[str, str]:
+    """The text of every SVG file, by its name without the ending."""
+    return {**{name: draw().svg() for name, draw in PICTURES.items()}, **badges()}
+
+
 def main():
-    for name, draw in PICTURES.items():
-        (HERE / f"{name}.svg").write_text(draw().svg(), encoding="utf-8")
+    for name, text in draw_all().items():
+        (HERE / f"{name}.svg").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
