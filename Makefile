@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 OUTPUT := outputs/$(FAMILY)-tiny
 
-.PHONY: install demo judge test test-slow gpu conformance compat free-install mutants bench style format clean
+.PHONY: install demo judge test test-slow docs gpu conformance compat free-install mutants bench style format clean
 
 install: $(INSTALLED)
 
@@ -16,7 +16,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install $(shell grep '^torch==' constraints.txt)
-	$(PY) -m pip install -c constraints.txt -e .[train,report,test,parity,axes,finetune,eval,deploy,app,serve]
+	$(PY) -m pip install -c constraints.txt -e .[train,report,test,parity,axes,finetune,eval,deploy,app,serve,docs,notebooks]
 	touch $@
 
 # What the families share of a demo, what each adds, and how it shows what it learned.
@@ -50,6 +50,11 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(PYTEST) -m slow
+
+# The pages in docs/, into build/docs: generated parts are up to date, links lead somewhere, nothing is fetched.
+docs: $(INSTALLED)
+	$(PY) docs/generate.py --check
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 # On a CUDA device, with the Python that sees it; `make gpu QUICK=1` is for a CPU with Triton (its interpreter).
 gpu:

@@ -443,12 +443,12 @@ def test_a_page_has_no_cell_for_virtual_tokens(method, task_type):
         get_peft_model(CASES["grid"].model(), method(task_type=task_type, num_virtual_tokens=3))
 
 
-# --- the README's table of modules -----------------------------------------------------------------------------------
+# --- the docs' table of modules --------------------------------------------------------------------------------------
 
 
 def documented_names():
     """By family, the names of the layers that mix positions, and of all others."""
-    page = (ROOT / "README.md").read_text(encoding="utf-8").split("### LoRA")[1].split("###")[0]
+    page = (ROOT / "docs" / "fine_tuning.md").read_text(encoding="utf-8").split("\n## LoRA\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", page, re.MULTILINE)
     return {family: [re.findall(r"`([\w.]+)`", column) for column in columns] for family, *columns in rows}
 

@@ -48,11 +48,13 @@ except ImportError as error:
     assert f"{BEYOND}.0 is installed" in printed and printed.rstrip().endswith("[]")
 
 
-def test_pyproject_readme_and_cards_state_the_same_window():
+def test_pyproject_docs_and_cards_state_the_same_window():
     window = f'"transformers>={OLDEST[0]}.{OLDEST[1]},<{BEYOND}"'
     assert window in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     said = "any version from {}.{} to {}.{} (".format(*OLDEST, *NEWEST)
-    assert said in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert said in (ROOT / "docs" / "getting_started.md").read_text(encoding="utf-8")
+    beyond = "before {}.{} and from {} on".format(*OLDEST, BEYOND)
+    assert beyond in (ROOT / "README.md").read_text(encoding="utf-8")
     cards = list((ROOT / "hub_cards").glob("*-tiny.md"))
     assert len(cards) == 4 and all(window in card.read_text(encoding="utf-8") for card in cards)
 

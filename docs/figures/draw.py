@@ -219,7 +219,7 @@ def hierarchical_lm() -> Picture:
     """The hierarchical LM: streams at several resolutions."""
     p = Picture(
         800,
-        330,
+        340,
         "Hierarchical LM",
         "Three streams read the same 17 tokens at different resolutions. Each attends to a window of its "
         "own steps, and at the end of each layer the streams are merged to predict the next token.",
@@ -231,8 +231,9 @@ def hierarchical_lm() -> Picture:
         24,
         272,
         [
-            "A step of factor c is made of the last c tokens: a compressor reads their embeddings. Coloured steps are in the window of token 17.",
-            "Each stream is a decoder: token shift, attention to its window, feed-forward. The merge ends every layer, and nothing looks ahead.",
+            "A step of factor c is made of the last c tokens: a compressor reads their embeddings.",
+            "Each stream is a decoder. Coloured steps are those in the window of token 17.",
+            "The merge ends every layer. Nothing looks ahead.",
         ],
         step=18,
     )
@@ -351,7 +352,7 @@ def multigrid() -> Picture:
     """MultiGrid: tracks beside the text."""
     p = Picture(
         800,
-        318,
+        324,
         "MultiGrid",
         "Beside each token of the text stand meta tokens, one on each axis. Every axis is a decoder of its own; in "
         "each layer the text reads every axis and every axis reads the text, and the next token of all of them is predicted.",
@@ -363,8 +364,9 @@ def multigrid() -> Picture:
         24,
         258,
         [
-            "Every row is a decoder of its own: position t sees its own past. In each layer the text reads every axis and every axis reads the text,",
-            "again up to position t. The model predicts the next token of every row; annotators, the model or the caller continue the axes.",
+            "Every row is a decoder of its own: position t sees its own past.",
+            "In each layer the text reads every axis and every axis reads the text, up to position t.",
+            "The model predicts the next token of every row. Annotators, the model or the caller continue the axes.",
         ],
         step=18,
     )
@@ -408,7 +410,7 @@ def architectures() -> Picture:
 
 def badge(left: str, right: str) -> str:
     """A small label of two parts, as the front page shows them; the colours can be read on light and on dark pages."""
-    widths = [round(7.2 * len(words)) + 14 for words in (left, right)]
+    widths = [round(6.7 * len(words)) + 14 for words in (left, right)]
     total = sum(widths)
     parts, x = [], 0
     for words, width, colour in zip((left, right), widths, ("#4a5163", "#2563c9")):

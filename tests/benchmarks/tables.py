@@ -1,7 +1,6 @@
 """Render benchmark results as Markdown, between `<!-- bench:NAME -->` and `<!-- /bench -->`.
 
-python tests/benchmarks/tables.py                      # print all
-python tests/benchmarks/tables.py --write README.md    # fill in the file's markers
+`python tests/benchmarks/tables.py` prints all; `python docs/generate.py` fills in the markers of README.md and docs/.
 """
 
 import argparse
@@ -80,15 +79,9 @@ def read_results() -> dict[str, dict]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", type=Path, metavar="FILE", help="fill in this file's markers instead of printing")
-    arguments = parser.parse_args()
-    results = read_results()
-    if arguments.write is None:
-        for name, result in results.items():
-            print(f"## {result['title']} ({name})\n\n{render(result)}\n")
-    else:
-        arguments.write.write_text(fill(arguments.write.read_text(encoding="utf-8"), results))
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    for name, result in read_results().items():
+        print(f"## {result['title']} ({name})\n\n{render(result)}\n")
 
 
 if __name__ == "__main__":

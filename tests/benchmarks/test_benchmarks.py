@@ -1,4 +1,4 @@
-"""The benchmarks run, at sizes that measure nothing, and the README's tables are made from their results."""
+"""The benchmarks run, at sizes that measure nothing, and the docs' tables are made from their results."""
 
 import importlib
 import json

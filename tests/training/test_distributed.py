@@ -217,9 +217,9 @@ def test_the_length_of_a_run_is_that_of_all_processes(length, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_readme_trains_in_two_processes_as_printed(tmp_path):
-    readme = (SCRIPTS.parent / "README.md").read_text(encoding="utf-8")
-    commands = [line for line in readme.splitlines() if line.startswith("torchrun --standalone")]
+def test_the_docs_train_in_two_processes_as_printed(tmp_path):
+    page = (SCRIPTS.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    commands = [line for line in page.splitlines() if line.startswith("torchrun --standalone")]
     assert len(commands) == 2
     for command, wrapper in zip(commands, ("DistributedDataParallel", "FSDPLeapForCausalLM")):
         outputs = str(tmp_path / "outputs")
