@@ -132,7 +132,7 @@ def figure_lines(prefix: str = "docs/") -> str:
         f"`{results['bench_grid_generation']['command']}`).",
         f"**MultiGrid**: four lexer axes gain {gain['gain over equal parameters']:.3f} +- {gain['gain +-']:.3f} bits per character at equal "
         f"text, and lose {-gain['gain at equal time']:.3f} +- {gain['equal time +-']:.3f} at equal training time "
-        f"([table]({experiments}#what-meta-axes-buy), `{results['multigrid_experiment']['command']}`).",
+        f"([table]({experiments}#what-axes-gain), `{results['multigrid_experiment']['command']}`).",
     ]
     options = {"width": 130, "break_long_words": False, "break_on_hyphens": False}
     return "\n".join(textwrap.fill(line, initial_indent="- ", subsequent_indent="  ", **options) for line in lines)

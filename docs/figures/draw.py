@@ -283,15 +283,15 @@ def hole_after(iterations: int):
 
 
 def heptapod() -> Picture:
-    """The Heptapod grid: a page written in all directions."""
+    """The Heptapod grid: a page generated in all directions."""
     p = Picture(
         800,
         372,
         "Heptapod grid",
         "A page of cells. Each cell attends to its neighbours on all sides, to cells at a distance or to the "
-        "whole page. Masked cells are predicted at once and written over several iterations, the most confident first.",
+        "whole page. Masked tokens are predicted at once and unmasked over several denoising steps, the most confident first.",
     )
-    p.text(24, 34, "Heptapod grid: a page written in all directions", "title")
+    p.text(24, 34, "Heptapod grid: a page generated in all directions", "title")
     p.text(24, 68, "what the orange cell attends to")
     for number, kind in enumerate(("local", "dilated", "global")):
         draw_neighbourhood(p, 24 + 134 * number, 84, kind)
@@ -306,12 +306,12 @@ def heptapod() -> Picture:
         ],
         step=18,
     )
-    p.text(470, 68, "generation fills the masked cells")
+    p.text(470, 68, "generation unmasks the masked tokens")
     for iteration in range(4):
         top = 84 + 71 * iteration
         p.text(440, top + 37, str(iteration), "small", "middle")
         draw_page(p, 470, top, *hole_after(iteration))
-    p.text(440, 82, "iteration", "small", "middle")
+    p.text(440, 82, "step", "small", "middle")
     return p
 
 
@@ -326,7 +326,7 @@ TRACKS = {
 
 
 def draw_tracks(p: Picture, x: float, y: float, columns: int = len(TEXT), cell: float = 66):
-    """The first columns of a text and two tracks beside it, which read each other. Up to 690 x 170."""
+    """The first columns of a text and the ids of two axes, which attend to each other. Up to 690 x 170."""
     styles = ("green", "violet")
     p.text(x + 78, y + 21, "text", "", "end")
     for column, character in enumerate(TEXT[:columns]):
@@ -349,15 +349,15 @@ def draw_tracks(p: Picture, x: float, y: float, columns: int = len(TEXT), cell: 
 
 
 def multigrid() -> Picture:
-    """MultiGrid: tracks beside the text."""
+    """MultiGrid: axes aligned with the text."""
     p = Picture(
         800,
         324,
         "MultiGrid",
-        "Beside each token of the text stand meta tokens, one on each axis. Every axis is a decoder of its own; in "
+        "The ids of each axis are aligned with the tokens of the text. Every axis is a decoder of its own; in "
         "each layer the text reads every axis and every axis reads the text, and the next token of all of them is predicted.",
     )
-    p.text(24, 34, "MultiGrid: a text with aligned meta axes", "title")
+    p.text(24, 34, "MultiGrid: a text with aligned axes", "title")
     draw_tracks(p, 24, 64)
     _wrapped(
         p,
@@ -365,7 +365,7 @@ def multigrid() -> Picture:
         258,
         [
             "Every row is a decoder of its own: position t sees its own past.",
-            "In each layer the text reads every axis and every axis reads the text, up to position t.",
+            "In each layer the text attends to every axis and every axis to the text, up to position t.",
             "The model predicts the next token of every row. Annotators, the model or the caller continue the axes.",
         ],
         step=18,
@@ -383,13 +383,13 @@ def architectures() -> Picture:
         560,
         "The four architectures",
         "LEAP averages a window with weights that no query changes. The hierarchical LM reads one text at "
-        "several resolutions. The Heptapod grid fills a page in all directions. MultiGrid reads and writes tracks beside the text.",
+        "several resolutions. The Heptapod grid fills a page in all directions. MultiGrid predicts the ids of axes with the text.",
     )
     for x, y, title, line in (
         (24, 34, "LEAP", "gated running means: linear time, constant memory"),
         (524, 34, "Hierarchical LM", "one text at several resolutions"),
-        (24, 326, "Heptapod grid", "a page filled in all directions"),
-        (524, 326, "MultiGrid", "meta axes beside the text, read and predicted"),
+        (24, 326, "Heptapod grid", "a page denoised in all directions"),
+        (524, 326, "MultiGrid", "axis ids aligned with the text, read and predicted"),
     ):
         p.text(x, y, title, "title")
         p.text(x, y + 20, line, "small")
