@@ -201,6 +201,7 @@ def test_equations_become_mathml():
     page = hooks.on_page_content('<p><span class="arithmatex">\\(x_i &lt; 1\\)</span> and <code>\\(x\\)</code></p>')
     assert page.startswith('<p><math xmlns="http://www.w3.org/1998/Math/MathML" display="inline">')
     assert page.endswith(" and <code>\\(x\\)</code></p>") and "arithmatex" not in page
+    assert "".join(ElementTree.fromstring(page).find(".//{*}math").itertext()) == "xi<1"
 
 
 def test_pictures_of_other_folders_are_found_from_any_page():
@@ -217,7 +218,7 @@ def test_pictures_of_other_folders_are_found_from_any_page():
         '<img alt="" src="//elsewhere/x.png">',
         '<link href="https://elsewhere/x.css" rel="stylesheet">',
         '<link rel="preconnect" href="https://elsewhere" crossorigin>',
-        "@import url('https://elsewhere/x.css');",
+        "@import 'https://elsewhere/x.css';",
         "src: url(https://elsewhere/x.woff2)",
     ],
 )
