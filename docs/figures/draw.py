@@ -222,7 +222,7 @@ def hierarchical_lm() -> Picture:
         340,
         "Hierarchical LM",
         "Three streams read the same 17 tokens at different resolutions. Each attends to a window of its "
-        "own steps, and at the end of each layer the streams are merged to predict the next token.",
+        "own positions, and at the end of each layer the streams are merged to predict the next token.",
     )
     p.text(24, 34, "Hierarchical LM: one text at several resolutions", "title")
     draw_streams(p, 24, 78)
@@ -231,9 +231,9 @@ def hierarchical_lm() -> Picture:
         24,
         272,
         [
-            "A step of factor c is made of the last c tokens: a compressor reads their embeddings.",
-            "Each stream is a decoder. Coloured steps are those in the window of token 17.",
-            "The merge ends every layer. Nothing looks ahead.",
+            "A position of factor c summarises the last c tokens: a compressor reads their embeddings.",
+            "Each stream is a decoder. Coloured positions are in the window of token 17.",
+            "The merge ends every layer. No position depends on future tokens.",
         ],
         step=18,
     )
