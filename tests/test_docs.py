@@ -179,6 +179,21 @@ def test_public_names_are_in_the_api_reference():
         assert inspect.getmodule(getattr(__import__(module, fromlist=[name]), name)).__name__ == module
 
 
+def test_extras_are_those_of_pyproject():
+    project = text_of(ROOT / "pyproject.toml").split("[project.optional-dependencies]")[1].split("\n[")[0]
+    extras = {
+        name: {re.match(r"[\w-]+", package)[0] for package in re.findall(r'"(.*?)"', packages)}
+        for name, packages in re.findall(r"^(\w+) = \[(.*)\]$", project, re.MULTILINE)
+    }
+    table = text_of(DOCS / "getting_started.md").split("| extra |")[1].split("\n\n")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", table, re.MULTILINE))
+    assert {name: set(packages.split(", ")) for name, packages in rows.items()} == {
+        name: packages for name, packages in extras.items() if name not in ("test", "parity")
+    }
+    section = text_of(ROOT / "README.md").split("\nExtras: ")[1].split("(")[0]
+    assert set(re.findall(r"`(\w+)`", section)) == set(rows)
+
+
 def test_regions_are_all_explained():
     from modeling_heptapod.heptapod.processing_heptapod import REGIONS
 
