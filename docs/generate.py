@@ -118,6 +118,7 @@ def figure_lines(prefix: str = "docs/") -> str:
         )
         for how in ("confidence, cosine, 1/16", "left to right")
     )
+    empty = row("page_baselines", pages="of the benchmark", region="hole", how="all blanks")
     gain = row("multigrid_experiment", corpus="python wide", model="all, light wiring")
     benchmarks, experiments = f"{prefix}benchmarks.md", f"{prefix}experiments.md"
     lines = [
@@ -127,8 +128,9 @@ def figure_lines(prefix: str = "docs/") -> str:
         f"prototype, and {full['ours ms']:.1f} ms at a context of 8,192; GPT-2 of a quarter of its parameters takes {token['GPT2 ms']:.1f} ms at 1,024 "
         f"([table]({benchmarks}#hierarchical-lm-one-more-token), `{results['hierarchical_decode']['command']}`).",
         f"**Heptapod grid**: local attention on 64 x 64 cells is {attention['masked SDPA over ours']:.1f} times as fast as masked SDPA; in "
-        f"{hole['model calls']} calls it gets {hole['cells right']:.2f} of a hole right, a left-to-right model of equal size "
-        f"{left['cells right']:.2f} in {left['model calls']} ([table]({experiments}#filling-holes), "
+        f"{hole['model calls']} calls {hole['cells right with blanks']:.2f} of a hole's cells are as in the original, blanks included, of a "
+        f"left-to-right model of equal size {left['cells right with blanks']:.2f} in {left['model calls']}, of a hole left empty "
+        f"{empty['cells right with blanks']:.2f} ([table]({experiments}#filling-holes), "
         f"`{results['bench_grid_generation']['command']}`).",
         f"**MultiGrid**: four lexer axes gain {gain['gain over equal parameters']:.3f} +- {gain['gain +-']:.3f} bits per character at equal "
         f"text, and lose {-gain['gain at equal time']:.3f} +- {gain['equal time +-']:.3f} at equal training time "
