@@ -30,7 +30,7 @@ TRAIN_hierarchical_lm := $(TRAIN_leap) --bf16_if_fast false
 # Written positions stay within those trained; bfloat16 is slower here for products this small.
 TRAIN_multigrid := --block_size 256 --per_device_train_batch_size 4 --per_device_eval_batch_size 16 --bf16_if_fast false
 SHOW_leap := training/sample.py
-SHOW_heptapod := training/fill_page.py
+SHOW_heptapod := training/infill.py
 SHOW_hierarchical_lm := training/sample.py
 SHOW_multigrid := training/sample_axes.py
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from .common import transformers_versions  # noqa: F401  (first: it refuses untested versions)
-from .common.auto_map import enter_name
+from .common.auto_mapping import register_mapping_name
 from .heptapod.configuration_heptapod import HeptapodConfig
 from .hierarchical_lm.configuration_hierarchical_lm import HierarchicalLMConfig
 from .leap.configuration_leap import LeapConfig
@@ -31,10 +31,11 @@ except PackageNotFoundError:  # run from a folder that was not installed
     __version__ = "unknown"
 
 _MODULE_OF = {
-    "AffixAxis": "multigrid.meta_axes_text",
-    "ConstantAxis": "multigrid.meta_axes",
+    "AffixAxis": "multigrid.text_axes",
+    "Axis": "multigrid.axes",
+    "ConstantAxis": "multigrid.axes",
     "DecisionTreeAxis": "multigrid.decision_tree_axis",
-    "GoldTagAxis": "multigrid.meta_axes_text",
+    "GoldTagAxis": "multigrid.text_axes",
     "HeptapodForMaskedLM": "heptapod.modeling_heptapod",
     "HeptapodGenerationConfig": "heptapod.generation_heptapod",
     "HeptapodGenerationMixin": "heptapod.generation_heptapod",
@@ -50,23 +51,22 @@ _MODULE_OF = {
     "LeapForSequenceClassification": "leap.modeling_leap",
     "LeapModel": "leap.modeling_leap",
     "LeapPreTrainedModel": "leap.modeling_leap",
-    "MetaAxis": "multigrid.meta_axes",
     "MultiGridCache": "multigrid.multigrid_cache",
     "MultiGridForCausalLM": "multigrid.modeling_multigrid",
     "MultiGridGenerationMixin": "multigrid.generation_multigrid",
     "MultiGridModel": "multigrid.modeling_multigrid",
     "MultiGridPreTrainedModel": "multigrid.modeling_multigrid",
     "MultiGridProcessor": "multigrid.processing_multigrid",
-    "PartOfSpeechAxis": "multigrid.meta_axes_text",
-    "PythonBracketAxis": "multigrid.meta_axes_python",
-    "PythonIndentationAxis": "multigrid.meta_axes_python",
-    "PythonStringAxis": "multigrid.meta_axes_python",
-    "PythonTokenKindAxis": "multigrid.meta_axes_python",
-    "RandomAxis": "multigrid.meta_axes",
+    "PartOfSpeechAxis": "multigrid.text_axes",
+    "PythonBracketAxis": "multigrid.python_axes",
+    "PythonIndentationAxis": "multigrid.python_axes",
+    "PythonStringAxis": "multigrid.python_axes",
+    "PythonTokenKindAxis": "multigrid.python_axes",
+    "RandomAxis": "multigrid.axes",
     "RecurrentCache": "leap.recurrent_cache",
     "StaticRecurrentCache": "leap.recurrent_cache",
-    "find_lookahead": "multigrid.meta_axes",
-    "make_axis": "multigrid.shipped_axes",
+    "find_lookahead": "multigrid.axes",
+    "make_axis": "multigrid.axis_registry",
 }
 _MODELS = (
     (AutoModel, HeptapodConfig, "HeptapodModel"),
@@ -143,7 +143,7 @@ AutoConfig.register("leap", LeapConfig)
 AutoConfig.register("multigrid", MultiGridConfig)
 for _auto_class, _config_class, _name in _MODELS:
     _auto_class.register(_config_class, _ModelOnDemand(_config_class, _name))
-    enter_name(_auto_class.__name__, _config_class.model_type, _name)
+    register_mapping_name(_auto_class.__name__, _config_class.model_type, _name)
 _processing_auto = sys.modules.get("transformers.models.auto.processing_auto")
 if _processing_auto is None:
     sys.meta_path.insert(0, _RegisterProcessorLater())

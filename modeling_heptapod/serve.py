@@ -23,8 +23,8 @@ class ServedMultiGridForCausalLM(MultiGridForCausalLM):
         return AutoProcessor.from_pretrained(self.config._name_or_path, revision=revision)
 
     def generate(self, *args, **kwargs):
-        """As the parent's, with the processor of the model's folder where there are axes and no `meta_ids`."""
-        if self.config.num_axes and kwargs.get("meta_ids") is None:
+        """As the parent's, with the processor of the model's folder where there are axes and no `axis_ids`."""
+        if self.config.num_axes and kwargs.get("axis_ids") is None:
             kwargs.setdefault("processor", self._processor)
         return super().generate(*args, **kwargs)
 

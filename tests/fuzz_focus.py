@@ -13,7 +13,7 @@ import torch
 from modeling_heptapod import LeapConfig, LeapForCausalLM, MultiGridConfig, MultiGridForCausalLM
 from modeling_heptapod.leap import focus_cpu, focus_operator
 from modeling_heptapod.leap.focus import FocusSettings, FocusState, focus_mixing
-from modeling_heptapod.leap.focus_step import pack_state, packed_shape
+from modeling_heptapod.leap.focus_recurrent import pack_state, packed_shape
 
 
 HEAD_DIMS = (4, 7, 16)
@@ -29,9 +29,9 @@ def draw(rng):
         scale=rng.choice((0.1, 0.5, 10 / dim)),
         normalize=rng.random() < 0.5,
         weight_function=rng.choice(("elu", "exp")),
-        query_gate=gate,
+        output_gate=gate,
         window=rng.choice((None, 1, 2, rng.randint(3, 63), 64)),
-        null_weight=rng.choice((0.0, 0.0, 1e-6, 0.7)),
+        sink_weight=rng.choice((0.0, 0.0, 1e-6, 0.7)),
     )
     parts, generator = 3 if gate == "none" else 4, torch.Generator().manual_seed(rng.randrange(2**31))
 
@@ -50,7 +50,7 @@ def draw(rng):
         qfkv = qfkv.bfloat16()
     given = {}
     if rng.random() < 0.4:
-        given["decay"] = rng.choice((1.0, 0.01)) * torch.rand(heads, generator=generator)
+        given["alibi_slopes"] = rng.choice((1.0, 0.01)) * torch.rand(heads, generator=generator)
     if gate != "none" and dim % 2 == 0 and rng.random() < 0.5:
         rows = rng.choice((1, batch))
         angles = 6 * torch.rand(rows, seq, dim // 2, generator=generator).repeat(1, 1, 2)
@@ -81,7 +81,7 @@ def valid_call(seed):
     """Compare C with torch, for a whole chunk and then a single token."""
     rng = random.Random(seed)
     qfkv, settings, given = draw(rng)
-    assert focus_cpu.applies(qfkv, settings, given.get("rotary"))
+    assert focus_cpu.is_supported(qfkv, settings, given.get("rotary"))
     weight = torch.randn(*qfkv.shape[:2], *qfkv.shape[3:], generator=torch.Generator().manual_seed(seed)).to(
         qfkv.dtype
     )
@@ -90,15 +90,15 @@ def valid_call(seed):
         compiled = run(qfkv, settings, given, weight)
     finally:
         torch.set_num_threads(1)
-    applies, focus_operator.native_applies = focus_operator.native_applies, lambda *_: False
+    is_supported, focus_operator.native_applies = focus_operator.native_applies, lambda *_: False
     try:
         expected = run(qfkv, settings, given, weight)
-        single = {"decay": given.get("decay")}
+        single = {"alibi_slopes": given.get("alibi_slopes")}
         _, state = focus_mixing(qfkv, settings, **single)
         token = qfkv[:, -1:].float()
         after, _ = focus_mixing(token, settings, **single, state=state)
     finally:
-        focus_operator.native_applies = applies
+        focus_operator.native_applies = is_supported
     for name, got, wanted in zip(("output", "log weights", "values", "gradient"), compiled, expected):
         if got.numel():
             close = 3e-2 if qfkv.dtype == torch.bfloat16 else 2e-3
@@ -107,7 +107,7 @@ def valid_call(seed):
     heads, dim = qfkv.shape[3:]
     packed = pack_state(state, settings, dim, qfkv.shape[1])
     assert packed.shape[1:] == packed_shape(settings.window, heads, qfkv.shape[2] - 2, dim)
-    out = focus_cpu.step(token, settings, given.get("decay"), None, packed.contiguous())
+    out = focus_cpu.step(token, settings, given.get("alibi_slopes"), None, packed.contiguous())
     torch.testing.assert_close(out, after, rtol=2e-3, atol=2e-3)
 
 
@@ -147,7 +147,7 @@ def invalid_call(seed):
         return _wrong_address(rng, qfkv, settings)
     state_shape = (batch, heads) if settings.window is None else (batch, heads, settings.window - 1)
     whole = {
-        "decay": torch.rand(heads),
+        "alibi_slopes": torch.rand(heads),
         "padding_mask": torch.ones(batch, seq),
         "segment_ids": torch.zeros(batch, seq, dtype=torch.long),
         "rotary": torch.rand(batch, seq, dim),
@@ -211,17 +211,17 @@ def _refused(call, what):
 def _wrong_step(rng, qfkv, settings):
     batch, _, parts, heads, dim = qfkv.shape
     packed = torch.full((batch, *packed_shape(settings.window, heads, parts - 2, dim)), 0.5)
-    token, decay, what = qfkv[:, :1], None, rng.choice(("state", "qfkv", "decay", "input"))
+    token, alibi_slopes, what = qfkv[:, :1], None, rng.choice(("state", "qfkv", "alibi_slopes", "input"))
     if what == "state":
         packed = _resized(rng, packed) if rng.random() < 0.8 else packed.to(torch.float64)
     elif what == "qfkv":
         token = torch.cat((token, token), dim=1)
-    elif what == "decay":
-        decay = torch.rand(heads + 1)
+    elif what == "alibi_slopes":
+        alibi_slopes = torch.rand(heads + 1)
     else:
         token, what = torch.cat((token, token), dim=rng.choice((0, 3))), "must be a contiguous"
     before = packed.clone()
-    _refused(lambda: focus_cpu.step(token, settings, decay, None, packed), what)
+    _refused(lambda: focus_cpu.step(token, settings, alibi_slopes, None, packed), what)
     assert torch.equal(packed, before)
 
 
@@ -239,7 +239,7 @@ def _models():
     leap = {"vocab_size": 11, "num_hidden_layers": 2, "window_sizes": [None, 5], "num_attention_heads": 2}
     grid = {"vocab_size": 11, "num_hidden_layers": 1, "core": "leap", "num_attention_heads": 2}
     shapes = [{}, {"hidden_size": 32}, {"hidden_size": 16, "num_attention_heads": 4}, {"window_sizes": [5, None]}]
-    shapes += [{"query_gate": "none", "position_embedding_type": "decay"}, {"window_sizes": [None, 6]}]
+    shapes += [{"output_gate": "none", "position_embedding_type": "alibi"}, {"window_sizes": [None, 6]}]
     models = [LeapForCausalLM(LeapConfig(**{"hidden_size": 8, **leap, **shape})) for shape in shapes]
     models += [MultiGridForCausalLM(MultiGridConfig(hidden_size=width, **grid)) for width in (8, 32)]
     return [model.eval() for model in models]

@@ -30,7 +30,7 @@ def save_tiny(family: str, folder: Path, seed: int = 0, axes: Sequence[str] = AX
     if family == "heptapod":
         processing = HeptapodProcessor(tokenizer, *PAGE)
         model = tiny_heptapod(seed=seed, mask_token_id=tokenizer.mask_token_id, grid_size=PAGE, **ids, **options)
-        model.generation_config.num_iterations = 3
+        model.generation_config.max_denoising_steps = 3
     elif family == "multigrid":
         processing = MultiGridProcessor(tokenizer, axes)
         names = {"axis_names": processing.axis_names, "axis_vocab_sizes": processing.axis_vocab_sizes}

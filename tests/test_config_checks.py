@@ -94,7 +94,7 @@ def test_a_saved_folder_is_no_way_around(family, tmp_path):
         type(model).from_pretrained(tmp_path, layer_norm_eps=float("nan"))
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(
-        json.dumps({**config, "hidden_dropout": float("nan"), "ff_mult": float("inf")})
+        json.dumps({**config, "hidden_dropout": float("nan"), "mlp_ratio": float("inf")})
     )
     with pytest.raises((ValueError, StrictDataclassError), match="must be finite"):
         type(model).from_pretrained(tmp_path)

@@ -13,9 +13,9 @@ def test_defaults():
     assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (32000, 256, 1024)
     assert (config.num_hidden_layers, config.num_attention_heads, config.head_dim) == (4, 8, 32)
     assert config.attention_types == ["local", "dilated", "local", "global"]
-    assert (config.window_size, config.dilation, config.num_global_heads) == (3, 2, 0)
+    assert (config.local_radius, config.dilation, config.num_global_heads) == (3, 2, 0)
     assert (config.rope_theta, config.initializer_range, config.layer_norm_eps) == (100.0, 0.02, 1e-5)
-    assert config.tie_word_embeddings and config.border_distances and not config.self_conditioning
+    assert config.tie_word_embeddings and config.use_absolute_position_embeddings and not config.self_conditioning
     assert config.neighbor_loss_weight == config.hidden_dropout == config.attention_dropout == 0
     assert config.grid_size is config.mask_token_id is config.pad_token_id is None
 
@@ -27,9 +27,9 @@ def test_the_schedule_of_layers():
 
 
 def test_neighborhoods():
-    config = HeptapodConfig(window_size=3, dilation=2)
+    config = HeptapodConfig(local_radius=3, dilation=2)
     assert [config.neighborhood(layer) for layer in range(4)] == [(3, 1), (3, 2), (3, 1), (None, 1)]
-    config = HeptapodConfig(window_size=[1, 2, 5, 7], dilation=[9, 4, 9, 9])
+    config = HeptapodConfig(local_radius=[1, 2, 5, 7], dilation=[9, 4, 9, 9])
     assert [config.neighborhood(layer) for layer in range(4)] == [(1, 1), (2, 4), (5, 1), (None, 1)]
 
 
@@ -37,7 +37,7 @@ def test_neighborhoods():
     "values",
     [
         {},
-        {"window_size": [0, 3, 9, 1], "dilation": [1, 2, 3, 4], "grid_size": [64, 96], "num_global_heads": 8},
+        {"local_radius": [0, 3, 9, 1], "dilation": [1, 2, 3, 4], "grid_size": [64, 96], "num_global_heads": 8},
         {"attention_types": ["global"] * 4, "self_conditioning": True, "neighbor_loss_weight": 0.25},
         {"mask_token_id": 7, "pad_token_id": 8, "intermediate_size": 99, "rope_theta": 1e4, "attention_dropout": 0.5},
     ],
@@ -58,13 +58,13 @@ TYPE_ERRORS = {
     "num_hidden_layers": "four",
     "num_attention_heads": None,
     "attention_types": "local",
-    "window_size": 1.5,
+    "local_radius": 1.5,
     "dilation": None,
     "num_global_heads": "some",
     "rope_theta": "large",
     "grid_size": 64,
     "self_conditioning": "yes",
-    "border_distances": "no",
+    "use_absolute_position_embeddings": "no",
     "neighbor_loss_weight": "little",
     "mask_token_id": "[MASK]",
     "pad_token_id": "pad",
@@ -80,10 +80,10 @@ VALUE_ERRORS = {
     "heads of two channels": ({"hidden_size": 16}, "`hidden_size`.*16.*four times"),
     "too few layer types": ({"attention_types": ["local"] * 3}, "`attention_types`.*4 layers.*3"),
     "unknown layer type": ({"attention_types": ["local"] * 3 + ["sparse"]}, "`attention_types`.*global.*sparse"),
-    "too few windows": ({"window_size": [1, 2]}, "`window_size`.*4 layers.*2"),
-    "no windows": ({"window_size": []}, "`window_size`"),
-    "negative window": ({"window_size": -1}, "`window_size`.*at least 0.*-1"),
-    "one negative window": ({"window_size": [1, 1, -2, 1]}, "`window_size`.*at least 0"),
+    "too few windows": ({"local_radius": [1, 2]}, "`local_radius`.*4 layers.*2"),
+    "no windows": ({"local_radius": []}, "`local_radius`"),
+    "negative window": ({"local_radius": -1}, "`local_radius`.*at least 0.*-1"),
+    "one negative window": ({"local_radius": [1, 1, -2, 1]}, "`local_radius`.*at least 0"),
     "dilation of zero": ({"dilation": 0}, "`dilation`.*at least 1.*0"),
     "too many dilations": ({"dilation": [1] * 5}, "`dilation`.*4 layers.*5"),
     "negative global heads": ({"num_global_heads": -1}, "`num_global_heads`"),
@@ -114,6 +114,6 @@ def test_values_of_another_type(name):
 
 
 def test_values_at_the_edge_are_fine():
-    HeptapodConfig(hidden_size=32, window_size=0, dilation=1, num_global_heads=8, grid_size=(1, 1))
-    HeptapodConfig(vocab_size=2, mask_token_id=0, pad_token_id=1, window_size=10**9, attention_dropout=0.99)
+    HeptapodConfig(hidden_size=32, local_radius=0, dilation=1, num_global_heads=8, grid_size=(1, 1))
+    HeptapodConfig(vocab_size=2, mask_token_id=0, pad_token_id=1, local_radius=10**9, attention_dropout=0.99)
     assert tiny_config(grid_size=None).num_hidden_layers == 2

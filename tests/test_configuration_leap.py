@@ -11,7 +11,7 @@ from tests.tiny_leap import tiny_config
 def test_defaults():
     config = LeapConfig()
     assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (32000, 256, 1024)
-    assert (config.mixer, config.weight_function, config.rescale, config.query_gate) == (
+    assert (config.mixer, config.weight_function, config.rescale, config.output_gate) == (
         "focus",
         "elu",
         10.0,
@@ -21,7 +21,7 @@ def test_defaults():
     assert (config.position_embedding_type, config.max_position_embeddings) == ("rotary", 1024)
     assert config.initializer_range == 256**-0.5 and config.head_dim == 64
     assert config.is_causal and config.tie_word_embeddings and config.use_cache
-    assert config.null_weight == config.hidden_dropout == config.attention_dropout == 0
+    assert config.sink_weight == config.hidden_dropout == config.attention_dropout == 0
     assert config.layer_types == ["linear_attention"] * 4 and config.number_of_conv_states == 1
     assert config.rope_parameters["rope_type"] == "default"
 
@@ -34,15 +34,19 @@ def test_the_window_schedule_of_the_prototype():
 
 def test_defaults_of_the_additive_mixer():
     config = LeapConfig(mixer="additive")
-    assert (config.query_gate, config.position_embedding_type, config.number_of_conv_states) == ("none", "learned", 2)
+    assert (config.output_gate, config.position_embedding_type, config.number_of_conv_states) == (
+        "none",
+        "absolute",
+        2,
+    )
 
 
 @pytest.mark.parametrize(
     "values",
     [
         {},
-        {"window_sizes": [None, 3, 9, 1], "rescale": None, "null_weight": 1e-5, "weight_function": "exp"},
-        {"mixer": "additive", "position_embedding_type": "decay", "initializer_range": 0.3},
+        {"window_sizes": [None, 3, 9, 1], "rescale": None, "sink_weight": 1e-5, "weight_function": "exp"},
+        {"mixer": "additive", "position_embedding_type": "alibi", "initializer_range": 0.3},
         {"intermediate_size": 99, "is_causal": False, "eos_token_id": [1, 2], "rescale": 4, "attention_dropout": 0.5},
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}},
     ],
@@ -71,7 +75,7 @@ TYPE_ERRORS = {
     "rope_parameters": 7,
     "is_causal": "yes",
     "tie_word_embeddings": 1.5,
-    "null_weight": "little",
+    "sink_weight": "little",
     "mixer": 3,
     "hidden_dropout": "some",
     "pad_token_id": "pad",
@@ -80,8 +84,8 @@ TYPE_ERRORS = {
 VALUE_ERRORS = {
     "unknown mixer": ({"mixer": "attention"}, "`mixer`.*focus.*additive.*attention"),
     "unknown weight function": ({"weight_function": "softplus"}, "`weight_function`.*softplus"),
-    "unknown gate": ({"query_gate": "relu"}, "`query_gate`.*relu"),
-    "unknown positions": ({"position_embedding_type": "alibi"}, "`position_embedding_type`.*alibi"),
+    "unknown gate": ({"output_gate": "relu"}, "`output_gate`.*relu"),
+    "unknown positions": ({"position_embedding_type": "sinusoidal"}, "`position_embedding_type`.*sinusoidal"),
     "no vocabulary": ({"vocab_size": 0}, "`vocab_size`"),
     "no hidden size": ({"hidden_size": 0}, "`hidden_size`"),
     "negative hidden size": ({"hidden_size": -8}, "`hidden_size`"),
@@ -97,12 +101,12 @@ VALUE_ERRORS = {
     "no windows": ({"window_sizes": []}, "`window_sizes`"),
     "window of zero": ({"window_sizes": [None, 0, 8, 16]}, "`window_sizes`.*at least 1"),
     "negative window": ({"window_sizes": [None, 4, -8, 16]}, "`window_sizes`.*at least 1"),
-    "negative null weight": ({"null_weight": -1e-5}, "`null_weight`"),
+    "negative null weight": ({"sink_weight": -1e-5}, "`sink_weight`"),
     "hidden dropout of one": ({"hidden_dropout": 1.0}, "`hidden_dropout`"),
     "negative hidden dropout": ({"hidden_dropout": -0.1}, "`hidden_dropout`"),
     "attention dropout of more": ({"attention_dropout": 1.5}, "`attention_dropout`"),
-    "a gate in the additive mixer": ({"mixer": "additive", "query_gate": "sigmoid"}, "`query_gate`.*additive"),
-    "rotary without queries": ({"query_gate": "none"}, "`position_embedding_type`.*rotary"),
+    "a gate in the additive mixer": ({"mixer": "additive", "output_gate": "sigmoid"}, "`output_gate`.*additive"),
+    "rotary without queries": ({"output_gate": "none"}, "`position_embedding_type`.*rotary"),
     "rotary in the additive mixer": (
         {"mixer": "additive", "position_embedding_type": "rotary"},
         "`position_embedding_type`.*rotary",
@@ -125,7 +129,7 @@ VALUE_ERRORS = {
         "rope_type.*longrope",
     ),
     "no positions to learn": (
-        {"position_embedding_type": "learned", "max_position_embeddings": 0},
+        {"position_embedding_type": "absolute", "max_position_embeddings": 0},
         "`max_position_embeddings`",
     ),
 }
@@ -145,8 +149,8 @@ def test_values_of_another_type(name):
 
 
 def test_values_at_the_edge_are_fine():
-    LeapConfig(hidden_size=8, num_attention_heads=4, rescale=0.1, null_weight=0, hidden_dropout=0)
+    LeapConfig(hidden_size=8, num_attention_heads=4, rescale=0.1, sink_weight=0, hidden_dropout=0)
     LeapConfig(hidden_size=4, num_attention_heads=4, rescale=None, position_embedding_type="none")
     LeapConfig(window_sizes=[1, None, 10**9, 2], attention_dropout=0.99)
-    LeapConfig(mixer="additive", query_gate="none", position_embedding_type="none")
-    LeapConfig(query_gate="none", position_embedding_type="decay", rope_parameters=None)
+    LeapConfig(mixer="additive", output_gate="none", position_embedding_type="none")
+    LeapConfig(output_gate="none", position_embedding_type="alibi", rope_parameters=None)

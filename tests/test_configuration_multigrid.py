@@ -18,7 +18,7 @@ def test_a_plain_decoder_is_the_default():
     config = MultiGridConfig()
     assert config.num_axes == 0 and config.axis_names == [] and config.axis_vocab_sizes == []
     assert config.axis_shares == [] and config.core == "transformer" and config.axis_order == "parallel"
-    assert config.intermediate_size == 1024 and config.meta_hidden_size == 256 and config.head_dim == 64
+    assert config.intermediate_size == 1024 and config.axis_hidden_size == 256 and config.head_dim == 64
     assert config.layer_types == config.cache_layer_types == ["full_attention"] * 6
     assert config.window_sizes is None
 
@@ -34,8 +34,8 @@ def test_what_follows_from_axes():
 
 
 def test_narrow_meta_streams():
-    config = MultiGridConfig(hidden_size=96, num_attention_heads=4, meta_hidden_size=48, intermediate_size=200, **TWO)
-    assert config.head_dim == 24 and config.meta_num_attention_heads == 2 and config.meta_intermediate_size == 100
+    config = MultiGridConfig(hidden_size=96, num_attention_heads=4, axis_hidden_size=48, intermediate_size=200, **TWO)
+    assert config.head_dim == 24 and config.axis_num_attention_heads == 2 and config.axis_intermediate_size == 100
 
 
 def test_windows_are_for_leap():
@@ -72,7 +72,7 @@ def test_the_configurations_of_this_repository(name):
     }
     config = AutoConfig.from_pretrained(CONFIGS / name, **overrides)
     model = AutoModelForCausalLM.from_config(config)
-    assert [head.out_features for head in model.meta_lm_heads] == [2, 3, 4]
+    assert [head.out_features for head in model.axis_lm_heads] == [2, 3, 4]
     assert config.axis_shares == [1 / 3] * 3
 
 
@@ -85,11 +85,11 @@ BAD = {
     "heads that do not divide": ({"hidden_size": 10, "num_attention_heads": 4}, "num_attention_heads"),
     "no head": ({"num_attention_heads": 0}, "num_attention_heads"),
     "a meta width between heads": (
-        {"hidden_size": 16, "num_attention_heads": 2, "meta_hidden_size": 12},
-        "meta_hidden",
+        {"hidden_size": 16, "num_attention_heads": 2, "axis_hidden_size": 12},
+        "axis_hidden",
     ),
-    "meta streams wider than the main one": ({"hidden_size": 16, "meta_hidden_size": 32}, "meta_hidden_size"),
-    "no meta width": ({"meta_hidden_size": 0}, "meta_hidden_size"),
+    "meta streams wider than the main one": ({"hidden_size": 16, "axis_hidden_size": 32}, "axis_hidden_size"),
+    "no meta width": ({"axis_hidden_size": 0}, "axis_hidden_size"),
     "an axis twice": ({"axis_names": ["a", "a"], "axis_vocab_sizes": [2, 2]}, "axis_names"),
     "an axis without a name": ({"axis_names": [""], "axis_vocab_sizes": [2]}, "axis_names"),
     "an axis with the main axis's name": ({"axis_names": ["main"], "axis_vocab_sizes": [2]}, "'main'"),

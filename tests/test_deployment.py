@@ -96,7 +96,7 @@ def multigrid_inputs(model):
 
 CAUSAL, MASKED, CLASSES = AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 HIERARCHICAL = {
-    "hierarchies": [1, 4],
+    "compression_factors": [1, 4],
     "strides": [1, 4],
     "hidden_sizes": 64,
     "head_dim": 32,
@@ -149,7 +149,7 @@ def written(model, inputs):
     if model.config.model_type == "heptapod":
         page = inputs["input_ids"].clone()
         page[:, 1:3, 1:4] = model.config.mask_token_id
-        return model.generate(page, num_iterations=3)
+        return model.generate(page, max_denoising_steps=3)
     return model.generate(**inputs, max_new_tokens=8, **GREEDY)
 
 

@@ -74,7 +74,7 @@ def test_a_picture_stays_on_its_sheet_and_fetches_nothing(name):
 def test_the_drawn_tracks_are_those_of_the_annotators():
     for name, labels in draw.TRACKS.items():
         axis = make_axis(name)
-        assert [axis.vocabulary[meta_id] for meta_id in axis.annotate(draw.TEXT)] == list(labels)
+        assert [axis.vocabulary[axis_id] for axis_id in axis.annotate(draw.TEXT)] == list(labels)
 
 
 def test_badges_say_what_pyproject_says():
@@ -221,7 +221,7 @@ def test_equations_become_mathml():
 
 def test_pictures_of_other_folders_are_found_from_any_page():
     page = SimpleNamespace(file=SimpleNamespace(src_uri="families/heptapod.md"))
-    assert hooks.on_page_markdown("![a](../../hub_cards/page.png)", page) == "![a](../figures/page.png)"
+    assert hooks.on_page_markdown("![a](../../hub_cards/infilling.png)", page) == "![a](../figures/infilling.png)"
     page.file.src_uri = "experiments.md"
     assert hooks.on_page_markdown("![a](../tests/x/y.png)", page) == "![a](figures/y.png)"
 

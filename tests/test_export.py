@@ -40,17 +40,17 @@ AUTO_MAPS = {
 # The modules that a family's export consists of, and nothing else.
 CODE = {
     "leap": {
-        "auto_map.py",
+        "auto_mapping.py",
         "config_checks.py",
         "configuration_leap.py",
-        "cache_states.py",
-        "counting_cache.py",
+        "cache_checks.py",
+        "cache_utils.py",
         "focus.py",
         "focus_cpu.py",
         "focus_cpu_source.py",
-        "focus_kinds.py",
+        "focus_functions.py",
         "focus_operator.py",
-        "focus_step.py",
+        "focus_recurrent.py",
         "focus_tiles.py",
         "focus_triton.py",
         "losses.py",
@@ -59,17 +59,17 @@ CODE = {
         "modeling_leap.py",
         "native_library.py",
         "operator_namespace.py",
-        "own_cache.py",
-        "packed_rows.py",
+        "cache_mixins.py",
+        "packing.py",
         "recurrent_cache.py",
         "remote_code.py",
-        "row_layout.py",
+        "token_layout.py",
         "running_mean.py",
         "transformers_versions.py",
-        "unread_arguments.py",
+        "unused_kwargs.py",
     },
     "heptapod": {
-        "auto_map.py",
+        "auto_mapping.py",
         "config_checks.py",
         "configuration_heptapod.py",
         "generation_heptapod.py",
@@ -79,15 +79,15 @@ CODE = {
         "modeling_heptapod.py",
         "remote_code.py",
         "transformers_versions.py",
-        "unread_arguments.py",
+        "unused_kwargs.py",
     },
     "hierarchical_lm": {
-        "auto_map.py",
+        "auto_mapping.py",
         "causal_compressors.py",
         "config_checks.py",
         "configuration_hierarchical_lm.py",
-        "cache_states.py",
-        "counting_cache.py",
+        "cache_checks.py",
+        "cache_utils.py",
         "eager_attention.py",
         "hierarchical_block.py",
         "hierarchical_cache.py",
@@ -96,15 +96,15 @@ CODE = {
         "model_inputs.py",
         "modeling_hierarchical_lm.py",
         "operator_namespace.py",
-        "own_cache.py",
-        "packed_rows.py",
-        "predictive_losses.py",
+        "cache_mixins.py",
+        "packing.py",
+        "auxiliary_losses.py",
         "remote_code.py",
-        "row_layout.py",
-        "stream_merges.py",
+        "token_layout.py",
+        "hierarchy_merges.py",
         "stream_plan.py",
         "transformers_versions.py",
-        "unread_arguments.py",
+        "unused_kwargs.py",
         "windowed_attention.py",
     },
 }
@@ -118,7 +118,7 @@ CODE["multigrid"] = {  # a core is LEAP's mixer
     "multigrid_cache.py",
     "multigrid_cores.py",
     "multigrid_growth.py",
-    "text_processors.py",
+    "processing_utils.py",
 }
 HEADS = {
     "LeapModel": "AutoModel",
@@ -137,7 +137,7 @@ MODELS = {
     "leap": {
         "focus": {},
         "additive": {"mixer": "additive"},
-        "decay": {"position_embedding_type": "decay", "tie_word_embeddings": True},
+        "alibi": {"position_embedding_type": "alibi", "tie_word_embeddings": True},
     },
     "heptapod": {
         "plain": {},
@@ -145,9 +145,9 @@ MODELS = {
         "feedback": {"self_conditioning": True, "neighbor_loss_weight": 0.5},
     },
     "hierarchical_lm": {
-        "plain": {"hierarchies": 1, "window_sizes": 7, "tie_word_embeddings": True},
+        "plain": {"compression_factors": 1, "window_sizes": 7, "tie_word_embeddings": True},
         "streams": {
-            "hierarchies": [1, 4, 8],
+            "compression_factors": [1, 4, 8],
             "strides": [1, 1, 4],
             "window_sizes": [4, None, 3],
             "compressor": ["conv", "attention", "conv"],
@@ -159,7 +159,7 @@ MODELS = {
     },
     "multigrid": {
         "plain": {"tie_word_embeddings": True},
-        "axes": {**TWO_AXES, "meta_hidden_size": 8, "cross_feed_forward": False},
+        "axes": {**TWO_AXES, "axis_hidden_size": 8, "cross_feed_forward": False},
         "ordered": {**TWO_AXES, "core": "leap", "axis_order": "factored"},
         "lstm": {**TWO_AXES, "core": "lstm", "axis_weights": [0.2, 0.3]},
     },
@@ -179,7 +179,7 @@ for name, auto in jobs:
     model = auto_class.from_pretrained(f"{folder}/{name}", trust_remote_code=True).eval()
     tracks = {}
     if model.config.model_type == "multigrid":
-        tracks["meta_ids"] = ids[:, None].expand(-1, model.config.num_axes, -1) % 5
+        tracks["axis_ids"] = ids[:, None].expand(-1, model.config.num_axes, -1) % 5
     with torch.no_grad():
         results[name, auto] = model(ids, **tracks)[0]
     if auto == "AutoModelForCausalLM":
@@ -188,7 +188,7 @@ for name, auto in jobs:
     if auto == "AutoModelForMaskedLM" and hasattr(model, "generate"):
         page = ids.view(2, 3, 4).clone()
         page[:, 1:, 1:] = model.config.mask_token_id
-        results[name, "tokens"] = model.generate(page, num_iterations=3, do_sample=True, seed=0)
+        results[name, "tokens"] = model.generate(page, max_denoising_steps=3, do_sample=True, seed=0)
     if sys.argv[3] == "again":
         model.save_pretrained(f"{folder}/{name}-again")
     print(type(model).__name__, type(model.config).__name__)
@@ -220,7 +220,7 @@ def tracks(model, ids):
     """What a model wants beside `ids`, as in the clean room."""
     if model.config.model_type != "multigrid":
         return {}
-    return {"meta_ids": ids[:, None].expand(-1, model.config.num_axes, -1) % 5}
+    return {"axis_ids": ids[:, None].expand(-1, model.config.num_axes, -1) % 5}
 
 
 def export(folder, models):
@@ -263,7 +263,9 @@ def test_generated_tokens_are_equal(exported):
         elif name.startswith("HeptapodForMaskedLM"):
             page = ids.view(2, *GRID).clone()
             page[:, 1:, 1:] = MASK
-            assert torch.equal(results[name, "tokens"], model.generate(page, num_iterations=3, do_sample=True, seed=0))
+            assert torch.equal(
+                results[name, "tokens"], model.generate(page, max_denoising_steps=3, do_sample=True, seed=0)
+            )
 
 
 def test_classes_come_from_the_folder(exported):
@@ -289,7 +291,7 @@ def test_folders_have_code_weights_and_a_full_map(exported):
 
 def test_what_is_saved_from_there_works_there(exported):
     folder, models, ids, *_ = exported
-    kinds = ("focus", "decay", "feedback", "streams", "axes", "ordered")
+    kinds = ("focus", "alibi", "feedback", "streams", "axes", "ordered")
     jobs = [(f"{name}-again", HEADS[name.split("-")[0]]) for name in models if name.endswith(kinds)]
     results, _ = in_a_clean_room(folder, jobs, again="no")
     for name, auto in jobs:
@@ -335,7 +337,7 @@ def test_a_hierarchical_checkpoint_loads_through_every_auto_class(tmp_path):
 def test_a_multigrid_checkpoint_loads_through_every_auto_class(tmp_path):
     model = tiny("MultiGridForCausalLM", **MODELS["multigrid"]["ordered"])
     ids = export(tmp_path, {"grown": model})
-    model.add_meta_axis("new", 5)
+    model.add_axis("new", 5)
     export(tmp_path, {"grown": model})
     results, printed = in_a_clean_room(tmp_path, [("grown", "AutoModel"), ("grown", "AutoModelForCausalLM")])
     assert [line.split()[0] for line in printed[:2]] == ["MultiGridModel", "MultiGridForCausalLM"]

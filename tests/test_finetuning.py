@@ -76,7 +76,7 @@ CASES = {
     "leap-causal": Case(leap("LeapForCausalLM")),
     "leap-masked": Case(leap("LeapForMaskedLM")),
     "leap-classification": Case(leap("LeapForSequenceClassification")),
-    "leap-additive": Case(leap("LeapForCausalLM"), {"mixer": "additive", "position_embedding_type": "decay"}),
+    "leap-additive": Case(leap("LeapForCausalLM"), {"mixer": "additive", "position_embedding_type": "alibi"}),
     "hierarchical-concat": Case(tiny_hierarchical_lm, {**HIERARCHICAL["stride"], **ALL_LOSSES}),
     "hierarchical-cross": Case(tiny_hierarchical_lm, HIERARCHICAL["cross"]),
     # The last layer tells hierarchy 1 what nobody reads, and a hierarchy that reads one other has nothing to choose.
@@ -86,7 +86,7 @@ CASES = {
     "hierarchical-attention": Case(tiny_hierarchical_lm, HIERARCHICAL["attention-compressor"]),
     "grid": Case(tiny_heptapod, {"self_conditioning": True, "neighbor_loss_weight": 0.5, "num_global_heads": 1}),
     "multigrid-plain": Case(tiny_multigrid),
-    "multigrid-transformer": Case(tiny_multigrid, {**TWO_AXES, "meta_hidden_size": 8}),
+    "multigrid-transformer": Case(tiny_multigrid, {**TWO_AXES, "axis_hidden_size": 8}),
     "multigrid-leap": Case(tiny_multigrid, {**TWO_AXES, "core": "leap"}),
     "multigrid-lstm": Case(tiny_multigrid, {**TWO_AXES, "core": "lstm"}),
     "multigrid-factored": Case(tiny_multigrid, {**TWO_AXES, "axis_order": "factored"}),
@@ -112,7 +112,7 @@ def everything(model, inputs):
     """All that a model says of `inputs`, flat: scores of each axis, and each loss. What it draws is drawn alike."""
     torch.manual_seed(7)
     outputs = model(**inputs)
-    scores = [outputs.logits, *(outputs.get("meta_logits") or ())]
+    scores = [outputs.logits, *(outputs.get("axis_logits") or ())]
     losses = [value for name, value in outputs.items() if name.endswith("loss")]
     return torch.cat([part.flatten() for part in (*scores, *losses)])
 
@@ -241,7 +241,7 @@ def test_cached_generation_goes_through_the_adapters(name):
     """LEAP's step in C, attention to one token, single steps of streams: each gives what the whole text gives."""
     model = CASES[name].model()
     inputs, model = CASES[name].inputs(model), adapted(model).eval()
-    tracks = {"meta_ids": inputs["meta_ids"][:, :, :24]} if "meta_ids" in inputs else {}
+    tracks = {"axis_ids": inputs["axis_ids"][:, :, :24]} if "axis_ids" in inputs else {}
     ids = inputs["input_ids"][:, :24]
     with torch.no_grad():
         whole = model(ids, **tracks).logits
@@ -249,7 +249,7 @@ def test_cached_generation_goes_through_the_adapters(name):
         for part in (slice(0, 16), *(slice(i, i + 1) for i in range(16, 24))):
             given = {key: value[:, :, part] for key, value in tracks.items()}
             if name == "multigrid-factored" and part.stop < 24:  # it is told the meta tokens that come next
-                given["next_meta_ids"] = tracks["meta_ids"][:, :, part.stop]
+                given["next_axis_ids"] = tracks["axis_ids"][:, :, part.stop]
             outputs = model(ids[:, part], past_key_values=cache, use_cache=True, **given)
             cache = outputs.past_key_values
             steps.append(outputs.logits)

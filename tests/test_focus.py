@@ -22,7 +22,7 @@ from modeling_heptapod.leap.focus import (
     rotate,
     standardize,
 )
-from modeling_heptapod.leap.focus_step import (
+from modeling_heptapod.leap.focus_recurrent import (
     gate_output,
     pack_state,
     prepare_step,
@@ -41,19 +41,26 @@ OPTIONS = {
     "plain": {},
     "exp": {"weight_function": "exp"},
     "normalize": {"normalize": True},
-    "gelu": {"query_gate": "gelu"},
-    "no gate": {"query_gate": "none"},
-    "null": {"null_weight": 0.4},
-    "decay": {"decay": True},
+    "gelu": {"output_gate": "gelu"},
+    "no gate": {"output_gate": "none"},
+    "null": {"sink_weight": 0.4},
+    "alibi_slopes": {"alibi_slopes": True},
     "rotary": {"rotary": True},
     "padding": {"padding": True},
     "segments": {"segments": True},
-    "all": {"normalize": True, "null_weight": 0.4, "decay": True, "rotary": True, "padding": True, "segments": True},
+    "all": {
+        "normalize": True,
+        "sink_weight": 0.4,
+        "alibi_slopes": True,
+        "rotary": True,
+        "padding": True,
+        "segments": True,
+    },
     "all of exp": {
         "weight_function": "exp",
-        "query_gate": "none",
-        "null_weight": 1e-5,
-        "decay": True,
+        "output_gate": "none",
+        "sink_weight": 1e-5,
+        "alibi_slopes": True,
         "padding": True,
     },
 }
@@ -70,24 +77,24 @@ def in_float32(qfkv, kwargs):
     single = {}
     for name, value in kwargs.items():
         single[name] = tuple(x.float() for x in value) if name == "rotary" else value
-        if name == "decay":
+        if name == "alibi_slopes":
             single[name] = value.float()
     return qfkv.float(), single
 
 
 def settings_for(window=None, causal=True, **options):
-    names = ("normalize", "weight_function", "query_gate", "null_weight")
+    names = ("normalize", "weight_function", "output_gate", "sink_weight")
     chosen = {name: options[name] for name in names if name in options}
     return FocusSettings(scale=SCALE, window=window, causal=causal, **chosen)
 
 
 def make_inputs(batch, seq, **options):
     """Random `qfkv` and keyword arguments of `focus_mixing`."""
-    parts = 3 if options.get("query_gate") == "none" else 4
+    parts = 3 if options.get("output_gate") == "none" else 4
     qfkv = 1.5 * torch.randn(batch, seq, parts, HEADS, DIM, dtype=torch.float64)
     kwargs = {}
-    if options.get("decay"):
-        kwargs["decay"] = torch.tensor([0.3, 0.01], dtype=torch.float64)
+    if options.get("alibi_slopes"):
+        kwargs["alibi_slopes"] = torch.tensor([0.3, 0.01], dtype=torch.float64)
     if options.get("rotary"):
         angles = torch.rand(batch, seq, DIM // 2, dtype=torch.float64) * 6
         angles = torch.cat((angles, angles), dim=-1)
@@ -128,7 +135,7 @@ def tokens_of(qfkv, settings, rotary=None, padding_mask=None, **_):
     logs = log_weight(settings.scale * (f * k).sum(-1), settings.weight_function)
     if padding_mask is not None:
         logs = logs.masked_fill(~padding_mask[..., None], -math.inf)
-    if settings.query_gate == "none":
+    if settings.output_gate == "none":
         return logs, v
     return logs, torch.cat((k if rotary is None else rotate(k, *rotary), v), dim=-1)
 
@@ -145,9 +152,9 @@ def check_state(state, qfkv, settings, kwargs, tolerance=1e-7):
         close(held_logs, logs[:, logs.shape[1] - count :].transpose(1, 2))
         close(held_values, values[:, values.shape[1] - count :].transpose(1, 2))
         return
-    decay, segments = kwargs.get("decay"), kwargs.get("segment_ids")
-    if decay is not None:
-        logs = logs - torch.arange(logs.shape[1]).flip(0)[:, None] * decay
+    alibi_slopes, segments = kwargs.get("alibi_slopes"), kwargs.get("segment_ids")
+    if alibi_slopes is not None:
+        logs = logs - torch.arange(logs.shape[1]).flip(0)[:, None] * alibi_slopes
     if segments is not None:
         logs = logs.masked_fill((segments != segments[:, -1:])[..., None], -math.inf)
     total = logs.logsumexp(1)
@@ -210,7 +217,7 @@ def _distance(seq):
     return place[:, None] - place[None, :]
 
 
-def dense_mixing(qfkv, settings, decay=None, padding_mask=None):
+def dense_mixing(qfkv, settings, alibi_slopes=None, padding_mask=None):
     """`naive_focus_mixing` as one softmax, for lengths at which a loop takes too long (sigmoid gate, no null weight)."""
     logs, values = tokens_of(qfkv, settings, padding_mask=padding_mask)
     distance = _distance(qfkv.shape[1])
@@ -218,8 +225,8 @@ def dense_mixing(qfkv, settings, decay=None, padding_mask=None):
     if settings.window is not None:
         hidden = hidden | (distance.abs() >= settings.window)
     logits = logs.transpose(1, 2).unsqueeze(2)
-    if decay is not None:
-        logits = logits - decay.view(-1, 1, 1) * distance.abs()
+    if alibi_slopes is not None:
+        logits = logits - alibi_slopes.view(-1, 1, 1) * distance.abs()
     means = torch.softmax(logits.masked_fill(hidden, -math.inf), dim=-1) @ values.transpose(1, 2)
     kbar, vbar = means.transpose(1, 2).chunk(2, dim=-1)
     q = standardize(qfkv[:, :, 0]) if settings.normalize else qfkv[:, :, 0]
@@ -234,10 +241,10 @@ def test_real_blocks(seq, window, causal):
         window = {None: 16, 17: 64, 100: 65}[window]
     settings = settings_for(window, causal, normalize=True)
     qfkv = torch.randn(1, seq, 4, 1, 4, dtype=torch.float64)
-    decay = torch.tensor([1e-3], dtype=torch.float64) if seq % 2 else None
+    alibi_slopes = torch.tensor([1e-3], dtype=torch.float64) if seq % 2 else None
     weight = torch.randn(1, seq, 1, 4, dtype=torch.float64)
-    out, _, grad = with_gradient(lambda x: focus_mixing(x, settings, decay=decay), qfkv, weight)
-    expected, _, expected_grad = with_gradient(lambda x: dense_mixing(x, settings, decay), qfkv, weight)
+    out, _, grad = with_gradient(lambda x: focus_mixing(x, settings, alibi_slopes=alibi_slopes), qfkv, weight)
+    expected, _, expected_grad = with_gradient(lambda x: dense_mixing(x, settings, alibi_slopes), qfkv, weight)
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-9)
 
@@ -245,16 +252,16 @@ def test_real_blocks(seq, window, causal):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 5])
 def test_the_dense_formula_is_the_loop(window, causal):
-    qfkv, kwargs = make_inputs(2, 30, decay=True)
+    qfkv, kwargs = make_inputs(2, 30, alibi_slopes=True)
     settings = settings_for(window, causal)
     torch.testing.assert_close(dense_mixing(qfkv, settings, **kwargs), naive_focus_mixing(qfkv, settings, **kwargs))
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("option", ["padding", "decay", "all"])
+@pytest.mark.parametrize("option", ["padding", "alibi_slopes", "all"])
 @pytest.mark.parametrize("window", [None, 3])
 def test_the_matrix_of_torch_func_is_the_loop(window, option, causal):
-    """Where pads take places in windows and steps of decay, too."""
+    """Where pads take places in windows and steps of alibi_slopes, too."""
     qfkv, kwargs = make_inputs(2, 30, **OPTIONS[option])
     settings = settings_for(window, causal, **OPTIONS[option])
     weight = torch.randn(2, 30, HEADS, DIM, dtype=torch.float64)
@@ -270,7 +277,7 @@ def mean_kwargs(kwargs):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("option", ["plain", "null", "decay", "padding", "segments", "all"])
+@pytest.mark.parametrize("option", ["plain", "null", "alibi_slopes", "padding", "segments", "all"])
 @pytest.mark.parametrize("window", [None, 1, 5, 66, 100])
 def test_means_alone(window, option, causal):
     seq, options = 190, {**OPTIONS[option], "rotary": False}
@@ -285,7 +292,7 @@ def test_means_alone(window, option, causal):
     if "padding_mask" in kwargs:
         masked = logs.masked_fill(~kwargs["padding_mask"][..., None], -math.inf)
     expected = naive_focus_mean(
-        masked, values, window, null_weight=settings.null_weight, causal=causal, **mean_kwargs(kwargs)
+        masked, values, window, sink_weight=settings.sink_weight, causal=causal, **mean_kwargs(kwargs)
     )
     torch.testing.assert_close(means, expected, rtol=1e-9, atol=1e-9)
     for grad, expected_grad in zip(grads, torch.autograd.grad((expected * weight).sum(), (logs, values))):
@@ -306,8 +313,8 @@ def test_gradcheck(window, option, causal, monkeypatch):
 
 
 def test_gradcheck_of_every_entry():
-    qfkv, kwargs = make_inputs(1, 5, decay=True, rotary=True)
-    settings = settings_for(3, null_weight=0.1)
+    qfkv, kwargs = make_inputs(1, 5, alibi_slopes=True, rotary=True)
+    settings = settings_for(3, sink_weight=0.1)
     assert torch.autograd.gradcheck(lambda x: focus_mixing(x, settings, **kwargs)[0], qfkv.requires_grad_())
 
 
@@ -337,7 +344,7 @@ def pieces(kwargs, place):
     return kwargs
 
 
-@pytest.mark.parametrize("option", ["plain", "null", "decay", "rotary", "padding", "no gate", "all"])
+@pytest.mark.parametrize("option", ["plain", "null", "alibi_slopes", "rotary", "padding", "no gate", "all"])
 @pytest.mark.parametrize("window", [None, 1, 2, 5, 17, 66, 100])
 def test_any_split_in_chunks_equals_the_whole(window, option, small_blocks):
     options = {**OPTIONS[option], "segments": False}
@@ -377,7 +384,7 @@ def test_gradient_after_a_state(window, small_blocks):
 
 @pytest.mark.parametrize("window", [None, 3, 20, 70])
 def test_a_state_belongs_to_the_first_segment(window):
-    qfkv, kwargs = make_inputs(2, 90, decay=True)
+    qfkv, kwargs = make_inputs(2, 90, alibi_slopes=True)
     settings = settings_for(window)
     segments = torch.zeros(2, 90, dtype=torch.long)
     segments[:, 60:] = 1
@@ -412,22 +419,22 @@ class Window:
         return recent
 
 
-def step(qfkv, settings, packed, decay=None, rotary=None):
+def step(qfkv, settings, packed, alibi_slopes=None, rotary=None):
     """One token `[batch, 1, parts, heads, head_dim]` from a packed state, by the functions that models use."""
     parts, logits = prepare_step(qfkv.clone(), settings, rotary)
     if settings.window is None:
         packed = packed.clone()
-        means = step_global_mean(logits, parts[:, 2:], packed, settings, decay)
+        means = step_global_mean(logits, parts[:, 2:], packed, settings, alibi_slopes)
     else:
         window = Window(packed)
-        means = step_window_mean(logits, parts[:, 2:], window, settings, decay)
+        means = step_window_mean(logits, parts[:, 2:], window, settings, alibi_slopes)
         packed = window.packed
-    if settings.query_gate == "none":
+    if settings.output_gate == "none":
         return means[:, 0], packed
     return gate_output(parts[:, 0], means[:, 0], means[:, 1], settings)[0], packed
 
 
-STEP_OPTIONS = ["plain", "exp", "normalize", "gelu", "no gate", "null", "decay", "rotary", "all", "all of exp"]
+STEP_OPTIONS = ["plain", "exp", "normalize", "gelu", "no gate", "null", "alibi_slopes", "rotary", "all", "all of exp"]
 
 
 @pytest.mark.parametrize("option", STEP_OPTIONS)
@@ -437,8 +444,8 @@ def test_steps_equal_the_parallel_form(window, option):
     seq = 60
     qfkv, kwargs = in_float32(*make_inputs(2, seq, **options))
     settings = settings_for(window, **options)
-    if options.get("null_weight"):  # one that is felt in longer sequences as well
-        settings = replace(settings, null_weight=20.0)
+    if options.get("sink_weight"):  # one that is felt in longer sequences as well
+        settings = replace(settings, sink_weight=20.0)
     expected, final = focus_mixing(qfkv, settings, **kwargs)
     for start in (1, 2, 17):
         place = slice(0, start)
@@ -463,7 +470,7 @@ def test_steps_at_the_ends_of_standardised_logits(window, sign, rescale, weight_
     """Focus along keys, or against them: logits near +-rescale, where weights are huge or tiny but not all equal."""
     size = 8
     settings = FocusSettings(
-        scale=rescale / size, normalize=True, window=window, weight_function=weight_function, query_gate="none"
+        scale=rescale / size, normalize=True, window=window, weight_function=weight_function, output_gate="none"
     )
     v, k = torch.randn(2, 40, HEADS, size), torch.randn(2, 40, HEADS, size)
     qfkv = torch.stack((sign * k + 0.1 * torch.randn_like(k), k, v), dim=2)
@@ -502,7 +509,7 @@ def test_packing_a_state_loses_nothing(normalize, window):
 @pytest.mark.parametrize("normalize", [False, True])
 def test_a_global_state_still_feels_one_more_token_after_millions(normalize):
     """With equal weights the mean moves by 1/n a token; a float32 sum of that many ones stands still at 2**24."""
-    settings = FocusSettings(scale=1.0, normalize=normalize, weight_function="exp", query_gate="none")
+    settings = FocusSettings(scale=1.0, normalize=normalize, weight_function="exp", output_gate="none")
     count = 20_000_000
     state = FocusState(torch.full((1, 1), math.log(count)), torch.zeros(1, 1, 1))
     packed = pack_state(state, settings, 1, count)
@@ -625,7 +632,7 @@ def test_half_precision_is_as_good_as_rounding_the_exact_result(normalize, windo
         assert state.log_weights.dtype == state.values.dtype == torch.float32
 
 
-@pytest.mark.parametrize("option", ["plain", "no gate", "decay", "null"])
+@pytest.mark.parametrize("option", ["plain", "no gate", "alibi_slopes", "null"])
 @pytest.mark.parametrize("window", [None, 4, 70])
 def test_autocast_does_not_reach_inside(window, option):
     options = OPTIONS[option]
@@ -711,7 +718,7 @@ def test_memory_held_counts_what_a_context_keeps():
 
 
 def test_backward_twice_is_the_same():
-    qfkv, kwargs = make_inputs(2, 100, decay=True)
+    qfkv, kwargs = make_inputs(2, 100, alibi_slopes=True)
     out, _ = focus_mixing(qfkv.requires_grad_(), settings_for(4), **kwargs)
     first = torch.autograd.grad(out.sum(), qfkv, retain_graph=True)[0]
     assert torch.equal(first, torch.autograd.grad(out.sum(), qfkv)[0])
@@ -729,7 +736,7 @@ def test_bad_input():
         with pytest.raises(ValueError, match="qfkv"):
             focus_mixing(wrong, settings)
     with pytest.raises(ValueError, match="qfkv"):
-        focus_mixing(qfkv, replace(settings, query_gate="none"))
+        focus_mixing(qfkv, replace(settings, output_gate="none"))
     _, state = focus_mixing(qfkv, settings)
     with pytest.raises(ValueError, match="state"):
         focus_mixing(qfkv, replace(settings, causal=False), state=state)
@@ -791,12 +798,12 @@ def test_random_cases():
     for _ in range(30):
         options = {
             "weight_function": draw.choice(["elu", "exp"]),
-            "query_gate": draw.choice(["sigmoid", "gelu", "none"]),
+            "output_gate": draw.choice(["sigmoid", "gelu", "none"]),
             "normalize": draw.random() < 0.5,
-            "null_weight": draw.choice([0.0, 1e-5, 2.0]),
-            **{name: draw.random() < 0.5 for name in ("decay", "padding", "segments")},
+            "sink_weight": draw.choice([0.0, 1e-5, 2.0]),
+            **{name: draw.random() < 0.5 for name in ("alibi_slopes", "padding", "segments")},
         }
-        options["rotary"] = options["query_gate"] != "none" and draw.random() < 0.5
+        options["rotary"] = options["output_gate"] != "none" and draw.random() < 0.5
         window, seq = draw.choice([None, draw.randint(1, 120)]), draw.randint(1, 260)
         settings = settings_for(window, draw.random() < 0.6, **options)
         qfkv, kwargs = make_inputs(draw.randint(1, 3), seq, **options)

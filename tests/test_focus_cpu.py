@@ -9,8 +9,8 @@ import torch
 from modeling_heptapod.leap import focus, focus_cpu, focus_operator
 from modeling_heptapod.leap.configuration_leap import _CHOICES
 from modeling_heptapod.leap.focus import FocusSettings, FocusState, focus_mixing, naive_focus_mixing
-from modeling_heptapod.leap.focus_kinds import QUERY_GATES, WEIGHT_FUNCTIONS, WeightFunction
-from modeling_heptapod.leap.focus_step import pack_state
+from modeling_heptapod.leap.focus_functions import OUTPUT_GATES, WEIGHT_FUNCTIONS, WeightFunction
+from modeling_heptapod.leap.focus_recurrent import pack_state
 from tests.test_focus import OPTIONS, check_state, relative_rms, settings_for
 from tests.tiny_leap import tiny_leap
 
@@ -27,11 +27,11 @@ def compiled():
 
 def make_inputs(batch, seq, head_dim=4, **options):
     """Float32 `qfkv` and keyword arguments of `focus_mixing`."""
-    parts = 3 if options.get("query_gate") == "none" else 4
+    parts = 3 if options.get("output_gate") == "none" else 4
     qfkv = 1.5 * torch.randn(batch, seq, parts, HEADS, head_dim)
     kwargs = {}
-    if options.get("decay"):
-        kwargs["decay"] = torch.tensor([0.3, 0.01])
+    if options.get("alibi_slopes"):
+        kwargs["alibi_slopes"] = torch.tensor([0.3, 0.01])
     if options.get("rotary"):
         angles = torch.rand(batch, seq, head_dim // 2).repeat(1, 1, 2) * 6
         kwargs["rotary"] = (angles.cos(), angles.sin())
@@ -44,7 +44,7 @@ def make_inputs(batch, seq, head_dim=4, **options):
 
 
 def in_float64(kwargs):
-    double = {name: value.double() if name == "decay" else value for name, value in kwargs.items()}
+    double = {name: value.double() if name == "alibi_slopes" else value for name, value in kwargs.items()}
     if "rotary" in double:
         double["rotary"] = tuple(x.double() for x in double["rotary"])
     return double
@@ -60,7 +60,7 @@ def with_gradient(function, qfkv, weight):
 
 def check(qfkv, settings, kwargs, tolerance=1e-5):
     """Output and gradient to float32's precision; returns the state."""
-    assert focus_cpu.applies(qfkv, settings, kwargs.get("rotary"))
+    assert focus_cpu.is_supported(qfkv, settings, kwargs.get("rotary"))
     weight = torch.randn(*qfkv.shape[:2], *qfkv.shape[3:])
     out, state, grad = with_gradient(lambda x: focus_mixing(x, settings, **kwargs), qfkv, weight)
     double = in_float64(kwargs)
@@ -107,7 +107,7 @@ def test_rotary_positions_of_one_row_serve_the_batch():
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("option", ["plain", "exp", "null", "decay", "rotary", "no gate", "padding"])
+@pytest.mark.parametrize("option", ["plain", "exp", "null", "alibi_slopes", "rotary", "no gate", "padding"])
 def test_any_split_in_chunks_equals_the_whole(window, option):
     qfkv, kwargs = make_inputs(2, 200, **OPTIONS[option])
     settings = settings_for(window, **OPTIONS[option])
@@ -117,10 +117,10 @@ def test_any_split_in_chunks_equals_the_whole(window, option):
         piece = {
             name: tuple(x[:, start:end] for x in value) if name == "rotary" else value[:, start:end]
             for name, value in kwargs.items()
-            if name != "decay"
+            if name != "alibi_slopes"
         }
-        decay = {"decay": kwargs["decay"]} if "decay" in kwargs else {}
-        out, state = focus_mixing(qfkv[:, start:end], settings, **piece, **decay, state=state)
+        alibi_slopes = {"alibi_slopes": kwargs["alibi_slopes"]} if "alibi_slopes" in kwargs else {}
+        out, state = focus_mixing(qfkv[:, start:end], settings, **piece, **alibi_slopes, state=state)
         outs.append(out)
     torch.testing.assert_close(torch.cat(outs, 1), whole, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(state.values, final.values, rtol=1e-5, atol=1e-5)
@@ -129,7 +129,7 @@ def test_any_split_in_chunks_equals_the_whole(window, option):
 
 @pytest.mark.parametrize("window", [None, 4, 64])
 def test_gradient_after_a_state(window, monkeypatch):
-    qfkv, kwargs = make_inputs(2, 150, decay=True)
+    qfkv, kwargs = make_inputs(2, 150, alibi_slopes=True)
     settings, weight = settings_for(window), torch.randn(2, 100, HEADS, 4)
     _, state = focus_mixing(qfkv[:, :50], settings, **kwargs)
 
@@ -158,7 +158,7 @@ def test_bf16_is_as_good_as_rounding_the_exact_result(window, normalize):
 
 @pytest.mark.parametrize("window", [None, 4, 64])
 def test_long_sequences_of_extreme_logits(window):
-    settings = FocusSettings(scale=1.0, weight_function="exp", window=window, query_gate="none")
+    settings = FocusSettings(scale=1.0, weight_function="exp", window=window, output_gate="none")
     qfkv = torch.randn(1, 20_000, 3, 1, 4)
     logits = 60 * torch.rand(20_000) - 30
     qfkv[0, :, 0, 0], qfkv[0, :, 1, 0] = 0.0, 0.0
@@ -177,19 +177,19 @@ def test_long_sequences_of_extreme_logits(window):
     assert relative_rms(grad[0, :, 2, 0], values.grad) < 2e-6
 
 
-@pytest.mark.parametrize("option", ["plain", "exp", "gelu", "no gate", "null", "decay", "rotary", "normalize"])
+@pytest.mark.parametrize("option", ["plain", "exp", "gelu", "no gate", "null", "alibi_slopes", "rotary", "normalize"])
 @pytest.mark.parametrize("window", WINDOWS)
 def test_single_tokens_equal_the_whole(window, option):
     options = OPTIONS[option]
     qfkv, kwargs = make_inputs(2, 90, **options)
-    settings, decay = settings_for(window, **options), kwargs.pop("decay", None)
-    expected, final = focus_mixing(qfkv, settings, decay, **kwargs)
+    settings, alibi_slopes = settings_for(window, **options), kwargs.pop("alibi_slopes", None)
+    expected, final = focus_mixing(qfkv, settings, alibi_slopes, **kwargs)
     start = {name: tuple(x[:, :20] for x in value) for name, value in kwargs.items()}
-    _, state = focus_mixing(qfkv[:, :20], settings, decay, **start)
+    _, state = focus_mixing(qfkv[:, :20], settings, alibi_slopes, **start)
     packed, outs = pack_state(state, settings, 4, 20), []
     for t in range(20, 90):
         rotary = tuple(x[:, t : t + 1] for x in kwargs["rotary"]) if kwargs else None
-        outs.append(focus_cpu.step(qfkv[:, t : t + 1], settings, decay, rotary, packed))
+        outs.append(focus_cpu.step(qfkv[:, t : t + 1], settings, alibi_slopes, rotary, packed))
     torch.testing.assert_close(torch.cat(outs, 1), expected[:, 20:], rtol=1e-5, atol=1e-5)
     if window == 1:
         return  # its state holds a token that no window reaches
@@ -204,14 +204,14 @@ def test_single_tokens_equal_the_whole(window, option):
 @pytest.mark.parametrize("window", [34, 40, 63])
 def test_windows_above_33(window):
     """Two vectors of sixteen and one more: values, gradients and single tokens."""
-    options = {"decay": True, "null_weight": 0.4}
+    options = {"alibi_slopes": True, "sink_weight": 0.4}
     qfkv, kwargs = make_inputs(1, 150, **options)
     settings = settings_for(window, **options)
     check(qfkv, settings, kwargs)
-    expected, _ = focus_mixing(qfkv, settings, kwargs["decay"])
-    _, state = focus_mixing(qfkv[:, :50], settings, kwargs["decay"])
+    expected, _ = focus_mixing(qfkv, settings, kwargs["alibi_slopes"])
+    _, state = focus_mixing(qfkv[:, :50], settings, kwargs["alibi_slopes"])
     packed = pack_state(state, settings, 4, 50)
-    outs = [focus_cpu.step(qfkv[:, t : t + 1], settings, kwargs["decay"], None, packed) for t in range(50, 150)]
+    outs = [focus_cpu.step(qfkv[:, t : t + 1], settings, kwargs["alibi_slopes"], None, packed) for t in range(50, 150)]
     torch.testing.assert_close(torch.cat(outs, 1), expected[:, 50:], rtol=1e-5, atol=1e-5)
 
 
@@ -261,7 +261,7 @@ def test_inputs_that_are_not_contiguous():
 def test_what_the_source_does_not_do_is_left_to_torch(change):
     qfkv, _ = make_inputs(1, 100)
     settings = replace(settings_for(4), **change)
-    assert not focus_cpu.applies(qfkv, settings)
+    assert not focus_cpu.is_supported(qfkv, settings)
     out, _ = focus_mixing(qfkv, settings)
     torch.testing.assert_close(out, naive_focus_mixing(qfkv, settings), rtol=1e-5, atol=1e-5)
 
@@ -283,7 +283,7 @@ def test_logits_that_overflow_a_plain_exponential():
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_single_tokens_of_extreme_logits(window):
-    settings = FocusSettings(scale=1.0, weight_function="exp", window=window, query_gate="none")
+    settings = FocusSettings(scale=1.0, weight_function="exp", window=window, output_gate="none")
     qfkv = torch.randn(1, 6, 3, 1, 4)
     logits = torch.tensor([100.0, -100.0, 0.0, 100.0, -100.0, -100.0])
     qfkv[0, :, 0, 0], qfkv[0, :, 1, 0] = logits[:, None] / 4, 1.0
@@ -353,22 +353,22 @@ def test_what_pads_hold_leaves_no_trace(window, form, monkeypatch):
                 assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("option", ["plain", "exp", "null", "decay", "normalize", "no gate"])
+@pytest.mark.parametrize("option", ["plain", "exp", "null", "alibi_slopes", "normalize", "no gate"])
 @pytest.mark.parametrize("window", [None, 4])
 def test_a_state_keeps_what_is_not_finite(window, option, monkeypatch):
     """From one chunk to the next, and to single tokens."""
     qfkv, kwargs = make_inputs(2, 12, **OPTIONS[option])
-    settings, decay = settings_for(window, **OPTIONS[option]), kwargs.get("decay")
+    settings, alibi_slopes = settings_for(window, **OPTIONS[option]), kwargs.get("alibi_slopes")
     qfkv[1, 8, -2, 0, 1] = math.nan
     results = {}
     for form in ("C", "torch"):
         if form == "torch":
             monkeypatch.setattr(focus_operator, "native_applies", lambda *_: False)
-        _, state = focus_mixing(qfkv[:, :10], settings, decay)
-        results[form] = not_finite(focus_mixing(qfkv[:, 10:], settings, decay, state=state)[0])
+        _, state = focus_mixing(qfkv[:, :10], settings, alibi_slopes)
+        results[form] = not_finite(focus_mixing(qfkv[:, 10:], settings, alibi_slopes, state=state)[0])
         if form == "C":
             packed = pack_state(state, settings, 4, 10)
-            out = focus_cpu.step(qfkv[:, 10:11], settings, decay, None, packed)
+            out = focus_cpu.step(qfkv[:, 10:11], settings, alibi_slopes, None, packed)
             assert torch.equal(not_finite(out), results[form][:, :1])
     assert results["C"][1, 0, 0].all() and torch.equal(results["C"], results["torch"])
 
@@ -411,11 +411,11 @@ WRONG = {
     "no rows": ({"qfkv": torch.zeros(0, 10, 4, HEADS, 4)}, ValueError, "qfkv"),
     "no tokens": ({"qfkv": torch.zeros(2, 0, 4, HEADS, 4)}, ValueError, "qfkv"),
     "no heads": ({"qfkv": torch.zeros(2, 10, 4, 0, 4)}, ValueError, "qfkv"),
-    "slopes of more heads": ({"decay": torch.zeros(3)}, ValueError, "decay"),
-    "one slope": ({"decay": torch.zeros(1)}, ValueError, "decay"),
-    "a number for slopes": ({"decay": 0.1}, TypeError, "decay"),
-    "integers for slopes": ({"decay": torch.zeros(HEADS, dtype=torch.long)}, TypeError, "decay"),
-    "slopes elsewhere": ({"decay": torch.zeros(HEADS, device="meta")}, ValueError, "decay"),
+    "slopes of more heads": ({"alibi_slopes": torch.zeros(3)}, ValueError, "alibi_slopes"),
+    "one slope": ({"alibi_slopes": torch.zeros(1)}, ValueError, "alibi_slopes"),
+    "a number for slopes": ({"alibi_slopes": 0.1}, TypeError, "alibi_slopes"),
+    "integers for slopes": ({"alibi_slopes": torch.zeros(HEADS, dtype=torch.long)}, TypeError, "alibi_slopes"),
+    "slopes elsewhere": ({"alibi_slopes": torch.zeros(HEADS, device="meta")}, ValueError, "alibi_slopes"),
     "tables of fewer rows": (
         {"qfkv": torch.zeros(3, 10, 4, HEADS, 4), "rotary": 2 * (torch.zeros(2, 10, 4),)},
         ValueError,
@@ -512,7 +512,7 @@ def test_c_refuses_what_it_does_not_know(field):
 @pytest.mark.parametrize("window", [None, 4])
 def test_kinds_are_in_one_table(window, monkeypatch):
     """A weight function without a number in the kernels runs in torch; one that is in no table is refused."""
-    assert _CHOICES["weight_function"] == tuple(WEIGHT_FUNCTIONS) and set(_CHOICES["query_gate"]) == set(QUERY_GATES)
+    assert _CHOICES["weight_function"] == tuple(WEIGHT_FUNCTIONS) and set(_CHOICES["output_gate"]) == set(OUTPUT_GATES)
     with pytest.raises(ValueError, match="`weight_function` must be one of .*'elu', 'exp'.*, got 'softplus'"):
         settings_for(4, weight_function="softplus")
     softplus = WeightFunction(
@@ -524,7 +524,7 @@ def test_kinds_are_in_one_table(window, monkeypatch):
     monkeypatch.setitem(WEIGHT_FUNCTIONS, "softplus", softplus)
     qfkv, weight = make_inputs(2, 40)[0], torch.randn(2, 40, HEADS, 4)
     settings = settings_for(window, weight_function="softplus")
-    assert not focus_cpu.applies(qfkv, settings)
+    assert not focus_cpu.is_supported(qfkv, settings)
     out, _, grad = with_gradient(lambda x: focus_mixing(x, settings), qfkv, weight)
     expected, _, expected_grad = with_gradient(lambda x: naive_focus_mixing(x, settings), qfkv, weight)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
@@ -534,7 +534,7 @@ def test_kinds_are_in_one_table(window, monkeypatch):
 @pytest.mark.parametrize(
     "field, value",
     [("window", 0), ("window", -4), ("window", 2.0), ("window", True), ("scale", math.nan), ("scale", math.inf)]
-    + [("null_weight", -1.0), ("null_weight", math.nan), ("null_weight", math.inf), ("query_gate", "tanh")],
+    + [("sink_weight", -1.0), ("sink_weight", math.nan), ("sink_weight", math.inf), ("output_gate", "tanh")],
 )
 def test_settings_that_mean_nothing(field, value):
     with pytest.raises(ValueError, match=f"`{field}` must be"):

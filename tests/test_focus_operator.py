@@ -101,10 +101,10 @@ def test_dtypes(dtype):
 @pytest.mark.parametrize("seq", [3, 60])
 @pytest.mark.parametrize("kind", ["global", "window", "wide"])
 def test_a_graph_that_goes_on_from_a_state(kind, seq):
-    qfkv, kwargs = inputs("decay", seq=40)
-    settings = settings_for(*SETTINGS[kind], **OPTIONS["decay"])
+    qfkv, kwargs = inputs("alibi_slopes", seq=40)
+    settings = settings_for(*SETTINGS[kind], **OPTIONS["alibi_slopes"])
     _, state = focus_mixing(qfkv, settings, **kwargs)
-    more, _ = inputs("decay", seq=seq)
+    more, _ = inputs("alibi_slopes", seq=seq)
     compare(lambda x: focus_mixing(x, settings, state=state, **kwargs), more)
 
 
@@ -124,7 +124,7 @@ def test_operators_are_what_torch_expects(kind):
     arguments = qfkv.requires_grad_(), *nothing, *focus_operator._values(settings), True
     torch.library.opcheck(focus_operator._mixing_operator, arguments)
     logs, values = torch.randn(2, HEADS, 20).requires_grad_(), torch.randn(2, HEADS, 20, 6).requires_grad_()
-    arguments = logs, values, *(None,) * 4, settings.window, settings.null_weight, settings.causal
+    arguments = logs, values, *(None,) * 4, settings.window, settings.sink_weight, settings.causal
     torch.library.opcheck(focus_operator._mean_operator, arguments)
 
 

@@ -24,7 +24,7 @@ INTERPRETED = {  # tests of tests/gpu/test_focus_triton.py
 
 def test_tensors_on_cpus_are_left_alone():
     qfkv = torch.randn(1, 4, 4, 2, 8)
-    assert not focus_triton.applies(qfkv, settings_for(4))
+    assert not focus_triton.is_supported(qfkv, settings_for(4))
     assert focus_triton.step(qfkv[:, :1], settings_for(4), None, None, torch.zeros(1, 34, 3)) is None
 
 

@@ -1,4 +1,4 @@
-"""Writing a page: given cells kept, counts, orders, distributions, options, on a model small enough to enumerate."""
+"""Writing a page: given cells kept, mask_schedule, orders, distributions, options, on a model small enough to enumerate."""
 
 import itertools
 import json
@@ -25,15 +25,15 @@ from modeling_heptapod.heptapod.generation_heptapod import (
     HeptapodGenerationConfig,
     HeptapodGenerationMixin,
     _within_entropy_bound,
-    num_open_after,
+    num_masked_after,
 )
 from tests.reference.grid_generation import schedule_left, write_page
 from tests.tiny_heptapod import VARIANTS, random_page, tiny_heptapod
 
 
 MASK, PAD, SYMBOLS = 7, 8, 7
-SCHEDULES = ["confidence", "entropy", "random", "raster"]
-EVERY_SCHEDULE = pytest.mark.parametrize("schedule", SCHEDULES)
+SAMPLERS = ["confidence", "entropy_bound", "random", "raster"]
+EVERY_SAMPLER = pytest.mark.parametrize("sampler", SAMPLERS)
 
 
 class StubConfig(PreTrainedConfig):
@@ -46,7 +46,7 @@ class StubConfig(PreTrainedConfig):
 
 
 class Stub(HeptapodGenerationMixin, PreTrainedModel):
-    """Logits that depend on all cells, their places, and on `previous_logits`; it remembers how it was called."""
+    """Logits that depend on all cells, their places, and on `self_conditioning_logits`; it remembers how it was called."""
 
     config: StubConfig
     config_class = StubConfig
@@ -59,14 +59,14 @@ class Stub(HeptapodGenerationMixin, PreTrainedModel):
         self.calls = []
         self.post_init()
 
-    def forward(self, input_ids, attention_mask=None, previous_logits=None, return_dict=None):
-        self.calls.append((input_ids.clone(), attention_mask, previous_logits))
+    def forward(self, input_ids, attention_mask=None, self_conditioning_logits=None, return_dict=None):
+        self.calls.append((input_ids.clone(), attention_mask, self_conditioning_logits))
         assert len(self.calls) < 1000, "this page is never finished"
         here = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         here = here.unsqueeze(1)
         x = self.embed_tokens(input_ids).movedim(-1, 1) * here
-        if previous_logits is not None:
-            x = x + previous_logits[..., :1].softmax(1).movedim(-1, 1)
+        if self_conditioning_logits is not None:
+            x = x + self_conditioning_logits[..., :1].softmax(1).movedim(-1, 1)
         mean = (x * here).sum((2, 3), keepdim=True) / here.sum((2, 3), keepdim=True)
         row = torch.arange(x.shape[2]).view(-1, 1) * 0.7
         column = torch.arange(x.shape[3]) * 1.3
@@ -94,7 +94,7 @@ def prompts(batch=3, height=4, width=5, share=0.6, seed=1):
 
 
 def details(model, pages, **options):
-    return model.generate(pages, return_dict_in_generate=True, output_scores=True, output_trajectory=True, **options)
+    return model.generate(pages, return_dict_in_generate=True, output_scores=True, output_history=True, **options)
 
 
 REGIONS = {
@@ -105,82 +105,92 @@ REGIONS = {
 }
 
 
-@EVERY_SCHEDULE
+@EVERY_SAMPLER
 @pytest.mark.parametrize("region", [*REGIONS, "frame", "all"])
-def test_given_cells_never_change(schedule, region):
+def test_given_cells_never_change(sampler, region):
     model = stub()
     given = torch.randint(SYMBOLS, (2, 6, 6))
-    is_open = torch.ones(6, 6, dtype=torch.bool)
+    is_masked = torch.ones(6, 6, dtype=torch.bool)
     if region == "frame":
-        is_open[2:4, 2:4] = False
+        is_masked[2:4, 2:4] = False
     elif region != "all":
-        is_open[:] = False
-        is_open[REGIONS[region]] = True
-    pages = given.masked_fill(is_open, MASK)
-    for options in ({}, {"do_sample": True, "reopen_threshold": 1.0}, {"stability_threshold": 1, "num_iterations": 3}):
+        is_masked[:] = False
+        is_masked[REGIONS[region]] = True
+    pages = given.masked_fill(is_masked, MASK)
+    for options in (
+        {},
+        {"do_sample": True, "remask_threshold": 1.0},
+        {"stability_threshold": 1, "max_denoising_steps": 3},
+    ):
         before = pages.clone()
-        out = details(model, pages, schedule=schedule, **options)
+        out = details(model, pages, sampler=sampler, **options)
         assert torch.equal(pages, before)
-        for step in (*out.trajectory, out.sequences):
-            assert torch.equal(step[:, ~is_open], given[:, ~is_open])
-        assert (out.sequences[:, is_open] < SYMBOLS).all()
-        assert torch.equal(out.committed_at >= 0, is_open.expand(2, 6, 6))
+        for step in (*out.history, out.sequences):
+            assert torch.equal(step[:, ~is_masked], given[:, ~is_masked])
+        assert (out.sequences[:, is_masked] < SYMBOLS).all()
+        assert torch.equal(out.unmask_step >= 0, is_masked.expand(2, 6, 6))
 
 
-@EVERY_SCHEDULE
-def test_a_page_without_open_cells_comes_back_without_a_call(schedule):
+@EVERY_SAMPLER
+def test_a_page_without_open_cells_comes_back_without_a_call(sampler):
     model, pages = stub(), torch.randint(SYMBOLS, (2, 3, 4))
-    out = details(model, pages, schedule=schedule)
-    assert torch.equal(out.sequences, pages) and out.model_calls == 0 and not model.calls
-    assert (out.committed_at == -1).all() and not out.scores.any() and torch.equal(out.trajectory, pages[None])
-    assert torch.equal(model.generate(pages, schedule=schedule), pages)
+    out = details(model, pages, sampler=sampler)
+    assert torch.equal(out.sequences, pages) and out.nfe == 0 and not model.calls
+    assert (out.unmask_step == -1).all() and not out.scores.any() and torch.equal(out.history, pages[None])
+    assert torch.equal(model.generate(pages, sampler=sampler), pages)
 
 
 def test_entropies_add_up_to_the_bound_and_no_further():
     entropy = torch.tensor([[1.0, 0.5, 1.5, 9.0], [4.0, 5.0, 6.0, 7.0]])
-    is_open = torch.tensor([[True, True, True, False], [False, True, True, True]])
-    chosen = _within_entropy_bound(entropy, is_open, 3.0)
+    is_masked = torch.tensor([[True, True, True, False], [False, True, True, True]])
+    chosen = _within_entropy_bound(entropy, is_masked, 3.0)
     assert chosen.tolist() == [[True, True, True, False], [False, True, False, False]]
-    assert _within_entropy_bound(entropy, is_open, 2.9)[0].tolist() == [True, True, False, False]
+    assert _within_entropy_bound(entropy, is_masked, 2.9)[0].tolist() == [True, True, False, False]
 
 
 def test_counts_by_hand():
-    open_after = lambda counts: [num_open_after(i, torch.tensor([16, 3]), 4, counts).tolist() for i in range(4)]
+    open_after = lambda mask_schedule: [
+        num_masked_after(i, torch.tensor([16, 3]), 4, mask_schedule).tolist() for i in range(4)
+    ]
     assert open_after("cosine") == [[14, 2], [11, 1], [6, 0], [0, 0]]
-    assert [num_open_after(i, torch.tensor([10]), 3, "cosine").item() for i in range(3)] == [8, 5, 0]
+    assert [num_masked_after(i, torch.tensor([10]), 3, "cosine").item() for i in range(3)] == [8, 5, 0]
     assert open_after("linear") == [[12, 2], [8, 1], [4, 0], [0, 0]]
 
 
-@pytest.mark.parametrize("counts", ["cosine", "linear"])
-@pytest.mark.parametrize("num_iterations", [1, 2, 3, 6, 7, 32])
-def test_counts_fall_to_zero_in_the_iterations_given(counts, num_iterations):
-    num_open = torch.arange(1, 200)
-    left = torch.stack([num_open_after(i, num_open, num_iterations, counts) for i in range(num_iterations)])
-    written = -left.diff(dim=0, prepend=num_open[None])
-    for row, n in enumerate(num_open.tolist()):
-        steps = min(n, num_iterations)
+@pytest.mark.parametrize("mask_schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("max_denoising_steps", [1, 2, 3, 6, 7, 32])
+def test_counts_fall_to_zero_in_the_iterations_given(mask_schedule, max_denoising_steps):
+    num_masked = torch.arange(1, 200)
+    left = torch.stack(
+        [num_masked_after(i, num_masked, max_denoising_steps, mask_schedule) for i in range(max_denoising_steps)]
+    )
+    written = -left.diff(dim=0, prepend=num_masked[None])
+    for row, n in enumerate(num_masked.tolist()):
+        steps = min(n, max_denoising_steps)
         assert (written[:steps, row] >= 1).all() and not left[steps - 1 :, row].any()
-        assert left[:steps, row].tolist() == [schedule_left(i, n, num_iterations, counts) for i in range(steps)]
-        if counts == "linear":
+        assert left[:steps, row].tolist() == [
+            schedule_left(i, n, max_denoising_steps, mask_schedule) for i in range(steps)
+        ]
+        if mask_schedule == "linear":
             assert written[:steps, row].max() - written[:steps, row].min() <= 1
 
 
-@pytest.mark.parametrize("counts", ["cosine", "linear"])
-@pytest.mark.parametrize("schedule", ["confidence", "random"])
-def test_each_row_has_counts_of_its_own(schedule, counts):
+@pytest.mark.parametrize("mask_schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("sampler", ["confidence", "random"])
+def test_each_row_has_counts_of_its_own(sampler, mask_schedule):
     model, pages = stub(), prompts()
     pages[1] = torch.randint(SYMBOLS, (4, 5))
     pages[1, 0, :2] = MASK  # fewer cells than iterations
-    out = details(model, pages, schedule=schedule, counts=counts, num_iterations=4)
-    num_open = (pages == MASK).sum((1, 2))
-    for row, n in enumerate(num_open.tolist()):
-        left = [n - int(((out.committed_at[row] >= 0) & (out.committed_at[row] <= i)).sum()) for i in range(4)]
-        assert left == num_open_after_all(n, 4, counts), row
-    assert out.model_calls == 4 and [len(ids) for ids, _, _ in model.calls] == [3, 3, 2, 2]
+    out = details(model, pages, sampler=sampler, mask_schedule=mask_schedule, max_denoising_steps=4)
+    num_masked = (pages == MASK).sum((1, 2))
+    for row, n in enumerate(num_masked.tolist()):
+        left = [n - int(((out.unmask_step[row] >= 0) & (out.unmask_step[row] <= i)).sum()) for i in range(4)]
+        assert left == num_open_after_all(n, 4, mask_schedule), row
+    assert out.nfe == 4 and [len(ids) for ids, _, _ in model.calls] == [3, 3, 2, 2]
 
 
-def num_open_after_all(num_open, num_iterations, counts):
-    return [schedule_left(i, num_open, num_iterations, counts) for i in range(num_iterations)]
+def num_open_after_all(num_masked, max_denoising_steps, mask_schedule):
+    return [schedule_left(i, num_masked, max_denoising_steps, mask_schedule) for i in range(max_denoising_steps)]
 
 
 def predict_with(model, height, width):
@@ -192,25 +202,25 @@ def predict_with(model, height, width):
 
 
 ORACLE_CASES = {
-    "raster": {"schedule": "raster"},
-    "cosine": {"schedule": "confidence", "num_iterations": 6},
-    "linear": {"schedule": "confidence", "counts": "linear", "num_iterations": 5},
-    "one by one": {"schedule": "confidence", "num_iterations": 100},
-    "at once": {"schedule": "confidence", "num_iterations": 1},
-    "entropy": {"schedule": "entropy", "entropy_bound": 1.5},
-    "entropy one by one": {"schedule": "entropy", "entropy_bound": 0.0},
-    "entropy in three": {"schedule": "entropy", "entropy_bound": 0.5, "num_iterations": 3},
-    "raster reopened": {"schedule": "raster", "reopen_threshold": 0.5},
-    "reopened": {"schedule": "confidence", "num_iterations": 6, "reopen_threshold": 0.5},
-    "one by one reopened": {"schedule": "confidence", "num_iterations": 100, "reopen_threshold": 0.7},
-    "entropy reopened": {"schedule": "entropy", "entropy_bound": 1.5, "reopen_threshold": 0.6},
-    "raster until stable": {"schedule": "raster", "stability_threshold": 1},
-    "until stable for two": {"schedule": "confidence", "num_iterations": 20, "stability_threshold": 2},
+    "raster": {"sampler": "raster"},
+    "cosine": {"sampler": "confidence", "max_denoising_steps": 6},
+    "linear": {"sampler": "confidence", "mask_schedule": "linear", "max_denoising_steps": 5},
+    "one by one": {"sampler": "confidence", "max_denoising_steps": 100},
+    "at once": {"sampler": "confidence", "max_denoising_steps": 1},
+    "entropy_bound": {"sampler": "entropy_bound", "entropy_bound": 1.5},
+    "entropy one by one": {"sampler": "entropy_bound", "entropy_bound": 0.0},
+    "entropy in three": {"sampler": "entropy_bound", "entropy_bound": 0.5, "max_denoising_steps": 3},
+    "raster reopened": {"sampler": "raster", "remask_threshold": 0.5},
+    "reopened": {"sampler": "confidence", "max_denoising_steps": 6, "remask_threshold": 0.5},
+    "one by one reopened": {"sampler": "confidence", "max_denoising_steps": 100, "remask_threshold": 0.7},
+    "entropy reopened": {"sampler": "entropy_bound", "entropy_bound": 1.5, "remask_threshold": 0.6},
+    "raster until stable": {"sampler": "raster", "stability_threshold": 1},
+    "until stable for two": {"sampler": "confidence", "max_denoising_steps": 20, "stability_threshold": 2},
     "all together": {
-        "schedule": "entropy",
+        "sampler": "entropy_bound",
         "entropy_bound": 0.5,
-        "num_iterations": 9,
-        "reopen_threshold": 0.4,
+        "max_denoising_steps": 9,
+        "remask_threshold": 0.4,
         "stability_threshold": 2,
     },
 }
@@ -224,13 +234,13 @@ def test_rows_of_a_batch_are_written_as_the_oracle_writes_them_alone(case):
     longest = 0
     for row, page in enumerate(pages):
         oracle = write_page(predict_with(model, 4, 5), page.flatten().tolist(), MASK, {MASK, PAD}, **options)
-        written, committed_at, trajectory = oracle
+        written, unmask_step, history = oracle
         assert out.sequences[row].flatten().tolist() == written, row
-        assert out.committed_at[row].flatten().tolist() == committed_at, row
-        assert out.trajectory[: len(trajectory), row].flatten(1).tolist() == trajectory, row
-        assert (out.trajectory[len(trajectory) :, row] == out.sequences[row]).all()
-        longest = max(longest, len(trajectory) - 1)
-    assert out.model_calls == longest == len(out.trajectory) - 1
+        assert out.unmask_step[row].flatten().tolist() == unmask_step, row
+        assert out.history[: len(history), row].flatten(1).tolist() == history, row
+        assert (out.history[len(history) :, row] == out.sequences[row]).all()
+        longest = max(longest, len(history) - 1)
+    assert out.nfe == longest == len(out.history) - 1
 
 
 def test_the_oracle_cases_reopen_and_stop_early():
@@ -238,40 +248,40 @@ def test_the_oracle_cases_reopen_and_stop_early():
     pages = prompts(batch=4)
     for case, options in ORACLE_CASES.items():
         out = details(stub().double(), pages, **options)
-        reopens = ((out.trajectory[:-1] != MASK) & (out.trajectory[1:] == MASK)).any()
-        assert reopens == ("reopen_threshold" in options), case
-    full = details(stub().double(), pages, schedule="raster").model_calls
-    assert details(stub().double(), pages, **ORACLE_CASES["raster until stable"]).model_calls < full
+        reopens = ((out.history[:-1] != MASK) & (out.history[1:] == MASK)).any()
+        assert reopens == ("remask_threshold" in options), case
+    full = details(stub().double(), pages, sampler="raster").nfe
+    assert details(stub().double(), pages, **ORACLE_CASES["raster until stable"]).nfe < full
 
 
-@EVERY_SCHEDULE
+@EVERY_SAMPLER
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_reopening_ends(schedule, do_sample):
+def test_reopening_ends(sampler, do_sample):
     pages = prompts()
-    num_open = int((pages == MASK).sum((1, 2)).max())
-    out = details(stub(), pages, schedule=schedule, do_sample=do_sample, reopen_threshold=1.0, num_iterations=9)
-    assert (out.sequences < SYMBOLS).all() and out.model_calls <= 2 * num_open
-    if schedule != "raster":
-        assert out.model_calls <= 9
-    reopens = (out.trajectory[:-1] != MASK) & (out.trajectory[1:] == MASK)
+    num_masked = int((pages == MASK).sum((1, 2)).max())
+    out = details(stub(), pages, sampler=sampler, do_sample=do_sample, remask_threshold=1.0, max_denoising_steps=9)
+    assert (out.sequences < SYMBOLS).all() and out.nfe <= 2 * num_masked
+    if sampler != "raster":
+        assert out.nfe <= 9
+    reopens = (out.history[:-1] != MASK) & (out.history[1:] == MASK)
     assert reopens.any() and reopens.sum(0).max() == 1
 
 
 def test_raster_is_reading_order():
     pages = prompts()
-    out = details(stub(), pages, schedule="raster", num_iterations=2)  # which raster has no use for
+    out = details(stub(), pages, sampler="raster", max_denoising_steps=2)  # which raster has no use for
     for row, page in enumerate(pages):
-        at = out.committed_at[row][page == MASK]
+        at = out.unmask_step[row][page == MASK]
         assert at.tolist() == list(range(len(at)))
-    assert out.model_calls == (pages == MASK).sum((1, 2)).max()
+    assert out.nfe == (pages == MASK).sum((1, 2)).max()
 
 
 def test_finished_rows_are_left_out():
     model, pages = stub(), prompts()
-    num_open = (pages == MASK).sum((1, 2))
-    model.generate(pages, schedule="raster")
+    num_masked = (pages == MASK).sum((1, 2))
+    model.generate(pages, sampler="raster")
     for iteration, (ids, attention_mask, _) in enumerate(model.calls):
-        assert len(ids) == (num_open > iteration).sum() and attention_mask is None
+        assert len(ids) == (num_masked > iteration).sum() and attention_mask is None
 
 
 # ---- distributions
@@ -317,30 +327,30 @@ def draw_pages(model, number=30000, **options):
     return model.generate(pages, do_sample=True, seed=5, **options)
 
 
-@pytest.mark.parametrize("counts", ["cosine", "linear"])
-def test_samples_at_one_cell_an_iteration_are_the_models_own_distribution(counts):
+@pytest.mark.parametrize("mask_schedule", ["cosine", "linear"])
+def test_samples_at_one_cell_an_iteration_are_the_models_own_distribution(mask_schedule):
     model = tiny_stub()
     raster = enumerate_pages(model, range(4))
     averaged = sum(enumerate_pages(model, order) for order in ORDERS) / len(ORDERS)
     assert raster.sum().item() == pytest.approx(1) and 30000 * min(raster.min(), averaged.min()) > 5
 
-    in_raster_order = draw_pages(model, schedule="raster")
-    in_random_order = draw_pages(model, schedule="random", counts=counts, num_iterations=4)
+    in_raster_order = draw_pages(model, sampler="raster")
+    in_random_order = draw_pages(model, sampler="random", mask_schedule=mask_schedule, max_denoising_steps=4)
     assert chi_square(in_raster_order, raster) < CHI_SQUARE_999
     assert chi_square(in_random_order, averaged) < CHI_SQUARE_999
     # The test can tell: another order, and all cells at once, are other distributions.
     assert chi_square(in_random_order, raster) > 2 * CHI_SQUARE_999
     assert chi_square(in_raster_order, averaged) > 2 * CHI_SQUARE_999
-    at_once = draw_pages(model, schedule="random", num_iterations=1)
+    at_once = draw_pages(model, sampler="random", max_denoising_steps=1)
     assert chi_square(at_once, averaged) > 2 * CHI_SQUARE_999
 
 
 def test_random_orders_are_uniform():
     model = tiny_stub()
     out = model.generate(
-        torch.full((24000, 2, 2), 3), schedule="random", num_iterations=4, seed=2, return_dict_in_generate=True
+        torch.full((24000, 2, 2), 3), sampler="random", max_denoising_steps=4, seed=2, return_dict_in_generate=True
     )
-    orders = out.committed_at.flatten(1).tolist()
+    orders = out.unmask_step.flatten(1).tolist()
     observed = torch.tensor([orders.count(list(order)) for order in ORDERS]).double()
     assert observed.sum() == 24000
     assert ((observed - 1000) ** 2 / 1000).sum() < 49.73  # 23 degrees of freedom, 99.9%
@@ -350,7 +360,7 @@ def test_scores_of_a_raster_page_add_up_to_its_probability():
     model = tiny_stub()
     raster = enumerate_pages(model, range(4))
     pages = torch.full((50, 2, 2), 3)
-    out = details(model, pages, schedule="raster", do_sample=True)
+    out = details(model, pages, sampler="raster", do_sample=True)
     for page, scores in zip(out.sequences.flatten(1).tolist(), out.scores):
         assert scores.sum().exp().item() == pytest.approx(raster[tuple(page)].item(), rel=1e-4)
 
@@ -388,10 +398,10 @@ def test_what_is_drawn_is_shaped_as_told(options, shape, left):
     torch.testing.assert_close(out.scores.flatten().exp().double(), expected[out.sequences.flatten()])
 
 
-@EVERY_SCHEDULE
-def test_narrow_sampling_is_greedy(schedule):
+@EVERY_SAMPLER
+def test_narrow_sampling_is_greedy(sampler):
     model, pages = stub(), prompts()
-    how = {"schedule": schedule, "num_iterations": 1 if schedule == "random" else 5}
+    how = {"sampler": sampler, "max_denoising_steps": 1 if sampler == "random" else 5}
     greedy = partial(model.generate, pages, **how)
     expected = greedy()
     for narrow in ({"temperature": 1e-4}, {"top_k": 1}, {"top_p": 1e-6}):
@@ -402,15 +412,15 @@ def test_narrow_sampling_is_greedy(schedule):
     assert not torch.equal(greedy(do_sample=True), expected)
 
 
-@pytest.mark.parametrize("schedule", ["confidence", "entropy"])
-def test_the_order_does_not_depend_on_the_warpers(schedule):
+@pytest.mark.parametrize("sampler", ["confidence", "entropy_bound"])
+def test_the_order_does_not_depend_on_the_warpers(sampler):
     """With top_k=1 each draw has probability 1 and no entropy: no cell would be surer than another, or doubtful."""
-    how = {"schedule": schedule, "num_iterations": 5, "entropy_bound": 1.5, "reopen_threshold": 0.5}
+    how = {"sampler": sampler, "max_denoising_steps": 5, "entropy_bound": 1.5, "remask_threshold": 0.5}
     model, pages = stub(), prompts()
     expected = details(model, pages, **how)
     out = details(model, pages, do_sample=True, top_k=1, **how)
-    assert torch.equal(out.trajectory, expected.trajectory) and torch.equal(out.committed_at, expected.committed_at)
-    assert ((out.trajectory[:-1] != MASK) & (out.trajectory[1:] == MASK)).any()
+    assert torch.equal(out.history, expected.history) and torch.equal(out.unmask_step, expected.unmask_step)
+    assert ((out.history[:-1] != MASK) & (out.history[1:] == MASK)).any()
     assert not out.scores.any()  # drawn with certainty
     assert (expected.scores[pages == MASK] < 0).all()
 
@@ -418,25 +428,25 @@ def test_the_order_does_not_depend_on_the_warpers(schedule):
 # ---- padding
 
 
-@EVERY_SCHEDULE
-def test_cells_off_the_page_are_never_written(schedule):
+@EVERY_SAMPLER
+def test_cells_off_the_page_are_never_written(sampler):
     model = stub()
     small, large = prompts(1, 2, 3, share=2.0), prompts(1, 4, 5, share=2.0)
     pages = torch.full((2, 4, 5), PAD)
     mask = torch.zeros(2, 4, 5, dtype=torch.long)
     pages[0, :2, :3], pages[1], mask[0, :2, :3], mask[1] = small, large, 1, 1
     pages[0, 3, 3] = MASK  # not a hole: it is off the page
-    out = details(model, pages, attention_mask=mask, schedule=schedule, num_iterations=4, reopen_threshold=0.3)
+    out = details(model, pages, attention_mask=mask, sampler=sampler, max_denoising_steps=4, remask_threshold=0.3)
     assert torch.equal(out.sequences[mask == 0], pages[mask == 0])
-    assert (out.committed_at[mask == 0] == -1).all()
+    assert (out.unmask_step[mask == 0] == -1).all()
     assert (out.sequences[mask == 1] < SYMBOLS).all()
-    if schedule != "random":
-        how = {"schedule": schedule, "num_iterations": 4, "reopen_threshold": 0.3}
+    if sampler != "random":
+        how = {"sampler": sampler, "max_denoising_steps": 4, "remask_threshold": 0.3}
         assert torch.equal(out.sequences[:1, :2, :3], model.generate(small, **how))
         assert torch.equal(out.sequences[1:], model.generate(large, **how))
     assert torch.equal(
-        model.generate(pages, attention_mask=mask.bool(), schedule="raster"),
-        model.generate(pages, attention_mask=mask.int(), schedule="raster"),
+        model.generate(pages, attention_mask=mask.bool(), sampler="raster"),
+        model.generate(pages, attention_mask=mask.int(), sampler="raster"),
     )
 
 
@@ -456,7 +466,7 @@ def test_the_grid_model_writes_as_the_oracle(variant):
     model = tiny_heptapod(**VARIANTS[variant]).double()
     mask, pad = model.config.mask_token_id, model.config.pad_token_id
     pages = random_page(3, 3, 4).masked_fill(prompts(3, 3, 4) == MASK, mask)
-    options = {"schedule": "confidence", "num_iterations": 4, "reopen_threshold": 0.1}
+    options = {"sampler": "confidence", "max_denoising_steps": 4, "remask_threshold": 0.1}
     out = details(model, pages, **options)
     assert torch.equal(out.sequences[pages != mask], pages[pages != mask])
     for row, page in enumerate(pages):
@@ -465,14 +475,14 @@ def test_the_grid_model_writes_as_the_oracle(variant):
         def predict(ids):
             nonlocal previous
             with torch.no_grad():
-                feedback = {"previous_logits": previous} if previous is not None else {}
+                feedback = {"self_conditioning_logits": previous} if previous is not None else {}
                 logits = model(torch.tensor(ids).view(1, 3, 4), **feedback).logits
             previous = logits if model.config.self_conditioning else None
             return logits.flatten(0, 2).tolist()
 
-        written, committed_at, _ = write_page(predict, page.flatten().tolist(), mask, {mask, pad}, **options)
+        written, unmask_step, _ = write_page(predict, page.flatten().tolist(), mask, {mask, pad}, **options)
         assert out.sequences[row].flatten().tolist() == written
-        assert out.committed_at[row].flatten().tolist() == committed_at
+        assert out.unmask_step[row].flatten().tolist() == unmask_step
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -483,20 +493,20 @@ def test_pages_of_the_grid_model_do_not_depend_on_their_neighbours_in_a_batch(va
     small[0, :, 1] = large[0, 1:3, 1:3] = mask  # no cell far from given ones: some variants tell such cells not apart
     pages, here = torch.full((2, 4, 5), pad), torch.zeros(2, 4, 5, dtype=torch.long)
     pages[0, :2, :3], pages[1], here[0, :2, :3], here[1] = small, large, 1, 1
-    for schedule in ("confidence", "entropy", "raster"):
-        how = {"schedule": schedule, "num_iterations": 4, "entropy_bound": 3.0}
+    for sampler in ("confidence", "entropy_bound", "raster"):
+        how = {"sampler": sampler, "max_denoising_steps": 4, "entropy_bound": 3.0}
         out = model.generate(pages, attention_mask=here, **how)
-        assert torch.equal(out[:1, :2, :3], model.generate(small, **how)), schedule
-        assert torch.equal(out[1:], model.generate(large, **how)), schedule
+        assert torch.equal(out[:1, :2, :3], model.generate(small, **how)), sampler
+        assert torch.equal(out[1:], model.generate(large, **how)), sampler
         assert (out[here == 0] == pad).all()
 
 
-@EVERY_SCHEDULE
-def test_half_precision(schedule):
+@EVERY_SAMPLER
+def test_half_precision(sampler):
     model = tiny_heptapod().bfloat16()
     pages = random_page(2, 4, 5)
     pages[:, 1:3] = model.config.mask_token_id
-    out = details(model, pages, schedule=schedule, do_sample=True, temperature=0.7, top_p=0.9, reopen_threshold=0.05)
+    out = details(model, pages, sampler=sampler, do_sample=True, temperature=0.7, top_p=0.9, remask_threshold=0.05)
     assert (out.sequences < model.config.mask_token_id).all() and out.scores.dtype == torch.float32
     assert torch.equal(out.sequences[:, [0, 3]], pages[:, [0, 3]])
 
@@ -508,8 +518,8 @@ def test_samples_of_the_grid_model_are_its_own_distribution():
     raster = enumerate_pages(model, range(4))
     averaged = sum(enumerate_pages(model, order) for order in ORDERS) / len(ORDERS)
     assert 12000 * min(raster.min(), averaged.min()) > 5
-    assert chi_square(draw_pages(model, 12000, schedule="raster"), raster) < CHI_SQUARE_999
-    in_random_order = draw_pages(model, 12000, schedule="random", num_iterations=4)
+    assert chi_square(draw_pages(model, 12000, sampler="raster"), raster) < CHI_SQUARE_999
+    in_random_order = draw_pages(model, 12000, sampler="random", max_denoising_steps=4)
     assert chi_square(in_random_order, averaged) < CHI_SQUARE_999
     assert chi_square(in_random_order, raster) > 2 * CHI_SQUARE_999
 
@@ -531,12 +541,12 @@ class Forbid(LogitsProcessor):
         return scores
 
 
-@EVERY_SCHEDULE
+@EVERY_SAMPLER
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_logits_processors_rule_cells(schedule, do_sample):
+def test_logits_processors_rule_cells(sampler, do_sample):
     model, pages = stub(), prompts()
     forbid = Forbid([0, 1, 2], [1, 3])
-    out = model.generate(pages, logits_processor=[forbid], schedule=schedule, do_sample=do_sample, temperature=0.1)
+    out = model.generate(pages, logits_processor=[forbid], sampler=sampler, do_sample=do_sample, temperature=0.1)
     written = (pages == MASK) & torch.isin(torch.arange(5), torch.tensor([1, 3]))
     assert written.any() and (out[written] > 2).all()
     ids = model.calls[0][0]
@@ -551,7 +561,7 @@ def test_logits_processors_rule_cells(schedule, do_sample):
 
 def test_stock_processors_work_and_see_the_page():
     model, pages = stub(), prompts()
-    penalised = model.generate(pages, schedule="raster", logits_processor=[RepetitionPenaltyLogitsProcessor(1e6)])
+    penalised = model.generate(pages, sampler="raster", logits_processor=[RepetitionPenaltyLogitsProcessor(1e6)])
     for page in penalised[:, :1, :3].flatten(1):  # of seven symbols none comes twice where that can be helped
         assert len(page.unique()) > 1
     with pytest.raises(ValueError, match="logits_processor.*without any token"):
@@ -561,10 +571,10 @@ def test_stock_processors_work_and_see_the_page():
             model.generate(pages, logits_processor=bad)
 
 
-@EVERY_SCHEDULE
-def test_seeds_and_generators(schedule):
+@EVERY_SAMPLER
+def test_seeds_and_generators(sampler):
     model, pages = stub(), prompts()
-    write = partial(model.generate, pages, schedule=schedule, do_sample=True, num_iterations=4)
+    write = partial(model.generate, pages, sampler=sampler, do_sample=True, max_denoising_steps=4)
     state = torch.get_rng_state()
     first = write(seed=1)
     assert torch.equal(first, write(seed=1)) and not torch.equal(first, write(seed=2))
@@ -592,17 +602,17 @@ def test_stability_ends_a_row():
     model = Settled(StubConfig())
     model.table = torch.randn(4, 5, 9)
     pages = prompts()
-    expected = model.generate(pages, schedule="raster")
+    expected = model.generate(pages, sampler="raster")
     for threshold in (1, 3):
-        for schedule in SCHEDULES:
-            out = details(model, pages, schedule=schedule, stability_threshold=threshold, entropy_bound=0.0)
-            assert torch.equal(out.sequences, expected) and out.model_calls == threshold + 1
-    out = details(model, pages, schedule="raster", stability_threshold=3, reopen_threshold=1.0)
-    assert torch.equal(out.sequences, expected) and out.model_calls == 4
+        for sampler in SAMPLERS:
+            out = details(model, pages, sampler=sampler, stability_threshold=threshold, entropy_bound=0.0)
+            assert torch.equal(out.sequences, expected) and out.nfe == threshold + 1
+    out = details(model, pages, sampler="raster", stability_threshold=3, remask_threshold=1.0)
+    assert torch.equal(out.sequences, expected) and out.nfe == 4
 
 
-@EVERY_SCHEDULE
-def test_self_conditioning_feeds_the_last_logits_back(schedule):
+@EVERY_SAMPLER
+def test_self_conditioning_feeds_the_last_logits_back(sampler):
     model, pages = stub(self_conditioning=True), prompts()
     forward, outputs = model.forward, []
 
@@ -611,43 +621,43 @@ def test_self_conditioning_feeds_the_last_logits_back(schedule):
         return MaskedLMOutput(logits=outputs[-1][1])
 
     model.forward = remember
-    out = details(model, pages, schedule=schedule, num_iterations=5)
+    out = details(model, pages, sampler=sampler, max_denoising_steps=5)
     assert model.calls[0][2] is None
-    for iteration in range(1, out.model_calls):
-        alive = (out.trajectory[iteration] == MASK).any(-1).any(-1)
-        before = (out.trajectory[iteration - 1] == MASK).any(-1).any(-1)
+    for iteration in range(1, out.nfe):
+        alive = (out.history[iteration] == MASK).any(-1).any(-1)
+        before = (out.history[iteration - 1] == MASK).any(-1).any(-1)
         expected = outputs[iteration - 1][1][alive[before]]
         assert torch.equal(model.calls[iteration][2], expected)
-        assert torch.equal(model.calls[iteration][0], out.trajectory[iteration][alive])
+        assert torch.equal(model.calls[iteration][0], out.history[iteration][alive])
     plain = stub()
-    plain.generate(pages, schedule=schedule)
+    plain.generate(pages, sampler=sampler)
     assert all(previous is None for _, _, previous in plain.calls)
 
 
-@EVERY_SCHEDULE
-def test_details_agree_with_each_other(schedule):
+@EVERY_SAMPLER
+def test_details_agree_with_each_other(sampler):
     pages = prompts()
-    out = details(stub(), pages, schedule=schedule, do_sample=True, num_iterations=5)
+    out = details(stub(), pages, sampler=sampler, do_sample=True, max_denoising_steps=5)
     assert isinstance(out, HeptapodGenerateOutput)
-    assert out.trajectory.shape == (out.model_calls + 1, *pages.shape)
-    assert torch.equal(out.trajectory[0], pages) and torch.equal(out.trajectory[-1], out.sequences)
-    for iteration, page in enumerate(out.trajectory):
-        known = out.committed_at < iteration
+    assert out.history.shape == (out.nfe + 1, *pages.shape)
+    assert torch.equal(out.history[0], pages) and torch.equal(out.history[-1], out.sequences)
+    for iteration, page in enumerate(out.history):
+        known = out.unmask_step < iteration
         assert torch.equal(page, torch.where(known, out.sequences, MASK))
     assert torch.equal(out.scores != 0, pages == MASK) and out.scores.dtype == torch.float32
-    short = stub().generate(pages, schedule=schedule, return_dict_in_generate=True)
-    assert short.scores is None and short.trajectory is None and short.committed_at is not None
+    short = stub().generate(pages, sampler=sampler, return_dict_in_generate=True)
+    assert short.scores is None and short.history is None and short.unmask_step is not None
 
 
 def test_flat_and_empty_pages():
     model, pages = stub(), prompts()
-    expected = model.generate(pages, schedule="raster")
-    flat = model.generate(pages.flatten(1), height=4, width=5, schedule="raster")
+    expected = model.generate(pages, sampler="raster")
+    flat = model.generate(pages.flatten(1), height=4, width=5, sampler="raster")
     assert torch.equal(flat, expected.flatten(1))
     sized = stub(grid_size=(4, 5))
-    out = details(sized, pages.flatten(1), schedule="raster")
+    out = details(sized, pages.flatten(1), sampler="raster")
     assert torch.equal(out.sequences, expected.flatten(1))
-    assert out.committed_at.shape == out.scores.shape == (3, 20) and out.trajectory.shape[1:] == (3, 20)
+    assert out.unmask_step.shape == out.scores.shape == (3, 20) and out.history.shape[1:] == (3, 20)
 
     empty = torch.full((1, 4, 5), MASK)
     assert torch.equal(model.generate(height=4, width=5), model.generate(empty))
@@ -672,17 +682,17 @@ class Drafts:
         self.ended = True
 
 
-@EVERY_SCHEDULE
-def test_streaming_drafts(schedule):
+@EVERY_SAMPLER
+def test_streaming_drafts(sampler):
     model, pages, streamer = stub(), prompts(), Drafts()
-    out = details(model, pages, streamer=streamer, schedule=schedule, num_iterations=5)
-    assert torch.equal(out.sequences, details(stub(), pages, schedule=schedule, num_iterations=5).sequences) or (
-        schedule == "random"
+    out = details(model, pages, streamer=streamer, sampler=sampler, max_denoising_steps=5)
+    assert torch.equal(out.sequences, details(stub(), pages, sampler=sampler, max_denoising_steps=5).sequences) or (
+        sampler == "random"
     )
     prompt, page = streamer.put_values
     assert torch.equal(prompt, pages.flatten(1)) and torch.equal(page, out.sequences.flatten(1)) and streamer.ended
-    assert len(streamer.drafts) == out.model_calls
-    for draft, before, after in zip(streamer.drafts, out.trajectory, out.trajectory[1:]):
+    assert len(streamer.drafts) == out.nfe
+    for draft, before, after in zip(streamer.drafts, out.history, out.history[1:]):
         with torch.no_grad():
             likeliest = model(before).logits[..., :SYMBOLS].argmax(-1)
         assert torch.equal(draft, torch.where(after == MASK, likeliest, after).flatten(1))
@@ -703,7 +713,7 @@ def test_transformers_diffusion_streamer(capsys):
             return "".join("abcdefg?_"[int(id)] for id in ids)
 
     model, pages = stub(), prompts(batch=1)
-    out = details(model, pages, streamer=TextDiffusionStreamer(Letters(), skip_prompt=True), num_iterations=4)
+    out = details(model, pages, streamer=TextDiffusionStreamer(Letters(), skip_prompt=True), max_denoising_steps=4)
     printed = capsys.readouterr().out
     assert printed.count("\033[33m") == 4  # four drafts in yellow
     assert printed.endswith(Letters().decode(out.sequences.flatten()) + "\n") and "?" not in printed
@@ -717,21 +727,23 @@ def test_transformers_diffusion_streamer(capsys):
 def test_options_are_saved_and_loaded_with_the_model(tmp_path):
     model, pages = stub(), prompts()
     assert type(model.generation_config) is HeptapodGenerationConfig
-    model.generation_config = HeptapodGenerationConfig(schedule="entropy", entropy_bound=0.7, temperature=0.5, seed=3)
+    model.generation_config = HeptapodGenerationConfig(
+        sampler="entropy_bound", entropy_bound=0.7, temperature=0.5, seed=3
+    )
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "generation_config.json").read_text(encoding="utf-8"))
     del saved["transformers_version"]
-    assert saved == {"schedule": "entropy", "entropy_bound": 0.7, "temperature": 0.5, "seed": 3}
+    assert saved == {"sampler": "entropy_bound", "entropy_bound": 0.7, "temperature": 0.5, "seed": 3}
 
     loaded = Stub.from_pretrained(tmp_path)
     assert type(loaded.generation_config) is HeptapodGenerationConfig
     assert loaded.generation_config == model.generation_config
-    assert torch.equal(loaded.generate(pages), model.generate(pages, schedule="entropy", entropy_bound=0.7))
+    assert torch.equal(loaded.generate(pages), model.generate(pages, sampler="entropy_bound", entropy_bound=0.7))
     # What is not set comes from the model's own, and options of the call come first.
     same = loaded.generate(pages, generation_config=HeptapodGenerationConfig(entropy_bound=5.0))
-    assert torch.equal(same, model.generate(pages, schedule="entropy", entropy_bound=5.0))
-    raster = details(loaded, pages, generation_config=HeptapodGenerationConfig(entropy_bound=5.0), schedule="raster")
-    assert raster.model_calls == (pages == MASK).sum((1, 2)).max()
+    assert torch.equal(same, model.generate(pages, sampler="entropy_bound", entropy_bound=5.0))
+    raster = details(loaded, pages, generation_config=HeptapodGenerationConfig(entropy_bound=5.0), sampler="raster")
+    assert raster.nfe == (pages == MASK).sum((1, 2)).max()
     assert loaded.generation_config == model.generation_config  # a call leaves it as it is
     drawn = loaded.generate(pages, do_sample=True)
     assert torch.equal(drawn, loaded.generate(pages, do_sample=True))
@@ -742,7 +754,7 @@ def test_loading_without_or_with_options_given(tmp_path):
     stub().save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").unlink()
     assert Stub.from_pretrained(tmp_path).generation_config == HeptapodGenerationConfig()
-    given = HeptapodGenerationConfig(num_iterations=3)
+    given = HeptapodGenerationConfig(max_denoising_steps=3)
     assert Stub.from_pretrained(tmp_path, generation_config=given).generation_config == given
     (tmp_path / "generation_config.json").write_text('{"num_beams": 4}')
     with pytest.raises(ValueError, match="num_beams"):
@@ -753,19 +765,19 @@ def test_loading_without_or_with_options_given(tmp_path):
 def test_loading_with_fields_of_the_model_changed(auto, tmp_path):
     """The class itself hands the fields on to whoever loads the generation config; these are none of its business."""
     tiny_heptapod().save_pretrained(tmp_path)
-    HeptapodGenerationConfig(num_iterations=3).save_pretrained(tmp_path)
+    HeptapodGenerationConfig(max_denoising_steps=3).save_pretrained(tmp_path)
     cls = AutoModelForMaskedLM if auto else HeptapodForMaskedLM
     changes = {"hidden_dropout": 0.1, "self_conditioning": True, "output_attentions": True, "id2label": {0: "a"}}
     model = cls.from_pretrained(tmp_path, attn_implementation="eager", local_files_only=True, **changes)
-    assert model.config.hidden_dropout == 0.1 and hasattr(model, "feedback_proj")
-    assert model.generation_config.to_diff_dict() == HeptapodGenerationConfig(num_iterations=3).to_diff_dict()
+    assert model.config.hidden_dropout == 0.1 and hasattr(model, "self_conditioning_proj")
+    assert model.generation_config.to_diff_dict() == HeptapodGenerationConfig(max_denoising_steps=3).to_diff_dict()
 
 
 def test_the_generation_config_is_looked_for_where_the_model_is(tmp_path):
     tiny_heptapod().save_pretrained(tmp_path / "inside")
-    HeptapodGenerationConfig(num_iterations=3).save_pretrained(tmp_path / "inside")
+    HeptapodGenerationConfig(max_denoising_steps=3).save_pretrained(tmp_path / "inside")
     model = HeptapodForMaskedLM.from_pretrained(tmp_path, subfolder="inside", hidden_dropout=0.1)
-    assert model.generation_config.num_iterations == 3
+    assert model.generation_config.max_denoising_steps == 3
 
 
 def test_options_of_loading_reach_the_generation_config(tmp_path, monkeypatch):
@@ -794,7 +806,7 @@ def test_a_config_of_another_class_counts_by_its_values():
     with pytest.raises(ValueError, match="num_beams"):
         model.generate(pages, generation_config=GenerationConfig(num_beams=2))
     with pytest.raises(TypeError, match="generation_config.*dict"):
-        model.generate(pages, generation_config={"schedule": "raster"})
+        model.generate(pages, generation_config={"sampler": "raster"})
 
 
 def test_trainer_can_align_special_tokens():
@@ -807,15 +819,15 @@ def test_trainer_can_align_special_tokens():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"schedule": "spiral"}, "`schedule` must be one of .*raster.*'spiral'"),
-        ({"counts": "cubic"}, "`counts` must be one of .*linear.*'cubic'"),
-        ({"num_iterations": 0}, "`num_iterations` must be an integer of at least 1, got 0"),
-        ({"num_iterations": -3}, "`num_iterations`"),
-        ({"num_iterations": 2.5}, "`num_iterations`"),
-        ({"num_iterations": True}, "`num_iterations`"),
+        ({"sampler": "spiral"}, "`sampler` must be one of .*raster.*'spiral'"),
+        ({"mask_schedule": "cubic"}, "`mask_schedule` must be one of .*linear.*'cubic'"),
+        ({"max_denoising_steps": 0}, "`max_denoising_steps` must be an integer of at least 1, got 0"),
+        ({"max_denoising_steps": -3}, "`max_denoising_steps`"),
+        ({"max_denoising_steps": 2.5}, "`max_denoising_steps`"),
+        ({"max_denoising_steps": True}, "`max_denoising_steps`"),
         ({"entropy_bound": -0.1}, "`entropy_bound` must not be negative, got -0.1"),
         ({"entropy_bound": math.nan}, "`entropy_bound`"),
-        ({"reopen_threshold": 1.5}, "`reopen_threshold` must be a probability"),
+        ({"remask_threshold": 1.5}, "`remask_threshold` must be a probability"),
         ({"stability_threshold": 0}, "`stability_threshold`"),
         ({"temperature": 0.0}, "`temperature` must be positive"),
         ({"temperature": "hot"}, "`temperature`"),
@@ -824,7 +836,7 @@ def test_trainer_can_align_special_tokens():
         ({"top_p": 1.1}, "`top_p`"),
         ({"do_sample": "yes"}, "`do_sample`"),
         ({"seed": "1"}, "`seed`"),
-        ({"num_beams": 4}, r"Unknown generation options \['num_beams'\]; there are .*num_iterations"),
+        ({"num_beams": 4}, r"Unknown generation options \['num_beams'\]; there are .*max_denoising_steps"),
         ({"max_new_tokens": 4}, "max_new_tokens"),
         ({"temperature": math.inf}, "`temperature` must be positive and finite"),
     ],

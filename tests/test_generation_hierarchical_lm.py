@@ -237,7 +237,7 @@ def test_caches_and_modes_that_cannot_work_say_so():
 
 
 def test_windowed_caches_do_not_grow():
-    model = tiny_hierarchical_lm(hierarchies=[1, 2, 8], strides=[1, 1, 4], window_sizes=[5, 0, 3])
+    model = tiny_hierarchical_lm(compression_factors=[1, 2, 8], strides=[1, 1, 4], window_sizes=[5, 0, 3])
     ids = random_ids(1, 400)
 
     def held(tokens):
@@ -253,7 +253,7 @@ def test_windowed_caches_do_not_grow():
 
 def test_long_contexts_keep_their_precision():
     """Decay by position leaves the range of floats many times over; only distances may count."""
-    model = tiny_hierarchical_lm(hierarchies=[1, 2], window_sizes=[None, 6], xpos_scale_base=1)
+    model = tiny_hierarchical_lm(compression_factors=[1, 2], window_sizes=[None, 6], xpos_scale_base=1)
     ids = random_ids(1, 300)
     logits, _ = in_chunks(model, ids, [5] + [1] * 295)
     assert logits.isfinite().all()
@@ -265,7 +265,7 @@ def test_long_contexts_keep_their_precision():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_long_contexts_in_half_precision(dtype):
-    model = tiny_hierarchical_lm(hierarchies=[1, 2], window_sizes=[None, 6], xpos_scale_base=4).to(dtype)
+    model = tiny_hierarchical_lm(compression_factors=[1, 2], window_sizes=[None, 6], xpos_scale_base=4).to(dtype)
     ids = random_ids(1, 300)
     logits, cache = in_chunks(model, ids, [5] + [1] * 295)
     assert logits.isfinite().all() and cache.layers[0].keys.dtype == dtype
@@ -281,7 +281,7 @@ def test_long_contexts_in_half_precision(dtype):
 
 
 def test_float16_autocast_is_told_of_what_float16_holds():
-    model = tiny_hierarchical_lm(hierarchies=1, window_sizes=None, xpos_scale_base=4)
+    model = tiny_hierarchical_lm(compression_factors=1, window_sizes=None, xpos_scale_base=4)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.float16):
         assert model(random_ids(1, 64)).logits.isfinite().all()
         with pytest.raises(ValueError, match="xpos_scale_base"):
@@ -292,7 +292,7 @@ def test_float16_autocast_is_told_of_what_float16_holds():
 
 @pytest.mark.parametrize("seq_idx", [None, torch.zeros(1, 60).long()])
 def test_the_longest_pass_is_finite_in_every_kernel(seq_idx):
-    model = tiny_hierarchical_lm(hierarchies=1, window_sizes=None, xpos_scale_base=1)
+    model = tiny_hierarchical_lm(compression_factors=1, window_sizes=None, xpos_scale_base=1)
     for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
         with torch.no_grad(), sdpa_kernel(backend):
             assert model(random_ids(1, 60), seq_idx=seq_idx).logits.isfinite().all()

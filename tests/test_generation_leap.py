@@ -23,7 +23,7 @@ def left_padded(lengths, pad_id=0):
     return rows, ids, mask
 
 
-@pytest.mark.parametrize("variant", ["default", pytest.param("decay", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("variant", ["default", pytest.param("alibi", marks=pytest.mark.slow)])
 def test_greedy_tokens_are_those_of_the_parallel_forward(variant):
     model = tiny_leap(**VARIANTS[variant])
     prompt = random_ids(2, 20)
@@ -76,7 +76,7 @@ def test_padding_in_every_variant(variant):
     assert torch.equal(single[0, 63:], tokens[1, 63:])
 
 
-@pytest.mark.parametrize("variant", ["default", "additive", "decay", "learned"])
+@pytest.mark.parametrize("variant", ["default", "additive", "alibi", "absolute"])
 def test_beam_search(variant):
     model = tiny_leap(**VARIANTS[variant])
     prompt = random_ids(2, 20)
@@ -145,7 +145,7 @@ def test_prompts_of_embeddings(padded):
     assert torch.equal(without, tokens)
 
 
-@pytest.mark.parametrize("variant", ["default", "additive", "decay", "learned"])
+@pytest.mark.parametrize("variant", ["default", "additive", "alibi", "absolute"])
 def test_generation_goes_on_from_a_returned_cache(variant):
     model = tiny_leap(**VARIANTS[variant])
     prompt, how = random_ids(2, 20), {"return_dict_in_generate": True, **GREEDY}
@@ -199,11 +199,11 @@ def test_caches_and_modes_that_cannot_work_say_so():
 def test_contexts_longer_than_the_position_table(use_cache):
     prompt = random_ids(1, 12)
     how = {"max_new_tokens": 30, "use_cache": use_cache, **GREEDY}
-    for kind in ("rotary", "decay", "none"):
+    for kind in ("rotary", "alibi", "none"):
         short = tiny_leap(position_embedding_type=kind, max_position_embeddings=16)
         roomy = tiny_leap(position_embedding_type=kind, max_position_embeddings=512)
         assert torch.equal(short.generate(prompt, **how), roomy.generate(prompt, **how))
-    learned = tiny_leap(position_embedding_type="learned", max_position_embeddings=16)
+    learned = tiny_leap(position_embedding_type="absolute", max_position_embeddings=16)
     with pytest.raises(ValueError, match="max_position_embeddings"):
         learned.generate(prompt, **how)
     assert learned.generate(prompt, **{**how, "max_new_tokens": 5}).shape == (1, 17)

@@ -14,6 +14,7 @@ import modeling_heptapod
 ROOT = Path(__file__).parent.parent
 PUBLIC = [
     "AffixAxis",
+    "Axis",
     "ConstantAxis",
     "DecisionTreeAxis",
     "GoldTagAxis",
@@ -35,7 +36,6 @@ PUBLIC = [
     "LeapForSequenceClassification",
     "LeapModel",
     "LeapPreTrainedModel",
-    "MetaAxis",
     "MultiGridCache",
     "MultiGridConfig",
     "MultiGridForCausalLM",

@@ -99,14 +99,14 @@ def test_meta_targets_out_of_range_are_named(axis_order):
     model = tiny_multigrid(**TWO_AXES, axis_order=axis_order)
     inputs, labels = batch_for(model)
     for wrong in (5, -1):
-        targets = inputs["meta_ids"].clone()
+        targets = inputs["axis_ids"].clone()
         targets[1, 1, 3] = wrong  # the first axis has 7 tokens, this one 5
         with pytest.raises(
-            ValueError, match=rf"`meta_targets` of axis 'bracket' must be in \[0, 5\) or -100, got {wrong}"
+            ValueError, match=rf"`axis_targets` of axis 'bracket' must be in \[0, 5\) or -100, got {wrong}"
         ):
-            model(**inputs, labels=labels, meta_targets=targets)
-    with pytest.raises(TypeError, match="`meta_targets` must be"):
-        model(**inputs, labels=labels, meta_targets=targets.float())
+            model(**inputs, labels=labels, axis_targets=targets)
+    with pytest.raises(TypeError, match="`axis_targets` must be"):
+        model(**inputs, labels=labels, axis_targets=targets.float())
 
 
 def test_a_batch_that_counts_costs_what_transformers_says():

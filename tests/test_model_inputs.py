@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from modeling_heptapod import StaticRecurrentCache
-from modeling_heptapod.common.model_inputs import count_positions, of_new_tokens, token_mask
+from modeling_heptapod.common.model_inputs import count_positions, mask_of_new_tokens, token_mask
 from modeling_heptapod.common.transformers_versions import CACHE
 from modeling_heptapod.leap import focus_cpu
 from tests.tiny import a_loop_of_ones_own, random_ids
@@ -22,9 +22,9 @@ from tests.tiny_multigrid import tiny_multigrid
 # Causal models of all families, text alone: which of a family's ways to tell places apart matter here.
 MODELS = {
     "leap": tiny_leap,
-    "leap learned": lambda **more: tiny_leap(**LEAP["learned"], **more),
-    "leap decay": lambda **more: tiny_leap(**LEAP["decay"], **more),
-    "leap additive": lambda **more: tiny_leap(**LEAP["additive-decay"], **more),
+    "leap learned": lambda **more: tiny_leap(**LEAP["absolute"], **more),
+    "leap decay": lambda **more: tiny_leap(**LEAP["alibi"], **more),
+    "leap additive": lambda **more: tiny_leap(**LEAP["additive-alibi"], **more),
     "leap wide": lambda **more: tiny_leap(**LEAP["plain-scale"], **more),
     "hierarchical": lambda **more: tiny_hierarchical_lm(**HIERARCHICAL["stride"], **more),
     "hierarchical plain": lambda **more: tiny_hierarchical_lm(**HIERARCHICAL["plain"], **more),
@@ -72,11 +72,11 @@ def test_masks_are_of_what_they_cover():
     whole = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
     assert token_mask(None, embeds, 2) is None and token_mask(torch.ones(2, 5), embeds, 2) is None
     assert torch.equal(token_mask(whole, embeds, 2), whole.bool())
-    assert of_new_tokens(token_mask(whole, embeds, 2), 3) is None  # the only pad is an old token
+    assert mask_of_new_tokens(token_mask(whole, embeds, 2), 3) is None  # the only pad is an old token
     new = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    assert torch.equal(of_new_tokens(token_mask(new, embeds, 2), 3), new.bool())
+    assert torch.equal(mask_of_new_tokens(token_mask(new, embeds, 2), 3), new.bool())
     joined = torch.cat((whole[:, :2], new), dim=1)
-    assert torch.equal(of_new_tokens(token_mask(joined, embeds, 2), 3), new.bool())
+    assert torch.equal(mask_of_new_tokens(token_mask(joined, embeds, 2), 3), new.bool())
     for wrong in (torch.ones(2, 4), torch.ones(1, 3), torch.ones(2, 1, 3)):
         with pytest.raises(ValueError, match="`attention_mask` must"):
             token_mask(wrong, embeds, 2)
@@ -111,7 +111,7 @@ PACKED = {
 }
 
 
-def packed_rows(case, how):
+def packing(case, how):
     """`ids [batch, 20]`, what says how they are packed, and of each row where its sequences are."""
     ids = random_ids(2, 20)
     mask, seq_idx, positions = (torch.zeros(2, 20, dtype=torch.long) for _ in range(3))
@@ -146,7 +146,7 @@ def packed_rows(case, how):
 @torch.no_grad()
 def test_packed_rows_with_pads_equal_separate_sequences(name, case, how):
     model = MODELS[name]().double()
-    ids, given, places = packed_rows(case, how)
+    ids, given, places = packing(case, how)
     use_cache = how == "seq_idx"  # what is kept for later changes nothing now
     logits = model(ids, use_cache=use_cache, **given).logits
     for row, sequences in enumerate(places):
@@ -161,7 +161,7 @@ def test_packed_rows_with_pads_equal_separate_sequences(name, case, how):
 @torch.no_grad()
 def test_the_last_packed_sequence_of_each_row_goes_on(name, case, how):
     model = MODELS[name]().double()
-    ids, given, places = packed_rows(case, how)
+    ids, given, places = packing(case, how)
     more = random_ids(2, 9, seed=5)
     cache = model(ids, use_cache=True, **given).past_key_values
     mask = torch.tensor([[1, 0, 1, 1], [0, 1, 1, 1]])
@@ -186,7 +186,7 @@ def test_the_last_packed_sequence_of_each_row_goes_on(name, case, how):
 
 @torch.no_grad()
 def test_packed_rows_that_cannot_go_on_say_so():
-    ids, given, _ = packed_rows("no pads", "seq_idx")
+    ids, given, _ = packing("no pads", "seq_idx")
     model = tiny_multigrid()
     cache = model(ids, use_cache=True, **given).past_key_values
     with pytest.raises(ValueError, match=f"`{CACHE}` holds packed sequences"):
@@ -287,7 +287,7 @@ def test_pads_between_tokens_get_no_gradient_and_change_none(name):
 
 EVERY_HEAD = {
     **MODELS,
-    "leap masked": lambda **more: tiny_leap("LeapForMaskedLM", **LEAP["decay"], **more),
+    "leap masked": lambda **more: tiny_leap("LeapForMaskedLM", **LEAP["alibi"], **more),
     "multigrid axes": lambda **more: tiny_multigrid(**MULTIGRID["factored"], **more),
     "multigrid leap axes": lambda **more: tiny_multigrid(**MULTIGRID["leap"], **more),
     "multigrid lstm axes": lambda **more: tiny_multigrid(**MULTIGRID["lstm"], **more),
@@ -303,7 +303,7 @@ def test_what_pads_hold_is_not_looked_at(name, pads):
     model, ids = EVERY_HEAD[name](), random_ids(3, 30, vocab_size=18)
     mask = scattered(3, 30) if pads == "anywhere" else torch.arange(30) < torch.tensor([[30], [17], [3]])
     axes = getattr(model.config, "num_axes", 0)
-    meta = {"meta_ids": torch.zeros(3, axes, 30, dtype=torch.long)} if axes else {}
+    meta = {"axis_ids": torch.zeros(3, axes, 30, dtype=torch.long)} if axes else {}
     results = []
     for filling in (0.5, torch.nan, torch.inf):
         model.zero_grad()

@@ -15,7 +15,7 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorWithPaddin
 
 from modeling_heptapod import HeptapodForMaskedLM, HeptapodModel, HeptapodProcessor
 from modeling_heptapod.heptapod import modeling_heptapod as module
-from modeling_heptapod.heptapod.modeling_heptapod import draw_mask, draw_masks_of_pages, masked_diffusion_loss
+from modeling_heptapod.heptapod.modeling_heptapod import masked_diffusion_loss, sample_eval_masks, sample_mask
 from tests.reference.heptapod import HeptapodDescription, heptapod_logits, window
 from tests.tiny_heptapod import MASK, PAD, VARIANTS, random_page, tiny_config, tiny_heptapod
 
@@ -24,14 +24,14 @@ def describe(config):
     """The oracle's plain numbers from a configuration."""
     layers = []
     for layer, kind in enumerate(config.attention_types):
-        radius, dilation = (x if isinstance(x, int) else x[layer] for x in (config.window_size, config.dilation))
+        radius, dilation = (x if isinstance(x, int) else x[layer] for x in (config.local_radius, config.dilation))
         layers.append(None if kind == "global" else window(radius, dilation if kind == "dilated" else 1))
     return HeptapodDescription(
         heads=config.num_attention_heads,
         layers=layers,
         global_heads=config.num_global_heads,
         rope_theta=config.rope_theta,
-        borders=config.border_distances,
+        borders=config.use_absolute_position_embeddings,
         layer_norm_eps=config.layer_norm_eps,
     )
 
@@ -72,9 +72,9 @@ def test_logits_with_feedback_equal_the_oracle():
     page = random_page(2, 3, 4)
     previous = 2 * torch.randn(2, 3, 4, 20, dtype=torch.float64)
     with torch.no_grad():
-        logits = model(page, previous_logits=previous).logits
+        logits = model(page, self_conditioning_logits=previous).logits
         assert (logits - model(page).logits).abs().max() > 0.1
-    torch.testing.assert_close(logits, oracle(model, page, previous_logits=previous), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, oracle(model, page, self_conditioning_logits=previous), rtol=1e-5, atol=1e-5)
 
 
 def test_the_oracle_tells_every_option_apart():
@@ -141,10 +141,10 @@ def test_borders_survive_quantization():
     model, page = tiny_heptapod(), random_page(1, 4, 5)
     with torch.no_grad():
         expected = model(page).logits
-        model.model.borders.proj = LowBitLinear(model.model.borders.proj)
+        model.model.embed_positions.proj = LowBitLinear(model.model.embed_positions.proj)
         assert (model(page).logits - expected).abs().max() < 0.1
-        model.model.borders.proj.weight = None  # some libraries hide it
-        model.model.borders.proj.forward = lambda x: torch.zeros(*x.shape[:-1], 32)
+        model.model.embed_positions.proj.weight = None  # some libraries hide it
+        model.model.embed_positions.proj.forward = lambda x: torch.zeros(*x.shape[:-1], 32)
         model(page)
 
 
@@ -153,12 +153,12 @@ def test_borders_survive_quantization():
 def test_offloaded_weights(where, variant, tmp_path):
     """They are on the meta device but for the time in which their own module is called."""
     model, page = tiny_heptapod(**VARIANTS[variant]), random_page(2, 4, 5)
-    previous = {"previous_logits": model(page).logits.detach()} if variant == "feedback" else {}
+    previous = {"self_conditioning_logits": model(page).logits.detach()} if variant == "feedback" else {}
     seen = torch.where(page > 9, MASK, page)
     with torch.no_grad():
         expected = model(page, labels=page).loss, model(page, **previous).logits, model.generate(seen)
         offload = cpu_offload(model, "cpu") if where == "cpu" else disk_offload(model, str(tmp_path), "cpu")
-        assert offload.model.borders.proj.weight.device.type == "meta"
+        assert offload.model.embed_positions.proj.weight.device.type == "meta"
         for one, other in zip((model(page, labels=page).loss, model(page, **previous).logits), expected):
             torch.testing.assert_close(one, other)
         assert torch.equal(model.generate(seen), expected[2])
@@ -183,7 +183,7 @@ def test_adapted_embeddings():
     with torch.no_grad():
         plain.model.embed_tokens.weight.add_(model.model.embed_tokens.change)
         previous = 2 * torch.randn(2, 3, 4, 20)
-        for inputs in ({"labels": page}, {"previous_logits": previous}):
+        for inputs in ({"labels": page}, {"self_conditioning_logits": previous}):
             torch.testing.assert_close(model(page, **inputs).logits, plain(page, **inputs).logits)
     with pytest.raises(ValueError, match="input_ids.*20"):
         model(page + 20)
@@ -210,7 +210,7 @@ def test_cells_see_their_window_and_no_further(size):
         (["dilated", "dilated"], 1, [2, 3], (window(1, 2), window(1, 3))),
         (["local", "dilated"], [1, 2], 3, (window(1), window(2, 3))),
     ):
-        model = tiny_heptapod(attention_types=types, window_size=windows, dilation=dilations)
+        model = tiny_heptapod(attention_types=types, local_radius=windows, dilation=dilations)
         for place in ((0, 0), (6, 5), (height - 1, 3)):
             changed, cells = reach(model, place, height, width), {place}
             for got, offsets in zip(changed, ([0], *layers)):
@@ -237,7 +237,7 @@ def test_rows_are_not_columns():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_cells_of_an_empty_page_know_where_they_are(variant):
-    model = tiny_heptapod(**{**VARIANTS[variant], "border_distances": True})
+    model = tiny_heptapod(**{**VARIANTS[variant], "use_absolute_position_embeddings": True})
     page = torch.full((1, 5, 6), MASK)
     with torch.no_grad():
         logits = model(page).logits.flatten(0, 2)
@@ -364,7 +364,7 @@ def test_the_loss_is_what_it_says():
     torch.manual_seed(7)
     out = model(page, labels=labels)
     torch.manual_seed(7)
-    masked, ratio = draw_mask(labels)
+    masked, ratio = sample_mask(labels)
     assert masked.any() and not masked[labels == -100].any()
     seen = torch.where(masked, MASK, page)
     with torch.no_grad():
@@ -398,7 +398,7 @@ def exact_nats(model, page, given=None):
                 chances = model(seen).logits[0, ..., :MASK].log_softmax(-1)
                 if model.config.self_conditioning:
                     first = model(seen).logits
-                    chances = model(seen, previous_logits=first).logits[0, ..., :MASK].log_softmax(-1)
+                    chances = model(seen, self_conditioning_logits=first).logits[0, ..., :MASK].log_softmax(-1)
             nats = -sum(chances[(*cell, page[(0, *cell)])].item() for cell in chosen)
             total += nats / number / math.comb(len(cells), number)
     return total
@@ -425,7 +425,7 @@ def test_the_loss_in_evaluation_averages_to_the_bound(variant):
     page = random_page(1, 3, 2)
     given = torch.tensor([[False, False], [False, False], [True, True]])
     exact = exact_nats(model, page, given) / 4
-    losses, draw = [], module.draw_masks_of_pages
+    losses, draw = [], module.sample_eval_masks
     for i in range(60):
         batch = page.expand(64, -1, -1).clone()
         labels = batch.masked_fill(given, -100)
@@ -434,7 +434,7 @@ def test_the_loss_in_evaluation_averages_to_the_bound(variant):
         )  # others, to be drawn by
         drawn = draw(torch.cat((names, labels[:, 2:]), dim=1))
         with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "draw_masks_of_pages", lambda labels, drawn=drawn: drawn)
+            patch.setattr(module, "sample_eval_masks", lambda labels, drawn=drawn: drawn)
             losses.append(model(batch, labels=labels).loss)
     losses = torch.stack(losses)
     error = losses.std() / len(losses) ** 0.5
@@ -529,7 +529,7 @@ def test_a_page_of_one_cell_costs_its_logarithm(variant):
     with torch.no_grad():
         logits = model(empty).logits
         if variant == "feedback":
-            logits = model(empty, previous_logits=logits).logits
+            logits = model(empty, self_conditioning_logits=logits).logits
         expected = -logits[..., :MASK].log_softmax(-1).gather(-1, page[..., None])
     nats, error = model.elbo(page, num_samples=4)
     torch.testing.assert_close(nats.float(), expected.flatten())
@@ -538,7 +538,7 @@ def test_a_page_of_one_cell_costs_its_logarithm(variant):
 
 def test_ratios_are_uniform_and_cover_a_batch():
     labels = torch.zeros(8, 5, 5, dtype=torch.long)
-    drawn = torch.stack([draw_mask(labels)[1] for _ in range(500)])
+    drawn = torch.stack([sample_mask(labels)[1] for _ in range(500)])
     assert (drawn > 0).all() and (drawn <= 1).all()
     assert (drawn.sort(-1).values.diff(dim=-1) - 1 / 8).abs().max() < 1e-5
     for row in drawn.T:  # each row alone
@@ -552,7 +552,7 @@ def test_ratios_of_several_processes_cover_what_is_between():
         drawn = []
         for rank in range(3):
             torch.manual_seed(seed)
-            drawn.append(draw_mask(labels, None, rank, 3))
+            drawn.append(sample_mask(labels, None, rank, 3))
         ratios = torch.stack([ratio for _, ratio in drawn])
         assert (ratios > 0).all() and (ratios <= 1).all()
         assert (ratios.flatten().sort().values.diff() - 1 / 6).abs().max() < 1e-5
@@ -564,16 +564,16 @@ def test_ratios_of_several_processes_cover_what_is_between():
         pairs = [(one[row], other[row]) for (one, _), (other, _) in itertools.combinations(drawn, 2) for row in (0, 1)]
         assert sum(bool((one & ~other).any() and (other & ~one).any()) for one, other in pairs) >= 2
     torch.manual_seed(4)
-    alone = draw_mask(labels)
+    alone = sample_mask(labels)
     torch.manual_seed(4)
-    assert all(torch.equal(x, y) for x, y in zip(draw_mask(labels, None, 0, 1), alone))
+    assert all(torch.equal(x, y) for x, y in zip(sample_mask(labels, None, 0, 1), alone))
 
 
 def test_training_draws_as_its_rank_and_evaluation_does_not(monkeypatch):
     model, page = tiny_heptapod(), random_page(2, 5, 6)
     evaluated = model(page, labels=page).loss
-    seen, draw = [], module.draw_mask
-    monkeypatch.setattr(module, "draw_mask", lambda *args: seen.append(draw(*args)) or seen[-1])
+    seen, draw = [], module.sample_mask
+    monkeypatch.setattr(module, "sample_mask", lambda *args: seen.append(draw(*args)) or seen[-1])
     for rank in range(2):
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
@@ -589,7 +589,7 @@ def test_masks_have_their_ratio_and_spare_what_does_not_count():
     labels = torch.zeros(4, 60, 60, dtype=torch.long)
     labels[:, :, 30:] = -100
     for _ in range(5):
-        masked, ratio = draw_mask(labels)
+        masked, ratio = sample_mask(labels)
         assert not masked[:, :, 30:].any()
         shares = masked[:, :, :30].float().mean((1, 2))
         assert ((shares - ratio).abs() < 5 * (ratio * (1 - ratio) / 1800).sqrt() + 1e-3).all()
@@ -602,7 +602,7 @@ def test_evaluation_repeats_itself_and_training_does_not():
     torch.manual_seed(1)
     assert torch.equal(*losses) and torch.equal(model(page, labels=page).loss, losses[0])
     other = (page + 1) % MASK
-    assert not torch.equal(draw_masks_of_pages(page)[0], draw_masks_of_pages(other)[0])
+    assert not torch.equal(sample_eval_masks(page)[0], sample_eval_masks(other)[0])
     model.train()
     assert not torch.equal(model(page, labels=page).loss, model(page, labels=page).loss)
     torch.manual_seed(1)
@@ -614,17 +614,17 @@ def test_evaluation_repeats_itself_and_training_does_not():
 def test_the_draw_of_a_page_depends_on_the_page_alone():
     """Not on the batch, the order in it, nor the size that it is padded to; and it is a draw as in training."""
     pages = [random_page(1, 1 + i % 4, 2 + i % 3, seed=i)[0] for i in range(12)]
-    alone = [draw_masks_of_pages(page[None]) for page in pages]
+    alone = [sample_eval_masks(page[None]) for page in pages]
     batch = torch.full((12, 6, 7), -100)
     for row, page in zip(batch, pages):
         row[: page.shape[0], : page.shape[1]] = page
     for order in (torch.arange(12), torch.randperm(12)):
-        masked, ratio = draw_masks_of_pages(batch[order])
+        masked, ratio = sample_eval_masks(batch[order])
         for row, which in enumerate(order.tolist()):
             height, width = pages[which].shape
             assert torch.equal(masked[row, :height, :width], alone[which][0][0]) and ratio[row] == alone[which][1]
             assert masked[row].sum() == alone[which][0].sum()
-    masked, ratio = draw_masks_of_pages(random_page(400, 30, 30))
+    masked, ratio = sample_eval_masks(random_page(400, 30, 30))
     assert (0 < ratio).all() and (ratio <= 1).all() and ratio.unique().numel() == 400
     assert abs(ratio.mean() - 0.5) < 0.06 and abs(ratio.std() - 12**-0.5) < 0.03
     shares = masked.float().mean((1, 2))
@@ -641,9 +641,9 @@ def test_the_output_names_the_cells_that_the_loss_counted():
         torch.manual_seed(7)
         out = model(page, labels=labels)
         torch.manual_seed(7)
-        masked, ratio = draw_mask(labels) if training else draw_masks_of_pages(labels)
+        masked, ratio = sample_mask(labels) if training else sample_eval_masks(labels)
         assert torch.equal(out.masked_labels, labels.masked_fill(~masked, -100)) and masked.any()
-        nats = module.cell_nats(out.logits, out.masked_labels, [MASK, PAD]).sum((1, 2))
+        nats = module.token_nll(out.logits, out.masked_labels, [MASK, PAD]).sum((1, 2))
         torch.testing.assert_close((nats / ratio).sum() / (labels != -100).sum(), out.loss)
         assert torch.equal(model.eval()(page, labels=labels, return_dict=False)[-1], model(page, labels=labels)[-1])
     flat = model(page.flatten(1), labels=labels.flatten(1), grid_size=(4, 5))
@@ -792,11 +792,11 @@ def test_a_loss_function_of_ones_own():
 def test_feedback_starts_as_nothing():
     torch.manual_seed(0)
     model = HeptapodForMaskedLM(tiny_config(self_conditioning=True)).eval()
-    assert not model.feedback_proj.weight.any()
+    assert not model.self_conditioning_proj.weight.any()
     page = random_page(1, 3, 4)
     with torch.no_grad():
         logits = model(page).logits
-        assert torch.equal(model(page, previous_logits=100 * torch.randn_like(logits)).logits, logits)
+        assert torch.equal(model(page, self_conditioning_logits=100 * torch.randn_like(logits)).logits, logits)
 
 
 def count_calls(model, **inputs):
@@ -817,7 +817,7 @@ def test_half_of_the_training_steps_predict_twice():
     assert count_calls(model, input_ids=page, labels=page) == [False, True]
     assert count_calls(model, input_ids=page) == [True]
     previous = model(page).logits
-    assert count_calls(model, input_ids=page, labels=page, previous_logits=previous) == [True]
+    assert count_calls(model, input_ids=page, labels=page, self_conditioning_logits=previous) == [True]
     assert count_calls(tiny_heptapod(), input_ids=page, labels=page) == [True]
 
 
@@ -825,9 +825,9 @@ def test_evaluation_feeds_the_first_prediction_back():
     model = tiny_heptapod(**VARIANTS["feedback"])
     page = random_page(2, 3, 4)
     out = model(page, labels=page)
-    masked, _ = draw_masks_of_pages(page)
+    masked, _ = sample_eval_masks(page)
     seen = torch.where(masked, MASK, page)
-    torch.testing.assert_close(out.logits, model(seen, previous_logits=model(seen).logits).logits)
+    torch.testing.assert_close(out.logits, model(seen, self_conditioning_logits=model(seen).logits).logits)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -842,7 +842,7 @@ def test_the_neighbor_loss_is_what_it_says(padded):
     torch.manual_seed(7)
     expected = plain(**inputs).loss.item()
     torch.manual_seed(7)
-    masked, ratio = draw_mask(page.masked_fill(~real, -100))
+    masked, ratio = sample_mask(page.masked_fill(~real, -100))
     with torch.no_grad():
         states = model.model(torch.where(masked, MASK, page), attention_mask=real.long()).last_hidden_state
         total = 0.0
@@ -987,9 +987,9 @@ def test_bfloat16_weights():
     model = tiny_heptapod(**VARIANTS["feedback"])
     page = random_page(2, 17, 18)
     with torch.no_grad():
-        exact = model(page, previous_logits=model(page).logits).logits
+        exact = model(page, self_conditioning_logits=model(page).logits).logits
         low = model.bfloat16()
-        logits = low(page, previous_logits=low(page).logits).logits
+        logits = low(page, self_conditioning_logits=low(page).logits).logits
     assert logits.dtype == torch.bfloat16
     assert (logits.float() - exact).abs().mean() < 0.05 * exact.abs().mean()
 
@@ -1125,8 +1125,8 @@ def test_loading_does_not_change_weights(variant, tmp_path):
 
 def test_optional_weights_exist_where_asked_for():
     names = {name for name, _ in tiny_heptapod().named_parameters()}
-    assert not any("feedback" in name or "neighbor" in name for name in names)
-    assert hasattr(tiny_heptapod(**VARIANTS["feedback"]), "feedback_proj")
+    assert not any("self_conditioning" in name or "neighbor" in name for name in names)
+    assert hasattr(tiny_heptapod(**VARIANTS["feedback"]), "self_conditioning_proj")
     assert len(tiny_heptapod(**VARIANTS["neighbors"]).neighbor_projs) == 4
 
 
@@ -1222,12 +1222,12 @@ def test_labels_need_a_mask_token():
 
 def test_bad_previous_logits():
     logits = torch.zeros(1, 2, 3, 20)
-    with pytest.raises(ValueError, match=r"`previous_logits`.*self_conditioning"):
-        tiny_heptapod()(PAGE, previous_logits=logits)
+    with pytest.raises(ValueError, match=r"`self_conditioning_logits`.*self_conditioning"):
+        tiny_heptapod()(PAGE, self_conditioning_logits=logits)
     model = tiny_heptapod(**VARIANTS["feedback"])
     for wrong in (logits[..., :19], logits[:, :1], logits.flatten(1, 2)):
-        with pytest.raises(ValueError, match=r"`previous_logits`.*\[1, 2, 3, 20\]"):
-            model(PAGE, previous_logits=wrong)
+        with pytest.raises(ValueError, match=r"`self_conditioning_logits`.*\[1, 2, 3, 20\]"):
+            model(PAGE, self_conditioning_logits=wrong)
 
 
 def test_public_classes_are_what_they_say():

@@ -7,7 +7,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from modeling_heptapod import HierarchicalCache, HierarchicalLMForCausalLM, HierarchicalLMModel
 from modeling_heptapod.common.transformers_versions import CACHE
-from modeling_heptapod.hierarchical_lm.stream_merges import ConcatMerge
+from modeling_heptapod.hierarchical_lm.hierarchy_merges import ConcatMerge
 from tests.reference.hierarchical_lm import HierarchicalDescription, hierarchical_logits, hierarchical_streams
 from tests.tiny_hierarchical_lm import VARIANTS, random_ids, tiny_config, tiny_hierarchical_lm
 
@@ -24,7 +24,7 @@ ALL_LOSSES = {
 def describe(config):
     """The oracle's plain numbers from a configuration."""
     return HierarchicalDescription(
-        factors=config.hierarchies,
+        factors=config.compression_factors,
         strides=config.strides,
         heads=config.num_attention_heads,
         head_dims=config.head_dim,
@@ -56,13 +56,13 @@ def test_logits_and_streams_equal_the_oracle(variant, merging):
     ids = random_ids(2, SEQ)
     weights = {name: weight.detach() for name, weight in model.state_dict().items()}
     with torch.no_grad():
-        out = model(ids, ablate_merge=not merging, output_hierarchy_embeddings=True)
+        out = model(ids, ablate_merge=not merging, output_hierarchy_hidden_states=True)
         for row in range(2):
             logits = hierarchical_logits(weights, ids[row].tolist(), describe(model.config), merging)
             torch.testing.assert_close(out.logits[row], logits, rtol=1e-5, atol=1e-5)  # angles are float32
             streams = hierarchical_streams(weights, ids[row].tolist(), describe(model.config), merging)
-            assert len(out.hierarchy_embeddings) == len(streams)
-            for stream, expected in zip(out.hierarchy_embeddings, streams):
+            assert len(out.hierarchy_hidden_states) == len(streams)
+            for stream, expected in zip(out.hierarchy_hidden_states, streams):
                 torch.testing.assert_close(stream[row], torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 
@@ -77,7 +77,7 @@ def test_short_sequences(variant, seq):
 
 
 def test_one_hierarchy_is_a_plain_decoder():
-    model = tiny_hierarchical_lm(hierarchies=1, window_sizes=None)
+    model = tiny_hierarchical_lm(compression_factors=1, window_sizes=None)
     names = {name.split(".")[1] for name in model.model.state_dict()} | {x.split(".")[0] for x in model.state_dict()}
     assert not any("merge" in name or "compressors" in name for name in model.state_dict()), names
 
@@ -104,11 +104,11 @@ def test_padded_rows_equal_rows_alone(variant, side):
     rows = [random_ids(1, n, seed=n)[0] for n in (1, 7, 30, 61)]
     ids, mask = pad(rows, side, pad_id=3, width=64)
     with torch.no_grad():
-        out = model(ids, attention_mask=mask, output_hierarchy_embeddings=True, output_hidden_states=True)
+        out = model(ids, attention_mask=mask, output_hierarchy_hidden_states=True, output_hidden_states=True)
         for i, row in enumerate(rows):
-            alone = model(row[None], output_hierarchy_embeddings=True, output_hidden_states=True)
+            alone = model(row[None], output_hierarchy_hidden_states=True, output_hidden_states=True)
             torch.testing.assert_close(out.logits[i][mask[i].bool()], alone.logits[0], rtol=1e-5, atol=1e-5)
-            for stream, expected in zip(out.hierarchy_embeddings, alone.hierarchy_embeddings):
+            for stream, expected in zip(out.hierarchy_hidden_states, alone.hierarchy_hidden_states):
                 torch.testing.assert_close(stream[i, : expected.shape[1]], expected[0], rtol=1e-5, atol=1e-5)
             for state, expected in zip(out.hidden_states, alone.hidden_states):
                 if model.config.strides[model.config.predict_index] == 1:
@@ -235,14 +235,14 @@ class Streams:
     def __call__(self, model, ids):
         self.kept = []
         with torch.no_grad():
-            out = model(ids, output_hierarchy_embeddings=True)
-        return [*self.kept, out.hierarchy_embeddings], out.logits
+            out = model(ids, output_hierarchy_hidden_states=True)
+        return [*self.kept, out.hierarchy_hidden_states], out.logits
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_hierarchy_sees_the_future(variant):
     model = tiny_hierarchical_lm(**VARIANTS[variant])
-    strides, factors, seq = model.config.strides, model.config.hierarchies, 40
+    strides, factors, seq = model.config.strides, model.config.compression_factors, 40
     ids, streams_of = random_ids(1, seq), Streams(model)
     streams, logits = streams_of(model, ids)
     for place in range(seq):
@@ -273,17 +273,17 @@ def test_windows_reach_exactly_as_far_as_they_say():
         other = ids.clone()
         other[0, 20] = (other[0, 20] + 1) % 50
         with torch.no_grad():
-            a, b = (model(x, output_hierarchy_embeddings=True).hierarchy_embeddings[-1] for x in (ids, other))
+            a, b = (model(x, output_hierarchy_hidden_states=True).hierarchy_hidden_states[-1] for x in (ids, other))
         return (a != b).any(-1)[0].nonzero().flatten().tolist()
 
     # Both shifts reach one step each, and a window of w steps w - 1 more.
-    assert reach(hierarchies=1, window_sizes=0) == [20, 21]
-    assert reach(hierarchies=1, window_sizes=1) == [20, 21, 22]
-    assert reach(hierarchies=1, window_sizes=4) == list(range(20, 26))
-    assert reach(hierarchies=1, window_sizes=4, window_type="block") == [*range(20, 28), 28]
+    assert reach(compression_factors=1, window_sizes=0) == [20, 21]
+    assert reach(compression_factors=1, window_sizes=1) == [20, 21, 22]
+    assert reach(compression_factors=1, window_sizes=4) == list(range(20, 26))
+    assert reach(compression_factors=1, window_sizes=4, window_type="block") == [*range(20, 28), 28]
     # The compressor's windows of four, in steps of four.
-    assert reach(hierarchies=[1, 4], window_sizes=[0, 2]) == list(range(20, 24 + 3 * 4))
-    assert reach(hierarchies=[1, 4], strides=[1, 4], window_sizes=[0, 2]) == [5, 6, 7, 8]
+    assert reach(compression_factors=[1, 4], window_sizes=[0, 2]) == list(range(20, 24 + 3 * 4))
+    assert reach(compression_factors=[1, 4], strides=[1, 4], window_sizes=[0, 2]) == [5, 6, 7, 8]
 
 
 # --- attentions and hidden states --------------------------------------------------------------------------------------
@@ -347,7 +347,7 @@ def test_every_loss_is_returned_by_name_and_adds_up():
     torch.testing.assert_close(out.loss, ForCausalLMLoss(out.logits, ids, vocab_size=50))
     assert torch.equal(out.loss, out.ce_loss)
     assert out.reconstruction_loss is None and out.next_latent_loss is None
-    assert plain.predictive_losses is None
+    assert plain.auxiliary_losses is None
 
     model = tiny_hierarchical_lm(**VARIANTS["stride"], **ALL_LOSSES)
     out = model(ids, labels=ids)
@@ -356,11 +356,11 @@ def test_every_loss_is_returned_by_name_and_adds_up():
     expected = expected + 0.3 * out.quantized_prophet_loss + out.next_latent_loss
     torch.testing.assert_close(out.loss, expected)
     assert all(x > 0 for x in (out.reconstruction_loss, out.prophet_loss, out.next_latent_loss))
-    assert out.hierarchy_embeddings is None
+    assert out.hierarchy_hidden_states is None
     out.loss.backward()
     untrained = [name for name, x in model.named_parameters() if x.grad is None or not x.grad.any()]
     # The last layers of the next-latent networks begin at zero, so those before them get no gradient yet.
-    assert all(name.startswith("predictive_losses.next_latent") for name in untrained), untrained
+    assert all(name.startswith("auxiliary_losses.next_latent") for name in untrained), untrained
     assert model(ids).loss is None
 
 
@@ -453,7 +453,7 @@ def test_own_parameters_that_a_checkpoint_lacks_are_initialised(tmp_path):
 
 def test_heads_of_losses_are_no_linear_layers():
     """They are never called, so an adapter on one would do nothing."""
-    heads = tiny_hierarchical_lm(**VARIANTS["stride"], **ALL_LOSSES).predictive_losses
+    heads = tiny_hierarchical_lm(**VARIANTS["stride"], **ALL_LOSSES).auxiliary_losses
     for name, module in heads.named_modules():
         if isinstance(module, nn.Linear):
             assert "next_latent" in name
@@ -537,14 +537,14 @@ def test_tied_weights_are_one_tensor():
 
 def test_shared_attention_is_held_once():
     shared = tiny_hierarchical_lm(
-        shared_attention=True, hierarchies=[1, 2, 4], hidden_sizes=[16, 24, 16], window_sizes=None
+        shared_attention=True, compression_factors=[1, 2, 4], hidden_sizes=[16, 24, 16], window_sizes=None
     )
     names = [name for name in shared.state_dict() if "qkv_proj" in name and "layers.0" in name]
     assert names == [f"model.layers.0.blocks.{h}.self_attn.qkv_proj.weight" for h in (0, 1)]
-    before = shared(random_ids(1, 20), output_hierarchy_embeddings=True, ablate_merge=True).hierarchy_embeddings
+    before = shared(random_ids(1, 20), output_hierarchy_hidden_states=True, ablate_merge=True).hierarchy_hidden_states
     with torch.no_grad():
         shared.model.layers[0].blocks[0].self_attn.qkv_proj.weight.mul_(2)
-    after = shared(random_ids(1, 20), output_hierarchy_embeddings=True, ablate_merge=True).hierarchy_embeddings
+    after = shared(random_ids(1, 20), output_hierarchy_hidden_states=True, ablate_merge=True).hierarchy_hidden_states
     assert [torch.equal(a, b) for a, b in zip(before, after)] == [False, True, False]
 
 
@@ -563,7 +563,7 @@ def test_loading_changes_no_weight(variant, tmp_path):
 
 def test_options_overridden_at_loading_are_completed_and_checked(tmp_path):
     tiny_hierarchical_lm().save_pretrained(tmp_path)
-    model = HierarchicalLMForCausalLM.from_pretrained(tmp_path, window_sizes=3, ff_mult=2)
+    model = HierarchicalLMForCausalLM.from_pretrained(tmp_path, window_sizes=3, mlp_ratio=2)
     assert model.config.window_sizes == [3, 3]
     model(random_ids(1, 5))
     with pytest.raises(ValueError, match="`strides`.*got stride 3"):
@@ -573,7 +573,7 @@ def test_options_overridden_at_loading_are_completed_and_checked(tmp_path):
 def test_initial_weights_have_the_configured_size():
     torch.manual_seed(0)
     config = tiny_config(
-        hierarchies=[1, 4], hidden_sizes=64, initializer_range=0.05, compressor="attention", window_sizes=None
+        compression_factors=[1, 4], hidden_sizes=64, initializer_range=0.05, compressor="attention", window_sizes=None
     )
     for name, parameter in HierarchicalLMForCausalLM(config).named_parameters():
         if parameter.dim() > 1:
@@ -594,9 +594,9 @@ def test_resized_embeddings():
 @pytest.mark.parametrize("size", [60, 30])
 def test_resized_embeddings_with_losses_that_tell_tokens(size, tmp_path):
     model, ids = tiny_hierarchical_lm(**VARIANTS["stride"], **ALL_LOSSES), random_ids(2, 20) % 30
-    heads = {c: x.weight.detach().unflatten(0, (int(c), 50)) for c, x in model.predictive_losses.prophet.items()}
+    heads = {c: x.weight.detach().unflatten(0, (int(c), 50)) for c, x in model.auxiliary_losses.prophet.items()}
     model.resize_token_embeddings(size)
-    for c, head in model.predictive_losses.prophet.items():
+    for c, head in model.auxiliary_losses.prophet.items():
         kept = head.weight.unflatten(0, (int(c), size))[:, : min(size, 50)]
         assert torch.equal(kept, heads[c][:, :size])
     loss = model(ids, labels=ids).loss

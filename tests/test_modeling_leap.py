@@ -31,9 +31,9 @@ def describe(config):
         mixer=config.mixer,
         weight=config.weight_function,
         rescale=config.rescale,
-        gate=config.query_gate,
+        gate=config.output_gate,
         positions=config.position_embedding_type,
-        null_weight=config.null_weight,
+        sink_weight=config.sink_weight,
         causal=config.is_causal,
         layer_norm_eps=config.layer_norm_eps,
     )
@@ -84,7 +84,7 @@ def test_equal_ids_that_do_not_touch_are_different_sequences(length):
 
 
 def test_the_oracle_tells_every_option_apart():
-    model = tiny_leap(null_weight=0.1).double()
+    model = tiny_leap(sink_weight=0.1).double()
     ids = random_ids(1, 9)
     weights, description = model.state_dict(), describe(model.config)
     logits = leap_logits(weights, ids.tolist(), description)
@@ -95,8 +95,8 @@ def test_the_oracle_tells_every_option_apart():
         {"rescale": None},
         {"gate": "gelu"},
         {"positions": "none"},
-        {"positions": "decay"},
-        {"null_weight": 0.0},
+        {"positions": "alibi"},
+        {"sink_weight": 0.0},
         {"causal": False},
         {"layer_norm_eps": 1e-2},
     ):
@@ -245,7 +245,7 @@ def test_packed_rows_equal_separate_rows(variant, head):
         torch.testing.assert_close(packed_grad, grad, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("variant", ["default", "decay"])
+@pytest.mark.parametrize("variant", ["default", "alibi"])
 def test_packed_rows_of_a_batch(variant):
     model = tiny_leap(**VARIANTS[variant])
     ids = random_ids(2, 40)
@@ -432,7 +432,7 @@ def test_gradient_accumulation_equals_one_batch(head):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("variant", ["default", "decay", "additive"])
+@pytest.mark.parametrize("variant", ["default", "alibi", "additive"])
 def test_gradient_checkpointing_equals_plain(variant, use_reentrant):
     model = tiny_leap(**VARIANTS[variant]).train()
     ids = random_ids(2, 40)
@@ -477,7 +477,7 @@ def test_bfloat16_autocast_trains(variant):
         torch.cat([x.flatten() for x in grads]) for grads in ([p.grad for p in model.parameters()], plain_grads)
     ]
     # A gelu gate amplifies: rounding the weights alone, in float32, turns its gradient as far.
-    least = 0.8 if model.config.query_gate == "gelu" else 0.98
+    least = 0.8 if model.config.output_gate == "gelu" else 0.98
     assert nn.functional.cosine_similarity(*together, dim=0) > least
 
 
@@ -499,7 +499,7 @@ def test_dropout_is_on_in_training_only(variant):
     assert abs(mean - 1) < 0.05
 
 
-@pytest.mark.parametrize("variant", ["default", "decay", "additive"])
+@pytest.mark.parametrize("variant", ["default", "alibi", "additive"])
 def test_dropout_is_where_it_belongs(variant, monkeypatch):
     """What is dropped, in order, and at which rate; with nothing dropped the logits are those of evaluation."""
     model = tiny_leap(attention_dropout=0.2, hidden_dropout=0.3, num_hidden_layers=1, **_one_layer(variant))
@@ -518,7 +518,7 @@ def test_dropout_is_where_it_belongs(variant, monkeypatch):
     torch.testing.assert_close(model.train()(ids).logits, expected)
 
     whole, heads, logits = ((1, 9, 32), 0.3), ((1, 9, 4, 8), 0.2), ((1, 9, 4), 0.2)
-    mixing = {"default": [heads, heads, logits, heads], "decay": [heads, heads, logits], "additive": [heads, heads]}
+    mixing = {"default": [heads, heads, logits, heads], "alibi": [heads, heads, logits], "additive": [heads, heads]}
     assert dropped == [whole, *mixing[variant], whole]
     assert from_mlp == [False] * (len(dropped) - 1) + [True]
     dropped.clear()
@@ -567,7 +567,7 @@ def test_compiled_training_step_equals_eager():
 def test_models_of_two_scales_are_compiled_in_one_process():
     """The second makes an open number of the scale, of which a graph cannot ask whether it is finite."""
     ids = random_ids(2, 12)
-    for more in ({}, {"mixer": "additive", "position_embedding_type": "decay", "null_weight": 0.1, "rescale": None}):
+    for more in ({}, {"mixer": "additive", "position_embedding_type": "alibi", "sink_weight": 0.1, "rescale": None}):
         model = tiny_leap(num_hidden_layers=1, **more)
         compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
@@ -577,7 +577,7 @@ def test_models_of_two_scales_are_compiled_in_one_process():
 # --- torch.func ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["default", "decay-null", "additive", "learned"])
+@pytest.mark.parametrize("variant", ["default", "alibi-null", "additive", "absolute"])
 def test_gradients_of_each_row(variant):
     """As the tutorial of `torch.func` makes them, by `grad` and `vmap`: the mixing is plain operations there."""
     model, ids = tiny_leap(**VARIANTS[variant]), random_ids(3, 20)
@@ -686,14 +686,14 @@ def test_initial_weights_have_the_configured_size():
 
 
 def test_loading_does_not_change_weights_or_slopes(tmp_path):
-    model = tiny_leap(position_embedding_type="decay")
+    model = tiny_leap(position_embedding_type="alibi")
     model.save_pretrained(tmp_path)
     loaded = LeapForCausalLM.from_pretrained(tmp_path)
     for (name, a), (_, b) in zip(model.named_parameters(), loaded.named_parameters()):
         assert torch.equal(a, b), name
     slopes = torch.tensor([2**-2, 2**-4, 2**-6, 2**-8])
     for layer in loaded.model.layers:
-        assert torch.equal(layer.mixer.decay, slopes)
+        assert torch.equal(layer.mixer.alibi_slopes, slopes)
     assert torch.equal(loaded(random_ids(1, 9)).logits, model(random_ids(1, 9)).logits)
 
 
@@ -754,7 +754,7 @@ def test_bidirectional_models_have_no_cache():
 
 
 def test_learned_positions_end_where_they_end():
-    model = tiny_leap(position_embedding_type="learned", max_position_embeddings=8)
+    model = tiny_leap(position_embedding_type="absolute", max_position_embeddings=8)
     assert model(random_ids(1, 8)).logits.isfinite().all()
     with pytest.raises(ValueError, match="max_position_embeddings"):
         model(random_ids(1, 9))
@@ -763,7 +763,7 @@ def test_learned_positions_end_where_they_end():
     padded = torch.ones(1, 12, dtype=torch.long)
     padded[:, :4] = 0
     assert model(random_ids(1, 12), attention_mask=padded).logits.isfinite().all()  # eight real tokens
-    for kind in ("rotary", "decay", "none"):
+    for kind in ("rotary", "alibi", "none"):
         longer = tiny_leap(position_embedding_type=kind, max_position_embeddings=8)
         assert longer(random_ids(1, 100)).logits.isfinite().all()
 

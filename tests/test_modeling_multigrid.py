@@ -19,17 +19,17 @@ CORES = ["axes", "leap", "lstm"]
 
 def all_logits(outputs):
     """Of the main axis and then of each meta axis."""
-    return [outputs.logits, *(outputs.meta_logits or ())]
+    return [outputs.logits, *(outputs.axis_logits or ())]
 
 
 def run(model, grid, first=0, last=None, **kwargs):
     """The logits of positions `first` to `last`, which know in the factored order what follows them, and the cache."""
-    ids, meta_ids = grid["input_ids"], grid["meta_ids"]
+    ids, axis_ids = grid["input_ids"], grid["axis_ids"]
     last = ids.shape[1] if last is None else last
     if model.config.axis_order == "factored" and last < ids.shape[1]:
-        kwargs["next_meta_ids"] = meta_ids[:, :, last]
+        kwargs["next_axis_ids"] = axis_ids[:, :, last]
     with torch.no_grad():
-        outputs = model(ids[:, first:last], meta_ids=meta_ids[:, :, first:last], **kwargs)
+        outputs = model(ids[:, first:last], axis_ids=axis_ids[:, :, first:last], **kwargs)
     return all_logits(outputs), outputs.past_key_values
 
 
@@ -92,8 +92,8 @@ def test_eager_attention_of_one_more_token():
     grid = random_grid(model, 2, 9)
     with torch.no_grad():
         expected = model(**grid, use_cache=False).logits[:, -1]
-        cache = model(grid["input_ids"][:, :-1], grid["meta_ids"][..., :-1], use_cache=True).past_key_values
-        more = model(grid["input_ids"][:, -1:], grid["meta_ids"][..., -1:], past_key_values=cache)
+        cache = model(grid["input_ids"][:, :-1], grid["axis_ids"][..., :-1], use_cache=True).past_key_values
+        more = model(grid["input_ids"][:, -1:], grid["axis_ids"][..., -1:], past_key_values=cache)
     torch.testing.assert_close(more.logits[:, -1], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -106,7 +106,7 @@ def test_without_axes_it_is_gpt2(attention):
         theirs = gpt2(ids, output_hidden_states=True)
         outputs = ours(ids, labels=ids, output_hidden_states=True)
         torch.testing.assert_close(outputs.logits, theirs.logits, rtol=1e-5, atol=1e-5)
-        assert outputs.meta_logits is None and outputs.meta_losses is None and outputs.main_hidden_states is None
+        assert outputs.axis_logits is None and outputs.axis_losses is None and outputs.main_hidden_states is None
         torch.testing.assert_close(outputs.loss, gpt2(ids, labels=ids).loss)
         assert torch.equal(outputs.loss, outputs.main_loss)
         assert len(outputs.hidden_states) == len(theirs.hidden_states) == 3
@@ -265,7 +265,7 @@ def test_few_logits_are_the_last_of_all(variant, is_known):
     model = tiny_multigrid(**VARIANTS[variant])
     grid, mask = random_grid(model, 2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[1, 7:] = 0
-    more = {"next_meta_ids": torch.tensor([[1, 2], [3, 0]])} if is_known else {}
+    more = {"next_axis_ids": torch.tensor([[1, 2], [3, 0]])} if is_known else {}
     with torch.no_grad():
         whole = all_logits(model(**grid, **more, attention_mask=mask))
         for few in (1, 3):
@@ -302,12 +302,12 @@ def test_no_axis_sees_the_future_of_any_axis(variant, use_cache):
     factored = config.axis_order == "factored"
     for axis in range(-1, config.num_axes):
         for place in range(seq):
-            ids, meta_ids = grid["input_ids"].clone(), grid["meta_ids"].clone()
+            ids, axis_ids = grid["input_ids"].clone(), grid["axis_ids"].clone()
             if axis < 0:
                 ids[0, place] = (ids[0, place] + 1) % config.vocab_size
             else:
-                meta_ids[0, axis, place] = (meta_ids[0, axis, place] + 1) % config.axis_vocab_sizes[axis]
-            logits, _ = run(model, {"input_ids": ids, "meta_ids": meta_ids}, use_cache=use_cache)
+                axis_ids[0, axis, place] = (axis_ids[0, axis, place] + 1) % config.axis_vocab_sizes[axis]
+            logits, _ = run(model, {"input_ids": ids, "axis_ids": axis_ids}, use_cache=use_cache)
             for stream, (x, y) in enumerate(zip(logits, expected)):
                 changed = (x != y).any(-1)[0]
                 first = place - 1 if factored and axis >= 0 and stream == 0 else place
@@ -322,9 +322,9 @@ def test_in_one_layer_axes_see_the_main_axis_and_not_each_other(variant):
     grid = random_grid(model, 1, 9)
     expected, _ = run(model, grid)
     for axis, size in enumerate(model.config.axis_vocab_sizes):
-        meta_ids = grid["meta_ids"].clone()
-        meta_ids[0, axis, 4] = (meta_ids[0, axis, 4] + 1) % size
-        logits, _ = run(model, {**grid, "meta_ids": meta_ids})
+        axis_ids = grid["axis_ids"].clone()
+        axis_ids[0, axis, 4] = (axis_ids[0, axis, 4] + 1) % size
+        logits, _ = run(model, {**grid, "axis_ids": axis_ids})
         changed = [not torch.equal(x, y) for x, y in zip(logits, expected)]
         assert changed == [i in (0, axis + 1) for i in range(len(logits))]
     other = {**grid, "input_ids": (grid["input_ids"] + 1) % 50}
@@ -337,8 +337,8 @@ def test_meta_and_main_are_not_swapped(variant):
     model = tiny_multigrid(**VARIANTS[variant])
     grid = random_grid(model, 2, 9)
     outputs = model(**grid, labels=grid["input_ids"])
-    heads = [model.lm_head, *model.meta_lm_heads]
-    for place, loss in enumerate((outputs.main_loss, *outputs.meta_losses)):
+    heads = [model.lm_head, *model.axis_lm_heads]
+    for place, loss in enumerate((outputs.main_loss, *outputs.axis_losses)):
         model.zero_grad()
         loss.backward(retain_graph=True)
         learns = [head.weight.grad is not None and bool(head.weight.grad.any()) for head in heads]
@@ -369,24 +369,24 @@ def test_pads_get_no_gradient(variant):
     model = tiny_multigrid(**VARIANTS[variant])
     config = model.config
     grid = random_grid(model, 2, 30)
-    ids, meta_ids = grid["input_ids"] % 49, grid["meta_ids"]  # the last of each vocabulary occurs at pads only
+    ids, axis_ids = grid["input_ids"] % 49, grid["axis_ids"]  # the last of each vocabulary occurs at pads only
     mask = torch.ones_like(ids)
     mask[0, :13] = 0
     mask[1, 25:] = 0
     ids[mask == 0] = 49
     sizes = torch.tensor(config.axis_vocab_sizes, dtype=torch.long).view(1, -1, 1)
-    meta_ids = (
-        torch.where(mask[:, None].bool(), meta_ids % (sizes - 1), sizes - 1) if len(sizes.flatten()) else meta_ids
+    axis_ids = (
+        torch.where(mask[:, None].bool(), axis_ids % (sizes - 1), sizes - 1) if len(sizes.flatten()) else axis_ids
     )
     labels = ids.masked_fill(mask == 0, -100)
     labels[0, 13] = -100  # a pad would predict it
-    model.train()(ids, meta_ids=meta_ids, attention_mask=mask, labels=labels).loss.backward()
-    grads = [table.weight.grad for table in (model.model.embed_tokens, *model.model.meta_embed_tokens)]
+    model.train()(ids, axis_ids=axis_ids, attention_mask=mask, labels=labels).loss.backward()
+    grads = [table.weight.grad for table in (model.model.embed_tokens, *model.model.axis_embed_tokens)]
     for grad in grads:
         assert not grad[-1].any() and grad.any()
 
     embeds = model.model.embed_tokens(ids).detach().requires_grad_()
-    logits = all_logits(model(inputs_embeds=embeds, meta_ids=meta_ids, attention_mask=mask))
+    logits = all_logits(model(inputs_embeds=embeds, axis_ids=axis_ids, attention_mask=mask))
     sum(x[mask.bool()].square().sum() for x in logits).backward()
     assert not embeds.grad[mask == 0].any() and (embeds.grad[mask == 1].abs().sum(-1) > 0).all()
 
@@ -436,8 +436,8 @@ def test_packed_rows_equal_separate_rows(variant, how):
     model = tiny_multigrid(**VARIANTS[variant]).double()
     grid = random_grid(model, 1, sum(LENGTHS))
     logits, _ = run(model, grid, use_cache=how == "seq_idx", **packing(how))
-    rows = zip(grid["input_ids"].split(LENGTHS, dim=-1), grid["meta_ids"].split(LENGTHS, dim=-1))
-    separate = [run(model, {"input_ids": ids, "meta_ids": meta_ids})[0] for ids, meta_ids in rows]
+    rows = zip(grid["input_ids"].split(LENGTHS, dim=-1), grid["axis_ids"].split(LENGTHS, dim=-1))
+    separate = [run(model, {"input_ids": ids, "axis_ids": axis_ids})[0] for ids, axis_ids in rows]
     assert_same(logits, [torch.cat(x, dim=1) for x in zip(*separate)], tolerance=1e-6)
 
 
@@ -466,7 +466,7 @@ def test_the_next_meta_tokens_are_those_of_the_next_real_token(variant):
     mask[0, 3:7], mask[0, 12:], mask[1, :2], mask[1, 8] = 0, 0, 0, 0
     following = torch.tensor([[1, 2], [3, 0]])
     packed = {"seq_idx": (torch.arange(14) >= 10).long().expand(2, 14)}
-    for given in ({}, {"next_meta_ids": following}, packed):
+    for given in ({}, {"next_axis_ids": following}, packed):
         logits, _ = run(model, grid, attention_mask=mask, **given)
         for row in range(2):
             at, own = mask[row].bool(), {name: x[row : row + 1] for name, x in given.items()}
@@ -517,13 +517,13 @@ def test_main_logits_are_those_of_the_forward_pass(variant):
     grid = random_grid(model, 2, 9)
     following = torch.tensor([[1, 2], [3, 0]])
     with torch.no_grad():
-        outputs = model(**grid, next_meta_ids=following)
+        outputs = model(**grid, next_axis_ids=following)
         unknown = model(**grid)
         assert torch.equal(outputs.logits[:, :-1], unknown.logits[:, :-1])
         assert not torch.equal(outputs.logits[:, -1], unknown.logits[:, -1])
         states = unknown.main_hidden_states[:, -1:]
         torch.testing.assert_close(model.main_logits(states, following.unsqueeze(-1)), outputs.logits[:, -1:])
-        shorter = model(**grid, next_meta_ids=following, logits_to_keep=3)
+        shorter = model(**grid, next_axis_ids=following, logits_to_keep=3)
         torch.testing.assert_close(shorter.logits, outputs.logits[:, -3:])
         assert shorter.main_hidden_states.shape[1] == 3
 
@@ -531,14 +531,14 @@ def test_main_logits_are_those_of_the_forward_pass(variant):
 def test_the_factored_loss_is_a_code_length():
     """Over all pairs of a next meta and a next main token, the probabilities that the two losses stand for sum to one."""
     model = tiny_multigrid(axis_names=["kind"], axis_vocab_sizes=[3], vocab_size=4, axis_order="factored").double()
-    ids, meta_ids = torch.tensor([[1, 3]]), torch.tensor([[[2, 0]]])
+    ids, axis_ids = torch.tensor([[1, 3]]), torch.tensor([[[2, 0]]])
     total = 0.0
     for token in range(4):
         for tag in range(3):
-            grid = {"input_ids": ids.clone(), "meta_ids": meta_ids.clone()}
-            grid["input_ids"][0, 1], grid["meta_ids"][0, 0, 1] = token, tag
+            grid = {"input_ids": ids.clone(), "axis_ids": axis_ids.clone()}
+            grid["input_ids"][0, 1], grid["axis_ids"][0, 0, 1] = token, tag
             outputs = model(**grid, labels=grid["input_ids"])
-            total += torch.exp(-outputs.main_loss - outputs.meta_losses[0]).item()
+            total += torch.exp(-outputs.main_loss - outputs.axis_losses[0]).item()
     assert abs(total - 1) < 1e-6  # cross-entropy is taken in float32
 
 
@@ -555,24 +555,24 @@ def test_losses_by_name(variant):
         outputs = model(**grid, labels=labels)
     counted = labels[:, 1:] != -100
     losses = []
-    for logits, ids in zip(all_logits(outputs), (grid["input_ids"], *grid["meta_ids"].unbind(1))):
+    for logits, ids in zip(all_logits(outputs), (grid["input_ids"], *grid["axis_ids"].unbind(1))):
         losses.append(nn.functional.cross_entropy(logits[:, :-1][counted], ids[:, 1:][counted]))
     torch.testing.assert_close(outputs.main_loss, losses[0])
-    torch.testing.assert_close(torch.stack(outputs.meta_losses), torch.stack(losses[1:]))
+    torch.testing.assert_close(torch.stack(outputs.axis_losses), torch.stack(losses[1:]))
     torch.testing.assert_close(outputs.loss, 0.3 * losses[0] + 0.7 * torch.stack(losses[1:]).mean())
 
 
 def test_targets_of_the_axes_can_be_given():
     model = tiny_multigrid(**TWO_AXES)
     grid = random_grid(model, 2, 9)
-    targets = grid["meta_ids"].clone()
+    targets = grid["axis_ids"].clone()
     targets[:, 1, 4:] = -100
     with torch.no_grad():
         default = model(**grid, labels=grid["input_ids"])
-        given = model(**grid, labels=grid["input_ids"], meta_targets=targets)
-    assert torch.equal(given.meta_losses[0], default.meta_losses[0])
-    expected = nn.functional.cross_entropy(default.meta_logits[1][:, :3].flatten(0, 1), targets[:, 1, 1:4].flatten())
-    torch.testing.assert_close(given.meta_losses[1], expected)
+        given = model(**grid, labels=grid["input_ids"], axis_targets=targets)
+    assert torch.equal(given.axis_losses[0], default.axis_losses[0])
+    expected = nn.functional.cross_entropy(default.axis_logits[1][:, :3].flatten(0, 1), targets[:, 1, 1:4].flatten())
+    torch.testing.assert_close(given.axis_losses[1], expected)
 
 
 @pytest.mark.parametrize("variant", ["plain", "axes", "factored"])
@@ -586,7 +586,7 @@ def test_targets_can_be_given_shifted(variant):
     with torch.no_grad():
         expected = model(**grid, labels=labels)
         given = model(**grid, labels=grid["input_ids"], shift_labels=shifted)
-    losses = [(x.loss, x.main_loss, *(x.meta_losses or ())) for x in (given, expected)]
+    losses = [(x.loss, x.main_loss, *(x.axis_losses or ())) for x in (given, expected)]
     torch.testing.assert_close(*losses)
 
 
@@ -594,11 +594,11 @@ def test_shifted_targets_of_the_axes_can_be_given():
     model = tiny_multigrid(**TWO_AXES)
     grid = random_grid(model, 2, 9)
     targets = random_grid(model, 2, 9, seed=5)
-    shifted = {"shift_labels": targets["input_ids"], "meta_targets": targets["meta_ids"]}
+    shifted = {"shift_labels": targets["input_ids"], "axis_targets": targets["axis_ids"]}
     with torch.no_grad():
         outputs = model(**grid, labels=grid["input_ids"], **shifted)
-    tracks = (targets["input_ids"], *targets["meta_ids"].unbind(1))
-    for logits, ids, loss in zip(all_logits(outputs), tracks, (outputs.main_loss, *outputs.meta_losses), strict=True):
+    tracks = (targets["input_ids"], *targets["axis_ids"].unbind(1))
+    for logits, ids, loss in zip(all_logits(outputs), tracks, (outputs.main_loss, *outputs.axis_losses), strict=True):
         torch.testing.assert_close(loss, nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()))
 
 
@@ -803,10 +803,10 @@ def test_attentions_are_of_all_streams():
 def test_meta_streams_join_along_the_batch():
     """As `DataParallel` joins what each device gives back."""
     model = tiny_multigrid(**VARIANTS["light"]).model
-    ids, meta_ids = random_ids(3, 9), torch.stack([random_ids(3, 9, size) for size in (7, 5)], dim=1)
+    ids, axis_ids = random_ids(3, 9), torch.stack([random_ids(3, 9, size) for size in (7, 5)], dim=1)
     with torch.no_grad():
-        whole = model(ids, meta_ids=meta_ids).meta_hidden_states
-        parts = [model(ids[rows], meta_ids=meta_ids[rows]).meta_hidden_states for rows in ([0], [1, 2])]
+        whole = model(ids, axis_ids=axis_ids).axis_hidden_states
+        parts = [model(ids[rows], axis_ids=axis_ids[rows]).axis_hidden_states for rows in ([0], [1, 2])]
     assert whole.shape == (3, 2, 9, 8)
     torch.testing.assert_close(torch.cat(parts), whole)
 
@@ -850,36 +850,36 @@ def test_the_vocabulary_can_grow():
 
 
 def bad_inputs():
-    ids, meta_ids = random_ids(2, 9), torch.zeros(2, 2, 9, dtype=torch.long)
+    ids, axis_ids = random_ids(2, 9), torch.zeros(2, 2, 9, dtype=torch.long)
     embeds = torch.zeros(2, 9, 16)
-    yield "no ids", {"meta_ids": meta_ids}, "input_ids"
-    yield "two kinds of ids", {"input_ids": ids, "inputs_embeds": embeds, "meta_ids": meta_ids}, "input_ids"
-    yield "floats for ids", {"input_ids": ids.float(), "meta_ids": meta_ids}, "input_ids"
-    yield "integers for embeddings", {"inputs_embeds": embeds.long(), "meta_ids": meta_ids}, "inputs_embeds"
-    yield "narrow embeddings", {"inputs_embeds": embeds[..., :4], "meta_ids": meta_ids}, "inputs_embeds"
-    yield "ids without a batch", {"input_ids": ids[0], "meta_ids": meta_ids}, "input_ids"
-    yield "an id outside", {"input_ids": ids + 48, "meta_ids": meta_ids}, r"input_ids.*\[0, 50\)"
-    yield "no meta ids", {"input_ids": ids}, "meta_ids.*kind.*bracket"
-    yield "short meta ids", {"input_ids": ids, "meta_ids": meta_ids[..., :8]}, r"meta_ids.*\[2, 2, 9\].*\[2, 2, 8\]"
-    yield "one axis of two", {"input_ids": ids, "meta_ids": meta_ids[:, :1]}, r"meta_ids.*\[2, 1, 9\]"
-    yield "no axis of meta ids", {"input_ids": ids, "meta_ids": meta_ids[:, 0]}, "meta_ids"
-    yield "floats for meta ids", {"input_ids": ids, "meta_ids": meta_ids.float()}, "meta_ids"
-    outside = meta_ids.clone()
+    yield "no ids", {"axis_ids": axis_ids}, "input_ids"
+    yield "two kinds of ids", {"input_ids": ids, "inputs_embeds": embeds, "axis_ids": axis_ids}, "input_ids"
+    yield "floats for ids", {"input_ids": ids.float(), "axis_ids": axis_ids}, "input_ids"
+    yield "integers for embeddings", {"inputs_embeds": embeds.long(), "axis_ids": axis_ids}, "inputs_embeds"
+    yield "narrow embeddings", {"inputs_embeds": embeds[..., :4], "axis_ids": axis_ids}, "inputs_embeds"
+    yield "ids without a batch", {"input_ids": ids[0], "axis_ids": axis_ids}, "input_ids"
+    yield "an id outside", {"input_ids": ids + 48, "axis_ids": axis_ids}, r"input_ids.*\[0, 50\)"
+    yield "no meta ids", {"input_ids": ids}, "axis_ids.*kind.*bracket"
+    yield "short meta ids", {"input_ids": ids, "axis_ids": axis_ids[..., :8]}, r"axis_ids.*\[2, 2, 9\].*\[2, 2, 8\]"
+    yield "one axis of two", {"input_ids": ids, "axis_ids": axis_ids[:, :1]}, r"axis_ids.*\[2, 1, 9\]"
+    yield "no axis of meta ids", {"input_ids": ids, "axis_ids": axis_ids[:, 0]}, "axis_ids"
+    yield "floats for meta ids", {"input_ids": ids, "axis_ids": axis_ids.float()}, "axis_ids"
+    outside = axis_ids.clone()
     outside[1, 1, 3] = 5
-    yield "a meta id outside", {"input_ids": ids, "meta_ids": outside}, r"'bracket'.*\[0, 5\).*0 to 5"
-    yield "a short mask", {"input_ids": ids, "meta_ids": meta_ids, "attention_mask": ids[:, :4]}, "attention_mask"
-    yield "short positions", {"input_ids": ids, "meta_ids": meta_ids, "position_ids": ids[:, :4]}, "position_ids"
-    far = {"input_ids": ids, "meta_ids": meta_ids, "position_ids": torch.arange(120, 129)[None]}
+    yield "a meta id outside", {"input_ids": ids, "axis_ids": outside}, r"'bracket'.*\[0, 5\).*0 to 5"
+    yield "a short mask", {"input_ids": ids, "axis_ids": axis_ids, "attention_mask": ids[:, :4]}, "attention_mask"
+    yield "short positions", {"input_ids": ids, "axis_ids": axis_ids, "position_ids": ids[:, :4]}, "position_ids"
+    far = {"input_ids": ids, "axis_ids": axis_ids, "position_ids": torch.arange(120, 129)[None]}
     yield "a far position", far, "max_position_embeddings"
-    stock = {"input_ids": ids, "meta_ids": meta_ids, "past_key_values": DynamicCache()}
+    stock = {"input_ids": ids, "axis_ids": axis_ids, "past_key_values": DynamicCache()}
     yield "a stock cache", stock, "MultiGridCache"
     yield "no cache at all", {**stock, "past_key_values": ()}, "MultiGridCache.*got tuple"
     yield (
         "targets of one axis",
-        {"input_ids": ids, "meta_ids": meta_ids, "labels": ids, "meta_targets": ids},
-        "meta_targ",
+        {"input_ids": ids, "axis_ids": axis_ids, "labels": ids, "axis_targets": ids},
+        "axis_targ",
     )
-    yield "next tokens", {"input_ids": ids, "meta_ids": meta_ids, "next_meta_ids": ids[:, :2]}, "factored"
+    yield "next tokens", {"input_ids": ids, "axis_ids": axis_ids, "next_axis_ids": ids[:, :2]}, "factored"
 
 
 @pytest.mark.parametrize("case", list(bad_inputs()), ids=lambda case: case[0])
@@ -890,19 +890,19 @@ def test_bad_inputs_are_named(case):
 
 
 def test_other_bad_inputs_are_named():
-    with pytest.raises(ValueError, match=r"meta_ids.*\[2, 0, 9\]"):
-        tiny_multigrid()(random_ids(2, 9), meta_ids=torch.zeros(2, 1, 9, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"axis_ids.*\[2, 0, 9\]"):
+        tiny_multigrid()(random_ids(2, 9), axis_ids=torch.zeros(2, 1, 9, dtype=torch.long))
     with pytest.raises(ValueError, match="max_position_embeddings"):
         tiny_multigrid(max_position_embeddings=8)(random_ids(1, 9))
     model = tiny_multigrid(**VARIANTS["factored"])
     grid = random_grid(model, 2, 9)
-    with pytest.raises(ValueError, match=r"next_meta_ids.*\[2, 2\].*\[2, 3\]"):
-        model(**grid, next_meta_ids=torch.zeros(2, 3, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"next_meta_ids.*'kind'.*\[0, 7\)"):
-        model(**grid, next_meta_ids=torch.full((2, 2), 7))
-    with pytest.raises(ValueError, match=r"next_meta_ids.*\[2, 2, 1\]"):
+    with pytest.raises(ValueError, match=r"next_axis_ids.*\[2, 2\].*\[2, 3\]"):
+        model(**grid, next_axis_ids=torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"next_axis_ids.*'kind'.*\[0, 7\)"):
+        model(**grid, next_axis_ids=torch.full((2, 2), 7))
+    with pytest.raises(ValueError, match=r"next_axis_ids.*\[2, 2, 1\]"):
         model.main_logits(torch.zeros(2, 1, 16), torch.zeros(2, 2, dtype=torch.long))
-    with pytest.raises(ValueError, match="`next_meta_ids` are for axis_order='factored'"):
-        tiny_multigrid(**TWO_AXES)(**grid, next_meta_ids=torch.zeros(2, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match="`next_axis_ids` are for axis_order='factored'"):
+        tiny_multigrid(**TWO_AXES)(**grid, next_axis_ids=torch.zeros(2, 2, dtype=torch.long))
     with pytest.raises(ValueError, match="factored"):
         tiny_multigrid(**TWO_AXES).main_logits(torch.zeros(2, 1, 16), torch.zeros(2, 2, 1, dtype=torch.long))

@@ -13,18 +13,18 @@ from tests.tiny_multigrid import TWO_AXES, VARIANTS, random_grid, tiny_multigrid
 def all_logits(model, grid, **kwargs):
     with torch.no_grad():
         outputs = model(**grid, **kwargs)
-    return [outputs.logits, *(outputs.meta_logits or ())]
+    return [outputs.logits, *(outputs.axis_logits or ())]
 
 
 def without(grid, axis):
     """A grid without one of its axes."""
-    keep = [i for i in range(grid["meta_ids"].shape[1]) if i != axis]
-    return {"input_ids": grid["input_ids"], "meta_ids": grid["meta_ids"][:, keep]}
+    keep = [i for i in range(grid["axis_ids"].shape[1]) if i != axis]
+    return {"input_ids": grid["input_ids"], "axis_ids": grid["axis_ids"][:, keep]}
 
 
 def grow(model, size=9, **options):
     """Adds an axis; returns a grid for the model as it is now, and one for what it was."""
-    model.add_meta_axis("new", size, **options)
+    model.add_axis("new", size, **options)
     grid = random_grid(model, 2, 12)
     return grid, without(grid, model.config.num_axes - 1)
 
@@ -43,10 +43,10 @@ def disturb(model):
     """Weights of the last axis far from those it starts with, but for what the main stream reads of it."""
     with torch.no_grad():
         for layer in model.model.layers:
-            for block in (layer.meta_self_blocks[-1], layer.meta_cross_blocks[-1]):
+            for block in (layer.axis_self_blocks[-1], layer.axis_cross_blocks[-1]):
                 for parameter in block.parameters():
                     parameter.normal_()
-        model.model.meta_embed_tokens[-1].weight.normal_()
+        model.model.axis_embed_tokens[-1].weight.normal_()
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -61,7 +61,7 @@ def test_a_new_axis_changes_no_bit(variant, trained):
     logits = all_logits(model, grid)
     assert len(logits) == len(expected) + 1 and logits[-1].shape == (2, 12, 9)
     assert all(torch.equal(x, y) for x, y in zip(logits, expected))
-    grid["meta_ids"][:, -1] = (grid["meta_ids"][:, -1] + 1) % 9
+    grid["axis_ids"][:, -1] = (grid["axis_ids"][:, -1] + 1) % 9
     disturb(model)
     assert all(torch.equal(x, y) for x, y in zip(all_logits(model, grid), expected))
     cached = all_logits(model, grid, use_cache=True)
@@ -73,7 +73,7 @@ def test_an_axis_just_added_is_removed_without_a_trace(variant):
     model = tiny_multigrid(**VARIANTS[variant])
     before = copy.deepcopy(model)
     _, old = grow(model)
-    model.remove_meta_axis("new")
+    model.remove_axis("new")
     assert all(torch.equal(x, y) for x, y in zip(all_logits(model, old), all_logits(before, old)))
     weights, expected = model.state_dict(), before.state_dict()
     assert list(weights) == list(expected) and all(torch.equal(weights[name], expected[name]) for name in weights)
@@ -89,8 +89,8 @@ def test_a_grown_model_learns_and_is_saved(variant, tmp_path):
     train(model, grid)
     after = all_logits(model, grid)
     assert not any(torch.equal(x, y) for x, y in zip(before, after))
-    other = {**grid, "meta_ids": grid["meta_ids"].clone()}
-    other["meta_ids"][:, -1] = (other["meta_ids"][:, -1] + 1) % 9
+    other = {**grid, "axis_ids": grid["axis_ids"].clone()}
+    other["axis_ids"][:, -1] = (other["axis_ids"][:, -1] + 1) % 9
     assert not torch.equal(all_logits(model, other)[0], after[0])  # the main axis reads the new one now
     model.save_pretrained(tmp_path)
     loaded = MultiGridForCausalLM.from_pretrained(tmp_path)
@@ -113,37 +113,37 @@ def test_what_is_new_can_be_trained_alone(variant):
 
 def test_weights_of_axes():
     model = tiny_multigrid(**TWO_AXES)
-    model.add_meta_axis("new", 4)
+    model.add_axis("new", 4)
     assert model.config.axis_names == ["kind", "bracket", "new"] and model.config.axis_vocab_sizes == [7, 5, 4]
     assert model.config.axis_shares == [0.5, 0.5, 1 / 3]
-    model.remove_meta_axis("kind")
+    model.remove_axis("kind")
     assert model.config.axis_names == ["bracket", "new"] and model.config.axis_shares == [0.5, 1 / 3]
-    assert [head.out_features for head in model.meta_lm_heads] == [5, 4]
+    assert [head.out_features for head in model.axis_lm_heads] == [5, 4]
     plain = tiny_multigrid()
-    plain.add_meta_axis("new", 4)
+    plain.add_axis("new", 4)
     assert plain.config.axis_shares == [1.0]
 
 
 def test_the_axis_that_is_named_is_removed():
     model = tiny_multigrid(**VARIANTS["weights"])
     grid = random_grid(model, 2, 9)
-    bracket, depth = model.meta_lm_heads[1], model.model.layers[1].main_cross_blocks[2]
-    model.remove_meta_axis("kind")
-    assert model.meta_lm_heads[0] is bracket and model.model.layers[1].main_cross_blocks[1] is depth
+    bracket, depth = model.axis_lm_heads[1], model.model.layers[1].main_cross_blocks[2]
+    model.remove_axis("kind")
+    assert model.axis_lm_heads[0] is bracket and model.model.layers[1].main_cross_blocks[1] is depth
     assert model.config.axis_shares == [0.3, 0.4]
     assert [x.shape[-1] for x in all_logits(model, without(grid, 0))] == [50, 5, 3]
     for name in ("depth", "bracket"):
-        model.remove_meta_axis(name)
-    assert model.config.num_axes == 0 and len(all_logits(model, without(grid, 0) | {"meta_ids": None})) == 1
+        model.remove_axis(name)
+    assert model.config.num_axes == 0 and len(all_logits(model, without(grid, 0) | {"axis_ids": None})) == 1
 
 
 def test_what_is_left_keeps_its_share():
     """Also where no weights were given, so that the others change nothing; and nothing of an axis is left at the end."""
     model = tiny_multigrid(**VARIANTS["factored"])
-    model.remove_meta_axis("bracket")
-    assert model.config.axis_shares == [0.5] and model.next_meta is not None
-    model.remove_meta_axis("kind")
-    assert model.next_meta is None and set(model.state_dict()) == set(tiny_multigrid().state_dict())
+    model.remove_axis("bracket")
+    assert model.config.axis_shares == [0.5] and model.next_axes is not None
+    model.remove_axis("kind")
+    assert model.next_axes is None and set(model.state_dict()) == set(tiny_multigrid().state_dict())
 
 
 def test_a_grown_model_equals_one_built_with_the_axis():
@@ -157,13 +157,13 @@ def test_a_grown_model_equals_one_built_with_the_axis():
 
 
 def test_narrow_axes_on_a_plain_decoder():
-    model = tiny_multigrid(meta_hidden_size=8)
+    model = tiny_multigrid(axis_hidden_size=8)
     before = copy.deepcopy(model)
     grid, old = grow(model)
-    assert model.model.meta_embed_positions.weight.shape == (128, 8)
+    assert model.model.axis_embed_positions.weight.shape == (128, 8)
     assert torch.equal(all_logits(model, grid)[0], all_logits(before, old)[0])
-    model.remove_meta_axis("new")
-    assert model.model.meta_embed_positions is None
+    model.remove_axis("new")
+    assert model.model.axis_embed_positions is None
 
 
 def test_the_first_axis_of_a_factored_model():
@@ -171,8 +171,8 @@ def test_the_first_axis_of_a_factored_model():
     before = copy.deepcopy(model)
     grid, old = grow(model)
     assert torch.equal(all_logits(model, grid)[0], all_logits(before, old)[0])
-    model.remove_meta_axis("new")
-    assert model.next_meta is None
+    model.remove_axis("new")
+    assert model.next_axes is None
 
 
 def test_other_models_of_the_same_config_stay_as_they_are():
@@ -180,7 +180,7 @@ def test_other_models_of_the_same_config_stay_as_they_are():
     twin = MultiGridForCausalLM(model.config).eval()
     grid = random_grid(twin, 2, 9)
     expected = all_logits(twin, grid)
-    model.add_meta_axis("new", 4)
+    model.add_axis("new", 4)
     assert twin.config.axis_names == ["kind", "bracket"]
     assert all(torch.equal(x, y) for x, y in zip(all_logits(twin, grid), expected))
 
@@ -211,15 +211,15 @@ def test_new_weights_start_as_the_model_starts_them():
 @pytest.mark.parametrize("training", [True, False])
 def test_a_grown_model_is_in_the_mode_that_it_was_in(training):
     model = tiny_multigrid(**TWO_AXES).train(training)
-    model.add_meta_axis("new", 7)
+    model.add_axis("new", 7)
     assert {module.training for module in model.modules()} == {training}
-    model.remove_meta_axis("kind")
+    model.remove_axis("kind")
     assert {module.training for module in model.modules()} == {training}
 
 
 def test_grown_norms_have_the_epsilon_of_the_config():
     model = tiny_multigrid(layer_norm_eps=0.3, axis_order="factored")
-    model.add_meta_axis("kind", 7)
+    model.add_axis("kind", 7)
     epsilons = {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)}
     assert epsilons == {0.3}
 
@@ -228,10 +228,10 @@ def test_bad_values_are_named():
     model = tiny_multigrid(**TWO_AXES)
     for name in ("kind", "", "main", "a b", "../x", 3):
         with pytest.raises(ValueError, match=r"name.*kind.*bracket"):
-            model.add_meta_axis(name, 4)
+            model.add_axis(name, 4)
     for size in (0, 2.5, "4"):
         with pytest.raises(ValueError, match="vocab_size"):
-            model.add_meta_axis("new", size)
+            model.add_axis("new", size)
     with pytest.raises(ValueError, match=r"name.*kind.*bracket.*'new'"):
-        model.remove_meta_axis("new")
-    assert model.config.axis_names == ["kind", "bracket"] and len(model.meta_lm_heads) == 2
+        model.remove_axis("new")
+    assert model.config.axis_names == ["kind", "bracket"] and len(model.axis_lm_heads) == 2

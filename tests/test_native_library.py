@@ -244,7 +244,7 @@ def test_without_a_library_torch_does_it(how, monkeypatch, tmp_path, folder, cap
     with caplog.at_level(logging.WARNING):
         for head_dim in (4, 6):
             qfkv = torch.randn(1, 10, 4, 2, head_dim)
-            assert not focus_cpu.applies(qfkv, settings)
+            assert not focus_cpu.is_supported(qfkv, settings)
             out, _ = focus_mixing(qfkv, settings)
             torch.testing.assert_close(out, naive_focus_mixing(qfkv, settings), rtol=1e-5, atol=1e-5)
     if BROKEN[how] is None:

@@ -107,7 +107,7 @@ def test_hierarchy_embeddings(name):
     ids = random_ids(2, SEQ)
     with torch.no_grad():
         expected = theirs(ids, return_hierarchical_embeds=True)
-        found = ours(ids, output_hierarchy_embeddings=True).hierarchy_embeddings
+        found = ours(ids, output_hierarchy_hidden_states=True).hierarchy_hidden_states
     torch.testing.assert_close(list(found), list(expected), rtol=0, atol=1e-5)
 
 
@@ -145,7 +145,7 @@ def test_gradients_equal_the_prototypes(name, losses):
             grads[name] = 1 / weight.detach()  # ours hold their products, so conversion multiplies by it
     arranged = convert_state_dict(grads, ours.config)  # gradients are arranged as their weights are
     assert set(arranged) == {name for name, _ in ours.named_parameters()}
-    assert all(grad.any() for name, grad in arranged.items() if "predictive_losses" in name)
+    assert all(grad.any() for name, grad in arranged.items() if "auxiliary_losses" in name)
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, arranged[name], rtol=1e-5, atol=1e-6)
 

@@ -19,7 +19,7 @@ def describe(config):
     return GridDescription(
         axes=config.num_axes,
         heads=config.num_attention_heads,
-        meta_heads=config.meta_num_attention_heads,
+        axis_heads=config.axis_num_attention_heads,
         layers=config.num_hidden_layers,
         core=config.core,
         factored=config.axis_order == "factored",
@@ -32,7 +32,7 @@ def describe(config):
 
 
 def rows_of(batch):
-    return zip(batch["input_ids"].tolist(), batch["meta_ids"].tolist())
+    return zip(batch["input_ids"].tolist(), batch["axis_ids"].tolist())
 
 
 @pytest.mark.parametrize("variant", WITH_ORACLE)
@@ -42,11 +42,11 @@ def test_logits_of_every_axis_equal_the_oracles(variant):
     weights = {name: value.double() for name, value in model.state_dict().items()}
     with torch.no_grad():
         out = model(**batch)
-    for row, (ids, meta_ids) in enumerate(rows_of(batch)):
-        expected, expected_meta = multigrid_logits(weights, ids, meta_ids, d)
+    for row, (ids, axis_ids) in enumerate(rows_of(batch)):
+        expected, expected_meta = multigrid_logits(weights, ids, axis_ids, d)
         assert expected.std() > 0.1
         torch.testing.assert_close(out.logits[row], expected.float(), rtol=0, atol=1e-5)
-        found = [logits[row] for logits in out.meta_logits or ()]
+        found = [logits[row] for logits in out.axis_logits or ()]
         torch.testing.assert_close(found, [x.float() for x in expected_meta], rtol=0, atol=1e-5)
 
 
@@ -54,13 +54,13 @@ def test_logits_of_every_axis_equal_the_oracles(variant):
 def test_the_last_token_given_the_meta_tokens_after_it(variant):
     model = tiny_multigrid(**VARIANTS[variant])
     batch, d = random_grid(model, 2, SEQ), describe(model.config)
-    given = random_grid(model, 2, 1, seed=7)["meta_ids"][..., 0]
+    given = random_grid(model, 2, 1, seed=7)["axis_ids"][..., 0]
     with torch.no_grad():
-        logits = model(**batch, next_meta_ids=given).logits
+        logits = model(**batch, next_axis_ids=given).logits
         without = model(**batch).logits
     assert torch.equal(logits[:, :-1], without[:, :-1]) and not torch.allclose(logits[:, -1], without[:, -1])
-    for row, (ids, meta_ids) in enumerate(rows_of(batch)):
-        expected, _ = multigrid_logits(model.state_dict(), ids, meta_ids, d, given[row].tolist())
+    for row, (ids, axis_ids) in enumerate(rows_of(batch)):
+        expected, _ = multigrid_logits(model.state_dict(), ids, axis_ids, d, given[row].tolist())
         torch.testing.assert_close(logits[row], expected, rtol=0, atol=1e-5)
 
 
@@ -71,7 +71,7 @@ def test_losses_and_gradients_equal_the_oracles(variant):
     weights = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
     loss, main, metas = multigrid_losses(weights, *next(rows_of(batch)), d)
     out = model(**batch, labels=batch["input_ids"])
-    for found, expected in zip((out.loss, out.main_loss, *(out.meta_losses or ())), (loss, main, *metas), strict=True):
+    for found, expected in zip((out.loss, out.main_loss, *(out.axis_losses or ())), (loss, main, *metas), strict=True):
         torch.testing.assert_close(found, expected.float(), rtol=0, atol=1e-5)  # losses are float32
     loss.backward()
     out.loss.backward()

@@ -27,7 +27,7 @@ AXES = ["token_kind", "bracket"]
 CAUSAL = {
     "leap": lambda **common: tiny_leap(**common),
     "hierarchical_lm": lambda **common: tiny_hierarchical_lm(
-        hierarchies=[1, 2, 8], strides=[1, 1, 4], window_sizes=[5, 4, 3], **common
+        compression_factors=[1, 2, 8], strides=[1, 1, 4], window_sizes=[5, 4, 3], **common
     ),
     "multigrid": lambda **common: tiny_multigrid(**common),
     "multigrid with axes": lambda **common: tiny_multigrid(**axes_of(AXES), **common),
@@ -109,9 +109,9 @@ def test_streams_are_what_is_written(writer):
 def test_axes_annotated_in_a_pipeline(tmp_path):
     model, processor = CAUSAL["multigrid with axes"](**COMMON), MultiGridProcessor(TOKENIZER, AXES)
     pipe = pipeline("text-generation", model=saved(model, tmp_path, processor), trust_remote_code=True)
-    written = written_by(model, processor, PROMPTS[0], meta_source="annotated", processor=processor)
+    written = written_by(model, processor, PROMPTS[0], axis_source="annotated", processor=processor)
     assert written != written_by(model, processor, PROMPTS[0])
-    options = {"meta_source": "annotated", "processor": processor, **GREEDY}
+    options = {"axis_source": "annotated", "processor": processor, **GREEDY}
     assert pipe(PROMPTS[0], return_tensors=True, **options)[0]["generated_token_ids"] == written
 
 
@@ -129,7 +129,7 @@ def test_what_a_mask_hides_of_a_prompt_is_not_annotated():
 def test_axes_without_a_processor_are_refused(tmp_path):
     model = CAUSAL["multigrid with axes"](**COMMON)
     pipe = pipeline("text-generation", model=saved(model, tmp_path), trust_remote_code=True)
-    with pytest.raises(ValueError, match=r"`meta_ids` must be .*or pass `processor`"):
+    with pytest.raises(ValueError, match=r"`axis_ids` must be .*or pass `processor`"):
         pipe(PROMPTS[0], **GREEDY)
 
 
@@ -137,7 +137,7 @@ def test_prompts_are_not_annotated_with_axes_that_look_ahead():
     names = ["bracket", "part_of_speech_word"]
     model, processor = tiny_multigrid(**axes_of(names), **COMMON), MultiGridProcessor(TOKENIZER, names)
     ids = TOKENIZER(PROMPTS[0], return_tensors="pt").input_ids
-    with pytest.raises(ValueError, match=r"`meta_ids` of the prompt must be given: .*'part_of_speech_word'"):
+    with pytest.raises(ValueError, match=r"`axis_ids` of the prompt must be given: .*'part_of_speech_word'"):
         model.generate(ids, processor=processor, **GREEDY)
 
 
@@ -202,7 +202,7 @@ def test_the_grids_streamer_shows_drafts_and_the_page(grid):
     model, processor, _ = grid
     page = processor("ab c\n\nde\n", mask_region=(0, 1, 2, 3))["input_ids"]
     with redirect_stdout(StringIO()) as printed:
-        done = model.generate(page, num_iterations=3, streamer=TextDiffusionStreamer(TOKENIZER, skip_prompt=True))
+        done = model.generate(page, max_denoising_steps=3, streamer=TextDiffusionStreamer(TOKENIZER, skip_prompt=True))
     text = TOKENIZER.decode(done.flatten())
     assert printed.getvalue().count("\0337") == 3  # drafts
     assert printed.getvalue().rstrip("\n").endswith(text.rstrip("\n"))

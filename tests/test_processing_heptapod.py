@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from modeling_heptapod import HeptapodProcessor
-from modeling_heptapod.heptapod.processing_heptapod import open_region
+from modeling_heptapod.heptapod.processing_heptapod import region_mask
 from tests.clean_room import run_alone, run_beside
 from tests.tiny_heptapod import tiny_heptapod
 
@@ -139,18 +139,18 @@ def test_labels_are_the_page_without_pads_and_open_cells(by_bytes, return_tensor
 
 def test_clipping_by_hand(by_bytes):
     text = "ab\nlonger one\nlast\nnot on it\n"
-    out = by_bytes(text, height=3, width=5, overflow="clip", return_num_clipped=True)
+    out = by_bytes(text, height=3, width=5, overflow="truncate", return_num_truncated_tokens=True)
     rows = ["ab\n__", "long\n", "last\n"]
     assert out.input_ids.tolist() == [[[BLANK if c == "_" else ord(c) for c in row] for row in rows]]
-    assert out.num_clipped.tolist() == [len("er one") + len("not on it\n")]
-    end = by_bytes("abcdefg", height=1, width=5, overflow="clip", return_num_clipped=True)
-    assert by_bytes.batch_decode(end.input_ids) == ["abcde"] and end.num_clipped.tolist() == [2]
+    assert out.num_truncated_tokens.tolist() == [len("er one") + len("not on it\n")]
+    end = by_bytes("abcdefg", height=1, width=5, overflow="truncate", return_num_truncated_tokens=True)
+    assert by_bytes.batch_decode(end.input_ids) == ["abcde"] and end.num_truncated_tokens.tolist() == [2]
 
 
 def test_what_is_clipped_is_counted(processor):
     texts = random_texts(200, seed=5)
-    out = processor(texts, height=3, width=6, overflow="clip", return_num_clipped=True)
-    for text, page, clipped in zip(texts, out.input_ids, out.num_clipped.tolist()):
+    out = processor(texts, height=3, width=6, overflow="truncate", return_num_truncated_tokens=True)
+    for text, page, clipped in zip(texts, out.input_ids, out.num_truncated_tokens.tolist()):
         kept = int((page != processor.blank_token_id).sum())
         assert kept + clipped == len(tokens_of(processor, text))
         if not clipped:
@@ -158,7 +158,7 @@ def test_what_is_clipped_is_counted(processor):
         for line, row in zip(text.split("\n"), page):
             content = row[~torch.isin(row, torch.tensor([processor.blank_token_id, processor.newline_token_id]))]
             assert content.tolist() == tokens_of(processor, line)[: len(content)]
-    assert any(out.num_clipped) and not all(out.num_clipped)
+    assert any(out.num_truncated_tokens) and not all(out.num_truncated_tokens)
 
 
 def test_clipping_warns_unless_asked(by_bytes, monkeypatch):
@@ -166,10 +166,10 @@ def test_clipping_warns_unless_asked(by_bytes, monkeypatch):
 
     said = []
     monkeypatch.setattr(processing_heptapod.logger, "warning", said.append)
-    by_bytes(["abc\n", "ab"], width=2, height=1, overflow="clip")
+    by_bytes(["abc\n", "ab"], width=2, height=1, overflow="truncate")
     assert len(said) == 1 and "[2, 0]" in said[0]
-    by_bytes(["abc\n", "ab"], width=2, height=1, overflow="clip", return_num_clipped=True)
-    by_bytes(["a\n", "ab"], width=2, height=1, overflow="clip")
+    by_bytes(["abc\n", "ab"], width=2, height=1, overflow="truncate", return_num_truncated_tokens=True)
+    by_bytes(["a\n", "ab"], width=2, height=1, overflow="truncate")
     assert len(said) == 1
 
 
@@ -208,12 +208,12 @@ def cells(*rows):
     ],
 )
 def test_regions(by_bytes, region, expected):
-    assert open_region(region, 5, 4).tolist() == expected
+    assert region_mask(region, 5, 4).tolist() == expected
     closed = by_bytes("abcd" * 5, width=4).input_ids
     out = by_bytes(["abcd" * 5, "abc"], width=[4, 2], mask_region=[region, None])
-    is_open = out.input_ids[0] == MASK
-    assert is_open.tolist() == expected
-    assert torch.equal(out.input_ids[0][~is_open], closed[0][~is_open]) and out.attention_mask[0].all()
+    is_masked = out.input_ids[0] == MASK
+    assert is_masked.tolist() == expected
+    assert torch.equal(out.input_ids[0][~is_masked], closed[0][~is_masked]) and out.attention_mask[0].all()
     assert not (out.input_ids[1] == MASK).any()
 
 
@@ -221,25 +221,25 @@ def test_cells_of_laid_out_pages_are_opened(by_bytes):
     out = by_bytes(["a\nb\nc\n", "abcdefgh"], width=[2, 4], height=[3, 3])
     before = out.input_ids.clone()
     for pages in (out.input_ids, out.input_ids.numpy()):
-        opened = by_bytes.open_cells(pages, "bottom")
+        opened = by_bytes.mask_cells(pages, "bottom")
         assert torch.equal(
             opened == MASK, torch.tensor([[[0] * 4] * 2 + [[1, 1, 0, 0]], [[0] * 4] * 2 + [[1] * 4]]) > 0
         )
         assert torch.equal(opened[opened != MASK], before[opened != MASK]) and torch.equal(out.input_ids, before)
-    assert torch.equal(by_bytes.open_cells(before[1], (0, 0, 1, 1)).flatten()[1:], before[1].flatten()[1:])
-    expected = by_bytes.open_cells(before, "bottom")
+    assert torch.equal(by_bytes.mask_cells(before[1], (0, 0, 1, 1)).flatten()[1:], before[1].flatten()[1:])
+    expected = by_bytes.mask_cells(before, "bottom")
     for small in (before.numpy().astype(np.uint16), before.numpy().astype(np.int32), before.int()):
-        opened = by_bytes.open_cells(small, "bottom")
+        opened = by_bytes.mask_cells(small, "bottom")
         assert opened.dtype == torch.int64 and torch.equal(opened, expected)
     with pytest.raises(ValueError, match="`mask_region`"):
-        by_bytes.open_cells(before, "edge")
+        by_bytes.mask_cells(before, "edge")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (2, 2), (32, 64)])
 def test_regions_of_pages_of_any_size(size):
     for region in ("top", "middle", "bottom", "hole", "all"):
-        assert open_region(region, *size).any() and open_region(region, *size).shape == size
-    np.testing.assert_array_equal(open_region("frame", *size), ~open_region("hole", *size))
+        assert region_mask(region, *size).any() and region_mask(region, *size).shape == size
+    np.testing.assert_array_equal(region_mask("frame", *size), ~region_mask("hole", *size))
 
 
 def test_regions_count_the_cells_of_their_own_page(by_bytes):
@@ -381,14 +381,14 @@ def test_columns_of_unequal_length_make_no_batch(by_bytes):
 
 
 def test_saved_and_loaded(processor, tmp_path):
-    saved = HeptapodProcessor(processor.tokenizer, height=4, width=11, overflow="clip")
+    saved = HeptapodProcessor(processor.tokenizer, height=4, width=11, overflow="truncate")
     saved.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "processor_config.json").read_text(encoding="utf-8"))
     assert config == {
         "auto_map": {"AutoProcessor": "processing_heptapod.HeptapodProcessor"},
         "blank_token": "<|blank|>",
         "height": 4,
-        "overflow": "clip",
+        "overflow": "truncate",
         "processor_class": "HeptapodProcessor",
         "width": 11,
     }
@@ -396,8 +396,8 @@ def test_saved_and_loaded(processor, tmp_path):
     for loaded in (AutoProcessor.from_pretrained(tmp_path), HeptapodProcessor.from_pretrained(tmp_path)):
         assert type(loaded) is HeptapodProcessor
         for text in random_texts(20, seed=7):
-            expected = saved(text, return_num_clipped=True)
-            assert torch.equal(loaded(text, return_num_clipped=True).input_ids, expected.input_ids)
+            expected = saved(text, return_num_truncated_tokens=True)
+            assert torch.equal(loaded(text, return_num_truncated_tokens=True).input_ids, expected.input_ids)
             assert expected.input_ids.shape == (1, 4, 11)
     assert AutoProcessor.from_pretrained(tmp_path, width=3).width == 3
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == processor.tokenizer.get_vocab()
@@ -411,7 +411,7 @@ folder, texts = sys.argv[1], torch.load(sys.argv[1] + "/texts.pt")
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 out = processor(texts, height=40, width=12, mask_region="hole")
 model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
-torch.save({**out, "written": model.generate(**out, num_iterations=2)}, folder + "/out.pt")
+torch.save({**out, "written": model.generate(**out, max_denoising_steps=2)}, folder + "/out.pt")
 assert processor.batch_decode(processor(texts, height=40, width=12).input_ids) == texts
 processor.save_pretrained(folder + "/again")
 again = AutoProcessor.from_pretrained(folder + "/again", trust_remote_code=True)
@@ -430,7 +430,7 @@ def test_a_saved_folder_works_without_this_package(by_bytes, tmp_path):
     said = run_alone(CLEAN_ROOM, tmp_path, tmp_path)
     assert said.split() == ["HeptapodProcessor", "transformers_modules"]
     expected = by_bytes(texts, height=40, width=12, mask_region="hole")
-    expected["written"] = model.generate(**expected, num_iterations=2)
+    expected["written"] = model.generate(**expected, max_denoising_steps=2)
     for name, value in torch.load(tmp_path / "out.pt").items():
         assert torch.equal(value, expected[name]), name
     assert "\u2591" not in "".join(by_bytes.batch_decode(expected["written"]))

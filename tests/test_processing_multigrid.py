@@ -20,7 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from modeling_heptapod import GoldTagAxis, MetaAxis, MultiGridProcessor, RandomAxis, make_axis
+from modeling_heptapod import Axis, GoldTagAxis, MultiGridProcessor, RandomAxis, make_axis
 from tests.clean_room import run_alone, run_beside
 from tests.tiny_multigrid import tiny_multigrid
 
@@ -68,10 +68,10 @@ def with_ends(by_bytes):
 def test_ids_by_hand():
     processor = MultiGridProcessor(build_tokenizer("byte", []), ["bracket", "string"])
     out = processor(["f('é", "x"], padding=True, return_tensors="pt")
-    assert out.keys() == {"input_ids", "attention_mask", "meta_ids"} and processor.model_input_names == list(out)
+    assert out.keys() == {"input_ids", "attention_mask", "axis_ids"} and processor.model_input_names == list(out)
     assert out.input_ids.tolist() == [[*b"f('\xc3\xa9"], [ord("x"), *[PAD] * 4]]
     assert out.attention_mask.tolist() == [[1] * 5, [1, 0, 0, 0, 0]]
-    assert out.meta_ids.tolist() == [[[0, 1, 1, 1, 1], [0, 0, 1, 1, 1]], [[0] * 5, [0] * 5]]
+    assert out.axis_ids.tolist() == [[[0, 1, 1, 1, 1], [0, 0, 1, 1, 1]], [[0] * 5, [0] * 5]]
     assert {value.dtype for value in out.values()} == {torch.int64}
     assert (processor.axis_names, processor.axis_vocab_sizes) == (["bracket", "string"], [5, 6])
 
@@ -79,8 +79,8 @@ def test_ids_by_hand():
 def test_ids_are_those_of_the_axes(processor):
     texts = [*random_texts(30), SOURCE[:2000]]
     out = processor(texts, padding=True, split_special_tokens=True, return_tensors="pt", return_offsets_mapping=True)
-    assert out.meta_ids.shape == (len(texts), len(AXES), out.input_ids.shape[1])
-    for text, ids, mask, rows in zip(texts, out.input_ids, out.attention_mask, out.meta_ids):
+    assert out.axis_ids.shape == (len(texts), len(AXES), out.input_ids.shape[1])
+    for text, ids, mask, rows in zip(texts, out.input_ids, out.attention_mask, out.axis_ids):
         encoded = processor.tokenizer(text, split_special_tokens=True, return_offsets_mapping=True)
         assert ids[mask == 1].tolist() == encoded["input_ids"]
         assert processor.tokenizer.decode(ids[mask == 1]) == text
@@ -89,7 +89,7 @@ def test_ids_are_those_of_the_axes(processor):
         assert not rows[:, mask == 0].any()
     assert out.offset_mapping.shape == (*out.input_ids.shape, 2)
     lists = processor(texts, split_special_tokens=True)
-    assert [len(row) for row in lists["meta_ids"][0]] == [len(lists["input_ids"][0])] * len(AXES)
+    assert [len(row) for row in lists["axis_ids"][0]] == [len(lists["input_ids"][0])] * len(AXES)
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
@@ -97,11 +97,11 @@ def test_ids_are_those_of_the_axes(processor):
 def test_sides_and_special_tokens(with_ends, padding_side, truncation_side):
     with_ends.tokenizer.padding_side, with_ends.tokenizer.truncation_side = padding_side, truncation_side
     texts = ["f('é€', ing)", "def", "(\U0001f419\U0001f419"]
-    whole = [with_ends(text, add_special_tokens=False)["meta_ids"][0] for text in texts]
+    whole = [with_ends(text, add_special_tokens=False)["axis_ids"][0] for text in texts]
     for length in (3, 5, 8, 30):
         out = with_ends(texts, truncation=True, max_length=length, padding="max_length", return_tensors="pt")
-        assert out.meta_ids.shape == (3, len(AXES), length)
-        for text, rows, ids, mask, meta in zip(texts, whole, out.input_ids, out.attention_mask, out.meta_ids):
+        assert out.axis_ids.shape == (3, len(AXES), length)
+        for text, rows, ids, mask, meta in zip(texts, whole, out.input_ids, out.attention_mask, out.axis_ids):
             count = min(length, len(text.encode()) + 2)
             here = slice(length - count, None) if padding_side == "left" else slice(count)
             assert mask[here].all() and mask.sum() == count
@@ -116,8 +116,8 @@ def test_what_is_cut_off_leaves_no_trace(by_bytes):
     """The first byte of a character alone tells nothing of it, also where a text is cut behind it."""
     for first, second in (("('é", "('è"), ("x = '\U0001f419", "x = '\U0001f41a")):
         length = len(first.encode()) - 1
-        ids = [by_bytes(text, truncation=True, max_length=length)["meta_ids"] for text in (first, second)]
-        assert ids[0] == ids[1] == [[row[:length] for row in by_bytes(first)["meta_ids"][0]]]
+        ids = [by_bytes(text, truncation=True, max_length=length)["axis_ids"] for text in (first, second)]
+        assert ids[0] == ids[1] == [[row[:length] for row in by_bytes(first)["axis_ids"][0]]]
 
 
 def test_special_tokens_in_a_text_may_be_text(processor):
@@ -136,13 +136,13 @@ def test_without_axes_it_is_a_tokenizer(by_bytes):
 
 def test_text_without_tokens(processor):
     out = processor(["", "a"], padding=True, return_tensors="pt")
-    assert out.meta_ids.shape == (2, len(AXES), 1) and not out.meta_ids[0].any()
+    assert out.axis_ids.shape == (2, len(AXES), 1) and not out.axis_ids[0].any()
     for tensors, dtype in (("pt", torch.int64), ("np", np.dtype("int64"))):
         out = processor("", return_tensors=tensors)
         assert {name: tuple(values.shape) for name, values in out.items()} == {
             "input_ids": (1, 0),
             "attention_mask": (1, 0),
-            "meta_ids": (1, len(AXES), 0),
+            "axis_ids": (1, len(AXES), 0),
         }
         assert {values.dtype for values in out.values()} == {dtype}
 
@@ -173,8 +173,8 @@ def test_special_tokens_in_a_text_are_their_ids(for_chats):
         assert ids[:8] == [TURN, *b"f('", EOS, *"é".encode(), 259][:8]
         mask = out["special_tokens_mask"][0]
         assert mask == [int(x in (TURN, EOS, PAD)) for x in ids]
-        plain = iter(zip(*for_chats("f('é(def", split_special_tokens=True)["meta_ids"][0]))
-        assert list(zip(*out["meta_ids"][0])) == [(0, 0) if special else next(plain) for special in mask]
+        plain = iter(zip(*for_chats("f('é(def", split_special_tokens=True)["axis_ids"][0]))
+        assert list(zip(*out["axis_ids"][0])) == [(0, 0) if special else next(plain) for special in mask]
     many = [piece for text in random_texts(40, seed=5) for piece in (text, "<|turn|>")]
     text = "".join(many)
     out = for_chats(text, return_tensors="pt")
@@ -187,8 +187,8 @@ def test_special_tokens_in_a_text_are_their_ids(for_chats):
         characters, reading = for_chats.new_characters(reading, token)
         steps = [axis.step(state, characters) for axis, state in zip(for_chats.axes, states)]
         states = [state for _, state in steps]
-        rows.append([meta_id for meta_id, _ in steps])
-    assert out.meta_ids[0].T.tolist() == rows
+        rows.append([axis_id for axis_id, _ in steps])
+    assert out.axis_ids[0].T.tolist() == rows
 
 
 def test_the_tokenizer_decides_on_special_tokens_unless_told(for_chats):
@@ -205,7 +205,7 @@ def test_chats(for_chats, tmp_path):
         one = processor.apply_chat_template(first, tokenize=True, return_dict=True)
         assert (
             one["input_ids"] == by_tokenizer[:1]
-            and one["meta_ids"] == processor("<|turn|>f([é<|endoftext|>")["meta_ids"]
+            and one["axis_ids"] == processor("<|turn|>f([é<|endoftext|>")["axis_ids"]
         )
         assert processor.apply_chat_template(first, tokenize=True) == by_tokenizer[:1]
         assert processor.apply_chat_template(first) == "<|turn|>f([é<|endoftext|>"
@@ -215,7 +215,7 @@ def test_chats(for_chats, tmp_path):
         )
         ids = [row[mask == 1].tolist() for row, mask in zip(out.input_ids, out.attention_mask)]
         assert ids == by_tokenizer and out.attention_mask[1].tolist() == [0] + [1] * 6
-        assert out.meta_ids.shape == (2, 2, 7) and not out.meta_ids[1, :, :2].any()
+        assert out.axis_ids.shape == (2, 2, 7) and not out.axis_ids[1, :, :2].any()
     masked = for_chats.apply_chat_template(first, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     assert masked["assistant_masks"] == [[0, 0, 0, 1, 1, 1, 1]]
 
@@ -251,15 +251,15 @@ def test_rows_of_a_dataset_make_a_batch(by_bytes):
             assert batch.keys() == expected.keys()
             assert all(torch.equal(batch[name], expected[name]) for name in batch), side
         batch = DataCollatorForLanguageModeling(by_bytes, mlm=False)(list(rows))
-        assert torch.equal(batch["meta_ids"], expected.meta_ids)
+        assert torch.equal(batch["axis_ids"], expected.axis_ids)
         assert torch.equal(batch["labels"], expected.input_ids.masked_fill(expected.attention_mask == 0, -100))
         labelled = [{**row, "labels": [7] * len(row["input_ids"])} for row in rows]
         batch = DataCollatorWithPadding(by_bytes)(labelled)
         assert torch.equal(batch["labels"], torch.where(expected.attention_mask == 1, 7, -100))
     columns = {name: rows[name] for name in rows.column_names}
     out = by_bytes.pad(columns, pad_to_multiple_of=32, padding_side="right", return_tensors="np")
-    assert out["meta_ids"].shape == (4, len(AXES), 32) and out["meta_ids"].dtype == np.int64
-    assert by_bytes.pad([rows[2]], return_tensors="pt").meta_ids.shape == (1, len(AXES), 0)
+    assert out["axis_ids"].shape == (4, len(AXES), 32) and out["axis_ids"].dtype == np.int64
+    assert by_bytes.pad([rows[2]], return_tensors="pt").axis_ids.shape == (1, len(AXES), 0)
     assert by_bytes.pad([rows[0]]).data == {name: [value] for name, value in rows[0].items()}
 
 
@@ -285,12 +285,12 @@ def test_a_trainer_takes_these_batches(by_bytes, tmp_path):
     [
         ("ab", TypeError, "`encoded_inputs` must be a list of dicts or a dict"),
         ([], ValueError, "`encoded_inputs` must be at least one row with `input_ids`"),
-        ([{"meta_ids": [[1]]}], ValueError, "`encoded_inputs` must be at least one row with `input_ids`"),
-        ([{"input_ids": [1]}], ValueError, "`encoded_inputs` must have `meta_ids` of the axes"),
+        ([{"axis_ids": [[1]]}], ValueError, "`encoded_inputs` must be at least one row with `input_ids`"),
+        ([{"input_ids": [1]}], ValueError, "`encoded_inputs` must have `axis_ids` of the axes"),
         ([{"input_ids": [1]}, {"ids": [1]}], ValueError, "rows of the same names"),
-        ([{"input_ids": [1], "meta_ids": [[1], [1]]}], ValueError, r"`meta_ids` must be \[4, 1\] .* got \[2, 1\]"),
-        ([{"input_ids": [1], "meta_ids": [[1]] * 4, "labels": [1, 2]}], ValueError, r"`labels` must be \[1\]"),
-        ({"input_ids": [[1]], "meta_ids": []}, ValueError, "columns of equal length"),
+        ([{"input_ids": [1], "axis_ids": [[1], [1]]}], ValueError, r"`axis_ids` must be \[4, 1\] .* got \[2, 1\]"),
+        ([{"input_ids": [1], "axis_ids": [[1]] * 4, "labels": [1, 2]}], ValueError, r"`labels` must be \[1\]"),
+        ({"input_ids": [[1]], "axis_ids": []}, ValueError, "columns of equal length"),
     ],
 )
 def test_rows_that_make_no_batch_are_named(by_bytes, rows, error, message):
@@ -310,7 +310,7 @@ def written(processor, token_ids):
         pieces.append(characters)
         steps = [axis.step(state, characters) for axis, state in zip(processor.axes, states)]
         states = [state for _, state in steps]
-        rows.append([meta_id for meta_id, _ in steps])
+        rows.append([axis_id for axis_id, _ in steps])
     return [list(row) for row in zip(*rows)], pieces
 
 
@@ -318,7 +318,7 @@ def test_tokens_one_by_one_give_the_same_ids(processor):
     for text in [*(text for text in random_texts(60, seed=1) if text), SOURCE[:3000]]:
         out = processor(text, split_special_tokens=True, return_tensors="pt")
         rows, pieces = written(processor, out.input_ids[0])
-        assert rows == out.meta_ids[0].tolist() and "".join(pieces) == text
+        assert rows == out.axis_ids[0].tolist() and "".join(pieces) == text
 
 
 def test_characters_of_other_tokenizers():
@@ -328,7 +328,7 @@ def test_characters_of_other_tokenizers():
         assert len(ids) < len(text) or text == "a"
         rows, pieces = written(processor, ids)
         assert "".join(pieces) == text
-        assert rows == processor(text)["meta_ids"][0]
+        assert rows == processor(text)["axis_ids"][0]
 
 
 def test_a_token_of_a_character_and_a_part_of_the_next():
@@ -370,17 +370,17 @@ def test_saved_and_loaded(processor, tmp_path):
     config = json.loads((tmp_path / "processor_config.json").read_text(encoding="utf-8"))
     assert config.keys() == {"auto_map", "axes", "processor_class"}
     assert config["auto_map"] == {"AutoProcessor": "processing_multigrid.MultiGridProcessor"}
-    assert config["axes"] == [make_axis(spec).to_spec() for spec in AXES]
+    assert config["axes"] == [make_axis(spec).to_dict() for spec in AXES]
     for loaded in (AutoProcessor.from_pretrained(tmp_path), MultiGridProcessor.from_pretrained(tmp_path)):
         assert type(loaded) is MultiGridProcessor
         for text in random_texts(10, seed=2):
-            assert loaded(text)["meta_ids"] == processor(text)["meta_ids"]
+            assert loaded(text)["axis_ids"] == processor(text)["axis_ids"]
     assert MultiGridProcessor.from_pretrained(tmp_path, axes=["constant"]).axis_names == ["constant"]
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == processor.tokenizer.get_vocab()
 
 
 def test_an_axis_of_ones_own(by_bytes, tmp_path):
-    class Vowels(MetaAxis):
+    class Vowels(Axis):
         def __init__(self, name="vowels", letters="aeiou"):
             super().__init__(name, ("no", "yes"))
             self.letters = letters
@@ -397,7 +397,7 @@ def test_an_axis_of_ones_own(by_bytes, tmp_path):
             return {"letters": self.letters}
 
     MultiGridProcessor(by_bytes.tokenizer, [Vowels(letters="yo")]).save_pretrained(tmp_path)
-    assert MultiGridProcessor.from_pretrained(tmp_path)("you")["meta_ids"] == [[[1, 1, 0]]]
+    assert MultiGridProcessor.from_pretrained(tmp_path)("you")["axis_ids"] == [[[1, 1, 0]]]
     config = (tmp_path / "processor_config.json").read_text(encoding="utf-8")
     (tmp_path / "processor_config.json").write_text(config.replace("Vowels", "Consonants"))
     with pytest.raises(ValueError, match="'vowels' is of class 'Consonants'.*import the module that defines it"):
@@ -418,7 +418,7 @@ except ImportError as error:
     print(error)
 processor.save_pretrained(folder + "/again")
 again = AutoProcessor.from_pretrained(folder + "/again", trust_remote_code=True)
-assert [axis.to_spec() for axis in again.axes] == [axis.to_spec() for axis in processor.axes]
+assert [axis.to_dict() for axis in again.axes] == [axis.to_dict() for axis in processor.axes]
 print(type(processor).__name__, type(processor.axes[0]).__module__.split(".")[0], len(again.axes))
 """
 
@@ -449,7 +449,7 @@ import modeling_heptapod
 assert "modeling_heptapod.multigrid.processing_multigrid" not in sys.modules
 processor = AutoProcessor.from_pretrained({str(tmp_path)!r})
 assert type(processor) is modeling_heptapod.MultiGridProcessor
-assert len(processor("ab")["meta_ids"][0]) == {len(AXES)}
+assert len(processor("ab")["axis_ids"][0]) == {len(AXES)}
 """
     run_beside(code)
 
@@ -494,7 +494,7 @@ def test_bad_axes_are_named(by_bytes, axes, error, message):
 def test_gold_tags_serve_for_training_only(by_bytes, tmp_path):
     axis = GoldTagAxis(texts=[("ab c", ((0, 2, "N"),))])
     processor = MultiGridProcessor(by_bytes.tokenizer, [axis])
-    assert processor("ab c")["meta_ids"] == [[[1, 1, 0, 0]]]
+    assert processor("ab c")["axis_ids"] == [[[1, 1, 0, 0]]]
     processor.save_pretrained(tmp_path)
     loaded = MultiGridProcessor.from_pretrained(tmp_path)
     assert loaded.axis_vocab_sizes == [2]

@@ -12,7 +12,7 @@ import pytest
 from data import build_tokenizer
 
 import modeling_heptapod
-from modeling_heptapod import HeptapodProcessor, MetaAxis, MultiGridProcessor, make_axis
+from modeling_heptapod import Axis, HeptapodProcessor, MultiGridProcessor, make_axis
 from tests.saved_models import save_with_results
 from tests.tiny_heptapod import tiny_heptapod
 from tests.tiny_hierarchical_lm import tiny_hierarchical_lm
@@ -281,7 +281,7 @@ def test_axes_of_the_table_can_be_made():
         else:
             called = example.split("(")[0]
             known = {called: getattr(modeling_heptapod, called, None)}
-            assert isinstance(eval(example, known) if "(" in example else make_axis(example), MetaAxis), example
+            assert isinstance(eval(example, known) if "(" in example else make_axis(example), Axis), example
 
 
 def test_a_test_stands_behind_each_tick():

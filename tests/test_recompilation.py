@@ -75,7 +75,7 @@ def test_leap(variant, train):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["default", "decay", "additive"])
+@pytest.mark.parametrize("variant", ["default", "alibi", "additive"])
 def test_bidirectional_leap(variant):
     model = tiny_leap.tiny_leap("LeapForMaskedLM", **LEAP[variant])
     assert compilations(model, text, train=True) == 2

@@ -75,7 +75,7 @@ def test_decoding_in_other_dtypes(variant, dtype):
     assert error < {torch.float64: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}[dtype]
 
 
-@pytest.mark.parametrize("variant", ["default", "additive", "decay"])
+@pytest.mark.parametrize("variant", ["default", "additive", "alibi"])
 def test_decoding_under_autocast_and_in_inference_mode(variant):
     model = tiny_leap(**VARIANTS[variant])
     ids = random_ids(2, 40)
@@ -100,7 +100,7 @@ def test_steps_with_gradients_equal_steps_without(variant):
     torch.testing.assert_close(logits.detach(), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("variant", ["default", "additive", "decay"])
+@pytest.mark.parametrize("variant", ["default", "additive", "alibi"])
 @torch.no_grad()
 def test_steps_that_return_attentions_equal_steps_that_do_not(variant):
     model = tiny_leap(**VARIANTS[variant])
@@ -125,7 +125,7 @@ def test_4096_tokens_one_at_a_time():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "learned"])
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "absolute"])
 @torch.no_grad()
 def test_4096_tokens_of_every_variant(variant):
     model = tiny_leap(**{"max_position_embeddings": 4096, **VARIANTS[variant]})
@@ -148,7 +148,7 @@ def test_padded_chunks(variant):
     alone = [model(ids[i : i + 1, 60 - mask[i].sum() :]).logits for i in range(3)]
     for cuts in ([20], [1, 2, 40], [30, 31, 44, 45, 46, 47]):
         for whole_mask in (True, False):
-            if not whole_mask and model.config.position_embedding_type in ("rotary", "learned"):
+            if not whole_mask and model.config.position_embedding_type in ("rotary", "absolute"):
                 continue  # positions are counted from the mask
             cache, logits = None, []
             for start, end in zip([0, *cuts], [*cuts, 60]):
@@ -263,7 +263,7 @@ def test_stock_caches_get_a_clear_error():
 @pytest.mark.parametrize("long", [5000, pytest.param(100_000, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_bytes_of_state_do_not_grow(long):
-    for variant in ("default", "additive-decay"):
+    for variant in ("default", "additive-alibi"):
         model = tiny_leap(**VARIANTS[variant])
         sizes = []
         for seq in (20, 1000, long):

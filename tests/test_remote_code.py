@@ -77,7 +77,7 @@ def test_code_that_was_there_before_is_pushed(tmp_path, monkeypatch):
     monkeypatch.setattr(LeapConfig, "_upload_modified_files", upload)
     monkeypatch.setattr("transformers.configuration_utils.hf_api", lambda: _Hub())
     LeapConfig().save_pretrained(str(tmp_path), push_to_hub=True, repo_id="me/leap")
-    assert {"config.json", "modeling_leap.py", "configuration_leap.py", "cache_states.py"} <= set(pushed)
+    assert {"config.json", "modeling_leap.py", "configuration_leap.py", "cache_checks.py"} <= set(pushed)
 
 
 class _Hub:

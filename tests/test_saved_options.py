@@ -47,9 +47,9 @@ CONFIGS = {
         "num_attention_heads": 2,
         "weight_function": "exp",
         "rescale": 4.0,
-        "query_gate": "gelu",
+        "output_gate": "gelu",
         "window_sizes": [7, None],
-        "null_weight": 0.5,
+        "sink_weight": 0.5,
         "is_causal": False,
         "tie_word_embeddings": False,
         "rope_parameters": ROPE,
@@ -61,11 +61,11 @@ CONFIGS = {
         "intermediate_size": 50,
         "num_attention_heads": 2,
         "attention_types": ["dilated", "global"],
-        "window_size": [1, 5],
+        "local_radius": [1, 5],
         "dilation": [3, 4],
         "num_global_heads": 1,
         "rope_theta": 50.0,
-        "border_distances": False,
+        "use_absolute_position_embeddings": False,
         "grid_size": [5, 9],
         "self_conditioning": True,
         "neighbor_loss_weight": 0.5,
@@ -75,13 +75,13 @@ CONFIGS = {
     HierarchicalLMConfig: {
         **COMMON,
         **CAUSAL,
-        "hierarchies": [2, 4],
+        "compression_factors": [2, 4],
         "strides": [1, 2],
         "hidden_size": 40,
         "hidden_sizes": [24, 40],
         "num_attention_heads": [2, 4],
         "head_dim": [8, 16],
-        "ff_mult": [2, 3],
+        "mlp_ratio": [2, 3],
         "window_sizes": [5, None],
         "window_type": "block",
         "attention_norm": ["layer_norm", "rms_norm"],
@@ -120,7 +120,7 @@ CONFIGS = {
         "axis_names": ["kind", "depth"],
         "axis_vocab_sizes": [7, 5],
         "hidden_size": 32,
-        "meta_hidden_size": 16,
+        "axis_hidden_size": 16,
         "intermediate_size": 50,
         "num_attention_heads": 2,
         "core": "leap",
@@ -158,7 +158,7 @@ def test_every_option_of_a_config(config_class, tmp_path):
 
 def test_the_options_that_were_left_out(tmp_path):
     for config in (
-        LeapConfig(mixer="additive", position_embedding_type="decay"),
+        LeapConfig(mixer="additive", position_embedding_type="alibi"),
         LeapConfig(rescale=None, window_sizes=[None] * 4),
         HierarchicalLMConfig(hidden_sizes=24, tie_word_embeddings=True, window_sizes=0),
         MultiGridConfig(attention_dropout=0.125),
@@ -173,11 +173,11 @@ def test_every_option_of_generation(tmp_path):
     """Among them zero and False, which are not the same as nothing."""
     for options in (
         {
-            "schedule": "random",
-            "counts": "linear",
-            "num_iterations": 5,
+            "sampler": "random",
+            "mask_schedule": "linear",
+            "max_denoising_steps": 5,
             "entropy_bound": 0.0,
-            "reopen_threshold": 0.0,
+            "remask_threshold": 0.0,
             "stability_threshold": 2,
             "do_sample": True,
             "temperature": 0.5,
@@ -186,9 +186,9 @@ def test_every_option_of_generation(tmp_path):
             "seed": 0,
             "return_dict_in_generate": True,
             "output_scores": True,
-            "output_trajectory": True,
+            "output_history": True,
         },
-        {"do_sample": False, "return_dict_in_generate": False, "output_scores": False, "output_trajectory": False},
+        {"do_sample": False, "return_dict_in_generate": False, "output_scores": False, "output_history": False},
     ):
         assert set(options) <= set(_DEFAULTS)
         HeptapodGenerationConfig(**options).save_pretrained(tmp_path)
@@ -213,7 +213,7 @@ AXES = [
 @pytest.mark.parametrize("axis_class, options", AXES, ids=lambda x: getattr(x, "__name__", ""))
 def test_every_option_of_an_axis(axis_class, options):
     axis = axis_class("other_name", **options)
-    again = make_axis(json.loads(json.dumps(axis.to_spec())))
+    again = make_axis(json.loads(json.dumps(axis.to_dict())))
     assert type(again) is axis_class and (again.name, again.arguments()) == ("other_name", options)
     assert (again.vocabulary, again.causal) == (axis.vocabulary, axis.causal)
     assert axis_class().vocabulary != axis.vocabulary or axis_class is RandomAxis
@@ -221,7 +221,7 @@ def test_every_option_of_an_axis(axis_class, options):
 
 
 def test_every_option_of_a_processor(by_bytes, tmp_path):
-    options = {"overflow": "clip", "blank_token": "<|endoftext|>", "chat_template": "{{ messages }}"}
+    options = {"overflow": "truncate", "blank_token": "<|endoftext|>", "chat_template": "{{ messages }}"}
     page = HeptapodProcessor(by_bytes, height=4, width=9, **options)
     page.save_pretrained(tmp_path / "page")
     loaded = HeptapodProcessor.from_pretrained(tmp_path / "page")
@@ -231,7 +231,7 @@ def test_every_option_of_a_processor(by_bytes, tmp_path):
     MultiGridProcessor(by_bytes, axes, chat_template="{{ messages }}").save_pretrained(tmp_path / "grid")
     loaded = MultiGridProcessor.from_pretrained(tmp_path / "grid")
     assert loaded.chat_template == "{{ messages }}"
-    assert [axis.to_spec() for axis in loaded.axes] == [axis.to_spec() for axis in axes]
+    assert [axis.to_dict() for axis in loaded.axes] == [axis.to_dict() for axis in axes]
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ SHORT = {"num_hidden_layers": 2, "window_sizes": [None, 3]}
 MODELS = {
     "leap": lambda **options: tiny_leap(**SHORT, **options),
     "leap-additive": lambda **options: tiny_leap(
-        mixer="additive", position_embedding_type="decay", **SHORT, **options
+        mixer="additive", position_embedding_type="alibi", **SHORT, **options
     ),
     "hierarchical-stride": lambda **options: tiny_hierarchical_lm(**HIERARCHICAL["stride"], **options),
     "hierarchical-blocks": lambda **options: tiny_hierarchical_lm(**HIERARCHICAL["blocks"], **options),
@@ -143,14 +143,14 @@ def test_what_sft_does_not_train(tmp_path):
     with torch.no_grad():
         outputs = tiny_hierarchical_lm(**options)(**batch)
     assert outputs.loss > outputs.ce_loss + 1
-    heads = [p.clone() for p in run.model.predictive_losses.parameters()]
+    heads = [p.clone() for p in run.model.auxiliary_losses.parameters()]
     run.train()
     assert losses(run)[0] == pytest.approx(outputs.ce_loss.item(), abs=1e-4)
-    assert all(torch.equal(*pair) for pair in zip(run.model.predictive_losses.parameters(), heads))
+    assert all(torch.equal(*pair) for pair in zip(run.model.auxiliary_losses.parameters(), heads))
 
     axes = {"axis_names": ["bracket"], "axis_vocab_sizes": [9]}
     run = trainer(tiny_multigrid(vocab_size=len(TOKENIZER), **axes), tmp_path)
-    with pytest.raises(ValueError, match="`meta_ids` must be given"):
+    with pytest.raises(ValueError, match="`axis_ids` must be given"):
         run.train()
 
 

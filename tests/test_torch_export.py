@@ -40,7 +40,7 @@ def inputs_of(family, model, batch, seq):
 
 def open_sizes(family, inputs):
     """All but the number of axes is open; lengths of an LSTM are not, whose loop is over them."""
-    places = {"input_ids": [0, 1, 2][: inputs["input_ids"].dim()], "meta_ids": [0, 2]}
+    places = {"input_ids": [0, 1, 2][: inputs["input_ids"].dim()], "axis_ids": [0, 2]}
     return {name: dict.fromkeys(places.get(name, []), Dim.DYNAMIC) or None for name in inputs}
 
 

@@ -149,8 +149,8 @@ def test_logits_to_keep_of_another_kind_are_named(wrong, error):
 
 def test_a_grid_s_generation_config_is_loaded_as_by_older_versions(tmp_path):
     """Before 5.20 with the commit of the folder, which is no option."""
-    modeling_heptapod.HeptapodGenerationConfig(num_iterations=3).save_pretrained(tmp_path)
+    modeling_heptapod.HeptapodGenerationConfig(max_denoising_steps=3).save_pretrained(tmp_path)
     config = modeling_heptapod.HeptapodGenerationConfig.from_pretrained(tmp_path)
     again = modeling_heptapod.HeptapodGenerationConfig(_commit_hash="0123abcd", **config.to_diff_dict())
-    assert config.num_iterations == again.num_iterations == 3
+    assert config.max_denoising_steps == again.max_denoising_steps == 3
     assert "_commit_hash" not in again.to_dict()

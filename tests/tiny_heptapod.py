@@ -11,13 +11,13 @@ MASK, PAD = 18, 19
 # One entry a way in which models differ; every test that is about all of them runs over these.
 VARIANTS = {
     "default": {},
-    "local": {"attention_types": ["local", "local"], "window_size": [1, 2]},
-    "dilated": {"attention_types": ["dilated", "dilated"], "window_size": 1, "dilation": [2, 3]},
+    "local": {"attention_types": ["local", "local"], "local_radius": [1, 2]},
+    "dilated": {"attention_types": ["dilated", "dilated"], "local_radius": 1, "dilation": [2, 3]},
     "global": {"attention_types": ["global", "global"], "rope_theta": 1000.0},
-    "no borders": {"border_distances": False, "window_size": [1, 2], "dilation": 3},
-    "split": {"attention_types": ["local", "dilated"], "window_size": 1, "num_global_heads": 1},
+    "no borders": {"use_absolute_position_embeddings": False, "local_radius": [1, 2], "dilation": 3},
+    "split": {"attention_types": ["local", "dilated"], "local_radius": 1, "num_global_heads": 1},
     "feedback": {"self_conditioning": True, "tie_word_embeddings": True, "intermediate_size": 24},
-    "neighbors": {"neighbor_loss_weight": 0.5, "attention_types": ["local", "global"], "window_size": 1},
+    "neighbors": {"neighbor_loss_weight": 0.5, "attention_types": ["local", "global"], "local_radius": 1},
 }
 
 
@@ -29,7 +29,7 @@ def tiny_config(**overrides):
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "attention_types": ["local", "dilated"],
-        "window_size": 2,
+        "local_radius": 2,
         "initializer_range": 0.2,
         "tie_word_embeddings": False,
         "mask_token_id": MASK,
@@ -40,7 +40,7 @@ def tiny_config(**overrides):
 
 def tiny_heptapod(head="HeptapodForMaskedLM", seed=0, **overrides):
     """As `build_tiny`, with random feedback, which starts at zero."""
-    return build_tiny(head, tiny_config(**overrides), seed, also="feedback")
+    return build_tiny(head, tiny_config(**overrides), seed, also="self_conditioning")
 
 
 def random_page(batch, height, width, seed=1):

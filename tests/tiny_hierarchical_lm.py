@@ -6,26 +6,31 @@ from tests.tiny import build_tiny, random_ids
 
 # One entry a way in which models differ; every test that is about all of them runs over these.
 VARIANTS = {
-    "plain": {"hierarchies": 1, "window_sizes": None},
-    "two": {"hierarchies": [1, 2], "window_sizes": [5, None]},
-    "widths": {"hierarchies": [1, 2, 4], "hidden_sizes": [16, 24, 32], "window_sizes": [4, 0, 3]},
+    "plain": {"compression_factors": 1, "window_sizes": None},
+    "two": {"compression_factors": [1, 2], "window_sizes": [5, None]},
+    "widths": {"compression_factors": [1, 2, 4], "hidden_sizes": [16, 24, 32], "window_sizes": [4, 0, 3]},
     "stride": {
-        "hierarchies": [1, 2, 8],
+        "compression_factors": [1, 2, 8],
         "strides": [1, 1, 4],
         "window_sizes": [5, 4, 3],
         "hidden_sizes": [16, 24, 32],
     },
-    "hourglass": {"hierarchies": [1, 4, 16], "strides": [1, 1, 16], "window_sizes": [6, None, None]},
-    "predict-all": {"hierarchies": [1, 2, 4], "strides": [1, 2, 4], "window_sizes": None, "predict_from_all": True},
+    "hourglass": {"compression_factors": [1, 4, 16], "strides": [1, 1, 16], "window_sizes": [6, None, None]},
+    "predict-all": {
+        "compression_factors": [1, 2, 4],
+        "strides": [1, 2, 4],
+        "window_sizes": None,
+        "predict_from_all": True,
+    },
     "merge-all": {
-        "hierarchies": [4, 1, 2],
+        "compression_factors": [4, 1, 2],
         "strides": [2, 1, 2],
         "window_sizes": [2, 3, None],
         "merge_into": "all",
         "predict_hierarchy": 2,
     },
     "blocks": {
-        "hierarchies": [1, 2, 4],
+        "compression_factors": [1, 2, 4],
         "strides": [1, 1, 2],
         "window_sizes": [4, 3, 2],
         "window_type": "block",
@@ -33,14 +38,14 @@ VARIANTS = {
         "use_xpos": [True, False, True],
     },
     "cross": {
-        "hierarchies": [1, 2, 8],
+        "compression_factors": [1, 2, 8],
         "strides": [1, 1, 4],
         "window_sizes": [5, None, 1],
         "merge": "cross_attention",
         "hidden_sizes": [16, 24, 32],
     },
     "cross-all": {
-        "hierarchies": [1, 4],
+        "compression_factors": [1, 4],
         "strides": [1, 4],
         "window_sizes": [1, None],
         "window_type": "block",
@@ -50,13 +55,13 @@ VARIANTS = {
         "shared_attention": True,
     },
     "attention-compressor": {
-        "hierarchies": [1, 4, 8],
+        "compression_factors": [1, 4, 8],
         "strides": [1, 1, 4],
         "compressor": ["conv", "attention", "attention"],
         "window_sizes": [0, 4, None],
         "shared_attention": True,
     },
-    "no-attention": {"hierarchies": [1, 2], "strides": [1, 2], "window_sizes": 0},
+    "no-attention": {"compression_factors": [1, 2], "strides": [1, 2], "window_sizes": 0},
 }
 
 
@@ -64,12 +69,12 @@ def tiny_config(**overrides):
     """A configuration of two layers, width 16."""
     values = {
         "vocab_size": 50,
-        "hierarchies": [1, 2],
+        "compression_factors": [1, 2],
         "hidden_sizes": 16,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "head_dim": 8,
-        "ff_mult": 2,
+        "mlp_ratio": 2,
         "window_sizes": [5, None],
         "xpos_scale_base": 64,
         "max_position_embeddings": 128,

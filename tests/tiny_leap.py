@@ -7,13 +7,13 @@ from tests.tiny import build_tiny, random_ids
 # One entry a way in which models differ; every test that is about all of them runs over these.
 VARIANTS = {
     "default": {},
-    "exp": {"weight_function": "exp", "query_gate": "gelu", "null_weight": 0.3},
+    "exp": {"weight_function": "exp", "output_gate": "gelu", "sink_weight": 0.3},
     "plain-scale": {"rescale": None, "position_embedding_type": "none", "window_sizes": [3, None, 1, 40]},
-    "decay": {"position_embedding_type": "decay", "query_gate": "none", "window_sizes": [None, 70, 5, None]},
-    "decay-null": {"position_embedding_type": "decay", "null_weight": 1e-2},
-    "learned": {"position_embedding_type": "learned", "num_attention_heads": 2},
+    "alibi": {"position_embedding_type": "alibi", "output_gate": "none", "window_sizes": [None, 70, 5, None]},
+    "alibi-null": {"position_embedding_type": "alibi", "sink_weight": 1e-2},
+    "absolute": {"position_embedding_type": "absolute", "num_attention_heads": 2},
     "additive": {"mixer": "additive"},
-    "additive-decay": {"mixer": "additive", "position_embedding_type": "decay", "null_weight": 0.1, "rescale": None},
+    "additive-alibi": {"mixer": "additive", "position_embedding_type": "alibi", "sink_weight": 0.1, "rescale": None},
 }
 
 

@@ -17,13 +17,13 @@ VARIANTS = {
         "axis_vocab_sizes": [7, 5, 3],
         "axis_weights": [0.5, 0.3, 0.4],
     },
-    "light": {**TWO_AXES, "meta_hidden_size": 8, "cross_feed_forward": False},
+    "light": {**TWO_AXES, "axis_hidden_size": 8, "cross_feed_forward": False},
     "factored": {**TWO_AXES, "axis_order": "factored"},
     "leap": {**TWO_AXES, "core": "leap", "window_sizes": [None, 3]},
     "leap-factored": {**TWO_AXES, "core": "leap", "window_sizes": [4, None], "axis_order": "factored"},
-    "leap-light": {**TWO_AXES, "core": "leap", "meta_hidden_size": 8},
+    "leap-light": {**TWO_AXES, "core": "leap", "axis_hidden_size": 8},
     "lstm": {**TWO_AXES, "core": "lstm"},
-    "lstm-factored": {**TWO_AXES, "core": "lstm", "axis_order": "factored", "meta_hidden_size": 8},
+    "lstm-factored": {**TWO_AXES, "core": "lstm", "axis_order": "factored", "axis_hidden_size": 8},
     "leap-plain": {"core": "leap"},
     "lstm-plain": {"core": "lstm"},
 }
@@ -48,11 +48,11 @@ def tiny_multigrid(head="MultiGridForCausalLM", seed=0, **overrides):
 
 
 def random_grid(model, batch, seq, seed=1):
-    """`input_ids` and `meta_ids` for a model, from its whole vocabularies."""
+    """`input_ids` and `axis_ids` for a model, from its whole vocabularies."""
     config = model.config
     tracks = [random_ids(batch, seq, size, seed + 1 + i) for i, size in enumerate(config.axis_vocab_sizes)]
-    meta_ids = torch.stack(tracks, dim=1) if tracks else torch.zeros(batch, 0, seq, dtype=torch.long)
-    return {"input_ids": random_ids(batch, seq, config.vocab_size, seed), "meta_ids": meta_ids}
+    axis_ids = torch.stack(tracks, dim=1) if tracks else torch.zeros(batch, 0, seq, dtype=torch.long)
+    return {"input_ids": random_ids(batch, seq, config.vocab_size, seed), "axis_ids": axis_ids}
 
 
 __all__ = ["TWO_AXES", "VARIANTS", "random_grid", "random_ids", "tiny_config", "tiny_multigrid"]

@@ -48,7 +48,7 @@ class ClassificationArguments:
 
     model: str = field(metadata={"help": "A folder that training/train.py made of a LEAP, with its tokenizer."})
     rows: str = field(metadata={"help": "A file of JSON objects, one a line. Every tenth is held out."})
-    text_column: str = field(default="text", metadata={"help": "What is read."})
+    text_column_name: str = field(default="text", metadata={"help": "What is read."})
     label_column: str = field(default="label", metadata={"help": "What is told."})
     max_length: int = field(default=256, metadata={"help": "Longer texts are cut off after so many tokens."})
     from_scratch: bool = field(default=False, metadata={"help": "Take of the model its sizes only, not its weights."})
@@ -79,12 +79,12 @@ def read_rows(path: str, text_column: str, label_column: str) -> tuple[list[str]
             raise ValueError(f"--rows {path}: line {number} is no JSON object ({error})") from error
         if not isinstance(row, dict):
             raise ValueError(f"--rows {path}: line {number} is no JSON object, but {line[:50]}")
-        for name, column in (("--text_column", text_column), ("--label_column", label_column)):
+        for name, column in (("--text_column_name", text_column), ("--label_column", label_column)):
             if column not in row:
                 raise ValueError(f"{name} {column}: line {number} of {path} has only {sorted(row)}")
         text, label = row[text_column], row[label_column]
         if not isinstance(text, str) or not text:
-            raise ValueError(f"--text_column {text_column}: line {number} of {path} must hold text, got {text!r}")
+            raise ValueError(f"--text_column_name {text_column}: line {number} of {path} must hold text, got {text!r}")
         if not isinstance(label, (str, int)):
             raise ValueError(
                 f"--label_column {label_column}: line {number} of {path} must hold a word or a whole number, got {label!r}"
@@ -145,7 +145,7 @@ def main():
     set_seed(training_args.seed)
 
     # Rows -> tokens
-    texts, labels = read_rows(args.rows, args.text_column, args.label_column)
+    texts, labels = read_rows(args.rows, args.text_column_name, args.label_column)
     names = sorted(set(labels))
     (train_texts, test_texts), (train_labels, test_labels) = split(texts), split(labels)
     by_words = words_alone(train_texts, train_labels, test_texts)

@@ -68,7 +68,7 @@ def convert_config(arguments: dict, block_windows: bool = False) -> Hierarchical
             raise ValueError(f"`{name}` must be a whole number, got {arguments[name]!r}.")
     given = {**DEFAULTS, **arguments}
     if _any(given["chunk_summarizers"]):
-        raise ValueError("`chunk_summarizers` are code: override `PredictiveLosses.make_summarizer` with it.")
+        raise ValueError("`chunk_summarizers` are code: override `AuxiliaryLosses.make_summarizer` with it.")
     if given["next_latent_loss_type"] not in LOSS_TYPES:
         raise ValueError(
             f"`next_latent_loss_type` must be one of {tuple(LOSS_TYPES)}, got {given['next_latent_loss_type']!r}."
@@ -81,13 +81,13 @@ def convert_config(arguments: dict, block_windows: bool = False) -> Hierarchical
     ]
     return HierarchicalLMConfig(
         vocab_size=given["num_tokens"],
-        hierarchies=factors,
+        compression_factors=factors,
         strides=given["hierarchical_stride"],
         hidden_sizes=given["dim"],
         num_hidden_layers=given["depth"],
         num_attention_heads=given["heads"],
         head_dim=given["dim_head"],
-        ff_mult=given["ff_mult"],
+        mlp_ratio=given["ff_mult"],
         # Its exact window counts the steps before the one that looks, ours that one as well.
         window_sizes=[window + 1 if window and not block_windows else window for window in windows],
         window_type="block" if block_windows else "sliding",
@@ -123,7 +123,7 @@ def _any(summarizers):
 def parameter_names(config: HierarchicalLMConfig) -> dict[str, str]:
     """Where the prototype has what our parameters hold, for a config from `convert_config`."""
     names = {"model.embed_tokens.weight": "token_emb.weight", "lm_head.weight": "to_logits.weight"}
-    for h, factor in enumerate(config.hierarchies):
+    for h, factor in enumerate(config.compression_factors):
         names |= _both(f"model.embed_norms.{h}", f"post_token_emb_norms.{h}") | _both(f"model.norms.{h}", f"norms.{h}")
         if factor > 1:
             names |= _both(f"model.compressors.{h}.conv_in", f"compressors.{h}.compress_fn.1.conv")
@@ -152,11 +152,11 @@ def parameter_names(config: HierarchicalLMConfig) -> dict[str, str]:
 
 def _loss_names(config):
     names = {}
-    for h, factor in enumerate(config.hierarchies):
+    for h, factor in enumerate(config.compression_factors):
         if config.reconstruction_loss_weight > 0 and factor > 1:
-            names[f"predictive_losses.reconstruction.{factor}.weight"] = f"compressors.{h}.to_recon.weight"
+            names[f"auxiliary_losses.reconstruction.{factor}.weight"] = f"compressors.{h}.to_recon.weight"
         if config.next_latent_loss_weight[h] > 0:
-            ours = f"predictive_losses.next_latent.{factor}"
+            ours = f"auxiliary_losses.next_latent.{factor}"
             if config.hidden_sizes[h] != config.hidden_size:
                 names |= _both(f"{ours}.summarizer.proj", f"chunk_summarizers.{h}.proj")
             names |= _both(f"{ours}.dynamics.norm", f"latent_dynamics.{h}.net.0")
@@ -254,7 +254,7 @@ def main():
     args = parser.parse_args()
     model = convert(*load_prototype(args.state_dict, args.arguments), args.block_windows)
     model.save_pretrained(args.output)
-    print(f"{model.num_parameters():,} parameters, hierarchies {model.config.hierarchies}: {args.output}")
+    print(f"{model.num_parameters():,} parameters, hierarchies {model.config.compression_factors}: {args.output}")
 
 
 if __name__ == "__main__":

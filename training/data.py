@@ -45,22 +45,24 @@ NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "_
 class DataArguments:
     """What to train on. Each error below names the argument that caused it."""
 
-    dataset: str = field(
+    dataset_name: str = field(
         default="stdlib",
         metadata={
             "help": "'stdlib' (the source of Python's standard library), a UTF-8 text file or a folder of them (.gz and "
             ".bz2 are unpacked), or the name of a data set for `datasets.load_dataset`."
         },
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a named data set."})
-    text_column: str = field(default="text", metadata={"help": "The column of a named data set that holds the text."})
-    validation_percent: float = field(
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a named data set."})
+    text_column_name: str = field(
+        default="text", metadata={"help": "The column of a named data set that holds the text."}
+    )
+    validation_split_percentage: float = field(
         default=5.0, metadata={"help": "How much of the text to hold out where the data set has no split of its own."}
     )
     max_validation_bytes: int | None = field(
         default=None, metadata={"help": "Evaluate on at most this many bytes of the held-out text."}
     )
-    tokenizer: str = field(
+    tokenizer_name: str = field(
         default="byte",
         metadata={
             "help": "'byte' (ids 0 to 255 are the bytes), 'bpe' (trained here on the training text), or anything that "
@@ -116,7 +118,7 @@ def check_data_arguments(data_args: DataArguments) -> None:
     Raises:
         ValueError: naming the argument that does not fit.
     """
-    check_held_out(data_args.validation_percent, data_args.max_validation_bytes)
+    check_held_out(data_args.validation_split_percentage, data_args.max_validation_bytes)
     check_number("--block_size", data_args.block_size, least=2)
     check_number("--vocab_size", data_args.vocab_size, least=1)
 
@@ -124,15 +126,17 @@ def check_data_arguments(data_args: DataArguments) -> None:
 def check_held_out(validation_percent: float, max_validation_bytes: int | None) -> None:
     """Raise a ValueError that names the one that does not fit."""
     if not 0 < validation_percent < 100:
-        raise ValueError(f"--validation_percent must lie between 0 and 100, got {validation_percent}")
+        raise ValueError(f"--validation_split_percentage must lie between 0 and 100, got {validation_percent}")
     if max_validation_bytes is not None and max_validation_bytes < 1:
         raise ValueError(f"--max_validation_bytes must be positive, got {max_validation_bytes}")
 
 
 def check_dataset_config(dataset: str, config: str | None) -> None:
-    """Raise a ValueError that names `--dataset_config` where it is of no use."""
+    """Raise a ValueError that names `--dataset_config_name` where it is of no use."""
     if config is not None and (dataset == "stdlib" or Path(dataset).expanduser().exists()):
-        raise ValueError(f"--dataset_config {config} is of a named data set, which --dataset {dataset} is not")
+        raise ValueError(
+            f"--dataset_config_name {config} is of a named data set, which --dataset_name {dataset} is not"
+        )
 
 
 def dataset_name(dataset: str) -> str:
@@ -154,8 +158,8 @@ def load_texts(
     neither on the machine nor on the order of reading. Of a single text, the tail is held out.
 
     Raises:
-        ValueError: naming `--dataset` where the corpus does not exist, is empty or is not text; naming
-            `--text_column`, `--validation_percent` or `--max_validation_bytes` where these do not fit.
+        ValueError: naming `--dataset_name` where the corpus does not exist, is empty or is not text; naming
+            `--text_column_name`, `--validation_split_percentage` or `--max_validation_bytes` where these do not fit.
     """
     check_held_out(validation_percent, max_validation_bytes)
 
@@ -171,18 +175,18 @@ def load_texts(
     elif path.is_file():
         text = _read_file(path)
         if text is None:
-            raise ValueError(f"--dataset {dataset} is not text: it is not UTF-8, or it holds zero bytes")
+            raise ValueError(f"--dataset_name {dataset} is not text: it is not UTF-8, or it holds zero bytes")
         texts = Texts([text], [])
     else:
         texts = _load_named(dataset, dataset_config, text_column, held_out)
 
     if not any(texts.train) and not any(texts.validation):
-        raise ValueError(f"--dataset {dataset} holds no text: it is empty")
+        raise ValueError(f"--dataset_name {dataset} holds no text: it is empty")
     if not any(texts.train) or not any(texts.validation):  # one text, or too few for the hash to divide
         texts = _split_tail("".join(texts.train + texts.validation), validation_percent)
     if not any(texts.train) or not any(texts.validation):
         raise ValueError(
-            f"--dataset {dataset} is too short, or --validation_percent {validation_percent} does not fit: of its "
+            f"--dataset_name {dataset} is too short, or --validation_split_percentage {validation_percent} does not fit: of its "
             f"{len(''.join(texts.train + texts.validation))} characters nothing is left to train on, or to hold out"
         )
     if max_validation_bytes is not None:
@@ -214,7 +218,7 @@ def _read_file(path: Path) -> str | None:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"--dataset: {path} cannot be read: {error}") from error
+        raise ValueError(f"--dataset_name: {path} cannot be read: {error}") from error
     unpack = {".gz": gzip.decompress, ".bz2": bz2.decompress}.get(path.suffix, bytes)
     try:
         text = unpack(data).decode("utf-8")
@@ -232,7 +236,7 @@ def folder_files(folder: Path, is_stdlib: bool) -> list[str]:
         here = Path(where).relative_to(folder)
         linked = [name for name in folders if os.path.islink(os.path.join(where, name)) and _is_visible(here / name)]
         if linked and not is_stdlib:  # they may lead in circles, or to a text that is there already
-            logger.warning(f"--dataset {folder}: links to folders are left out, e.g. {here / linked[0]}")
+            logger.warning(f"--dataset_name {folder}: links to folders are left out, e.g. {here / linked[0]}")
         names += [here / name for name in files if wanted(here / name) and (folder / here / name).is_file()]
     return [name.as_posix() for name in sorted(names)]
 
@@ -244,11 +248,11 @@ def _read_folder(folder: Path, dataset: str) -> dict[str, str]:
     skipped = [name for name, text in texts.items() if text is None]
     if skipped and len(skipped) == len(texts):
         raise ValueError(
-            f"--dataset {dataset} is not text: none of its {len(skipped)} files is UTF-8, e.g. {skipped[0]}"
+            f"--dataset_name {dataset} is not text: none of its {len(skipped)} files is UTF-8, e.g. {skipped[0]}"
         )
     if skipped:
         logger.warning(
-            f"--dataset {dataset}: left out {len(skipped)} files that are not UTF-8 text, e.g. {skipped[0]}"
+            f"--dataset_name {dataset}: left out {len(skipped)} files that are not UTF-8 text, e.g. {skipped[0]}"
         )
     return {name: text for name, text in texts.items() if text}
 
@@ -257,18 +261,18 @@ def _load_named(dataset: str, config: str | None, text_column: str, held_out: Ca
     try:
         import datasets
     except ImportError as error:
-        raise ValueError(f"--dataset {dataset} is no file or folder, and `datasets` is not installed") from error
+        raise ValueError(f"--dataset_name {dataset} is no file or folder, and `datasets` is not installed") from error
     try:
         splits = datasets.load_dataset(dataset, config)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--dataset {dataset} does not exist: it is neither 'stdlib', nor a file or folder, nor a data set that "
+            f"--dataset_name {dataset} does not exist: it is neither 'stdlib', nor a file or folder, nor a data set that "
             f"`datasets` can load ({error})"
         ) from error
     if "train" not in splits or text_column not in splits["train"].column_names:
         columns = {name: split.column_names for name, split in splits.items()}
         raise ValueError(
-            f"--text_column {text_column}: no such column in a 'train' split of --dataset {dataset}: {columns}"
+            f"--text_column_name {text_column}: no such column in a 'train' split of --dataset_name {dataset}: {columns}"
         )
     train = list(tqdm(splits["train"][text_column], desc="Reading", unit=" rows", disable=None))
     if "validation" in splits:
@@ -318,17 +322,17 @@ def build_tokenizer(
         for_pages: with two more special tokens, for open cells and for cells that nothing is written in.
 
     Raises:
-        ValueError: naming `--vocab_size` or `--tokenizer` where these do not fit.
+        ValueError: naming `--vocab_size` or `--tokenizer_name` where these do not fit.
     """
     if name not in ("byte", "bpe"):
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"--tokenizer {name} is neither 'byte' nor 'bpe' and cannot be loaded: {error}"
+                f"--tokenizer_name {name} is neither 'byte' nor 'bpe' and cannot be loaded: {error}"
             ) from error
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"--tokenizer {name} has no end-of-sequence token, which separates documents")
+            raise ValueError(f"--tokenizer_name {name} has no end-of-sequence token, which separates documents")
         return _add_page_tokens(tokenizer) if for_pages else tokenizer
 
     special_tokens = 4 if for_pages else 2
@@ -446,7 +450,7 @@ def annotate(
 
     Args:
         texts, tokenizer, isolated: as for `encode`; the tokenizer must be a fast one, which knows where its tokens are.
-        axes: annotators, see `MetaAxis`.
+        axes: annotators, see `Axis`.
 
     Returns:
         [axes, number of tokens], uint8 where the vocabularies allow it, else int32.
@@ -495,7 +499,7 @@ class PackedBlocks(torch.utils.data.Dataset):
         stream: [number of tokens], from [`encode`].
         block_size: tokens in a block.
         pad_token_id: if given, the tail that does not fill a block is padded (label -100); otherwise it is left out.
-        meta: [axes, number of tokens] if given, from [`annotate`]: blocks then have `meta_ids` of [axes, block_size] too.
+        meta: [axes, number of tokens] if given, from [`annotate`]: blocks then have `axis_ids` of [axes, block_size] too.
         isolate_at: the token that ends and begins texts, if the stream was made with `isolated=True`: blocks then have
             `position_ids` [block_size] that restart with each text, and no text's beginning is predicted from another.
 
@@ -518,7 +522,7 @@ class PackedBlocks(torch.utils.data.Dataset):
         if predicted < 1 or (pad_token_id is None and predicted < block_size - 1):
             raise ValueError(
                 f"--block_size {block_size} is too long for this text: all of it is {len(stream)} tokens; give a "
-                "smaller --block_size or a larger --dataset"
+                "smaller --block_size or a larger --dataset_name"
             )
         if meta is not None and (meta.ndim != 2 or meta.shape[1] != len(stream)):
             raise ValueError(f"`meta` must be [axes, {len(stream)}], a column for each token, got {list(meta.shape)}")
@@ -540,7 +544,7 @@ class PackedBlocks(torch.utils.data.Dataset):
         pad = torch.nn.functional.pad
         block = {"input_ids": pad(ids, missing, value=self.pad_token_id), "labels": pad(ids, missing, value=-100)}
         if self.meta is not None:
-            block["meta_ids"] = pad(torch.from_numpy(self.meta[:, here].astype(np.int64)), missing)
+            block["axis_ids"] = pad(torch.from_numpy(self.meta[:, here].astype(np.int64)), missing)
         if self.isolate_at is not None:
             place = torch.arange(self.stride + 1)
             begins = pad((ids[1:] == self.isolate_at) & (ids[:-1] == self.isolate_at), (1, missing[1]))

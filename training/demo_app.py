@@ -56,7 +56,7 @@ from transformers import (
 HOLE = "\u2591"  # what stands for an open cell where a page is typed
 _HOLE_CHARACTER = "\0"  # what the tokenizer is given for it: no text has one, and it is a token of its own
 REGIONS = ("only the typed holes", "hole", "frame", "top", "middle", "bottom", "all")
-SCHEDULES = ("confidence", "entropy", "random", "raster")
+SAMPLERS = ("confidence", "entropy_bound", "random", "raster")
 ALL_SHOWN, FRAME_SECONDS = 24, 0.12  # iterations of a page that forms; of later ones fewer and fewer are shown
 EXAMPLE_PROMPT = "import os\nimport sys\n\n\nclass "
 EXAMPLE_PAGE = f"""def area(width, height):
@@ -189,7 +189,7 @@ def write(
     max_new_tokens: int = 200,
     temperature: float = 1.0,
     seed: int = 0,
-    meta_source: str = "predicted",
+    axis_source: str = "predicted",
 ) -> Iterator[tuple[str, str]]:
     """The text so far again and again, each time with what has been written, and an HTML view of its tracks, empty until it is done.
 
@@ -199,7 +199,7 @@ def write(
         max_new_tokens: how much to write.
         temperature: of the draws; 0 takes the likeliest token.
         seed: of the draws.
-        meta_source: of a MultiGrid with axes: `"predicted"` or `"annotated"`.
+        axis_source: of a MultiGrid with axes: `"predicted"` or `"annotated"`.
 
     Raises:
         ValueError: for an empty prompt, one that is too long, a seed out of range, and what `generate` raises.
@@ -210,8 +210,8 @@ def write(
     _check_length(loaded, length, int(max_new_tokens))
     streamer = TextIteratorStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     draw = {"do_sample": True, "temperature": float(temperature)} if temperature else {"do_sample": False}
-    has_axes = "meta_ids" in inputs
-    axes = {"meta_source": meta_source, "processor": loaded.processor} if has_axes else {}
+    has_axes = "axis_ids" in inputs
+    axes = {"axis_source": axis_source, "processor": loaded.processor} if has_axes else {}
     if any(getattr(config, "use_xpos", ())) and length > 8 * config.xpos_scale_base:
         draw["prefill_chunk_size"] = max(1, int(8 * config.xpos_scale_base))  # xPos bounds the tokens of one pass
 
@@ -297,7 +297,7 @@ def lay_out(loaded: Loaded, text: str, region: str = REGIONS[0]) -> torch.LongTe
     hole = int(processor(_HOLE_CHARACTER, height=1, width=1)["input_ids"])
     page[page == hole] = processor.tokenizer.mask_token_id
     if region != REGIONS[0]:
-        page = processor.open_cells(page, region)
+        page = processor.mask_cells(page, region)
     if not (page == processor.tokenizer.mask_token_id).any():
         raise ValueError(f"No cell is open: put {HOLE} where something is missing, or choose what to open.")
     return page
@@ -307,8 +307,8 @@ def fill(
     loaded: Loaded,
     text: str,
     region: str = REGIONS[0],
-    schedule: str = "confidence",
-    num_iterations: int = 16,
+    sampler: str = "confidence",
+    max_denoising_steps: int = 16,
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Iterator[tuple[str, str]]:
@@ -318,7 +318,7 @@ def fill(
         loaded: a grid.
         text: what is known, with `HOLE` at open cells.
         region: what to open besides, one of `REGIONS`.
-        schedule, num_iterations: as for `generate`; `"entropy"` and `"raster"` take as many iterations as they need.
+        sampler, max_denoising_steps: as for `generate`; `"entropy_bound"` and `"raster"` take as many iterations as they need.
         temperature: of the draws; 0 takes the likeliest token.
         seed: of the draws.
 
@@ -328,8 +328,8 @@ def fill(
     seed = _whole_number("Seed", seed, NUMPY_SEEDS)
     page = lay_out(loaded, text, region)
     draw = {"do_sample": True, "temperature": float(temperature)} if temperature else {"do_sample": False}
-    counted = {"num_iterations": int(num_iterations)} if schedule in ("confidence", "random") else {}
-    options = {"schedule": schedule, "seed": seed, **counted, **draw}
+    counted = {"max_denoising_steps": int(max_denoising_steps)} if sampler in ("confidence", "random") else {}
+    options = {"sampler": sampler, "seed": seed, **counted, **draw}
     seen = SimpleQueue()
 
     def generate(stop):
@@ -457,12 +457,12 @@ def build_app(folders: list[str], first: str | None = None, trust_remote_code: b
                         temperature = gradio.Slider(0, 2, 0.7, step=0.1, label="Temperature (0: likeliest)")
                     with gradio.Row():
                         seed = gradio.Number(0, label="Seed", precision=0)
-                        meta_source = gradio.Radio(
+                        axis_source = gradio.Radio(
                             ["predicted", "annotated"],
                             value="predicted",
                             label="Meta tokens",
                             visible=False,
-                            elem_id="meta_source",
+                            elem_id="axis_source",
                         )
                     with gradio.Row():
                         write_button = gradio.Button("Write", variant="primary", elem_id="write")
@@ -492,11 +492,11 @@ def build_app(folders: list[str], first: str | None = None, trust_remote_code: b
                         elem_id="page_text",
                     )
                     open_button = gradio.Button(
-                        f"{HOLE} Open a cell here, or what is selected", size="sm", elem_id="open_cells"
+                        f"{HOLE} Open a cell here, or what is selected", size="sm", elem_id="mask_cells"
                     )
                     region = gradio.Dropdown(list(REGIONS), value=REGIONS[0], label="Open", elem_id="region")
                     with gradio.Row():
-                        schedule = gradio.Dropdown(list(SCHEDULES), value=SCHEDULES[0], label="Schedule")
+                        sampler = gradio.Dropdown(list(SAMPLERS), value=SAMPLERS[0], label="Schedule")
                         iterations = gradio.Slider(1, 64, 16, step=1, label="Iterations")
                     with gradio.Row():
                         page_temperature = gradio.Slider(0, 2, 0, step=0.1, label="Temperature (0: likeliest)")
@@ -532,7 +532,7 @@ def build_app(folders: list[str], first: str | None = None, trust_remote_code: b
             return {
                 about: describe(loaded),
                 causal: gradio.update(visible=not is_grid),
-                meta_source: gradio.update(choices=sources, value="predicted", visible=has_axes),
+                axis_source: gradio.update(choices=sources, value="predicted", visible=has_axes),
                 tracks: gradio.update(value="", visible=has_axes),
                 looks: gradio.update(visible=leap),
                 head: gradio.update(maximum=heads, value=0),
@@ -555,17 +555,17 @@ def build_app(folders: list[str], first: str | None = None, trust_remote_code: b
                 yield frame
                 time.sleep(FRAME_SECONDS)
 
-        shown = [about, causal, meta_source, tracks, looks, head, grid, page, written, looked, formed, read]
+        shown = [about, causal, axis_source, tracks, looks, head, grid, page, written, looked, formed, read]
         for event in (load_button.click, folder.input) + ((app.load,) if first else ()):
             event(show, folder, shown)
-        fields = [folder, prompt, max_new_tokens, temperature, seed, meta_source]
+        fields = [folder, prompt, max_new_tokens, temperature, seed, axis_source]
         write_button.click(None, js=START_AT_THE_END)
         writing = write_button.click(_shown(on_write, fields), fields, [written, tracks])
         written.change(None, js=STAY_AT_THE_END)
         stop_button.click(None, cancels=[writing])
         fields = [folder, prompt, head, position]
         look_button.click(_shown(on_look, fields), fields, looked)
-        fields = [folder, page, region, schedule, iterations, page_temperature, page_seed]
+        fields = [folder, page, region, sampler, iterations, page_temperature, page_seed]
         filling = fill_button.click(_shown(on_fill, fields), fields, [formed, read])
         open_button.click(None, js=OPEN_CELLS)
         leave_button.click(None, cancels=[filling])

@@ -58,7 +58,7 @@ def show_tracks(processor, output) -> str:
         output: what `generate` returned; its first row is shown.
     """
     characters = characters_to_show(processor, output.sequences[0].tolist())
-    lines = lines_with_tracks(processor, characters, output.meta_sequences[0].tolist()).split("\n")
+    lines = lines_with_tracks(processor, characters, output.axis_sequences[0].tolist()).split("\n")
     names = {axis.name for axis in processor.axes}
     is_track = [line.split(" ", 1)[0] in names for line in lines]
     text_lines = [place for place, track in enumerate(is_track) if not track]

@@ -26,8 +26,8 @@ from redaction import Parser
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-from modeling_heptapod import DecisionTreeAxis, MetaAxis
-from modeling_heptapod.multigrid.meta_axes import visible_lengths
+from modeling_heptapod import Axis, DecisionTreeAxis
+from modeling_heptapod.multigrid.axes import visible_lengths
 
 
 LONGEST = 1000  # characters that a tree may see
@@ -64,7 +64,7 @@ def distill(
     max_tokens: int = 200_000,
     block_size: int = 512,
     seed: int = 0,
-    axes: Sequence[MetaAxis] = (),
+    axes: Sequence[Axis] = (),
 ) -> Distilled:
     """Make an axis.
 
@@ -154,7 +154,7 @@ def hidden_states(model, tokenizer, texts, layer, length, max_tokens, block_size
     order = np.random.default_rng(seed).permutation(len(blocks))
     for choice in tqdm(order, desc="Reading", unit=" blocks", disable=None):
         ids, tracks, seen = blocks[choice]
-        meta = {"meta_ids": torch.tensor([tracks], device=model.device)} if tracks else {}
+        meta = {"axis_ids": torch.tensor([tracks], device=model.device)} if tracks else {}
         output = model(torch.tensor([ids], device=model.device), output_hidden_states=True, **meta)
         states.append(output.hidden_states[layer][0, -len(seen) :].float().cpu().numpy())
         characters.append(seen)
@@ -188,9 +188,9 @@ def tree_nodes(tree) -> list[list[int]]:
 
     def write(number):
         """Write a node and all below it; the place of it."""
-        place, meta_id = len(nodes), leaf_of(number)
-        nodes.append([meta_id])
-        if meta_id is None:
+        place, axis_id = len(nodes), leaf_of(number)
+        nodes.append([axis_id])
+        if axis_id is None:
             left = write(fitted.children_left[number])
             right = write(fitted.children_right[number])
             # Codes are whole numbers, so a threshold between two of them is the lower one.
@@ -205,7 +205,7 @@ def main():
     parser = Parser(description="Make a meta axis from a trained model.")
     add_model_arguments(parser)
     parser.add_argument("--output_dir", default="outputs/axis", help="where axis.json, axis.py and report.json go")
-    parser.add_argument("--dataset", default="stdlib", help="text to read, as for train.py")
+    parser.add_argument("--dataset_name", default="stdlib", help="text to read, as for train.py")
     parser.add_argument("--name", default="learned", help="name of the axis")
     parser.add_argument(
         "--layer", type=whole(), default=-1, help="of the hidden states: 0 the embeddings, -1 the last"
@@ -230,7 +230,7 @@ def main():
     axes = ()
     if getattr(model.config, "axis_names", None):
         axes = AutoProcessor.from_pretrained(args.folder, trust_remote_code=trust).axes
-    texts = load_texts(args.dataset)
+    texts = load_texts(args.dataset_name)
     result = distill(
         model,
         tokenizer,
@@ -246,7 +246,7 @@ def main():
         seed=args.seed,
         axes=axes,
     )
-    (folder / "axis.json").write_text(json.dumps(result.axis.to_spec()) + "\n", encoding="utf-8")
+    (folder / "axis.json").write_text(json.dumps(result.axis.to_dict()) + "\n", encoding="utf-8")
     (folder / "axis.py").write_text(result.axis.to_python(), encoding="utf-8")
     report = {name: getattr(result, name) for name in ("agreement", "chance", "tokens", "held_out_tokens")}
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

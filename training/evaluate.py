@@ -110,9 +110,9 @@ def sliding_window_nats(
     for first in tqdm(range(0, len(starts), batch_size), desc="Predicting", unit=" batches", disable=None):
         some = starts[first : first + batch_size]
         batch = torch.stack([tracks[:, start : start + window] for start in some]).to(model.device)
-        inputs = {} if meta is None else {"meta_ids": batch[:, 1:]}
+        inputs = {} if meta is None else {"axis_ids": batch[:, 1:]}
         outputs = model(input_ids=batch[:, 0], use_cache=False, **inputs)
-        logits = (outputs.logits, *((outputs.meta_logits or ()) if meta is not None else ()))
+        logits = (outputs.logits, *((outputs.axis_logits or ()) if meta is not None else ()))
         cost = torch.stack([_next_token_nats(each, batch[:, track]) for track, each in enumerate(logits)], dim=1)
         for start, row in zip(some, cost.double().cpu().numpy()):
             new = 0 if start == 0 else window - 1 - stride  # the first column of this window that no other one has
@@ -195,7 +195,7 @@ def generation_speed(model, stream, meta, prompt: int, new: int) -> dict:
     inputs = {"input_ids": torch.from_numpy(stream[None, :prompt].astype(np.int64)).to(model.device)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if meta is not None:
-        inputs["meta_ids"] = torch.from_numpy(meta[None, :, :prompt].astype(np.int64)).to(model.device)
+        inputs["axis_ids"] = torch.from_numpy(meta[None, :, :prompt].astype(np.int64)).to(model.device)
     seconds = _median_seconds(
         lambda: model.generate(**inputs, do_sample=False, min_new_tokens=new, max_new_tokens=new), model.device
     )
@@ -205,8 +205,8 @@ def generation_speed(model, stream, meta, prompt: int, new: int) -> dict:
 def page_speed(model, height: int, width: int) -> dict:
     """An empty page, written as the folder's generation config says."""
     seconds = _median_seconds(lambda: model.generate(height=height, width=width), model.device)
-    iterations = model.generation_config.num_iterations
-    return {"tokens_per_second": height * width / seconds, "new_tokens": height * width, "num_iterations": iterations}
+    steps, cells = model.generation_config.max_denoising_steps, height * width
+    return {"tokens_per_second": cells / seconds, "new_tokens": cells, "max_denoising_steps": steps}
 
 
 def _median_seconds(write, device):
@@ -282,11 +282,18 @@ def main():
     parser = Parser(description="Measure a saved model on any text.")
     add_model_arguments(parser, "model")
     parser.add_argument("--revision", help="which commit or branch of a name on the Hub")
-    parser.add_argument("--dataset", default="stdlib", help="the text, as for train.py; what is held out of it counts")
-    parser.add_argument("--dataset_config", help="configuration of a named data set")
-    parser.add_argument("--text_column", default="text", help="the column of a named data set that holds the text")
     parser.add_argument(
-        "--validation_percent", type=real(above=0, most=100), default=5.0, help="how much of the text is held out"
+        "--dataset_name", default="stdlib", help="the text, as for train.py; what is held out of it counts"
+    )
+    parser.add_argument("--dataset_config_name", help="configuration of a named data set")
+    parser.add_argument(
+        "--text_column_name", default="text", help="the column of a named data set that holds the text"
+    )
+    parser.add_argument(
+        "--validation_split_percentage",
+        type=real(above=0, most=100),
+        default=5.0,
+        help="how much of the text is held out",
     )
     parser.add_argument("--max_validation_bytes", type=whole(1), help="at most this many bytes of the held-out text")
     parser.add_argument("--window", type=whole(2), help="tokens given at once; by default as many as in training")
@@ -305,9 +312,13 @@ def main():
     output = Path(args.output or (folder / "evaluation.json" if is_folder else "evaluation.json"))
     check_can_write_file("--output", output)
     texts = load_texts(
-        args.dataset, args.dataset_config, args.text_column, args.validation_percent, args.max_validation_bytes
+        args.dataset_name,
+        args.dataset_config_name,
+        args.text_column_name,
+        args.validation_split_percentage,
+        args.max_validation_bytes,
     )
-    results = evaluate(folder, texts.validation, args.dataset, args.window, args.stride, args.batch_size, trust)
+    results = evaluate(folder, texts.validation, args.dataset_name, args.window, args.stride, args.batch_size, trust)
     write_figures(output, results)
 
     print(f"{args.model} on {results['held_out_bytes']:,} held-out bytes of {results['dataset']}")

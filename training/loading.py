@@ -16,7 +16,7 @@ DEMO = re.compile(r"outputs/(leap|hierarchical_lm|heptapod|multigrid)-tiny/?")
 SHOWN_BY = {
     "leap": "sample.py",
     "hierarchical_lm": "sample.py",
-    "heptapod": "fill_page.py",
+    "heptapod": "infill.py",
     "multigrid": "sample_axes.py",
 }
 TRUST_HELP = "run the code that a name on the Hub brings, on this machine; a folder that train.py wrote needs no such permission"

@@ -98,7 +98,7 @@ class Grid:
 
 
 LEXER = ("token_kind", "bracket", "indentation", "string")
-WIDE_LIGHT = {"meta_hidden_size": 32, "cross_feed_forward": False, "main_loss_weight": 0.9}
+WIDE_LIGHT = {"axis_hidden_size": 32, "cross_feed_forward": False, "main_loss_weight": 0.9}
 LEARNED = "learned"
 PLAIN = "plain"
 GRIDS = {
@@ -115,7 +115,7 @@ GRIDS = {
         "token kind": Grid(("token_kind",), "one axis"),
         "indentation + bracket": Grid(("indentation", "bracket"), "two axes"),
         "all lexer axes": Grid(LEXER, "four axes"),
-        "all, light wiring": Grid(LEXER, "light wiring", {"meta_hidden_size": 16, "cross_feed_forward": False}),
+        "all, light wiring": Grid(LEXER, "light wiring", {"axis_hidden_size": 16, "cross_feed_forward": False}),
         "all lexer axes, of the block alone": Grid(LEXER, "four axes", alone=True),
         "all, factored": Grid(LEXER, "four axes, factored", {"axis_order": "factored"}),
         LEARNED: Grid((LEARNED,), "one axis"),
@@ -190,11 +190,11 @@ class BlocksAlone(PackedBlocks):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         block = super().__getitem__(index)
         ends = [*torch.nonzero(block["input_ids"] == self.separator).flatten().tolist(), len(block["input_ids"])]
-        block["meta_ids"] = torch.zeros(len(self.axes), ends[-1], dtype=torch.int64)
+        block["axis_ids"] = torch.zeros(len(self.axes), ends[-1], dtype=torch.int64)
         start = 0
         for end in ends:
             text = bytes(block["input_ids"][start:end].tolist()).decode("ascii")
-            for row, axis in zip(block["meta_ids"], self.axes):
+            for row, axis in zip(block["axis_ids"], self.axes):
                 row[start:end] = torch.tensor(axis.annotate(text), dtype=torch.int64)
             start = end + 1
         return block
@@ -359,7 +359,7 @@ def measure(model, blocks, size: int) -> dict:
         batch = batch_of(blocks, range(start, min(start + size, len(blocks))))
         labels = batch["labels"]
         outputs = model(**batch, use_cache=False)
-        metas = zip(outputs.meta_logits or (), batch["meta_ids"].unbind(1) if names else ())
+        metas = zip(outputs.axis_logits or (), batch["axis_ids"].unbind(1) if names else ())
         nats += np.array([sum_nats(outputs.logits, labels).sum(), *(sum_nats(*meta).sum() for meta in metas)])
     bits = (nats / math.log(2) / len(blocks) / blocks.stride).tolist()
     text = sum(bits) if model.config.axis_order == "factored" else bits[0]
@@ -422,7 +422,7 @@ def run(task: Task) -> dict:
     model, figures = train(config, *blocks, settings, task.seed)
     if task.teaches:
         distilled = distill(model, corpus.tokenizer, *corpus.texts, LEARNED, block_size=settings["block_size"])
-        found = {"axis": distilled.axis.to_spec(), "agreement": distilled.agreement, "chance": distilled.chance}
+        found = {"axis": distilled.axis.to_dict(), "agreement": distilled.agreement, "chance": distilled.chance}
         write(learned, found)
     figures |= {
         "corpus": task.corpus,

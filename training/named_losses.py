@@ -8,9 +8,9 @@ from transformers import Trainer
 
 
 def losses_by_name(outputs, config) -> dict[str, torch.Tensor]:
-    """The losses `<name>_loss` of a model's output; `meta_losses` have the names of the config's axes."""
+    """The losses `<name>_loss` of a model's output; `axis_losses` have the names of the config's axes."""
     losses = {name: value for name, value in outputs.items() if name.endswith("_loss")}
-    metas = outputs.get("meta_losses") or ()
+    metas = outputs.get("axis_losses") or ()
     return losses | {f"{axis}_loss": value for axis, value in zip(getattr(config, "axis_names", ()), metas)}
 
 

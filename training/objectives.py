@@ -206,8 +206,8 @@ class AnnotatedTokens(NextTokens):
         self.is_factored = config.axis_order == "factored"
         self.text_losses = ["main_loss", *(f"{name}_loss" for name in names if self.is_factored)]
         # Evaluation needs the meta ids among the labels, and the meta logits beside the logits.
-        self.label_names = ["labels", "meta_ids"]
-        self.ignore_keys = [key for key in config.keys_to_ignore_at_inference if key != "meta_logits"]
+        self.label_names = ["labels", "axis_ids"]
+        self.ignore_keys = [key for key in config.keys_to_ignore_at_inference if key != "axis_logits"]
 
     def __init__(self, texts, data_args, config, streamed=None):
         super().__init__(texts, data_args, config, streamed)
@@ -236,11 +236,11 @@ class AnnotatedTokens(NextTokens):
         return {**super().trainer_options(), "preprocess_logits_for_metrics": self._sum_nats}
 
     def _sum_nats(self, logits, labels):
-        (logits, meta_logits), (labels, meta_ids) = logits, labels
+        (logits, axis_logits), (labels, axis_ids) = logits, labels
         nats = sum_nats(logits, labels)
         if self.is_factored:
-            meta_ids = meta_ids.masked_fill(labels[:, None] == -100, -100)
-            nats += sum(sum_nats(logits, ids) for logits, ids in zip(meta_logits, meta_ids.unbind(1)))
+            axis_ids = axis_ids.masked_fill(labels[:, None] == -100, -100)
+            nats += sum(sum_nats(logits, ids) for logits, ids in zip(axis_logits, axis_ids.unbind(1)))
         return nats
 
 
@@ -258,7 +258,7 @@ def _cache(data_args):
 
 def _tokenizer(texts, data_args, cache, for_pages=False):
     """As `build_tokenizer` makes it; one that is trained here is trained once."""
-    name, size = data_args.tokenizer, data_args.vocab_size
+    name, size = data_args.tokenizer_name, data_args.vocab_size
     if name != "bpe":
         return build_tokenizer(name, texts.train, size, for_pages)
     trained = cache.text(
@@ -276,7 +276,7 @@ def json_of(tokenizer) -> str:
 def _source_of(axis):
     """All that the ids of an axis depend on: its arguments and the code of its class."""
     files = {inspect.getfile(kind) for kind in type(axis).__mro__ if kind is not object}
-    return json.dumps(axis.to_spec()) + "".join(Path(file).read_text(encoding="utf-8") for file in sorted(files))
+    return json.dumps(axis.to_dict()) + "".join(Path(file).read_text(encoding="utf-8") for file in sorted(files))
 
 
 def _join(before, new, shared):
@@ -362,7 +362,7 @@ class MaskedPages:
     def sample(self, model: PreTrainedModel) -> str:
         """The first held-out page, with a hole in it that the model has filled."""
         page = torch.from_numpy(self.eval_dataset.pages[:1].astype(np.int64))
-        opened = self.processing_class.open_cells(page, "hole").to(model.device)
+        opened = self.processing_class.mask_cells(page, "hole").to(model.device)
         return self.processing_class.decode(model.generate(opened)[0])
 
     def trainer_options(self) -> dict:

@@ -60,40 +60,42 @@ class PageScore:
         return (part.sum() / whole.sum().clamp(min=1)).item()
 
 
-def score_pages(filled: torch.Tensor, original: torch.Tensor, is_open: torch.Tensor, blank_token_id: int) -> PageScore:
+def score_pages(
+    filled: torch.Tensor, original: torch.Tensor, is_masked: torch.Tensor, blank_token_id: int
+) -> PageScore:
     """Compare the open cells of pages with the original ones.
 
     Args:
         filled, original: token ids `[pages, height, width]`.
-        is_open: the cells that count, boolean, of the same shape.
+        is_masked: the cells that count, boolean, of the same shape.
         blank_token_id: the token of a blank cell.
 
     Raises:
         ValueError: for shapes that differ.
     """
-    if not filled.shape == original.shape == is_open.shape:
-        shapes = [list(each.shape) for each in (filled, original, is_open)]
-        raise ValueError(f"`filled`, `original` and `is_open` must have one shape, got {shapes}")
-    same, wrote, there = is_open & (filled == original), filled != blank_token_id, original != blank_token_id
-    counted = (is_open, same, same & wrote, is_open & wrote, is_open & there)
+    if not filled.shape == original.shape == is_masked.shape:
+        shapes = [list(each.shape) for each in (filled, original, is_masked)]
+        raise ValueError(f"`filled`, `original` and `is_masked` must have one shape, got {shapes}")
+    same, wrote, there = is_masked & (filled == original), filled != blank_token_id, original != blank_token_id
+    counted = (is_masked, same, same & wrote, is_masked & wrote, is_masked & there)
     return PageScore(*(cells.flatten(1).sum(1).double() for cells in counted))
 
 
-def baselines(original: torch.Tensor, is_open: torch.Tensor, processor) -> dict[str, torch.Tensor]:
+def baselines(original: torch.Tensor, is_masked: torch.Tensor, processor) -> dict[str, torch.Tensor]:
     """The pages with all open cells filled with one token: blanks, spaces, and the most frequent visible token there.
 
     Args:
         original: token ids `[pages, height, width]`.
-        is_open: boolean, of the same shape.
+        is_masked: boolean, of the same shape.
         processor: a `HeptapodProcessor`.
 
     Returns:
         Pages by what they are filled with; without the last where the original has nothing visible.
     """
     tokens = {"all blanks": processor.blank_token_id, "all spaces": int(processor.paginate(" ", 1, 1)[0, 0, 0])}
-    counts = Counter(original[is_open].tolist())
+    counts = Counter(original[is_masked].tolist())
     for token in sorted(counts, key=lambda token: (-counts[token], token)):
         if text := processor.decode([token]).strip():
             tokens[f"all {text!r}"] = token
             break
-    return {name: original.masked_fill(is_open, token) for name, token in tokens.items()}
+    return {name: original.masked_fill(is_masked, token) for name, token in tokens.items()}

@@ -113,13 +113,13 @@ def evaluate_if_needed(folder: Path) -> None:
     if results["dataset"] != "stdlib":
         raise ValueError(
             f"{folder} has no evaluation of its weights, and it is not known where {results['dataset']} is; evaluate "
-            f"first: python training/evaluate.py {folder} --dataset ..."
+            f"first: python training/evaluate.py {folder} --dataset_name ..."
         )
     texts = load_texts("stdlib", max_validation_bytes=results["held_out_bytes"]).validation
     if hashlib.sha256("".join(texts).encode()).hexdigest() != results["held_out_sha256"]:
         raise ValueError(
             f"{folder} has no evaluation of its weights, and this machine holds out another part of stdlib than training did "
-            f"(another Python, or --streaming); evaluate first: python training/evaluate.py {folder} --dataset ..."
+            f"(another Python, or --streaming); evaluate first: python training/evaluate.py {folder} --dataset_name ..."
         )
     evaluation = evaluate(folder, texts, "stdlib")
     write_figures(folder / "evaluation.json", evaluation)

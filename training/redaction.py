@@ -12,7 +12,9 @@ from transformers import HfArgumentParser
 
 
 HIDDEN = "<hidden>"
-SECRET_NAME = re.compile(r"(^|[_-])(token|key|secret|password)$", re.IGNORECASE)  # not --tokenizer, not --train_tokens
+SECRET_NAME = re.compile(
+    r"(^|[_-])(token|key|secret|password)$", re.IGNORECASE
+)  # not --tokenizer_name, not --train_tokens
 # hf_..., or a JSON web token, whose parts stand between full stops; that of a sentence is none of it
 HUB_TOKEN = re.compile(r"\bhf_(?:(?:oauth|jwt)_[\w-]{8,}(?:\.[\w-]+)*|[A-Za-z0-9]{8,})")
 # https://user:password@host, also where it was taken for a path, which has no two slashes; C:/name@host is one

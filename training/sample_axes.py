@@ -51,8 +51,8 @@ def annotations_of(processor, characters: list[str]) -> list[list[int]]:
     for axis in processor.axes:
         state, row = axis.start(), []
         for new in characters:
-            meta_id, state = axis.step(state, new)
-            row.append(meta_id)
+            axis_id, state = axis.step(state, new)
+            row.append(axis_id)
         rows.append(row)
     return rows
 
@@ -63,7 +63,7 @@ def lines_with_tracks(processor, characters: list[str], tracks: list[list[int]])
     rows = []
     for axis, track in zip(processor.axes, tracks):
         letters = letters_for(axis.vocabulary)
-        rows.append((axis.name, "".join(letters[meta_id] * len(new) for new, meta_id in zip(characters, track))))
+        rows.append((axis.name, "".join(letters[axis_id] * len(new) for new, axis_id in zip(characters, track))))
     margin, start, output = max(len(name) for name, _ in rows) + 2, 0, []
     for line in text.split("\n"):
         here = slice(start, start + len(line))
@@ -96,12 +96,12 @@ def main():
         set_seed(args.seed)
         output = model.generate(
             **inputs,
-            meta_source=source,
+            axis_source=source,
             processor=processor,
             max_new_tokens=args.max_new_tokens,
             return_dict_in_generate=True,
         )
-        ids, tracks = output.sequences[0].tolist(), output.meta_sequences[0].tolist()
+        ids, tracks = output.sequences[0].tolist(), output.axis_sequences[0].tolist()
         rules = annotations_of(processor, characters_of(processor, ids))
         text = lines_with_tracks(processor, characters_to_show(processor, ids), tracks)
         print(f"\n--- with meta tokens {source}\n{text}")

@@ -61,15 +61,15 @@ def stream_texts(data_args: DataArguments) -> tuple[StreamedTexts, Texts]:
     Which are held out depends on a hash of their names: the path and the number of the piece, or the number of the row.
 
     Raises:
-        ValueError: naming `--dataset`, `--text_column`, `--validation_percent` or `--max_validation_bytes` where these do not
+        ValueError: naming `--dataset_name`, `--text_column_name`, `--validation_split_percentage` or `--max_validation_bytes` where these do not
             fit.
     """
-    check_held_out(data_args.validation_percent, data_args.max_validation_bytes)
-    check_dataset_config(data_args.dataset, data_args.dataset_config)
-    path = Path(data_args.dataset).expanduser()
-    if data_args.dataset == "stdlib" or path.is_dir():
-        folder = Path(sysconfig.get_path("stdlib")) if data_args.dataset == "stdlib" else path
-        files = {name: folder / name for name in folder_files(folder, data_args.dataset == "stdlib")}
+    check_held_out(data_args.validation_split_percentage, data_args.max_validation_bytes)
+    check_dataset_config(data_args.dataset_name, data_args.dataset_config_name)
+    path = Path(data_args.dataset_name).expanduser()
+    if data_args.dataset_name == "stdlib" or path.is_dir():
+        folder = Path(sysconfig.get_path("stdlib")) if data_args.dataset_name == "stdlib" else path
+        files = {name: folder / name for name in folder_files(folder, data_args.dataset_name == "stdlib")}
     elif path.is_file():
         files = {path.name: path}
     else:
@@ -80,7 +80,7 @@ def stream_texts(data_args: DataArguments) -> tuple[StreamedTexts, Texts]:
         read, read_held_out = lambda: _pieces(files), None
 
     if read_held_out is None:
-        texts = StreamedTexts(read, lambda name: hash_of(name) < data_args.validation_percent / 100, files)
+        texts = StreamedTexts(read, lambda name: hash_of(name) < data_args.validation_split_percentage / 100, files)
         held_out = StreamedTexts(read, lambda name: not texts.held_out(name))
     else:  # the data set has a split of its own
         texts = StreamedTexts(read, lambda name: False)
@@ -89,7 +89,7 @@ def stream_texts(data_args: DataArguments) -> tuple[StreamedTexts, Texts]:
     memory = Texts(texts.head(TOKENIZER_BYTES), first_bytes(held_out.head(size), size))
     if not memory.train or not memory.validation:
         raise ValueError(
-            f"--dataset {data_args.dataset} is too short for --streaming: of its pieces of {PIECE:,} characters there are "
+            f"--dataset_name {data_args.dataset_name} is too short for --streaming: of its pieces of {PIECE:,} characters there are "
             f"{len(memory.train)} to train on and {len(memory.validation)} held out; leave --streaming out"
         )
     return texts, memory
@@ -119,7 +119,9 @@ def _next_piece(file, name, number):
         reason = str(error)
     if reason is None:
         return piece
-    logger.warning_once(f"--dataset: {name} is left out from piece {number} on, which is not UTF-8 text: {reason}")
+    logger.warning_once(
+        f"--dataset_name: {name} is left out from piece {number} on, which is not UTF-8 text: {reason}"
+    )
     return ""
 
 
@@ -128,19 +130,19 @@ def _rows(data_args):
         import datasets
     except ImportError as error:
         raise ValueError(
-            f"--dataset {data_args.dataset} is no file or folder, and `datasets` is not installed"
+            f"--dataset_name {data_args.dataset_name} is no file or folder, and `datasets` is not installed"
         ) from error
     try:
-        splits = datasets.load_dataset(data_args.dataset, data_args.dataset_config, streaming=True)
+        splits = datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name, streaming=True)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--dataset {data_args.dataset} does not exist: it is neither 'stdlib', nor a file or folder, nor a data set "
+            f"--dataset_name {data_args.dataset_name} does not exist: it is neither 'stdlib', nor a file or folder, nor a data set "
             f"that `datasets` can stream ({error})"
         ) from error
-    column = data_args.text_column
+    column = data_args.text_column_name
     if "train" not in splits or column not in next(iter(splits["train"]), {}):
         raise ValueError(
-            f"--text_column {column}: no such column in a 'train' split of --dataset {data_args.dataset}: {splits}"
+            f"--text_column_name {column}: no such column in a 'train' split of --dataset_name {data_args.dataset_name}: {splits}"
         )
 
     def read(split):
@@ -186,7 +188,9 @@ class StreamedExamples(torch.utils.data.IterableDataset):
                 empty = False
                 yield example
             if empty:
-                raise ValueError("--dataset holds less text than one example of --block_size; leave --streaming out")
+                raise ValueError(
+                    "--dataset_name holds less text than one example of --block_size; leave --streaming out"
+                )
 
     def one_pass(self, number: int) -> Iterator[dict]:
         """All examples, once, in the order of this pass."""

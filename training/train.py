@@ -186,7 +186,7 @@ def check_resumable(checkpoint: str, config: PreTrainedConfig, args: TrainingArg
     }
     if differ:
         raise ValueError(
-            f"--resume_from_checkpoint {checkpoint} is of another model than --config_name, --tokenizer and --axes make; "
+            f"--resume_from_checkpoint {checkpoint} is of another model than --config_name, --tokenizer_name and --axes make; "
             f"(its, theirs): {differ}"
         )
 
@@ -204,15 +204,15 @@ def settings_of(objective, texts, data_args: DataArguments, args: TrainingArgume
     given, axes = args.to_dict(), getattr(objective.processing_class, "axes", None)
     tokenizer = getattr(objective.processing_class, "tokenizer", objective.processing_class)
     settings = {
-        "--dataset (SHA-256 of the training text)": digest_of(texts.train),
-        "--dataset (SHA-256 of the held-out text)": digest_of(texts.validation),
-        "--tokenizer (SHA-256)": digest_of([json_of(tokenizer)]),
-        "--axes (SHA-256)": axes and digest_of([json.dumps(axis.to_spec()) for axis in axes]),
+        "--dataset_name (SHA-256 of the training text)": digest_of(texts.train),
+        "--dataset_name (SHA-256 of the held-out text)": digest_of(texts.validation),
+        "--tokenizer_name (SHA-256)": digest_of([json_of(tokenizer)]),
+        "--axes (SHA-256)": axes and digest_of([json.dumps(axis.to_dict()) for axis in axes]),
         "--block_size": objective.about.get("block_size"),
         "--packing": data_args.packing,
         "--streaming": data_args.streaming,
         # Beyond what is held in memory, which the first of these digests is of.
-        "--dataset (SHA-256 of its files' names and sizes)": data_args.streaming
+        "--dataset_name (SHA-256 of its files' names and sizes)": data_args.streaming
         and digest_of(objective.train_dataset.texts.sizes()),
         "--per_device_train_batch_size x --gradient_accumulation_steps x processes": examples_per_step,
         **{f"--{name}": given[name] for name in DECISIVE if name in given},
@@ -479,10 +479,10 @@ def run_with(model_args: ModelArguments, data_args: DataArguments, training_args
             streamed = StreamedExamples(documents, seed=training_args.seed)
         else:
             texts = load_texts(
-                data_args.dataset,
-                data_args.dataset_config,
-                data_args.text_column,
-                data_args.validation_percent,
+                data_args.dataset_name,
+                data_args.dataset_config_name,
+                data_args.text_column_name,
+                data_args.validation_split_percentage,
                 data_args.max_validation_bytes,
             )
         objective = objective_for(config)(texts, data_args, config, streamed)
@@ -513,7 +513,7 @@ def run_with(model_args: ModelArguments, data_args: DataArguments, training_args
     examples = batch * training_args.gradient_accumulation_steps if streamed else len(objective.train_dataset)
     if training_args.dataloader_drop_last and examples < batch:
         raise ValueError(
-            f"--dataloader_drop_last leaves nothing to train on: all of --dataset is {examples} examples, fewer than the "
+            f"--dataloader_drop_last leaves nothing to train on: all of --dataset_name is {examples} examples, fewer than the "
             f"{batch} of a batch in each of {processes} processes"
         )
     reading, tokens_per_example = Reading(examples, training_args), objective.about["tokens_per_example"]
@@ -593,8 +593,8 @@ def run_with(model_args: ModelArguments, data_args: DataArguments, training_args
         (reading.examples_in(last) - reading.examples_in(first)) * tokens_per_example if last > first else None
     )
     results = {
-        "dataset": dataset_name(data_args.dataset),
-        "tokenizer": data_args.tokenizer,
+        "dataset": dataset_name(data_args.dataset_name),
+        "tokenizer": data_args.tokenizer_name,
         **objective.about,
         "train_bytes": streamed.bytes_read if streamed else sum(len(text.encode()) for text in texts.train),
         "held_out_bytes": len(eval_text),

@@ -246,14 +246,14 @@ PAGE = ("def area(w, h):", "    size = w * h", "    return size ")
 HOLE = (1, 4, 1, 8)  # top, left, height, width
 
 
-def draw_page(p: Picture, x: float, y: float, open_cells, new_cells=(), cell: float = 17, columns: int = 16):
+def draw_page(p: Picture, x: float, y: float, masked_cells, new_cells=(), cell: float = 17, columns: int = 16):
     """A page of text with open cells."""
     for row, line in enumerate(PAGE):
         for column in range(columns):
             character = line[column] if column < len(line) else " "
             place = (row, column)
-            style = "orange" if place in open_cells else "green" if place in new_cells else "cell"
-            label = "" if place in open_cells else character.strip()
+            style = "orange" if place in masked_cells else "green" if place in new_cells else "cell"
+            label = "" if place in masked_cells else character.strip()
             p.box(x + column * cell, y + row * 22, cell - 1.5, 20, style, label, "code", radius=2)
 
 

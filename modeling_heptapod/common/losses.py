@@ -10,7 +10,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss, ForSe
 from .model_inputs import check_ids
 
 
-IGNORED = -100  # the label that does not count
+IGNORE_INDEX = -100  # the label that does not count
 
 
 def at_least_one(count: torch.Tensor | int) -> torch.Tensor | int:
@@ -43,7 +43,7 @@ def causal_lm_loss(
     labels: torch.LongTensor | None,
     vocab_size: int,
     num_items_in_batch: torch.Tensor | int | None = None,
-    ignore_index: int = IGNORED,
+    ignore_index: int = IGNORE_INDEX,
     shift_labels: torch.LongTensor | None = None,
     **kwargs,
 ) -> torch.Tensor:
@@ -78,7 +78,7 @@ def masked_lm_loss(
     labels: torch.LongTensor,
     vocab_size: int,
     num_items_in_batch: torch.Tensor | int | None = None,
-    ignore_index: int = IGNORED,
+    ignore_index: int = IGNORE_INDEX,
     **kwargs,
 ) -> torch.Tensor:
     """Cross-entropy of masked tokens, in float32: as `causal_lm_loss`, but labels belong to the logits at their place."""
@@ -125,11 +125,11 @@ def sequence_classification_loss(
         return loss if num_items_in_batch is None else loss * labels.numel() / at_least_one(num_items_in_batch)
     check_ids("labels", labels)
     labels = labels.long()
-    count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+    count = (labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
     try:
         return ForSequenceClassificationLoss(labels, pooled_logits, config, num_items_in_batch=at_least_one(count))
     except IndexError as error:
-        raise _out_of_range("labels", labels, num_labels, IGNORED) from error
+        raise _out_of_range("labels", labels, num_labels, IGNORE_INDEX) from error
 
 
 def _out_of_range(name, labels, size, ignored):
@@ -139,7 +139,7 @@ def _out_of_range(name, labels, size, ignored):
 
 
 __all__ = [
-    "IGNORED",
+    "IGNORE_INDEX",
     "at_least_one",
     "causal_lm_loss",
     "check_labels",

@@ -8,17 +8,17 @@ from transformers.utils.import_utils import is_tracing
 from .transformers_versions import CACHE
 
 
-def has_open_sizes(x: torch.Tensor) -> bool:
+def has_dynamic_shapes(x: torch.Tensor) -> bool:
     """Whether `torch.export` leaves sizes of it open: paths that loop over sizes would fix them then."""
     return torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in x.shape)
 
 
-def is_open(size: int) -> bool:
+def is_masked(size: int) -> bool:
     """Whether a compiler or an export leaves a size open: what is compared with it then narrows what the program is for."""
     return torch.compiler.is_compiling() and not has_static_value(size)
 
 
-def is_transformed() -> bool:
+def is_torch_func_active() -> bool:
     """Whether `torch.func` (`grad`, `vmap`) is at work: it takes plain operations only, and lets no value be looked at."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
@@ -61,10 +61,10 @@ def embed_text(
     shape = input_ids.shape
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"`input_ids` must be [batch >= 1, seq >= 1], got {list(shape)}.")
-    return look_up(table, input_ids, "`input_ids`")
+    return embed_ids(table, input_ids, "`input_ids`")
 
 
-def look_up(table: nn.Module, ids: torch.LongTensor, what: str) -> torch.FloatTensor:
+def embed_ids(table: nn.Module, ids: torch.LongTensor, what: str) -> torch.FloatTensor:
     """Rows of an embedding. Raises a `ValueError` about `what` for ids outside of it."""
     try:
         return table(ids)
@@ -127,7 +127,7 @@ def token_mask(
     return real
 
 
-def of_new_tokens(mask: torch.BoolTensor | None, seq: int) -> torch.BoolTensor | None:
+def mask_of_new_tokens(mask: torch.BoolTensor | None, seq: int) -> torch.BoolTensor | None:
     """The last `seq` columns of what `token_mask` gave; `None` where all of them are real."""
     if mask is None or mask.shape[1] == seq:
         return mask
@@ -135,7 +135,7 @@ def of_new_tokens(mask: torch.BoolTensor | None, seq: int) -> torch.BoolTensor |
     return None if not is_tracing(mask) and mask.all() else mask
 
 
-def without_pads(x: torch.Tensor, mask: torch.BoolTensor | None) -> torch.Tensor:
+def apply_mask_to_padding_states(x: torch.Tensor, mask: torch.BoolTensor | None) -> torch.Tensor:
     """`x [..., channels]` with zeros where `mask [...]` is `False`: weights of 0 do not keep a NaN or an infinity out of a sum."""
     return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0)
 
@@ -189,18 +189,18 @@ def count_positions(
 
 
 __all__ = [
+    "apply_mask_to_padding_states",
     "check_ids",
     "check_one_input",
     "check_past_mask",
     "check_position_ids",
     "check_position_range",
     "count_positions",
+    "embed_ids",
     "embed_text",
-    "has_open_sizes",
-    "is_open",
-    "is_transformed",
-    "look_up",
-    "of_new_tokens",
+    "has_dynamic_shapes",
+    "is_masked",
+    "is_torch_func_active",
+    "mask_of_new_tokens",
     "token_mask",
-    "without_pads",
 ]

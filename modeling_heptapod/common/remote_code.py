@@ -63,7 +63,7 @@ def _flattened(path):
     return "".join(lines)
 
 
-class OwnCodeMixin:
+class CustomCodeMixin:
     """Before `PreTrainedConfig` or `ProcessorMixin`: what is saved has the code of its family with it.
 
     Models need nothing of their own: they save their config.
@@ -107,4 +107,4 @@ def _defining(cls):
     return next(base for base in cls.__mro__ if "_auto_classes" in vars(base))
 
 
-__all__ = ["OwnCodeMixin", "write_code"]
+__all__ = ["CustomCodeMixin", "write_code"]

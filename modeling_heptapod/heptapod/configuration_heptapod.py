@@ -7,7 +7,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring
 
 from ..common.config_checks import check_numbers
-from ..common.remote_code import OwnCodeMixin
+from ..common.remote_code import CustomCodeMixin
 
 
 _ATTENTION_TYPES = ("local", "dilated", "global")
@@ -15,13 +15,13 @@ _ATTENTION_TYPES = ("local", "dilated", "global")
 
 @auto_docstring(checkpoint="heptapod/heptapod-tiny")
 @strict
-class HeptapodConfig(OwnCodeMixin, PreTrainedConfig):
+class HeptapodConfig(CustomCodeMixin, PreTrainedConfig):
     r"""
     attention_types (`list`, *optional*):
         What the cells of each layer attend to: `"local"` (the cells around them), `"dilated"` (cells around them,
         `dilation` apart) or `"global"` (the whole page). When not given, `["local", "dilated", "local", "global"]`
         repeated.
-    window_size (`int` or `list`, *optional*, defaults to 3):
+    local_radius (`int` or `list`, *optional*, defaults to 3):
         Radius of the neighbourhood in local and dilated layers, in neighbours: `1` is the 3 x 3 cells around a cell.
         One number, or one for each layer.
     dilation (`int` or `list`, *optional*, defaults to 2):
@@ -32,13 +32,13 @@ class HeptapodConfig(OwnCodeMixin, PreTrainedConfig):
     rope_theta (`float`, *optional*, defaults to 100.0):
         Base of the two-dimensional rotary positions. Pages are not as long as texts: with 100 the slowest channel turns
         once in a few hundred cells.
-    border_distances (`bool`, *optional*, defaults to `True`):
+    use_absolute_position_embeddings (`bool`, *optional*, defaults to `True`):
         Whether cells are told how far they are from the four borders of their page. Without it they know only how they
         lie to each other, and all cells of an empty page are alike.
     grid_size (`list`, *optional*):
         Height and width of the page that flat inputs `[batch, height * width]` are laid on when a call does not say.
     self_conditioning (`bool`, *optional*, defaults to `False`):
-        Whether the model reads its own last prediction (`previous_logits`), as in Analog Bits (arXiv 2208.04202).
+        Whether the model reads its own last prediction (`self_conditioning_logits`), as in Analog Bits (arXiv 2208.04202).
     neighbor_loss_weight (`float`, *optional*, defaults to 0.0):
         Weight, in training, of a loss on the prediction of each masked cell from the cells above, below, left and
         right.
@@ -72,11 +72,11 @@ class HeptapodConfig(OwnCodeMixin, PreTrainedConfig):
     num_attention_heads: int = 8
     hidden_act: str = "gelu"
     attention_types: list[str] | tuple[str, ...] | None = None
-    window_size: int | list[int] | tuple[int, ...] = 3
+    local_radius: int | list[int] | tuple[int, ...] = 3
     dilation: int | list[int] | tuple[int, ...] = 2
     num_global_heads: int = 0
     rope_theta: float | int = 100.0
-    border_distances: bool = True
+    use_absolute_position_embeddings: bool = True
     grid_size: list[int] | tuple[int, ...] | None = None
     self_conditioning: bool = False
     neighbor_loss_weight: float | int = 0.0
@@ -115,7 +115,7 @@ class HeptapodConfig(OwnCodeMixin, PreTrainedConfig):
             )
         if not set(self.attention_types) <= set(_ATTENTION_TYPES):
             raise ValueError(f"`attention_types` must be of {_ATTENTION_TYPES}, got {self.attention_types}.")
-        for name, least in (("window_size", 0), ("dilation", 1)):
+        for name, least in (("local_radius", 0), ("dilation", 1)):
             values = getattr(self, name)
             if not isinstance(values, int) and len(values) != self.num_hidden_layers:
                 raise ValueError(
@@ -155,7 +155,7 @@ class HeptapodConfig(OwnCodeMixin, PreTrainedConfig):
         kind = self.attention_types[layer_idx]
         if kind == "global":
             return None, 1
-        radius, dilation = (x if isinstance(x, int) else x[layer_idx] for x in (self.window_size, self.dilation))
+        radius, dilation = (x if isinstance(x, int) else x[layer_idx] for x in (self.local_radius, self.dilation))
         return radius, dilation if kind == "dilated" else 1
 
 

@@ -1,7 +1,7 @@
-"""`generate` for the grid: all open cells of a page are predicted at once, a schedule decides which are written.
+"""`generate` for the grid: all open cells of a page are predicted at once, a sampler decides which are written.
 
 Read top-down: the options, the four ways to choose cells, the draw of tokens, the loop. The idea is that of
-Mask-Predict (arXiv 1904.09324) and MaskGIT (arXiv 2202.04200, counts and confidence), the entropy bound that of
+Mask-Predict (arXiv 1904.09324) and MaskGIT (arXiv 2202.04200, mask_schedule and confidence), the entropy bound that of
 arXiv 2505.24857; written one cell at a time in an order that does not depend on the tokens, a page is a sample of the
 model's own conditionals (arXiv 2110.02037).
 """
@@ -28,15 +28,15 @@ from ..common.transformers_versions import GENERATION_METADATA
 
 logger = logging.get_logger(__name__)
 
-SCHEDULES = ("confidence", "entropy", "random", "raster")
-COUNTS = ("cosine", "linear")
+SAMPLERS = ("confidence", "entropy_bound", "random", "raster")
+MASK_SCHEDULES = ("cosine", "linear")
 # What `generate` falls back to. Where it is None the option is off.
 _DEFAULTS = {
-    "schedule": "confidence",
-    "counts": "cosine",
-    "num_iterations": None,
+    "sampler": "confidence",
+    "mask_schedule": "cosine",
+    "max_denoising_steps": None,
     "entropy_bound": 0.1,
-    "reopen_threshold": None,
+    "remask_threshold": None,
     "stability_threshold": None,
     "do_sample": False,
     "temperature": None,
@@ -45,31 +45,31 @@ _DEFAULTS = {
     "seed": None,
     "return_dict_in_generate": False,
     "output_scores": False,
-    "output_trajectory": False,
+    "output_history": False,
 }
 # Not options: Trainer aligns the first three with the tokenizer, GenerationConfig writes the others into its file.
 _METADATA = ("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config")
-_ITERATIONS_WITH_COUNTS = 32
+_DEFAULT_DENOISING_STEPS = 32
 
 
 class HeptapodGenerationConfig(GenerationConfig):
     """How [`HeptapodGenerationMixin.generate`] writes a page; an option that is not set is taken from the model's own.
 
     Args:
-        schedule (`str`, *optional*, defaults to `"confidence"`):
+        sampler (`str`, *optional*, defaults to `"confidence"`):
             Which open cells are written in an iteration: those whose drawn token is the most probable
             (`"confidence"`), the most certain ones while their entropies add up to no more than `entropy_bound`
-            (`"entropy"`), any (`"random"`), or the first one, left to right and top to bottom (`"raster"`).
-        counts (`str`, *optional*, defaults to `"cosine"`):
+            (`"entropy_bound"`), any (`"random"`), or the first one, left to right and top to bottom (`"raster"`).
+        mask_schedule (`str`, *optional*, defaults to `"cosine"`):
             How many cells `"confidence"` and `"random"` write in an iteration: equal shares (`"linear"`) or few at
-            first (`"cosine"`). Each row of a batch has its own counts.
-        num_iterations (`int`, *optional*):
+            first (`"cosine"`). Each row of a batch has its own mask_schedule.
+        max_denoising_steps (`int`, *optional*):
             In how many iterations `"confidence"` and `"random"` write a page, 32 when not given; a row with fewer
-            open cells writes one in each. `"entropy"` writes all that is left in this iteration; without it, it takes
+            open cells writes one in each. `"entropy_bound"` writes all that is left in this iteration; without it, it takes
             as many as the bound asks for. `"raster"` takes one iteration a cell.
         entropy_bound (`float`, *optional*, defaults to 0.1):
-            For `"entropy"`, in nats. The cell with the least entropy is always written.
-        reopen_threshold (`float`, *optional*):
+            For `"entropy_bound"`, in nats. The cell with the least entropy is always written.
+        remask_threshold (`float`, *optional*):
             Re-open a written cell when the model gives its token less than this probability later on. A cell is
             re-opened once at most, given cells never.
         stability_threshold (`int`, *optional*):
@@ -83,7 +83,7 @@ class HeptapodGenerationConfig(GenerationConfig):
             Seed of a generator of this call's own. Without it the global one is used.
         return_dict_in_generate (`bool`, *optional*, defaults to `False`):
             Return a [`HeptapodGenerateOutput`] instead of the pages alone.
-        output_scores, output_trajectory (`bool`, *optional*, defaults to `False`):
+        output_scores, output_history (`bool`, *optional*, defaults to `False`):
             What else it holds.
 
     Raises:
@@ -102,17 +102,17 @@ class HeptapodGenerationConfig(GenerationConfig):
 
     def validate(self, **unused_kwargs):
         """Raise a `ValueError` for values that make no sense; the arguments are those of the parent and unused."""
-        for name, choices in (("schedule", SCHEDULES), ("counts", COUNTS)):
+        for name, choices in (("sampler", SAMPLERS), ("mask_schedule", MASK_SCHEDULES)):
             value = getattr(self, name)
             if value is not None and value not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
-        for name, least in (("num_iterations", 1), ("stability_threshold", 1), ("top_k", 0), ("seed", 0)):
+        for name, least in (("max_denoising_steps", 1), ("stability_threshold", 1), ("top_k", 0), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < least):
                 raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
         for name, fits, expected in (
             ("entropy_bound", lambda x: x >= 0, "must not be negative"),
-            ("reopen_threshold", lambda x: 0 <= x <= 1, "must be a probability"),
+            ("remask_threshold", lambda x: 0 <= x <= 1, "must be a probability"),
             (
                 "temperature",
                 lambda x: 0 < x < math.inf,
@@ -123,7 +123,7 @@ class HeptapodGenerationConfig(GenerationConfig):
             value = getattr(self, name)
             if value is not None and not (type(value) in (int, float) and fits(value)):
                 raise ValueError(f"`{name}` {expected}, got {value!r}.")
-        for name in ("do_sample", "return_dict_in_generate", "output_scores", "output_trajectory"):
+        for name in ("do_sample", "return_dict_in_generate", "output_scores", "output_history"):
             value = getattr(self, name)
             if value is not None and type(value) is not bool:
                 raise ValueError(f"`{name}` must be True or False, got {value!r}.")
@@ -142,7 +142,7 @@ class HeptapodGenerationConfig(GenerationConfig):
         return cls()
 
     def get_generation_mode(self, assistant_model=None):
-        raise NotImplementedError("The generation modes of GenerationMixin do not exist on a grid; see `schedule`.")
+        raise NotImplementedError("The generation modes of GenerationMixin do not exist on a grid; see `sampler`.")
 
 
 def _unknown(options) -> str:
@@ -156,96 +156,98 @@ class HeptapodGenerateOutput(ModelOutput):
     Args:
         sequences (`torch.LongTensor`, `[batch, height, width]`):
             The written pages.
-        committed_at (`torch.LongTensor`, `[batch, height, width]`):
+        unmask_step (`torch.LongTensor`, `[batch, height, width]`):
             The iteration, from 0, in which a cell got its token; -1 where it was given or is off the page.
-        model_calls (`int`):
+        nfe (`int`):
             How often the model was called. Rows that are finished are left out of the later calls.
         scores (`torch.FloatTensor`, `[batch, height, width]`, *optional*):
             Log-probability of each written token in the distribution it was drawn from, at that time; 0 elsewhere.
             With `output_scores=True`.
-        trajectory (`torch.LongTensor`, `[iterations + 1, batch, height, width]`, *optional*):
-            The pages before the first iteration and after each. With `output_trajectory=True`.
+        history (`torch.LongTensor`, `[iterations + 1, batch, height, width]`, *optional*):
+            The pages before the first iteration and after each. With `output_history=True`.
     """
 
     sequences: torch.LongTensor
-    committed_at: torch.LongTensor | None = None
-    model_calls: int | None = None
+    unmask_step: torch.LongTensor | None = None
+    nfe: int | None = None
     scores: torch.FloatTensor | None = None
-    trajectory: torch.LongTensor | None = None
+    history: torch.LongTensor | None = None
 
 
-def num_open_after(iteration: int, num_open: torch.Tensor, num_iterations: int, counts: str) -> torch.Tensor:
+def num_masked_after(
+    iteration: int, num_masked: torch.Tensor, max_denoising_steps: int, mask_schedule: str
+) -> torch.Tensor:
     """How many cells of each row are still open after an iteration (numbered from 0) of `"confidence"` or `"random"`.
 
-    At least one cell is written in each iteration until none is open, which is after `min(num_iterations, num_open)`.
+    At least one cell is written in each iteration until none is open, which is after `min(max_denoising_steps, num_masked)`.
 
     Args:
         iteration: number of this iteration.
-        num_open: `[rows]`, int64: cells that were open before the first one.
-        num_iterations: in how many they are to be written.
-        counts: `"linear"` or `"cosine"`.
+        num_masked: `[rows]`, int64: cells that were open before the first one.
+        max_denoising_steps: in how many they are to be written.
+        mask_schedule: `"linear"` or `"cosine"`.
 
     Returns:
         `[rows]`, int64.
     """
-    last = num_open.clamp(min=1, max=num_iterations)
+    last = num_masked.clamp(min=1, max=max_denoising_steps)
     done = last.clamp(max=iteration + 1)
-    if counts == "linear":
-        return num_open - num_open * done // last
-    left = (num_open * torch.cos(math.pi / 2 * done.double() / last)).floor().long()
-    return torch.where(done == last, 0, torch.minimum(left, num_open - done))
+    if mask_schedule == "linear":
+        return num_masked - num_masked * done // last
+    left = (num_masked * torch.cos(math.pi / 2 * done.double() / last)).floor().long()
+    return torch.where(done == last, 0, torch.minimum(left, num_masked - done))
 
 
-def _least(keys, is_open, number):
+def _least(keys, is_masked, number):
     """The `number [rows]` open cells of each row with the least keys `[rows, cells]`; of equal ones the first."""
-    order = keys.masked_fill(~is_open, torch.inf).sort(dim=1, stable=True).indices
+    order = keys.masked_fill(~is_masked, torch.inf).sort(dim=1, stable=True).indices
     ranks = order.argsort(dim=1)
-    return is_open & (ranks < number.unsqueeze(1))
+    return is_masked & (ranks < number.unsqueeze(1))
 
 
-def _first(is_open):
-    return is_open & (is_open.cumsum(1) == 1)
+def _first(is_masked):
+    return is_masked & (is_masked.cumsum(1) == 1)
 
 
-def _within_entropy_bound(entropy, is_open, bound):
+def _within_entropy_bound(entropy, is_masked, bound):
     """The open cells of least entropy whose sum stays within the bound, and always the first of them."""
-    entropy, order = entropy.masked_fill(~is_open, torch.inf).sort(dim=1, stable=True)
+    entropy, order = entropy.masked_fill(~is_masked, torch.inf).sort(dim=1, stable=True)
     fits = entropy.cumsum(1) <= bound
     fits[:, 0] = True
-    return is_open & torch.zeros_like(is_open).scatter(1, order, fits)
+    return is_masked & torch.zeros_like(is_masked).scatter(1, order, fits)
 
 
-class _Schedule:
+class _Sampler:
     """Which open cells `[rows, cells]` of the rows numbered `rows` are written in an iteration."""
 
-    def __init__(self, config, num_open, generator):
-        self.config, self.num_open, self.generator = config, num_open, generator
-        self.num_iterations = config.num_iterations or _ITERATIONS_WITH_COUNTS
-        self.limit = torch.full_like(num_open, torch.iinfo(torch.long).max)
-        if config.schedule in ("confidence", "random"):
-            self.limit = num_open.clamp(max=self.num_iterations)
-        elif config.schedule == "entropy" and config.num_iterations is not None:
-            self.limit = torch.full_like(num_open, config.num_iterations)
+    def __init__(self, config, num_masked, generator):
+        self.config, self.num_masked, self.generator = config, num_masked, generator
+        self.max_denoising_steps = config.max_denoising_steps or _DEFAULT_DENOISING_STEPS
+        self.limit = torch.full_like(num_masked, torch.iinfo(torch.long).max)
+        if config.sampler in ("confidence", "random"):
+            self.limit = num_masked.clamp(max=self.max_denoising_steps)
+        elif config.sampler == "entropy_bound" and config.max_denoising_steps is not None:
+            self.limit = torch.full_like(num_masked, config.max_denoising_steps)
 
-    def choose_before(self, is_open, rows, iteration):
+    def choose_before(self, is_masked, rows, iteration):
         """For schedules that need no prediction to choose; `None` for the others."""
-        if self.config.schedule == "raster":
-            return _first(is_open)
-        if self.config.schedule == "random":
-            keys = torch.rand(is_open.shape, generator=self.generator, device=is_open.device)
-            return _least(keys, is_open, self._number(is_open, rows, iteration))
+        if self.config.sampler == "raster":
+            return _first(is_masked)
+        if self.config.sampler == "random":
+            keys = torch.rand(is_masked.shape, generator=self.generator, device=is_masked.device)
+            return _least(keys, is_masked, self._number(is_masked, rows, iteration))
         return None
 
-    def choose_after(self, prediction, is_open, rows, iteration):
-        if self.config.schedule == "entropy":
-            return _within_entropy_bound(prediction.entropy, is_open, self.config.entropy_bound)
-        return _least(-prediction.confidence, is_open, self._number(is_open, rows, iteration))
+    def choose_after(self, prediction, is_masked, rows, iteration):
+        if self.config.sampler == "entropy_bound":
+            return _within_entropy_bound(prediction.entropy, is_masked, self.config.entropy_bound)
+        return _least(-prediction.confidence, is_masked, self._number(is_masked, rows, iteration))
 
-    def _number(self, is_open, rows, iteration):
+    def _number(self, is_masked, rows, iteration):
         # Counted from what is open now: cells that were re-opened since are made up for.
-        num_open = self.num_open[rows].cpu()  # where there is float64
-        left = num_open_after(iteration, num_open, self.num_iterations, self.config.counts)
-        return is_open.sum(1) - left.to(is_open.device)
+        num_masked = self.num_masked[rows].cpu()  # where there is float64
+        left = num_masked_after(iteration, num_masked, self.max_denoising_steps, self.config.mask_schedule)
+        return is_masked.sum(1) - left.to(is_masked.device)
 
     def is_last(self, rows, iteration):
         """`[rows]`: whether nothing may be left open."""
@@ -321,28 +323,28 @@ class _TokenDraw:
         return scores
 
 
-class _Pages:
+class _Canvas:
     """Pages on which is written: all `[batch, cells]`, `rows` are numbers of rows, other arguments `[rows, cells]`."""
 
-    def __init__(self, ids, mask_token_id, on_page):
+    def __init__(self, ids, mask_token_id, on_canvas):
         self.ids, self.mask_token_id = ids, mask_token_id
-        self.is_open = (ids == mask_token_id) & on_page
-        self.may_reopen = self.is_open.clone()  # no cell twice, given cells never
-        self.committed_at = torch.full_like(ids, -1)
+        self.is_masked = (ids == mask_token_id) & on_canvas
+        self.may_remask = self.is_masked.clone()  # no cell twice, given cells never
+        self.unmask_step = torch.full_like(ids, -1)
         self.scores = torch.zeros_like(ids, dtype=torch.float32)
         self.predicted = ids.clone()  # with the likeliest token in every open cell
         self.stable_for = torch.zeros_like(ids[:, 0])  # iterations without a change of these
 
     def unfinished(self):
-        return self.is_open.any(1).nonzero().squeeze(1)
+        return self.is_masked.any(1).nonzero().squeeze(1)
 
     def written(self, rows):
         """Cells with a token of ours that may still be taken back."""
-        return self.may_reopen[rows] & ~self.is_open[rows]
+        return self.may_remask[rows] & ~self.is_masked[rows]
 
     def see(self, rows, likeliest):
         """Take in what is predicted; returns for how many iterations it has been the same, `[rows]`."""
-        predicted = torch.where(self.is_open[rows], likeliest, self.ids[rows])
+        predicted = torch.where(self.is_masked[rows], likeliest, self.ids[rows])
         same = (predicted == self.predicted[rows]).all(1)
         self.predicted[rows] = predicted
         self.stable_for[rows] = torch.where(same, self.stable_for[rows] + 1, 0)
@@ -351,23 +353,23 @@ class _Pages:
     def write(self, rows, cells, prediction, iteration):
         self.ids[rows] = torch.where(cells, prediction.drawn, self.ids[rows])
         self.scores[rows] = torch.where(cells, prediction.score.float(), self.scores[rows])
-        self.committed_at[rows] = self.committed_at[rows].masked_fill(cells, iteration)
-        self.is_open[rows] &= ~cells
+        self.unmask_step[rows] = self.unmask_step[rows].masked_fill(cells, iteration)
+        self.is_masked[rows] &= ~cells
 
-    def reopen(self, rows, cells):
+    def remask(self, rows, cells):
         self.ids[rows] = self.ids[rows].masked_fill(cells, self.mask_token_id)
-        self.is_open[rows] |= cells
-        self.may_reopen[rows] &= ~cells
+        self.is_masked[rows] |= cells
+        self.may_remask[rows] &= ~cells
 
     def draft(self):
-        return torch.where(self.is_open, self.predicted, self.ids)
+        return torch.where(self.is_masked, self.predicted, self.ids)
 
 
 class HeptapodGenerationMixin:
     """`generate` for models whose `forward` takes pages `[batch, height, width]` and returns `logits` for every cell.
 
     The model has `config.mask_token_id`, `config.pad_token_id` (may be `None`), `config.vocab_size`, and where
-    `config.self_conditioning` is set its `forward` takes `previous_logits`.
+    `config.self_conditioning` is set its `forward` takes `self_conditioning_logits`.
     """
 
     generation_config_class = HeptapodGenerationConfig
@@ -388,7 +390,7 @@ class HeptapodGenerationMixin:
         """Write all open cells of the pages; cells that are given never change.
 
         A cell is open where `input_ids` is `config.mask_token_id` and `attention_mask` is not 0. In each iteration
-        the model sees the pages as they are and predicts their open cells; the schedule writes some of them. Neither
+        the model sees the pages as they are and predicts their open cells; the sampler writes some of them. Neither
         mask nor pad tokens are ever written. A prompt without open cells comes back as it is, without a model call.
 
         Args:
@@ -423,50 +425,50 @@ class HeptapodGenerationMixin:
         """
         config = self._prepare_generation_config(generation_config, kwargs)
         mask_token_id, forbidden = self._special_tokens()
-        shape, pages, on_page = self._prepare_pages(input_ids, attention_mask, height, width)
+        shape, pages, on_canvas = self._prepare_canvas(input_ids, attention_mask, height, width)
         generator = _prepare_generator(generator, config.seed, pages.device)
         draw = _TokenDraw(config, _prepare_processors(logits_processor), forbidden, generator, pages.shape[2])
-        on_page, batch_shape = on_page.flatten(1), pages.shape
-        state = _Pages(pages.flatten(1), mask_token_id, on_page)
-        schedule = _Schedule(config, state.is_open.sum(1), generator)
+        on_canvas, batch_shape = on_canvas.flatten(1), pages.shape
+        state = _Canvas(pages.flatten(1), mask_token_id, on_canvas)
+        sampler = _Sampler(config, state.is_masked.sum(1), generator)
         drafts = hasattr(streamer, "put_draft")
-        trajectory = [state.ids.clone()]
-        previous_logits, iteration = None, 0
+        history = [state.ids.clone()]
+        self_conditioning_logits, iteration = None, 0
         if streamer is not None:
             streamer.put(state.ids.to("cpu", copy=True))
 
         rows = state.unfinished()
         while len(rows):
-            ids, is_open = state.ids[rows], state.is_open[rows]
-            logits = self._predict(ids, on_page[rows], batch_shape, previous_logits)
+            ids, is_masked = state.ids[rows], state.is_masked[rows]
+            logits = self._predict(ids, on_canvas[rows], batch_shape, self_conditioning_logits)
 
-            # All open cells are looked at only where the schedule or an option needs them.
-            chosen = schedule.choose_before(is_open, rows, iteration)
-            looked_at = is_open if chosen is None or drafts or config.stability_threshold else chosen
+            # All open cells are looked at only where the sampler or an option needs them.
+            chosen = sampler.choose_before(is_masked, rows, iteration)
+            looked_at = is_masked if chosen is None or drafts or config.stability_threshold else chosen
             written = state.written(rows)
-            if config.reopen_threshold is not None:
+            if config.remask_threshold is not None:
                 looked_at = looked_at | written
             prediction = draw(logits, ids, looked_at)
             if chosen is None:
-                chosen = schedule.choose_after(prediction, is_open, rows, iteration)
+                chosen = sampler.choose_after(prediction, is_masked, rows, iteration)
 
-            ends = schedule.is_last(rows, iteration)
+            ends = sampler.is_last(rows, iteration)
             if drafts or config.stability_threshold:
                 stable_for = state.see(rows, prediction.likeliest)
                 if config.stability_threshold:
                     ends = ends | (stable_for >= config.stability_threshold)
-            state.write(rows, chosen | (is_open & ends.unsqueeze(1)), prediction, iteration)
-            if config.reopen_threshold is not None:
-                doubtful = written & (prediction.current < config.reopen_threshold)
-                state.reopen(rows, doubtful & ~ends.unsqueeze(1))
+            state.write(rows, chosen | (is_masked & ends.unsqueeze(1)), prediction, iteration)
+            if config.remask_threshold is not None:
+                doubtful = written & (prediction.current < config.remask_threshold)
+                state.remask(rows, doubtful & ~ends.unsqueeze(1))
 
             iteration += 1
-            if config.output_trajectory:
-                trajectory.append(state.ids.clone())
+            if config.output_history:
+                history.append(state.ids.clone())
             if drafts:
                 streamer.put_draft(state.draft().cpu())
             if self._is_self_conditioned():
-                previous_logits = logits[state.is_open[rows].any(1)]
+                self_conditioning_logits = logits[state.is_masked[rows].any(1)]
             rows = state.unfinished()
 
         if streamer is not None:
@@ -476,17 +478,19 @@ class HeptapodGenerationMixin:
             return state.ids.view(shape)
         return HeptapodGenerateOutput(
             sequences=state.ids.view(shape),
-            committed_at=state.committed_at.view(shape),
-            model_calls=iteration,
+            unmask_step=state.unmask_step.view(shape),
+            nfe=iteration,
             scores=state.scores.view(shape) if config.output_scores else None,
-            trajectory=torch.stack(trajectory).view(len(trajectory), *shape) if config.output_trajectory else None,
+            history=torch.stack(history).view(len(history), *shape) if config.output_history else None,
         )
 
-    def _predict(self, ids, on_page, batch_shape, previous_logits):
+    def _predict(self, ids, on_canvas, batch_shape, self_conditioning_logits):
         """Logits `[rows, cells, vocab]` of pages `[rows, cells]`."""
         shape = (len(ids), *batch_shape[1:])
-        conditions = {} if previous_logits is None else {"previous_logits": previous_logits.view(*shape, -1)}
-        attention_mask = None if on_page.all() else on_page.view(shape).long()
+        conditions = {}
+        if self_conditioning_logits is not None:
+            conditions["self_conditioning_logits"] = self_conditioning_logits.view(*shape, -1)
+        attention_mask = None if on_canvas.all() else on_canvas.view(shape).long()
         outputs = self(input_ids=ids.view(shape), attention_mask=attention_mask, return_dict=True, **conditions)
         return outputs.logits.flatten(1, 2)
 
@@ -527,7 +531,7 @@ class HeptapodGenerationMixin:
             raise ValueError(f"`config.mask_token_id` and `config.pad_token_id` must differ, both are {mask}.")
         return mask, [mask] if pad is None else [mask, pad]
 
-    def _prepare_pages(self, input_ids, attention_mask, height, width):
+    def _prepare_canvas(self, input_ids, attention_mask, height, width):
         """The prompt's shape, the pages (ours to write on) and their cells, both `[batch, height, width]`."""
         for name, value in (("height", height), ("width", width)):
             if value is not None and (type(value) is not int or value < 1):
@@ -634,4 +638,4 @@ def _prepare_processors(logits_processor):
     return LogitsProcessorList(processors)
 
 
-__all__ = ["HeptapodGenerateOutput", "HeptapodGenerationConfig", "HeptapodGenerationMixin", "num_open_after"]
+__all__ = ["HeptapodGenerateOutput", "HeptapodGenerationConfig", "HeptapodGenerationMixin", "num_masked_after"]

@@ -22,10 +22,10 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
-from ..common.auto_map import KnownByNameMixin
-from ..common.losses import IGNORED, at_least_one, require_labels
-from ..common.model_inputs import check_ids, check_one_input, has_open_sizes, without_pads
-from ..common.unread_arguments import refuse_unread, take_out
+from ..common.auto_mapping import AutoMappingMixin
+from ..common.losses import IGNORE_INDEX, at_least_one, require_labels
+from ..common.model_inputs import apply_mask_to_padding_states, check_ids, check_one_input, has_dynamic_shapes
+from ..common.unused_kwargs import pop_kwargs, reject_unused_kwargs
 from .configuration_heptapod import HeptapodConfig
 from .generation_heptapod import HeptapodGenerationMixin
 from .local_attention import attention_weights, grid_rotary, local_attention, rotate
@@ -75,9 +75,11 @@ class HeptapodAttention(nn.Module):
         q, k, v = qkv.permute(3, 0, 4, 1, 2, 5)  # [batch, heads, height, width, head_dim]
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         dropout = self.attention_dropout if self.training else 0.0
-        in_the_open = output_attentions or self.config._attn_implementation == "eager" or has_open_sizes(hidden_states)
+        use_eager = (
+            output_attentions or self.config._attn_implementation == "eager" or has_dynamic_shapes(hidden_states)
+        )
         attentions = None
-        if in_the_open:
+        if use_eager:
             parts = [attention_weights(q[:, at], k[:, at], *window, padding_mask) for at, *window in self.head_groups]
             attentions = torch.cat(parts, dim=1)
             out = nn.functional.dropout(attentions, dropout) @ v.flatten(2, 3)
@@ -123,7 +125,7 @@ class HeptapodLayer(GradientCheckpointingLayer):
         return hidden_states.view(page)
 
 
-class HeptapodBorders(nn.Module):
+class HeptapodSinePositionEmbedding(nn.Module):
     """Where a cell lies on its page: its distances to the four borders, as sines and cosines of eight frequencies.
 
     Rotary positions tell how cells lie to each other, not where: on an empty page, whose cells all hold the same mask
@@ -162,12 +164,12 @@ class HeptapodBorders(nn.Module):
         )  # under autocast the product has another
 
 
-class HeptapodFeedback(nn.Linear):
+class HeptapodSelfConditioning(nn.Linear):
     """What the model makes of its last prediction. It starts at zero: an untrained model does not listen to itself."""
 
 
 @auto_docstring
-class HeptapodPreTrainedModel(KnownByNameMixin, PreTrainedModel):
+class HeptapodPreTrainedModel(AutoMappingMixin, PreTrainedModel):
     config: HeptapodConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -197,7 +199,7 @@ class HeptapodPreTrainedModel(KnownByNameMixin, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, HeptapodFeedback):
+        if isinstance(module, HeptapodSelfConditioning):
             init.zeros_(module.weight)
 
 
@@ -206,7 +208,9 @@ class HeptapodModel(HeptapodPreTrainedModel):
     def __init__(self, config: HeptapodConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.borders = HeptapodBorders(config) if config.border_distances else None
+        self.embed_positions = (
+            HeptapodSinePositionEmbedding(config) if config.use_absolute_position_embeddings else None
+        )
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList(
             [HeptapodLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
@@ -241,20 +245,20 @@ class HeptapodModel(HeptapodPreTrainedModel):
         output_attentions (`bool`, *optional*):
             Whether to also give each layer's `[batch, heads, cells, cells]`: takes time and memory quadratic in cells.
         """
-        refuse_unread(self, kwargs)
-        inputs_embeds = self.embed_cells(input_ids, inputs_embeds, attention_mask)
+        reject_unused_kwargs(self, kwargs)
+        inputs_embeds = self.embed(input_ids, inputs_embeds, attention_mask)
         grid_size = self.page_size(inputs_embeds.shape[:-1], grid_size)
         padding_mask = _padding_mask(attention_mask, inputs_embeds.shape[:-1], grid_size)
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         rotary = grid_rotary(*grid_size, self.config.head_dim, self.config.rope_theta, inputs_embeds.device)
         hidden_states = inputs_embeds
-        if self.borders is not None:
-            places = self.borders(grid_size, inputs_embeds, padding_mask)
+        if self.embed_positions is not None:
+            places = self.embed_positions(grid_size, inputs_embeds, padding_mask)
             hidden_states = hidden_states + places.expand(inputs_embeds.shape[0], *places.shape[1:]).reshape_as(
                 inputs_embeds
             )
         if padding_mask is not None:
-            hidden_states = without_pads(hidden_states, padding_mask.view(hidden_states.shape[:-1]))
+            hidden_states = apply_mask_to_padding_states(hidden_states, padding_mask.view(hidden_states.shape[:-1]))
         hidden_states = self.dropout(hidden_states)
         for layer in self.layers:
             hidden_states = layer(
@@ -266,7 +270,7 @@ class HeptapodModel(HeptapodPreTrainedModel):
             )
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
 
-    def embed_cells(
+    def embed(
         self,
         input_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -346,7 +350,7 @@ def _check_shape(name, tensor, shape):
 
 def _check_clean(input_ids, labels, mask_token_id):
     """Raise a `ValueError` where cells that count are masked already, or are not what the page holds."""
-    counts = labels != IGNORED
+    counts = labels != IGNORE_INDEX
     for name, ids in (("input_ids", input_ids), ("labels", labels)):
         if ids is not None and ((ids == mask_token_id) & counts).any():
             raise ValueError(
@@ -357,7 +361,7 @@ def _check_clean(input_ids, labels, mask_token_id):
     if input_ids is not None and ((input_ids != labels) & counts).any():
         number = int(((input_ids != labels) & counts).sum())
         raise ValueError(
-            f"`labels` must be `input_ids` where they are not {IGNORED}, but {number} of {int(counts.sum())} differ: give "
+            f"`labels` must be `input_ids` where they are not {IGNORE_INDEX}, but {number} of {int(counts.sum())} differ: give "
             "the clean page, the model masks it itself."
         )
 
@@ -412,7 +416,7 @@ class ElboEstimate(NamedTuple):
     standard_error: torch.Tensor
 
 
-def cell_nats(logits: torch.Tensor, labels: torch.Tensor, excluded: list[int]) -> torch.Tensor:
+def token_nll(logits: torch.Tensor, labels: torch.Tensor, excluded: list[int]) -> torch.Tensor:
     """`-log p(label)` of cells, in float32 at least.
 
     Args:
@@ -425,7 +429,7 @@ def cell_nats(logits: torch.Tensor, labels: torch.Tensor, excluded: list[int]) -
         columns = torch.tensor(excluded, device=logits.device)
         logits = logits.index_fill(-1, columns, torch.finfo(logits.dtype).min)
     nats = nn.functional.cross_entropy(
-        logits.flatten(0, -2), labels.flatten().to(logits.device), ignore_index=IGNORED, reduction="none"
+        logits.flatten(0, -2), labels.flatten().to(logits.device), ignore_index=IGNORE_INDEX, reduction="none"
     )
     return nats.view(labels.shape)
 
@@ -452,12 +456,12 @@ def masked_diffusion_loss(
         excluded (`list[int]`): tokens that are never written.
         num_items_in_batch (`int`, *optional*): cells that count in all batches of one optimizer step.
     """
-    nats = cell_nats(logits, labels.masked_fill(~masked, IGNORED), excluded).flatten(1).sum(1)
+    nats = token_nll(logits, labels.masked_fill(~masked, IGNORE_INDEX), excluded).flatten(1).sum(1)
     return (nats / mask_ratio.to(nats)).sum() / _count(labels, num_items_in_batch, nats.device)
 
 
 def _count(labels, num_items_in_batch, device):
-    count = at_least_one((labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+    count = at_least_one((labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch)
     return count.to(device) if torch.is_tensor(count) else count
 
 
@@ -475,7 +479,7 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
         self.model = HeptapodModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.self_conditioning:
-            self.feedback_proj = HeptapodFeedback(config.hidden_size, config.hidden_size, bias=False)
+            self.self_conditioning_proj = HeptapodSelfConditioning(config.hidden_size, config.hidden_size, bias=False)
         if config.neighbor_loss_weight:
             self.neighbor_projs = nn.ModuleList(
                 [nn.Linear(config.hidden_size, config.hidden_size, bias=False) for _ in _DIRECTIONS]
@@ -493,7 +497,7 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         grid_size: tuple[int, int] | None = None,
-        previous_logits: torch.FloatTensor | None = None,
+        self_conditioning_logits: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> HeptapodMaskedLMOutput:
         r"""
@@ -522,13 +526,13 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
             than the CPU the first batch is looked at, and later a mask token among the labels does not count.
         grid_size (`tuple`, *optional*, defaults to `config.grid_size`):
             Height and width of a page that is given flat.
-        previous_logits (`torch.FloatTensor` of the shape of the logits, *optional*):
+        self_conditioning_logits (`torch.FloatTensor` of the shape of the logits, *optional*):
             The model's last prediction for this page, with `config.self_conditioning`. When not given, training with
             labels makes one first in half of the steps, evaluation with labels always.
         """
-        of_loss = take_out(kwargs, "num_items_in_batch")
+        of_loss = pop_kwargs(kwargs, "num_items_in_batch")
         require_labels(labels, of_loss.get("num_items_in_batch"), "the model masks the page by them")
-        inputs_embeds = self.model.embed_cells(input_ids, inputs_embeds, attention_mask)
+        inputs_embeds = self.model.embed(input_ids, inputs_embeds, attention_mask)
         shape = inputs_embeds.shape[:-1]
         page = {"attention_mask": attention_mask, "grid_size": self.model.page_size(shape, grid_size)}
         predict_twice = False
@@ -537,18 +541,20 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
             if of_loss.get("num_items_in_batch") is not None:
                 _warn_of_pads_that_were_counted(given, labels)
             if self.training:
-                masked, mask_ratio = draw_mask(labels, None, *_rank_and_ranks())
+                masked, mask_ratio = sample_mask(labels, None, *_rank_and_ranks())
             else:
-                masked, mask_ratio = draw_masks_of_pages(labels)
+                masked, mask_ratio = sample_eval_masks(labels)
             inputs_embeds = self._mask(inputs_embeds, masked)
             predict_twice = self.config.self_conditioning and (not self.training or bool(torch.rand(()) < 0.5))
-        if predict_twice and previous_logits is None:
-            previous_logits = self._first_prediction(inputs_embeds, page)
-        outputs = self.model(inputs_embeds=self._with_feedback(inputs_embeds, previous_logits), **page, **kwargs)
+        if predict_twice and self_conditioning_logits is None:
+            self_conditioning_logits = self._first_prediction(inputs_embeds, page)
+        outputs = self.model(
+            inputs_embeds=self._with_self_conditioning(inputs_embeds, self_conditioning_logits), **page, **kwargs
+        )
         logits = cell_by_cell(self.lm_head, outputs.last_hidden_state)
         loss = masked_labels = None
         if labels is not None:
-            masked_labels = labels.masked_fill(~masked, IGNORED)
+            masked_labels = labels.masked_fill(~masked, IGNORE_INDEX)
             about = {"labels": labels, "masked": masked, "mask_ratio": mask_ratio, "excluded": self._never_written()}
             loss = self.loss_function(logits=logits, **about, **of_loss)
             if self.training and self.config.neighbor_loss_weight:
@@ -593,22 +599,24 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
         """
         if num_samples < 2 or num_samples % 2:
             raise ValueError(f"`num_samples` must be an even number of at least 2, got {num_samples}.")
-        clean = self.model.embed_cells(input_ids, attention_mask=attention_mask)
+        clean = self.model.embed(input_ids, attention_mask=attention_mask)
         page = {"attention_mask": attention_mask, "grid_size": self.model.page_size(input_ids.shape, grid_size)}
         labels = input_ids if labels is None else labels
         labels = self._cells_that_count(labels, input_ids.shape, attention_mask, input_ids)
-        count = (labels != IGNORED).flatten(1).sum(1)
+        count = (labels != IGNORE_INDEX).flatten(1).sum(1)
         strata = num_samples // 2
         samples = []
         for sample in range(num_samples):
             place = torch.rand(len(count), generator=generator, device=count.device)
             number = ((sample // 2 + place) / strata * count).long().clamp_max(count - 1) + 1
-            masked = _choose(labels != IGNORED, number, generator)
+            masked = _choose(labels != IGNORE_INDEX, number, generator)
             embeds = self._mask(clean, masked)
-            previous_logits = self._first_prediction(embeds, page) if self.config.self_conditioning else None
-            hidden_states = self.model(inputs_embeds=self._with_feedback(embeds, previous_logits), **page)[0]
+            self_conditioning_logits = self._first_prediction(embeds, page) if self.config.self_conditioning else None
+            hidden_states = self.model(
+                inputs_embeds=self._with_self_conditioning(embeds, self_conditioning_logits), **page
+            )[0]
             logits = cell_by_cell(self.lm_head, hidden_states)
-            nats = cell_nats(logits, labels.masked_fill(~masked, IGNORED), self._never_written())
+            nats = token_nll(logits, labels.masked_fill(~masked, IGNORE_INDEX), self._never_written())
             samples.append(nats.flatten(1).sum(1) * count / number.clamp_min(1))
         pairs = torch.stack(samples).unflatten(0, (strata, 2))  # [strata, 2, batch]
         error = (pairs[:, 0] - pairs[:, 1]).square().sum(0).sqrt() / (2 * strata)
@@ -623,16 +631,16 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
         _check_shape("attention_mask", attention_mask, shape)
         labels = labels.long()
         if self.config.pad_token_id is not None:
-            labels = labels.masked_fill(labels == self.config.pad_token_id, IGNORED)
+            labels = labels.masked_fill(labels == self.config.pad_token_id, IGNORE_INDEX)
         if attention_mask is not None:
-            labels = labels.masked_fill(~attention_mask.bool(), IGNORED)
-        _check_range("labels", labels.masked_fill(labels == IGNORED, 0), self.config.vocab_size)
+            labels = labels.masked_fill(~attention_mask.bool(), IGNORE_INDEX)
+        _check_range("labels", labels.masked_fill(labels == IGNORE_INDEX, 0), self.config.vocab_size)
         mask_token_id = self.config.mask_token_id
         # Off the CPU reading values synchronizes the device: once, since what makes wrong batches makes them all the time.
         if _may_be_looked_at(labels) or not (self._has_looked_at_labels or is_tracing(labels)):
             _check_clean(input_ids, labels, mask_token_id)
             self._has_looked_at_labels = True
-        return labels.masked_fill(labels == mask_token_id, IGNORED)
+        return labels.masked_fill(labels == mask_token_id, IGNORE_INDEX)
 
     def _never_written(self):
         """Tokens that no cell is ever given, so that they take no share of its probability."""
@@ -646,23 +654,25 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
     def _first_prediction(self, inputs_embeds, page):
         return cell_by_cell(self.lm_head, self.model(inputs_embeds=inputs_embeds, **page)[0])
 
-    def _with_feedback(self, inputs_embeds, previous_logits):
+    def _with_self_conditioning(self, inputs_embeds, self_conditioning_logits):
         """Embeddings, and on top of them what the model made of the page last time."""
-        if previous_logits is None:
+        if self_conditioning_logits is None:
             if not (self.config.self_conditioning and self.training):
                 return inputs_embeds
             # Adds zeros: in distributed training every parameter takes part in every step.
-            return inputs_embeds + cell_by_cell(self.feedback_proj, torch.zeros_like(inputs_embeds))
+            return inputs_embeds + cell_by_cell(self.self_conditioning_proj, torch.zeros_like(inputs_embeds))
         if not self.config.self_conditioning:
-            raise ValueError("`previous_logits` were given, but `config.self_conditioning` is False.")
+            raise ValueError("`self_conditioning_logits` were given, but `config.self_conditioning` is False.")
         expected = [*inputs_embeds.shape[:-1], self.config.vocab_size]
-        if list(previous_logits.shape) != expected:
-            raise ValueError(f"`previous_logits` must be {expected}, got {list(previous_logits.shape)}.")
+        if list(self_conditioning_logits.shape) != expected:
+            raise ValueError(
+                f"`self_conditioning_logits` must be {expected}, got {list(self_conditioning_logits.shape)}."
+            )
         # All embeddings as the module gives them: its weight may be offloaded, quantized or have an adapter on top.
         table = self.model.embed_tokens(torch.arange(self.config.vocab_size, device=inputs_embeds.device))
         dtype = torch.promote_types(table.dtype, torch.float32)
-        share = torch.softmax(previous_logits.to(inputs_embeds.device, dtype), dim=-1)
-        feedback = cell_by_cell(self.feedback_proj, share.to(table.dtype) @ table)
+        share = torch.softmax(self_conditioning_logits.to(inputs_embeds.device, dtype), dim=-1)
+        feedback = cell_by_cell(self.self_conditioning_proj, share.to(table.dtype) @ table)
         return inputs_embeds + feedback.to(inputs_embeds.dtype)
 
     def _neighbor_loss(
@@ -678,13 +688,13 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
             here, there = _overlap(down, across, *grid[1:])
             wanted = masked[there] if real is None else masked[there] & real[here]
             predicted = self.lm_head(projection(states[here][wanted]))
-            nats = cell_nats(predicted, labels[there][wanted], excluded)
+            nats = token_nll(predicted, labels[there][wanted], excluded)
             ratio = mask_ratio.to(nats).view(-1, 1, 1).expand_as(wanted)[wanted]
             total = total + (nats / ratio).sum()
         return total / (len(_DIRECTIONS) * _count(labels, num_items_in_batch, total.device))
 
 
-def draw_mask(
+def sample_mask(
     labels: torch.Tensor, generator: torch.Generator | None = None, rank: int = 0, num_ranks: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which cells to mask, and with which probability.
@@ -707,7 +717,7 @@ def draw_mask(
     mask_ratio = 1 - (start + rows / (num_ranks * batch)) % 1
     chance = torch.rand(labels.shape, generator=generator, device=device)
     chance = (chance + rank / num_ranks) % 1 if rank else chance
-    return (labels != IGNORED) & (chance < mask_ratio.view(-1, *[1] * (labels.dim() - 1))), mask_ratio
+    return (labels != IGNORE_INDEX) & (chance < mask_ratio.view(-1, *[1] * (labels.dim() - 1))), mask_ratio
 
 
 def _rank_and_ranks():
@@ -721,12 +731,12 @@ def _warn_of_pads_that_were_counted(given, labels):
     if _may_be_looked_at(given) and (given != labels).any():
         logger.warning_once(
             "`labels` hold pads, which do not count, but were counted in `num_items_in_batch`: the loss is too small. "
-            f"Give them the label {IGNORED}, as `HeptapodProcessor(..., return_labels=True)` does."
+            f"Give them the label {IGNORE_INDEX}, as `HeptapodProcessor(..., return_labels=True)` does."
         )
 
 
-def draw_masks_of_pages(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `draw_mask`, but each page's ratio and cells are drawn from its own labels, in reading order.
+def sample_eval_masks(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `sample_mask`, but each page's ratio and cells are drawn from its own labels, in reading order.
 
     Whatever the model, the device, the batch and the padding, a page is always masked in the same way. So a loss over many
     pages does not depend on how they are batched.
@@ -740,7 +750,7 @@ def draw_masks_of_pages(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     pages = labels.detach().cpu().long()
     masked, mask_ratio = torch.zeros_like(pages, dtype=torch.bool), torch.empty(len(pages))
     for row, page in enumerate(pages):
-        counts = page != IGNORED
+        counts = page != IGNORE_INDEX
         cells = page[counts]
         generator = torch.Generator().manual_seed(zlib.crc32(cells.numpy().tobytes()))
         mask_ratio[row] = 1 - torch.rand((), generator=generator)

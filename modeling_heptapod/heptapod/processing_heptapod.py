@@ -14,20 +14,20 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
-from ..common.remote_code import OwnCodeMixin
-from ..common.text_processors import columns_of, list_of_texts, reads_text_only, special_token_ids
+from ..common.processing_utils import columns_of, list_of_texts, reads_text_only, special_token_ids
+from ..common.remote_code import CustomCodeMixin
 
 
 logger = logging.get_logger(__name__)
 
-OVERFLOWS = ("wrap", "clip")
+OVERFLOWS = ("wrap", "truncate")
 REGIONS = ("top", "middle", "bottom", "hole", "frame", "all")
 # What tokenizers and their normalizers are known to change: blanks at either end and in twos, a blank before a comma,
 # tabs, carriage returns, control characters, upper case, composed and decomposed accents, ligatures, several bytes.
 _PROBE = "  Two  blanks ,\ta tab\r \x00 \u00e9 e\u0301 \ufb01 \u00a0\U0001f419  "
 
 
-def open_region(region, height: int, width: int) -> np.ndarray:
+def region_mask(region, height: int, width: int) -> np.ndarray:
     """Which cells of a page a region opens.
 
     Args:
@@ -42,7 +42,7 @@ def open_region(region, height: int, width: int) -> np.ndarray:
     Raises:
         ValueError: for an unknown name or what does not fit on the page.
     """
-    is_open = np.zeros((height, width), dtype=bool)
+    is_masked = np.zeros((height, width), dtype=bool)
     if isinstance(region, str):
         if region not in REGIONS:
             raise ValueError(
@@ -55,18 +55,18 @@ def open_region(region, height: int, width: int) -> np.ndarray:
             "bottom": (height - third, 0, third, width),
             "all": (0, 0, height, width),
         }.get(region, ((height - rows) // 2, (width - columns) // 2, rows, columns))
-        is_open[top : top + rows, left : left + columns] = True
-        return ~is_open if region == "frame" else is_open
+        is_masked[top : top + rows, left : left + columns] = True
+        return ~is_masked if region == "frame" else is_masked
     if isinstance(region, tuple) and len(region) == 4 and all(type(number) is int for number in region):
         top, left, rows, columns = region
         if top < 0 or left < 0 or rows < 1 or columns < 1 or top + rows > height or left + columns > width:
             raise ValueError(
                 f"`mask_region` (top, left, height, width) = {region} does not lie on a page of {height} x {width}."
             )
-        is_open[top : top + rows, left : left + columns] = True
-        return is_open
+        is_masked[top : top + rows, left : left + columns] = True
+        return is_masked
     array = np.asarray(region)
-    if array.dtype != bool or array.shape != is_open.shape:
+    if array.dtype != bool or array.shape != is_masked.shape:
         raise ValueError(
             f"`mask_region` must be one of {REGIONS}, a rectangle (top, left, height, width) or a boolean array "
             f"[{height}, {width}], got {region!r}."
@@ -74,7 +74,7 @@ def open_region(region, height: int, width: int) -> np.ndarray:
     return array.copy()
 
 
-class HeptapodProcessor(OwnCodeMixin, ProcessorMixin):
+class HeptapodProcessor(CustomCodeMixin, ProcessorMixin):
     """Lays text out on pages for a grid model and reads it back.
 
     Args:
@@ -85,7 +85,7 @@ class HeptapodProcessor(OwnCodeMixin, ProcessorMixin):
             Size of a page. Without them a page is as high or as wide as its text needs.
         overflow (`str`, *optional*, defaults to `"wrap"`):
             What happens to a line that is longer than a row: it goes on in the next one (`"wrap"`), or its end is
-            lost (`"clip"`). A text with more rows than the page is an error with `"wrap"`, with `"clip"` its end is
+            lost (`"truncate"`). A text with more rows than the page is an error with `"wrap"`, with `"truncate"` its end is
             lost. See `paginate` for texts longer than a page.
         blank_token (`str`, *optional*, defaults to `"<|blank|>"`):
             The token of `tokenizer` that fills rows.
@@ -140,7 +140,7 @@ class HeptapodProcessor(OwnCodeMixin, ProcessorMixin):
         width: int | Sequence[int] | None = None,
         overflow: str | None = None,
         mask_region=None,
-        return_num_clipped: bool = False,
+        return_num_truncated_tokens: bool = False,
         return_labels: bool = False,
         split_special_tokens: bool = True,
         padding: bool | str = True,
@@ -154,10 +154,10 @@ class HeptapodProcessor(OwnCodeMixin, ProcessorMixin):
         Args:
             text: one text or a sequence of them.
             height, width: size of a page, or of each; the processor's own when not given.
-            overflow: `"wrap"` or `"clip"`, the processor's own when not given.
-            mask_region: cells to open, see [`open_region`]: one region for all pages, or a list with a region or `None`
+            overflow: `"wrap"` or `"truncate"`, the processor's own when not given.
+            mask_region: cells to open, see [`region_mask`]: one region for all pages, or a list with a region or `None`
                 for each. Open cells lose what was written there.
-            return_num_clipped: give `num_clipped [batch]` as well: how many tokens of each text are not on its page.
+            return_num_truncated_tokens: give `num_truncated_tokens [batch]` as well: how many tokens of each text are not on its page.
                 Without it a warning says so.
             return_labels: give `labels` as well, for training: `input_ids` with `-100` at cells that do not count,
                 which are pads and open cells. `Trainer` counts all others.
@@ -186,21 +186,21 @@ class HeptapodProcessor(OwnCodeMixin, ProcessorMixin):
         if len(regions) != len(texts):
             raise ValueError(f"`mask_region` must have one entry for each of {len(texts)} texts, got {len(regions)}.")
 
-        pages, num_clipped = [], []
+        pages, num_truncated_tokens = [], []
         for number, (text, rows, columns, region) in enumerate(zip(texts, heights, widths, regions)):
             page, clipped = self._lay_out(text, rows, columns, overflow, number, split_special_tokens)
             if region is not None:
-                page[open_region(region, *page.shape)] = self.tokenizer.mask_token_id
+                page[region_mask(region, *page.shape)] = self.tokenizer.mask_token_id
             pages.append(page)
-            num_clipped.append(clipped)
-        if any(num_clipped) and not return_num_clipped:
-            logger.warning(f"Tokens of each text that are not on its page: {num_clipped}.")
+            num_truncated_tokens.append(clipped)
+        if any(num_truncated_tokens) and not return_num_truncated_tokens:
+            logger.warning(f"Tokens of each text that are not on its page: {num_truncated_tokens}.")
 
         input_ids = _stack(pages, self.tokenizer.pad_token_id)
         attention_mask = _stack([np.ones_like(page) for page in pages], 0)
         data = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if return_num_clipped:
-            data["num_clipped"] = np.array(num_clipped)
+        if return_num_truncated_tokens:
+            data["num_truncated_tokens"] = np.array(num_truncated_tokens)
         if return_labels:
             counts = (attention_mask == 1) & (input_ids != self.tokenizer.mask_token_id)
             data["labels"] = np.where(counts, input_ids, -100)
@@ -288,19 +288,19 @@ class HeptapodProcessor(OwnCodeMixin, ProcessorMixin):
         _write(pages.reshape(-1, width), rows)
         return pages
 
-    def open_cells(self, pages, region) -> torch.Tensor:
+    def mask_cells(self, pages, region) -> torch.Tensor:
         """Open a region of pages that are laid out already.
 
         Args:
             pages: token ids `[..., height, width]`, a tensor or an array of integers; it stays as it is.
-            region: see [`open_region`].
+            region: see [`region_mask`].
 
         Returns:
             The pages with mask tokens in the region, pads excepted; a tensor, int64.
         """
         pages = torch.as_tensor(pages).long()
-        is_open = torch.from_numpy(open_region(region, *pages.shape[-2:])).to(pages.device)
-        return pages.masked_fill(is_open & (pages != self.tokenizer.pad_token_id), self.tokenizer.mask_token_id)
+        is_masked = torch.from_numpy(region_mask(region, *pages.shape[-2:])).to(pages.device)
+        return pages.masked_fill(is_masked & (pages != self.tokenizer.pad_token_id), self.tokenizer.mask_token_id)
 
     def decode(self, page, mask_text: str = "\u2591", skip_special_tokens: bool = True) -> str:
         """The text on a page.
@@ -368,19 +368,19 @@ class HeptapodProcessor(OwnCodeMixin, ProcessorMixin):
         lines = self._lines(text, split_special_tokens)
         if width is None:
             width = max([1, *map(len, lines)])
-        rows = _wrap(lines, width) if overflow == "wrap" else [self._clip(line, width) for line in lines]
+        rows = _wrap(lines, width) if overflow == "wrap" else [self._truncate(line, width) for line in lines]
         if height is None:
             height = max(1, len(rows))
         if len(rows) > height and overflow == "wrap":
             raise ValueError(
                 f"Text {number} takes {len(rows)} rows of {width} cells, its page has {height}: give a larger page, "
-                "`overflow='clip'`, or call `paginate`."
+                "`overflow='truncate'`, or call `paginate`."
             )
         page = np.full((height, width), self.blank_token_id, dtype=np.int64)
         _write(page, rows[:height])
         return page, sum(map(len, lines)) - sum(map(len, rows[:height]))
 
-    def _clip(self, line, width):
+    def _truncate(self, line, width):
         if len(line) <= width:
             return line
         ending = line[-1:] if line[-1] == self.newline_token_id else []
@@ -432,4 +432,4 @@ def _check_overflow(overflow):
         raise ValueError(f"`overflow` must be one of {OVERFLOWS}, got {overflow!r}.")
 
 
-__all__ = ["HeptapodProcessor", "open_region"]
+__all__ = ["HeptapodProcessor", "region_mask"]

@@ -11,7 +11,7 @@ class ConvCompressor(nn.Module):
 
     def __init__(self, config: HierarchicalLMConfig, hierarchy: int):
         super().__init__()
-        width, self.factor = config.hidden_size, config.hierarchies[hierarchy]
+        width, self.factor = config.hidden_size, config.compression_factors[hierarchy]
         self.conv_in = nn.Linear(self.factor * width, 4 * width)
         self.conv_out = nn.Linear(4 * width, config.hidden_sizes[hierarchy])
 
@@ -25,7 +25,7 @@ class AttentionCompressor(nn.Module):
 
     def __init__(self, config: HierarchicalLMConfig, hierarchy: int):
         super().__init__()
-        width, self.factor = config.hidden_size, config.hierarchies[hierarchy]
+        width, self.factor = config.hidden_size, config.compression_factors[hierarchy]
         self.num_heads, self.head_dim = config.num_attention_heads[hierarchy], config.head_dim[hierarchy]
         inner = self.num_heads * self.head_dim
         self.q_proj = nn.Linear(width, inner, bias=False)
@@ -50,7 +50,7 @@ class AttentionCompressor(nn.Module):
 
 def make_compressor(config: HierarchicalLMConfig, hierarchy: int) -> nn.Module:
     """The compressor of a hierarchy; at factor 1 what brings embeddings to its width, if anything."""
-    if config.hierarchies[hierarchy] == 1:
+    if config.compression_factors[hierarchy] == 1:
         if config.hidden_sizes[hierarchy] == config.hidden_size:
             return nn.Identity()
         return nn.Linear(config.hidden_size, config.hidden_sizes[hierarchy], bias=False)

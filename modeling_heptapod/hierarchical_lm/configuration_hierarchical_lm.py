@@ -8,7 +8,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring
 
 from ..common.config_checks import check_numbers
-from ..common.remote_code import OwnCodeMixin
+from ..common.remote_code import CustomCodeMixin
 
 
 _CHOICES = {
@@ -26,7 +26,7 @@ _PER_HIERARCHY = (
     "hidden_sizes",
     "num_attention_heads",
     "head_dim",
-    "ff_mult",
+    "mlp_ratio",
     "window_sizes",
     "attention_norm",
     "use_xpos",
@@ -50,9 +50,9 @@ class _HeadCounts(list):
 
 @auto_docstring(checkpoint="heptapod/hierarchical_lm-tiny")
 @strict
-class HierarchicalLMConfig(OwnCodeMixin, PreTrainedConfig):
+class HierarchicalLMConfig(CustomCodeMixin, PreTrainedConfig):
     r"""
-    hierarchies (`int` or `list[int]`, *optional*, defaults to 1):
+    compression_factors (`int` or `list[int]`, *optional*, defaults to 1):
         Compression factor of each hierarchy: unique powers of two. 1 alone is a plain decoder. The fields below that say
         "of each hierarchy" take one value for all, or a list in this order; the config keeps lists.
     strides (`int` or `list[int]`, *optional*, defaults to 1):
@@ -65,7 +65,7 @@ class HierarchicalLMConfig(OwnCodeMixin, PreTrainedConfig):
         Width of each hierarchy, `hidden_size` when not given (256 when neither is).
     head_dim (`int` or `list[int]`, *optional*, defaults to 64):
         Channels of one attention head, of each hierarchy.
-    ff_mult (`float` or `list[float]`, *optional*, defaults to 4):
+    mlp_ratio (`float` or `list[float]`, *optional*, defaults to 4):
         Width of the feed-forward over that of the stream, of each hierarchy.
     window_sizes (`str`, `int` or `list`, *optional*, defaults to `"auto"`):
         How many steps of `c` tokens, its own included, a step of each hierarchy of factor `c` attends to. `None` for all, 0 for no attention
@@ -133,7 +133,7 @@ class HierarchicalLMConfig(OwnCodeMixin, PreTrainedConfig):
     ```python
     >>> from modeling_heptapod import HierarchicalLMConfig, HierarchicalLMForCausalLM
 
-    >>> config = HierarchicalLMConfig(vocab_size=258, hierarchies=[1, 2, 8], window_sizes=[32, 64, None])
+    >>> config = HierarchicalLMConfig(vocab_size=258, compression_factors=[1, 2, 8], window_sizes=[32, 64, None])
     >>> model = HierarchicalLMForCausalLM(config)
     ```"""
 
@@ -147,8 +147,8 @@ class HierarchicalLMConfig(OwnCodeMixin, PreTrainedConfig):
     keys_to_ignore_at_inference = [
         "past_key_values",
         "cache",
-        "hierarchy_embeddings",
-        "row_layout",
+        "hierarchy_hidden_states",
+        "token_layout",
         "ce_loss",
         "reconstruction_loss",
         "prophet_loss",
@@ -157,14 +157,14 @@ class HierarchicalLMConfig(OwnCodeMixin, PreTrainedConfig):
     ]
 
     vocab_size: int = 32000
-    hierarchies: int | list[int] | tuple[int, ...] = 1
+    compression_factors: int | list[int] | tuple[int, ...] = 1
     strides: int | list[int] | tuple[int, ...] = 1
     hidden_size: int | None = None
     hidden_sizes: int | list[int] | tuple[int, ...] | None = None
     num_hidden_layers: int = 6
     num_attention_heads: int | list[int] | tuple[int, ...] = 8
     head_dim: int | list[int] | tuple[int, ...] = 64
-    ff_mult: int | float | list[int | float] | tuple[int | float, ...] = 4
+    mlp_ratio: int | float | list[int | float] | tuple[int | float, ...] = 4
     hidden_act: str = "gelu"
     window_sizes: str | int | list[int | None] | tuple[int | None, ...] | None = "auto"
     window_type: str = "sliding"
@@ -218,13 +218,15 @@ class HierarchicalLMConfig(OwnCodeMixin, PreTrainedConfig):
 
     def _fill_in(self):
         check_numbers(self)
-        if isinstance(self.hierarchies, int):
-            self.hierarchies = [self.hierarchies]
-        self.hierarchies = list(self.hierarchies)
+        if isinstance(self.compression_factors, int):
+            self.compression_factors = [self.compression_factors]
+        self.compression_factors = list(self.compression_factors)
         if self.hidden_sizes is None:
             self.hidden_sizes = 256 if self.hidden_size is None else self.hidden_size
         if self.window_sizes == "auto":
-            self.window_sizes = [max(1, self.max_position_embeddings // max(2 * x, 1)) for x in self.hierarchies]
+            self.window_sizes = [
+                max(1, self.max_position_embeddings // max(2 * x, 1)) for x in self.compression_factors
+            ]
         for name in _PER_HIERARCHY:
             value = getattr(self, name)
             listed = list(value) if isinstance(value, list | tuple) else [value] * self.num_hierarchies
@@ -232,13 +234,13 @@ class HierarchicalLMConfig(OwnCodeMixin, PreTrainedConfig):
         if self.hidden_size is None:
             self.hidden_size = max(self.hidden_sizes, default=0)
         if self.predict_hierarchy is None:
-            self.predict_hierarchy = min(self.hierarchies, default=1)
+            self.predict_hierarchy = min(self.compression_factors, default=1)
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation. Raises `ValueError` for values that make no model."""
-        factors = self.hierarchies
+        factors = self.compression_factors
         if not factors or len(set(factors)) != len(factors) or not all(_is_power_of_two(x) for x in factors):
-            raise ValueError(f"`hierarchies` must be unique powers of two, at least one, got {factors}.")
+            raise ValueError(f"`compression_factors` must be unique powers of two, at least one, got {factors}.")
         for name in _PER_HIERARCHY:
             if len(getattr(self, name)) != len(factors):
                 raise ValueError(
@@ -274,8 +276,10 @@ class HierarchicalLMConfig(OwnCodeMixin, PreTrainedConfig):
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if any(x % 2 for x in self.head_dim):
             raise ValueError(f"Rotary positions need an even `head_dim`, got {self.head_dim}.")
-        if any(int(size * mult) < 1 for size, mult in zip(self.hidden_sizes, self.ff_mult)):
-            raise ValueError(f"`ff_mult` must make at least one channel of {self.hidden_sizes}, got {self.ff_mult}.")
+        if any(int(size * mult) < 1 for size, mult in zip(self.hidden_sizes, self.mlp_ratio)):
+            raise ValueError(
+                f"`mlp_ratio` must make at least one channel of {self.hidden_sizes}, got {self.mlp_ratio}."
+            )
         if any(x is not None and x < 0 for x in self.window_sizes):
             raise ValueError(
                 f"`window_sizes` must be at least 0 (no attention) or None (all), got {self.window_sizes}."
@@ -316,9 +320,9 @@ class HierarchicalLMConfig(OwnCodeMixin, PreTrainedConfig):
         return config
 
     def _validate_prediction(self):
-        if self.predict_hierarchy not in self.hierarchies:
+        if self.predict_hierarchy not in self.compression_factors:
             raise ValueError(
-                f"`predict_hierarchy` must be one of `hierarchies` {self.hierarchies}, got {self.predict_hierarchy}."
+                f"`predict_hierarchy` must be one of `compression_factors` {self.compression_factors}, got {self.predict_hierarchy}."
             )
         stride = self.strides[self.predict_index]
         if stride > 1 and self.merge_into != "all":
@@ -326,7 +330,7 @@ class HierarchicalLMConfig(OwnCodeMixin, PreTrainedConfig):
                 "The hierarchy that predicts must have stride 1 unless `merge_into` is 'all', got stride "
                 f"{stride} at `predict_hierarchy`={self.predict_hierarchy}."
             )
-        finest = self.predict_hierarchy == min(self.hierarchies)
+        finest = self.predict_hierarchy == min(self.compression_factors)
         if self.merge == "cross_attention" and self.merge_direction == "coarse_to_fine" and not finest:
             if not self.predict_from_all:
                 raise ValueError(
@@ -364,12 +368,12 @@ class HierarchicalLMConfig(OwnCodeMixin, PreTrainedConfig):
     @property
     def num_hierarchies(self) -> int:
         """How many streams there are."""
-        return len(self.hierarchies)
+        return len(self.compression_factors)
 
     @property
     def predict_index(self) -> int:
-        """Place of the predicting hierarchy in `hierarchies`."""
-        return self.hierarchies.index(self.predict_hierarchy)
+        """Place of the predicting hierarchy in `compression_factors`."""
+        return self.compression_factors.index(self.predict_hierarchy)
 
     @property
     def prediction_size(self) -> int:
@@ -379,12 +383,12 @@ class HierarchicalLMConfig(OwnCodeMixin, PreTrainedConfig):
     @property
     def intermediate_sizes(self) -> list[int]:
         """Width of each hierarchy's feed-forward."""
-        return [int(size * mult) for size, mult in zip(self.hidden_sizes, self.ff_mult)]
+        return [int(size * mult) for size, mult in zip(self.hidden_sizes, self.mlp_ratio)]
 
     @property
     def dilations(self) -> list[int]:
         """How many steps of its own stream each hierarchy's attention and token shift jump."""
-        return [factor // stride for factor, stride in zip(self.hierarchies, self.strides)]
+        return [factor // stride for factor, stride in zip(self.compression_factors, self.strides)]
 
     @property
     def kept_steps(self) -> list[int | None]:

@@ -46,7 +46,7 @@ class HierarchicalLMAttention(nn.Module):
         else:
             keys, values = cache.append(layer_idx, key.transpose(1, 2), value.transpose(1, 2), plan.order)
         weights = None
-        if plan.in_the_open:
+        if plan.output_attentions:
             out, weights = eager_attention(self, query.transpose(1, 2), keys, values, plan.mask, self.scaling)
         elif plan.fresh and plan.mask is None:
             where = (plan.window, plan.dilation, plan.block, plan.positions, plan.segments)

@@ -13,7 +13,7 @@ into memory with room to spare, so that a token costs what a window holds, not w
 import torch
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicCache
 
-from ..common.counting_cache import CountingCacheMixin
+from ..common.cache_utils import CountingCacheMixin
 
 
 class HierarchicalCache(CountingCacheMixin, DynamicCache):

@@ -11,11 +11,11 @@ What is kept for the backward pass is the gradients themselves, which are as lar
 
 import torch
 
-from ..common.model_inputs import is_open
+from ..common.model_inputs import is_masked
 from ..common.operator_namespace import operator_namespace
 
 
-_IGNORED = -100  # the target that does not count
+_IGNORE_INDEX = -100  # the target that does not count
 _PIECE = 1 << 22  # logits held at a time
 
 
@@ -26,7 +26,7 @@ def naive_linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targe
     total, count = hidden.new_zeros(()), 0
     for state, row in zip(hidden, targets.tolist()):
         for i, target in enumerate(row):
-            if target != _IGNORED:
+            if target != _IGNORE_INDEX:
                 logits = weight[i * vocab : (i + 1) * vocab] @ state
                 total, count = total + logits.logsumexp(0) - logits[target], count + 1
     return total / max(count, 1)
@@ -63,7 +63,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, dtype, differentiate):
         # Compiled, the loop over pieces would be another one for each number of states.
-        in_pieces = _in_pieces_as_one if is_open(hidden.shape[0]) else _in_pieces
+        in_pieces = _in_pieces_as_one if is_masked(hidden.shape[0]) else _in_pieces
         with torch.autocast(hidden.device.type, enabled=False):
             loss, grad_hidden, grad_weight = in_pieces(
                 hidden.to(dtype),
@@ -91,7 +91,7 @@ def _in_pieces(hidden, weight, targets, for_hidden, for_weight):
     states, num_targets = targets.shape
     vocab = weight.shape[0] // num_targets
     precise = torch.promote_types(hidden.dtype, torch.float32)
-    counts = targets != _IGNORED
+    counts = targets != _IGNORE_INDEX
     share = 1 / counts.sum().clamp_min(1).to(precise)
     places = targets.clamp_min(0).unsqueeze(-1)
     loss = hidden.new_zeros((), dtype=precise)

@@ -1,7 +1,7 @@
 """The hierarchical LM: streams of the same text at several resolutions, each a decoder of its own, merged in every layer.
 
 Read bottom-up: layer, model, head. Blocks are in `hierarchical_block.py`, what a pass does to each stream in `stream_plan.py`,
-pads and packed rows in `row_layout.py`, losses beside cross-entropy in `predictive_losses.py`. The prototype is
+pads and packed rows in `token_layout.py`, losses beside cross-entropy in `auxiliary_losses.py`. The prototype is
 `simple-hierarchical-transformer` on PyPI; compression with strides is that of Hourglass (arXiv 2110.13711).
 
 A stream of factor `c` and stride `s` has a step for every `s`-th token: step `k` is made of tokens up to `k * s`, and a
@@ -23,20 +23,20 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
-from ..common.auto_map import KnownByNameMixin
-from ..common.cache_states import LayerStates
-from ..common.losses import IGNORED, at_least_one, causal_lm_loss, require_labels
+from ..common.auto_mapping import AutoMappingMixin
+from ..common.cache_checks import LayerStates
+from ..common.cache_mixins import CustomCacheMixin
+from ..common.losses import IGNORE_INDEX, at_least_one, causal_lm_loss, require_labels
 from ..common.model_inputs import (
     check_past_mask,
     check_position_ids,
     embed_text,
-    has_open_sizes,
-    of_new_tokens,
+    has_dynamic_shapes,
+    mask_of_new_tokens,
     token_mask,
 )
-from ..common.own_cache import OwnCacheMixin
-from ..common.packed_rows import segment_ids
-from ..common.row_layout import RowLayout, packed_layout, pad_layout
+from ..common.packing import segment_ids
+from ..common.token_layout import TokenLayout, packed_layout, pad_layout
 from ..common.transformers_versions import (
     CACHE,
     OldCacheNameMixin,
@@ -44,13 +44,13 @@ from ..common.transformers_versions import (
     with_cache_argument,
     with_cache_field,
 )
-from ..common.unread_arguments import refuse_unread, take_out
+from ..common.unused_kwargs import pop_kwargs, reject_unused_kwargs
+from .auxiliary_losses import AuxiliaryLosses, PredictionHead, RandomProjectionQuantizer, ZeroInitLinear
 from .causal_compressors import AttentionCompressor, make_compressor
 from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .hierarchical_block import HierarchicalLMBlock
 from .hierarchical_cache import HierarchicalCache
-from .predictive_losses import LinearFromZero, PredictionHead, PredictiveLosses, RandomProjectionQuantizer
-from .stream_merges import ConcatMerge, CrossAttentionMerge
+from .hierarchy_merges import ConcatMerge, CrossAttentionMerge
 from .stream_plan import Pass, StreamPlan, make_plan
 
 
@@ -74,19 +74,19 @@ class HierarchicalLMModelOutput(ModelOutput):
         The stream of the predicting hierarchy before the first and after each layer, the last as `last_hidden_state`.
     attentions (`tuple`, *optional*):
         `[batch_size, heads, steps, steps]` of each layer's hierarchies with attention, layer after layer.
-    hierarchy_embeddings (`tuple`, *optional*):
+    hierarchy_hidden_states (`tuple`, *optional*):
         The normalised stream of every hierarchy: one step for every `stride`-th token of a sequence, counted from its own
-        beginning, so that padded and packed rows are arranged as `row_layout` says.
-    row_layout (`RowLayout`, *optional*):
-        Comes with `hierarchy_embeddings` where rows are padded or packed.
+        beginning, so that padded and packed rows are arranged as `token_layout` says.
+    token_layout (`TokenLayout`, *optional*):
+        Comes with `hierarchy_hidden_states` where rows are padded or packed.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
-    hierarchy_embeddings: tuple[torch.FloatTensor, ...] | None = None
-    row_layout: RowLayout | None = None
+    hierarchy_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    token_layout: TokenLayout | None = None
 
 
 @auto_docstring(
@@ -96,7 +96,7 @@ class HierarchicalLMModelOutput(ModelOutput):
 )
 @dataclass
 @with_cache_field
-class HierarchicalLMOutput(ModelOutput):
+class HierarchicalLMCausalLMOutput(ModelOutput):
     r"""
     loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
         `ce_loss` and the others times their weights.
@@ -108,9 +108,9 @@ class HierarchicalLMOutput(ModelOutput):
         As from the base model.
     attentions (`tuple`, *optional*):
         As from the base model.
-    hierarchy_embeddings (`tuple`, *optional*):
+    hierarchy_hidden_states (`tuple`, *optional*):
         As from the base model.
-    row_layout (`RowLayout`, *optional*):
+    token_layout (`TokenLayout`, *optional*):
         As from the base model.
     ce_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
         Cross-entropy of the next token.
@@ -129,8 +129,8 @@ class HierarchicalLMOutput(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
-    hierarchy_embeddings: tuple[torch.FloatTensor, ...] | None = None
-    row_layout: RowLayout | None = None
+    hierarchy_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    token_layout: TokenLayout | None = None
     ce_loss: torch.FloatTensor | None = None
     reconstruction_loss: torch.FloatTensor | None = None
     prophet_loss: torch.FloatTensor | None = None
@@ -203,7 +203,7 @@ def _to_read(x, plan, cache, layer_idx, state_idx=0):
 
 
 @auto_docstring
-class HierarchicalLMPreTrainedModel(KnownByNameMixin, OwnCacheMixin, PreTrainedModel):
+class HierarchicalLMPreTrainedModel(AutoMappingMixin, CustomCacheMixin, PreTrainedModel):
     config: HierarchicalLMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -218,7 +218,7 @@ class HierarchicalLMPreTrainedModel(KnownByNameMixin, OwnCacheMixin, PreTrainedM
         super().__init__(config, *args, **kwargs)
 
     def _cache_layers(self, cache):
-        """See `OwnCacheMixin._cache_layers`: hierarchies within layers, then what compressors and the head look back at."""
+        """See `CustomCacheMixin._cache_layers`: hierarchies within layers, then what compressors and the head look back at."""
         config, hierarchies, layer, last = self.config, range(self.config.num_hierarchies), [], {}
         for h, kind in zip(hierarchies, config.cache_layer_types):
             width, window = config.hidden_sizes[h], None
@@ -233,8 +233,8 @@ class HierarchicalLMPreTrainedModel(KnownByNameMixin, OwnCacheMixin, PreTrainedM
             layer.append(LayerStates(kind, shapes, sliding_window=window))
             if config.strides[h] > 1 and (config.predict_from_all or h == config.predict_index):
                 last["recurrent_states", h] = (1, width)
-        if max(config.hierarchies) > 1:
-            last["conv_states", 0] = (max(config.hierarchies) - 1, config.hidden_size)
+        if max(config.compression_factors) > 1:
+            last["conv_states", 0] = (max(config.compression_factors) - 1, config.hidden_size)
         return layer * config.num_hidden_layers + [LayerStates("conv", last)]
 
     @torch.no_grad()
@@ -246,7 +246,7 @@ class HierarchicalLMPreTrainedModel(KnownByNameMixin, OwnCacheMixin, PreTrainedM
             init.zeros_(module.up_bias)
         elif isinstance(module, PredictionHead):
             init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, (LinearFromZero, RandomProjectionQuantizer)):
+        elif isinstance(module, (ZeroInitLinear, RandomProjectionQuantizer)):
             module.init_weights()
 
 
@@ -279,14 +279,14 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        output_hierarchy_embeddings: bool = False,
+        output_hierarchy_hidden_states: bool = False,
         ablate_merge: bool = False,
         seq_idx: torch.LongTensor | None = None,
         cu_seq_lens_q: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> HierarchicalLMModelOutput:
         r"""
-        output_hierarchy_embeddings (`bool`, *optional*, defaults to `False`):
+        output_hierarchy_hidden_states (`bool`, *optional*, defaults to `False`):
             Whether to also return the normalised stream of every hierarchy.
         ablate_merge (`bool`, *optional*, defaults to `False`):
             Leave out what hierarchies tell each other.
@@ -295,9 +295,9 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         cu_seq_lens_q (`torch.LongTensor` of shape `(num_sequences + 1,)`, *optional*):
             Boundaries of the sequences packed into one row. Restarting `position_ids` mean the same.
         """
-        refuse_unread(self, kwargs, cu_seq_lens_q)
+        reject_unused_kwargs(self, kwargs, cu_seq_lens_q)
         config = self.config
-        if self.training and torch.is_grad_enabled() and not output_hierarchy_embeddings:
+        if self.training and torch.is_grad_enabled() and not output_hierarchy_hidden_states:
             _warn_of_forgotten_losses(config)
         inputs_embeds = self.embed(input_ids, inputs_embeds)
         batch, seq, _ = inputs_embeds.shape
@@ -316,10 +316,14 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         mask = token_mask(attention_mask, inputs_embeds, 0 if fresh else cache.seen_tokens)
         if not fresh and (mask is not None or min(past) < cache.seen_tokens):
             check_past_mask(attention_mask, seq, past)
-        mask = of_new_tokens(mask, seq)
+        mask = mask_of_new_tokens(mask, seq)
         segments = segment_ids(inputs_embeds, mask, position_ids, seq_idx, cu_seq_lens_q, None if fresh else past)
         rows, length = None, None
-        if has_open_sizes(inputs_embeds) and cache is None and not (output_attentions or output_hierarchy_embeddings):
+        if (
+            has_dynamic_shapes(inputs_embeds)
+            and cache is None
+            and not (output_attentions or output_hierarchy_hidden_states)
+        ):
             length = seq
             inputs_embeds, mask, segments = self._with_empty_slots(inputs_embeds, mask, segments)
             seq = inputs_embeds.shape[1]
@@ -327,7 +331,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
             if past_key_values is not None:
                 raise ValueError(f"`{CACHE}` cannot be filled by packed rows: a cache row is one sequence.")
             cache, past = None, [0]
-            rows = packed_layout(segments, mask, max(config.hierarchies))
+            rows = packed_layout(segments, mask, max(config.compression_factors))
         elif mask is not None:
             rows = pad_layout(mask)
         if mask is None or cache is None:
@@ -367,8 +371,8 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
             **{CACHE: cache},
             hidden_states=(*hidden_states, last_hidden_state) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
-            hierarchy_embeddings=streams if output_hierarchy_embeddings else None,
-            row_layout=rows if output_hierarchy_embeddings else None,
+            hierarchy_hidden_states=streams if output_hierarchy_hidden_states else None,
+            token_layout=rows if output_hierarchy_hidden_states else None,
         )
 
     def embed(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None) -> torch.FloatTensor:
@@ -391,7 +395,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
 
     def _compress(self, embeds, plans, pass_):
         """The streams `[batch, steps, width]` that the first layer gets, without their norm."""
-        factors = self.config.hierarchies
+        factors = self.config.compression_factors
         back = max(factors) - 1  # embeddings that compressors look back at
         joined, cache = embeds, pass_.cache
         if back:
@@ -425,7 +429,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
 
 def _warn_of_forgotten_losses(config):
     """Clients such as trl make the loss themselves, of the base model's states."""
-    if PredictiveLosses.wanted(config):
+    if AuxiliaryLosses.wanted(config):
         logger.warning_once(
             "The config gives weights to losses beside cross-entropy (`*_loss_weight`), but this training step computes none of "
             "them: they come with the loss that HierarchicalLMForCausalLM makes of `labels`, without `past_key_values`."
@@ -440,15 +444,15 @@ def _restore(rows, x, plan):
 @auto_docstring
 class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, OldCacheNameMixin, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    predictive_losses_class = PredictiveLosses
+    auxiliary_losses_class = AuxiliaryLosses
 
     def __init__(self, config: HierarchicalLMConfig):
         super().__init__(config)
         self.model = HierarchicalLMModel(config)
         self.lm_head = nn.Linear(config.prediction_size, config.vocab_size, bias=False)
-        self.predictive_losses = None
-        if self.predictive_losses_class.wanted(config):
-            self.predictive_losses = self.predictive_losses_class(config)
+        self.auxiliary_losses = None
+        if self.auxiliary_losses_class.wanted(config):
+            self.auxiliary_losses = self.auxiliary_losses_class(config)
         self._freeze_unread()
         self.loss_type, self.loss_function = "ForCausalLM", causal_lm_loss
         self.post_init()
@@ -456,7 +460,7 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, OldCacheNameMixin
     def _freeze_unread(self):
         """What neither the head nor a loss reads takes no gradient, for which data parallel training would wait."""
         config, merge = self.config, self.model.layers[-1].merge
-        read = [] if self.predictive_losses is None else self.predictive_losses.hierarchies_read
+        read = [] if self.auxiliary_losses is None else self.auxiliary_losses.hierarchies_read
         for h in range(config.num_hierarchies):
             if h == config.predict_index or config.predict_from_all or h in read:
                 continue
@@ -478,14 +482,14 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, OldCacheNameMixin
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        output_hierarchy_embeddings: bool = False,
+        output_hierarchy_hidden_states: bool = False,
         ablate_merge: bool = False,
         seq_idx: torch.LongTensor | None = None,
         cu_seq_lens_q: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> HierarchicalLMOutput:
+    ) -> HierarchicalLMCausalLMOutput:
         r"""
-        output_hierarchy_embeddings (`bool`, *optional*, defaults to `False`):
+        output_hierarchy_hidden_states (`bool`, *optional*, defaults to `False`):
             Whether to also return the normalised stream of every hierarchy.
         ablate_merge (`bool`, *optional*, defaults to `False`):
             Leave out what hierarchies tell each other.
@@ -494,10 +498,10 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, OldCacheNameMixin
         cu_seq_lens_q (`torch.LongTensor` of shape `(num_sequences + 1,)`, *optional*):
             Boundaries of the sequences packed into one row.
         """
-        of_loss = take_out(kwargs, "num_items_in_batch", "shift_labels")
-        if self.predictive_losses is not None:
+        of_loss = pop_kwargs(kwargs, "num_items_in_batch", "shift_labels")
+        if self.auxiliary_losses is not None:
             require_labels(labels, of_loss.get("num_items_in_batch"), "they make losses of the coarse streams")
-        predictive = self.predictive_losses is not None and labels is not None and past_key_values is None
+        predictive = self.auxiliary_losses is not None and labels is not None and past_key_values is None
         if predictive:
             inputs_embeds = self.model.embed(input_ids, inputs_embeds)
         outputs = self.model(
@@ -507,7 +511,7 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, OldCacheNameMixin
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_hierarchy_embeddings=output_hierarchy_embeddings or predictive,
+            output_hierarchy_hidden_states=output_hierarchy_hidden_states or predictive,
             ablate_merge=ablate_merge,
             seq_idx=seq_idx,
             cu_seq_lens_q=cu_seq_lens_q,
@@ -519,51 +523,51 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, OldCacheNameMixin
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss)
             losses["ce_loss"] = loss
         if predictive:
-            others = self._predictive_losses(outputs, inputs_embeds, input_ids, labels, **of_loss)
+            others = self._auxiliary_losses(outputs, inputs_embeds, input_ids, labels, **of_loss)
             for name, value in others.items():
                 # The next-latent loss has its weights, one for each hierarchy, inside.
                 weight = 1.0 if name == "next_latent" else getattr(self.config, f"{name}_loss_weight")
                 loss = loss + weight * value
                 losses[f"{name}_loss"] = value
-        return HierarchicalLMOutput(
+        return HierarchicalLMCausalLMOutput(
             loss=loss,
             logits=logits,
             **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            hierarchy_embeddings=outputs.hierarchy_embeddings if output_hierarchy_embeddings else None,
-            row_layout=outputs.row_layout if output_hierarchy_embeddings else None,
+            hierarchy_hidden_states=outputs.hierarchy_hidden_states if output_hierarchy_hidden_states else None,
+            token_layout=outputs.token_layout if output_hierarchy_hidden_states else None,
             **losses,
         )
 
-    def _predictive_losses(
+    def _auxiliary_losses(
         self, outputs, embeds, input_ids, labels, num_items_in_batch=None, shift_labels=None, **kwargs
     ):
         """Losses beside cross-entropy, by name; with accumulated gradients, this batch's share of them. 0 without targets."""
-        rows, mask, segments = outputs.row_layout, None, None
+        rows, mask, segments = outputs.token_layout, None, None
         if rows is not None:
             mask, segments = rows.real, rows.segments
             embeds = rows.align(embeds)
             input_ids = None if input_ids is None else rows.align(input_ids.unsqueeze(-1)).squeeze(-1)
         targets = labels[:, 1:] if shift_labels is None else shift_labels
-        count = (targets != IGNORED).sum()
+        count = (targets != IGNORE_INDEX).sum()
         scale = count / at_least_one(count if num_items_in_batch is None else num_items_in_batch)
-        return self.predictive_losses(
-            list(outputs.hierarchy_embeddings), embeds, input_ids, mask=mask, segments=segments, scale=scale
+        return self.auxiliary_losses(
+            list(outputs.hierarchy_hidden_states), embeds, input_ids, mask=mask, segments=segments, scale=scale
         )
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
         """As `PreTrainedModel`'s; the heads of losses that tell tokens follow."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
-        if self.predictive_losses is not None:
-            self.predictive_losses.resize_vocabulary(self.config.vocab_size)
+        if self.auxiliary_losses is not None:
+            self.auxiliary_losses.resize_vocabulary(self.config.vocab_size)
         return embeddings
 
 
 __all__ = [
+    "HierarchicalLMCausalLMOutput",
     "HierarchicalLMForCausalLM",
     "HierarchicalLMModel",
     "HierarchicalLMModelOutput",
-    "HierarchicalLMOutput",
     "HierarchicalLMPreTrainedModel",
 ]

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..common.model_inputs import has_open_sizes, is_open
-from ..common.row_layout import RowLayout
+from ..common.model_inputs import has_dynamic_shapes, is_masked
+from ..common.token_layout import TokenLayout
 from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .hierarchical_cache import HierarchicalCache
 from .windowed_attention import first_key, visible
@@ -42,7 +42,7 @@ class StreamPlan:
         mask (`torch.BoolTensor` of shape `[1 or batch, 1, queries, keys]`, *optional*): where neither windows of whole
             sequences nor a single step's say everything.
         token_positions (`torch.LongTensor` of shape `[1 or batch, steps]`, *optional*): of the token each step comes with.
-        in_the_open (`bool`): whether to return attentions, which takes the mask.
+        output_attentions (`bool`): whether to return attentions, which takes the mask.
     """
 
     stride: int
@@ -63,7 +63,7 @@ class StreamPlan:
     keys_seen: int | None = None
     mask: torch.Tensor | None = None
     token_positions: torch.Tensor | None = None
-    in_the_open: bool = False
+    output_attentions: bool = False
 
     def at_steps(self, x: torch.Tensor) -> torch.Tensor:
         """`[batch, tokens, width]` -> `[batch, steps, width]`: the tokens that steps come with."""
@@ -84,7 +84,7 @@ class StreamPlan:
         if self.stride == 1:
             return x
         if self.fresh:
-            if is_open(self.tokens):  # one step more than tokens read, so that their number is never compared
+            if is_masked(self.tokens):  # one step more than tokens read, so that their number is never compared
                 x = nn.functional.pad(x, (0, 0, 0, 1))
             return x.repeat_interleave(self.stride, dim=1)[:, : self.tokens]
         if self.spread is None:
@@ -112,10 +112,10 @@ class Pass:
     embeds: torch.Tensor
     past: list[int]
     new: list[int]
-    rows: RowLayout | None
+    rows: TokenLayout | None
     cache: HierarchicalCache | None
     fresh: bool
-    in_the_open: bool
+    output_attentions: bool
 
     def last_of(self, x, number):
         """The last `number` of `[batch, number + tokens, width]`, as `StreamPlan.last_of`."""
@@ -174,8 +174,8 @@ def make_plan(
         length = cached + max(new)
         places = torch.arange(length, device=device) + plan.counts.unsqueeze(1) - max(new)
         plan.order = places.clamp_min(0)
-    plan.in_the_open = pass_.in_the_open
-    if plan.in_the_open or has_open_sizes(pass_.embeds) or (steps > 1 and not pass_.fresh):
+    plan.output_attentions = pass_.output_attentions
+    if plan.output_attentions or has_dynamic_shapes(pass_.embeds) or (steps > 1 and not pass_.fresh):
         if cached:
             positions = first - cached + torch.arange(cached + steps, device=device)
         plan.mask = visible(positions, steps, window, dilation, block, plan.segments).unsqueeze(1)

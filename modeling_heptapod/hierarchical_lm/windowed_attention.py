@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..common.model_inputs import is_open
+from ..common.model_inputs import is_masked
 
 
 # Chunks are at least this long: below, more of them cost more than the keys they would spare.
@@ -133,7 +133,7 @@ def windowed_attention(
     batch, length, heads, channels = query.shape
     phase_length = -(-length // dilation)
     # Where lengths are open one program is for all of them: no case for short ones, and room that none fills.
-    length_is_open = segments is None and is_open(length)
+    length_is_open = segments is None and is_masked(length)
     reach = window if window is None or not block else 2 * window
     if length_is_open:
         phase_length = phase_length if window is None and dilation == 1 else length // dilation + 2

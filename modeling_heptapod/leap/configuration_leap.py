@@ -7,14 +7,14 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring
 
 from ..common.config_checks import check_numbers
-from ..common.remote_code import OwnCodeMixin
+from ..common.remote_code import CustomCodeMixin
 
 
 _CHOICES = {
     "mixer": ("focus", "additive"),
     "weight_function": ("elu", "exp"),
-    "query_gate": ("sigmoid", "gelu", "none"),
-    "position_embedding_type": ("learned", "rotary", "decay", "none"),
+    "output_gate": ("sigmoid", "gelu", "none"),
+    "position_embedding_type": ("absolute", "rotary", "alibi", "none"),
 }
 # Rotary variants whose frequencies never change with the length seen: a recurrent state cannot be rotated again.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -22,7 +22,7 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 @auto_docstring(checkpoint="heptapod/leap-tiny")
 @strict
-class LeapConfig(OwnCodeMixin, PreTrainedConfig):
+class LeapConfig(CustomCodeMixin, PreTrainedConfig):
     r"""
     mixer (`str`, *optional*, defaults to `"focus"`):
         What stands in place of attention: `"focus"` (LEAP's gated running means) or `"additive"` (Fastformer's two
@@ -32,17 +32,17 @@ class LeapConfig(OwnCodeMixin, PreTrainedConfig):
     rescale (`float`, *optional*, defaults to 10.0):
         Standardise queries, focus, keys and values over the head dimension and multiply dot products by
         `rescale / head_dim`. `None` leaves them as they are and multiplies by `head_dim ** -0.5`.
-    query_gate (`str`, *optional*):
+    output_gate (`str`, *optional*):
         Gate on each head's output: `"sigmoid"` (default of the focus mixer), `"gelu"` or `"none"` (no queries; the
         only value the additive mixer knows, whose queries are pooled instead).
     window_sizes (`list`, *optional*):
         Window of each layer in tokens, `None` in the list for a global layer. When not given, the prototype's
         schedule: `[None, 4, 8, 16]` repeated.
     position_embedding_type (`str`, *optional*):
-        `"rotary"` (default of the focus mixer; rotates queries and keys), `"learned"` (default of the additive mixer;
-        bounded by `max_position_embeddings`), `"decay"` (each head's weights fall off with distance, with ALiBi's
+        `"rotary"` (default of the focus mixer; rotates queries and keys), `"absolute"` (default of the additive mixer;
+        bounded by `max_position_embeddings`), `"alibi"` (each head's weights fall off with distance, with ALiBi's
         slopes, arXiv 2108.12409) or `"none"`.
-    null_weight (`float`, *optional*, defaults to 0.0):
+    sink_weight (`float`, *optional*, defaults to 0.0):
         Weight of one more token of value zero in every window. The prototype's `1e-5` in its denominators is exactly
         this.
     is_causal (`bool`, *optional*, defaults to `True`):
@@ -83,12 +83,12 @@ class LeapConfig(OwnCodeMixin, PreTrainedConfig):
     mixer: str = "focus"
     weight_function: str = "elu"
     rescale: float | int | None = 10.0
-    query_gate: str | None = None
+    output_gate: str | None = None
     window_sizes: list[int | None] | tuple[int | None, ...] | None = None
     position_embedding_type: str | None = None
     rope_parameters: dict | None = None
     max_position_embeddings: int = 1024
-    null_weight: float | int = 0.0
+    sink_weight: float | int = 0.0
     is_causal: bool = True
     layer_norm_eps: float = 1e-5
     hidden_dropout: float | int = 0.0
@@ -105,10 +105,10 @@ class LeapConfig(OwnCodeMixin, PreTrainedConfig):
         focus = self.mixer == "focus"
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
-        if self.query_gate is None:
-            self.query_gate = "sigmoid" if focus else "none"
+        if self.output_gate is None:
+            self.output_gate = "sigmoid" if focus else "none"
         if self.position_embedding_type is None:
-            self.position_embedding_type = "rotary" if focus else "learned"
+            self.position_embedding_type = "rotary" if focus else "absolute"
         if self.window_sizes is None:
             self.window_sizes = [(None, 4, 8, 16)[layer % 4] for layer in range(self.num_hidden_layers)]
         if self.initializer_range is None:
@@ -148,18 +148,18 @@ class LeapConfig(OwnCodeMixin, PreTrainedConfig):
             )
         if any(window is not None and window < 1 for window in self.window_sizes):
             raise ValueError(f"`window_sizes` must be at least 1 or None (global), got {self.window_sizes}.")
-        if self.null_weight < 0:
-            raise ValueError(f"`null_weight` must not be negative, got {self.null_weight}.")
+        if self.sink_weight < 0:
+            raise ValueError(f"`sink_weight` must not be negative, got {self.sink_weight}.")
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
-        if self.mixer == "additive" and self.query_gate != "none":
-            raise ValueError(f"`query_gate` must be 'none' with mixer='additive', got {self.query_gate!r}.")
+        if self.mixer == "additive" and self.output_gate != "none":
+            raise ValueError(f"`output_gate` must be 'none' with mixer='additive', got {self.output_gate!r}.")
         if self.position_embedding_type == "rotary":
-            if self.query_gate == "none":
+            if self.output_gate == "none":
                 raise ValueError(
                     "`position_embedding_type`='rotary' rotates queries and keys, but there are none with "
-                    f"mixer={self.mixer!r} and query_gate='none'; use 'learned', 'decay' or 'none'."
+                    f"mixer={self.mixer!r} and output_gate='none'; use 'absolute', 'alibi' or 'none'."
                 )
             if self.head_dim % 2:
                 raise ValueError(f"Rotary positions need an even head dimension, got head_dim={self.head_dim}.")

@@ -3,7 +3,7 @@
 For every head, token `j` owns a focus logit `s_j = scale * (f_j . k_j)`, which makes its log weight `l_j` through a
 weight function (`exp`: `l = s`; `elu`: `l = log(elu(s) + 1)`). Position `i` sees, over its window,
 
-    P_ij = exp(l_j - decay * |i - j|) / (null_weight + sum_j' exp(l_j' - decay * |i - j'|))
+    P_ij = exp(l_j - alibi_slopes * |i - j|) / (sink_weight + sum_j' exp(l_j' - alibi_slopes * |i - j'|))
     kbar_i = sum_j P_ij k_j,    vbar_i = sum_j P_ij v_j,    out_i = gate(scale * q_i . kbar_i) * vbar_i
 
 The window is `(i - w, i]` (causal) or `(i - w, i + w)` (bidirectional); without one it is everything allowed. The method
@@ -12,7 +12,7 @@ is that of the prototype `leap-transformer`, after Fastformer (arXiv 2108.09084)
 
 Read in this order: `naive_focus_mean` and `naive_focus_mixing` (the specification), then `focus_mixing` (what the model
 calls). It checks its inputs and takes `focus_operator.py`, which runs one of three forms: torch in tiles (`focus_tiles.py`,
-`running_mean.py`), C for CPUs (`focus_cpu.py`), Triton for GPUs (`focus_triton.py`). The recurrent form is in `focus_step.py`.
+`running_mean.py`), C for CPUs (`focus_cpu.py`), Triton for GPUs (`focus_triton.py`). The recurrent form is in `focus_recurrent.py`.
 
 Numerics: everything is accumulated in float32 (float64 for float64 inputs) in log-weight space relative to a maximum
 that is actually present, so that no exponent is positive and no prefix sums are ever subtracted from each other.
@@ -24,8 +24,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..common.model_inputs import has_open_sizes, is_transformed
-from .focus_kinds import FocusSettings, log_weight, open_gate, rotate, standardize
+from ..common.model_inputs import has_dynamic_shapes, is_torch_func_active
+from .focus_functions import FocusSettings, gate_value, log_weight, rotate, standardize
 from .focus_operator import focus_mean_step, focus_mixing_step
 from .focus_tiles import Block
 from .running_mean import EMPTY, FocusState, same_segment
@@ -47,8 +47,8 @@ def naive_focus_mean(
     log_weights: torch.Tensor,
     values: torch.Tensor,
     window: int | None = None,
-    decay: torch.Tensor | None = None,
-    null_weight: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sink_weight: float = 0.0,
     causal: bool = True,
     segment_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -58,8 +58,8 @@ def naive_focus_mean(
         log_weights (`torch.Tensor` of shape `[batch, seq, heads]`): `-inf` leaves a token out.
         values (`torch.Tensor` of shape `[batch, seq, heads, channels]`).
         window (`int`, *optional*): `None` is global.
-        decay (`torch.Tensor` of shape `[heads]`, *optional*): subtracted from the log weight per token of distance.
-        null_weight (`float`): weight of one more token of value zero.
+        alibi_slopes (`torch.Tensor` of shape `[heads]`, *optional*): subtracted from the log weight per token of distance.
+        sink_weight (`float`): weight of one more token of value zero.
         causal (`bool`): whether a position sees only itself and its past.
         segment_ids (`torch.Tensor` of shape `[batch, seq]`, *optional*): each run of equal ids sees itself only.
 
@@ -73,15 +73,15 @@ def naive_focus_mean(
     for i in range(seq):
         first, last = max(0, i - reach + 1), i if causal else min(seq - 1, i + reach - 1)
         logs = log_weights[:, first : last + 1]  # [batch, seen, heads]
-        if decay is not None:
+        if alibi_slopes is not None:
             distance = (torch.arange(first, last + 1, device=logs.device) - i).abs()
-            logs = logs - distance[:, None] * decay
+            logs = logs - distance[:, None] * alibi_slopes
         if segment_ids is not None:
             other = segment_ids[:, first : last + 1] != segment_ids[:, i : i + 1]
             logs = logs.masked_fill(other[..., None], -math.inf)
         top = logs.amax(1, keepdim=True).clamp_min(EMPTY).detach()
         weights = (logs - top).exp()
-        total = weights.sum(1) + null_weight * (-top[:, 0]).exp() if null_weight else weights.sum(1)
+        total = weights.sum(1) + sink_weight * (-top[:, 0]).exp() if sink_weight else weights.sum(1)
         seen = torch.einsum("bjh,bjhc->bhc", weights, values[:, first : last + 1])
         means.append(torch.where(total[..., None] == 0, 0.0, seen / total.clamp_min(1e-37)[..., None]))
     return torch.stack(means, 1)
@@ -90,7 +90,7 @@ def naive_focus_mean(
 def naive_focus_mixing(
     qfkv: torch.Tensor,
     settings: FocusSettings,
-    decay: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     padding_mask: torch.Tensor | None = None,
     segment_ids: torch.Tensor | None = None,
@@ -109,21 +109,21 @@ def naive_focus_mixing(
         logs = logs.masked_fill(~padding_mask.bool()[..., None], -math.inf)
 
     def mean(values):
-        return means(logs, values, settings.window, decay, settings.null_weight, settings.causal, segment_ids)
+        return means(logs, values, settings.window, alibi_slopes, settings.sink_weight, settings.causal, segment_ids)
 
-    if settings.query_gate == "none":
+    if settings.output_gate == "none":
         return mean(v)
     q = parts[0]
     if rotary is not None:
         q, k = (rotate(x, *rotary) for x in (q, k))
     alignment = settings.scale * (q * mean(k)).sum(-1, keepdim=True)
-    return open_gate(alignment, settings.query_gate) * mean(v)
+    return gate_value(alignment, settings.output_gate) * mean(v)
 
 
 def focus_mixing(
     qfkv: torch.Tensor,
     settings: FocusSettings,
-    decay: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     padding_mask: torch.Tensor | None = None,
     segment_ids: torch.Tensor | None = None,
@@ -135,10 +135,10 @@ def focus_mixing(
         qfkv (`torch.Tensor` of shape `[batch, seq, 4, heads, head_dim]`): queries, focus, keys, values; without a
             query gate `[batch, seq, 3, heads, head_dim]` (no queries).
         settings (`FocusSettings`): see there.
-        decay (`torch.Tensor` of shape `[heads]`, *optional*): subtracted from log weights per token of distance.
+        alibi_slopes (`torch.Tensor` of shape `[heads]`, *optional*): subtracted from log weights per token of distance.
         rotary (`tuple` of cos and sin `[1 or batch, seq, head_dim]`, *optional*): positions of queries and keys.
         padding_mask (`torch.Tensor` of shape `[batch, seq]`, *optional*): zero or `False` at pads, which weigh nothing
-            and are taken for zeros, whatever they hold. They do take places in windows and steps of decay where they stand:
+            and are taken for zeros, whatever they hold. They do take places in windows and steps of alibi_slopes where they stand:
             models lay rows out before.
         segment_ids (`torch.LongTensor` of shape `[batch, seq]`, *optional*): packed rows; each run of equal ids is a
             sequence of its own.
@@ -152,16 +152,18 @@ def focus_mixing(
     Raises:
         TypeError, ValueError: for inputs of another dtype or shape, or a state in a bidirectional step.
     """
-    parts = 3 if settings.query_gate == "none" else 4
+    parts = 3 if settings.output_gate == "none" else 4
     _check_inputs("qfkv", qfkv, [None, None, parts, None, None], settings, state)
     batch, seq, _, heads, head_dim = qfkv.shape
     channels = head_dim if parts == 3 else 2 * head_dim
-    _check_companions(qfkv, (batch, seq, heads, channels), settings, decay, padding_mask, segment_ids, state)
+    _check_companions(qfkv, (batch, seq, heads, channels), settings, alibi_slopes, padding_mask, segment_ids, state)
     qfkv, mask = _blank_pads(qfkv, padding_mask)
     if state is None and _must_be_plain(qfkv):
         precise = qfkv.to(torch.promote_types(qfkv.dtype, torch.float32))
         masks = mask, segment_ids
-        return naive_focus_mixing(precise, settings, decay, rotary, *masks, _means_by_matrix).to(qfkv.dtype), None
+        return naive_focus_mixing(precise, settings, alibi_slopes, rotary, *masks, _means_by_matrix).to(
+            qfkv.dtype
+        ), None
     cos, sin = (None, None) if rotary is None else rotary
     for name, table in (("rotary[0]", cos), ("rotary[1]", sin)):
         if table is None:
@@ -173,7 +175,7 @@ def focus_mixing(
     if rotary is not None and cos.shape != sin.shape:
         raise ValueError(f"`rotary` must be two tensors of one shape, got {list(cos.shape)} and {list(sin.shape)}.")
     past = None if state is None else (state.log_weights, state.values)
-    out, *final = focus_mixing_step(qfkv, settings, decay, rotary, mask, _runs(segment_ids), past)
+    out, *final = focus_mixing_step(qfkv, settings, alibi_slopes, rotary, mask, _runs(segment_ids), past)
     return out, FocusState(*final) if settings.causal else None
 
 
@@ -181,7 +183,7 @@ def focus_mean(
     log_weights: torch.Tensor,
     values: torch.Tensor,
     settings: FocusSettings,
-    decay: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
     padding_mask: torch.Tensor | None = None,
     segment_ids: torch.Tensor | None = None,
     state: FocusState | None = None,
@@ -191,8 +193,8 @@ def focus_mean(
     Args:
         log_weights (`torch.Tensor` of shape `[batch, seq, heads]`).
         values (`torch.Tensor` of shape `[batch, seq, heads, channels]`).
-        settings (`FocusSettings`): of which `window`, `null_weight` and `causal` matter.
-        decay, padding_mask, segment_ids, state: as in `focus_mixing`.
+        settings (`FocusSettings`): of which `window`, `sink_weight` and `causal` matter.
+        alibi_slopes, padding_mask, segment_ids, state: as in `focus_mixing`.
 
     Returns:
         Means of shape `[batch, seq, heads, channels]` in the dtype of `values`, and the `FocusState` after the last
@@ -203,18 +205,18 @@ def focus_mean(
     """
     _check_inputs("values", values, [*log_weights.shape, None], settings, state)
     _check_tensor("log_weights", log_weights, values, values.shape[:3], floating=True)
-    _check_companions(values, values.shape, settings, decay, padding_mask, segment_ids, state)
+    _check_companions(values, values.shape, settings, alibi_slopes, padding_mask, segment_ids, state)
     dtype = torch.promote_types(values.dtype, torch.float32)
     logs = log_weights.to(dtype)
     if padding_mask is not None:
         mask = padding_mask.bool().unsqueeze(-1)
         logs, values = logs.masked_fill(~mask, -math.inf), values.masked_fill(~mask.unsqueeze(-1), 0)
     if state is None and _must_be_plain(values):
-        arguments = settings.window, decay, settings.null_weight, settings.causal, segment_ids
+        arguments = settings.window, alibi_slopes, settings.sink_weight, settings.causal, segment_ids
         return _means_by_matrix(logs, values.to(dtype), *arguments).to(values.dtype), None
     past = None if state is None else (state.log_weights, state.values)
     rows = logs.transpose(1, 2).contiguous(), values.to(dtype).transpose(1, 2).contiguous()
-    means, *final = focus_mean_step(*rows, settings, decay, _runs(segment_ids), past)
+    means, *final = focus_mean_step(*rows, settings, alibi_slopes, _runs(segment_ids), past)
     return means.transpose(1, 2).to(values.dtype), FocusState(*final) if settings.causal else None
 
 
@@ -232,7 +234,7 @@ def token_state(
 
 def _must_be_plain(x):
     """Whether plain operations are needed: where an export leaves sizes open, and under `torch.func.grad` and `vmap`."""
-    return has_open_sizes(x) or is_transformed()
+    return has_dynamic_shapes(x) or is_torch_func_active()
 
 
 def _blank_pads(qfkv, padding_mask):
@@ -256,11 +258,11 @@ def _check_inputs(name, tensor, shape, settings, state):
         raise ValueError("`state` was given, but a bidirectional step has no past to continue from.")
 
 
-def _check_companions(tensor, shape, settings, decay, padding_mask, segment_ids, state):
+def _check_companions(tensor, shape, settings, alibi_slopes, padding_mask, segment_ids, state):
     """Check what comes with `tensor`, by the shape `[batch, seq, heads, channels]` of the means."""
     batch, seq, heads, channels = shape
-    if decay is not None:
-        _check_tensor("decay", decay, tensor, (heads,), floating=True)
+    if alibi_slopes is not None:
+        _check_tensor("alibi_slopes", alibi_slopes, tensor, (heads,), floating=True)
     if padding_mask is not None:
         _check_tensor("padding_mask", padding_mask, tensor, (batch, seq))
     if segment_ids is not None:
@@ -290,18 +292,18 @@ def _check_tensor(name, tensor, like, shape, floating=None):
         raise ValueError(f"`{name}` must be on {like.device}, as the tokens are, got {tensor.device}.")
 
 
-def _means_by_matrix(logs, values, window, decay, null_weight, causal, segment_ids):
+def _means_by_matrix(logs, values, window, alibi_slopes, sink_weight, causal, segment_ids):
     """What `naive_focus_mean` computes, as one product, quadratic in length."""
-    settings = FocusSettings(scale=1.0, window=window, null_weight=null_weight, causal=causal)
+    settings = FocusSettings(scale=1.0, window=window, sink_weight=sink_weight, causal=causal)
     place, runs = torch.arange(logs.shape[1], device=logs.device), _runs(segment_ids)
-    weights = _weight_matrix(logs.transpose(1, 2), settings, decay, place, place, runs, runs)
+    weights = _weight_matrix(logs.transpose(1, 2), settings, alibi_slopes, place, place, runs, runs)
     return (weights @ values.transpose(1, 2)).transpose(1, 2)
 
 
 def attention_matrix(
     log_weights: torch.Tensor,
     settings: FocusSettings,
-    decay: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
     segment_ids: torch.Tensor | None = None,
     positions: torch.LongTensor | None = None,
 ) -> torch.Tensor:
@@ -309,8 +311,8 @@ def attention_matrix(
 
     Args:
         log_weights (`torch.Tensor` of shape `[batch, heads, seq]`): `-inf` at pads, which take no place in windows and no
-            step of decay.
-        settings, decay, segment_ids: as in `focus_mixing`.
+            step of alibi_slopes.
+        settings, alibi_slopes, segment_ids: as in `focus_mixing`.
         positions (`torch.LongTensor` of shape `[rows]`, *optional*): the rows to make; all when not given.
 
     Returns:
@@ -320,10 +322,10 @@ def attention_matrix(
     runs = _runs(segment_ids)
     rows = slice(None) if positions is None else positions
     here, own_runs = place[..., rows], None if runs is None else runs[:, rows]
-    return _weight_matrix(log_weights, settings, decay, here, place, own_runs, runs)
+    return _weight_matrix(log_weights, settings, alibi_slopes, here, place, own_runs, runs)
 
 
-def _weight_matrix(log_weights, settings, decay, here, place, own_runs, runs):
+def _weight_matrix(log_weights, settings, alibi_slopes, here, place, own_runs, runs):
     """With the places and runs of the rows (`here`, `own_runs`) and of all positions."""
     distance = here.unsqueeze(-1) - place.unsqueeze(-2)
     allowed = distance >= 0 if settings.causal else torch.ones_like(distance, dtype=torch.bool)
@@ -332,11 +334,11 @@ def _weight_matrix(log_weights, settings, decay, here, place, own_runs, runs):
     if runs is not None:
         allowed = allowed & same_segment(own_runs, runs)
     logits = log_weights.unsqueeze(-2)
-    if decay is not None:
-        logits = logits - decay.view(-1, 1, 1) * distance.abs()
+    if alibi_slopes is not None:
+        logits = logits - alibi_slopes.view(-1, 1, 1) * distance.abs()
     logits = torch.where(allowed, logits, -math.inf)
-    if settings.null_weight:
-        logits = nn.functional.pad(logits, (0, 1), value=math.log(settings.null_weight))
+    if settings.sink_weight:
+        logits = nn.functional.pad(logits, (0, 1), value=math.log(settings.sink_weight))
     weights = torch.softmax(logits, dim=-1)
     weights = torch.where((logits == -math.inf).all(-1, keepdim=True), 0.0, weights)  # a pad may see nothing at all
-    return weights[..., :-1] if settings.null_weight else weights
+    return weights[..., :-1] if settings.sink_weight else weights

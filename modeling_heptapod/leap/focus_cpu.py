@@ -26,7 +26,7 @@ _FLAGS = "-O3 -fopenmp-simd -fno-math-errno -fno-trapping-math -fassociative-mat
 _PARALLEL = 512  # rows of heads below which a second thread costs more than it saves
 _INTEGERS = "batch seq heads parts window past kept bf16 normalize weight gate bounded rotary_stride threads".split()
 _POINTERS = (
-    "input out decay cos sin mask segments past_logs past_values final_logs final_values carries grad_out grad_in state"
+    "input out alibi_slopes cos sin mask segments past_logs past_values final_logs final_values carries grad_out grad_in state"
 ).split()
 
 
@@ -36,7 +36,7 @@ class _Mixing(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in _INTEGERS),
         ("scale", ctypes.c_double),
-        ("null_weight", ctypes.c_double),
+        ("sink_weight", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in _POINTERS),
         ("next", ctypes.c_int64),
         ("failed", ctypes.c_int64),
@@ -60,7 +60,7 @@ def _library(head_dim):
             f"LEAP's mixing runs in torch, which is slower, since its C source was not compiled: {_missing}."
         )
         return None
-    for name in ("focus_forward", "focus_backward", "focus_step"):
+    for name in ("focus_forward", "focus_backward", "focus_recurrent"):
         getattr(library, name).argtypes = [ctypes.POINTER(_Mixing)]
     return library
 
@@ -70,7 +70,7 @@ def _compiled(compiler: str, head_dim: int) -> Path:
     return compile_library(compiler, "focus", SOURCE, [*_FLAGS, f"-DHEAD_DIM={head_dim}"])
 
 
-def applies(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> bool:
+def is_supported(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> bool:
     """Whether the compiled source runs this mixing step in eager mode."""
     return (
         type(qfkv) in (torch.Tensor, torch.nn.Parameter)  # not one of tracing, which has no memory
@@ -115,7 +115,7 @@ def _blank(shape, dtype, settings, past, rotary_rows, threads):
         rotary_stride=seq * dim if rotary_rows > 1 else 0,
         threads=min(threads, batch * heads) if batch * seq * heads >= _PARALLEL else 1,
         scale=settings.scale,
-        null_weight=settings.null_weight,
+        sink_weight=settings.sink_weight,
     )
     windowed, single = settings.window is not None, torch.float32
     before, after = ((past,), (blank.kept,)) if windowed else ((), ())
@@ -123,7 +123,7 @@ def _blank(shape, dtype, settings, past, rotary_rows, threads):
     expected = {
         **dict.fromkeys(("input", "grad_in"), (shape, dtype)),
         **dict.fromkeys(("out", "grad_out"), ((batch, seq, heads, dim), dtype)),
-        "decay": ((heads,), single),
+        "alibi_slopes": ((heads,), single),
         **dict.fromkeys(("cos", "sin"), ((batch if rotary_rows > 1 else 1, seq, dim), single)),
         "mask": ((batch, seq), torch.bool),
         "segments": ((batch, seq), torch.long),
@@ -159,17 +159,17 @@ class NativeMixing:
     """One mixing step on the compiled source: `forward`, then perhaps `backward`.
 
     Args:
-        qfkv, settings, decay, padding_mask, segments: as in `focus_mixing`, `segments` numbered by runs.
+        qfkv, settings, alibi_slopes, padding_mask, segments: as in `focus_mixing`, `segments` numbered by runs.
         rotary (`tuple` of cos and sin, *optional*): as in `focus_mixing`.
         past (`tuple` of log weights and values, *optional*): of the `FocusState` before the first token.
     """
 
-    def __init__(self, qfkv, settings, decay=None, rotary=None, padding_mask=None, segments=None, past=None):
+    def __init__(self, qfkv, settings, alibi_slopes=None, rotary=None, padding_mask=None, segments=None, past=None):
         self.windowed, self.library = settings.window is not None, _library(qfkv.shape[-1])
         self.carries = None  # of the forward pass, for the backward pass
         self.given, tokens, rows = {}, 0, 0
-        if decay is not None:
-            self.given["decay"] = _dense(decay, torch.float32)
+        if alibi_slopes is not None:
+            self.given["alibi_slopes"] = _dense(alibi_slopes, torch.float32)
         if rotary is not None:
             self.given["cos"], self.given["sin"] = map(_dense, rotary)
             rows = rotary[0].shape[0]
@@ -237,24 +237,26 @@ class NativeMixing:
 
 
 def step(
-    qfkv: torch.Tensor, settings, decay: torch.Tensor | None, rotary: tuple | None, packed: torch.Tensor
+    qfkv: torch.Tensor, settings, alibi_slopes: torch.Tensor | None, rotary: tuple | None, packed: torch.Tensor
 ) -> torch.Tensor | None:
     """The mixing step of one more token, which also enters the packed state, in place.
 
     Args:
-        qfkv, settings, decay, rotary: as in `focus_mixing`, for one token.
+        qfkv, settings, alibi_slopes, rotary: as in `focus_mixing`, for one token.
         packed (`torch.Tensor`): of `pack_state`, float32.
 
     Returns:
         Output `[batch, 1, heads, head_dim]` in the dtype of `qfkv`; `None`, and nothing done, where the compiled source
         can't take the step.
     """
-    if not applies(qfkv, settings, rotary) or packed.dtype != torch.float32 or not packed.is_contiguous():
+    if not is_supported(qfkv, settings, rotary) or packed.dtype != torch.float32 or not packed.is_contiguous():
         return None
     if settings.window is not None and packed.dim() == 3 and packed.shape[-1] > max(settings.window - 1, 1):
         return None  # a cache that keeps more than it needs, to roll back
     if qfkv.shape[1] != 1:
         raise ValueError(f"`qfkv` must hold one token, got {qfkv.shape[1]}.")
     out = qfkv.new_empty(qfkv.shape[0], 1, *qfkv.shape[3:])
-    NativeMixing(qfkv, settings, decay, rotary).call("focus_step", input=_dense(qfkv), out=out, state=packed)
+    NativeMixing(qfkv, settings, alibi_slopes, rotary).call(
+        "focus_recurrent", input=_dense(qfkv), out=out, state=packed
+    )
     return out

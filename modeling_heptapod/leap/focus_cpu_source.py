@@ -20,7 +20,7 @@ SOURCE = r"""
 #define SIMD_TEXT(x) #x
 
 enum { BLOCK = 128, WIDEST = 64, AHEAD = 8, MOST_THREADS = 256 };
-enum { EXP, ELU };                /* weight functions and gates, numbered in focus_kinds.py */
+enum { EXP, ELU };                /* weight functions and gates, numbered in focus_functions.py */
 enum { NO_GATE, SIGMOID, GELU };
 enum { DONE, NO_MEMORY, UNFIT };  /* what a call returns */
 static const float NOTHING = -1e30f; /* log weight of what is not there */
@@ -29,10 +29,10 @@ static const float EMPTY = -1e29f;   /* smallest log weight of what is */
 /* One call; the fields are mirrored in focus_cpu.py. Pointers that do not apply are NULL. */
 typedef struct {
     int64_t batch, seq, heads, parts, window, past, kept, bf16, normalize, weight, gate, bounded, rotary_stride, threads;
-    double scale, null_weight;
+    double scale, sink_weight;
     const void *in;          /* [batch, seq, parts, heads, dim]: (q,) f, k, v */
     void *out;               /* [batch, seq, heads, dim] */
-    const float *decay;      /* [heads] */
+    const float *alibi_slopes;      /* [heads] */
     const float *cos, *sin;  /* [1 or batch, seq, dim] */
     const uint8_t *mask;     /* [batch, seq] */
     const int64_t *segments; /* [batch, seq] */
@@ -41,7 +41,7 @@ typedef struct {
     double *carries;         /* [batch, heads, blocks, 2 + channels] */
     const void *grad_out;    /* as out */
     void *grad_in;           /* as in */
-    float *state;            /* packed state of one step, see pack_state in focus_step.py */
+    float *state;            /* packed state of one step, see pack_state in focus_recurrent.py */
     int64_t next, failed;    /* the next head to take; whether memory ran out */
 } Mixing;
 
@@ -137,7 +137,7 @@ INLINE float exp_negative(float x) {
     return x < -87.0f ? 0.0f : y * power;
 }
 
-INLINE float open_gate(float x, int kind) {
+INLINE float gate_value(float x, int kind) {
     if (kind == SIGMOID) return 1.0f / (1.0f + expf(-x));
     return 0.5f * x * (1.0f + erff(x * 0.70710678f));
 }
@@ -269,8 +269,8 @@ INLINE int continues(const Mixing *m, int64_t b, int64_t t) { /* whether token t
 INLINE void block_means(
     const Mixing *m, Work *w, Running *r, int64_t b, int64_t h, int64_t first, int count, int totals, int dim) {
     int channels = m->parts == 4 ? 2 * dim : dim, window = (int)m->window, halo = window ? window - 1 : 0;
-    float decay = m->decay ? m->decay[h] : 0;
-    double log_null = m->null_weight ? log(m->null_weight) : NOTHING;
+    float alibi_slopes = m->alibi_slopes ? m->alibi_slopes[h] : 0;
+    double log_sink = m->sink_weight ? log(m->sink_weight) : NOTHING;
     int64_t begin = first; /* of the segment, as far as a window reaches */
     if (window) while (begin > first - halo && (begin <= 0 || continues(m, b, begin))) begin--;
     for (int i = 0; i < count; i++) {
@@ -281,9 +281,9 @@ INLINE void block_means(
             if (i > 0 && !continues(m, b, t)) begin = t;
             int64_t from = t - halo > begin ? t - halo : begin;
             int seen = (int)(t - from) + 1, start = halo + i - seen + 1;
-            float weights[WIDEST], top = (float)log_null, total = 0;
+            float weights[WIDEST], top = (float)log_sink, total = 0;
             for (int j = 0; j < seen; j++) {
-                weights[j] = w->logs[start + j] - decay * (seen - 1 - j);
+                weights[j] = w->logs[start + j] - alibi_slopes * (seen - 1 - j);
                 top = weights[j] > top ? weights[j] : top;
             }
             SIMD_SUM(total) for (int j = 0; j < seen; j++) {
@@ -291,17 +291,17 @@ INLINE void block_means(
                 total += weights[j];
             }
             if (is_empty(top) && total == total) total = 0;
-            if (m->null_weight) total += exp_negative((float)log_null - top);
+            if (m->sink_weight) total += exp_negative((float)log_sink - top);
             weigh(weights, w->values + start * channels, seen, channels, mean);
             if (totals) w->log_total[i] = total == 0 ? NOTHING : top + log(total);
             share = total == 0 ? 0 : 1 / total;
             SIMD for (int c = 0; c < channels; c++) mean[c] *= (float)share;
         } else {
             if (t > 0 && !continues(m, b, t)) forget(r, channels);
-            r->reference -= decay;
+            r->reference -= alibi_slopes;
             if (!is_empty(w->logs[i])) take(r, w->logs[i], w->values + i * channels, 1, channels);
-            double total = r->total + (m->null_weight ? exp(log_null - r->reference) : 0);
-            if (totals) w->log_total[i] = r->total == 0 ? log_null : r->reference + log(total);
+            double total = r->total + (m->sink_weight ? exp(log_sink - r->reference) : 0);
+            if (totals) w->log_total[i] = r->total == 0 ? log_sink : r->reference + log(total);
             share = r->total == 0 ? 0 : 1 / total;
             SIMD for (int c = 0; c < channels; c++) mean[c] = (float)(r->sums[c] * share);
         }
@@ -349,7 +349,7 @@ INLINE void forward_head(Mixing *m, Work *w, int64_t row, int dim) {
         for (int i = 0; i < count; i++) {
             float *mean = w->means + i * channels, *value = mean + channels - dim;
             if (gated) {
-                float gate = open_gate(dot(w->query + (halo + i) * dim, mean, dim) * (float)m->scale, (int)m->gate);
+                float gate = gate_value(dot(w->query + (halo + i) * dim, mean, dim) * (float)m->scale, (int)m->gate);
                 SIMD for (int d = 0; d < dim; d++) value[d] *= gate;
             }
             store(m, m->out, ((b * m->seq + first + i) * m->heads + h) * dim, value, dim);
@@ -376,7 +376,7 @@ INLINE void gate_backward(const Mixing *m, Work *w, int64_t b, int64_t h, int64_
         w->inner[i] = slope;
         if (!gated) continue;
         const float *query = w->query + (halo + i) * dim;
-        float product = dot(query, mean, dim), gate = open_gate(product * (float)m->scale, (int)m->gate);
+        float product = dot(query, mean, dim), gate = gate_value(product * (float)m->scale, (int)m->gate);
         float grad_product = slope * gate_slope(product * (float)m->scale, gate, (int)m->gate) * (float)m->scale;
         w->inner[i] = slope * gate + grad_product * product;
         SIMD for (int d = 0; d < dim; d++) {
@@ -397,7 +397,7 @@ INLINE void store_gradient(const Mixing *m, const Work *w, int64_t at, int part,
 INLINE void backward_head(Mixing *m, Work *w, int64_t row, int dim) {
     int64_t b = row / m->heads, h = row % m->heads, blocks = (m->seq + BLOCK - 1) / BLOCK;
     int gated = m->parts == 4, channels = gated ? 2 * dim : dim, window = (int)m->window, halo = window ? window - 1 : 0;
-    float decay = m->decay ? m->decay[h] : 0;
+    float alibi_slopes = m->alibi_slopes ? m->alibi_slopes[h] : 0;
     Running past = {0, 0, w->carry}, later = {0, 0, w->back};
     forget(&later, channels);
     int64_t end = m->seq - 1; /* of the segment */
@@ -428,7 +428,7 @@ INLINE void backward_head(Mixing *m, Work *w, int64_t row, int dim) {
                 if (cut) end = t;
                 int reach = (int)((t + halo < end ? t + halo : end) - t) + 1;
                 float weights[WIDEST], inner = 0;
-                for (int j = 0; j < reach; j++) weights[j] = (float)(log - decay * j - w->log_total[i + j]);
+                for (int j = 0; j < reach; j++) weights[j] = (float)(log - alibi_slopes * j - w->log_total[i + j]);
                 SIMD_SUM(inner) for (int j = 0; j < reach; j++) {
                     weights[j] = exp_negative(weights[j] > 0 ? 0 : weights[j]);
                     inner += weights[j] * w->inner[i + j];
@@ -441,7 +441,7 @@ INLINE void backward_head(Mixing *m, Work *w, int64_t row, int dim) {
                 grad_log = dot(grad_value, value, channels) - inner;
             } else {
                 if (cut) forget(&later, channels);
-                later.reference -= decay;
+                later.reference -= alibi_slopes;
                 if (!is_empty(w->log_total[i]))
                     take(&later, -w->log_total[i], w->grads + i * channels, w->inner[i], channels);
                 double factor = is_empty(log) ? 0 : exp(log + later.reference), slope = 0;
@@ -480,17 +480,17 @@ INLINE void backward_head(Mixing *m, Work *w, int64_t row, int dim) {
 INLINE void step_head(Mixing *m, Work *w, int64_t row, int dim) {
     int64_t b = row / m->heads, h = row % m->heads;
     int gated = m->parts == 4, channels = gated ? 2 * dim : dim, pairs = gated ? 2 : 1;
-    float decay = m->decay ? m->decay[h] : 0;
+    float alibi_slopes = m->alibi_slopes ? m->alibi_slopes[h] : 0;
     prepare(m, w, b, h, 0, 1, 0, dim);
-    float own_log = w->logs[0], log_null = m->null_weight ? (float)log(m->null_weight) : NOTHING, *mean = w->means;
+    float own_log = w->logs[0], log_sink = m->sink_weight ? (float)log(m->sink_weight) : NOTHING, *mean = w->means;
     const float *token = w->values;
     if (!m->window) {
         float *state = m->state + b * m->heads * (2 + channels), *reference = state + h, *total = state + m->heads + h;
-        float before = *reference - decay, top = m->bounded ? 0 : larger(before, own_log), weight = expf(own_log - top);
+        float before = *reference - alibi_slopes, top = m->bounded ? 0 : larger(before, own_log), weight = expf(own_log - top);
         *total = *total * expf(before - top) + weight;
         *reference = top;
         float share = weight / *total, seen = 1;
-        if (m->null_weight) seen = *total / (*total + expf(log_null - top));
+        if (m->sink_weight) seen = *total / (*total + expf(log_sink - top));
         for (int p = 0; p < pairs; p++) {
             float *past = state + 2 * m->heads + (p * m->heads + h) * dim;
             SIMD for (int d = 0; d < dim; d++) {
@@ -501,9 +501,9 @@ INLINE void step_head(Mixing *m, Work *w, int64_t row, int dim) {
     } else {
         int window = (int)m->window, held = window > 1 ? window - 1 : 1, skip = held - (window - 1);
         float *state = m->state + b * m->heads * (1 + channels) * held, *logs = state + h * held;
-        float weights[WIDEST], top = larger(own_log, log_null), total = 0;
+        float weights[WIDEST], top = larger(own_log, log_sink), total = 0;
         for (int j = skip; j < held; j++) {
-            weights[j] = logs[j] - decay * (held - j);
+            weights[j] = logs[j] - alibi_slopes * (held - j);
             top = weights[j] > top ? weights[j] : top;
         }
         SIMD_SUM(total) for (int j = skip; j < held; j++) {
@@ -511,7 +511,7 @@ INLINE void step_head(Mixing *m, Work *w, int64_t row, int dim) {
             total += weights[j];
         }
         float own = expf(own_log - top);
-        total += own + expf(log_null - top);
+        total += own + expf(log_sink - top);
         memmove(logs, logs + 1, (held - 1) * sizeof(float));
         logs[held - 1] = own_log;
         for (int p = 0; p < pairs; p++) {
@@ -527,7 +527,7 @@ INLINE void step_head(Mixing *m, Work *w, int64_t row, int dim) {
     }
     float *value = mean + channels - dim;
     if (gated) {
-        float gate = open_gate(dot(w->query, mean, dim) * (float)m->scale, (int)m->gate);
+        float gate = gate_value(dot(w->query, mean, dim) * (float)m->scale, (int)m->gate);
         SIMD for (int d = 0; d < dim; d++) value[d] *= gate;
     }
     store(m, m->out, row * dim, value, dim);
@@ -590,5 +590,5 @@ static int in_threads(void *(*work)(void *), Mixing *m) {
 
 int focus_forward(Mixing *m) { return in_threads(forward_heads, m); }
 int focus_backward(Mixing *m) { return in_threads(backward_heads, m); }
-int focus_step(Mixing *m) { return in_threads(step_heads, m); }
+int focus_recurrent(Mixing *m) { return in_threads(step_heads, m); }
 """

@@ -11,12 +11,12 @@ import torch
 
 from ..common.operator_namespace import operator_namespace
 from .focus_cpu import NativeMixing
-from .focus_cpu import applies as native_applies
+from .focus_cpu import is_supported as native_applies
 from .focus_cpu import takes as native_takes
-from .focus_kinds import FocusSettings
+from .focus_functions import FocusSettings
 from .focus_tiles import TiledMixing, enter_state, means, means_backward
 from .focus_triton import TritonMixing
-from .focus_triton import applies as triton_applies
+from .focus_triton import is_supported as triton_is_supported
 from .focus_triton import takes as triton_takes
 from .running_mean import FocusState
 
@@ -27,14 +27,14 @@ NAMESPACE = operator_namespace(__name__)
 def focus_mixing_step(
     qfkv: torch.Tensor,
     settings: FocusSettings,
-    decay: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
     rotary: tuple[torch.Tensor, torch.Tensor] | None,
     padding_mask: torch.Tensor | None,
     segments: torch.Tensor | None,
     past: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The mixing step of checked inputs; the arguments are those of `TiledMixing`, the results those of its `forward`."""
-    tensors = decay, *(rotary or (None, None)), padding_mask, segments
+    tensors = alibi_slopes, *(rotary or (None, None)), padding_mask, segments
     if not _in_graph():
         return _FocusMixing.apply(qfkv, settings, *tensors, *(past or (None, None)))
     for_backward = torch.is_grad_enabled() and qfkv.requires_grad
@@ -47,15 +47,15 @@ def focus_mean_step(
     logs: torch.Tensor,
     values: torch.Tensor,
     settings: FocusSettings,
-    decay: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
     segments: torch.Tensor | None,
     past: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Means of checked inputs `logs [batch, heads, seq]`, `values [batch, heads, seq, channels]`, and the state after them."""
-    arguments = decay, segments, *(past or (None, None))
+    arguments = alibi_slopes, segments, *(past or (None, None))
     if not _in_graph():
         return _FocusMean.apply(logs, values, settings, *arguments)
-    out, _, *final = _mean_operator(logs, values, *arguments, settings.window, settings.null_weight, settings.causal)
+    out, _, *final = _mean_operator(logs, values, *arguments, settings.window, settings.sink_weight, settings.causal)
     return out, *(final if settings.causal else (None, None))
 
 
@@ -86,7 +86,7 @@ def _in_full_precision(function):
 
 
 def _choose_mixing(qfkv, settings, rotary):
-    if triton_applies(qfkv, settings, rotary):
+    if triton_is_supported(qfkv, settings, rotary):
         return TritonMixing
     return NativeMixing if native_applies(qfkv, settings, rotary) else TiledMixing
 
@@ -96,11 +96,11 @@ class _FocusMixing(torch.autograd.Function):
 
     @staticmethod
     @_in_full_precision
-    def forward(ctx, qfkv, settings, decay, cos, sin, padding_mask, segments, state_logs, state_values):
+    def forward(ctx, qfkv, settings, alibi_slopes, cos, sin, padding_mask, segments, state_logs, state_values):
         rotary, for_backward = None if cos is None else (cos, sin), ctx.needs_input_grad[0]
         past = _kept(None if state_logs is None else (state_logs, state_values), for_backward)
         mixing = _choose_mixing(qfkv, settings, rotary)
-        ctx.mixing = mixing(qfkv, settings, decay, rotary, padding_mask, segments, past)
+        ctx.mixing = mixing(qfkv, settings, alibi_slopes, rotary, padding_mask, segments, past)
         ctx.save_for_backward(qfkv)
         out, *final = ctx.mixing.forward(qfkv, for_backward)
         if settings.causal:
@@ -120,9 +120,9 @@ class _FocusMean(torch.autograd.Function):
 
     @staticmethod
     @_in_full_precision
-    def forward(ctx, logs, values, settings, decay, segments, state_logs, state_values):
-        out, log_total, *final = _mean(logs, values, settings, decay, segments, state_logs, state_values)
-        ctx.settings, ctx.decay, ctx.segments = settings, decay, segments
+    def forward(ctx, logs, values, settings, alibi_slopes, segments, state_logs, state_values):
+        out, log_total, *final = _mean(logs, values, settings, alibi_slopes, segments, state_logs, state_values)
+        ctx.settings, ctx.alibi_slopes, ctx.segments = settings, alibi_slopes, segments
         ctx.save_for_backward(logs, values, out, log_total)
         if settings.causal:
             ctx.mark_non_differentiable(*final)
@@ -132,20 +132,24 @@ class _FocusMean(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     @_in_full_precision
     def backward(ctx, grad_out, *_):
-        grads = _mean_backward(grad_out, *ctx.saved_tensors, ctx.settings, ctx.decay, ctx.segments)
+        grads = _mean_backward(grad_out, *ctx.saved_tensors, ctx.settings, ctx.alibi_slopes, ctx.segments)
         return *grads, *(None,) * 5
 
 
-def _mean(logs, values, settings, decay, segments, state_logs, state_values):
+def _mean(logs, values, settings, alibi_slopes, segments, state_logs, state_values):
     """Means, logs of the summed weights, and log weights and values of the state after them (`None` when bidirectional)."""
     carry = None if state_logs is None else FocusState(state_logs, state_values)
-    out, log_total, final = means(logs, values, settings, decay, segments, enter_state(carry, settings, segments))
+    out, log_total, final = means(
+        logs, values, settings, alibi_slopes, segments, enter_state(carry, settings, segments)
+    )
     return out, log_total, *((x.clone() for x in final[:2]) if settings.causal else (None, None))
 
 
-def _mean_backward(grad_out, logs, values, out, log_total, settings, decay, segments):
+def _mean_backward(grad_out, logs, values, out, log_total, settings, alibi_slopes, segments):
     grads = torch.cat((grad_out, (grad_out * out).sum(-1, keepdim=True)), dim=-1)
-    grad_logs, grad_values, factor, _ = means_backward(grads, log_total, logs, values, settings, decay, segments, None)
+    grad_logs, grad_values, factor, _ = means_backward(
+        grads, log_total, logs, values, settings, alibi_slopes, segments, None
+    )
     return grad_logs, grad_values * factor
 
 
@@ -153,7 +157,7 @@ def _mean_backward(grad_out, logs, values, out, log_total, settings, decay, segm
 # Operators of a graph: each with the shapes that it gives, and its backward pass as an operator of its own
 # ---------------------------------------------------------------------------------------------------------------------
 
-_SETTINGS = "scale normalize weight_function query_gate window null_weight causal".split()
+_SETTINGS = "scale normalize weight_function output_gate window sink_weight causal".split()
 
 
 def _values(settings):
@@ -167,10 +171,10 @@ def _form(qfkv, settings, rotary):
     return NativeMixing if native_takes(qfkv, settings, rotary) else TiledMixing
 
 
-def _mixing(qfkv, decay, cos, sin, padding_mask, segments, past_logs, past_values, *values):
+def _mixing(qfkv, alibi_slopes, cos, sin, padding_mask, segments, past_logs, past_values, *values):
     rotary, past = None if cos is None else (cos, sin), None if past_logs is None else (past_logs, past_values)
     settings = FocusSettings(**dict(zip(_SETTINGS, values)))
-    return _form(qfkv, settings, rotary)(qfkv, settings, decay, rotary, padding_mask, segments, past)
+    return _form(qfkv, settings, rotary)(qfkv, settings, alibi_slopes, rotary, padding_mask, segments, past)
 
 
 def _state_like(values, batch, heads, channels, seq, past_logs, window, causal):
@@ -193,7 +197,7 @@ def _present(tensors, like):
 @_in_full_precision
 def _mixing_operator(
     qfkv: torch.Tensor,
-    decay: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
     padding_mask: torch.Tensor | None,
@@ -203,26 +207,26 @@ def _mixing_operator(
     scale: float,
     normalize: bool,
     weight_function: str,
-    query_gate: str,
+    output_gate: str,
     window: int | None,
-    null_weight: float,
+    sink_weight: float,
     causal: bool,
     for_backward: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    values = scale, normalize, weight_function, query_gate, window, null_weight, causal
-    mixing = _mixing(qfkv, decay, cos, sin, padding_mask, segments, past_logs, past_values, *values)
+    values = scale, normalize, weight_function, output_gate, window, sink_weight, causal
+    mixing = _mixing(qfkv, alibi_slopes, cos, sin, padding_mask, segments, past_logs, past_values, *values)
     # Carries of tiles are no tensor: their backward pass finds them again.
     out, *state = mixing.forward(qfkv, for_backward and not isinstance(mixing, TiledMixing))
     return out, *_present((*state, mixing.carries), qfkv)
 
 
 @_mixing_operator.register_fake
-def _(qfkv, decay, cos, sin, padding_mask, segments, past_logs, past_values, *values_and_purpose):
+def _(qfkv, alibi_slopes, cos, sin, padding_mask, segments, past_logs, past_values, *values_and_purpose):
     *values, for_backward = values_and_purpose
     values = dict(zip(_SETTINGS, values))
     window = None if values["window"] is None else int(values["window"])
     settings = FocusSettings(
-        **{**values, "window": window, "scale": 1.0, "null_weight": 0.0}
+        **{**values, "window": window, "scale": 1.0, "sink_weight": 0.0}
     )  # of these a graph may have any
     batch, seq, parts, heads, dim = qfkv.shape
     state = _state_like(qfkv, batch, heads, dim if parts == 3 else 2 * dim, seq, past_logs, window, settings.causal)
@@ -237,7 +241,7 @@ def _mixing_backward_operator(
     grad_out: torch.Tensor,
     carries: torch.Tensor,
     qfkv: torch.Tensor,
-    decay: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
     padding_mask: torch.Tensor | None,
@@ -247,13 +251,13 @@ def _mixing_backward_operator(
     scale: float,
     normalize: bool,
     weight_function: str,
-    query_gate: str,
+    output_gate: str,
     window: int | None,
-    null_weight: float,
+    sink_weight: float,
     causal: bool,
 ) -> torch.Tensor:
-    values = scale, normalize, weight_function, query_gate, window, null_weight, causal
-    mixing = _mixing(qfkv, decay, cos, sin, padding_mask, segments, past_logs, past_values, *values)
+    values = scale, normalize, weight_function, output_gate, window, sink_weight, causal
+    mixing = _mixing(qfkv, alibi_slopes, cos, sin, padding_mask, segments, past_logs, past_values, *values)
     if carries.numel():
         mixing.carries = carries
     return mixing.backward(qfkv, grad_out).contiguous()
@@ -283,20 +287,20 @@ _mixing_operator.register_autograd(_mixing_gradients, setup_context=_keep_mixing
 def _mean_operator(
     logs: torch.Tensor,
     values: torch.Tensor,
-    decay: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
     segments: torch.Tensor | None,
     past_logs: torch.Tensor | None,
     past_values: torch.Tensor | None,
     window: int | None,
-    null_weight: float,
+    sink_weight: float,
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    settings = FocusSettings(scale=1.0, window=window, null_weight=null_weight, causal=causal)
-    return _present(_mean(logs, values, settings, decay, segments, past_logs, past_values), logs)
+    settings = FocusSettings(scale=1.0, window=window, sink_weight=sink_weight, causal=causal)
+    return _present(_mean(logs, values, settings, alibi_slopes, segments, past_logs, past_values), logs)
 
 
 @_mean_operator.register_fake
-def _(logs, values, decay, segments, past_logs, past_values, window, null_weight, causal):
+def _(logs, values, alibi_slopes, segments, past_logs, past_values, window, sink_weight, causal):
     batch, heads, seq, channels = values.shape
     state = _state_like(logs, batch, heads, channels, seq, past_logs, window, causal)
     return values.new_empty(values.shape), logs.new_empty(logs.shape), *state
@@ -310,14 +314,14 @@ def _mean_backward_operator(
     values: torch.Tensor,
     out: torch.Tensor,
     log_total: torch.Tensor,
-    decay: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
     segments: torch.Tensor | None,
     window: int | None,
-    null_weight: float,
+    sink_weight: float,
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    settings = FocusSettings(scale=1.0, window=window, null_weight=null_weight, causal=causal)
-    return _present(_mean_backward(grad_out, logs, values, out, log_total, settings, decay, segments), logs)
+    settings = FocusSettings(scale=1.0, window=window, sink_weight=sink_weight, causal=causal)
+    return _present(_mean_backward(grad_out, logs, values, out, log_total, settings, alibi_slopes, segments), logs)
 
 
 @_mean_backward_operator.register_fake
@@ -326,9 +330,9 @@ def _(grad_out, logs, values, *_):
 
 
 def _keep_mean(ctx, inputs, output):
-    logs, values, decay, segments, *_ = inputs
+    logs, values, alibi_slopes, segments, *_ = inputs
     ctx.settings = inputs[6:]
-    ctx.save_for_backward(logs, values, *output[:2], decay, segments)
+    ctx.save_for_backward(logs, values, *output[:2], alibi_slopes, segments)
     ctx.mark_non_differentiable(*output[1:])
 
 

@@ -8,28 +8,28 @@ import math
 
 import torch
 
-from .focus_kinds import NORM_EPS, QUERY_GATES, WEIGHT_FUNCTIONS, log_weight, open_gate, rotate
+from .focus_functions import NORM_EPS, OUTPUT_GATES, WEIGHT_FUNCTIONS, gate_value, log_weight, rotate
 from .running_mean import EMPTY, FocusState, two_sided_mean, weighted_mean
 
 
 _CPU_BLOCK = 2048  # tokens whose temporaries stay in the cache of a core
 
 
-def means(logs, values, settings, decay, segments, carry):
+def means(logs, values, settings, alibi_slopes, segments, carry):
     """Means `[batch, heads, n, channels]`, logs of the summed weights `[batch, heads, n]`, and the carry that follows."""
     if settings.causal:
-        log_total, means = weighted_mean(logs, values, settings.window, decay, segments, carry)
+        log_total, means = weighted_mean(logs, values, settings.window, alibi_slopes, segments, carry)
         carry = _leave_state(logs, values, settings, segments, (log_total, means), carry)
     else:
-        log_total, means = two_sided_mean(logs, values, settings.window, decay, segments)
-    if settings.null_weight:
+        log_total, means = two_sided_mean(logs, values, settings.window, alibi_slopes, segments)
+    if settings.sink_weight:
         seen = log_total
-        log_total = torch.logaddexp(seen, seen.new_tensor(math.log(settings.null_weight)))
+        log_total = torch.logaddexp(seen, seen.new_tensor(math.log(settings.sink_weight)))
         means = means * torch.exp(seen - log_total).unsqueeze(-1)
     return means, log_total, carry
 
 
-def means_backward(grads, log_total, logs, values, settings, decay, segments, carry):
+def means_backward(grads, log_total, logs, values, settings, alibi_slopes, segments, carry):
     """Gradients of log weights and values, and the carry for the block before.
 
     With weights `P_ij`, `grad_values = P^T grad_means` and `grad_logs_j = values_j . grad_values_j - sum_i P_ij inner_i`,
@@ -46,10 +46,10 @@ def means_backward(grads, log_total, logs, values, settings, decay, segments, ca
     channels = values.shape[-1]
     reverse_logs = torch.where(log_total <= EMPTY / 2, -math.inf, -log_total)  # NaN stays
     if settings.causal:
-        running = weighted_mean(reverse_logs, grads, settings.window, decay, segments, carry, reverse=True)
+        running = weighted_mean(reverse_logs, grads, settings.window, alibi_slopes, segments, carry, reverse=True)
         carry = _leave_state(reverse_logs, grads, settings, segments, running, carry, reverse=True)
     else:
-        running = two_sided_mean(reverse_logs, grads, settings.window, decay, segments)
+        running = two_sided_mean(reverse_logs, grads, settings.window, alibi_slopes, segments)
     factor = torch.exp(logs + running[0])
     grad_values, inner = running[1][..., :channels], running[1][..., channels]
     grad_logs = ((grad_values * values).sum(-1) - inner) * factor
@@ -102,7 +102,7 @@ def _standardize_backward(grad, stats):
 class Block:
     """One block of the mixing step: the arithmetic before and after the means, forward and backward."""
 
-    def __init__(self, raw, settings, decay, rotary, padding_mask, segments):
+    def __init__(self, raw, settings, alibi_slopes, rotary, padding_mask, segments):
         self.settings, self.rotary = settings, rotary
         parts = raw.to(torch.promote_types(raw.dtype, torch.float32))  # [batch, n, parts, heads, head_dim]
         if settings.normalize:
@@ -113,7 +113,7 @@ class Block:
         if padding_mask is not None:
             logs = logs.masked_fill(~padding_mask.unsqueeze(-1), -math.inf)
         logs = logs.transpose(1, 2).contiguous()  # [batch, heads, n]
-        if settings.query_gate == "none":
+        if settings.output_gate == "none":
             values = self.v.transpose(1, 2).contiguous()
         else:
             q, k = parts[:, :, 0], self.k
@@ -121,16 +121,16 @@ class Block:
                 q, k = rotate(q, *rotary), rotate(k, *rotary)
             self.q = q.transpose(1, 2)
             values = torch.cat((k.transpose(1, 2), self.v.transpose(1, 2)), dim=-1)  # [batch, heads, n, 2 * head_dim]
-        self.tokens = logs, values, settings, decay, segments
+        self.tokens = logs, values, settings, alibi_slopes, segments
 
     def forward(self, carry):
         """The mixing step's output `[batch, heads, n, head_dim]`, and the carry for the next block."""
         self.means, self.log_total, carry = means(*self.tokens, carry)
-        if self.settings.query_gate == "none":
+        if self.settings.output_gate == "none":
             return self.means, carry
         self.kbar, self.vbar = self.means.chunk(2, dim=-1)
         self.dot = (self.q * self.kbar).sum(-1)
-        self.gate = open_gate(self.dot * self.settings.scale, self.settings.query_gate)
+        self.gate = gate_value(self.dot * self.settings.scale, self.settings.output_gate)
         return self.gate.unsqueeze(-1) * self.vbar, carry
 
     def backward(self, grad_out, carry):
@@ -139,12 +139,12 @@ class Block:
         grad_out = grad_out.to(self.v.dtype)  # [batch, heads, n, head_dim]
         channels = self.means.shape[-1]
         grad_means = self.means.new_empty(*self.means.shape[:-1], channels + 1)
-        if settings.query_gate == "none":
+        if settings.output_gate == "none":
             grad_means[..., :channels] = grad_out
             torch.sum(grad_out * self.means, -1, out=grad_means[..., channels])
         else:
             grad_gate = (grad_out * self.vbar).sum(-1)
-            grad_dot = grad_gate * QUERY_GATES[settings.query_gate].slope(self.dot * scale, self.gate) * scale
+            grad_dot = grad_gate * OUTPUT_GATES[settings.output_gate].slope(self.dot * scale, self.gate) * scale
             torch.mul(grad_dot.unsqueeze(-1), self.q, out=grad_means[..., : channels // 2])
             torch.mul(self.gate.unsqueeze(-1), grad_out, out=grad_means[..., channels // 2 : channels])
             torch.addcmul(grad_dot * self.dot, self.gate, grad_gate, out=grad_means[..., channels])
@@ -154,7 +154,7 @@ class Block:
         grad_logits = WEIGHT_FUNCTIONS[settings.weight_function].backward(grad_logits, self.logits).unsqueeze(-1)
         grad_values, factor = grad_values.transpose(1, 2), factor.transpose(1, 2)
         batch, n, heads, head_dim = self.v.shape
-        grads = grad_values.new_empty(batch, n, 3 if settings.query_gate == "none" else 4, heads, head_dim)
+        grads = grad_values.new_empty(batch, n, 3 if settings.output_gate == "none" else 4, heads, head_dim)
         *grad_q, grad_f, grad_k, grad_v = grads.unbind(2)
         torch.mul(grad_logits, self.k, out=grad_f)
         torch.mul(grad_values[..., -head_dim:], factor, out=grad_v)
@@ -185,13 +185,13 @@ class TiledMixing:
     """One mixing step in torch: `forward`, then perhaps `backward`, which holds its input and one carry a block.
 
     Args:
-        qfkv, settings, decay, padding_mask, segments: as in `focus_mixing`, `segments` numbered by runs.
+        qfkv, settings, alibi_slopes, padding_mask, segments: as in `focus_mixing`, `segments` numbered by runs.
         rotary (`tuple` of cos and sin, *optional*): as in `focus_mixing`.
         past (`tuple` of log weights and values, *optional*): of the `FocusState` before the first token.
     """
 
-    def __init__(self, qfkv, settings, decay=None, rotary=None, padding_mask=None, segments=None, past=None):
-        self.settings, self.decay, self.rotary = settings, decay, rotary
+    def __init__(self, qfkv, settings, alibi_slopes=None, rotary=None, padding_mask=None, segments=None, past=None):
+        self.settings, self.alibi_slopes, self.rotary = settings, alibi_slopes, rotary
         self.padding_mask, self.segments, self.past = padding_mask, segments, past
         self.rows, self.times = _block_ranges(*qfkv.shape[:2], settings, qfkv.device)
         self.carries = None  # of the forward pass, for the backward pass
@@ -244,7 +244,7 @@ class TiledMixing:
         if rotary is not None:
             rotary = tuple((x if x.shape[0] == 1 else x[row])[:, time] for x in rotary)
         masks = (None if mask is None else mask[row, time] for mask in (self.padding_mask, self.segments))
-        return Block(qfkv[row, time], self.settings, self.decay, rotary, *masks)
+        return Block(qfkv[row, time], self.settings, self.alibi_slopes, rotary, *masks)
 
 
 __all__ = ["Block", "TiledMixing", "enter_state", "means", "means_backward", "standardize_forward"]

@@ -10,7 +10,7 @@ previous group, which combines and publishes that in turn. The order of summatio
 timing. Programs number themselves when they start, so that a program only ever waits for programs that have started.
 The backward pass does the same from the end; it recomputes the means from the carries that the forward pass kept.
 
-Without Triton or a CUDA device, `applies` is false and all of this is done in torch.
+Without Triton or a CUDA device, `is_supported` is false and all of this is done in torch.
 """
 
 import math
@@ -34,7 +34,7 @@ _GROUP = 32  # chunks, one bit each of a word
 _HEADER = 4
 
 
-def applies(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> bool:
+def is_supported(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> bool:
     """Whether the kernels run this mixing step in eager mode."""
     return (
         type(qfkv) in (torch.Tensor, torch.nn.Parameter)  # not one of tracing, which has no memory
@@ -144,7 +144,7 @@ if triton is not None:
         return tl.where(x < 0, e, 1.0) / (1.0 + e)
 
     @triton.jit
-    def _open_gate(x, GATE: tl.constexpr):
+    def _gate_value(x, GATE: tl.constexpr):
         if GATE == 1:
             gate = _sigmoid(x)
         else:
@@ -198,7 +198,7 @@ if triton is not None:
         records, inside, slope, reference, total, keys, values,
         GATED: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip
-        """What precedes a group, joined by the first `inside` chunks of it; `slope` is a chunk's decay."""
+        """What precedes a group, joined by the first `inside` chunks of it; `slope` is a chunk's alibi_slopes."""
         k = tl.arange(0, GROUP)
         record = records + k * (4 + (1 + GATED) * DP)
         some = k < inside
@@ -265,7 +265,7 @@ if triton is not None:
 
     @triton.jit
     def _triangle(
-        logs, carry_log, carry_total, local, segment, segment_before, slope, log_null, SEGMENTS: tl.constexpr,
+        logs, carry_log, carry_total, local, segment, segment_before, slope, log_sink, SEGMENTS: tl.constexpr,
         NULL: tl.constexpr,
     ):  # fmt: skip
         """Weights of a chunk's tokens `[queries, keys]` and of what precedes it `[queries]`, and logs of the totals."""
@@ -275,25 +275,25 @@ if triton is not None:
             before = tl.where(segment == segment_before, before, _NOTHING)
         top = tl.maximum(tl.maximum(tl.max(exponents, 1), before), _EMPTY)
         if NULL:
-            top = tl.maximum(top, log_null)
+            top = tl.maximum(top, log_sink)
         weights, past = tl.exp(exponents - top[:, None]), tl.exp(before - top)
         total = tl.sum(weights, 1) + past * carry_total
         if NULL:
-            total += tl.exp(log_null - top)
+            total += tl.exp(log_sink - top)
         share = _share(total)
         log_total = tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), _NOTHING)
         return weights * share[:, None], past * share, log_total
 
     @triton.jit
-    def _bands(a, b, log_null, NULL: tl.constexpr):
+    def _bands(a, b, log_sink, NULL: tl.constexpr):
         """Weights of two sets of keys from their exponents `[queries, keys]`."""
         top = tl.maximum(tl.maximum(tl.max(a, 1), tl.max(b, 1)), _EMPTY)
         if NULL:
-            top = tl.maximum(top, log_null)
+            top = tl.maximum(top, log_sink)
         a, b = tl.exp(a - top[:, None]), tl.exp(b - top[:, None])
         total = tl.sum(a, 1) + tl.sum(b, 1)
         if NULL:
-            total += tl.exp(log_null - top)
+            total += tl.exp(log_sink - top)
         share = _share(total)
         return a * share[:, None], b * share[:, None]
 
@@ -332,8 +332,8 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["seq", "rows", "chunks", "window", "past", "kept"])
     def _forward(
-        qfkv, out, decay, cos, sin, mask, segments, past_logs, past_values, final_logs, final_values,
-        records, ends, words, carries, seq, heads, rows, chunks, window, past, kept, rotary_stride, scale, log_null,
+        qfkv, out, alibi_slopes, cos, sin, mask, segments, past_logs, past_values, final_logs, final_values,
+        records, ends, words, carries, seq, heads, rows, chunks, window, past, kept, rotary_stride, scale, log_sink,
         D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, HALO: tl.constexpr, GROUP: tl.constexpr,
         NORMALIZE: tl.constexpr, ELU: tl.constexpr, GATE: tl.constexpr, NULL: tl.constexpr, GATED: tl.constexpr,
         PRECISION: tl.constexpr,
@@ -356,8 +356,8 @@ if triton is not None:
             cos += b * rotary_stride + first.to(tl.int64) * D
             sin += b * rotary_stride + first.to(tl.int64) * D
         slope = 0.0
-        if decay is not None:
-            slope = tl.load(decay + h)
+        if alibi_slopes is not None:
+            slope = tl.load(alibi_slopes + h)
         segment = local
         segment_before = 0
         if SEGMENTS:
@@ -400,7 +400,7 @@ if triton is not None:
             weights, halo_weights = _bands(
                 _exponents(logs, local, local, segment, segment, slope, window, SEGMENTS),
                 _exponents(halo_logs, local, before, segment, halo_segment, slope, window, SEGMENTS),
-                log_null,
+                log_sink,
                 NULL,
             )
             vbar = tl.dot(halo_weights, halo_v, input_precision=PRECISION)
@@ -463,13 +463,13 @@ if triton is not None:
                 if GATED:
                     tl.store(final_values + row * channels + channel, after_k * share, mask=inside)
             weights, past_weights, _ = _triangle(
-                logs, reference, total, local, segment, segment_before, slope, log_null, SEGMENTS, NULL
+                logs, reference, total, local, segment, segment_before, slope, log_sink, SEGMENTS, NULL
             )
             vbar = tl.dot(weights, v, past_weights[:, None] * past_v[None, :], input_precision=PRECISION)
             if GATED:
                 kbar = tl.dot(weights, k, past_weights[:, None] * past_k[None, :], input_precision=PRECISION)
         if GATED:
-            vbar = vbar * _open_gate(tl.sum(q * kbar, 1) * scale, GATE)[:, None]
+            vbar = vbar * _gate_value(tl.sum(q * kbar, 1) * scale, GATE)[:, None]
         _store(out + (b * seq + first) * part + h * D, local, part, here, vbar, D, DP)
 
     @triton.jit
@@ -482,7 +482,7 @@ if triton is not None:
         inner, grad_product, grad_k = slope, slope, grad
         if GATE:
             product = tl.sum(q * kbar, 1)
-            gate = _open_gate(product * scale, GATE)
+            gate = _gate_value(product * scale, GATE)
             grad_product = slope * _gate_slope(product * scale, gate, GATE) * scale
             inner = slope * gate + grad_product * product
             grad_k = grad_product[:, None] * q
@@ -521,8 +521,8 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["seq", "rows", "chunks", "window", "past"])
     def _backward(
-        qfkv, grad_out, grad_in, decay, cos, sin, mask, segments, past_logs, past_values,
-        records, ends, words, carries, seq, heads, rows, chunks, window, past, rotary_stride, scale, log_null,
+        qfkv, grad_out, grad_in, alibi_slopes, cos, sin, mask, segments, past_logs, past_values,
+        records, ends, words, carries, seq, heads, rows, chunks, window, past, rotary_stride, scale, log_sink,
         D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, HALO: tl.constexpr, GROUP: tl.constexpr,
         NORMALIZE: tl.constexpr, ELU: tl.constexpr, GATE: tl.constexpr, NULL: tl.constexpr, GATED: tl.constexpr,
         PRECISION: tl.constexpr,
@@ -548,8 +548,8 @@ if triton is not None:
             cos += b * rotary_stride + first.to(tl.int64) * D
             sin += b * rotary_stride + first.to(tl.int64) * D
         slope = 0.0
-        if decay is not None:
-            slope = tl.load(decay + h)
+        if alibi_slopes is not None:
+            slope = tl.load(alibi_slopes + h)
         segment = local
         segment_before = 0
         if SEGMENTS:
@@ -584,7 +584,7 @@ if triton is not None:
             weights, halo_weights = _bands(
                 _exponents(logs, local, local, segment, segment, slope, window, SEGMENTS),
                 _exponents(halo_logs, local, before, segment, halo_segment, slope, window, SEGMENTS),
-                log_null,
+                log_sink,
                 NULL,
             )
             vbar = tl.dot(halo_weights, halo_v, input_precision=PRECISION)
@@ -621,7 +621,7 @@ if triton is not None:
             weights, halo_weights = _bands(
                 _exponents(logs, after, local, next_segment, segment, slope, window, SEGMENTS),
                 _exponents(next_logs, after, after, next_segment, next_segment, slope, window, SEGMENTS),
-                log_null,
+                log_sink,
                 NULL,
             )
             vbar = tl.dot(halo_weights, next_v, input_precision=PRECISION)
@@ -643,7 +643,7 @@ if triton is not None:
             record = carries + (row * chunks + chunk).to(tl.int64) * size
             reference, total, past_k, past_v = _read_record(record, GATED, DP)
             weights, past_weights, log_total = _triangle(
-                logs, reference, total, local, segment, segment_before, slope, log_null, SEGMENTS, NULL
+                logs, reference, total, local, segment, segment_before, slope, log_sink, SEGMENTS, NULL
             )
             vbar = tl.dot(weights, v, past_weights[:, None] * past_v[None, :], input_precision=PRECISION)
             if GATED:
@@ -710,7 +710,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["window", "held"])
     def _step(
-        qfkv, out, decay, cos, sin, state, heads, window, held, rotary_stride, scale, log_null,
+        qfkv, out, alibi_slopes, cos, sin, state, heads, window, held, rotary_stride, scale, log_sink,
         D: tl.constexpr, DP: tl.constexpr, HELD: tl.constexpr, NORMALIZE: tl.constexpr, ELU: tl.constexpr, GATE: tl.constexpr,
         NULL: tl.constexpr, GATED: tl.constexpr, BOUNDED: tl.constexpr,
     ):  # fmt: skip
@@ -725,8 +725,8 @@ if triton is not None:
             cos += b * rotary_stride
             sin += b * rotary_stride
         slope = 0.0
-        if decay is not None:
-            slope = tl.load(decay + h)
+        if alibi_slopes is not None:
+            slope = tl.load(alibi_slopes + h)
         f = _part(base + GATED * part, local, 0, here, D, DP, NORMALIZE)[0]
         k = _part(base + (1 + GATED) * part, local, 0, here, D, DP, NORMALIZE)[0]
         v = _part(base + (2 + GATED) * part, local, 0, here, D, DP, NORMALIZE)[0]
@@ -749,11 +749,11 @@ if triton is not None:
             logs = tl.where(used, tl.maximum(logs, _NOTHING) - slope * (held - j).to(tl.float32), _NOTHING)
             top = tl.maximum(tl.maximum(tl.max(logs, 0), log), _EMPTY)
             if NULL:
-                top = tl.maximum(top, log_null)
+                top = tl.maximum(top, log_sink)
             weights, own = tl.exp(logs - top), tl.exp(log - top)
             total = tl.sum(weights, 0) + own
             if NULL:
-                total += tl.exp(log_null - top)
+                total += tl.exp(log_sink - top)
             kept = (j >= 1)[None, :] & (j < held)[None, :] & inside[:, None]
             read = (j < held)[None, :] & inside[:, None]
             last = inside & (held > 0)
@@ -787,7 +787,7 @@ if triton is not None:
             total = total * tl.exp(before - top) + own
             seen = 1.0
             if NULL:
-                seen = total / (total + tl.exp(log_null - top))
+                seen = total / (total + tl.exp(log_sink - top))
             share = own / total
             values = state + 2 * heads + (GATED * heads + h) * D + channel
             keys = state + 2 * heads + h * D + channel
@@ -805,7 +805,7 @@ if triton is not None:
                 tl.store(keys, kbar, mask=inside)
                 kbar = kbar * seen
         if GATED:
-            vbar = vbar * _open_gate(tl.sum(q * kbar, 0) * scale, GATE)
+            vbar = vbar * _gate_value(tl.sum(q * kbar, 0) * scale, GATE)
         tl.store(out + row * D + channel, vbar.to(out.dtype.element_ty), mask=inside)
 
 
@@ -835,15 +835,15 @@ class TritonMixing:
     """One mixing step on a GPU: `forward`, then perhaps `backward`.
 
     Args:
-        qfkv, settings, decay, padding_mask, segments: as in `focus_mixing`, `segments` numbered by runs.
+        qfkv, settings, alibi_slopes, padding_mask, segments: as in `focus_mixing`, `segments` numbered by runs.
         rotary (`tuple` of cos and sin, *optional*): as in `focus_mixing`.
         past (`tuple` of log weights and values, *optional*): of the `FocusState` before the first token.
     """
 
-    def __init__(self, qfkv, settings, decay=None, rotary=None, padding_mask=None, segments=None, past=None):
+    def __init__(self, qfkv, settings, alibi_slopes=None, rotary=None, padding_mask=None, segments=None, past=None):
         batch, seq, parts, heads, dim = qfkv.shape
         self.settings, self.shape = settings, (batch, seq, heads, dim)
-        self.decay = None if decay is None else decay.float().contiguous()
+        self.alibi_slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
         self.cos, self.sin = (None, None) if rotary is None else (x.contiguous() for x in rotary)
         self.mask = None if padding_mask is None else padding_mask.contiguous().view(torch.uint8)
         self.segments = None if segments is None else segments.int().contiguous()
@@ -864,7 +864,7 @@ class TritonMixing:
             "past": self.past,
             "rotary_stride": seq * dim if rotary is not None and rotary[0].shape[0] > 1 else 0,
             "scale": float(settings.scale),
-            "log_null": math.log(settings.null_weight) if settings.null_weight else 0.0,
+            "log_sink": math.log(settings.sink_weight) if settings.sink_weight else 0.0,
         }
         self.constants = {
             "D": dim,
@@ -875,7 +875,7 @@ class TritonMixing:
             "NORMALIZE": settings.normalize,
             "ELU": settings.kernels[0] == 1,
             "GATE": settings.kernels[1],
-            "NULL": bool(settings.null_weight),
+            "NULL": bool(settings.sink_weight),
             "GATED": parts - 3,
             "PRECISION": _precision(qfkv.dtype),
         }
@@ -920,7 +920,7 @@ class TritonMixing:
             _forward[(self.rows * self.chunks,)](
                 qfkv.contiguous(),
                 out,
-                self.decay,
+                self.alibi_slopes,
                 self.cos,
                 self.sin,
                 self.mask,
@@ -949,7 +949,7 @@ class TritonMixing:
                 qfkv,
                 grad_out.contiguous(),
                 grad,
-                self.decay,
+                self.alibi_slopes,
                 self.cos,
                 self.sin,
                 self.mask,
@@ -971,19 +971,19 @@ def _on_device(tensor):
 
 
 def step(
-    qfkv: torch.Tensor, settings, decay: torch.Tensor | None, rotary: tuple | None, packed: torch.Tensor
+    qfkv: torch.Tensor, settings, alibi_slopes: torch.Tensor | None, rotary: tuple | None, packed: torch.Tensor
 ) -> torch.Tensor | None:
     """The mixing step of one more token, which also enters the packed state, in place.
 
     Args:
-        qfkv, settings, decay, rotary: as in `focus_mixing`, for one token.
+        qfkv, settings, alibi_slopes, rotary: as in `focus_mixing`, for one token.
         packed (`torch.Tensor`): of `pack_state`, float32.
 
     Returns:
         Output `[batch, 1, heads, head_dim]` in the dtype of `qfkv`; `None`, and nothing done, where the kernel can't take
         the step.
     """
-    if not applies(qfkv, settings, rotary) or packed.dtype != torch.float32 or not packed.is_contiguous():
+    if not is_supported(qfkv, settings, rotary) or packed.dtype != torch.float32 or not packed.is_contiguous():
         return None
     window = settings.window
     if window is not None and packed.shape[-1] != max(window - 1, 1):
@@ -996,7 +996,7 @@ def step(
         _step[(batch * heads,)](
             qfkv.contiguous(),
             out,
-            None if decay is None else decay.float().contiguous(),
+            None if alibi_slopes is None else alibi_slopes.float().contiguous(),
             cos,
             sin,
             packed,
@@ -1005,14 +1005,14 @@ def step(
             held,
             dim if rotary is not None and rotary[0].shape[0] > 1 else 0,
             float(settings.scale),
-            math.log(settings.null_weight) if settings.null_weight else 0.0,
+            math.log(settings.sink_weight) if settings.sink_weight else 0.0,
             D=dim,
             DP=_padded(dim),
             HELD=triton.next_power_of_2(held),
             NORMALIZE=settings.normalize,
             ELU=settings.kernels[0] == 1,
             GATE=settings.kernels[1],
-            NULL=bool(settings.null_weight),
+            NULL=bool(settings.sink_weight),
             GATED=parts - 3,
             BOUNDED=settings.bounded(dim),
             num_warps=1,

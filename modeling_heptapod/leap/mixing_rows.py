@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from transformers.utils.import_utils import is_tracing
 
-from ..common.packed_rows import last_run
-from ..common.row_layout import RowLayout, pad_layout
+from ..common.packing import last_run
+from ..common.token_layout import TokenLayout, pad_layout
 
 
 @dataclass
@@ -17,7 +17,7 @@ class MixingRows:
         padding_mask (`torch.BoolTensor` of shape `[batch, seq]`, *optional*): which tokens are real.
         segment_ids (`torch.LongTensor` of shape `[batch, seq]`, *optional*): packed sequence of each token.
         rotary (`tuple[torch.Tensor, torch.Tensor]`, *optional*): cosines and sines `[1 or batch, seq, head_dim]`.
-        layout (`RowLayout`, *optional*): how the attributes above are laid out, and mixers are to lay out their input.
+        layout (`TokenLayout`, *optional*): how the attributes above are laid out, and mixers are to lay out their input.
         lengths (`torch.LongTensor` of shape `[batch]`, *optional*): real tokens of each row, where pads behind them must
             not enter the state.
     """
@@ -25,7 +25,7 @@ class MixingRows:
     padding_mask: torch.Tensor | None = None
     segment_ids: torch.Tensor | None = None
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
-    layout: RowLayout | None = None
+    layout: TokenLayout | None = None
     lengths: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "MixingRows":
@@ -40,18 +40,18 @@ def lay_out(
     mask: torch.Tensor | None,
     segment_ids: torch.Tensor | None,
     rotary: tuple[torch.Tensor, torch.Tensor] | None,
-    continues: bool,
-    leaves_state: bool,
+    has_initial_state: bool,
+    output_final_state: bool,
 ) -> MixingRows:
     """Rows in which no pad stands between real tokens, between them and the state before, or leaves a trace in the next.
 
     Args:
         mask (`torch.BoolTensor` of shape `[batch, seq]`, *optional*): which tokens are real.
         segment_ids, rotary: as attributes of `MixingRows`, in the order of the input.
-        continues (`bool`): whether a state comes before the first token.
-        leaves_state (`bool`): whether one is taken after the last.
+        has_initial_state (`bool`): whether a state comes before the first token.
+        output_final_state (`bool`): whether one is taken after the last.
     """
-    if mask is None or not (is_tracing(mask) or _pads_matter(mask, continues, leaves_state)):
+    if mask is None or not (is_tracing(mask) or _pads_matter(mask, has_initial_state, output_final_state)):
         return MixingRows(mask, segment_ids, rotary)
     lengths, layout, real = mask.sum(1), None, mask
     last = None if segment_ids is None else last_run(segment_ids, mask).clamp_min(0)
@@ -65,11 +65,11 @@ def lay_out(
     return MixingRows(real, segment_ids, rotary, layout, lengths)
 
 
-def _pads_matter(mask, continues, leaves_state):
-    if continues:
+def _pads_matter(mask, has_initial_state, output_final_state):
+    if has_initial_state:
         return True
     pieces = mask[:, 0] + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
-    return (pieces > 1).any() or (leaves_state and (mask.any(1) & ~mask[:, -1]).any())
+    return (pieces > 1).any() or (output_final_state and (mask.any(1) & ~mask[:, -1]).any())
 
 
 __all__ = ["MixingRows", "lay_out"]

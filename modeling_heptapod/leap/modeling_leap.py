@@ -29,28 +29,28 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
-from ..common.auto_map import KnownByNameMixin
+from ..common.auto_mapping import AutoMappingMixin
+from ..common.cache_mixins import CustomCacheMixin
 from ..common.losses import causal_lm_loss, masked_lm_loss, sequence_classification_loss
 from ..common.model_inputs import (
+    apply_mask_to_padding_states,
     check_past_mask,
     check_position_ids,
     check_position_range,
     count_positions,
     embed_text,
-    of_new_tokens,
+    mask_of_new_tokens,
     token_mask,
-    without_pads,
 )
-from ..common.own_cache import OwnCacheMixin
-from ..common.packed_rows import next_positions
-from ..common.packed_rows import segment_ids as find_segments
+from ..common.packing import next_positions
+from ..common.packing import segment_ids as find_segments
 from ..common.transformers_versions import CACHE, OldCacheNameMixin, slice_logits_to_keep, with_cache_argument
-from ..common.unread_arguments import refuse_unread, take_out
+from ..common.unused_kwargs import pop_kwargs, reject_unused_kwargs
 from .configuration_leap import LeapConfig
 from .focus import attention_matrix, focus_mean, focus_mixing, token_state
 from .focus_cpu import step
-from .focus_kinds import FocusSettings, log_weight, rotate, standardize
-from .focus_step import (
+from .focus_functions import FocusSettings, log_weight, rotate, standardize
+from .focus_recurrent import (
     gate_output,
     pack_state,
     prepare_step,
@@ -65,7 +65,7 @@ from .recurrent_cache import RecurrentCache, StaticRecurrentCache, mixing_states
 from .running_mean import FocusState
 
 
-def decay_slopes(num_heads: int) -> torch.Tensor:
+def get_alibi_slopes(num_heads: int) -> torch.Tensor:
     """How much each head's log weights fall per token of distance: ALiBi's slopes (arXiv 2108.12409), `[num_heads]`."""
     return 2.0 ** (-8.0 * torch.arange(1, num_heads + 1) / num_heads)
 
@@ -84,13 +84,13 @@ class _Mixer(nn.Module):
             scale=scale,
             normalize=config.rescale is not None,
             weight_function=config.weight_function,
-            query_gate=config.query_gate,
+            output_gate=config.output_gate,
             window=config.window_sizes[layer_idx],
-            null_weight=config.null_weight,
+            sink_weight=config.sink_weight,
         )
         self.two_sided = replace(self.settings, causal=False)  # made here, not in a forward pass that is compiled
-        decay = decay_slopes(self.num_heads) if config.position_embedding_type == "decay" else None
-        self.register_buffer("decay", decay, persistent=False)
+        alibi_slopes = get_alibi_slopes(self.num_heads) if config.position_embedding_type == "alibi" else None
+        self.register_buffer("alibi_slopes", alibi_slopes, persistent=False)
 
     def forward(
         self,
@@ -158,7 +158,9 @@ class _Mixer(nn.Module):
                 f"`use_cache` must be False and `{CACHE}` left out where `torch.export` leaves sizes open or `torch.func` is at "
                 "work: there LEAP's mixing leaves no state."
             )
-        state = state_of_rows(state, past, self.settings, self.decay, seq, rows.lengths, rows.segment_ids, tokens)
+        state = state_of_rows(
+            state, past, self.settings, self.alibi_slopes, seq, rows.lengths, rows.segment_ids, tokens
+        )
         packed = pack_state(state, self.settings, self.head_dim, cache.get_seq_length() + seq)
         write = cache.update_recurrent_state if self.settings.window is None else cache.update_conv_state
         write(packed, self.layer_idx, state_idx)
@@ -166,9 +168,11 @@ class _Mixer(nn.Module):
     def _step_mean(self, logits, token, cache, state_idx=0):
         """Means of one more token `[batch, parts, heads, head_dim]`, which also enters the cached state."""
         if self.settings.window is None:
-            return step_global_mean(logits, token, self._packed_state(cache, state_idx), self.settings, self.decay)
+            return step_global_mean(
+                logits, token, self._packed_state(cache, state_idx), self.settings, self.alibi_slopes
+            )
         push = partial(cache.update_conv_state, layer_idx=self.layer_idx, state_idx=state_idx)
-        return step_window_mean(logits, token, push, self.settings, self.decay)
+        return step_window_mean(logits, token, push, self.settings, self.alibi_slopes)
 
     def _mean(self, logits, values, rows, cache, is_causal, state_idx=0):
         """Means over `logits [batch, seq, heads]`, `values [batch, seq, heads, channels]`, continuing from the cache.
@@ -179,7 +183,7 @@ class _Mixer(nn.Module):
         if rows.padding_mask is not None:
             logs = logs.masked_fill(~rows.padding_mask.unsqueeze(-1), -torch.inf)
         past, settings = self._read_state(cache, state_idx), self.settings if is_causal else self.two_sided
-        means, state = focus_mean(logs, values, settings, self.decay, None, rows.segment_ids, past)
+        means, state = focus_mean(logs, values, settings, self.alibi_slopes, None, rows.segment_ids, past)
         if cache is not None:
             tokens = partial(self._tokens_of_mean, logs.detach(), values.detach())
             self._write_state(state, past, tokens, values.shape[1], rows, cache, state_idx)
@@ -202,7 +206,7 @@ class LeapMixer(_Mixer):
 
     def __init__(self, config: LeapConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.num_parts = 3 if config.query_gate == "none" else 4
+        self.num_parts = 3 if config.output_gate == "none" else 4
         self.qfkv_proj = nn.Linear(config.hidden_size, self.num_parts * config.hidden_size, bias=False)
 
     def _mix(self, hidden_states, output_attentions, rows, past_key_values, is_causal, single_step):
@@ -211,13 +215,13 @@ class LeapMixer(_Mixer):
         qfkv = self.qfkv_proj(hidden_states).view(batch, seq, self.num_parts, self.num_heads, self.head_dim)
         attentions = None
         if output_attentions or (self.training and self.attention_dropout > 0):
-            out, attentions = self._mix_in_the_open(qfkv, rows, cache, is_causal)
+            out, attentions = self._mix_eager(qfkv, rows, cache, is_causal)
         elif single_step:
             out = self._step(qfkv, cache, rows.rotary)
         else:
             past, settings = self._read_state(cache), self.settings if is_causal else self.two_sided
             masks = rows.padding_mask, rows.segment_ids
-            out, state = focus_mixing(qfkv, settings, self.decay, rows.rotary, *masks, past)
+            out, state = focus_mixing(qfkv, settings, self.alibi_slopes, rows.rotary, *masks, past)
             if cache is not None:
                 self._write_state(state, past, partial(self._tokens, qfkv, rows), seq, rows, cache)
         return out.reshape(batch, seq, -1), attentions if output_attentions else None
@@ -233,7 +237,7 @@ class LeapMixer(_Mixer):
     def _step(self, qfkv, cache, rotary):
         """One token, which also enters the cached state."""
         take = triton_step if qfkv.is_cuda else step
-        out = take(qfkv, self.settings, self.decay, rotary, self._packed_state(cache))
+        out = take(qfkv, self.settings, self.alibi_slopes, rotary, self._packed_state(cache))
         if out is not None:
             return out
         parts, logits = prepare_step(qfkv, self.settings, rotary)
@@ -242,14 +246,14 @@ class LeapMixer(_Mixer):
             means = gate_output(parts[:, 0], means[:, 0], means[:, 1], self.settings)[0]
         return means.to(qfkv.dtype)
 
-    def _mix_in_the_open(self, qfkv, rows, cache, is_causal):
+    def _mix_eager(self, qfkv, rows, cache, is_causal):
         """The same step in differentiable pieces, for dropout inside and for attentions to return."""
         settings = self.settings
         parts = qfkv.to(torch.promote_types(qfkv.dtype, torch.float32))
         parts = (standardize(parts) if settings.normalize else parts).unbind(2)
         f, k, v = self._dropout(parts[-3]), parts[-2], self._dropout(parts[-1])
         logits = self._dropout((f * k).sum(-1) * settings.scale)
-        if settings.query_gate == "none":
+        if settings.output_gate == "none":
             out, logs = self._mean(logits, v, rows, cache, is_causal)
             gate = torch.ones_like(logs)
         else:
@@ -269,7 +273,7 @@ class LeapMixer(_Mixer):
         logs, gate = attentions.unbind(-1)
         gate = gate if positions is None else gate[..., positions]
         settings = replace(self.settings, causal=is_causal)
-        return gate.unsqueeze(-1) * attention_matrix(logs, settings, self.decay, segment_ids, positions)
+        return gate.unsqueeze(-1) * attention_matrix(logs, settings, self.alibi_slopes, segment_ids, positions)
 
 
 class AdditiveMixer(_Mixer):
@@ -315,7 +319,8 @@ class AdditiveMixer(_Mixer):
     def attention_matrix(self, attentions, is_causal=True, segment_ids=None, positions=None):
         settings = replace(self.settings, causal=is_causal)
         matrices = (
-            attention_matrix(logs, settings, self.decay, segment_ids, positions) for logs in attentions.unbind(-1)
+            attention_matrix(logs, settings, self.alibi_slopes, segment_ids, positions)
+            for logs in attentions.unbind(-1)
         )
         return torch.stack(tuple(matrices), dim=2)
 
@@ -354,7 +359,7 @@ class LeapLayer(GradientCheckpointingLayer):
 
 
 @auto_docstring
-class LeapPreTrainedModel(KnownByNameMixin, OwnCacheMixin, PreTrainedModel):
+class LeapPreTrainedModel(AutoMappingMixin, CustomCacheMixin, PreTrainedModel):
     config: LeapConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -370,9 +375,9 @@ class LeapPreTrainedModel(KnownByNameMixin, OwnCacheMixin, PreTrainedModel):
         super().__init__(config, *args, **kwargs)
 
     def _cache_layers(self, cache):
-        """See `OwnCacheMixin._cache_layers`."""
+        """See `CustomCacheMixin._cache_layers`."""
         config = self.config
-        parts = 1 if config.query_gate == "none" else 2
+        parts = 1 if config.output_gate == "none" else 2
         shape = config.num_attention_heads, parts, config.head_dim
         return [mixing_states(window, *shape, config.number_of_conv_states) for window in config.window_sizes]
 
@@ -382,8 +387,8 @@ class LeapPreTrainedModel(KnownByNameMixin, OwnCacheMixin, PreTrainedModel):
         if isinstance(module, AdditiveMixer):
             init.normal_(module.query_vector, std=self.config.initializer_range)
             init.normal_(module.key_vector, std=self.config.initializer_range)
-        if isinstance(module, _Mixer) and module.decay is not None:
-            init.copy_(module.decay, decay_slopes(module.num_heads))
+        if isinstance(module, _Mixer) and module.alibi_slopes is not None:
+            init.copy_(module.alibi_slopes, get_alibi_slopes(module.num_heads))
 
 
 @auto_docstring
@@ -392,7 +397,7 @@ class LeapModel(LeapPreTrainedModel):
         super().__init__(config)
         self.position_type = config.position_embedding_type
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        if config.position_embedding_type == "learned":
+        if config.position_embedding_type == "absolute":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         elif config.position_embedding_type == "rotary":
             self.rotary_emb = LlamaRotaryEmbedding(config)
@@ -431,7 +436,7 @@ class LeapModel(LeapPreTrainedModel):
         cu_seq_lens_q (`torch.LongTensor` of shape `(num_sequences + 1,)`, *optional*):
             Boundaries of the sequences packed into one row. Restarting `position_ids` mean the same.
         """
-        refuse_unread(self, kwargs, cu_seq_lens_q)
+        reject_unused_kwargs(self, kwargs, cu_seq_lens_q)
         inputs_embeds = embed_text(self.embed_tokens, input_ids, inputs_embeds, self.config.hidden_size)
         batch, seq, _ = inputs_embeds.shape
         # Not by `merge_with_config_defaults`, which also writes `is_causal` into the config: a token would feel that.
@@ -456,10 +461,10 @@ class LeapModel(LeapPreTrainedModel):
             inputs_embeds, mask, position_ids, seq_idx, cu_seq_lens_q, past if continues else None
         )
         counted = position_ids is None
-        if counted and self.position_type in ("learned", "rotary"):
+        if counted and self.position_type in ("absolute", "rotary"):
             position_ids = count_positions(inputs_embeds, mask, segment_ids, past)
-        hidden_states = without_pads(inputs_embeds, mask)
-        if self.position_type == "learned":
+        hidden_states = apply_mask_to_padding_states(inputs_embeds, mask)
+        if self.position_type == "absolute":
             self._check_positions(position_ids, counted, past)
             hidden_states = hidden_states + self.embed_positions(position_ids)
         rotary = None
@@ -502,12 +507,12 @@ class LeapModel(LeapPreTrainedModel):
         mask = token_mask(attention_mask, inputs_embeds, 0 if cache is None else cache.get_seq_length())
         if cache is not None and not cache.packed and (mask is not None or cache.next_positions is not None):
             check_past_mask(attention_mask, inputs_embeds.shape[1], cache.lengths())
-        return of_new_tokens(mask, inputs_embeds.shape[1])
+        return mask_of_new_tokens(mask, inputs_embeds.shape[1])
 
     def _check_positions(self, position_ids, counted, past):
         limit = self.config.max_position_embeddings
         if not (counted and isinstance(past, int) and past + position_ids.shape[1] <= limit):
-            remedy = "Other values of `position_embedding_type` than 'learned' have no such bound."
+            remedy = "Other values of `position_embedding_type` than 'absolute' have no such bound."
             check_position_range(position_ids, limit, remedy)
 
 
@@ -542,7 +547,7 @@ class LeapForCausalLM(LeapPreTrainedModel, OldCacheNameMixin, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
-        of_loss = take_out(kwargs, "num_items_in_batch", "ignore_index", "shift_labels")
+        of_loss = pop_kwargs(kwargs, "num_items_in_batch", "ignore_index", "shift_labels")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -598,7 +603,7 @@ class LeapForMaskedLM(LeapPreTrainedModel):
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Original ids where tokens were masked, `-100` elsewhere. They are not shifted.
         """
-        of_loss = take_out(kwargs, "num_items_in_batch", "ignore_index")
+        of_loss = pop_kwargs(kwargs, "num_items_in_batch", "ignore_index")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -648,7 +653,7 @@ class LeapForSequenceClassification(LeapPreTrainedModel):
         labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
             Classes, regression targets or multi-label indicators, told apart by `config.problem_type`.
         """
-        of_loss = take_out(kwargs, "num_items_in_batch")
+        of_loss = pop_kwargs(kwargs, "num_items_in_batch")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

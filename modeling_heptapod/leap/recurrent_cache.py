@@ -8,13 +8,13 @@ import torch
 from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.utils.import_utils import is_tracing
 
-from ..common.cache_states import LayerStates
-from ..common.counting_cache import CountingCacheMixin
-from .focus_step import packed_shape
+from ..common.cache_checks import LayerStates
+from ..common.cache_utils import CountingCacheMixin
+from .focus_recurrent import packed_shape
 
 
 def mixing_states(window: int | None, heads: int, parts: int, head_dim: int, number: int = 1) -> LayerStates:
-    """What a layer of running means keeps, `number` of them: see `pack_state` in `focus_step.py`."""
+    """What a layer of running means keeps, `number` of them: see `pack_state` in `focus_recurrent.py`."""
     kind, shape = "recurrent_states" if window is None else "conv_states", packed_shape(window, heads, parts, head_dim)
     return LayerStates("linear_attention", {(kind, place): shape for place in range(number)}, precise=True)
 

@@ -40,14 +40,14 @@ def _merge(log_a, mean_a, log_b, mean_b):
     return torch.logaddexp(log_a, log_b), torch.lerp(mean_a, mean_b, share.unsqueeze(-1))
 
 
-def _dense_mean(logs, values, allowed, decay, distance, out):
+def _dense_mean(logs, values, allowed, alibi_slopes, distance, out):
     """Means by explicit weights: `logs [..., keys]`, `values [rows, keys, channels]`, `out [rows, queries, channels]`.
 
     `allowed` and `distance` broadcast against `[..., queries, keys]`. Returns the logs of the summed weights.
     """
     logits = logs.unsqueeze(-2)  # [..., 1, keys]
-    if decay is not None:
-        logits = logits - decay * distance
+    if alibi_slopes is not None:
+        logits = logits - alibi_slopes * distance
     logits = torch.where(allowed, logits, -math.inf)  # [..., queries, keys]
     top = logits.amax(-1, keepdim=True).clamp_min_(EMPTY)
     weights = logits.sub_(top).exp_()
@@ -69,8 +69,8 @@ def same_segment(segments_a, segments_b):
     return (segments_a.unsqueeze(-1) == segments_b.unsqueeze(-2)).unsqueeze(1)
 
 
-def _running_mean(logs, values, decay, segments, carry, reverse):
-    """Inclusive running means. `logs [batch, heads, n]`, `values [batch, heads, n, channels]`, `decay [heads]`.
+def _running_mean(logs, values, alibi_slopes, segments, carry, reverse):
+    """Inclusive running means. `logs [batch, heads, n]`, `values [batch, heads, n, channels]`, `alibi_slopes [heads]`.
 
     `carry` is what lies before the first token (after the last when `reverse`), one step away from it.
     """
@@ -92,7 +92,7 @@ def _running_mean(logs, values, decay, segments, carry, reverse):
     if segments is not None:
         segments = segments.view(batch, tiles, tile)
         allowed = allowed & same_segment(segments, segments)
-    local_decay = None if decay is None else decay.view(heads, 1, 1, 1)
+    local_decay = None if alibi_slopes is None else alibi_slopes.view(heads, 1, 1, 1)
     means = torch.empty_like(values)
     log_total = _dense_mean(logs, values, allowed, local_decay, distance, means)
     means = means.view(batch, heads, tiles, tile, channels)
@@ -108,7 +108,7 @@ def _running_mean(logs, values, decay, segments, carry, reverse):
             joined = [torch.cat(pair[::-1] if reverse else pair, dim=2 if pair[0].ndim > 2 else 1) for pair in pairs]
             tile_logs, tile_means = joined[:2]
             tile_segments = joined[2] if segments is not None else None
-        tile_decay = None if decay is None else decay * tile
+        tile_decay = None if alibi_slopes is None else alibi_slopes * tile
         before_logs, before_means = _running_mean(tile_logs, tile_means, tile_decay, tile_segments, None, reverse)
         shape = (batch, heads, tiles)
         if carry is None:  # the first tile has nothing before it
@@ -123,8 +123,8 @@ def _running_mean(logs, values, decay, segments, carry, reverse):
             before_logs, before_means = before_logs[:, :, step], before_means[:, :, step]
             tile_segments = None if segments is None else tile_segments[:, step]
         before_logs = before_logs.view(*shape, 1)
-        if decay is not None:
-            before_logs = before_logs - decay.view(heads, 1, 1) * (tile - place if reverse else place + 1)
+        if alibi_slopes is not None:
+            before_logs = before_logs - alibi_slopes.view(heads, 1, 1) * (tile - place if reverse else place + 1)
         if segments is not None:
             connected = (segments == tile_segments.unsqueeze(-1)).unsqueeze(1)
             before_logs = torch.where(connected, before_logs, _OUT_OF_REACH)
@@ -135,7 +135,7 @@ def _running_mean(logs, values, decay, segments, carry, reverse):
     return log_total[:, :, kept], means[:, :, kept]
 
 
-def _band_mean(logs, values, window, decay, segments, reverse):
+def _band_mean(logs, values, window, alibi_slopes, segments, reverse):
     """Means over narrow windows. The inputs carry one tile of past in front (of future at the end when `reverse`)."""
     batch, heads, length, channels = values.shape
     tile = _band_tile(window)
@@ -148,8 +148,8 @@ def _band_mean(logs, values, window, decay, segments, reverse):
     place, key = (torch.arange(size, device=logs.device) for size in (tile, 2 * tile))
     distance = key[None, :] - place[:, None] if reverse else place[:, None] + tile - key[None, :]
     allowed = (distance >= 0) & (distance < window)
-    if decay is not None:
-        decay = decay.view(1, heads, 1).expand(batch, heads, tiles).reshape(-1)[:-1].view(-1, 1, 1)
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.view(1, heads, 1).expand(batch, heads, tiles).reshape(-1)[:-1].view(-1, 1, 1)
     if segments is not None:
         flat = segments.unsqueeze(1).expand(batch, heads, length).reshape(-1)
         both = flat.as_strided((pairs, 2 * tile), (tile, 1))
@@ -157,7 +157,7 @@ def _band_mean(logs, values, window, decay, segments, reverse):
         allowed = allowed & (own.unsqueeze(-1) == both.unsqueeze(-2))
     means = values.new_empty(pairs + 1, tile, channels)
     kept = slice(None, -tile) if reverse else slice(tile, None)  # without the tile that has no neighbour
-    log_total = _dense_mean(logs, values, allowed, decay, distance, means[:-1] if reverse else means[1:])
+    log_total = _dense_mean(logs, values, allowed, alibi_slopes, distance, means[:-1] if reverse else means[1:])
     log_total = nn.functional.pad(log_total, (0, 0, 0, 1) if reverse else (0, 0, 1, 0))
     means = means.view(batch, heads, length, channels)
     return log_total.view(batch, heads, length)[:, :, kept], means[:, :, kept]
@@ -167,7 +167,7 @@ def _band_tile(window):
     return max(_TILE, -(-(window - 1) // _TILE) * _TILE)
 
 
-def _wide_mean(logs, values, window, decay, segments):
+def _wide_mean(logs, values, window, alibi_slopes, segments):
     """Causal means over wide windows, inputs with their past in front: a suffix of one block and a prefix of the next.
 
     Blocks are as long as the window (van Herk's and Gil-Werman's running maximum, applied to means): nothing is
@@ -183,38 +183,38 @@ def _wide_mean(logs, values, window, decay, segments):
         starts = torch.where(changes, place, 0).cummax(1).values
         parts = changes.cumsum(1) * length + parts
     parts = parts.expand(batch, length)
-    prefix_logs, prefix_means = _running_mean(logs, values, decay, parts, None, reverse=False)
-    backwards = None if decay is None else -decay
+    prefix_logs, prefix_means = _running_mean(logs, values, alibi_slopes, parts, None, reverse=False)
+    backwards = None if alibi_slopes is None else -alibi_slopes
     suffix_logs, suffix_means = _running_mean(logs, values, backwards, parts, None, reverse=True)
 
     first = torch.maximum((place - window + 1).clamp_min(0), starts).expand(batch, length)  # of what position i sees
     index = first.unsqueeze(1).expand(batch, heads, length)
     suffix_logs = suffix_logs.gather(2, index)
     suffix_means = suffix_means.gather(2, index.unsqueeze(-1).expand_as(suffix_means))
-    if decay is not None:
-        suffix_logs = suffix_logs - decay.view(-1, 1) * (place - index)
+    if alibi_slopes is not None:
+        suffix_logs = suffix_logs - alibi_slopes.view(-1, 1) * (place - index)
     separate = (first < block * window).unsqueeze(1)
     suffix_logs = torch.where(separate, suffix_logs, _OUT_OF_REACH)
     return _merge(suffix_logs, suffix_means, prefix_logs, prefix_means)
 
 
-def weighted_mean(logs, values, window, decay, segments, carry=None, reverse=False):
+def weighted_mean(logs, values, window, alibi_slopes, segments, carry=None, reverse=False):
     """Inclusive means in one direction, in tiles.
 
     Args:
         logs (`torch.Tensor` of shape `[batch, heads, n]`), values (`[batch, heads, n, channels]`).
-        window (`int`, *optional*), decay (`[heads]`, *optional*), segments (`[batch, n]`, *optional*).
+        window (`int`, *optional*), alibi_slopes (`[heads]`, *optional*), segments (`[batch, n]`, *optional*).
         carry (`FocusState`, *optional*): what lies before the first token (after the last when `reverse`).
 
     Returns:
         Log of the summed weights `[batch, heads, n]` and means `[batch, heads, n, channels]`.
     """
     if window is None:
-        return _running_mean(logs, values, decay, segments, carry, reverse)
+        return _running_mean(logs, values, alibi_slopes, segments, carry, reverse)
     if window > _WIDEST_BAND and reverse:
         flipped = None if carry is None else FocusState(*(None if x is None else _flip(x) for x in carry))
         backwards = None if segments is None else segments.flip(1)
-        results = weighted_mean(_flip(logs), _flip(values), window, decay, backwards, flipped)
+        results = weighted_mean(_flip(logs), _flip(values), window, alibi_slopes, backwards, flipped)
         return tuple(_flip(result) for result in results)
 
     n = logs.shape[2]
@@ -233,10 +233,10 @@ def weighted_mean(logs, values, window, decay, segments, carry=None, reverse=Fal
         logs, values = (torch.cat([part[i] for part in tokens], dim=2) for i in (0, 1))
         segments = None if segments is None else torch.cat([part.segments for part in tokens], dim=1)
     if window <= _WIDEST_BAND:
-        log_total, means = _band_mean(logs, values, window, decay, segments, reverse)
+        log_total, means = _band_mean(logs, values, window, alibi_slopes, segments, reverse)
         kept = slice(back, None) if reverse else slice(0, n)
     else:
-        log_total, means = _wide_mean(logs, values, window, decay, segments)
+        log_total, means = _wide_mean(logs, values, window, alibi_slopes, segments)
         kept = slice(front, None)
     return log_total[:, :, kept], means[:, :, kept]
 
@@ -255,16 +255,18 @@ def _flip(x):
     return x.flip(2) if x.dim() > 2 else x.flip(1)
 
 
-def two_sided_mean(logs, values, window, decay, segments):
+def two_sided_mean(logs, values, window, alibi_slopes, segments):
     """Means over `(i - window, i + window)`: the inclusive past merged with the exclusive future."""
-    past_logs, past_means = weighted_mean(logs, values, window, decay, segments)
+    past_logs, past_means = weighted_mean(logs, values, window, alibi_slopes, segments)
     rest = None if window is None else window - 1
     if logs.shape[2] == 1 or rest == 0:
         return past_logs, past_means
     following = None if segments is None else segments[:, 1:]
-    next_logs, next_means = weighted_mean(logs[:, :, 1:], values[:, :, 1:], rest, decay, following, reverse=True)
-    if decay is not None:
-        next_logs = next_logs - decay.view(-1, 1)
+    next_logs, next_means = weighted_mean(
+        logs[:, :, 1:], values[:, :, 1:], rest, alibi_slopes, following, reverse=True
+    )
+    if alibi_slopes is not None:
+        next_logs = next_logs - alibi_slopes.view(-1, 1)
     if segments is not None:
         next_logs = torch.where((following == segments[:, :-1]).unsqueeze(1), next_logs, _OUT_OF_REACH)
     next_logs = nn.functional.pad(next_logs, (0, 1), value=_OUT_OF_REACH)

@@ -7,7 +7,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring
 
 from ..common.config_checks import check_numbers
-from ..common.remote_code import OwnCodeMixin
+from ..common.remote_code import CustomCodeMixin
 
 
 _CHOICES = {"core": ("transformer", "leap", "lstm"), "axis_order": ("parallel", "factored")}
@@ -15,13 +15,13 @@ _CHOICES = {"core": ("transformer", "leap", "lstm"), "axis_order": ("parallel", 
 
 @auto_docstring(checkpoint="heptapod/multigrid-tiny")
 @strict
-class MultiGridConfig(OwnCodeMixin, PreTrainedConfig):
+class MultiGridConfig(CustomCodeMixin, PreTrainedConfig):
     r"""
     axis_names (`list[str]`, *optional*, defaults to `[]`):
-        Names of the meta axes, in the order of `meta_ids`. Without any the model is a plain decoder (GPT-2).
+        Names of the meta axes, in the order of `axis_ids`. Without any the model is a plain decoder (GPT-2).
     axis_vocab_sizes (`list[int]`, *optional*, defaults to `[]`):
         Size of each axis's vocabulary, in the same order.
-    meta_hidden_size (`int`, *optional*):
+    axis_hidden_size (`int`, *optional*):
         Width of the meta streams, `hidden_size` when not given. Narrower streams are the light wiring: their feed-forwards,
         and the attention with which they and the main stream read each other, shrink with them. A multiple of the head
         dimension.
@@ -66,16 +66,16 @@ class MultiGridConfig(OwnCodeMixin, PreTrainedConfig):
         "past_key_values",
         "cache",
         "main_hidden_states",
-        "meta_logits",
+        "axis_logits",
         "main_loss",
-        "meta_losses",
+        "axis_losses",
     ]
 
     vocab_size: int = 32000
     axis_names: list[str] | tuple[str, ...] | None = None
     axis_vocab_sizes: list[int] | tuple[int, ...] | None = None
     hidden_size: int = 256
-    meta_hidden_size: int | None = None
+    axis_hidden_size: int | None = None
     intermediate_size: int | None = None
     num_hidden_layers: int = 6
     num_attention_heads: int = 4
@@ -115,8 +115,8 @@ class MultiGridConfig(OwnCodeMixin, PreTrainedConfig):
         self.axis_vocab_sizes = list(self.axis_vocab_sizes or [])
         if self.axis_weights is not None:
             self.axis_weights = list(self.axis_weights)
-        if self.meta_hidden_size is None:
-            self.meta_hidden_size = self.hidden_size
+        if self.axis_hidden_size is None:
+            self.axis_hidden_size = self.hidden_size
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.window_sizes is None and self.core == "leap":
@@ -130,7 +130,7 @@ class MultiGridConfig(OwnCodeMixin, PreTrainedConfig):
         for name in (
             "vocab_size",
             "hidden_size",
-            "meta_hidden_size",
+            "axis_hidden_size",
             "num_hidden_layers",
             "num_attention_heads",
             "intermediate_size",
@@ -143,10 +143,10 @@ class MultiGridConfig(OwnCodeMixin, PreTrainedConfig):
                 f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
                 f"({self.num_attention_heads})."
             )
-        if self.meta_hidden_size % self.head_dim or self.meta_hidden_size > self.hidden_size:
+        if self.axis_hidden_size % self.head_dim or self.axis_hidden_size > self.hidden_size:
             raise ValueError(
-                f"`meta_hidden_size` must be a multiple of the head dimension {self.head_dim} and at most `hidden_size` "
-                f"({self.hidden_size}), got {self.meta_hidden_size}."
+                f"`axis_hidden_size` must be a multiple of the head dimension {self.head_dim} and at most `hidden_size` "
+                f"({self.hidden_size}), got {self.axis_hidden_size}."
             )
         self._validate_axes()
         if not 0 <= self.main_loss_weight <= 1:
@@ -204,14 +204,14 @@ class MultiGridConfig(OwnCodeMixin, PreTrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
     @property
-    def meta_num_attention_heads(self) -> int:
+    def axis_num_attention_heads(self) -> int:
         """Heads of a meta stream, and of the main stream when it reads one."""
-        return self.meta_hidden_size // self.head_dim
+        return self.axis_hidden_size // self.head_dim
 
     @property
-    def meta_intermediate_size(self) -> int:
+    def axis_intermediate_size(self) -> int:
         """Width of a meta stream's feed-forward."""
-        return self.intermediate_size * self.meta_hidden_size // self.hidden_size
+        return self.intermediate_size * self.axis_hidden_size // self.hidden_size
 
     @property
     def layer_types(self) -> list[str]:

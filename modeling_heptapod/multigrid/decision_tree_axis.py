@@ -4,16 +4,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .meta_axes import MetaAxis
+from .axes import Axis
 
 
-class DecisionTreeAxis(MetaAxis):
+class DecisionTreeAxis(Axis):
     """The leaf that the last characters lead to; `training/distill_axis.py` makes such trees from a trained model.
 
     Args:
         nodes: the tree, from its root. An inner node is `[back, code, left, right]`: go to node `left` if the character
             `back` places back (1 is the last one) has a code point of at most `code`, otherwise to node `right`; both
-            come after it. A character before the text has code point -1. A leaf is `[meta_id]`.
+            come after it. A character before the text has code point -1. A leaf is `[axis_id]`.
         vocabulary: what each id means; id 0 is what stands before the first character.
 
     Raises:
@@ -28,7 +28,7 @@ class DecisionTreeAxis(MetaAxis):
         for number, node in enumerate(self.nodes):
             if not self._fits(number, node):
                 raise ValueError(
-                    f"`nodes` of axis {name!r}: node {number} must be [meta_id] below {len(self.vocabulary)}, or "
+                    f"`nodes` of axis {name!r}: node {number} must be [axis_id] below {len(self.vocabulary)}, or "
                     f"[back, code, left, right] with later nodes of {len(self.nodes)}, got {list(node)}."
                 )
         if not self.nodes:

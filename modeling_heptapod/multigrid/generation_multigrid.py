@@ -29,11 +29,11 @@ from transformers.generation import (
 )
 
 from ..common.model_inputs import check_ids
-from ..common.text_processors import special_token_ids
+from ..common.processing_utils import special_token_ids
 from ..common.transformers_versions import CACHE, OldCacheNameMixin, with_cache_argument
 
 
-META_SOURCES = ("predicted", "annotated", "forced")
+AXIS_SOURCES = ("predicted", "annotated", "forced")
 
 
 @dataclass
@@ -41,12 +41,12 @@ class MultiGridGenerateOutput(GenerateDecoderOnlyOutput):
     """What `generate` returns with `return_dict_in_generate=True` and without beams: the stock output, and the tracks.
 
     Args:
-        meta_sequences (`torch.LongTensor` of shape `[batch, axes, length]`):
+        axis_sequences (`torch.LongTensor` of shape `[batch, axes, length]`):
             Meta ids of every token of `sequences`, axes in the order of `config.axis_names`; 0 at the pads behind a
             finished row.
     """
 
-    meta_sequences: torch.LongTensor | None = None
+    axis_sequences: torch.LongTensor | None = None
 
 
 @dataclass
@@ -54,11 +54,11 @@ class MultiGridGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
     """The same with beams.
 
     Args:
-        meta_sequences (`torch.LongTensor` of shape `[batch, axes, length]`):
+        axis_sequences (`torch.LongTensor` of shape `[batch, axes, length]`):
             As in [`MultiGridGenerateOutput`]: the tracks of the hypotheses that are returned.
     """
 
-    meta_sequences: torch.LongTensor | None = None
+    axis_sequences: torch.LongTensor | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class _Reading(NamedTuple):
     states: tuple
 
 
-class _MetaTracks:
+class _AxisState:
     """The meta tokens of all rows during one call of `generate`.
 
     Between two forward passes: `choose` adds the meta tokens of a position, then the loop adds the main tokens, then
@@ -90,17 +90,17 @@ class _MetaTracks:
         sources (`_Sources`): where meta tokens come from.
         tokens (`torch.LongTensor` of shape `[rows, length]`): the prompts; nothing where they are embeddings.
         mask (`torch.Tensor` of shape `[rows, length]`, *optional*): which tokens are no pads.
-        meta_ids (`torch.LongTensor` of shape `[rows, axes, prompt]`): of the prompts.
+        axis_ids (`torch.LongTensor` of shape `[rows, axes, prompt]`): of the prompts.
         forced (`torch.LongTensor` of shape `[rows, forced axes, steps]`, *optional*): what the caller wants.
-        past (`int`): cached tokens before the first of `meta_ids`.
+        past (`int`): cached tokens before the first of `axis_ids`.
         beams (`int`): rows of one prompt that change places with each other.
         temperature (`float`, *optional*): predicted meta tokens are drawn at this temperature, `None`: the likeliest.
     """
 
-    def __init__(self, sources, tokens, mask, meta_ids, forced, past=0, beams=1, temperature=None):
-        self.sources, self.tokens, self.meta_ids, self.forced = sources, tokens, meta_ids, forced
+    def __init__(self, sources, tokens, mask, axis_ids, forced, past=0, beams=1, temperature=None):
+        self.sources, self.tokens, self.axis_ids, self.forced = sources, tokens, axis_ids, forced
         self.past, self.beams, self.temperature = past, beams, temperature
-        self.prompt_length, self.prompt_meta_ids = tokens.shape[1], meta_ids
+        self.prompt_length, self.prompt_axis_ids = tokens.shape[1], axis_ids
         self.finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
         self.chosen = []  # of each step, [rows, axes]
         self.annotated = sources.places("annotated")
@@ -110,14 +110,14 @@ class _MetaTracks:
     def at(self, first: int, length: int) -> torch.LongTensor:
         """Meta ids of `length` tokens, the first of which has `first` tokens before it: `[rows, axes, length]`."""
         first -= self.past
-        return self.meta_ids[..., first : first + length]
+        return self.axis_ids[..., first : first + length]
 
-    def choose(self, meta_logits: tuple[torch.Tensor, ...]) -> torch.LongTensor:
+    def choose(self, axis_logits: tuple[torch.Tensor, ...]) -> torch.LongTensor:
         """Meta tokens of the next position from logits `[rows, axis vocabulary]` of each axis: `[rows, axes]`."""
         self.writes_pads = self.finished.clone()
         forced = self.sources.places("forced")
         chosen = []
-        for axis, logits in enumerate(meta_logits):
+        for axis, logits in enumerate(axis_logits):
             if axis in forced:
                 chosen.append(self.forced[:, forced.index(axis), len(self.chosen)])
             elif self.temperature is None:
@@ -127,28 +127,28 @@ class _MetaTracks:
                 chosen.append(torch.multinomial(chances, 1).squeeze(-1))
         chosen = torch.stack([ids.to(self.tokens.device) for ids in chosen], dim=1)
         self.chosen.append(chosen.masked_fill(self.writes_pads.unsqueeze(1), 0))
-        self.meta_ids = torch.cat((self.meta_ids, self.chosen[-1].unsqueeze(-1)), dim=-1)
+        self.axis_ids = torch.cat((self.axis_ids, self.chosen[-1].unsqueeze(-1)), dim=-1)
         return self.chosen[-1]
 
     def follow(self, tokens: torch.LongTensor) -> None:
         """Take in sequences that are one token longer, `[rows, length]`, in whatever order beams have brought them."""
         if self.beams > 1:
             parents = self._parents(tokens[:, :-1])
-            self.meta_ids = self.meta_ids[parents]
+            self.axis_ids = self.axis_ids[parents]
             self.readings = [self.readings[row] for row in parents.tolist()]
         self.tokens = tokens
         if self.annotated:
             self.readings = list(self.readings)
             for row in (~self.writes_pads).nonzero().flatten().tolist():
                 ids, self.readings[row] = self.read(self.readings[row], int(tokens[row, -1]))
-                self.meta_ids[row, self.annotated, -1] = self.meta_ids.new_tensor(ids)
+                self.axis_ids[row, self.annotated, -1] = self.axis_ids.new_tensor(ids)
 
     def of_rows(self, sequences: torch.LongTensor) -> torch.LongTensor:
         """Tracks of the finished `sequences [rows, length]` of a search without beams, `[rows, axes, length]`."""
         if sequences.shape[1] > self.tokens.shape[1]:
             self.follow(sequences)
-        first = self.prompt_meta_ids.shape[-1] - self.prompt_length  # prompts of embeddings are in no sequence
-        return self.meta_ids[..., first : first + sequences.shape[1]]
+        first = self.prompt_axis_ids.shape[-1] - self.prompt_length  # prompts of embeddings are in no sequence
+        return self.axis_ids[..., first : first + sequences.shape[1]]
 
     def of_beams(self, sequences: torch.LongTensor, beam_indices: torch.LongTensor, per_prompt: int):
         """Tracks of finished hypotheses, `[rows, axes, length]`.
@@ -167,7 +167,7 @@ class _MetaTracks:
             for step in range(int((beam_indices[row] >= 0).sum())):
                 ids, reading = self.read(reading, int(sequences[row, self.prompt_length + step]))
                 written[row, self.annotated, step] = written.new_tensor(ids)
-        prompts = self.prompt_meta_ids[first_rows][..., self.prompt_meta_ids.shape[-1] - self.prompt_length :]
+        prompts = self.prompt_axis_ids[first_rows][..., self.prompt_axis_ids.shape[-1] - self.prompt_length :]
         return torch.cat((prompts, written), dim=-1)
 
     def _parents(self, tokens):
@@ -200,10 +200,10 @@ class _MetaTracks:
             return [0] * len(self.annotated), reading
         characters, pending = self.sources.processor.new_characters(reading.pending, token)
         steps = [axis.step(state, characters) for axis, state in zip(self.sources.annotators, reading.states)]
-        for axis, (meta_id, _) in zip(self.sources.annotators, steps):
-            if not (isinstance(meta_id, Integral) and 0 <= meta_id < len(axis.vocabulary)):
-                raise ValueError(f"axis {axis.name!r} must give ids in [0, {len(axis.vocabulary)}), got {meta_id!r}.")
-        return [meta_id for meta_id, _ in steps], _Reading(pending, tuple(state for _, state in steps))
+        for axis, (axis_id, _) in zip(self.sources.annotators, steps):
+            if not (isinstance(axis_id, Integral) and 0 <= axis_id < len(axis.vocabulary)):
+                raise ValueError(f"axis {axis.name!r} must give ids in [0, {len(axis.vocabulary)}), got {axis_id!r}.")
+        return [axis_id for axis_id, _ in steps], _Reading(pending, tuple(state for _, state in steps))
 
 
 class _NotesFinishedRows(StoppingCriteriaList):
@@ -221,14 +221,14 @@ class _NotesFinishedRows(StoppingCriteriaList):
         return done
 
 
-def _with_tracks(loop):
+def _with_axis_state(loop):
     """A decoding loop of the caller's, `custom_generate`, with the tracks among its model kwargs."""
 
     @wraps(loop)  # `generate` reads the signature
     def loop_with_tracks(model, input_ids, *, stopping_criteria, generation_config, **kwargs):
-        tracks = model._start_tracks(input_ids, generation_config, kwargs, beams=generation_config.num_beams)
+        tracks = model._start_axis_state(input_ids, generation_config, kwargs, beams=generation_config.num_beams)
         stopping_criteria = _NotesFinishedRows(stopping_criteria, tracks)
-        kwargs.update(stopping_criteria=stopping_criteria, generation_config=generation_config, meta_tracks=tracks)
+        kwargs.update(stopping_criteria=stopping_criteria, generation_config=generation_config, axis_state=tracks)
         return loop(model, input_ids, **kwargs)
 
     return loop_with_tracks
@@ -242,30 +242,30 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *args,
-        meta_source: str | dict[str, str] = "predicted",
+        axis_source: str | dict[str, str] = "predicted",
         processor: Any = None,
-        forced_meta_ids: torch.LongTensor | None = None,
+        forced_axis_ids: torch.LongTensor | None = None,
         **kwargs,
     ):
         """As [`GenerationMixin.generate`], with meta tokens beside the text.
 
         Args:
             inputs, generation_config, args, kwargs:
-                As there. `meta_ids` (`torch.LongTensor` of shape `[batch, axes, prompt]`) are those of the prompt; a
+                As there. `axis_ids` (`torch.LongTensor` of shape `[batch, axes, prompt]`) are those of the prompt; a
                 [`MultiGridProcessor`] returns them with the `input_ids`. Where there are axes they are required, or
                 `processor`, which then annotates the prompt: a pipeline hands over nothing but `input_ids`.
-            meta_source (`str` or `dict[str, str]`, *optional*, defaults to `"predicted"`):
+            axis_source (`str` or `dict[str, str]`, *optional*, defaults to `"predicted"`):
                 Where meta tokens come from, for all axes or by the axis's name (`"predicted"` where one is left out):
 
                 - `"predicted"`: the model. The likeliest one; with `do_sample=True` drawn at `temperature` (the other
                   warpers are about main tokens), before the main token.
                 - `"annotated"`: the axis's rule, from the text written so far. Needs `processor`, and a causal axis.
-                - `"forced"`: `forced_meta_ids`. In the parallel order a forced meta token reaches the main stream with
+                - `"forced"`: `forced_axis_ids`. In the parallel order a forced meta token reaches the main stream with
                   its own position, so it steers what comes after it; in the factored order it steers its own token.
             processor ([`MultiGridProcessor`], *optional*):
                 Its tokenizer turns tokens into characters, its axes annotate what is written, and the prompt where
-                `meta_ids` are not given.
-            forced_meta_ids (`torch.LongTensor` of shape `[batch, forced axes or all axes, steps]`, *optional*):
+                `axis_ids` are not given.
+            forced_axis_ids (`torch.LongTensor` of shape `[batch, forced axes or all axes, steps]`, *optional*):
                 Meta ids of the tokens to come, at least as many as are generated. Of all axes, only the forced ones are
                 read.
             custom_generate (`Callable` or `str`, *optional*):
@@ -275,27 +275,27 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
 
         Returns:
             `sequences`, or with `return_dict_in_generate=True` a [`MultiGridGenerateOutput`] or
-            [`MultiGridGenerateBeamOutput`], which have `meta_sequences` beside them. Scores are those of main tokens.
+            [`MultiGridGenerateBeamOutput`], which have `axis_sequences` beside them. Scores are those of main tokens.
 
         Raises:
-            TypeError: for a `meta_source`, `meta_ids` or `forced_meta_ids` of another type.
-            ValueError: for a `guidance_scale` or assisted decoding, unknown axes or sources, a missing `processor` or `meta_ids`, an axis that is not causal and
+            TypeError: for a `axis_source`, `axis_ids` or `forced_axis_ids` of another type.
+            ValueError: for a `guidance_scale` or assisted decoding, unknown axes or sources, a missing `processor` or `axis_ids`, an axis that is not causal and
                 annotated, forced tracks of a wrong shape, too short, or with ids outside an axis's vocabulary.
         """
-        sources = self._meta_sources(meta_source, processor, forced_meta_ids)
-        if kwargs.get("meta_ids") is not None:
-            check_ids("meta_ids", kwargs["meta_ids"])
+        sources = self._axis_sources(axis_source, processor, forced_axis_ids)
+        if kwargs.get("axis_ids") is not None:
+            check_ids("axis_ids", kwargs["axis_ids"])
         loop = kwargs.get("custom_generate")
         if sources.of_axes and isinstance(loop, str):  # code from a folder, which calls `generate` again
-            kwargs.update(meta_source=meta_source, processor=processor, forced_meta_ids=forced_meta_ids)
+            kwargs.update(axis_source=axis_source, processor=processor, forced_axis_ids=forced_axis_ids)
         elif sources.of_axes:
             if loop is not None:
-                kwargs["custom_generate"] = _with_tracks(loop)
-            kwargs.update(meta_sources=sources, forced_meta_ids=forced_meta_ids)
+                kwargs["custom_generate"] = _with_axis_state(loop)
+            kwargs.update(axis_sources=sources, forced_axis_ids=forced_axis_ids)
         else:
-            meta_ids = kwargs.pop("meta_ids", None)
-            if meta_ids is not None and meta_ids.numel():
-                raise ValueError(f"`meta_ids` of shape {list(meta_ids.shape)} were given, but the model has no axes.")
+            axis_ids = kwargs.pop("axis_ids", None)
+            if axis_ids is not None and axis_ids.numel():
+                raise ValueError(f"`axis_ids` of shape {list(axis_ids.shape)} were given, but the model has no axes.")
         return super().generate(inputs, generation_config, *args, **kwargs)
 
     @with_cache_argument
@@ -306,11 +306,11 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         past_key_values=None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        meta_ids: torch.LongTensor | None = None,
+        axis_ids: torch.LongTensor | None = None,
         is_first_iteration: bool | None = False,
-        meta_tracks: _MetaTracks | None = None,
-        meta_sources: _Sources | None = None,
-        forced_meta_ids: torch.LongTensor | None = None,
+        axis_state: _AxisState | None = None,
+        axis_sources: _Sources | None = None,
+        forced_axis_ids: torch.LongTensor | None = None,
         **kwargs,
     ):
         """As the stock method, with the meta ids of the tokens that the forward pass is given."""
@@ -323,48 +323,48 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        if meta_ids is not None:
-            inputs["meta_ids"] = meta_ids
-        if meta_tracks is not None:
+        if axis_ids is not None:
+            inputs["axis_ids"] = axis_ids
+        if axis_state is not None:
             if not is_first_iteration:
-                meta_tracks.follow(input_ids)
+                axis_state.follow(input_ids)
             given = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
             past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-            inputs["meta_ids"] = meta_tracks.at(past, given.shape[1]).to(given.device)
+            inputs["axis_ids"] = axis_state.at(past, given.shape[1]).to(given.device)
         return inputs
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
-        tracks = model_kwargs.get("meta_tracks")
+        tracks = model_kwargs.get("axis_state")
         if tracks is not None:
-            next_meta_ids = tracks.choose(tuple(logits[:, -1] for logits in outputs.meta_logits))
+            next_axis_ids = tracks.choose(tuple(logits[:, -1] for logits in outputs.axis_logits))
             if self.config.axis_order == "factored":
                 hidden = outputs.main_hidden_states[:, -1:]
-                outputs.logits = self.main_logits(hidden, next_meta_ids.unsqueeze(-1).to(hidden.device))
+                outputs.logits = self.main_logits(hidden, next_axis_ids.unsqueeze(-1).to(hidden.device))
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        tracks = self._start_tracks(input_ids, generation_config, kwargs)
+        tracks = self._start_axis_state(input_ids, generation_config, kwargs)
         if tracks is None:
             return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         stopping_criteria = _NotesFinishedRows(stopping_criteria, tracks)
         out = super()._sample(
-            input_ids, logits_processor, stopping_criteria, generation_config, meta_tracks=tracks, **kwargs
+            input_ids, logits_processor, stopping_criteria, generation_config, axis_state=tracks, **kwargs
         )
         if isinstance(out, torch.Tensor):
             return out
-        return MultiGridGenerateOutput(**out, meta_sequences=tracks.of_rows(out.sequences))
+        return MultiGridGenerateOutput(**out, axis_sequences=tracks.of_rows(out.sequences))
 
     def _beam_search(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        tracks = self._start_tracks(input_ids, generation_config, kwargs, beams=generation_config.num_beams)
+        tracks = self._start_axis_state(input_ids, generation_config, kwargs, beams=generation_config.num_beams)
         if tracks is None:
             return super()._beam_search(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         out = super()._beam_search(
-            input_ids, logits_processor, stopping_criteria, generation_config, meta_tracks=tracks, **kwargs
+            input_ids, logits_processor, stopping_criteria, generation_config, axis_state=tracks, **kwargs
         )
         if isinstance(out, torch.Tensor):
             return out
         tracks = tracks.of_beams(out.sequences, out.beam_indices, generation_config.num_return_sequences)
-        return MultiGridGenerateBeamOutput(**out, meta_sequences=tracks)
+        return MultiGridGenerateBeamOutput(**out, axis_sequences=tracks)
 
     def _assisted_decoding(self, *args, **kwargs):
         if self.config.axis_names:
@@ -374,27 +374,27 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
             )
         return super()._assisted_decoding(*args, **kwargs)
 
-    def _meta_sources(self, meta_source, processor, forced_meta_ids) -> _Sources:
+    def _axis_sources(self, axis_source, processor, forced_axis_ids) -> _Sources:
         names = list(self.config.axis_names)
-        by_name = dict.fromkeys(names, meta_source) if isinstance(meta_source, str) else meta_source
+        by_name = dict.fromkeys(names, axis_source) if isinstance(axis_source, str) else axis_source
         if not isinstance(by_name, dict):
-            raise TypeError(f"`meta_source` must be a string or a dict, got {type(meta_source).__name__}.")
+            raise TypeError(f"`axis_source` must be a string or a dict, got {type(axis_source).__name__}.")
         unknown = sorted(set(by_name) - set(names))
         if unknown:
-            raise ValueError(f"`meta_source` names unknown axes {unknown}; the model's are {names}.")
-        wrong = [source for source in (*by_name.values(), meta_source) if source not in META_SOURCES]
-        if isinstance(meta_source, dict):
+            raise ValueError(f"`axis_source` names unknown axes {unknown}; the model's are {names}.")
+        wrong = [source for source in (*by_name.values(), axis_source) if source not in AXIS_SOURCES]
+        if isinstance(axis_source, dict):
             wrong = wrong[:-1]
         if wrong:
-            raise ValueError(f"`meta_source` must be one of {META_SOURCES}, got {wrong[0]!r}.")
+            raise ValueError(f"`axis_source` must be one of {AXIS_SOURCES}, got {wrong[0]!r}.")
         of_axes = tuple(by_name.get(name, "predicted") for name in names)
-        if ("forced" in of_axes) != (forced_meta_ids is not None):
+        if ("forced" in of_axes) != (forced_axis_ids is not None):
             raise ValueError(
-                "`forced_meta_ids` and a `meta_source` of 'forced' belong together, got "
-                f"meta_source={meta_source!r} and {'no' if forced_meta_ids is None else 'some'} `forced_meta_ids`."
+                "`forced_axis_ids` and a `axis_source` of 'forced' belong together, got "
+                f"axis_source={axis_source!r} and {'no' if forced_axis_ids is None else 'some'} `forced_axis_ids`."
             )
-        if forced_meta_ids is not None:
-            check_ids("forced_meta_ids", forced_meta_ids)
+        if forced_axis_ids is not None:
+            check_ids("forced_axis_ids", forced_axis_ids)
         annotators = tuple(self._annotator(name, processor) for name in names if by_name.get(name) == "annotated")
         return _Sources(of_axes, processor, annotators)
 
@@ -418,10 +418,10 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
             )
         return axis
 
-    def _start_tracks(self, input_ids, generation_config, model_kwargs, beams=1) -> _MetaTracks | None:
+    def _start_axis_state(self, input_ids, generation_config, model_kwargs, beams=1) -> _AxisState | None:
         """Take what `generate` was told about meta tokens out of `model_kwargs`."""
-        sources, forced, meta_ids = (
-            model_kwargs.pop(x, None) for x in ("meta_sources", "forced_meta_ids", "meta_ids")
+        sources, forced, axis_ids = (
+            model_kwargs.pop(x, None) for x in ("axis_sources", "forced_axis_ids", "axis_ids")
         )
         if sources is None:
             return None
@@ -434,12 +434,12 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         rows, length = (input_ids if embeds is None else embeds).shape[:2]
         expected = [rows, len(sources.of_axes), length]
         past = 0 if cache is None else int(cache.get_seq_length())
-        if meta_ids is None and sources.processor is not None and embeds is None and past == 0:
-            meta_ids = self._annotate_prompts(sources.processor, input_ids, mask)
-        if meta_ids is None or list(meta_ids.shape) != expected:
-            got = "None" if meta_ids is None else list(meta_ids.shape)
+        if axis_ids is None and sources.processor is not None and embeds is None and past == 0:
+            axis_ids = self._annotate_prompts(sources.processor, input_ids, mask)
+        if axis_ids is None or list(axis_ids.shape) != expected:
+            got = "None" if axis_ids is None else list(axis_ids.shape)
             raise ValueError(
-                f"`meta_ids` must be [batch, axes, prompt] = {expected} (rows repeated for beams), got {got}: the "
+                f"`axis_ids` must be [batch, axes, prompt] = {expected} (rows repeated for beams), got {got}: the "
                 "processor returns them with the `input_ids`; or pass `processor`, which annotates a prompt of tokens."
             )
         annotated = sources.places("annotated")
@@ -455,11 +455,11 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         if generation_config.do_sample:
             temperature = 1.0 if generation_config.temperature is None else generation_config.temperature
         device = input_ids.device
-        return _MetaTracks(
+        return _AxisState(
             sources,
             input_ids,
             mask,
-            meta_ids.to(device),
+            axis_ids.to(device),
             None if forced is None else forced.to(device),
             past=0 if whole else past,
             beams=beams,
@@ -472,19 +472,19 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         ahead = [axis.name for axis in processor.axes if axis.name in names and not axis.causal]
         if ahead:
             raise ValueError(
-                f"`meta_ids` of the prompt must be given: axes {ahead} of `processor` look ahead and can't be stepped."
+                f"`axis_ids` of the prompt must be given: axes {ahead} of `processor` look ahead and can't be stepped."
             )
         axes = tuple(self._annotator(name, processor) for name in names)
-        meta_ids = tokens.new_zeros(len(tokens), len(names), tokens.shape[1])
-        reader = _MetaTracks(
-            _Sources(("annotated",) * len(names), processor, axes), tokens[:, :0], None, meta_ids[..., :0], None
+        axis_ids = tokens.new_zeros(len(tokens), len(names), tokens.shape[1])
+        reader = _AxisState(
+            _Sources(("annotated",) * len(names), processor, axes), tokens[:, :0], None, axis_ids[..., :0], None
         )
         for row, reading in enumerate(reader.readings):
             places = range(tokens.shape[1]) if mask is None else mask[row].nonzero().flatten().tolist()
             for place in places:
                 ids, reading = reader.read(reading, int(tokens[row, place]))
-                meta_ids[row, :, place] = meta_ids.new_tensor(ids)
-        return meta_ids
+                axis_ids[row, :, place] = axis_ids.new_tensor(ids)
+        return axis_ids
 
     @staticmethod
     def _mask_length(mask, generation_config):
@@ -496,12 +496,12 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         names = [self.config.axis_names[place] for place in places]
         if forced.dim() != 3 or forced.shape[0] != rows or forced.shape[1] not in (len(places), len(sources.of_axes)):
             raise ValueError(
-                f"`forced_meta_ids` must be [batch, axes, steps] with rows for {names} or for all {len(sources.of_axes)} "
+                f"`forced_axis_ids` must be [batch, axes, steps] with rows for {names} or for all {len(sources.of_axes)} "
                 f"axes, got {list(forced.shape)} for {rows} rows."
             )
         if forced.shape[2] < steps:
             raise ValueError(
-                f"`forced_meta_ids` must say a meta token for each of the {steps} tokens that may be generated, got "
+                f"`forced_axis_ids` must say a meta token for each of the {steps} tokens that may be generated, got "
                 f"{forced.shape[2]}."
             )
         if forced.shape[1] != len(places):
@@ -510,10 +510,10 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
             size = self.config.axis_vocab_sizes[place]
             if not ((ids >= 0) & (ids < size)).all():
                 raise ValueError(
-                    f"`forced_meta_ids` of axis {name!r} must be in [0, {size}), got values from {int(ids.min())} to "
+                    f"`forced_axis_ids` of axis {name!r} must be in [0, {size}), got values from {int(ids.min())} to "
                     f"{int(ids.max())}."
                 )
         return forced
 
 
-__all__ = ["META_SOURCES", "MultiGridGenerateBeamOutput", "MultiGridGenerateOutput", "MultiGridGenerationMixin"]
+__all__ = ["AXIS_SOURCES", "MultiGridGenerateBeamOutput", "MultiGridGenerateOutput", "MultiGridGenerationMixin"]

@@ -17,32 +17,32 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, 
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
-from ..common.auto_map import KnownByNameMixin
-from ..common.cache_states import LayerStates
-from ..common.losses import IGNORED, causal_lm_loss, check_labels, require_labels
+from ..common.auto_mapping import AutoMappingMixin
+from ..common.cache_checks import LayerStates
+from ..common.cache_mixins import CustomCacheMixin
+from ..common.losses import IGNORE_INDEX, causal_lm_loss, check_labels, require_labels
 from ..common.model_inputs import (
+    apply_mask_to_padding_states,
     check_ids,
     check_past_mask,
     check_position_ids,
     check_position_range,
     count_positions,
+    embed_ids,
     embed_text,
-    has_open_sizes,
-    look_up,
-    of_new_tokens,
+    has_dynamic_shapes,
+    mask_of_new_tokens,
     token_mask,
-    without_pads,
 )
-from ..common.own_cache import OwnCacheMixin
-from ..common.packed_rows import next_positions
-from ..common.packed_rows import segment_ids as find_segments
+from ..common.packing import next_positions
+from ..common.packing import segment_ids as find_segments
 from ..common.transformers_versions import CACHE, slice_logits_to_keep, with_cache_argument, with_cache_field
-from ..common.unread_arguments import refuse_unread, take_out
+from ..common.unused_kwargs import pop_kwargs, reject_unused_kwargs
 from ..leap.mixing_rows import lay_out
 from ..leap.recurrent_cache import mixing_states
 from .configuration_multigrid import MultiGridConfig
 from .generation_multigrid import MultiGridGenerationMixin
-from .multigrid_blocks import MultiGridLayer, NextMetaBlock
+from .multigrid_blocks import MultiGridLayer, NextAxesBlock
 from .multigrid_cache import MultiGridCache
 from .multigrid_cores import LSTMRows, MixingPlan, grouped_norm, leap_config
 from .multigrid_growth import MultiGridGrowthMixin
@@ -66,7 +66,7 @@ class MultiGridModelOutput(ModelOutput):
     attentions (`tuple`, *optional*):
         Of each layer, what the streams see of themselves, `[batch_size, heads, sequence_length, keys]`: heads of the main
         stream first, then of each axis (`core="transformer"` only).
-    meta_hidden_states (`torch.FloatTensor` of shape `(batch_size, axes, sequence_length, meta_hidden_size)`, *optional*):
+    axis_hidden_states (`torch.FloatTensor` of shape `(batch_size, axes, sequence_length, axis_hidden_size)`, *optional*):
         The meta streams, normalised.
     """
 
@@ -74,7 +74,7 @@ class MultiGridModelOutput(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
-    meta_hidden_states: torch.FloatTensor | None = None
+    axis_hidden_states: torch.FloatTensor | None = None
 
 
 @auto_docstring(
@@ -87,7 +87,7 @@ class MultiGridModelOutput(ModelOutput):
 class MultiGridCausalLMOutput(ModelOutput):
     r"""
     loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
-        `main_loss_weight * main_loss + (1 - main_loss_weight) * mean of meta_losses`; the main loss without axes.
+        `main_loss_weight * main_loss + (1 - main_loss_weight) * mean of axis_losses`; the main loss without axes.
     logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
         Scores of the next main token; in the factored order, given the next meta tokens.
     past_key_values (`MultiGridCache`, *optional*):
@@ -98,12 +98,12 @@ class MultiGridCausalLMOutput(ModelOutput):
         As from the base model.
     main_hidden_states (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
         In the factored order: the main stream before the next meta tokens are known, for `main_logits`.
-    meta_logits (`tuple`, *optional*):
+    axis_logits (`tuple`, *optional*):
         Of each axis, scores of its next token, `[batch_size, sequence_length, axis_vocab_sizes[a]]`.
     main_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
         Cross-entropy of the next main token. In the factored order the code length of the text is the sum of this and of
-        `meta_losses`, this alone is not.
-    meta_losses (`tuple`, *optional*):
+        `axis_losses`, this alone is not.
+    axis_losses (`tuple`, *optional*):
         Cross-entropy of the next token of each axis, in the order of `axis_names`.
     """
 
@@ -113,13 +113,13 @@ class MultiGridCausalLMOutput(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     main_hidden_states: torch.FloatTensor | None = None
-    meta_logits: tuple[torch.FloatTensor, ...] | None = None
+    axis_logits: tuple[torch.FloatTensor, ...] | None = None
     main_loss: torch.FloatTensor | None = None
-    meta_losses: tuple[torch.FloatTensor, ...] | None = None
+    axis_losses: tuple[torch.FloatTensor, ...] | None = None
 
 
 @auto_docstring
-class MultiGridPreTrainedModel(KnownByNameMixin, OwnCacheMixin, PreTrainedModel):
+class MultiGridPreTrainedModel(AutoMappingMixin, CustomCacheMixin, PreTrainedModel):
     config: MultiGridConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -135,11 +135,11 @@ class MultiGridPreTrainedModel(KnownByNameMixin, OwnCacheMixin, PreTrainedModel)
         self._is_stateful = config.core != "transformer"  # a recurrent state cannot be rolled back
 
     def _cache_layers(self, cache):
-        """See `OwnCacheMixin._cache_layers`: each stream's own past, then, with axes, what streams read of each other."""
+        """See `CustomCacheMixin._cache_layers`: each stream's own past, then, with axes, what streams read of each other."""
         config, layers = self.config, []
         axes, head_dim = config.num_axes, config.head_dim
-        own = config.num_attention_heads + axes * config.meta_num_attention_heads
-        for heads in (own, 2 * axes * config.meta_num_attention_heads)[: 2 if axes else 1]:
+        own = config.num_attention_heads + axes * config.axis_num_attention_heads
+        for heads in (own, 2 * axes * config.axis_num_attention_heads)[: 2 if axes else 1]:
             if config.core == "leap":
                 layers += [mixing_states(window, heads, 2, head_dim) for window in config.window_sizes]
                 continue
@@ -158,21 +158,21 @@ class MultiGridModel(MultiGridPreTrainedModel):
     def __init__(self, config: MultiGridConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.meta_embed_tokens = nn.ModuleList(
-            nn.Embedding(size, config.meta_hidden_size) for size in config.axis_vocab_sizes
+        self.axis_embed_tokens = nn.ModuleList(
+            nn.Embedding(size, config.axis_hidden_size) for size in config.axis_vocab_sizes
         )
         if config.core == "leap":
             self.rotary_emb = LlamaRotaryEmbedding(leap_config(config, config.num_attention_heads))
         elif config.core == "transformer":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-            self.meta_embed_positions = None  # streams of equal width share their positions
-            if config.num_axes and config.meta_hidden_size != config.hidden_size:
-                self.meta_embed_positions = nn.Embedding(config.max_position_embeddings, config.meta_hidden_size)
+            self.axis_embed_positions = None  # streams of equal width share their positions
+            if config.num_axes and config.axis_hidden_size != config.hidden_size:
+                self.axis_embed_positions = nn.Embedding(config.max_position_embeddings, config.axis_hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList(MultiGridLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.meta_norms = nn.ModuleList(
-            nn.LayerNorm(config.meta_hidden_size, eps=config.layer_norm_eps) for _ in config.axis_names
+        self.axis_norms = nn.ModuleList(
+            nn.LayerNorm(config.axis_hidden_size, eps=config.layer_norm_eps) for _ in config.axis_names
         )
         self.gradient_checkpointing = False
         self.post_init()
@@ -183,7 +183,7 @@ class MultiGridModel(MultiGridPreTrainedModel):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        meta_ids: torch.LongTensor | None = None,
+        axis_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
@@ -195,17 +195,17 @@ class MultiGridModel(MultiGridPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> MultiGridModelOutput:
         r"""
-        meta_ids (`torch.LongTensor` of shape `(batch_size, axes, sequence_length)`, *optional*):
+        axis_ids (`torch.LongTensor` of shape `(batch_size, axes, sequence_length)`, *optional*):
             Token of each axis at each position, in the order of `config.axis_names`; needed when there are any.
         seq_idx (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Index of the packed sequence each token belongs to.
         cu_seq_lens_q (`torch.LongTensor` of shape `(num_sequences + 1,)`, *optional*):
             Boundaries of the sequences packed into one row. Restarting `position_ids` mean the same.
         """
-        refuse_unread(self, kwargs, cu_seq_lens_q)
+        reject_unused_kwargs(self, kwargs, cu_seq_lens_q)
         config = self.config
         main = self.embed(input_ids, inputs_embeds)
-        meta = self.embed_meta(meta_ids, main.shape[:2])
+        meta = self.embed_axes(axis_ids, main.shape[:2])
         batch, seq, _ = main.shape
         asked, use_cache = use_cache, config.use_cache if use_cache is None else use_cache
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -217,8 +217,11 @@ class MultiGridModel(MultiGridPreTrainedModel):
 
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         mask, lengths = self._token_mask(attention_mask, main, past_key_values, past)
-        new_mask = of_new_tokens(mask, seq)
-        main, meta = without_pads(main, new_mask), None if meta is None else without_pads(meta, new_mask)
+        new_mask = mask_of_new_tokens(mask, seq)
+        main, meta = (
+            apply_mask_to_padding_states(main, new_mask),
+            None if meta is None else apply_mask_to_padding_states(meta, new_mask),
+        )
         segments = find_segments(main, new_mask, position_ids, seq_idx, cu_seq_lens_q, lengths if past else None)
         counted = position_ids is None
         if counted and config.core != "lstm":
@@ -230,7 +233,7 @@ class MultiGridModel(MultiGridPreTrainedModel):
             plan = MixingPlan(attention_mask=_visible(mask, segments, seq, past, main))
         else:
             plan = self._recurrent_plan(main, new_mask, segments, position_ids, past, past_key_values is not None)
-        plan.in_the_open = bool(output_attentions)
+        plan.output_attentions = bool(output_attentions)
         main, meta = self.dropout(main), None if meta is None else self.dropout(meta)
 
         attentions = []
@@ -249,18 +252,18 @@ class MultiGridModel(MultiGridPreTrainedModel):
             last_hidden_state=self.norm(main),
             **{CACHE: past_key_values if use_cache else None},
             attentions=tuple(attentions) if output_attentions and attentions[0] is not None else None,
-            meta_hidden_states=None if meta is None else grouped_norm(list(self.meta_norms), meta).transpose(0, 1),
+            axis_hidden_states=None if meta is None else grouped_norm(list(self.axis_norms), meta).transpose(0, 1),
         )
 
     def embed(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None) -> torch.FloatTensor:
         """The main axis's embeddings `[batch, seq, hidden_size]`. Raises `TypeError` and `ValueError` for bad input."""
         return embed_text(self.embed_tokens, input_ids, inputs_embeds, self.config.hidden_size)
 
-    def embed_meta(self, meta_ids: torch.LongTensor | None, shape: tuple[int, int]) -> torch.FloatTensor | None:
-        """The meta axes' embeddings `[axes, batch, seq, meta_hidden_size]`, `None` without axes.
+    def embed_axes(self, axis_ids: torch.LongTensor | None, shape: tuple[int, int]) -> torch.FloatTensor | None:
+        """The meta axes' embeddings `[axes, batch, seq, axis_hidden_size]`, `None` without axes.
 
         Args:
-            meta_ids (`torch.LongTensor` of shape `[batch, axes, seq]`, *optional*).
+            axis_ids (`torch.LongTensor` of shape `[batch, axes, seq]`, *optional*).
             shape (`tuple[int, int]`): batch and seq of the main axis.
 
         Raises:
@@ -269,20 +272,20 @@ class MultiGridModel(MultiGridPreTrainedModel):
         """
         names = self.config.axis_names
         expected = [shape[0], len(names), shape[1]]
-        if meta_ids is None:
+        if axis_ids is None:
             if names:
-                raise ValueError(f"`meta_ids` must be given, {expected}: a token of each of the axes {names}.")
+                raise ValueError(f"`axis_ids` must be given, {expected}: a token of each of the axes {names}.")
             return None
-        check_ids("meta_ids", meta_ids)
-        if list(meta_ids.shape) != expected:
+        check_ids("axis_ids", axis_ids)
+        if list(axis_ids.shape) != expected:
             raise ValueError(
-                f"`meta_ids` must be [batch, axes, seq] = {expected}, aligned with the main axis, got "
-                f"{list(meta_ids.shape)} (axes: {names})."
+                f"`axis_ids` must be [batch, axes, seq] = {expected}, aligned with the main axis, got "
+                f"{list(axis_ids.shape)} (axes: {names})."
             )
         if not names:
             return None
-        tracks = zip(self.meta_embed_tokens, meta_ids.unbind(1), names)
-        return torch.stack([look_up(table, ids, f"`meta_ids` of axis {name!r}") for table, ids, name in tracks])
+        tracks = zip(self.axis_embed_tokens, axis_ids.unbind(1), names)
+        return torch.stack([embed_ids(table, ids, f"`axis_ids` of axis {name!r}") for table, ids, name in tracks])
 
     def _token_mask(self, attention_mask, main, cache, past):
         """Which tokens are real, `None` where all are, and real tokens of each row before these.
@@ -294,7 +297,7 @@ class MultiGridModel(MultiGridPreTrainedModel):
         if self.config.core != "transformer":
             if past and not cache.packed and (mask is not None or cache.next_positions is not None):
                 check_past_mask(attention_mask, seq, cache.lengths())
-            return of_new_tokens(mask, seq), cache.lengths() if past else 0
+            return mask_of_new_tokens(mask, seq), cache.lengths() if past else 0
         if past and cache.packed:
             raise ValueError(
                 f"`{CACHE}` holds packed sequences, and with core='transformer' new tokens would see all of them: "
@@ -305,12 +308,12 @@ class MultiGridModel(MultiGridPreTrainedModel):
             mask = _whole_mask(cache.past_mask, attention_mask if covers_past else mask, main, past)
         return mask, past if mask is None else mask[:, :past].sum(1)
 
-    def _recurrent_plan(self, main, mask, segments, position_ids, past, leaves_state):
+    def _recurrent_plan(self, main, mask, segments, position_ids, past, output_final_state):
         """What cores "leap" and "lstm" need to know of pads, packed sequences and positions."""
         if self.config.core == "lstm":
             return MixingPlan(lstm_rows=None if mask is None and segments is None else LSTMRows(mask, segments))
         precise = main.to(torch.promote_types(main.dtype, torch.float32))
-        rows = lay_out(mask, segments, self.rotary_emb(precise, position_ids), past > 0, leaves_state)
+        rows = lay_out(mask, segments, self.rotary_emb(precise, position_ids), past > 0, output_final_state)
         single_step = main.shape[1] == 1 and past > 0 and mask is None and not torch.is_grad_enabled()
         return MixingPlan(mixing_rows=rows, single_step=single_step)
 
@@ -325,7 +328,7 @@ class MultiGridModel(MultiGridPreTrainedModel):
             check_position_range(position_ids, limit, remedy)
             raise
         if meta is not None:
-            table = self.embed_positions if self.meta_embed_positions is None else self.meta_embed_positions
+            table = self.embed_positions if self.axis_embed_positions is None else self.axis_embed_positions
             meta = meta + table(position_ids)
         return main, meta
 
@@ -347,7 +350,7 @@ def _whole_mask(past_mask, mask, main, past):
 
 def _visible(mask, segments, seq, past, like):
     """What each new token sees, `[1 or batch, 1, seq, past + seq]`; `None` where that is everything up to itself."""
-    if mask is None and segments is None and not has_open_sizes(like) and (past == 0 or seq == 1):
+    if mask is None and segments is None and not has_dynamic_shapes(like) and (past == 0 or seq == 1):
         return None
     place = torch.arange(past + seq, device=like.device)
     allowed = (place[None, :] <= place[past:, None]).unsqueeze(0)
@@ -360,23 +363,23 @@ def _visible(mask, segments, seq, past, like):
     return allowed.unsqueeze(1)
 
 
-def _next_meta(meta_ids, next_meta_ids, mask, segments):
+def _next_axis_ids(axis_ids, next_axis_ids, mask, segments):
     """The meta tokens of the real token after each position `[batch, axes, seq]`, and where there are any `[batch, seq]`.
 
     None follow the last real token, unless they are given, nor the end of a packed sequence.
     """
-    batch, axes, seq = meta_ids.shape
-    known = torch.ones(batch, seq + 1, dtype=torch.bool, device=meta_ids.device)
-    if next_meta_ids is None:
-        next_meta_ids = torch.zeros_like(meta_ids[:, :, 0])
+    batch, axes, seq = axis_ids.shape
+    known = torch.ones(batch, seq + 1, dtype=torch.bool, device=axis_ids.device)
+    if next_axis_ids is None:
+        next_axis_ids = torch.zeros_like(axis_ids[:, :, 0])
         known[:, -1] = False
     else:
-        check_ids("next_meta_ids", next_meta_ids)
-        if list(next_meta_ids.shape) != [batch, axes]:
+        check_ids("next_axis_ids", next_axis_ids)
+        if list(next_axis_ids.shape) != [batch, axes]:
             expected = [batch, axes]
-            raise ValueError(f"`next_meta_ids` must be [batch, axes] = {expected}, got {list(next_meta_ids.shape)}.")
-    meta_ids = torch.cat((meta_ids, next_meta_ids.unsqueeze(-1)), dim=2)
-    following = torch.arange(1, seq + 1, device=meta_ids.device).expand(batch, -1)
+            raise ValueError(f"`next_axis_ids` must be [batch, axes] = {expected}, got {list(next_axis_ids.shape)}.")
+    axis_ids = torch.cat((axis_ids, next_axis_ids.unsqueeze(-1)), dim=2)
+    following = torch.arange(1, seq + 1, device=axis_ids.device).expand(batch, -1)
     if mask is not None:  # the nearest one that is real, or what comes after the row
         places = torch.where(mask, following - 1, seq)[:, 1:]
         places = nn.functional.pad(places, (0, 1), value=seq)
@@ -385,7 +388,7 @@ def _next_meta(meta_ids, next_meta_ids, mask, segments):
     if segments is not None:
         segments = nn.functional.pad(segments, (0, 1), mode="replicate")
         known = known & (segments.gather(1, following) == segments[:, :-1])
-    return meta_ids.gather(2, following.unsqueeze(1).expand(-1, axes, -1)), known
+    return axis_ids.gather(2, following.unsqueeze(1).expand(-1, axes, -1)), known
 
 
 @auto_docstring
@@ -396,10 +399,10 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
         super().__init__(config)
         self.model = MultiGridModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.meta_lm_heads = nn.ModuleList(
-            nn.Linear(config.meta_hidden_size, size, bias=False) for size in config.axis_vocab_sizes
+        self.axis_lm_heads = nn.ModuleList(
+            nn.Linear(config.axis_hidden_size, size, bias=False) for size in config.axis_vocab_sizes
         )
-        self.next_meta = NextMetaBlock(config) if self._is_factored else None
+        self.next_axes = NextAxesBlock(config) if self._is_factored else None
         self.loss_type, self.loss_function = "ForCausalLM", causal_lm_loss
         self.post_init()
 
@@ -413,14 +416,14 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        meta_ids: torch.LongTensor | None = None,
+        axis_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        meta_targets: torch.LongTensor | None = None,
-        next_meta_ids: torch.LongTensor | None = None,
+        axis_targets: torch.LongTensor | None = None,
+        next_axis_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         seq_idx: torch.LongTensor | None = None,
@@ -428,12 +431,12 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
         **kwargs: Unpack[TransformersKwargs],
     ) -> MultiGridCausalLMOutput:
         r"""
-        meta_ids (`torch.LongTensor` of shape `(batch_size, axes, sequence_length)`, *optional*):
+        axis_ids (`torch.LongTensor` of shape `(batch_size, axes, sequence_length)`, *optional*):
             Token of each axis at each position, in the order of `config.axis_names`; needed when there are any.
-        meta_targets (`torch.LongTensor` of shape `(batch_size, axes, sequence_length)`, *optional*):
-            What `labels` are, of the axes, or `shift_labels`, where those are given. When not given: `meta_ids`, ignored
+        axis_targets (`torch.LongTensor` of shape `(batch_size, axes, sequence_length)`, *optional*):
+            What `labels` are, of the axes, or `shift_labels`, where those are given. When not given: `axis_ids`, ignored
             wherever the main targets are -100.
-        next_meta_ids (`torch.LongTensor` of shape `(batch_size, axes)`, *optional*):
+        next_axis_ids (`torch.LongTensor` of shape `(batch_size, axes)`, *optional*):
             In the factored order: the meta tokens that follow the last position. Without them its logits are those of a
             model that knows nothing of them.
         seq_idx (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
@@ -441,16 +444,16 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
         cu_seq_lens_q (`torch.LongTensor` of shape `(num_sequences + 1,)`, *optional*):
             Boundaries of the sequences packed into one row.
         """
-        of_loss = take_out(kwargs, "num_items_in_batch", "shift_labels")
-        if next_meta_ids is not None and not self._is_factored:
+        of_loss = pop_kwargs(kwargs, "num_items_in_batch", "shift_labels")
+        if next_axis_ids is not None and not self._is_factored:
             raise ValueError(
-                "`next_meta_ids` are for axis_order='factored' and at least one axis; this model has neither."
+                "`next_axis_ids` are for axis_order='factored' and at least one axis; this model has neither."
             )
         if self.config.num_axes:
             require_labels(labels, of_loss.get("num_items_in_batch"), "the meta axes learn with them")
         outputs = self.model(
             input_ids=input_ids,
-            meta_ids=meta_ids,
+            axis_ids=axis_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -464,43 +467,43 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
         if self._is_factored:
             states = outputs.last_hidden_state
             past = 0 if past_key_values is None else past_key_values.get_seq_length() - states.shape[1]
-            mask = of_new_tokens(token_mask(attention_mask, states, past), states.shape[1])
+            mask = mask_of_new_tokens(token_mask(attention_mask, states, past), states.shape[1])
             segments = None  # a pass that continues a cache has none
             if past == 0:
                 segments = find_segments(states, mask, position_ids, seq_idx, cu_seq_lens_q)
-            next_ids, known = _next_meta(meta_ids, next_meta_ids, mask, segments)
+            next_ids, known = _next_axis_ids(axis_ids, next_axis_ids, mask, segments)
             next_ids = slice_logits_to_keep(next_ids.transpose(1, 2), logits_to_keep).transpose(1, 2)
             known = slice_logits_to_keep(known.unsqueeze(-1), logits_to_keep).squeeze(-1)
             logits = self.main_logits(main, next_ids, known)
         else:
             logits = self.lm_head(main)
-        meta_logits = None
+        axis_logits = None
         if self.config.num_axes:
-            states = outputs.meta_hidden_states.unbind(1)
-            meta_logits = tuple(
-                head(slice_logits_to_keep(x, logits_to_keep)) for head, x in zip(self.meta_lm_heads, states)
+            states = outputs.axis_hidden_states.unbind(1)
+            axis_logits = tuple(
+                head(slice_logits_to_keep(x, logits_to_keep)) for head, x in zip(self.axis_lm_heads, states)
             )
         losses = {}
         if labels is not None:
-            losses = self._losses(logits, meta_logits, labels, meta_ids, meta_targets, **of_loss)
+            losses = self._losses(logits, axis_logits, labels, axis_ids, axis_targets, **of_loss)
         return MultiGridCausalLMOutput(
             logits=logits,
             **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             main_hidden_states=main if self._is_factored else None,
-            meta_logits=meta_logits,
+            axis_logits=axis_logits,
             **losses,
         )
 
     def main_logits(
-        self, main_hidden_states: torch.Tensor, next_meta_ids: torch.LongTensor, known: torch.Tensor | None = None
+        self, main_hidden_states: torch.Tensor, next_axis_ids: torch.LongTensor, known: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Scores of the next main token given the next meta tokens, in the factored order.
 
         Args:
             main_hidden_states (`torch.Tensor` of shape `[batch, seq, hidden_size]`): of a forward pass's output.
-            next_meta_ids (`torch.LongTensor` of shape `[batch, axes, seq]`): what follows each position.
+            next_axis_ids (`torch.LongTensor` of shape `[batch, axes, seq]`): what follows each position.
             known (`torch.BoolTensor` of shape `[1 or batch, seq]`, *optional*): where it is known at all; everywhere when
                 not given.
 
@@ -516,18 +519,18 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
             )
         names = self.config.axis_names
         expected = [main_hidden_states.shape[0], len(names), main_hidden_states.shape[1]]
-        if list(next_meta_ids.shape) != expected:
+        if list(next_axis_ids.shape) != expected:
             raise ValueError(
-                f"`next_meta_ids` must be [batch, axes, seq] = {expected}, got {list(next_meta_ids.shape)}."
+                f"`next_axis_ids` must be [batch, axes, seq] = {expected}, got {list(next_axis_ids.shape)}."
             )
-        tracks = zip(self.model.meta_embed_tokens, next_meta_ids.unbind(1), names)
-        embeds = [look_up(table, ids, f"`next_meta_ids` of axis {name!r}") for table, ids, name in tracks]
-        return self.lm_head(self.next_meta(main_hidden_states, embeds, known))
+        tracks = zip(self.model.axis_embed_tokens, next_axis_ids.unbind(1), names)
+        embeds = [embed_ids(table, ids, f"`next_axis_ids` of axis {name!r}") for table, ids, name in tracks]
+        return self.lm_head(self.next_axes(main_hidden_states, embeds, known))
 
-    def _losses(self, logits, meta_logits, labels, meta_ids, meta_targets, shift_labels=None, **kwargs):
+    def _losses(self, logits, axis_logits, labels, axis_ids, axis_targets, shift_labels=None, **kwargs):
         """The loss and its parts; `num_items_in_batch` counts main tokens, and is the same for all of them.
 
-        `shift_labels` are aligned with the logits; then so are `meta_targets`.
+        `shift_labels` are aligned with the logits; then so are `axis_targets`.
         """
 
         def loss(logits, targets, vocab_size):
@@ -538,29 +541,30 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
 
         config, targets = self.config, labels if shift_labels is None else shift_labels
         main_loss = loss(logits, targets, config.vocab_size)
-        if meta_logits is None:
+        if axis_logits is None:
             return {"loss": main_loss, "main_loss": main_loss}
-        if meta_targets is None:
-            own = meta_ids if shift_labels is None else nn.functional.pad(meta_ids[:, :, 1:], (0, 1), value=IGNORED)
-            meta_targets = own.masked_fill((targets == IGNORED).unsqueeze(1), IGNORED)
+        if axis_targets is None:
+            if shift_labels is not None:
+                axis_ids = nn.functional.pad(axis_ids[:, :, 1:], (0, 1), value=IGNORE_INDEX)
+            axis_targets = axis_ids.masked_fill((targets == IGNORE_INDEX).unsqueeze(1), IGNORE_INDEX)
         else:
-            check_labels("meta_targets", meta_targets, meta_ids.shape)
-            self._check_meta_targets(meta_targets)
-        meta_losses = tuple(map(loss, meta_logits, meta_targets.unbind(1), config.axis_vocab_sizes))
+            check_labels("axis_targets", axis_targets, axis_ids.shape)
+            self._check_axis_targets(axis_targets)
+        axis_losses = tuple(map(loss, axis_logits, axis_targets.unbind(1), config.axis_vocab_sizes))
         share = config.main_loss_weight
-        whole = share * main_loss + (1 - share) * sum(meta_losses) / len(meta_losses)
-        return {"loss": whole, "main_loss": main_loss, "meta_losses": meta_losses}
+        whole = share * main_loss + (1 - share) * sum(axis_losses) / len(axis_losses)
+        return {"loss": whole, "main_loss": main_loss, "axis_losses": axis_losses}
 
-    def _check_meta_targets(self, meta_targets):
-        if meta_targets.device.type != "cpu" or is_tracing(meta_targets):
+    def _check_axis_targets(self, axis_targets):
+        if axis_targets.device.type != "cpu" or is_tracing(axis_targets):
             return  # reading a value would synchronize the device
         sizes = torch.tensor(self.config.axis_vocab_sizes).unsqueeze(-1)
-        wrong = (meta_targets >= sizes) | ((meta_targets < 0) & (meta_targets != IGNORED))
+        wrong = (axis_targets >= sizes) | ((axis_targets < 0) & (axis_targets != IGNORE_INDEX))
         if wrong.any():
             axis = int(wrong.nonzero()[0, 1])
             raise ValueError(
-                f"`meta_targets` of axis {self.config.axis_names[axis]!r} must be in [0, {self.config.axis_vocab_sizes[axis]}) or "
-                f"{IGNORED}, got {int(meta_targets[wrong][0])}."
+                f"`axis_targets` of axis {self.config.axis_names[axis]!r} must be in [0, {self.config.axis_vocab_sizes[axis]}) or "
+                f"{IGNORE_INDEX}, got {int(axis_targets[wrong][0])}."
             )
 
 

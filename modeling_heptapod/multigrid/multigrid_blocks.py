@@ -4,7 +4,7 @@ One layer of the main stream and `A` meta streams is `1 + 3 A` blocks, each mixi
 
     x       <- self_block(x)                            every stream, from its own past
     main_a  <- main_cross_blocks[a](main, meta_a)       the main stream reads axis a
-    meta_a  <- meta_cross_blocks[a](meta_a, main)       at the same time, axis a reads the main stream
+    meta_a  <- axis_cross_blocks[a](meta_a, main)       at the same time, axis a reads the main stream
     main    <- main + sum_a axis_weights[a] * (main_a - main)
 
 Position `t` of any stream reads positions up to `t` only, its own, or another's after the self blocks.
@@ -42,23 +42,23 @@ class MultiGridBlock(nn.Module):
 
     Args:
         config (`MultiGridConfig`): of the model.
-        is_meta (`bool`): whether the stream that is changed is a meta stream.
+        is_axis (`bool`): whether the stream that is changed is a meta stream.
         is_cross (`bool`): whether it reads a stream of the other kind.
     """
 
-    def __init__(self, config: MultiGridConfig, is_meta: bool, is_cross: bool):
+    def __init__(self, config: MultiGridConfig, is_axis: bool, is_cross: bool):
         super().__init__()
         core = CORES[config.core]
         sizes = [
             (config.hidden_size, config.intermediate_size),
-            (config.meta_hidden_size, config.meta_intermediate_size),
+            (config.axis_hidden_size, config.axis_intermediate_size),
         ]
-        width, inner = sizes[is_meta]
-        other_width = sizes[not is_meta][0]
+        width, inner = sizes[is_axis]
+        other_width = sizes[not is_axis][0]
         self.input_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         if is_cross:
             self.key_value_layernorm = nn.LayerNorm(other_width, eps=config.layer_norm_eps)
-        reach = config.meta_hidden_size
+        reach = config.axis_hidden_size
         self.mixer = core.cross_mixer(width, other_width, reach) if is_cross else core.self_mixer(width)
         self.mlp = None
         if not is_cross or config.cross_feed_forward:
@@ -81,10 +81,10 @@ class MultiGridLayer(GradientCheckpointingLayer):
         self.config = config
         self.hidden_dropout = config.hidden_dropout
         axes = range(config.num_axes)
-        self.self_block = MultiGridBlock(config, is_meta=False, is_cross=False)
-        self.meta_self_blocks = nn.ModuleList(MultiGridBlock(config, is_meta=True, is_cross=False) for _ in axes)
-        self.main_cross_blocks = nn.ModuleList(MultiGridBlock(config, is_meta=False, is_cross=True) for _ in axes)
-        self.meta_cross_blocks = nn.ModuleList(MultiGridBlock(config, is_meta=True, is_cross=True) for _ in axes)
+        self.self_block = MultiGridBlock(config, is_axis=False, is_cross=False)
+        self.axis_self_blocks = nn.ModuleList(MultiGridBlock(config, is_axis=True, is_cross=False) for _ in axes)
+        self.main_cross_blocks = nn.ModuleList(MultiGridBlock(config, is_axis=False, is_cross=True) for _ in axes)
+        self.axis_cross_blocks = nn.ModuleList(MultiGridBlock(config, is_axis=True, is_cross=True) for _ in axes)
         self.layer_idx = layer_idx
         self.make_cores()
 
@@ -102,17 +102,17 @@ class MultiGridLayer(GradientCheckpointingLayer):
         plan: MixingPlan | None = None,
         past_key_values: MultiGridCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """`main [batch, seq, hidden_size]` and `meta [axes, batch, seq, meta_hidden_size]` after this layer, and attentions."""
+        """`main [batch, seq, hidden_size]` and `meta [axes, batch, seq, axis_hidden_size]` after this layer, and attentions."""
         streams = [([self.self_block], main.unsqueeze(0), None)]
         if meta is not None:
-            streams.append((self.meta_self_blocks, meta, None))
+            streams.append((self.axis_self_blocks, meta, None))
         (main, *rest), weights = self._run(self.core, streams, plan, past_key_values)
         main = main[0]
         if meta is None:
             return main, None, weights
         meta = rest[0]
         mains = main.expand(len(meta), *main.shape)
-        readings = [(self.main_cross_blocks, mains, meta), (self.meta_cross_blocks, meta, mains)]
+        readings = [(self.main_cross_blocks, mains, meta), (self.axis_cross_blocks, meta, mains)]
         (read, meta), _ = self._run(self.cross_core, readings, plan, past_key_values)
         # One after the other, so that an axis that changes nothing changes no rounding either.
         for change, share in zip(read - main, self.config.axis_shares):
@@ -141,13 +141,13 @@ class MultiGridLayer(GradientCheckpointingLayer):
         return nn.functional.dropout(x, self.hidden_dropout, self.training) if self.hidden_dropout else x
 
 
-class NextMetaBlock(nn.Module):
+class NextAxesBlock(nn.Module):
     """The factored order: what the main stream learns of the next meta tokens before it predicts, and a feed-forward."""
 
     def __init__(self, config: MultiGridConfig):
         super().__init__()
         self.projs = nn.ModuleList(
-            nn.Linear(config.meta_hidden_size, config.hidden_size, bias=False) for _ in config.axis_names
+            nn.Linear(config.axis_hidden_size, config.hidden_size, bias=False) for _ in config.axis_names
         )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MultiGridMLP(config, config.hidden_size, config.intermediate_size)
@@ -155,7 +155,7 @@ class NextMetaBlock(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, next_embeds: list[torch.Tensor], known: torch.Tensor | None
     ) -> torch.Tensor:
-        """`hidden_states [batch, seq, hidden_size]`, changed by the embeddings `[batch, seq, meta_hidden_size]` of each axis.
+        """`hidden_states [batch, seq, hidden_size]`, changed by the embeddings `[batch, seq, axis_hidden_size]` of each axis.
 
         `known [1 or batch, seq]` says at which positions there are any; `None` for all.
         """
@@ -165,4 +165,4 @@ class NextMetaBlock(nn.Module):
         return hidden_states + grouped_mlp([self.mlp], self.norm(hidden_states).unsqueeze(0))[0]
 
 
-__all__ = ["MultiGridBlock", "MultiGridLayer", "MultiGridMLP", "NextMetaBlock", "grouped_mlp"]
+__all__ = ["MultiGridBlock", "MultiGridLayer", "MultiGridMLP", "NextAxesBlock", "grouped_mlp"]

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..common.eager_attention import eager_attention
-from ..common.model_inputs import has_open_sizes
+from ..common.model_inputs import has_dynamic_shapes
 from ..leap.configuration_leap import LeapConfig
 from ..leap.mixing_rows import MixingRows
 from ..leap.modeling_leap import LeapMixer
@@ -49,14 +49,14 @@ class MixingPlan:
         mixing_rows (`MixingRows`, *optional*): pads, packed sequences and positions (core "leap").
         lstm_rows (`LSTMRows`, *optional*): how pads and packed sequences are laid out (core "lstm").
         single_step (`bool`): one real token after cached ones, without gradients.
-        in_the_open (`bool`): whether to return attention weights.
+        output_attentions (`bool`): whether to return attention weights.
     """
 
     attention_mask: torch.Tensor | None = None
     mixing_rows: MixingRows | None = None
     lstm_rows: "LSTMRows | None" = None
     single_step: bool = False
-    in_the_open: bool = False
+    output_attentions: bool = False
 
     def to(self, device: torch.device) -> "MixingPlan":
         """The same on another device: where layers are spread over devices, accelerate asks it of their arguments."""
@@ -79,7 +79,7 @@ def grouped_linear(linears: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
     """
     if len(linears) == 1:
         return linears[0](x[0]).unsqueeze(0)
-    one_each = not torch.is_grad_enabled() or has_open_sizes(x) or not all(map(_is_plain, linears))
+    one_each = not torch.is_grad_enabled() or has_dynamic_shapes(x) or not all(map(_is_plain, linears))
     if one_each or x[0, ..., 0].numel() < _BATCHED_ROWS:
         return torch.stack([linear(part) for linear, part in zip(linears, x)])
     weight = torch.stack([linear.weight for linear in linears]).transpose(1, 2)
@@ -162,7 +162,7 @@ class TransformerCore(_Core):
 
     def mix(self, groups, plan, cache):
         parts = [self._project(group) for group in groups]
-        if cache is None and not plan.in_the_open:
+        if cache is None and not plan.output_attentions:
             outs, weights = [self._attend_in_batch(*part, plan) for part in parts], None
         else:
             query, key, value = (torch.cat([join_heads(x) for x in xs], dim=2).transpose(1, 2) for xs in zip(*parts))
@@ -192,7 +192,7 @@ class TransformerCore(_Core):
         return out.unflatten(0, (streams, batch)).flatten(3)
 
     def _attend(self, query, key, value, plan):
-        attention = eager_attention if plan.in_the_open else self._attention()
+        attention = eager_attention if plan.output_attentions else self._attention()
         return attention(self, query, key, value, plan.attention_mask, **self._options(query, plan.attention_mask))
 
     def _attention(self):
@@ -239,9 +239,9 @@ class LeapCore(_Core):
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
-        axes, meta_heads = config.num_axes, config.meta_num_attention_heads
+        axes, axis_heads = config.num_axes, config.axis_num_attention_heads
         is_cross = layer_idx >= config.num_hidden_layers
-        heads = 2 * axes * meta_heads if is_cross else config.num_attention_heads + axes * meta_heads
+        heads = 2 * axes * axis_heads if is_cross else config.num_attention_heads + axes * axis_heads
         self.mixer = LeapMixer(leap_config(config, heads), layer_idx)
         # Streams have projections of their own; a module of this name would be taken for one of them by adapters.
         del self.mixer.qfkv_proj

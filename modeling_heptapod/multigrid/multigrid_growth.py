@@ -5,14 +5,14 @@ import copy
 from torch import nn
 from transformers import initialization as init
 
-from .multigrid_blocks import MultiGridBlock, NextMetaBlock
+from .multigrid_blocks import MultiGridBlock, NextAxesBlock
 
 
 class MultiGridGrowthMixin:
     """For [`MultiGridForCausalLM`]: adds and removes meta axes."""
 
-    def add_meta_axis(self, name: str, vocab_size: int, freeze_rest: bool = False) -> None:
-        """Attach one more meta axis, the last in `meta_ids`. Nothing that the model predicted before changes, to the last bit.
+    def add_axis(self, name: str, vocab_size: int, freeze_rest: bool = False) -> None:
+        """Attach one more meta axis, the last in `axis_ids`. Nothing that the model predicted before changes, to the last bit.
 
         What the main stream reads from the new axis starts at zero and learns. The other axes keep their weights in
         `config.axis_weights`, the new one gets one over the number of axes. `config` is replaced by a copy. Make the
@@ -37,34 +37,34 @@ class MultiGridGrowthMixin:
         config.axis_vocab_sizes = [*config.axis_vocab_sizes, vocab_size]
         self._set_config(config)
         base = self.model
-        self._append(base.meta_embed_tokens, nn.Embedding(vocab_size, config.meta_hidden_size), base.embed_tokens)
-        self._append(base.meta_norms, nn.LayerNorm(config.meta_hidden_size, eps=config.layer_norm_eps), base.norm)
-        self._append(self.meta_lm_heads, nn.Linear(config.meta_hidden_size, vocab_size, bias=False), self.lm_head)
+        self._append(base.axis_embed_tokens, nn.Embedding(vocab_size, config.axis_hidden_size), base.embed_tokens)
+        self._append(base.axis_norms, nn.LayerNorm(config.axis_hidden_size, eps=config.layer_norm_eps), base.norm)
+        self._append(self.axis_lm_heads, nn.Linear(config.axis_hidden_size, vocab_size, bias=False), self.lm_head)
         for layer in base.layers:
-            self._append(layer.meta_self_blocks, MultiGridBlock(config, True, False), layer.self_block)
+            self._append(layer.axis_self_blocks, MultiGridBlock(config, True, False), layer.self_block)
             self._append(layer.main_cross_blocks, MultiGridBlock(config, False, True), layer.self_block)
-            self._append(layer.meta_cross_blocks, MultiGridBlock(config, True, True), layer.self_block)
+            self._append(layer.axis_cross_blocks, MultiGridBlock(config, True, True), layer.self_block)
             layer.main_cross_blocks[-1].close()
             layer.make_cores()
-        if config.num_axes == 1 and config.core == "transformer" and config.meta_hidden_size != config.hidden_size:
-            table = nn.Embedding(config.max_position_embeddings, config.meta_hidden_size)
-            base.meta_embed_positions = self._like(table, base.embed_positions)
-        if self._is_factored and self.next_meta is None:
-            self.next_meta = self._like(NextMetaBlock(config), self.lm_head)
-            init.zeros_(self.next_meta.mlp.down_proj.weight)
+        if config.num_axes == 1 and config.core == "transformer" and config.axis_hidden_size != config.hidden_size:
+            table = nn.Embedding(config.max_position_embeddings, config.axis_hidden_size)
+            base.axis_embed_positions = self._like(table, base.embed_positions)
+        if self._is_factored and self.next_axes is None:
+            self.next_axes = self._like(NextAxesBlock(config), self.lm_head)
+            init.zeros_(self.next_axes.mlp.down_proj.weight)
         elif self._is_factored:
             self._append(
-                self.next_meta.projs, nn.Linear(config.meta_hidden_size, config.hidden_size, bias=False), self.lm_head
+                self.next_axes.projs, nn.Linear(config.axis_hidden_size, config.hidden_size, bias=False), self.lm_head
             )
         if self._is_factored:
-            init.zeros_(self.next_meta.projs[-1].weight)
+            init.zeros_(self.next_axes.projs[-1].weight)
         self.train(self.training)
         if freeze_rest:
             for parameter in self.parameters():
                 parameter.requires_grad_(parameter not in before)
 
-    def remove_meta_axis(self, name: str) -> None:
-        """Take a meta axis off. Right after `add_meta_axis` the model predicts what it did before, to the last bit.
+    def remove_axis(self, name: str) -> None:
+        """Take a meta axis off. Right after `add_axis` the model predicts what it did before, to the last bit.
 
         The other axes keep their weights in `config.axis_weights`. `config` is replaced by a copy.
 
@@ -82,16 +82,16 @@ class MultiGridGrowthMixin:
             del values[place]
         self._set_config(config)
         base = self.model
-        for modules in (base.meta_embed_tokens, base.meta_norms, self.meta_lm_heads):
+        for modules in (base.axis_embed_tokens, base.axis_norms, self.axis_lm_heads):
             del modules[place]
         for layer in base.layers:
-            for blocks in (layer.meta_self_blocks, layer.main_cross_blocks, layer.meta_cross_blocks):
+            for blocks in (layer.axis_self_blocks, layer.main_cross_blocks, layer.axis_cross_blocks):
                 del blocks[place]
             layer.make_cores()
-        if self.next_meta is not None:
-            del self.next_meta.projs[place]
+        if self.next_axes is not None:
+            del self.next_axes.projs[place]
         if config.num_axes == 0:
-            self.next_meta = base.meta_embed_positions = None
+            self.next_axes = base.axis_embed_positions = None
         self.train(self.training)
 
     def _set_config(self, config):

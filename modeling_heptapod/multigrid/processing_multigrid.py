@@ -6,23 +6,23 @@ import numpy as np
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from ..common.remote_code import OwnCodeMixin
-from ..common.text_processors import columns_of, list_of_texts, reads_text_only, special_token_ids
-from .meta_axes import MetaAxis
-from .shipped_axes import make_axis
+from ..common.processing_utils import columns_of, list_of_texts, reads_text_only, special_token_ids
+from ..common.remote_code import CustomCodeMixin
+from .axes import Axis
+from .axis_registry import make_axis
 
 
 UNFINISHED = "\ufffd"
 
 
-class MultiGridProcessor(OwnCodeMixin, ProcessorMixin):
+class MultiGridProcessor(CustomCodeMixin, ProcessorMixin):
     """A tokenizer and the meta axes that stand beside its tokens.
 
     Args:
         tokenizer ([`PreTrainedTokenizerBase`]):
             A fast one: it tells which characters each token covers.
         axes (`Sequence`, *optional*, defaults to `()`):
-            The axes in the order of the model's `axis_names`: [`MetaAxis`] objects or what [`make_axis`] makes one of.
+            The axes in the order of the model's `axis_names`: [`Axis`] objects or what [`make_axis`] makes one of.
             They are saved with the processor; those of a class of your own load after its module is imported.
         chat_template (`str`, *optional*): for `apply_chat_template`, that of `tokenizer` when not given.
 
@@ -35,7 +35,7 @@ class MultiGridProcessor(OwnCodeMixin, ProcessorMixin):
     >>> processor = MultiGridProcessor(tokenizer, ["token_kind", "bracket"])
     >>> names, sizes = processor.axis_names, processor.axis_vocab_sizes
     >>> config = MultiGridConfig(vocab_size=len(tokenizer), axis_names=names, axis_vocab_sizes=sizes)
-    >>> model.generate(**processor("def f(x):", return_tensors="pt"), meta_source="annotated", processor=processor)
+    >>> model.generate(**processor("def f(x):", return_tensors="pt"), axis_source="annotated", processor=processor)
     ```"""
 
     _auto_classes = {"AutoProcessor": "processing_multigrid.MultiGridProcessor"}
@@ -45,7 +45,7 @@ class MultiGridProcessor(OwnCodeMixin, ProcessorMixin):
         self.chat_template = getattr(tokenizer, "chat_template", None) if chat_template is None else chat_template
         if not tokenizer.is_fast:
             raise ValueError(f"`tokenizer` must be a fast one, which gives offsets, got {type(tokenizer).__name__}.")
-        if isinstance(axes, (str, dict, MetaAxis)):
+        if isinstance(axes, (str, dict, Axis)):
             raise ValueError(f"`axes` must be a sequence of axes, got {axes!r}.")
         self.axes = tuple(make_axis(axis) for axis in axes)
         names = [axis.name for axis in self.axes]
@@ -82,7 +82,7 @@ class MultiGridProcessor(OwnCodeMixin, ProcessorMixin):
         `text_kwargs` and `common_kwargs`, dicts of these, may stand for them, as in all processors.
 
         Returns:
-            `input_ids` and `attention_mask [batch, tokens]`, and, if there are axes, `meta_ids [batch, axes, tokens]`;
+            `input_ids` and `attention_mask [batch, tokens]`, and, if there are axes, `axis_ids [batch, axes, tokens]`;
             int64. Meta ids of a text that is truncated are those of the whole text. Pads and special tokens have meta
             id 0, and axes do not see their characters.
 
@@ -118,7 +118,7 @@ class MultiGridProcessor(OwnCodeMixin, ProcessorMixin):
             else:
                 columns = zip(encoded["input_ids"], encoded["offset_mapping"], is_text)
                 tokens = [(np.array(ids)[here], np.array(pairs)[here]) for ids, pairs, here in columns]
-            data["meta_ids"] = [
+            data["axis_ids"] = [
                 self._lay(each, np.isin(ids, special), pairs, here)
                 for each, (ids, pairs), here in zip(texts, tokens, is_text)
             ]
@@ -137,27 +137,27 @@ class MultiGridProcessor(OwnCodeMixin, ProcessorMixin):
         return_tensors: str | None = None,
         verbose: bool = True,
     ) -> BatchFeature:
-        """As the tokenizer's, with `meta_ids` and `labels`: `DataCollatorWithPadding(processor)` makes batches of rows
+        """As the tokenizer's, with `axis_ids` and `labels`: `DataCollatorWithPadding(processor)` makes batches of rows
         that [`~MultiGridProcessor.__call__`] has made, and `DataCollatorForLanguageModeling(processor, mlm=False)` gives
         them labels.
 
         Args:
-            encoded_inputs: rows `[{name: values}]`, or columns `{name: rows}`; `meta_ids` are `[axes, tokens]` each.
+            encoded_inputs: rows `[{name: values}]`, or columns `{name: rows}`; `axis_ids` are `[axes, tokens]` each.
             padding, max_length, pad_to_multiple_of, padding_side, return_attention_mask, return_tensors, verbose:
                 As for the tokenizer.
 
         Returns:
-            All columns, padded: `meta_ids` with 0, `labels` with -100, others as the tokenizer does.
+            All columns, padded: `axis_ids` with 0, `labels` with -100, others as the tokenizer does.
 
         Raises:
             TypeError: for what is neither rows nor columns.
-            ValueError: where `meta_ids` are missing or do not align with the tokens, and what the tokenizer raises.
+            ValueError: where `axis_ids` are missing or do not align with the tokens, and what the tokenizer raises.
         """
         columns = columns_of(encoded_inputs)
         lengths = [len(ids) for ids in columns["input_ids"]]
-        tracks = {"meta_ids": columns.pop("meta_ids", None), "labels": columns.pop("labels", None)}
-        if tracks["meta_ids"] is None and self.axes:
-            raise ValueError(f"`encoded_inputs` must have `meta_ids` of the axes {self.axis_names}.")
+        tracks = {"axis_ids": columns.pop("axis_ids", None), "labels": columns.pop("labels", None)}
+        if tracks["axis_ids"] is None and self.axes:
+            raise ValueError(f"`encoded_inputs` must have `axis_ids` of the axes {self.axis_names}.")
         padded = self.tokenizer.pad(
             columns,
             padding=padding,
@@ -169,7 +169,7 @@ class MultiGridProcessor(OwnCodeMixin, ProcessorMixin):
         )
         data = dict(padded)
         side = self.tokenizer.padding_side if padding_side is None else padding_side
-        for name, filler, shape in (("meta_ids", 0, [len(self.axes)]), ("labels", -100, [])):
+        for name, filler, shape in (("axis_ids", 0, [len(self.axes)]), ("labels", -100, [])):
             if tracks[name] is None:
                 continue
             data[name] = []
@@ -186,13 +186,13 @@ class MultiGridProcessor(OwnCodeMixin, ProcessorMixin):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def annotate(self, text: str, offsets=None) -> list[list[int]]:
-        """The ids of each axis, `[axes][tokens]`; see [`MetaAxis.annotate`]."""
+        """The ids of each axis, `[axes][tokens]`; see [`Axis.annotate`]."""
         return [axis.annotate(text, offsets) for axis in self.axes]
 
     def new_characters(self, pending: tuple, token_id: int) -> tuple[str, tuple]:
         """Which characters one more token completes, for axes that are stepped while a model writes.
 
-        The rule is that of `MetaAxis.annotate`: of several tokens that share a character the last one completes it. The
+        The rule is that of `Axis.annotate`: of several tokens that share a character the last one completes it. The
         character U+FFFD, by which tokenizers show what is not complete, is completed by the token after it.
 
         Args:
@@ -226,10 +226,10 @@ class MultiGridProcessor(OwnCodeMixin, ProcessorMixin):
 
     @property
     def model_input_names(self):
-        return ["input_ids", "attention_mask", "meta_ids"]
+        return ["input_ids", "attention_mask", "axis_ids"]
 
     def to_dict(self):
-        return {**super().to_dict(), "axes": [axis.to_spec() for axis in self.axes]}
+        return {**super().to_dict(), "axes": [axis.to_dict() for axis in self.axes]}
 
     def _tokenize(self, texts, **kwargs):
         return self.tokenizer(texts, return_offsets_mapping=True, verbose=False, **kwargs)

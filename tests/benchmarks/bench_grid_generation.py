@@ -1,6 +1,6 @@
 """Does writing a page in all directions at once pay: model calls, seconds and quality, against one cell after another?
 
-Holes of several shapes are opened in held-out pages of source text and filled by each schedule of one grid model.
+Holes of several shapes are opened in held-out pages of source text and filled by each sampler of one grid model.
 Peers: raster order of the same model, one cell at a time, and a left-to-right model of equal size, trained as long on
 the same text, which writes a hole row by row without what follows it. Quality is precision, recall and F1 of the cells
 that are not blank, beside the same of holes filled with one token, and bits per byte of the text of the whole page
@@ -74,9 +74,9 @@ def left_padded(rows):
 def fill_left_to_right(model, opened, processor):
     """Pages with open cells written row by row; after the end of a line a row stays blank. And the number of calls."""
     pages, calls = opened.clone(), 0
-    is_open = opened == processor.tokenizer.mask_token_id
+    is_masked = opened == processor.tokenizer.mask_token_id
     for row in range(opened.shape[1]):
-        columns = is_open[0, row].nonzero().flatten().tolist()
+        columns = is_masked[0, row].nonzero().flatten().tolist()
         if not columns:
             continue
         first, count = columns[0], len(columns)
@@ -119,22 +119,22 @@ class Hole:
     def __init__(self, region, pages, original, processor, judge, report):
         self.region, self.pages, self.original = region, pages, original
         self.processor, self.judge, self.report = processor, judge, report
-        self.opened = processor.open_cells(pages, region)
-        self.is_open = self.opened != pages
-        self.cells = int(self.is_open[0].sum())
+        self.opened = processor.mask_cells(pages, region)
+        self.is_masked = self.opened != pages
+        self.cells = int(self.is_masked[0].sum())
         self.f1, self.bits = {}, {}
 
     def judge_filling(self, name, fill):
         filled, calls = fill(self.opened)
-        given = torch.equal(filled[~self.is_open], self.pages[~self.is_open])
+        given = torch.equal(filled[~self.is_masked], self.pages[~self.is_masked])
         closed = not (filled == self.processor.tokenizer.mask_token_id).any()
         harness.require(given and closed, f"{name} changed given cells or left cells open")
-        score = score_pages(filled, self.pages, self.is_open, self.processor.blank_token_id)
+        score = score_pages(filled, self.pages, self.is_masked, self.processor.blank_token_id)
         bits = judged_bits(self.judge, filled, self.processor) - self.original
         self.f1[name], self.bits[name] = score.f1_of_pages, bits
         self.report.row(
             region=self.region,
-            open_cells=self.cells,
+            mask_cells=self.cells,
             how=name,
             model_calls=calls,
             precision=score.precision,
@@ -148,7 +148,7 @@ class Hole:
 
     def judge_baselines(self):
         """What it scores to fill the hole with one token."""
-        for name, filled in baselines(self.pages, self.is_open, self.processor).items():
+        for name, filled in baselines(self.pages, self.is_masked, self.processor).items():
             self.judge_filling(name, lambda _, filled=filled: (filled, 0))
 
     def time_fillings(self, ways, rounds):
@@ -159,7 +159,7 @@ class Hole:
         for name, each in seconds.items():
             self.report.row(
                 region=self.region,
-                open_cells=self.cells,
+                mask_cells=self.cells,
                 how=name,
                 seconds_a_page=each,
                 raster_over_it=seconds["raster"] / each,
@@ -187,18 +187,22 @@ def main():
 
     def fill(opened, **options):
         output = grid.generate(opened, return_dict_in_generate=True, seed=0, **options)
-        return output.sequences, output.model_calls
+        return output.sequences, output.nfe
 
     for region in REGIONS[:1] if quick else REGIONS:
         hole = Hole(region, pages, original, processor, judge, report)
         some, few = max(1, hole.cells // 16), max(1, hole.cells // 64)
         schedules = {
-            "raster": {"schedule": "raster"},
-            "confidence, cosine, 1/16": {"schedule": "confidence", "num_iterations": some},
-            "confidence, linear, 1/16": {"schedule": "confidence", "counts": "linear", "num_iterations": some},
-            "confidence, cosine, 1/64": {"schedule": "confidence", "num_iterations": few},
-            "entropy bound 0.5": {"schedule": "entropy", "entropy_bound": 0.5},
-            "random, linear, 1/16": {"schedule": "random", "counts": "linear", "num_iterations": some},
+            "raster": {"sampler": "raster"},
+            "confidence, cosine, 1/16": {"sampler": "confidence", "max_denoising_steps": some},
+            "confidence, linear, 1/16": {
+                "sampler": "confidence",
+                "mask_schedule": "linear",
+                "max_denoising_steps": some,
+            },
+            "confidence, cosine, 1/64": {"sampler": "confidence", "max_denoising_steps": few},
+            "entropy bound 0.5": {"sampler": "entropy_bound", "entropy_bound": 0.5},
+            "random, linear, 1/16": {"sampler": "random", "mask_schedule": "linear", "max_denoising_steps": some},
         }
         ways = {name: partial(fill, **options) for name, options in schedules.items()}
         ways["left to right"] = partial(fill_left_to_right, left_to_right, processor=processor)

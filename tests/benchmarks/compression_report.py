@@ -58,7 +58,7 @@ SETTINGS = {
 QUICK = {"parameters": 60_000, "num_hidden_layers": 2, "block_size": 64, "steps": 6, "held_out_bytes": 2_000}
 
 
-def config_with(name, width, ff_mult, settings):
+def config_with(name, width, mlp_ratio, settings):
     hierarchies, strides = MODELS[name]
     return HierarchicalLMConfig(
         vocab_size=VOCABULARY,
@@ -66,7 +66,7 @@ def config_with(name, width, ff_mult, settings):
         strides=strides,
         window_sizes=[None if factor > 1 or name == FULL else WINDOW for factor in hierarchies],
         hidden_sizes=width,
-        ff_mult=ff_mult,
+        mlp_ratio=mlp_ratio,
         num_hidden_layers=settings["num_hidden_layers"],
         num_attention_heads=settings["num_attention_heads"],
         head_dim=width // settings["num_attention_heads"],
@@ -90,8 +90,8 @@ def equal_config(name, settings):
 
     width = min(range(two_per_head, 33 * two_per_head, two_per_head), key=distance)
     sizes = [number_of_parameters(config_with(name, width, mult, settings)) for mult in (4, 5)]
-    ff_mult = 4 + (wanted - sizes[0]) / (sizes[1] - sizes[0])
-    return config_with(name, width, round(ff_mult * width) / width, settings)
+    mlp_ratio = 4 + (wanted - sizes[0]) / (sizes[1] - sizes[0])
+    return config_with(name, width, round(mlp_ratio * width) / width, settings)
 
 
 def load_blocks(settings):

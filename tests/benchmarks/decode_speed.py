@@ -100,7 +100,7 @@ def main():
 
     # Positions as GPT-2 has them, to be of equal shape; the rotary ones of the default take a row of their own.
     ours = harness.leap(
-        position_embedding_type="learned", max_position_embeddings=contexts[-1] + 2 * steps + new_tokens
+        position_embedding_type="absolute", max_position_embeddings=contexts[-1] + 2 * steps + new_tokens
     )
     ours, default, peer = (
         ours.eval(),

@@ -17,21 +17,21 @@ SCALE = HEAD_DIM**-0.5
 CHUNK = 2048
 
 
-def reference_means(logs, values, window, null_weight):
+def reference_means(logs, values, window, sink_weight):
     """Weighted means in float64. `logs [n, heads]`, `values [n, heads, channels]`; differentiable."""
     logs, values = logs.unsqueeze(-1), values
     if window is None:
         weights = torch.exp(logs - 30)
-        total = weights.cumsum(0) + null_weight * torch.exp(torch.tensor(-30.0, dtype=logs.dtype))
+        total = weights.cumsum(0) + sink_weight * torch.exp(torch.tensor(-30.0, dtype=logs.dtype))
         return (weights * values).cumsum(0) / total
     pad = torch.nn.functional.pad
     logs = pad(logs, (0, 0, 0, 0, window - 1, 0), value=-torch.inf).unfold(0, window, 1)
     values = pad(values, (0, 0, 0, 0, window - 1, 0)).unfold(0, window, 1)  # [n, heads, channels, window]
     weights = torch.exp(logs)
-    return (weights * values).sum(-1) / (weights.sum(-1) + null_weight)
+    return (weights * values).sum(-1) / (weights.sum(-1) + sink_weight)
 
 
-def reference(qfkv, grad, weight_function, window, null_weight):
+def reference(qfkv, grad, weight_function, window, sink_weight):
     """Output and gradient of the mixing step in float64, in chunks of tokens where windows allow it."""
     qfkv, grad = qfkv[0].double(), grad[0].double()
     n = qfkv.shape[0]
@@ -44,7 +44,7 @@ def reference(qfkv, grad, weight_function, window, null_weight):
         logs = SCALE * (f * k).sum(-1)
         if weight_function == "elu":
             logs = torch.log(torch.nn.functional.elu(logs) + 1)
-        means = reference_means(logs, torch.cat((k, v), dim=-1), window, null_weight)
+        means = reference_means(logs, torch.cat((k, v), dim=-1), window, sink_weight)
         kbar, vbar = means.chunk(2, dim=-1)
         result = (torch.sigmoid(SCALE * (q * kbar).sum(-1, keepdim=True)) * vbar)[start - first :]
         result.backward(grad[start : start + step])
@@ -77,8 +77,8 @@ def mix_as_prototype(qfkv, peer):
     return peer(*qfkv.flatten(3).unbind(2)).view_as(qfkv[:, :, 0])
 
 
-def settings_of(weight_function, window, null_weight=0.0):
-    return FocusSettings(scale=SCALE, weight_function=weight_function, window=window, null_weight=null_weight)
+def settings_of(weight_function, window, sink_weight=0.0):
+    return FocusSettings(scale=SCALE, weight_function=weight_function, window=window, sink_weight=sink_weight)
 
 
 def errors(got, expected):
@@ -141,7 +141,7 @@ def main():
             worst = max(errors(reference(qfkv, grad, weight_function, window, 1e-5), naive))
             harness.require(worst < 1e-12, f"reference and naive loop differ by {worst:.1e}, window {window}")
 
-    forms = {"C": focus.applies, "torch": lambda *_: False}
+    forms = {"C": focus.is_supported, "torch": lambda *_: False}
     worst_forward = worst_backward = worst_bf16 = 0.0
     for window in windows:
         name = "global" if window is None else window
@@ -151,8 +151,8 @@ def main():
             settings = settings_of(weight_function, window)
             expected = reference(qfkv, grad, weight_function, window, 0.0)
             low_expected = reference(low, low_grad, weight_function, window, 0.0)
-            for form, applies in forms.items():
-                focus.applies = applies
+            for form, is_supported in forms.items():
+                focus.is_supported = is_supported
                 got = run(mix, qfkv, grad, settings)
                 forward, backward = errors(got, expected)
                 ratios = rounding_ratio(run(mix, low, low_grad, settings), low_expected)

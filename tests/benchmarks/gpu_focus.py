@@ -207,7 +207,7 @@ def mixing_in_torch(results, rate):
     """The same through `focus_mixing`, as models call it: kernels, and the torch form they replace."""
     batch, seq = SHAPES[0]
     heads, dim = HEADS[0]
-    kernels = focus.triton_applies
+    kernels = focus.triton_is_supported
     for window in WINDOWS[:2]:
         settings = settings_for(window, dim)
         x = torch.randn(batch, seq, 4, heads, dim, device=DEVICE).to(DTYPES[0]).requires_grad_()
@@ -217,10 +217,10 @@ def mixing_in_torch(results, rate):
             torch.autograd.grad(focus_mixing(x, settings)[0], x, grad)
 
         times = {}
-        for name, applies in (("kernels", kernels), ("torch", lambda *_: False)):
-            focus.triton_applies = applies
+        for name, is_supported in (("kernels", kernels), ("torch", lambda *_: False)):
+            focus.triton_is_supported = is_supported
             times[name] = seconds_each(run)
-        focus.triton_applies = kernels
+        focus.triton_is_supported = kernels
         results.row("as called", window=window, kernels_ms=times["kernels"] * 1e3, torch_ms=times["torch"] * 1e3)
 
 

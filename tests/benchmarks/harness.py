@@ -38,8 +38,8 @@ SHAPE = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "
 PROTOTYPE_OPTIONS = {
     "weight_function": "exp",
     "rescale": 10.0,
-    "position_embedding_type": "learned",
-    "null_weight": 1e-5,
+    "position_embedding_type": "absolute",
+    "sink_weight": 1e-5,
 }
 _COMPARE = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, "==": operator.eq}
 

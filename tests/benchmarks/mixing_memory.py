@@ -73,7 +73,7 @@ def check_the_watch():
 
 
 def settings(window, **options):
-    options = {"weight_function": "exp", "null_weight": 1e-5, **options}
+    options = {"weight_function": "exp", "sink_weight": 1e-5, **options}
     return FocusSettings(scale=10 / HEAD_DIM, normalize=True, window=window, **options)
 
 
@@ -92,7 +92,7 @@ def main():
             qfkv = torch.randn(batch, seq, 4, HEADS, HEAD_DIM, requires_grad=True)
             low = qfkv.detach().bfloat16().requires_grad_()
             peer = multihead(HEADS * HEAD_DIM, HEADS, window or seq, rescale=10, dropout=0.0)
-            same, default = settings(window), settings(window, weight_function="elu", null_weight=0.0)
+            same, default = settings(window), settings(window, weight_function="elu", sink_weight=0.0)
 
             peer_out, peer_extra = held(mix_as_prototype, qfkv, peer)
             out, extra = held(mix, qfkv, same)

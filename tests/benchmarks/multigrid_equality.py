@@ -12,7 +12,7 @@ from modeling_heptapod import MultiGridConfig, MultiGridForCausalLM
 
 SHAPE = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 AXES = {"axis_names": ["kind", "bracket"], "axis_vocab_sizes": [20, 8]}
-LIGHT = {"meta_hidden_size": 32, "cross_feed_forward": False}
+LIGHT = {"axis_hidden_size": 32, "cross_feed_forward": False}
 VARIANTS = {
     "transformer": {},
     "transformer, factored": {"axis_order": "factored"},
@@ -39,7 +39,7 @@ def make_model(positions, **options):
 
 def random_grid(length):
     tracks = [torch.randint(0, size, (1, length)) for size in AXES["axis_vocab_sizes"]]
-    return {"input_ids": torch.randint(0, 256, (1, length)), "meta_ids": torch.stack(tracks, dim=1)}
+    return {"input_ids": torch.randint(0, 256, (1, length)), "axis_ids": torch.stack(tracks, dim=1)}
 
 
 @torch.no_grad()
@@ -48,13 +48,13 @@ def logits_of(model, grid, sizes, use_cache=True):
     factored = model.config.axis_order == "factored"
     cache, logits, place = None, [], 0
     for size in sizes:
-        ids, tracks = (grid[name][..., place : place + size] for name in ("input_ids", "meta_ids"))
+        ids, tracks = (grid[name][..., place : place + size] for name in ("input_ids", "axis_ids"))
         place += size
-        known = factored and place < grid["meta_ids"].shape[2]
-        after = grid["meta_ids"][..., place] if known else None
-        out = model(ids, meta_ids=tracks, next_meta_ids=after, past_key_values=cache, use_cache=use_cache)
+        known = factored and place < grid["axis_ids"].shape[2]
+        after = grid["axis_ids"][..., place] if known else None
+        out = model(ids, axis_ids=tracks, next_axis_ids=after, past_key_values=cache, use_cache=use_cache)
         cache = out.past_key_values
-        logits.append(torch.cat((out.logits, *out.meta_logits), dim=-1))
+        logits.append(torch.cat((out.logits, *out.axis_logits), dim=-1))
     return torch.cat(logits, dim=1)
 
 
@@ -64,7 +64,7 @@ def same_tokens(model, prompts, new_tokens, **options):
     width = max(lengths)
     batch = {
         name: torch.cat([torch.nn.functional.pad(prompt[name], (width - n, 0)) for prompt, n in zip(prompts, lengths)])
-        for name in ("input_ids", "meta_ids")
+        for name in ("input_ids", "axis_ids")
     }
     mask = torch.stack([(torch.arange(width) >= width - n).long() for n in lengths])
     options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
@@ -75,7 +75,7 @@ def same_tokens(model, prompts, new_tokens, **options):
         alone = model.generate(**prompt, attention_mask=ones, use_cache=False, **options)
         if alone.sequences.shape[1] != n + new_tokens:
             return False
-        for name in ("sequences", "meta_sequences"):
+        for name in ("sequences", "axis_sequences"):
             if not torch.equal(alone[name][0][..., n:], together[name][row][..., width:]):
                 return False
     return True

@@ -57,7 +57,7 @@ def loss_of(model, grid):
         return model(grid[:, : len(model.heads)])
     ids = grid[:, 0]
     tracks = (
-        {} if not isinstance(model, MultiGridForCausalLM) else {"meta_ids": grid[:, 1 : 1 + model.config.num_axes]}
+        {} if not isinstance(model, MultiGridForCausalLM) else {"axis_ids": grid[:, 1 : 1 + model.config.num_axes]}
     )
     return model(input_ids=ids, labels=ids, use_cache=False, **tracks).loss
 
@@ -122,15 +122,15 @@ def give_weights(ours, peer):
 
     base = ours.model
     pairs = [
-        *zip((base.embed_tokens, *base.meta_embed_tokens), peer.embeddings),
+        *zip((base.embed_tokens, *base.axis_embed_tokens), peer.embeddings),
         (base.embed_positions, peer.positions),
     ]
-    pairs += [*zip((base.norm, *base.meta_norms), peer.norms), *zip((ours.lm_head, *ours.meta_lm_heads), peer.heads)]
+    pairs += [*zip((base.norm, *base.axis_norms), peer.norms), *zip((ours.lm_head, *ours.axis_lm_heads), peer.heads)]
     for pair in pairs:
         give(*pair)
     for layer, target in zip(base.layers, peer.layers):
-        blocks = [(layer.self_block, *layer.meta_self_blocks), layer.main_cross_blocks, layer.meta_cross_blocks]
-        for group, targets in zip(blocks, (target.blocks, target.main_reads, target.meta_reads)):
+        blocks = [(layer.self_block, *layer.axis_self_blocks), layer.main_cross_blocks, layer.axis_cross_blocks]
+        for group, targets in zip(blocks, (target.blocks, target.main_reads, target.axis_reads)):
             for block, each in zip(group, targets):
                 give_block(block, each)
 
@@ -139,9 +139,9 @@ def check_loops(attention, shape, length, grid):
     peer, ours = make_loops(attention, shape, length, 2), make_ours(shape, length, 2, initializer_range=0.1)
     give_weights(ours, peer)
     mine, theirs = ours.model.layers[0], peer.layers[0]
-    watched = [(peer.embeddings[1].weight, ours.model.meta_embed_tokens[0].weight)]
+    watched = [(peer.embeddings[1].weight, ours.model.axis_embed_tokens[0].weight)]
     watched += [(theirs.main_reads[1].source_norm.weight, mine.main_cross_blocks[1].key_value_layernorm.weight)]
-    watched += [(theirs.meta_reads[0].feed_forward.up.weight, mine.meta_cross_blocks[0].mlp.up_proj.weight)]
+    watched += [(theirs.axis_reads[0].feed_forward.up.weight, mine.axis_cross_blocks[0].mlp.up_proj.weight)]
     require_equal(attention.__name__, peer, ours, grid, watched)
 
 
@@ -187,7 +187,7 @@ def main():
         for attention in (LectureAttention, FusedAttention):
             check_loops(attention, shape, length, grid[:2])
 
-        light = {**LIGHT, "meta_hidden_size": shape["hidden_size"] // 4}
+        light = {**LIGHT, "axis_hidden_size": shape["hidden_size"] // 4}
         models = {"GPT2LMHeadModel": harness.gpt2(length, **shape)}
         for axes in (0, 1, 2, 4):
             models["no axes" if axes == 0 else f"{axes} axes"] = make_ours(shape, length, axes)

@@ -11,10 +11,10 @@ import torch
 VARIANTS = {
     "default": {},
     "the prototype's options": {**harness.PROTOTYPE_OPTIONS, "max_position_embeddings": 8192},
-    "decay, exp": {"position_embedding_type": "decay", "weight_function": "exp"},
-    "no rescale, gelu gate": {"rescale": None, "query_gate": "gelu"},
-    "no gate, no positions": {"query_gate": "none", "position_embedding_type": "none"},
-    "additive": {"mixer": "additive", "position_embedding_type": "decay"},
+    "decay, exp": {"position_embedding_type": "alibi", "weight_function": "exp"},
+    "no rescale, gelu gate": {"rescale": None, "output_gate": "gelu"},
+    "no gate, no positions": {"output_gate": "none", "position_embedding_type": "none"},
+    "additive": {"mixer": "additive", "position_embedding_type": "alibi"},
 }
 
 

@@ -33,7 +33,7 @@ def seconds_to_first_step(family: str, folder: Path, quick: bool) -> float:
     run(
         *(str(ROOT / "training" / "train.py"), "--config_name", str(ROOT / "configs" / f"{family}-tiny")),
         *("--output_dir", str(folder / "out"), "--cache_dir", str(folder / "cache"), "--max_steps", "1"),
-        *("--dataset", json.__file__ if quick else "stdlib", "--max_validation_bytes", "1000"),
+        *("--dataset_name", json.__file__ if quick else "stdlib", "--max_validation_bytes", "1000"),
         *("--block_size", "64" if quick else "512", "--per_device_train_batch_size", "4", "--disable_tqdm", "true"),
         *("--save_strategy", "no", "--use_cpu", "true"),
     )

@@ -33,7 +33,14 @@ def train(family: str, way: str, steps: int, quick: bool, folder: Path) -> tuple
         *(sys.executable, *launcher, str(ROOT / "training" / "train.py"), *options),
         *("--config_name", str(ROOT / "configs" / f"{family}-tiny"), "--output_dir", str(folder / "out")),
         *("--block_size", "64" if quick else "256", "--per_device_train_batch_size", str(BATCH // processes)),
-        *("--dataset", json.__file__ if quick else "stdlib", "--max_validation_bytes", "1000", "--use_cpu", "true"),
+        *(
+            "--dataset_name",
+            json.__file__ if quick else "stdlib",
+            "--max_validation_bytes",
+            "1000",
+            "--use_cpu",
+            "true",
+        ),
         *("--max_steps", str(steps), "--logging_steps", "1", "--save_strategy", "no", "--disable_tqdm", "true"),
         *("--learning_rate", "1e-3", "--cache_dir", str(folder / "cache")),
     ]

@@ -101,8 +101,8 @@ class TestGeneration:
         long = {**GREEDY, "max_new_tokens": 14, "return_dict_in_generate": True}
         expected = model.generate(**inputs, **long).sequences
         first = model.generate(**inputs, **{**long, "max_new_tokens": 6})
-        if "meta_ids" in inputs:
-            inputs["meta_ids"] = first.meta_sequences
+        if "axis_ids" in inputs:
+            inputs["axis_ids"] = first.axis_sequences
         inputs["input_ids"] = first.sequences
         more = model.generate(**inputs, **{**long, "max_new_tokens": 8}, **{argument: first[CACHE]})
         assert torch.equal(more.sequences, expected)
@@ -126,10 +126,10 @@ class TestGeneration:
     def test_given_cells_stay(self):
         model = make("heptapod")
         page = inputs_of(model)["input_ids"]
-        is_open = torch.zeros_like(page, dtype=torch.bool)
-        is_open[:, 1:, 1:3] = True
-        written = model.generate(page.masked_fill(is_open, model.config.mask_token_id), num_iterations=3)
-        assert torch.equal(written[~is_open], page[~is_open]) and (written != model.config.mask_token_id).all()
+        is_masked = torch.zeros_like(page, dtype=torch.bool)
+        is_masked[:, 1:, 1:3] = True
+        written = model.generate(page.masked_fill(is_masked, model.config.mask_token_id), max_denoising_steps=3)
+        assert torch.equal(written[~is_masked], page[~is_masked]) and (written != model.config.mask_token_id).all()
 
 
 class TestFolders:

@@ -50,12 +50,12 @@ def check():
     axes = {"axis_names": ["a"], "axis_vocab_sizes": [5]}
     models = [
         heptapod.LeapForCausalLM(heptapod.LeapConfig(**small)),
-        heptapod.HierarchicalLMForCausalLM(heptapod.HierarchicalLMConfig(hierarchies=[1, 4], **small)),
+        heptapod.HierarchicalLMForCausalLM(heptapod.HierarchicalLMConfig(compression_factors=[1, 4], **small)),
         *(heptapod.MultiGridForCausalLM(heptapod.MultiGridConfig(core=core, **axes, **small)) for core in CORES),
     ]
     ids = torch.randint(50, (2, 20))
     for model in models:
-        more = {"meta_ids": torch.randint(5, (2, 1, 20))} if getattr(model.config, "num_axes", 0) else {}
+        more = {"axis_ids": torch.randint(5, (2, 1, 20))} if getattr(model.config, "num_axes", 0) else {}
         how = {"max_new_tokens": 20, "do_sample": False, **more}
         cached, uncached = (model.eval().generate(ids, use_cache=use, **how) for use in (True, False))
         name = f"{type(model).__name__} {getattr(model.config, 'core', '')}".strip()

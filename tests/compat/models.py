@@ -32,17 +32,22 @@ MODELS = {
     "leap-masked": ("LeapForMaskedLM", {}),
     "leap-classification": ("LeapForSequenceClassification", {"pad_token_id": 0}),
     "leap": ("LeapForCausalLM", {"tie_word_embeddings": True}),
-    "leap-learned": ("LeapForCausalLM", {"position_embedding_type": "learned", "num_attention_heads": 2}),
-    "leap-additive": ("LeapForCausalLM", {"mixer": "additive", "position_embedding_type": "decay"}),
+    "leap-learned": ("LeapForCausalLM", {"position_embedding_type": "absolute", "num_attention_heads": 2}),
+    "leap-additive": ("LeapForCausalLM", {"mixer": "additive", "position_embedding_type": "alibi"}),
     "hierarchical_lm-base": ("HierarchicalLMModel", {}),
     "hierarchical_lm": (
         "HierarchicalLMForCausalLM",
-        {"hierarchies": [1, 2, 8], "strides": [1, 1, 4], "window_sizes": [5, None, 3], "hidden_sizes": [16, 24, 32]},
+        {
+            "compression_factors": [1, 2, 8],
+            "strides": [1, 1, 4],
+            "window_sizes": [5, None, 3],
+            "hidden_sizes": [16, 24, 32],
+        },
     ),
     "hierarchical_lm-losses": (
         "HierarchicalLMForCausalLM",
         {
-            "hierarchies": [1, 4],
+            "compression_factors": [1, 4],
             "strides": [1, 4],
             "window_sizes": [0, 4],
             "reconstruction_loss_weight": 0.1,
@@ -87,7 +92,7 @@ def inputs_of(model, batch=2, length=12):
     if getattr(config, "num_axes", 0):
         sizes = config.axis_vocab_sizes
         tracks = [torch.randint(size, (batch, length), generator=random) for size in sizes]
-        inputs["meta_ids"] = torch.stack(tracks, dim=1)
+        inputs["axis_ids"] = torch.stack(tracks, dim=1)
     return inputs
 
 
@@ -102,7 +107,7 @@ def written_page(model):
     """A page of which the middle was open."""
     page = inputs_of(model)["input_ids"]
     page[:, 1:, 1:3] = model.config.mask_token_id
-    return model.generate(page, num_iterations=3)
+    return model.generate(page, max_denoising_steps=3)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENTS = ROOT / ".compat"
 MODELS = "tests/compat/models.py"
 # The suite, and what else depends on the version.
-TESTS = ["tests/compat/compat_suite.py", "tests/test_transformers_versions.py", "tests/test_unread_arguments.py"]
+TESTS = ["tests/compat/compat_suite.py", "tests/test_transformers_versions.py", "tests/test_unused_kwargs.py"]
 
 
 def newest_on_the_index(printed: str) -> str:

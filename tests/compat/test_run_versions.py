@@ -7,7 +7,7 @@ import pytest
 from modeling_heptapod.common.transformers_versions import OLDEST
 from tests.compat.models import MODELS
 from tests.compat.run_versions import counts_of, newest_on_the_index, resolve, table_of
-from tests.test_unread_arguments import MODELS as HEADS
+from tests.test_unused_kwargs import MODELS as HEADS
 
 
 def test_versions_by_word_and_number():
@@ -23,15 +23,15 @@ def test_the_table_counts_what_failed(tmp_path):
         <testcase classname="tests.compat.compat_suite.TestForward" name="a"/>
         <testcase classname="tests.compat.compat_suite.TestForward" name="b"><failure message="no"/></testcase>
         <testcase classname="tests.compat.compat_suite.TestForward" name="c"><error message="no"/></testcase>
-        <testcase classname="tests.test_unread_arguments" name="d"><skipped/></testcase>
-        <testcase classname="tests.test_unread_arguments" name="e"/>
+        <testcase classname="tests.test_unused_kwargs" name="d"><skipped/></testcase>
+        <testcase classname="tests.test_unused_kwargs" name="e"/>
         </testsuite></testsuites>"""
     )
     counts = counts_of(tmp_path / "report.xml")
-    assert counts == {"Forward": Counter(passed=1, failed=2), "unread_arguments": Counter(passed=1, skipped=1)}
+    assert counts == {"Forward": Counter(passed=1, failed=2), "unused_kwargs": Counter(passed=1, skipped=1)}
     lines = table_of({"5.17.0": counts, "5.24.0": {"Forward": Counter(passed=3)}}).split("\n")
     assert [line.split() for line in lines] == [
-        ["transformers", "Forward", "unread_arguments"],
+        ["transformers", "Forward", "unused_kwargs"],
         ["5.17.0", "2", "of", "3", "FAILED", "1"],
         ["5.24.0", "3", "0"],
     ]

@@ -24,7 +24,7 @@ class HeptapodModelTester(families.ModelTester):
         "hidden_size": families.ModelTester.hidden_size,
         "intermediate_size": 64,
         "attention_types": ["local", "dilated"],
-        "window_size": 1,
+        "local_radius": 1,
         "mask_token_id": 1,
         "pad_token_id": 0,
     }

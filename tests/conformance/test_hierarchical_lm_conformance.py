@@ -6,7 +6,7 @@ from unittest import mock
 import torch
 
 from modeling_heptapod import HierarchicalLMConfig, HierarchicalLMForCausalLM, HierarchicalLMModel
-from modeling_heptapod.hierarchical_lm.predictive_losses import RandomProjectionQuantizer
+from modeling_heptapod.hierarchical_lm.auxiliary_losses import RandomProjectionQuantizer
 from tests.conformance import families
 
 
@@ -19,11 +19,11 @@ class HierarchicalLMModelTester(families.ModelTester):
     config_class = HierarchicalLMConfig
     fields = {
         **families.TEXT_FIELDS,
-        "hierarchies": [1, 2],
+        "compression_factors": [1, 2],
         "strides": [1, 2],
         "hidden_sizes": families.ModelTester.hidden_size,
         "head_dim": 8,
-        "ff_mult": 2,
+        "mlp_ratio": 2,
         "window_sizes": [4, None],
         "xpos_scale_base": 64,
     }
@@ -33,7 +33,7 @@ class HierarchicalLMModelTest(families.ModelTests, unittest.TestCase):
     all_model_classes = (HierarchicalLMModel, HierarchicalLMForCausalLM)
     model_tester_class = HierarchicalLMModelTester
     _torch_compile_train_cls = HierarchicalLMForCausalLM
-    config_fields = {"hierarchies": [1, 2]}
+    config_fields = {"compression_factors": [1, 2]}
 
     def test_attention_outputs(self):
         # A layer has as many attention matrices as hierarchies that attend; upstream counts one a layer.
@@ -64,7 +64,7 @@ class HierarchicalLMOptionsModelTest(HierarchicalLMModelTest):
     """Attention in compressors and merges, shared attention, tied embeddings."""
 
     overrides = {
-        "hierarchies": [1, 2, 4],
+        "compression_factors": [1, 2, 4],
         "strides": [1, 1, 4],
         "hidden_sizes": [32, 32, 16],
         "window_sizes": [3, 4, None],
@@ -81,7 +81,7 @@ class HierarchicalLMPrototypeModelTest(HierarchicalLMModelTest):
     """The prototype's choices and all losses: blocks, LayerNorm, a coarse stream that predicts, and one without attention."""
 
     overrides = {
-        "hierarchies": [2, 1, 4],
+        "compression_factors": [2, 1, 4],
         "strides": [1, 1, 1],
         "hidden_sizes": [32, 16, 24],
         "window_sizes": [3, None, 0],

@@ -69,12 +69,12 @@ class LeapPrototypeModelTest(LeapModelTest):
     """The options of the prototype, and its positions."""
 
     overrides = {
-        "position_embedding_type": "learned",
+        "position_embedding_type": "absolute",
         "weight_function": "exp",
         "rescale": None,
-        "query_gate": "gelu",
+        "output_gate": "gelu",
         "window_sizes": [None, None],
-        "null_weight": 1e-5,
+        "sink_weight": 1e-5,
         "tie_word_embeddings": False,
     }
 
@@ -82,7 +82,7 @@ class LeapPrototypeModelTest(LeapModelTest):
 class LeapAdditiveModelTest(LeapModelTest):
     """The second mixer, with parameters and a buffer that the first does not have."""
 
-    overrides = {"mixer": "additive", "position_embedding_type": "decay"}
+    overrides = {"mixer": "additive", "position_embedding_type": "alibi"}
 
 
 class LeapPlansTest(families.PlansTests, unittest.TestCase):

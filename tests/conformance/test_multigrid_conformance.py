@@ -12,11 +12,11 @@ families.register(MultiGridConfig, MODEL=MultiGridModel, MODEL_FOR_CAUSAL_LM=Mul
 
 LEAP = {"core": "leap", "axis_names": ["kind"], "axis_vocab_sizes": [7], "window_sizes": [None, 4]}
 LSTM = {"core": "lstm", "axis_names": ["kind"], "axis_vocab_sizes": [7]}
-FACTORED = {"axis_order": "factored", "meta_hidden_size": 16, "cross_feed_forward": False, "axis_weights": [0.7, 0.2]}
+FACTORED = {"axis_order": "factored", "axis_hidden_size": 16, "cross_feed_forward": False, "axis_weights": [0.7, 0.2]}
 NO_AXES = {"axis_names": [], "axis_vocab_sizes": [], "tie_word_embeddings": True}
 
 
-def meta_ids_of(input_ids, config):
+def axis_ids_of(input_ids, config):
     """Tracks that the text decides, `[batch, axes, seq]`."""
     return torch.stack([input_ids % size for size in config.axis_vocab_sizes], dim=1)
 
@@ -35,7 +35,7 @@ class MultiGridModelTester(families.ModelTester):
     def prepare_config_and_inputs_for_common(self):
         config, inputs = super().prepare_config_and_inputs_for_common()
         if config.num_axes:
-            inputs["meta_ids"] = meta_ids_of(inputs["input_ids"], config)
+            inputs["axis_ids"] = axis_ids_of(inputs["input_ids"], config)
         return config, inputs
 
 
@@ -43,13 +43,13 @@ class MultiGridModelTest(families.ModelTests, unittest.TestCase):
     all_model_classes = (MultiGridModel, MultiGridForCausalLM)
     model_tester_class = MultiGridModelTester
     _torch_compile_train_cls = MultiGridForCausalLM
-    additional_model_inputs = ["meta_ids"]  # upstream passes on what it knows, and these
+    additional_model_inputs = ["axis_ids"]  # upstream passes on what it knows, and these
     config_fields = {"axis_names": ["kind", "bracket"], "axis_vocab_sizes": [7, 5]}
 
     def test_attention_outputs(self):
         # The heads of all streams are side by side; upstream knows those of one.
         config = self.model_tester.get_config()
-        self.model_tester.num_attention_heads += config.num_axes * config.meta_num_attention_heads
+        self.model_tester.num_attention_heads += config.num_axes * config.axis_num_attention_heads
         super().test_attention_outputs()
 
 
@@ -88,7 +88,7 @@ class WithTracksOfThePrompt(MultiGridForCausalLM):
     """Upstream's prompt is one token without meta tokens."""
 
     def generate(self, prompt, **kwargs):
-        return super().generate(prompt, meta_ids=meta_ids_of(prompt, self.config), **kwargs)
+        return super().generate(prompt, axis_ids=axis_ids_of(prompt, self.config), **kwargs)
 
 
 class MultiGridForCausalLMTrainingTest(families.TrainingTesterMixin, unittest.TestCase):
@@ -97,7 +97,7 @@ class MultiGridForCausalLMTrainingTest(families.TrainingTesterMixin, unittest.Te
 
     def _create_text_training_batch(self, batch_size, seq_length, vocab_size):
         batch = super()._create_text_training_batch(batch_size, seq_length, vocab_size)
-        return {**batch, "meta_ids": meta_ids_of(batch["input_ids"], self.model_tester.get_config())}
+        return {**batch, "axis_ids": axis_ids_of(batch["input_ids"], self.model_tester.get_config())}
 
 
 class MultiGridFactoredTrainingTest(MultiGridForCausalLMTrainingTest):

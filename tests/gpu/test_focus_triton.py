@@ -12,7 +12,7 @@ import torch
 
 from modeling_heptapod.leap import focus_operator, focus_triton
 from modeling_heptapod.leap.focus import FocusSettings, FocusState, focus_mixing, naive_focus_mixing
-from modeling_heptapod.leap.focus_step import pack_state
+from modeling_heptapod.leap.focus_recurrent import pack_state
 from tests.test_focus import OPTIONS, check_state, relative_rms, settings_for
 from tests.test_focus_cpu import HEADS, in_float64, make_inputs, with_gradient
 
@@ -53,7 +53,7 @@ def on_cpu(state):
 def run(qfkv, settings, kwargs, weight):
     """Output, state and gradient by the kernels, on the CPU."""
     qfkv, weight, kwargs = on_device(qfkv), on_device(weight), {name: on_device(x) for name, x in kwargs.items()}
-    assert focus_triton.applies(qfkv, settings, kwargs.get("rotary"))
+    assert focus_triton.is_supported(qfkv, settings, kwargs.get("rotary"))
     out, state, grad = with_gradient(lambda x: focus_mixing(x, settings, **kwargs), qfkv, weight)
     return out.cpu(), on_cpu(state), grad.cpu()
 
@@ -85,7 +85,7 @@ LENGTHS = [1, 63, 64, 65, *(() if INTERPRETED else (300, 2047, 4097))]
 @pytest.mark.parametrize("seq", LENGTHS)
 @pytest.mark.parametrize("window", [None, 1, 2, 17, *(() if INTERPRETED else (33, 34))])
 def test_lengths_around_the_chunks(window, seq):
-    qfkv, kwargs = make_inputs(1, seq, decay=True)
+    qfkv, kwargs = make_inputs(1, seq, alibi_slopes=True)
     check(qfkv, settings_for(window), kwargs)
 
 
@@ -111,8 +111,8 @@ def test_many_groups_of_chunks(window, monkeypatch):
         monkeypatch.setattr(focus_triton, "_GROUP", 2)
         monkeypatch.setattr(focus_triton, "_tile", lambda *_: (16, 4, 4))
     seq = 100 if INTERPRETED else 4500
-    qfkv, kwargs = make_inputs(2, seq, segments=True, padding=True, decay=True)
-    check(qfkv, settings_for(window, null_weight=0.3), kwargs)
+    qfkv, kwargs = make_inputs(2, seq, segments=True, padding=True, alibi_slopes=True)
+    check(qfkv, settings_for(window, sink_weight=0.3), kwargs)
 
 
 @pytest.mark.parametrize("window", WINDOWS)
@@ -137,7 +137,7 @@ def test_any_split_in_chunks_equals_the_whole(window, option):
 
 @pytest.mark.parametrize("window", WINDOWS)
 def test_gradient_after_a_state(window, monkeypatch):
-    qfkv, kwargs = make_inputs(2, 150, decay=True)
+    qfkv, kwargs = make_inputs(2, 150, alibi_slopes=True)
     kwargs = {name: on_device(x) for name, x in kwargs.items()}
     settings, weight, qfkv = settings_for(window), torch.randn(2, 100, HEADS, 4).to(DEVICE), on_device(qfkv)
     _, state = focus_mixing(qfkv[:, :50], settings, **kwargs)
@@ -147,7 +147,7 @@ def test_gradient_after_a_state(window, monkeypatch):
 
     out, _, grad = with_gradient(step, qfkv[:, 50:], weight)
     monkeypatch.setattr(focus_triton, "_DEVICES", ())
-    monkeypatch.setattr(focus_operator, "triton_applies", lambda *_: False)
+    monkeypatch.setattr(focus_operator, "triton_is_supported", lambda *_: False)
     expected, _, expected_grad = with_gradient(step, qfkv[:, 50:], weight)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-4)
@@ -170,7 +170,7 @@ def test_low_precision_is_nearly_as_good_as_rounding_the_exact_result(window, no
 
 @pytest.mark.parametrize("window", [None, 4, 64])
 def test_extreme_logits(window):
-    settings = FocusSettings(scale=1.0, weight_function="exp", window=window, query_gate="none")
+    settings = FocusSettings(scale=1.0, weight_function="exp", window=window, output_gate="none")
     seq = 200 if INTERPRETED else 20_000
     qfkv = torch.randn(1, seq, 3, 1, 4)
     logits = 60 * torch.rand(seq) - 30
@@ -196,20 +196,20 @@ def test_logits_that_overflow_a_plain_exponential():
     torch.testing.assert_close(out.cpu(), torch.full((1, 5, 1, 2), 20.0))
 
 
-@pytest.mark.parametrize("option", ["plain", "exp", "gelu", "no gate", "null", "decay", "rotary", "normalize"])
+@pytest.mark.parametrize("option", ["plain", "exp", "gelu", "no gate", "null", "alibi_slopes", "rotary", "normalize"])
 @pytest.mark.parametrize("window", [None, 1, 2, 16])
 def test_single_tokens_equal_the_whole(window, option):
     options, tokens = OPTIONS[option], range(20, 30 if INTERPRETED else 90)
     qfkv, kwargs = make_inputs(2, tokens[-1] + 1, **options)
     qfkv, kwargs = on_device(qfkv), {name: on_device(x) for name, x in kwargs.items()}
-    settings, decay = settings_for(window, **options), kwargs.pop("decay", None)
-    expected, _ = focus_mixing(qfkv, settings, decay, **kwargs)
+    settings, alibi_slopes = settings_for(window, **options), kwargs.pop("alibi_slopes", None)
+    expected, _ = focus_mixing(qfkv, settings, alibi_slopes, **kwargs)
     start = {name: tuple(x[:, :20] for x in value) for name, value in kwargs.items()}
-    _, state = focus_mixing(qfkv[:, :20], settings, decay, **start)
+    _, state = focus_mixing(qfkv[:, :20], settings, alibi_slopes, **start)
     packed, outs = pack_state(state, settings, 4, 20), []
     for t in tokens:
         rotary = tuple(x[:, t : t + 1] for x in kwargs["rotary"]) if kwargs else None
-        outs.append(focus_triton.step(qfkv[:, t : t + 1], settings, decay, rotary, packed))
+        outs.append(focus_triton.step(qfkv[:, t : t + 1], settings, alibi_slopes, rotary, packed))
     torch.testing.assert_close(torch.cat(outs, 1), expected[:, 20:], rtol=1e-5, atol=1e-5)
 
 
@@ -279,7 +279,7 @@ def test_long_rows_equal_the_torch_form(monkeypatch):
     weight = torch.randn(1, 131_072, 2, 32, device=DEVICE)
     settings = replace(settings_for(None, normalize=True), scale=0.3)
     out, state, grad = with_gradient(lambda x: focus_mixing(x, settings), qfkv, weight)
-    monkeypatch.setattr(focus_operator, "triton_applies", lambda *_: False)
+    monkeypatch.setattr(focus_operator, "triton_is_supported", lambda *_: False)
     expected, final, expected_grad = with_gradient(lambda x: focus_mixing(x, settings), qfkv.double(), weight.double())
     assert relative_rms(out, expected) < 5e-6
     assert relative_rms(grad, expected_grad) < 5e-5
@@ -302,6 +302,6 @@ def test_inputs_that_are_not_contiguous():
 def test_what_the_kernels_do_not_do_is_left_to_torch(head_dim, change):
     qfkv, _ = make_inputs(1, 100, head_dim)
     settings = replace(settings_for(4), scale=1 / head_dim, **change)
-    assert not focus_triton.applies(on_device(qfkv), settings)
+    assert not focus_triton.is_supported(on_device(qfkv), settings)
     out, _ = focus_mixing(on_device(qfkv), settings)
     torch.testing.assert_close(out.cpu(), naive_focus_mixing(qfkv, settings), rtol=1e-5, atol=1e-5)

@@ -197,7 +197,7 @@ def test_one_training_step_of_the_base_configuration(family, capsys):
         batch = {"input_ids": ids, "labels": ids}
         if family == "multigrid":
             sizes = config.axis_vocab_sizes
-            batch["meta_ids"] = torch.stack([torch.randint(0, n, (4, 1024), device="cuda") for n in sizes], 1)
+            batch["axis_ids"] = torch.stack([torch.randint(0, n, (4, 1024), device="cuda") for n in sizes], 1)
     losses = []
     for _ in range(3):
         with torch.autocast("cuda", torch.bfloat16):

@@ -6,15 +6,15 @@ Nothing of the package is imported; numbers are Python floats.
 import math
 
 
-def schedule_left(iteration, num_open, num_iterations, counts):
+def schedule_left(iteration, num_masked, max_denoising_steps, mask_schedule):
     """Cells that may be open after the iteration numbered from 0: MaskGIT's cosine (arXiv 2202.04200) or a line."""
-    steps = min(num_iterations, num_open)
+    steps = min(max_denoising_steps, num_masked)
     done = iteration + 1
     if done >= steps:
         return 0
-    if counts == "linear":
-        return num_open - (num_open * done) // steps
-    return min(math.floor(num_open * math.cos(math.pi / 2 * done / steps)), num_open - done)
+    if mask_schedule == "linear":
+        return num_masked - (num_masked * done) // steps
+    return min(math.floor(num_masked * math.cos(math.pi / 2 * done / steps)), num_masked - done)
 
 
 def write_page(
@@ -22,11 +22,11 @@ def write_page(
     page,
     mask,
     forbidden,
-    schedule="confidence",
-    counts="cosine",
-    num_iterations=None,
+    sampler="confidence",
+    mask_schedule="cosine",
+    max_denoising_steps=None,
     entropy_bound=0.1,
-    reopen_threshold=None,
+    remask_threshold=None,
     stability_threshold=None,
 ):
     """Write the open cells of one page.
@@ -41,49 +41,51 @@ def write_page(
         page, iteration in which each cell was written (-1: given), pages after each iteration.
     """
     page = list(page)
-    open_cells = [cell for cell, token in enumerate(page) if token == mask]
-    num_open, once_open, reopened = len(open_cells), set(open_cells), set()
-    committed_at, trajectory = [-1] * len(page), [list(page)]
+    masked_cells = [cell for cell, token in enumerate(page) if token == mask]
+    num_masked, once_open, reopened = len(masked_cells), set(masked_cells), set()
+    unmask_step, history = [-1] * len(page), [list(page)]
     previous, stable_for, iteration = None, 0, 0
-    while open_cells:
+    while masked_cells:
         probabilities = []
         for logits in predict(page):
             weights = [0.0 if token in forbidden else math.exp(logit) for token, logit in enumerate(logits)]
             probabilities.append([weight / sum(weights) for weight in weights])
         best = {cell: max(range(len(p)), key=p.__getitem__) for cell, p in enumerate(probabilities)}
         doubtful = []
-        if reopen_threshold is not None:
-            written = [cell for cell in once_open if cell not in open_cells and cell not in reopened]
-            doubtful = [cell for cell in written if probabilities[cell][page[cell]] < reopen_threshold]
+        if remask_threshold is not None:
+            written = [cell for cell in once_open if cell not in masked_cells and cell not in reopened]
+            doubtful = [cell for cell in written if probabilities[cell][page[cell]] < remask_threshold]
 
-        if schedule == "raster":
-            chosen = [min(open_cells)]
-        elif schedule == "confidence":
-            surest_first = sorted(open_cells, key=lambda cell: (-probabilities[cell][best[cell]], cell))
-            chosen = surest_first[: len(open_cells) - schedule_left(iteration, num_open, num_iterations, counts)]
+        if sampler == "raster":
+            chosen = [min(masked_cells)]
+        elif sampler == "confidence":
+            surest_first = sorted(masked_cells, key=lambda cell: (-probabilities[cell][best[cell]], cell))
+            chosen = surest_first[
+                : len(masked_cells) - schedule_left(iteration, num_masked, max_denoising_steps, mask_schedule)
+            ]
         else:
-            entropy = {cell: -sum(p * math.log(p) for p in probabilities[cell] if p > 0) for cell in open_cells}
+            entropy = {cell: -sum(p * math.log(p) for p in probabilities[cell] if p > 0) for cell in masked_cells}
             chosen, total = [], 0.0
-            for cell in sorted(open_cells, key=lambda cell: (entropy[cell], cell)):
+            for cell in sorted(masked_cells, key=lambda cell: (entropy[cell], cell)):
                 total += entropy[cell]
                 if chosen and total > entropy_bound:
                     break
                 chosen.append(cell)
 
-        ends = num_iterations is not None and iteration + 1 == num_iterations and schedule != "raster"
-        ends = ends or (schedule == "confidence" and iteration + 1 == num_open)
-        predicted = [best[cell] if cell in open_cells else token for cell, token in enumerate(page)]
+        ends = max_denoising_steps is not None and iteration + 1 == max_denoising_steps and sampler != "raster"
+        ends = ends or (sampler == "confidence" and iteration + 1 == num_masked)
+        predicted = [best[cell] if cell in masked_cells else token for cell, token in enumerate(page)]
         stable_for = stable_for + 1 if predicted == previous else 0
         previous = predicted
         ends = ends or (stability_threshold is not None and stable_for >= stability_threshold)
-        for cell in open_cells if ends else chosen:
-            page[cell], committed_at[cell] = best[cell], iteration
-        open_cells = [] if ends else [cell for cell in open_cells if cell not in chosen]
+        for cell in masked_cells if ends else chosen:
+            page[cell], unmask_step[cell] = best[cell], iteration
+        masked_cells = [] if ends else [cell for cell in masked_cells if cell not in chosen]
         if not ends:
             for cell in doubtful:
                 page[cell] = mask
                 reopened.add(cell)
-                open_cells.append(cell)
-        trajectory.append(list(page))
+                masked_cells.append(cell)
+        history.append(list(page))
         iteration += 1
-    return page, committed_at, trajectory
+    return page, unmask_step, history

@@ -36,7 +36,7 @@ def heptapod_logits(
     pages: list[list[list[int]]],
     description: HeptapodDescription,
     real: list[list[list[bool]]] | None = None,
-    previous_logits: torch.Tensor | None = None,
+    self_conditioning_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Logits `[pages, height, width, vocabulary]`, NaN at pads.
 
@@ -45,13 +45,13 @@ def heptapod_logits(
         pages: token ids, rows of equal length.
         description: see `HeptapodDescription`.
         real: which cells are no pads; all when not given.
-        previous_logits: `[pages, height, width, vocabulary]`, for models that read their last prediction.
+        self_conditioning_logits: `[pages, height, width, vocabulary]`, for models that read their last prediction.
     """
     out = []
     for number, page in enumerate(pages):
         cells = [(y, x) for y in range(len(page)) for x in range(len(page[0]))]
         here = {(y, x): real is None or real[number][y][x] for y, x in cells}
-        before = None if previous_logits is None else previous_logits[number]
+        before = None if self_conditioning_logits is None else self_conditioning_logits[number]
         out.append(_page_logits(weights, page, cells, description, here, before))
     return torch.stack(out)
 
@@ -64,10 +64,10 @@ def _page_logits(weights, page, cells, description, real, before):
         if before is not None:
             share = before[y, x].exp() / before[y, x].exp().sum()
             guess = sum(share[token] * table[token] for token in range(len(table)))
-            stream[y, x] = stream[y, x] + weights["feedback_proj.weight"] @ guess
+            stream[y, x] = stream[y, x] + weights["self_conditioning_proj.weight"] @ guess
         if description.borders:
             features = _distances(y, x, [cell for cell in cells if real[cell]], description.rope_theta)
-            stream[y, x] = stream[y, x] + weights["model.borders.proj.weight"] @ features.to(table)
+            stream[y, x] = stream[y, x] + weights["model.embed_positions.proj.weight"] @ features.to(table)
     for layer, offsets in enumerate(description.layers):
 
         def parameter(name, layer=layer):

@@ -22,7 +22,7 @@ class LeapDescription:
     gate: str = "sigmoid"
     positions: str = "rotary"
     rope_theta: float = 10000.0
-    null_weight: float = 0.0
+    sink_weight: float = 0.0
     causal: bool = True
     layer_norm_eps: float = 1e-5
 
@@ -56,7 +56,7 @@ def _row_logits(weights, tokens, description, real, sequence):
     stream = []
     for token, position in zip(tokens, positions):
         x = weights["model.embed_tokens.weight"][token]
-        if description.positions == "learned":
+        if description.positions == "absolute":
             x = x + weights["model.embed_positions.weight"][position]
         stream.append(x)
     for layer, window in enumerate(description.windows):
@@ -123,10 +123,10 @@ def _mean(i, head, vectors, token_weights, description, sees):
     """Weighted mean of the vectors that token `i` sees; the null token adds to the denominator only."""
     seen = [j for j in range(len(vectors)) if sees(i, j)]
     present = [token_weights[j] for j in seen]
-    if description.positions == "decay":
+    if description.positions == "alibi":
         slope = 2 ** (-8 * (head + 1) / description.heads)
         present = [weight * math.exp(-slope * abs(i - j)) for weight, j in zip(present, seen)]
-    total = sum(present) + description.null_weight
+    total = sum(present) + description.sink_weight
     if not seen:
         return torch.zeros_like(vectors[i])
     return torch.stack([vectors[j] for j in seen]).T @ vectors[i].new_tensor(present) / total

@@ -24,7 +24,7 @@ class GridDescription:
 
     axes: int
     heads: int
-    meta_heads: int
+    axis_heads: int
     layers: int
     core: str = "transformer"
     factored: bool = False
@@ -40,77 +40,77 @@ class GridDescription:
 # --- the model ---------------------------------------------------------------------------------------------------------
 
 
-def multigrid_losses(weights: dict, ids: list, meta_ids: list, d: GridDescription) -> tuple:
+def multigrid_losses(weights: dict, ids: list, axis_ids: list, d: GridDescription) -> tuple:
     """The loss, that of the main axis and those of the meta axes of one sequence: each token predicts the next one."""
-    logits, meta_logits = multigrid_logits(weights, ids, meta_ids, d)
+    logits, axis_logits = multigrid_logits(weights, ids, axis_ids, d)
     main = _cross_entropy(logits, ids)
-    metas = [_cross_entropy(logits, track) for logits, track in zip(meta_logits, meta_ids)]
+    metas = [_cross_entropy(logits, track) for logits, track in zip(axis_logits, axis_ids)]
     if not metas:
         return main, main, []
     return d.main_loss_weight * main + (1 - d.main_loss_weight) * sum(metas) / len(metas), main, metas
 
 
-def multigrid_logits(weights: dict, ids: list, meta_ids: list, d: GridDescription, next_meta_ids: list | None = None):
+def multigrid_logits(weights: dict, ids: list, axis_ids: list, d: GridDescription, next_axis_ids: list | None = None):
     """Logits of one sequence.
 
     Args:
         weights: the state dict.
         ids: main token ids.
-        meta_ids: for each axis the meta ids of the same tokens.
+        axis_ids: for each axis the meta ids of the same tokens.
         d: see `GridDescription`.
-        next_meta_ids: in the factored order, for each axis the meta id of the token after the last one; where it is not
+        next_axis_ids: in the factored order, for each axis the meta id of the token after the last one; where it is not
             known, the last token is predicted without it.
 
     Returns:
         Those of the main axis, `[len(ids), vocabulary]`, and a list of those of each meta axis.
     """
-    main, *metas = multigrid_streams(weights, ids, meta_ids, d)
+    main, *metas = multigrid_streams(weights, ids, axis_ids, d)
     if d.factored:
-        nexts = [[track[t] for track in meta_ids] for t in range(1, len(ids))] + [next_meta_ids]
+        nexts = [[track[t] for track in axis_ids] for t in range(1, len(ids))] + [next_axis_ids]
         main = [_condition(weights, x, after, d) for x, after in zip(main, nexts)]
     main_logits = torch.stack([weights["lm_head.weight"] @ x for x in main])
-    meta_logits = []
+    axis_logits = []
     for a, stream in enumerate(metas):
-        meta_logits.append(torch.stack([weights[f"meta_lm_heads.{a}.weight"] @ x for x in stream]))
-    return main_logits, meta_logits
+        axis_logits.append(torch.stack([weights[f"axis_lm_heads.{a}.weight"] @ x for x in stream]))
+    return main_logits, axis_logits
 
 
-def multigrid_streams(weights: dict, ids: list, meta_ids: list, d: GridDescription) -> list:
+def multigrid_streams(weights: dict, ids: list, axis_ids: list, d: GridDescription) -> list:
     """The normalised final states of one sequence: lists of vectors, the main stream first."""
     main = [weights["model.embed_tokens.weight"][token] for token in ids]
-    metas = [[weights[f"model.meta_embed_tokens.{a}.weight"][i] for i in track] for a, track in enumerate(meta_ids)]
+    metas = [[weights[f"model.axis_embed_tokens.{a}.weight"][i] for i in track] for a, track in enumerate(axis_ids)]
     if d.core == "transformer":
         table = weights["model.embed_positions.weight"]
-        narrow = weights.get("model.meta_embed_positions.weight", table)
+        narrow = weights.get("model.axis_embed_positions.weight", table)
         main = [x + table[t] for t, x in enumerate(main)]
         metas = [[x + narrow[t] for t, x in enumerate(stream)] for stream in metas]
     for layer in range(d.layers):
         main, metas = _layer(weights, main, metas, layer, d)
     main = [_layer_norm(weights, "model.norm", x, d) for x in main]
-    metas = [[_layer_norm(weights, f"model.meta_norms.{a}", x, d) for x in s] for a, s in enumerate(metas)]
+    metas = [[_layer_norm(weights, f"model.axis_norms.{a}", x, d) for x in s] for a, s in enumerate(metas)]
     return [main, *metas]
 
 
-def _condition(weights, x, next_meta_ids, d):
+def _condition(weights, x, next_axis_ids, d):
     """What predicts a main token in the factored order: the main stream, given the meta tokens of that very token."""
-    for a, meta_id in enumerate(next_meta_ids or []):
-        x = x + weights[f"next_meta.projs.{a}.weight"] @ weights[f"model.meta_embed_tokens.{a}.weight"][meta_id]
-    return x + _feed_forward(weights, "next_meta.norm", "next_meta.mlp", x, d)
+    for a, axis_id in enumerate(next_axis_ids or []):
+        x = x + weights[f"next_axes.projs.{a}.weight"] @ weights[f"model.axis_embed_tokens.{a}.weight"][axis_id]
+    return x + _feed_forward(weights, "next_axes.norm", "next_axes.mlp", x, d)
 
 
 def _layer(weights, main, metas, layer, d):
     name = f"model.layers.{layer}"
     main = _block(weights, f"{name}.self_block", main, None, layer, d.heads, d)
     metas = [
-        _block(weights, f"{name}.meta_self_blocks.{a}", stream, None, layer, d.meta_heads, d)
+        _block(weights, f"{name}.axis_self_blocks.{a}", stream, None, layer, d.axis_heads, d)
         for a, stream in enumerate(metas)
     ]
     mains = [
-        _block(weights, f"{name}.main_cross_blocks.{a}", main, stream, layer, d.meta_heads, d)
+        _block(weights, f"{name}.main_cross_blocks.{a}", main, stream, layer, d.axis_heads, d)
         for a, stream in enumerate(metas)
     ]
     metas = [
-        _block(weights, f"{name}.meta_cross_blocks.{a}", stream, main, layer, d.meta_heads, d)
+        _block(weights, f"{name}.axis_cross_blocks.{a}", stream, main, layer, d.axis_heads, d)
         for a, stream in enumerate(metas)
     ]
     merged = []

@@ -122,14 +122,14 @@ class Layer(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(attention, *shape) for _ in range(1 + axes))
         self.main_reads = nn.ModuleList(CrossBlock(attention, *shape) for _ in range(axes))
-        self.meta_reads = nn.ModuleList(CrossBlock(attention, *shape) for _ in range(axes))
+        self.axis_reads = nn.ModuleList(CrossBlock(attention, *shape) for _ in range(axes))
 
     def forward(self, streams):
         main, *metas = [block(x) for block, x in zip(self.blocks, streams)]
         if not metas:
             return [main]
         mains = [block(main, meta) for block, meta in zip(self.main_reads, metas)]
-        metas = [block(meta, main) for block, meta in zip(self.meta_reads, metas)]
+        metas = [block(meta, main) for block, meta in zip(self.axis_reads, metas)]
         return [sum(mains) / len(mains), *metas]
 
 

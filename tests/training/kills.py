@@ -38,7 +38,14 @@ def arguments(family, folder, processes):
         config["hidden_dropout"] = 0.1  # a resumed run must draw the same numbers
     (folder / "config" / "config.json").write_text(json.dumps(config))
     return [
-        *("--config_name", str(folder / "config"), "--output_dir", str(folder / "out"), "--dataset", json.__file__),
+        *(
+            "--config_name",
+            str(folder / "config"),
+            "--output_dir",
+            str(folder / "out"),
+            "--dataset_name",
+            json.__file__,
+        ),
         *("--block_size", "32", "--axes", "token_kind", "bracket", "--learning_rate", "1e-2", "--logging_steps", "1"),
         *("--per_device_train_batch_size", str(4 // processes), "--max_validation_bytes", "300"),
         *("--max_steps", str(STEPS), "--save_steps", str(SAVE_STEPS), "--report_to", "none"),

@@ -309,7 +309,7 @@ def test_settings_are_what_decides_the_weights(tmp_path):
     plain, texts = settings(), tiny_runs.texts()
     texts.train[1] += "x"
     changes = {
-        "--dataset (SHA-256 of the training text)": {"texts": texts},
+        "--dataset_name (SHA-256 of the training text)": {"texts": texts},
         "--block_size": {"block_size": 16},
         "--packing": {"packing": "isolated"},
         "--seed": {"seed": 1},

@@ -49,7 +49,7 @@ def test_order_is_learned_that_words_alone_do_not_tell(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl")
     save_model(tmp_path / "model")
     command = [sys.executable, "-W", "ignore", "training/classify.py", "--model", tmp_path / "model"]
-    command += ["--rows", tmp_path / "rows.jsonl", "--text_column", "line", "--label_column", "way", "--use_cpu"]
+    command += ["--rows", tmp_path / "rows.jsonl", "--text_column_name", "line", "--label_column", "way", "--use_cpu"]
     command += [
         "--output_dir",
         tmp_path / "out",
@@ -93,7 +93,9 @@ def test_what_is_trained_and_on_what(from_scratch, tmp_path, monkeypatch):
     command = (
         f"classify.py --model {tmp_path}/model --rows {tmp_path}/rows.jsonl --output_dir {tmp_path}/out --use_cpu"
     )
-    command += " --text_column line --label_column way --max_length 7 --max_steps 1 --learning_rate 0 --report_to none"
+    command += (
+        " --text_column_name line --label_column way --max_length 7 --max_steps 1 --learning_rate 0 --report_to none"
+    )
     monkeypatch.setattr(sys, "argv", [*command.split(), *(["--from_scratch"] if from_scratch else [])])
     monkeypatch.setattr(classify, "CleanTrainer", Watched)
     classify.main()
@@ -140,7 +142,7 @@ def test_bad_rows_are_named(tmp_path):
     path.write_text('{"text": "a", "label": "x"}\n{"text": "b"}\n')
     with pytest.raises(ValueError, match=r"--label_column label: line 2 of .* has only \['text'\]"):
         read_rows(str(path), "text", "label")
-    with pytest.raises(ValueError, match="--text_column words: line 1"):
+    with pytest.raises(ValueError, match="--text_column_name words: line 1"):
         read_rows(str(path), "words", "label")
     path.write_text('{"text": "a\u2028b", "label": "x"}\n{"text":\n', encoding="utf-8")
     with pytest.raises(ValueError, match="--rows .*: line 2 is no JSON object"):

@@ -85,8 +85,8 @@ def test_pairs_of_rotary_channels():
 
 def test_config():
     config = convert_config({**ARGUMENTS, "next_latent_loss_weight": (0.1, 0.0, 0.3), "ignore_index": 3})
-    assert (config.hierarchies, config.strides, config.hidden_sizes) == ([1, 2, 8], [1, 1, 4], [8, 12, 16])
-    assert (config.num_attention_heads, config.head_dim, config.ff_mult) == ([2] * 3, [4] * 3, [4] * 3)
+    assert (config.compression_factors, config.strides, config.hidden_sizes) == ([1, 2, 8], [1, 1, 4], [8, 12, 16])
+    assert (config.num_attention_heads, config.head_dim, config.mlp_ratio) == ([2] * 3, [4] * 3, [4] * 3)
     assert config.window_sizes == [5, None, 0] and config.window_type == "sliding"
     assert config.attention_norm == ["layer_norm", "rms_norm", "rms_norm"] and config.use_xpos == [False, True, False]
     assert (config.merge, config.merge_into, config.predict_from_all, config.predict_index) == (
@@ -119,7 +119,7 @@ def test_losses_that_are_off_are_left_behind(weights):
     if "recon_loss_weight" not in weights:
         state |= {name: tensor for name, tensor in prototype_state().items() if "to_recon" in name}
     model = convert({**ARGUMENTS, **weights}, state)
-    names = {name for name, _ in model.predictive_losses.named_children()}
+    names = {name for name, _ in model.auxiliary_losses.named_children()}
     assert names == ({"next_latent"} if "recon_loss_weight" in weights else {"reconstruction", "next_latent"})
 
 

@@ -83,14 +83,14 @@ def test_every_tensor_arrives(additive):
 def test_config():
     config = convert_config(prototype_config(window_sizes=[32, 4], pad_token_id=3))
     assert config.window_sizes == [None, 4] and config.max_position_embeddings == 32
-    assert (config.weight_function, config.query_gate, config.mixer) == ("exp", "sigmoid", "focus")
-    assert (config.rescale, config.null_weight, config.position_embedding_type) == (10, 1e-5, "learned")
+    assert (config.weight_function, config.output_gate, config.mixer) == ("exp", "sigmoid", "focus")
+    assert (config.rescale, config.sink_weight, config.position_embedding_type) == (10, 1e-5, "absolute")
     assert (config.num_attention_heads, config.vocab_size, config.hidden_size) == (2, 30, WIDTH)
     assert (config.hidden_dropout, config.attention_dropout, config.initializer_range) == (0.1, 0.1, 0.25)
     assert config.tie_word_embeddings and config.pad_token_id == 3
     assert convert_config(prototype_config(rescale=None)).rescale is None
     additive = convert_config(prototype_config(additive=True, n_heads=4))
-    assert (additive.mixer, additive.query_gate, additive.num_attention_heads) == ("additive", "none", 4)
+    assert (additive.mixer, additive.output_gate, additive.num_attention_heads) == ("additive", "none", 4)
 
 
 def test_a_config_of_something_else():

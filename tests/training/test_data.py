@@ -52,7 +52,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     (tmp_path / "mine.txt").write_text("text")
     monkeypatch.setattr(Path, "read_bytes", refuse)
     for dataset in (tmp_path, tmp_path / "mine.txt"):
-        with pytest.raises(ValueError, match=r"--dataset: .*mine\.txt cannot be read: .*Permission denied"):
+        with pytest.raises(ValueError, match=r"--dataset_name: .*mine\.txt cannot be read: .*Permission denied"):
             load_texts(str(dataset))
 
 
@@ -253,7 +253,7 @@ def test_named_data_set(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config: splits(train=texts, validation=["held out"]))
     loaded = load_texts("owner/name", text_column="body")
     assert loaded.train == texts and loaded.validation == ["held out"]
-    with pytest.raises(ValueError, match="--text_column text"):
+    with pytest.raises(ValueError, match="--text_column_name text"):
         load_texts("owner/name")
 
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config: splits(train=texts))
@@ -283,7 +283,11 @@ def _broken_gzip(path):
         ("missing.txt", lambda path: None, "does not exist"),
         ("empty.txt", lambda path: path.write_bytes(b""), "is empty"),
         ("folder", lambda path: path.mkdir(), "is empty"),
-        ("short.txt", lambda path: path.write_text("x"), "is too short, or --validation_percent 5.0 does not fit"),
+        (
+            "short.txt",
+            lambda path: path.write_text("x"),
+            "is too short, or --validation_split_percentage 5.0 does not fit",
+        ),
         ("binary", _binary, "is not text"),
         ("latin-1.txt", _latin_1, "is not text"),
         ("broken.gz", _broken_gzip, "is not text"),
@@ -292,19 +296,19 @@ def _broken_gzip(path):
 )
 def test_bad_corpora_are_named(tmp_path, name, make, message):
     make(tmp_path / name)
-    with pytest.raises(ValueError, match=f"--dataset .*{name}.* {message}"):
+    with pytest.raises(ValueError, match=f"--dataset_name .*{name}.* {message}"):
         load_texts(str(tmp_path / name))
 
 
 def test_bad_arguments_are_named(tmp_path):
     for percent in (0, 100, -3):
-        with pytest.raises(ValueError, match="--validation_percent"):
+        with pytest.raises(ValueError, match="--validation_split_percentage"):
             load_texts("stdlib", validation_percent=percent)
     with pytest.raises(ValueError, match="--max_validation_bytes"):
         load_texts("stdlib", max_validation_bytes=0)
     with pytest.raises(ValueError, match="--vocab_size"):
         build_tokenizer("bpe", ["text"], vocab_size=200)
-    with pytest.raises(ValueError, match="--tokenizer"):
+    with pytest.raises(ValueError, match="--tokenizer_name"):
         build_tokenizer(str(tmp_path / "missing"), [])
     stream = np.arange(8, dtype=np.uint16)
     with pytest.raises(ValueError, match="--block_size"):

@@ -61,7 +61,7 @@ def folders(tmp_path_factory):
         "leap": (tiny_leap(**COMMON), PLAIN),
         "additive": (tiny_leap(mixer="additive", **COMMON), PLAIN),
         "masked": (tiny_leap("LeapForMaskedLM", **COMMON), PLAIN),
-        "learned": (tiny_leap(position_embedding_type="learned", **COMMON), PLAIN),
+        "absolute": (tiny_leap(position_embedding_type="absolute", **COMMON), PLAIN),
         "hierarchical_lm": (tiny_hierarchical_lm(**COMMON), PLAIN),
         "multigrid": (tiny_multigrid(**COMMON), MultiGridProcessor(PLAIN)),
         "axes": (
@@ -118,9 +118,9 @@ def test_a_seed_is_a_text(loaded):
 
 
 @pytest.mark.parametrize("loaded", ["axes"], indirect=True)
-@pytest.mark.parametrize("meta_source", ["predicted", "annotated"])
-def test_tracks_stand_below_the_text(loaded, meta_source):
-    *_, (text, tracks) = write(loaded, PROMPT, 6, 0, meta_source=meta_source)
+@pytest.mark.parametrize("axis_source", ["predicted", "annotated"])
+def test_tracks_stand_below_the_text(loaded, axis_source):
+    *_, (text, tracks) = write(loaded, PROMPT, 6, 0, axis_source=axis_source)
     rows = [text_of(row) for row in re.findall(r'<div class="(?:text|track)">(.*?)</div>', tracks, re.DOTALL)]
     assert rows[0].strip() == "if a < b:" and "if a < b:" not in tracks  # escaped
     assert [row.split(" ")[0] for row in rows[1:3]] == ["token_kind", "bracket"]
@@ -142,8 +142,8 @@ def test_who_stops_listening_stops_the_writing(leap):
 
 
 def test_errors_of_generate_are_not_lost_in_its_thread(folders):
-    with pytest.raises(ValueError, match="meta_source"):
-        list(write(load(str(folders / "axes")), PROMPT, 5, meta_source="guessed"))
+    with pytest.raises(ValueError, match="axis_source"):
+        list(write(load(str(folders / "axes")), PROMPT, 5, axis_source="guessed"))
 
 
 def test_one_token_looks_without_the_matrix_of_all(leap, monkeypatch):
@@ -265,13 +265,13 @@ def test_bytes_of_a_split_character(leap, grid):
 
 def test_tracks_of_a_long_text_are_shown_in_part():
     ids = PLAIN("".join(f"x{line:04}\n" for line in range(1500)) + "end")["input_ids"]
-    output = SimpleNamespace(sequences=torch.tensor([ids]), meta_sequences=torch.zeros(1, 2, len(ids), dtype=int))
+    output = SimpleNamespace(sequences=torch.tensor([ids]), axis_sequences=torch.zeros(1, 2, len(ids), dtype=int))
     html = show_tracks(AXES, output)
     lines = re.findall('<div class="text">(.*?)</div>', html)
     assert len(lines) == LINES_SHOWN and lines[0].strip() == "x1201" and lines[-1].strip() == "end"
     assert html.count('class="track"') == 2 * LINES_SHOWN
     assert "Lines 1,202 to 1,501 of 1,501 are shown" in html
-    short = SimpleNamespace(sequences=output.sequences[:, :60], meta_sequences=output.meta_sequences[..., :60])
+    short = SimpleNamespace(sequences=output.sequences[:, :60], axis_sequences=output.axis_sequences[..., :60])
     assert "are shown" not in show_tracks(AXES, short)
 
 
@@ -332,8 +332,8 @@ def test_colours_of_ours_outrank_those_of_gradio():
         ("leap", lambda it: list(write(it, "")), "^The prompt is empty"),
         ("leap", lambda it: list(write(it, PROMPT, seed=-1)), "^Seed must lie between 0 and 4,294,967,295, got -1"),
         ("leap", lambda it: list(write(it, PROMPT, seed=2**32)), "^Seed must lie between"),
-        ("learned", lambda it: look(it, "a" * 513), "513 tokens, and this model has places for 512 only"),
-        ("learned", lambda it: list(write(it, "a" * 500, 14)), "500 tokens and 14 new ones, .* let it write less"),
+        ("absolute", lambda it: look(it, "a" * 513), "513 tokens, and this model has places for 512 only"),
+        ("absolute", lambda it: list(write(it, "a" * 500, 14)), "500 tokens and 14 new ones, .* let it write less"),
         ("axes", lambda it: list(write(it, "a" * 100, 30)), "100 tokens and 30 new ones, .* places for 128 only"),
         ("heptapod", lambda it: lay_out(it, "no hole"), f"^No cell is open: put {HOLE}"),
         ("heptapod", lambda it: lay_out(it, "\n" * 9 + HOLE), "takes 10 rows of 12 cells, and the page has 5"),
@@ -350,7 +350,7 @@ def test_errors_speak_of_what_is_on_the_page(folders, name, call, message):
 
 
 def test_all_places_of_a_model_can_be_filled(folders):
-    *_, (text, _) = write(load(str(folders / "learned")), "a" * 500, 13)  # the last token needs none
+    *_, (text, _) = write(load(str(folders / "absolute")), "a" * 500, 13)  # the last token needs none
     assert len(text) > 500
 
 
@@ -415,15 +415,15 @@ def test_what_keeps_a_model_from_being_loaded_is_told(folders, tmp_path, monkeyp
 
 def test_axes_that_look_ahead_are_not_annotated(folders, monkeypatch):
     folder = str(folders / "axes")
-    assert shown_of(folder)["meta_source"]["choices"] == ["predicted", "annotated"]
+    assert shown_of(folder)["axis_source"]["choices"] == ["predicted", "annotated"]
     monkeypatch.setattr(type(load(folder).processor.axes[0]), "causal", False)
-    assert shown_of(folder)["meta_source"]["choices"] == ["predicted"]
+    assert shown_of(folder)["axis_source"]["choices"] == ["predicted"]
 
 
 def test_typed_holes_are_open_cells(grid):
     page = lay_out(grid, PAGE)
-    is_open = page == TOKENIZER.mask_token_id
-    assert page.shape == (1, HEIGHT, WIDTH) and is_open.sum() == 6 and is_open[0, 1, 4:10].all()
+    is_masked = page == TOKENIZER.mask_token_id
+    assert page.shape == (1, HEIGHT, WIDTH) and is_masked.sum() == 6 and is_masked[0, 1, 4:10].all()
     assert grid.processor.decode(page[0]) == PAGE
     assert (lay_out(grid, PAGE, "bottom") == TOKENIZER.mask_token_id)[0, -2:].all()
 
@@ -433,13 +433,13 @@ def cells_of(html):
 
 
 def test_a_page_forms_and_keeps_what_was_given(grid):
-    frames = list(fill(grid, PAGE, num_iterations=3))
+    frames = list(fill(grid, PAGE, max_denoising_steps=3))
     kinds = [[kind for kind, _ in cells_of(html)] for html, _ in frames]
     assert [row.count("open") for row in kinds] == [6, 5, 3, 0]
     assert all(row.count("given") == HEIGHT * WIDTH - 6 for row in kinds)
     colours = {colour for _, colour in cells_of(frames[-1][0]) if colour}
     assert len(colours) == 3  # one for each iteration
-    filled = grid.model.generate(lay_out(grid, PAGE), num_iterations=3)
+    filled = grid.model.generate(lay_out(grid, PAGE), max_denoising_steps=3)
     assert frames[-1][1] == grid.processor.decode(filled[0])
 
 
@@ -463,8 +463,8 @@ def test_a_page_is_shown_while_it_forms_until_nobody_looks(grid, monkeypatch):
 
 
 def test_errors_of_a_page_that_forms_are_not_lost_in_its_thread(grid):
-    with pytest.raises(ValueError, match="schedule"):
-        list(fill(grid, PAGE, schedule="guessed"))
+    with pytest.raises(ValueError, match="sampler"):
+        list(fill(grid, PAGE, sampler="guessed"))
 
 
 def test_what_does_not_write_is_not_loaded(folders, tmp_path):
@@ -698,7 +698,7 @@ def test_cells_are_opened_in_a_browser(page, folders):
         ((5, 10), f"{HOLE * 2} = {HOLE * 2}\n{HOLE}\n"),
     ):
         page.evaluate(select, place)
-        page.click("#open_cells")
+        page.click("#mask_cells")
         assert page.input_value("#page_text textarea") == opened
     page.keyboard.type("c")  # the cursor is behind what was opened
     assert page.input_value("#page_text textarea") == f"{HOLE * 2} = {HOLE * 2}\n{HOLE}c\n"

@@ -13,7 +13,7 @@ import torch
 
 import modeling_heptapod
 from modeling_heptapod import DecisionTreeAxis, MultiGridProcessor, find_lookahead, make_axis
-from modeling_heptapod.multigrid.meta_axes import visible_lengths
+from modeling_heptapod.multigrid.axes import visible_lengths
 from tests.tiny_leap import tiny_leap
 from tests.tiny_multigrid import tiny_multigrid
 
@@ -27,9 +27,9 @@ from sklearn.tree import DecisionTreeClassifier
 
 PACKAGE = Path(modeling_heptapod.__file__).parent
 AXES = PACKAGE / "multigrid"
-TEXTS = [(AXES / name).read_text(encoding="utf-8") for name in ("meta_axes.py", "meta_axes_python.py")]
+TEXTS = [(AXES / name).read_text(encoding="utf-8") for name in ("axes.py", "python_axes.py")]
 HELD_OUT = [
-    (AXES / "meta_axes_text.py").read_text(encoding="utf-8")[:12_000],
+    (AXES / "text_axes.py").read_text(encoding="utf-8")[:12_000],
     "L'été coûte 3 €.\n\U0001f419\U0001f419 ½\n" * 20,
 ]
 TALES = Path(__file__).parents[3] / "shared" / "data" / "fairy_tales" / "jacobs_celtic.txt"
@@ -77,7 +77,7 @@ def test_a_model_with_axes_reads_them_too(tokenizer):
     expected = []
     for block, track in zip(ids.split(64), tracks.split(64, dim=1)):
         with torch.no_grad():
-            out = model(block[None], meta_ids=track[None], output_hidden_states=True)
+            out = model(block[None], axis_ids=track[None], output_hidden_states=True)
         expected.append(out.hidden_states[-1][0])
     expected = torch.cat(expected)[1:].numpy()  # without the token that begins a document
     assert states.shape == expected.shape
@@ -98,7 +98,7 @@ def test_a_saved_multigrid_is_distilled(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "text" / "b.txt").write_text(TEXTS[1], encoding="utf-8")
     options = {
         "--output_dir": tmp_path / "axis",
-        "--dataset": tmp_path / "text",
+        "--dataset_name": tmp_path / "text",
         "--clusters": 4,
         "--max_tokens": 2000,
     }
@@ -173,8 +173,8 @@ def test_it_is_causal_in_bytes_too(distilled, tokenizer):
     for text in (HELD_OUT[0][:1500], HELD_OUT[1][:300]):
         offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
         assert find_lookahead(distilled.axis, text, offsets, every=7) is None
-    processor = MultiGridProcessor(tokenizer, [distilled.axis.to_spec()])
-    assert processor(HELD_OUT[1])["meta_ids"][0][0] == distilled.axis.annotate(HELD_OUT[1], offsets_of(tokenizer))
+    processor = MultiGridProcessor(tokenizer, [distilled.axis.to_dict()])
+    assert processor(HELD_OUT[1])["axis_ids"][0][0] == distilled.axis.annotate(HELD_OUT[1], offsets_of(tokenizer))
 
 
 def offsets_of(tokenizer):
@@ -242,7 +242,7 @@ def test_from_a_saved_model_to_files(model, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("".join(TEXTS), encoding="utf-8")
     command = [sys.executable, distill_axis.__file__, tmp_path / "model", "--output_dir", tmp_path / "axis"]
-    command += ["--dataset", tmp_path / "text.txt", "--name", "habits", "--clusters", "5", "--max_tokens", "3000"]
+    command += ["--dataset_name", tmp_path / "text.txt", "--name", "habits", "--clusters", "5", "--max_tokens", "3000"]
     env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr

@@ -79,7 +79,14 @@ def arguments(family, folder, processes, *more):
         config["hidden_dropout"] = 0.1  # a resumed run must draw the same numbers
     (folder / "config" / "config.json").write_text(json.dumps(config))
     return [
-        *("--config_name", str(folder / "config"), "--output_dir", str(folder / "out"), "--dataset", json.__file__),
+        *(
+            "--config_name",
+            str(folder / "config"),
+            "--output_dir",
+            str(folder / "out"),
+            "--dataset_name",
+            json.__file__,
+        ),
         *("--block_size", "32", "--axes", "token_kind", "bracket", "--learning_rate", "1e-2", "--logging_steps", "1"),
         *("--per_device_train_batch_size", str(4 // processes), "--gradient_accumulation_steps", "2"),
         *("--max_validation_bytes", "500", "--max_steps", str(STEPS), "--save_steps", str(SAVE_STEPS)),
@@ -117,7 +124,7 @@ def test_a_run_killed_at_any_step_resumes_with_the_same_losses(case, tmp_path):
         (tmp_path / "corpus").mkdir()
         for number in range(40):
             (tmp_path / "corpus" / f"{number}.py").write_text(lines[number * 200 :])
-        options = (*options, "--dataset", str(tmp_path / "corpus"), "--validation_percent", "20")
+        options = (*options, "--dataset_name", str(tmp_path / "corpus"), "--validation_split_percentage", "20")
     killed_in = random.SystemRandom().randint(SAVE_STEPS + 1, STEPS)
     folders = {}
     for name in ("whole", "killed"):

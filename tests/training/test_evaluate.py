@@ -35,7 +35,7 @@ sys.modules["modeling_heptapod"] = None
 script, *folders = sys.argv[1:]
 sys.path.insert(0, script.rsplit("/", 1)[0])
 for folder in folders:
-    sys.argv = [script, folder, "--dataset", {corpus!r}, "--max_validation_bytes", "{size}", "--batch_size", "3"]
+    sys.argv = [script, folder, "--dataset_name", {corpus!r}, "--max_validation_bytes", "{size}", "--batch_size", "3"]
     if not folder.endswith("heptapod"):
         sys.argv += ["--window", "{window}", "--stride", "{stride}"]
     runpy.run_path(script, run_name="__main__")
@@ -94,12 +94,12 @@ def nats_one_by_one(model, stream, meta, window, stride):
         assert context >= min(window - stride, place) and context < window
         ids = torch.from_numpy(stream[None, start : place + 1].astype(np.int64))
         inputs = (
-            {} if meta is None else {"meta_ids": torch.from_numpy(meta[None, :, start : place + 1].astype(np.int64))}
+            {} if meta is None else {"axis_ids": torch.from_numpy(meta[None, :, start : place + 1].astype(np.int64))}
         )
         outputs = model(ids, **inputs)
         row = [-outputs.logits[0, -2].log_softmax(-1)[ids[0, -1]].item()]
-        for axis, logits in enumerate(outputs.meta_logits if meta is not None else ()):
-            row.append(-logits[0, -2].log_softmax(-1)[inputs["meta_ids"][0, axis, -1]].item())
+        for axis, logits in enumerate(outputs.axis_logits if meta is not None else ()):
+            row.append(-logits[0, -2].log_softmax(-1)[inputs["axis_ids"][0, axis, -1]].item())
         rows.append(row)
     return np.array(rows).T
 
@@ -224,7 +224,7 @@ def test_what_is_measured_says_of_what_and_where(name, folders, measured, text):
         assert results["page"] == list(PAGE) and results["generation"]["new_tokens"] == PAGE[0] * PAGE[1]
         assert results["cells"] % (PAGE[0] * PAGE[1]) == 0 and results["bound_standard_error"] > 0
         assert results["bits_per_cell"] * results["cells"] == pytest.approx(figure * SIZE)
-        assert results["generation"]["num_iterations"] == 3
+        assert results["generation"]["max_denoising_steps"] == 3
     else:
         assert results["generation"]["prompt_tokens"] == 6 and results["generation"]["new_tokens"] == 12
 
@@ -280,7 +280,7 @@ def test_a_model_that_gives_no_numbers_is_not_measured(folders, tmp_path, monkey
         model.lm_head.weight[3] = float("nan")
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    options = ("--dataset", CORPUS, "--max_validation_bytes", "50", "--window", "8")
+    options = ("--dataset_name", CORPUS, "--max_validation_bytes", "50", "--window", "8")
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path), *options])
     monkeypatch.setattr(evaluate, "generation_speed", lambda *_, **__: {"tokens_per_second": 1.0})
     with pytest.raises(ValueError, match=r"evaluation\.json was not written: sliding_window_bits_per_byte"):

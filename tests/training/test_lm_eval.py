@@ -156,7 +156,7 @@ def test_the_command_line_prints_what_is_measured(scored):
 
 
 def test_what_lm_eval_cannot_score_is_said(scored):
-    assert "meta_ids" in scored[1]["error of multigrid"]
+    assert "axis_ids" in scored[1]["error of multigrid"]
     assert "axis_order='factored'" in scored[1]["error of factored"]
 
 
@@ -168,7 +168,7 @@ def test_a_model_with_axes_writes_with_annotated_ones(scored):
     for document, sample in zip(documents, samples, strict=True):
         inputs = processor(document["context"][-(4 + 13 * document["answer"]) :], return_tensors="pt")
         ids = [
-            model.generate(**inputs, meta_source=source, processor=processor, max_new_tokens=12, do_sample=False)
+            model.generate(**inputs, axis_source=source, processor=processor, max_new_tokens=12, do_sample=False)
             for source in ("annotated", "predicted")
         ]
         new = [processor.decode(row[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True) for row in ids]

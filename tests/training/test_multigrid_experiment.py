@@ -69,7 +69,7 @@ def test_columns_are_annotations_of_whole_texts(corpus):
         (column,) = corpus.columns[name][1]
         assert column.tolist() == expected
     _, held_out = corpus.blocks(experiment.Grid(names, ""), SETTINGS)
-    block = held_out[3]["meta_ids"]
+    block = held_out[3]["axis_ids"]
     here = slice(3 * (size - 1), 3 * (size - 1) + size)
     assert block.tolist() == [corpus.columns[name][1][0, here].tolist() for name in names]
     assert not torch.equal(block[0], block[1])
@@ -93,8 +93,8 @@ def test_alone_a_block_is_annotated_from_its_beginning():
             for row, axis in zip(expected, axes):
                 row.append(axis.annotate(text)[-1] if text else 0)
         assert torch.equal(block["input_ids"], whole[number]["input_ids"])
-        assert block["meta_ids"].tolist() == expected
-        differ += expected != whole[number]["meta_ids"].tolist()
+        assert block["axis_ids"].tolist() == expected
+        differ += expected != whole[number]["axis_ids"].tolist()
         ends += 256 in block["input_ids"][1:-1]
     assert differ and ends  # strings and brackets that were opened before, and a text that ends inside a block
 
@@ -115,7 +115,7 @@ def test_plain_decoders_are_as_large_as_the_largest_grid_of_their_size(corpus):
             assert config.hidden_size == 48
         else:
             assert config.num_axes == 0
-    assert models["all, light wiring"][1].meta_hidden_size == 16
+    assert models["all, light wiring"][1].axis_hidden_size == 16
     assert models["all, factored"][1].axis_order == "factored"
     assert sizes["all, light wiring"] < sizes["token kind"] < sizes["indentation + bracket"] < sizes["all lexer axes"]
 
@@ -223,12 +223,12 @@ def test_the_text_costs_all_axes_in_the_factored_order(corpus):
         main, metas = [], []
         for block in blocks:
             with torch.no_grad():
-                outputs = model(input_ids=block["input_ids"][None], meta_ids=block["meta_ids"][None])
+                outputs = model(input_ids=block["input_ids"][None], axis_ids=block["axis_ids"][None])
             main.append(torch.nn.functional.cross_entropy(outputs.logits[0, :-1], block["input_ids"][1:]).item())
             metas.append(
                 [
                     torch.nn.functional.cross_entropy(logits[0, :-1], ids[1:]).item()
-                    for logits, ids in zip(outputs.meta_logits, block["meta_ids"])
+                    for logits, ids in zip(outputs.axis_logits, block["axis_ids"])
                 ]
             )
         main, metas = np.mean(main) / math.log(2), np.mean(metas, axis=0) / math.log(2)

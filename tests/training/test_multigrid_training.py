@@ -20,7 +20,7 @@ from objectives import AnnotatedTokens, choose_axes, objective_for
 from torch.nn.parallel import scatter_gather
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
-from modeling_heptapod import ConstantAxis, MetaAxis, MultiGridProcessor, RandomAxis, make_axis
+from modeling_heptapod import Axis, ConstantAxis, MultiGridProcessor, RandomAxis, make_axis
 from tests.tiny_multigrid import TWO_AXES, random_grid, tiny_multigrid
 
 
@@ -39,7 +39,7 @@ AXES = ["token_kind", "bracket"]
 TEXTS = ["f(x) # é\n", "ab = [1,\n 'cd']\n"]
 
 
-class Ahead(MetaAxis):
+class Ahead(Axis):
     """The next character, which nobody can know."""
 
     causal = False
@@ -78,10 +78,10 @@ def test_blocks_of_tokens_and_meta_ids_are_cut_alike(length):
         blocks = PackedBlocks(stream, 9, pad, meta)
         assert len(blocks) == len(PackedBlocks(stream, 9, pad))
         for block in blocks:
-            assert block["meta_ids"].shape == (2, 9) and block["meta_ids"].dtype == torch.int64
+            assert block["axis_ids"].shape == (2, 9) and block["axis_ids"].dtype == torch.int64
             padding = block["labels"] == -100
             expected = torch.stack([block["input_ids"] % 7, block["input_ids"] % 11])
-            assert torch.equal(block["meta_ids"], expected.masked_fill(padding, 0))
+            assert torch.equal(block["axis_ids"], expected.masked_fill(padding, 0))
     with pytest.raises(ValueError, match="`meta` must be"):
         PackedBlocks(stream, 9, meta=meta[:, 1:])
 
@@ -99,7 +99,7 @@ def test_axes_by_name():
 
 
 def test_an_axis_from_a_file(tmp_path):
-    (tmp_path / "axis.json").write_text(json.dumps(ConstantAxis("mine", size=3).to_spec()))
+    (tmp_path / "axis.json").write_text(json.dumps(ConstantAxis("mine", size=3).to_dict()))
     (axis,) = choose_axes([str(tmp_path / "axis.json")])
     assert axis.name == "mine" and len(axis.vocabulary) == 3
     (tmp_path / "axis.json").write_text("[]")
@@ -129,7 +129,7 @@ def test_the_objective_of_a_multigrid():
     assert found.config_options == {"vocab_size": 258, **special, "axis_names": AXES, "axis_vocab_sizes": [11, 5]}
     assert isinstance(found.processing_class, MultiGridProcessor)
     assert [axis.name for axis in found.processing_class.axes] == AXES
-    assert found.train_dataset[0]["meta_ids"].shape == (2, 16)
+    assert found.train_dataset[0]["axis_ids"].shape == (2, 16)
     assert found.eval_dataset.meta.shape == (2, len(found.eval_dataset.stream))
     assert found.text_losses == ["main_loss"]
     assert objective(axis_order="factored").text_losses == ["main_loss", "token_kind_loss", "bracket_loss"]
@@ -137,7 +137,7 @@ def test_the_objective_of_a_multigrid():
 
 def test_losses_by_name_are_named_by_their_axes():
     config = argparse.Namespace(axis_names=["a", "b"])
-    outputs = {"loss": 1, "main_loss": 2, "meta_losses": (3, 4), "logits": 5}
+    outputs = {"loss": 1, "main_loss": 2, "axis_losses": (3, 4), "logits": 5}
     assert losses_by_name(outputs, config) == {"main_loss": 2, "a_loss": 3, "b_loss": 4}
     assert losses_by_name({"loss": 1, "ce_loss": 2}, argparse.Namespace()) == {"ce_loss": 2}
 
@@ -156,8 +156,8 @@ def test_losses_by_name_of_several_devices(order, monkeypatch):
     halves = [{name: values[rows] for name, values in whole.items()} for rows in (slice(2), slice(2, 4))]
     gathered = scatter_gather.gather([model(**half) for half in halves], 0)
     expected = model(**whole)
-    assert type(gathered) is type(expected) and type(gathered.meta_losses) is tuple
-    for found, logits in zip((gathered.logits, *gathered.meta_logits), (expected.logits, *expected.meta_logits)):
+    assert type(gathered) is type(expected) and type(gathered.axis_losses) is tuple
+    for found, logits in zip((gathered.logits, *gathered.axis_logits), (expected.logits, *expected.axis_logits)):
         torch.testing.assert_close(found, logits)
     wanted, found = (losses_by_name(outputs, model.config) for outputs in (expected, gathered))
     assert list(found) == ["main_loss", "kind_loss", "bracket_loss"]
@@ -204,7 +204,7 @@ def trained(request, tmp_path_factory):
     (folder / "config" / "config.json").write_text(json.dumps({**CONFIG, "axis_order": request.param}))
     (folder / "config" / "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": 7}))
     command = [
-        *(SCRIPTS / "train.py", "--config_name", "config", "--output_dir", "out", "--dataset", argparse.__file__),
+        *(SCRIPTS / "train.py", "--config_name", "config", "--output_dir", "out", "--dataset_name", argparse.__file__),
         *("--axes", *AXES, "--block_size", "32", "--per_device_train_batch_size", "2", "--max_steps", "6"),
         *("--per_device_eval_batch_size", "4", "--logging_steps", "2", "--learning_rate", "1e-2"),
         *("--eval_strategy", "steps", "--eval_steps", "3", "--max_validation_bytes", "300"),
@@ -245,10 +245,10 @@ def test_bits_per_byte_agree_with_an_independent_computation(trained):
         here = slice(start, start + 32)
         block, meta = torch.tensor([ids[here]]), torch.tensor([[row[here] for row in metas]])
         with torch.no_grad():
-            outputs = model(input_ids=block, meta_ids=meta)
+            outputs = model(input_ids=block, axis_ids=meta)
         for position in range(block.shape[1] - 1):
             nats["main"] -= outputs.logits[0, position].log_softmax(-1)[block[0, position + 1]].item()
-            for logits, row in zip(outputs.meta_logits, meta[0]):
+            for logits, row in zip(outputs.axis_logits, meta[0]):
                 nats["meta"] -= logits[0, position].log_softmax(-1)[row[position + 1]].item()
     total = nats["main"] + (nats["meta"] if order == "factored" else 0)
     assert nats["meta"] > 100
@@ -262,7 +262,7 @@ def test_the_folder_gives_tokenizer_and_axes_back(trained):
     processor = AutoProcessor.from_pretrained(folder / "out", trust_remote_code=True)
     inputs = processor("f(x", return_tensors="pt")
     assert inputs["input_ids"].tolist() == [list(b"f(x")]
-    assert inputs["meta_ids"].tolist() == [[make_axis(axis).annotate("f(x") for axis in AXES]]
+    assert inputs["axis_ids"].tolist() == [[make_axis(axis).annotate("f(x") for axis in AXES]]
     card = (folder / "out" / "README.md").read_text(encoding="utf-8")
     assert "{{" not in card and "{%" not in card
     assert "axes token_kind, bracket" in card and "AutoProcessor" in card and "AutoTokenizer" not in card
@@ -292,7 +292,7 @@ def test_tracks_stand_below_their_characters():
     characters = sample_axes.characters_of(processor, ids)
     assert "".join(characters) == "f(é)\n\ng" and "" in characters
     tracks = sample_axes.annotations_of(processor, characters)
-    assert tracks == processor("f(é)\n\ng")["meta_ids"][0]
+    assert tracks == processor("f(é)\n\ng")["axis_ids"][0]
     characters, brackets = ["f", "(", "é", ")\n", "\n", "g", "["], [0, 1, 1, 0, 0, 0, 2]
     assert sample_axes.lines_with_tracks(processor, characters, [brackets, [0] * 7]).split("\n") == [
         "          f(é)",

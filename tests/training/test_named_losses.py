@@ -24,7 +24,7 @@ NAMES = ["ce_loss", *OTHERS, "next_latent_loss"]
 CONFIG = {
     "model_type": "hierarchical_lm",
     "vocab_size": 258,
-    "hierarchies": [1, 4],
+    "compression_factors": [1, 4],
     "strides": [1, 2],
     "hidden_sizes": [16, 24],
     "num_hidden_layers": 2,
@@ -231,7 +231,7 @@ def test_a_hierarchical_lm_through_train_and_sample(tmp_path):
     (tmp_path / "config" / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 99}))
     (tmp_path / "config" / "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": 7}))
     command = [
-        *(SCRIPTS / "train.py", "--config_name", "config", "--output_dir", "out", "--dataset", argparse.__file__),
+        *(SCRIPTS / "train.py", "--config_name", "config", "--output_dir", "out", "--dataset_name", argparse.__file__),
         *("--block_size", "32", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"),
         *("--max_steps", "4", "--logging_steps", "2", "--learning_rate", "1e-2", "--eval_strategy", "steps"),
         *(

@@ -151,7 +151,7 @@ def test_what_was_trained_is_saved_before_it_is_measured(tmp_path):
     (tmp_path / "fails.py").write_text(FAILS)
     process = train_process(tmp_path, tmp_path / "fails.py", "--save_strategy", "no", "--max_steps", "1")
     assert process.returncode == 1 and "no figures today" in process.stderr
-    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "out").generation_config.num_iterations == 5
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "out").generation_config.max_denoising_steps == 5
     assert AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True).height == 4
 
 
@@ -164,7 +164,7 @@ def train(folder, *more):
 def train_process(folder, script, *more):
     (folder / "config").mkdir()
     (folder / "config" / "config.json").write_text(json.dumps(PAGE_CONFIG))
-    (folder / "config" / "generation_config.json").write_text(json.dumps({"num_iterations": 5}))
+    (folder / "config" / "generation_config.json").write_text(json.dumps({"max_denoising_steps": 5}))
     return run(
         script,
         *(
@@ -172,7 +172,7 @@ def train_process(folder, script, *more):
             str(folder / "config"),
             "--output_dir",
             str(folder / "out"),
-            "--dataset",
+            "--dataset_name",
             argparse.__file__,
         ),
         *("--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "8", "--learning_rate", "1e-2"),
@@ -206,14 +206,14 @@ def test_a_grid_is_trained_resumed_and_fills_a_page(tmp_path):
     )
 
     assert AutoProcessor.from_pretrained(out, trust_remote_code=True).height == 4
-    process = run(SCRIPTS / "fill_page.py", out, "--text_file", argparse.__file__, "--page", "3", cwd=tmp_path)
+    process = run(SCRIPTS / "infill.py", out, "--text_file", argparse.__file__, "--page", "3", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert "written in 16 model calls" in process.stdout
-    assert (out / "page.gif").read_bytes().startswith(b"GIF8") and (out / "page.png").stat().st_size > 1000
+    assert (out / "infilling.gif").read_bytes().startswith(b"GIF8") and (out / "infilling.png").stat().st_size > 1000
     written = []
     for seed in ("1", "1", "2"):
         more = ("--text_file", argparse.__file__, "--do_sample", "--seed", seed)
-        written.append(run(SCRIPTS / "fill_page.py", out, *more, cwd=tmp_path).stdout)
+        written.append(run(SCRIPTS / "infill.py", out, *more, cwd=tmp_path).stdout)
     assert written[0] == written[1] != written[2] and "model calls" in written[2]
-    process = run(SCRIPTS / "fill_page.py", out, "--page", "100000", cwd=tmp_path)
+    process = run(SCRIPTS / "infill.py", out, "--page", "100000", cwd=tmp_path)
     assert process.returncode == 1 and "ValueError: --page 100000" in process.stderr

@@ -27,11 +27,11 @@ NUMBERS = {
         "--window": ["0", "1", "-5"],
         "--stride": ["0", "-1"],
         "--max_validation_bytes": ["0", "-3"],
-        "--validation_percent": ["0", "-1", "101", "nan"],
+        "--validation_split_percentage": ["0", "-1", "101", "nan"],
     },
     "sample.py": {"--max_new_tokens": ["0", "-1"], "--seed": ["-1", str(2**32)]},
     "sample_axes.py": {"--max_new_tokens": ["0", "-1"], "--seed": ["-1"]},
-    "fill_page.py": {"--page": ["-1"], "--num_iterations": ["0", "-4"], "--seed": ["-1"]},
+    "infill.py": {"--page": ["-1"], "--max_denoising_steps": ["0", "-4"], "--seed": ["-1"]},
     "export_onnx.py": {"--max_new_tokens": ["0", "-1"]},
     "distill_axis.py": {
         "--clusters": ["1", "-2"],
@@ -113,7 +113,7 @@ FOLDER_OF = {
     "evaluate.py": [],
     "sample.py": [],
     "sample_axes.py": [],
-    "fill_page.py": [],
+    "infill.py": [],
     "export_onnx.py": [],
     "distill_axis.py": [],
     "demo_app.py": [],
@@ -131,11 +131,11 @@ def test_a_prompt_is_text(text):
 
 # Of each script that is for some families, one that it is not for, and what there is for that.
 NOT_FOR = {
-    "sample": ("heptapod", "fill_page.py"),
+    "sample": ("heptapod", "infill.py"),
     "sample_axes": ("leap", "sample.py"),
-    "fill_page": ("multigrid", "sample_axes.py"),
+    "infill": ("multigrid", "sample_axes.py"),
     "export_onnx": ("hierarchical_lm", "sample.py"),
-    "distill_axis": ("heptapod", "fill_page.py"),
+    "distill_axis": ("heptapod", "infill.py"),
 }
 
 
@@ -165,7 +165,7 @@ def test_a_page_is_of_text(content, tmp_path):
     if content is not None:
         (tmp_path / "text").write_bytes(content)
     with pytest.raises(ValueError, match="--text_file .*text (must be a UTF-8 text file|is empty)"):
-        importlib.import_module("fill_page").choose_page(None, str(tmp_path / "text"), 0)
+        importlib.import_module("infill").choose_page(None, str(tmp_path / "text"), 0)
 
 
 @pytest.mark.slow
@@ -254,7 +254,7 @@ def test_figures_do_not_go_into_a_folder(tmp_path, monkeypatch):
 # Of each script that works first and writes then, what it is given beside the folder of a model.
 WRITES = {
     "evaluate.py": ["--output", "{file}/x.json"],
-    "fill_page.py": ["--output_dir", "{file}"],
+    "infill.py": ["--output_dir", "{file}"],
     "export_onnx.py": ["--output_dir", "{file}"],
     "distill_axis.py": ["--output_dir", "{file}"],
 }
@@ -263,7 +263,7 @@ WRITES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("script", WRITES)
 def test_scripts_say_before_they_work_that_they_cannot_write(script, tmp_path):
-    save_tiny("heptapod" if script == "fill_page.py" else "leap", tmp_path / "model")
+    save_tiny("heptapod" if script == "infill.py" else "leap", tmp_path / "model")
     (tmp_path / "file").write_text("")
     words = [word.format(file=tmp_path / "file") for word in WRITES[script]]
     ((code, shown),) = outcomes(script, [[str(tmp_path / "model"), *words]], tmp_path)
@@ -291,8 +291,8 @@ NEEDS = {
     "classify": ("finetune", ["accelerate", "datasets", "sklearn"]),
     "publish": ("eval", ["jinja2"]),
     "model_card": ("eval", ["jinja2"]),
-    "fill_page": ("plots", ["matplotlib", "PIL"]),
-    "page_animation": ("plots", ["matplotlib", "PIL"]),
+    "infill": ("plots", ["matplotlib", "PIL"]),
+    "denoising_animation": ("plots", ["matplotlib", "PIL"]),
     "export_onnx": ("deploy", ["onnx", "onnxruntime", "onnxscript"]),
     "distill_axis": ("axes", ["sklearn"]),
     "multigrid_experiment": ("axes", ["nltk", "scipy", "sklearn"]),

@@ -47,7 +47,7 @@ def test_without_git_there_is_no_commit(monkeypatch):
 
 @pytest.mark.parametrize("processes", [None, "2"])
 def test_the_command_can_be_typed_again(processes, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--dataset", "two words", "it's"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--dataset_name", "two words", "it's"])
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     launcher = ["python"]
     if processes is not None:

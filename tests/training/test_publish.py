@@ -56,7 +56,7 @@ for family in families:
     example = {"input_ids": ids if family == "heptapod" else ids.flatten()}
     example["labels"] = example["input_ids"]
     if family == "multigrid":
-        example["meta_ids"] = torch.zeros(2, 64, dtype=torch.long)
+        example["axis_ids"] = torch.zeros(2, 64, dtype=torch.long)
     arguments = TrainingArguments(
         str(folder / f"{family}-trained"), max_steps=1, per_device_train_batch_size=2, use_cpu=True, report_to=[],
         push_to_hub=True, hub_model_id=f"me/{family}-trained", save_strategy="no", disable_tqdm=True,
@@ -199,7 +199,7 @@ def test_a_pinned_revision_gives_the_older_weights(hub, published, loaded):
 
 def test_a_pinned_revision_is_evaluated(hub, published, tmp_path):
     folder, first = published[0], hub.repos["me/leap"].commits[1].oid
-    options = ("--dataset", CORPUS, "--max_validation_bytes", "50", "--window", "8")
+    options = ("--dataset_name", CORPUS, "--max_validation_bytes", "50", "--window", "8")
     command = (SCRIPTS / "evaluate.py", "me/leap", "--revision", first, *options)
     with pytest.raises(AssertionError, match="me/leap brings its own code, .*: --trust_remote_code allows it"):
         run(*command, cwd=tmp_path, hub=hub)
@@ -270,9 +270,7 @@ def test_a_run_pushes_its_code_with_each_checkpoint_and_in_the_end_its_card(hub,
     config = {"model_type": "leap", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "config.json").write_text(json.dumps({**config, "window_sizes": [None, 4]}))
-    options = (
-        f"--max_steps 4 --save_steps 2 --block_size 32 --dataset {CORPUS} --max_validation_bytes 500 --use_cpu true"
-    )
+    options = f"--max_steps 4 --save_steps 2 --block_size 32 --dataset_name {CORPUS} --max_validation_bytes 500 --use_cpu true"
     options += " --push_to_hub true --hub_model_id me/run --hub_always_push true --hub_token hf_of_this_test --config_name config --output_dir out"
     run(SCRIPTS / "train.py", *options.split(), cwd=tmp_path, hub=hub)
     commits = hub.repos["me/run"].commits
@@ -320,7 +318,7 @@ def test_an_evaluation_of_other_weights_does_not_count(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "family, left_out",
-    [("leap", "auto_map.py"), ("leap", "native_library.py"), ("heptapod", "processing_heptapod.py")],
+    [("leap", "auto_mapping.py"), ("leap", "native_library.py"), ("heptapod", "processing_heptapod.py")],
 )
 def test_a_folder_without_its_code_is_refused(family, left_out, tmp_path):
     save_with_results(family, tmp_path)

@@ -36,12 +36,16 @@ HUB_TOKEN = "hf_SECRETSECRET"
         ([f"--hub_t={TOKEN}", "--run_name", "ab"], [TOKEN, "a"], [f"--hub_t={HIDDEN}", "--run_name", "ab"]),
         (["--hub_t", "a", "--hub_t=a"], ["a"], ["--hub_t", HIDDEN, f"--hub_t={HIDDEN}"]),
         (["anything", HUB_TOKEN], [], ["anything", HIDDEN]),
-        (["--dataset", f"https://me:{TOKEN}@host/x"], [], ["--dataset", f"https://{HIDDEN}@host/x"]),
-        (["--dataset", f"s3://h/x?api_key={TOKEN}&a=b"], [], ["--dataset", f"s3://h/x?api_key={HIDDEN}&a=b"]),
+        (["--dataset_name", f"https://me:{TOKEN}@host/x"], [], ["--dataset_name", f"https://{HIDDEN}@host/x"]),
         (
-            ["--dataset", f"https://h/x?a=b&X-Amz-Signature={TOKEN}"],
+            ["--dataset_name", f"s3://h/x?api_key={TOKEN}&a=b"],
             [],
-            ["--dataset", f"https://h/x?a=b&X-Amz-Signature={HIDDEN}"],
+            ["--dataset_name", f"s3://h/x?api_key={HIDDEN}&a=b"],
+        ),
+        (
+            ["--dataset_name", f"https://h/x?a=b&X-Amz-Signature={TOKEN}"],
+            [],
+            ["--dataset_name", f"https://h/x?a=b&X-Amz-Signature={HIDDEN}"],
         ),
         (["hf_oauth_SECRETSECRET"], [], [HIDDEN]),
         (
@@ -51,7 +55,7 @@ HUB_TOKEN = "hf_SECRETSECRET"
         ),
         ([f"no file /tmp/https:/me:{TOKEN}@host/x"], [], [f"no file /tmp/https:/{HIDDEN}@host/x"]),
         ([f"https:/{TOKEN}@host/x", "C:/me@home"], [], [f"https:/{HIDDEN}@host/x", "C:/me@home"]),
-        (["--tokenizer", "byte", "--train_tokens", "5"], [], ["--tokenizer", "byte", "--train_tokens", "5"]),
+        (["--tokenizer_name", "byte", "--train_tokens", "5"], [], ["--tokenizer_name", "byte", "--train_tokens", "5"]),
     ],
 )
 def test_commands_are_shown_without_secrets(words, secrets, expected):
@@ -107,7 +111,7 @@ def test_no_error_of_any_script_shows_a_secret(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--token", TOKEN, f"--api_key={TOKEN}"])
     parser.parse_args([])
-    sys.excepthook(ValueError, ValueError(f"--dataset {ADDRESS} does not exist"), None)
+    sys.excepthook(ValueError, ValueError(f"--dataset_name {ADDRESS} does not exist"), None)
     shown = capsys.readouterr().err
     assert "argument --seed" in shown and "does not exist" in shown and TOKEN not in shown
     assert f"unrecognized arguments: --token {HIDDEN} --api_key={HIDDEN}" in shown

@@ -14,7 +14,7 @@ import time
 from types import SimpleNamespace
 
 import evaluate
-import fill_page
+import infill
 import matplotlib.pyplot as plt
 import model_card
 import numpy as np
@@ -74,8 +74,14 @@ def train_in(folder, *more, **patches):
     (folder / "config").mkdir(parents=True)
     (folder / "config" / "config.json").write_text(json.dumps(CONFIG))
     (folder / "corpus.txt").write_bytes(TEXT.encode())
-    options = {"config_name": folder / "config", "output_dir": folder / "out", "dataset": folder / "corpus.txt"}
-    options |= {"tokenizer": "bpe", "vocab_size": 290, "block_size": BLOCK, "validation_percent": 20, "seed": SEED}
+    options = {"config_name": folder / "config", "output_dir": folder / "out", "dataset_name": folder / "corpus.txt"}
+    options |= {
+        "tokenizer_name": "bpe",
+        "vocab_size": 290,
+        "block_size": BLOCK,
+        "validation_split_percentage": 20,
+        "seed": SEED,
+    }
     options |= {"per_device_train_batch_size": BATCH, "gradient_accumulation_steps": ACCUMULATED, "cache_dir": "none"}
     options |= {"max_steps": STEPS, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     options |= {"learning_rate": 1e-2, "disable_tqdm": "true", "use_cpu": "true"}
@@ -260,8 +266,17 @@ def test_figures_of_a_run_on_pages(tmp_path):
     config = {"model_type": "heptapod", **tiny_runs.CONFIGS["heptapod"]}
     (tmp_path / "config" / "config.json").write_text(json.dumps(config))
     (tmp_path / "corpus.txt").write_bytes(TEXT.encode())
-    options = {"config_name": tmp_path / "config", "output_dir": tmp_path / "out", "dataset": tmp_path / "corpus.txt"}
-    options |= {"validation_percent": 20, "per_device_train_batch_size": 4, "cache_dir": "none", "max_steps": 2}
+    options = {
+        "config_name": tmp_path / "config",
+        "output_dir": tmp_path / "out",
+        "dataset_name": tmp_path / "corpus.txt",
+    }
+    options |= {
+        "validation_split_percentage": 20,
+        "per_device_train_batch_size": 4,
+        "cache_dir": "none",
+        "max_steps": 2,
+    }
     options |= {"max_validation_bytes": 900, "save_strategy": "no", "disable_tqdm": "true", "use_cpu": "true"}
     printed = in_process(
         train.main, *itertools.chain.from_iterable((f"--{name}", value) for name, value in options.items())
@@ -344,8 +359,8 @@ def measured(learned, tmp_path_factory):
     """What evaluate.py wrote and printed of the trained folder and a text that it was not trained on."""
     other, output = tmp_path_factory.mktemp("other") / "other.txt", tmp_path_factory.mktemp("out") / "evaluation.json"
     other.write_bytes(OTHER.encode())
-    options = ("--validation_percent", "20", "--window", WINDOW, "--stride", STRIDE, "--batch_size", "3")
-    printed = in_process(evaluate.main, learned[0], "--dataset", other, *options, "--output", output)
+    options = ("--validation_split_percentage", "20", "--window", WINDOW, "--stride", STRIDE, "--batch_size", "3")
+    printed = in_process(evaluate.main, learned[0], "--dataset_name", other, *options, "--output", output)
     return json.loads(output.read_text(encoding="utf-8")), printed
 
 
@@ -418,7 +433,7 @@ def test_what_is_printed_of_pages(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "evaluate", lambda *_: results)
     (tmp_path / "book.txt").write_bytes(TEXT.encode())
     (tmp_path / "config.json").write_text("{}")
-    printed = in_process(evaluate.main, tmp_path, "--dataset", tmp_path / "book.txt")
+    printed = in_process(evaluate.main, tmp_path, "--dataset_name", tmp_path / "book.txt")
     assert printed.splitlines() == [
         f"{tmp_path} on 4,321 held-out bytes of book.txt",
         "  at most 2.346 bits per byte (the negative ELBO; +- 0.012 by the draw of masks, +- 0.046 over text)",
@@ -435,13 +450,13 @@ def test_speed_leaves_out_the_warm_up_and_the_prompt(monkeypatch):
         clock[0] += next(durations)
 
     model = SimpleNamespace(generate=generate, device=torch.device("cpu"))
-    model.generation_config = SimpleNamespace(num_iterations=6)
+    model.generation_config = SimpleNamespace(max_denoising_steps=6)
     monkeypatch.setattr(evaluate, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     stream = np.arange(20)
     speed = evaluate.generation_speed(model, stream, None, prompt=9, new=7)
     assert speed == {"tokens_per_second": 7 / 4, "prompt_tokens": 9, "new_tokens": 7}
     speed = evaluate.page_speed(model, 3, 5)
-    assert speed == {"tokens_per_second": 3 * 5 / 4, "new_tokens": 15, "num_iterations": 6}
+    assert speed == {"tokens_per_second": 3 * 5 / 4, "new_tokens": 15, "max_denoising_steps": 6}
 
 
 # --- bytes, characters, tokens -----------------------------------------------------------------------------------------
@@ -528,7 +543,7 @@ EVALUATIONS = {
         "bound_bits_per_byte": 6.5432,
         "bound_standard_error": 0.0345,
         "mask_samples": 4,
-        "generation": {"tokens_per_second": 1234.4, "new_tokens": 64, "num_iterations": 3},
+        "generation": {"tokens_per_second": 1234.4, "new_tokens": 64, "max_denoising_steps": 3},
     },
 }
 BEFORE = "| before training | 9.876 | |"
@@ -622,8 +637,8 @@ def test_a_sample_is_as_long_as_asked_for(tmp_path, monkeypatch):
 def test_the_share_of_a_page_that_is_written_as_it_was(tmp_path):
     save_tiny("heptapod", tmp_path / "model")
     (tmp_path / "text.txt").write_text("import os\n" * 30)
-    arguments = ("--text_file", tmp_path / "text.txt", "--page", 1, "--region", "top", "--num_iterations", 3)
-    printed = in_process(fill_page.main, tmp_path / "model", *arguments, "--seed", 5, "--output_dir", tmp_path)
+    arguments = ("--text_file", tmp_path / "text.txt", "--page", 1, "--region", "top", "--max_denoising_steps", 3)
+    printed = in_process(infill.main, tmp_path / "model", *arguments, "--seed", 5, "--output_dir", tmp_path)
     height, width = PAGE
     rows = -(-height // 3)
     # A line takes a row, and the page is the second one; what is left of each row is blank.
@@ -632,7 +647,7 @@ def test_the_share_of_a_page_that_is_written_as_it_was(tmp_path):
     opened = page.clone()
     opened[:, :rows] = processor.tokenizer.mask_token_id
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
-    written = model.generate(opened, num_iterations=3, seed=5)
+    written = model.generate(opened, max_denoising_steps=3, seed=5)
     assert f"--- the page, {rows * width} cells opened" in printed
     assert "--- written in 3 model calls\n" in printed
     blank = processor.blank_token_id
@@ -650,8 +665,8 @@ def test_the_share_of_a_page_that_is_written_as_it_was(tmp_path):
         shares = f"{precision:.2f} {recall:.2f} {2 * right / (wrote + there):.2f}"
         line = f"{name} {shares} {sum(a == b for a, b in pairs) / len(pairs):.2f}"
         assert line in [" ".join(row.split()) for row in printed.splitlines()]
-    printed = in_process(fill_page.main, tmp_path / "model", *arguments, "--seed", 5, "--do_sample")
-    written = model.generate(opened, num_iterations=3, seed=5, do_sample=True)
+    printed = in_process(infill.main, tmp_path / "model", *arguments, "--seed", 5, "--do_sample")
+    written = model.generate(opened, max_denoising_steps=3, seed=5, do_sample=True)
     assert processor.decode(written[0]) in printed
 
 
@@ -664,9 +679,9 @@ def score_rows(filled, original):
         torch.tensor([[[BLANK if sign == "_" else ord(sign) for sign in f"{row}z"]] for row in rows])
         for rows in (filled, original)
     ]
-    is_open = torch.ones_like(pages[0], dtype=torch.bool)
-    is_open[..., -1] = False
-    return score_pages(*pages, is_open, BLANK)
+    is_masked = torch.ones_like(pages[0], dtype=torch.bool)
+    is_masked[..., -1] = False
+    return score_pages(*pages, is_masked, BLANK)
 
 
 @pytest.mark.parametrize(
@@ -711,18 +726,18 @@ def test_what_pages_of_one_token_are_compared_with():
     processor = HeptapodProcessor(build_tokenizer("byte", [], for_pages=True))
     assert processor.blank_token_id == BLANK
     page = torch.tensor([[[*b"bbb\n\n\n   ccaa", BLANK, BLANK, BLANK, BLANK]]])
-    is_open = torch.ones_like(page, dtype=torch.bool)
-    is_open[..., :2] = False  # so that "a" and "c" are more frequent than "b"
-    found = baselines(page, is_open, processor)
-    assert {name: set(pages[is_open].tolist()) for name, pages in found.items()} == {
+    is_masked = torch.ones_like(page, dtype=torch.bool)
+    is_masked[..., :2] = False  # so that "a" and "c" are more frequent than "b"
+    found = baselines(page, is_masked, processor)
+    assert {name: set(pages[is_masked].tolist()) for name, pages in found.items()} == {
         "all blanks": {BLANK},
         "all spaces": {32},
         "all 'a'": {97},
     }
-    assert all(torch.equal(pages[~is_open], page[~is_open]) for pages in found.values())
-    assert list(baselines(page[..., 3:9], is_open[..., 3:9], processor)) == ["all blanks", "all spaces"]
+    assert all(torch.equal(pages[~is_masked], page[~is_masked]) for pages in found.values())
+    assert list(baselines(page[..., 3:9], is_masked[..., 3:9], processor)) == ["all blanks", "all spaces"]
     with pytest.raises(ValueError, match=r"one shape, got \[\[1, 1, 17\], \[1, 17\], \[1, 1, 17\]\]"):
-        score_pages(page, page[0], is_open, BLANK)
+        score_pages(page, page[0], is_masked, BLANK)
 
 
 def test_pages_that_are_shown_are_at_least_half_written(tmp_path, monkeypatch):
@@ -734,11 +749,11 @@ def test_pages_that_are_shown_are_at_least_half_written(tmp_path, monkeypatch):
         "z" * (width * height // 2 - 1),
     )
     texts = SimpleNamespace(validation=[less, half, less, full])
-    monkeypatch.setattr(fill_page, "load_texts", lambda *_, **__: texts)
-    shown = [processor.decode(fill_page.choose_page(processor, None, number)[0]) for number in (0, 1)]
+    monkeypatch.setattr(infill, "load_texts", lambda *_, **__: texts)
+    shown = [processor.decode(infill.choose_page(processor, None, number)[0]) for number in (0, 1)]
     assert shown == [half, full]
     with pytest.raises(ValueError, match="--page 2: there are 2 pages"):
-        fill_page.choose_page(processor, None, 2)
+        infill.choose_page(processor, None, 2)
 
 
 def test_the_share_of_meta_tokens_that_the_annotator_would_give(tmp_path, monkeypatch):
@@ -749,11 +764,11 @@ def test_the_share_of_meta_tokens_that_the_annotator_would_give(tmp_path, monkey
     kinds, brackets = processor.annotate(prompt + written)
     kinds[len(prompt)] += 1  # one of four differs
     ids = torch.tensor([list((prompt + written).encode())])
-    output = SimpleNamespace(sequences=ids, meta_sequences=torch.tensor([[kinds, brackets]]))
+    output = SimpleNamespace(sequences=ids, axis_sequences=torch.tensor([[kinds, brackets]]))
     calls = []
 
-    def generate(meta_source, max_new_tokens, **_):
-        calls.append((meta_source, max_new_tokens, torch.rand(()).item()))
+    def generate(axis_source, max_new_tokens, **_):
+        calls.append((axis_source, max_new_tokens, torch.rand(()).item()))
         return output
 
     model = SimpleNamespace(generate=generate, to=lambda device: model)

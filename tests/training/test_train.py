@@ -63,8 +63,17 @@ def run(*command, cwd):
 
 def arguments(folder, *more):
     return [
-        *("--config_name", str(folder / "config"), "--output_dir", str(folder / "out"), "--dataset", CORPUS),
-        *("--tokenizer", "bpe", "--vocab_size", "300", "--block_size", "64", "--per_device_train_batch_size", "4"),
+        *("--config_name", str(folder / "config"), "--output_dir", str(folder / "out"), "--dataset_name", CORPUS),
+        *(
+            "--tokenizer_name",
+            "bpe",
+            "--vocab_size",
+            "300",
+            "--block_size",
+            "64",
+            "--per_device_train_batch_size",
+            "4",
+        ),
         *("--per_device_eval_batch_size", "4", "--learning_rate", "1e-2", "--lr_scheduler_type", "cosine"),
         *("--logging_steps", "1", "--save_steps", str(SAVE_STEPS), "--eval_strategy", "steps", "--eval_steps", "6"),
         *("--max_validation_bytes", "3000", "--eval_on_start", "true", "--disable_tqdm", "true", "--use_cpu", "true"),
@@ -322,7 +331,9 @@ def test_configurations_make_models(folder):
     least, most = {"tiny": (5e5, 2e6), "small": (1e7, 6e7), "base": (8e7, 1.3e8)}[folder.rsplit("-", 1)[1]]
     assert least < model.num_parameters() < most
     generation_config = type(model.generation_config).from_pretrained(CONFIGS / folder)
-    assert generation_config.num_iterations == 16 if config.model_type == "heptapod" else generation_config.do_sample
+    assert (
+        generation_config.max_denoising_steps == 16 if config.model_type == "heptapod" else generation_config.do_sample
+    )
 
 
 def test_a_run_that_is_resumed_keeps_its_schedule(finished, monkeypatch):
@@ -340,7 +351,7 @@ def test_a_run_that_is_resumed_keeps_its_schedule(finished, monkeypatch):
         (("--seed", "7"), "--seed: 42 there, 7 here"),
         (("--block_size", "32"), "--block_size: 64 there, 32 here"),
         (("--per_device_train_batch_size", "2"), "--per_device_train_batch_size x .*: 4 there, 2 here"),
-        (("--dataset", json.__file__), r"--dataset \(SHA-256 of the training text\): .* there"),
+        (("--dataset_name", json.__file__), r"--dataset_name \(SHA-256 of the training text\): .* there"),
         (("--lr_scheduler_type", "linear"), "--lr_scheduler_type: 'cosine' there, 'linear' here"),
         (("--learning_rate", "2e-2"), "--learning_rate: 0.01 there, 0.02 here"),
         (("--train_minutes", "10"), "its length: --max_steps 12 there, --train_minutes 10.0 here"),
@@ -348,7 +359,7 @@ def test_a_run_that_is_resumed_keeps_its_schedule(finished, monkeypatch):
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
 def test_a_run_with_other_settings_is_not_resumed(change, message, finished, monkeypatch):
-    words = ("--resume_from_checkpoint", "last", "--cache_dir", "none", "--tokenizer", "bpe", *change)
+    words = ("--resume_from_checkpoint", "last", "--cache_dir", "none", "--tokenizer_name", "bpe", *change)
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments(finished[0].parent, *words)])
     monkeypatch.setattr(train, "ShardingTrainer", None)  # not even made
     with pytest.raises(ValueError, match=f"--resume_from_checkpoint .*checkpoint-12 is of a run .*{message}"):
@@ -374,7 +385,7 @@ def test_a_model_that_gives_no_numbers_ends_in_an_error(tmp_path, monkeypatch):
 
 
 def test_what_trainer_could_not_resume_is_not_begun(tmp_path, monkeypatch):
-    config = {"model_type": "hierarchical_lm", "hierarchies": [1, 4], "strides": [1, 2], "hidden_size": 32}
+    config = {"model_type": "hierarchical_lm", "compression_factors": [1, 4], "strides": [1, 2], "hidden_size": 32}
     config |= {"num_attention_heads": 2, "head_dim": [16, 32]}
     folder = prepare(tmp_path)
     (folder / "config" / "config.json").write_text(json.dumps(config))
@@ -470,7 +481,7 @@ def test_a_run_stops_early_and_leaves_its_best_model(metric, tmp_path, monkeypat
 
 def test_bad_corpus_ends_the_run_with_the_arguments_name(tmp_path):
     folder = prepare(tmp_path)
-    more = ("--max_steps", "1", "--dataset", str(tmp_path / "missing.txt"))
+    more = ("--max_steps", "1", "--dataset_name", str(tmp_path / "missing.txt"))
     process = run(SCRIPTS / "train.py", *arguments(folder, *more), cwd=folder)
     assert process.returncode == 1
-    assert process.stderr.splitlines()[-1].startswith("ValueError: --dataset ")
+    assert process.stderr.splitlines()[-1].startswith("ValueError: --dataset_name ")

@@ -163,7 +163,12 @@ def arguments(tmp_path, **options):
         ({"train_minutes": float("nan")}, {}, {}, "--train_minutes must be finite and above 0, got nan"),
         ({}, {}, {"per_device_train_batch_size": -2}, "--per_device_train_batch_size must be at least 1, got -2"),
         ({}, {"block_size": 1}, {}, "--block_size must be at least 2, got 1"),
-        ({}, {"validation_percent": 0.0}, {}, "--validation_percent must lie between 0 and 100, got 0"),
+        (
+            {},
+            {"validation_split_percentage": 0.0},
+            {},
+            "--validation_split_percentage must lie between 0 and 100, got 0",
+        ),
         ({}, {"streaming": True}, {}, "--streaming needs"),
         ({"early_stopping_patience": 0}, {}, {}, "--early_stopping_patience must be at least 1, got 0"),
         ({"early_stopping_patience": 2}, {}, {}, "--early_stopping_patience needs --load_best_model_at_end"),
@@ -215,8 +220,8 @@ def test_streamed_files_are_read_in_pieces(tmp_path, monkeypatch):
     assert 149 <= sum(len(text.encode()) for text in memory.validation) <= 150 and not set(memory.validation) & set(
         read
     )
-    with pytest.raises(ValueError, match="--dataset .* is too short for --streaming"):
-        stream_texts(DataArguments(str(tmp_path / "a.txt"), validation_percent=1e-6))
+    with pytest.raises(ValueError, match="--dataset_name .* is too short for --streaming"):
+        stream_texts(DataArguments(str(tmp_path / "a.txt"), validation_split_percentage=1e-6))
 
 
 def test_what_is_no_text_is_left_out_of_a_stream(tmp_path, monkeypatch):
@@ -243,7 +248,7 @@ def test_a_stream_goes_on_with_another_pass(monkeypatch):
     for _ in range(2):  # from the beginning each time
         assert list(itertools.islice(stream, 4)) == read[:4] and stream.bytes_read == 4
     stream.examples_of = lambda texts: iter(())
-    with pytest.raises(ValueError, match="--dataset holds less text than one example"):
+    with pytest.raises(ValueError, match="--dataset_name holds less text than one example"):
         next(iter(stream))
     monkeypatch.setattr(torch.utils.data, "get_worker_info", object)
     with pytest.raises(ValueError, match="--dataloader_num_workers must be 0"):
@@ -280,7 +285,9 @@ def test_a_streamed_corpus_is_known_by_its_files(tmp_path):
 )
 def test_what_has_no_configurations_is_given_none(read, tmp_path):
     for dataset in ("stdlib", str(tmp_path)):
-        with pytest.raises(ValueError, match=f"--dataset_config en is of a named data set, which --dataset {dataset}"):
+        with pytest.raises(
+            ValueError, match=f"--dataset_config_name en is of a named data set, which --dataset_name {dataset}"
+        ):
             read((dataset, "en"))
 
 
@@ -295,9 +302,9 @@ def test_a_named_data_set_is_streamed(tmp_path):
     load = lambda name, config, streaming: original("json", data_dir=str(tmp_path / "data"), streaming=streaming)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "load_dataset", load)
-        documents, memory = stream_texts(DataArguments("some/name", text_column="body"))
+        documents, memory = stream_texts(DataArguments("some/name", text_column_name="body"))
         both = [*documents, *held_out(documents)]
-        with pytest.raises(ValueError, match="--text_column text: no such column"):
+        with pytest.raises(ValueError, match="--text_column_name text: no such column"):
             stream_texts(DataArguments("some/name"))
     assert sorted(both) == sorted(row["body"] for row in rows)
     assert memory.validation == list(held_out(documents))
@@ -318,11 +325,11 @@ def test_what_is_kept_is_found_again_and_never_out_of_date(tmp_path):
     for name in ("stream", "meta"):
         found = getattr(again.train_dataset, name)
         assert isinstance(found, np.memmap) and np.array_equal(found, getattr(first.train_dataset, name))
-    for changes in ({"axes": ["token_kind"]}, {"packing": "isolated"}, {"tokenizer": "bpe", "vocab_size": 300}):
+    for changes in ({"axes": ["token_kind"]}, {"packing": "isolated"}, {"tokenizer_name": "bpe", "vocab_size": 300}):
         before = len(list(tmp_path.iterdir()))
         make(**changes)
         assert len(list(tmp_path.iterdir())) >= before + 2
-    assert len(make(tokenizer="bpe", vocab_size=300).processing_class.tokenizer) == 300
+    assert len(make(tokenizer_name="bpe", vocab_size=300).processing_class.tokenizer) == 300
 
 
 @pytest.mark.parametrize(

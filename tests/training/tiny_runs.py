@@ -29,7 +29,7 @@ from modeling_heptapod.heptapod import modeling_heptapod
 CONFIGS = {
     "leap": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "window_sizes": [None, 4]},
     "hierarchical_lm": {
-        "hierarchies": [1, 4],
+        "compression_factors": [1, 4],
         "strides": [1, 2],
         "hidden_sizes": [16, 24],
         "num_hidden_layers": 2,
@@ -132,11 +132,11 @@ def masks_of_pages():
             ratios.append(ratio)
         return torch.stack(masked), torch.stack(ratios)
 
-    original, modeling_heptapod.draw_mask = modeling_heptapod.draw_mask, draw
+    original, modeling_heptapod.sample_mask = modeling_heptapod.sample_mask, draw
     try:
         yield
     finally:
-        modeling_heptapod.draw_mask = original
+        modeling_heptapod.sample_mask = original
 
 
 def main():

@@ -44,15 +44,15 @@ class MultiGridLM(HFLM):
 
     def _model_call(self, inps, attn_mask=None, labels=None):
         with torch.no_grad():
-            return self.model(inps, meta_ids=self._annotate(inps)).logits
+            return self.model(inps, axis_ids=self._annotate(inps)).logits
 
     def _model_generate(self, context, max_length, stop, **generation_kwargs):
-        annotated = {"meta_ids": self._annotate(context), "meta_source": "annotated", "processor": self.processor}
+        annotated = {"axis_ids": self._annotate(context), "axis_source": "annotated", "processor": self.processor}
         return super()._model_generate(context, max_length, stop, **annotated, **generation_kwargs)
 
     def _annotate(self, ids):
         """[batch, tokens] -> [batch, axes, tokens], token by token as when writing; pads leave no trace."""
-        meta_ids = []
+        axis_ids = []
         for row in ids.tolist():
             pending, states = (), [axis.start() for axis in self.processor.axes]
             columns = []
@@ -60,9 +60,9 @@ class MultiGridLM(HFLM):
                 new, pending = self.processor.new_characters(pending, token)
                 steps = [axis.step(state, new) for axis, state in zip(self.processor.axes, states)]
                 states = [state for _, state in steps]
-                columns.append([meta_id for meta_id, _ in steps])
-            meta_ids.append(list(zip(*columns)))
-        return torch.tensor(meta_ids, device=ids.device)
+                columns.append([axis_id for axis_id, _ in steps])
+            axis_ids.append(list(zip(*columns)))
+        return torch.tensor(axis_ids, device=ids.device)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A page as it forms, drawn: cells coloured by the iteration they were written in.
 
-    output = model.generate(**page, return_dict_in_generate=True, output_trajectory=True)
-    draw_page(output.trajectory[:, 0], processor, "page.gif", "page.png")
+    output = model.generate(**page, return_dict_in_generate=True, output_history=True)
+    draw_page(output.history[:, 0], processor, "infilling.gif", "infilling.png")
 
 Needs the extra `plots` (matplotlib for the colours and the font, pillow for the drawing).
 """
@@ -24,7 +24,7 @@ INK, PALE_INK = (20, 20, 20), (245, 245, 245)
 
 
 def draw_page(
-    trajectory,
+    history,
     processor,
     gif: str | Path | None = None,
     strip: str | Path | None = None,
@@ -33,18 +33,18 @@ def draw_page(
     panels: int = 4,
     seconds: float = 5.0,
 ) -> list[Image.Image]:
-    """Draw one page of `generate`'s trajectory as an animation and as a strip of pictures.
+    """Draw one page of `generate`'s history as an animation and as a strip of pictures.
 
     White cells were given, grey ones are open, coloured ones were written: from dark blue in the first iteration to
     yellow in the last. A cell that is re-opened turns grey again.
 
     Args:
-        trajectory: token ids `[iterations + 1, height, width]`, a tensor or an array: the page before the first
+        history: token ids `[iterations + 1, height, width]`, a tensor or an array: the page before the first
             iteration and after each.
         processor: the `HeptapodProcessor` that laid the page out.
         gif, strip: files to write, an animated GIF and a PNG.
         font_size: in pixels.
-        max_frames: of a longer trajectory, as many pages are shown, evenly spaced.
+        max_frames: of a longer history, as many pages are shown, evenly spaced.
         panels: pages in the strip, the first and the last among them.
         seconds: length of the animation; its last page is shown two seconds longer.
 
@@ -52,11 +52,11 @@ def draw_page(
         The frames.
 
     Raises:
-        ValueError: for a trajectory of another shape.
+        ValueError: for a history of another shape.
     """
-    pages = np.asarray(trajectory.cpu() if hasattr(trajectory, "cpu") else trajectory)
+    pages = np.asarray(history.cpu() if hasattr(history, "cpu") else history)
     if pages.ndim != 3 or 0 in pages.shape:
-        raise ValueError(f"`trajectory` must be [iterations + 1, height, width] of one page, got {list(pages.shape)}.")
+        raise ValueError(f"`history` must be [iterations + 1, height, width] of one page, got {list(pages.shape)}.")
     last = len(pages) - 1
     shown, in_strip = _evenly(last, max_frames), _evenly(last, panels)
     frames = _draw(pages, processor, font_size, {*shown, *in_strip})

@@ -9,7 +9,7 @@ from data import build_tokenizer
 from transformers import DynamicCache
 
 from modeling_heptapod import HierarchicalCache, MultiGridCache, RecurrentCache, StaticRecurrentCache
-from modeling_heptapod.common.cache_states import held_states
+from modeling_heptapod.common.cache_checks import held_states
 from modeling_heptapod.common.transformers_versions import CACHE
 from tests.tiny_hierarchical_lm import VARIANTS as STREAMS
 from tests.tiny_hierarchical_lm import tiny_hierarchical_lm
@@ -21,7 +21,7 @@ from tests.tiny_multigrid import random_grid, tiny_multigrid
 
 # A family, one of its cache classes, and ways in which what is cached differs.
 CASES = {
-    **{("leap", name): (tiny_leap, RecurrentCache, MIXERS[name]) for name in ("default", "decay-null", "additive")},
+    **{("leap", name): (tiny_leap, RecurrentCache, MIXERS[name]) for name in ("default", "alibi-null", "additive")},
     ("leap", "static"): (tiny_leap, StaticRecurrentCache, MIXERS["default"]),
     **{
         ("hierarchical_lm", name): (tiny_hierarchical_lm, HierarchicalCache, STREAMS[name])
@@ -414,7 +414,7 @@ def test_drafted_tokens_are_right_or_refused(name, how):
     prompt = {**part(inputs, slice(0, 1), 0, PROMPT), "max_new_tokens": 6, "do_sample": False}
     drafted = {"assistant_model": model} if how == "assistant" else {"prompt_lookup_num_tokens": 2}
     if name == ("multigrid", "plain"):
-        prompt.pop("meta_ids")
+        prompt.pop("axis_ids")
         assert torch.equal(model.generate(**prompt, **drafted), model.generate(**prompt))
         return
     with pytest.raises(ValueError, match="stateful models|Assisted decoding is not supported with meta axes"):

@@ -4,15 +4,15 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from .cache_states import LayerStates, check_states
-from .model_inputs import is_transformed
+from .cache_checks import LayerStates, check_states
+from .model_inputs import is_torch_func_active
 from .transformers_versions import CACHE, checkpoints_layers
 
 
 logger = logging.get_logger(__name__)
 
 
-class OwnCacheMixin:
+class CustomCacheMixin:
     """For the `PreTrainedModel` of a family and, before `GenerationMixin`, its classes that generate.
 
     Attributes:
@@ -27,7 +27,7 @@ class OwnCacheMixin:
 
     def starts_cache(self, use_cache: bool | None) -> bool:
         """Whether a forward pass without a cache fills a new one: in training only if asked to, by more than the config."""
-        if use_cache is None and is_transformed():
+        if use_cache is None and is_torch_func_active():
             return False  # of `torch.func`, whose tensors are not to be kept
         if not self.training:
             return self.config.use_cache if use_cache is None else bool(use_cache)
@@ -115,4 +115,4 @@ class OwnCacheMixin:
             model_kwargs[CACHE] = self._cache_classes[kind or "dynamic"](self.config)
 
 
-__all__ = ["OwnCacheMixin"]
+__all__ = ["CustomCacheMixin"]

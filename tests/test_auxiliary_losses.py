@@ -5,14 +5,14 @@ import torch
 from torch import nn
 
 import modeling_heptapod.hierarchical_lm.linear_cross_entropy as linear_cross_entropy_file
+from modeling_heptapod.hierarchical_lm.auxiliary_losses import (
+    AuxiliaryLosses,
+    ChunkSummarizer,
+    RandomProjectionQuantizer,
+    ZeroInitLinear,
+)
 from modeling_heptapod.hierarchical_lm.configuration_hierarchical_lm import HierarchicalLMConfig
 from modeling_heptapod.hierarchical_lm.linear_cross_entropy import linear_cross_entropy, naive_linear_cross_entropy
-from modeling_heptapod.hierarchical_lm.predictive_losses import (
-    ChunkSummarizer,
-    LinearFromZero,
-    PredictiveLosses,
-    RandomProjectionQuantizer,
-)
 from tests.reference.hierarchical_lm import LossDescription, next_latent_loss, quantized_prophet_loss, token_loss
 from tests.tiny_hierarchical_lm import random_ids, tiny_hierarchical_lm
 
@@ -27,10 +27,10 @@ ALL = {
 }
 # Ways in which hierarchies lie to each other; every loss runs over these.
 SHAPES = {
-    "one width": {"hierarchies": [1, 2, 4], "hidden_sizes": 8},
-    "widths": {"hierarchies": [4, 1, 2], "hidden_sizes": [12, 4, 8]},
-    "strides": {"hierarchies": [1, 2, 8], "strides": [1, 2, 4], "hidden_sizes": [8, 6, 12]},
-    "coarse only": {"hierarchies": [4], "strides": [1], "hidden_sizes": 8},
+    "one width": {"compression_factors": [1, 2, 4], "hidden_sizes": 8},
+    "widths": {"compression_factors": [4, 1, 2], "hidden_sizes": [12, 4, 8]},
+    "strides": {"compression_factors": [1, 2, 8], "strides": [1, 2, 4], "hidden_sizes": [8, 6, 12]},
+    "coarse only": {"compression_factors": [4], "strides": [1], "hidden_sizes": 8},
 }
 # Lengths of the sequences of a batch: alone, in padded rows, packed into one row.
 LENGTHS = {"whole": [13, 13], "padded": [13, 5, 1], "packed": [9, 13, 2], "packed and padded": [9, 13, 2]}
@@ -51,7 +51,7 @@ def config_of(shape, **overrides):
 
 def losses_of(config):
     """Losses in float64; what starts at zero is random, so that it cannot be forgotten."""
-    losses = PredictiveLosses(config).double()
+    losses = AuxiliaryLosses(config).double()
     with torch.no_grad():
         for name, parameter in losses.named_parameters():
             if "dynamics" in name:
@@ -67,7 +67,7 @@ class Batch:
     """Random sequences, laid out as the model does: where each is in its row, and what the losses are called with."""
 
     def __init__(self, config, layout):
-        lengths, largest = LENGTHS[layout], max(config.hierarchies)
+        lengths, largest = LENGTHS[layout], max(config.compression_factors)
         packed = layout.startswith("packed")
         starts, row = [], 0
         for length in lengths:
@@ -110,7 +110,7 @@ class Batch:
 def oracle(config, losses, batch):
     """The losses by name, and gradients of their sum."""
     description = LossDescription(
-        factors=config.hierarchies,
+        factors=config.compression_factors,
         strides=config.strides,
         vocabulary=VOCAB,
         loss_type=config.next_latent_loss_type,
@@ -186,16 +186,16 @@ def test_options(options):
 
 def test_inner_layers_of_the_dynamics_are_as_wide_as_said():
     config = config_of("widths", next_latent_loss_weight=1.0, dynamics_num_layers=3, dynamics_hidden_size=11)
-    inner = [m for name, m in PredictiveLosses(config).named_modules() if name.endswith(("layers.0", "layers.1"))]
-    assert len(inner) == 2 * len(config.hierarchies) and all(layer.out_features == 11 for layer in inner)
+    inner = [m for name, m in AuxiliaryLosses(config).named_modules() if name.endswith(("layers.0", "layers.1"))]
+    assert len(inner) == 2 * len(config.compression_factors) and all(layer.out_features == 11 for layer in inner)
 
 
 def test_only_what_is_switched_on_is_computed_and_built():
     off = dict.fromkeys(ALL, 0.0)
-    assert not PredictiveLosses.wanted(config_of("widths", **off))
+    assert not AuxiliaryLosses.wanted(config_of("widths", **off))
     for field, weight in ALL.items():
         config = config_of("widths", **off | {field: weight})
-        assert PredictiveLosses.wanted(config)
+        assert AuxiliaryLosses.wanted(config)
         losses, name = losses_of(config), field.removesuffix("_loss_weight")
         assert [child for child, _ in losses.named_children()] == [name]
         assert list(losses(*Batch(config, "whole").inputs())) == [name]
@@ -245,7 +245,7 @@ def test_pads_leave_no_trace(layout):
 
 def test_the_quantizer_is_frozen_and_saved():
     config = config_of("strides", quantized_prophet_loss_weight=1.0)
-    losses, batch = PredictiveLosses(config), Batch(config, "whole")
+    losses, batch = AuxiliaryLosses(config), Batch(config, "whole")
     assert not any("quantizer" in name for name, _ in losses.named_parameters())
     assert "quantized_prophet.8.quantizer.codebooks" in losses.state_dict()
     assert "quantized_prophet.8.quantizer.projection" in losses.state_dict()
@@ -261,7 +261,7 @@ def test_the_quantizer_is_frozen_and_saved():
 
 def test_codes_do_not_depend_on_the_precision_of_training():
     config = config_of("strides", quantized_prophet_loss_weight=1.0)
-    quantizer = PredictiveLosses(config).quantized_prophet["2"].quantizer
+    quantizer = AuxiliaryLosses(config).quantized_prophet["2"].quantizer
     vectors = torch.randn(1, 2001, config.hidden_size)
     codes = quantizer(vectors, 2, 1)
     with torch.autocast("cpu", torch.bfloat16):
@@ -270,7 +270,7 @@ def test_codes_do_not_depend_on_the_precision_of_training():
 
 def test_no_gradient_from_targets():
     config = config_of("one width", next_latent_loss_weight=1.0)
-    losses, batch = PredictiveLosses(config).double(), Batch(config, "whole")
+    losses, batch = AuxiliaryLosses(config).double(), Batch(config, "whole")
     loss = losses.next_latent_losses(batch.streams, batch.embeddings)[0]
     loss.backward()
     assert batch.streams[0].grad[:, 0].any() and not batch.streams[0].grad[:, -1].any()
@@ -279,7 +279,7 @@ def test_no_gradient_from_targets():
 
 def test_dynamics_start_as_no_change():
     config = config_of("widths", dynamics_num_layers=2)
-    dynamics = PredictiveLosses(config).next_latent["4"].dynamics
+    dynamics = AuxiliaryLosses(config).next_latent["4"].dynamics
     latent, summary = torch.randn(2, 3, 12), torch.randn(2, 3, 12)
     assert torch.equal(dynamics(latent, summary), latent)
 
@@ -294,7 +294,7 @@ def test_a_summarizer_of_ones_own():
         def forward(self, token_embeddings, owners=None):
             return self.proj(token_embeddings[:, :: self.stride])
 
-    class Losses(PredictiveLosses):
+    class Losses(AuxiliaryLosses):
         def make_summarizer(self, h):
             return LastToken(self.config, h) if h == 2 else super().make_summarizer(h)
 
@@ -305,7 +305,7 @@ def test_a_summarizer_of_ones_own():
     assert isinstance(losses.next_latent["8"].summarizer, LastToken)
     assert losses(*batch.inputs())["next_latent"].isfinite()
 
-    class Wrong(PredictiveLosses):
+    class Wrong(AuxiliaryLosses):
         def make_summarizer(self, h):
             return LastToken(self.config, 0)
 
@@ -377,7 +377,7 @@ def test_half_precision():
 
 def test_losses_in_bfloat16_are_float32():
     config = config_of("strides")
-    losses, batch = PredictiveLosses(config).bfloat16(), Batch(config, "padded")
+    losses, batch = AuxiliaryLosses(config).bfloat16(), Batch(config, "padded")
     streams = [stream.detach().bfloat16() for stream in batch.streams]
     values = losses(streams, batch.embeddings.detach().bfloat16(), *batch.inputs()[2:])
     assert all(value.dtype == torch.float and value.isfinite() for value in values.values())
@@ -388,8 +388,8 @@ def test_losses_in_bfloat16_are_float32():
 
 NAMES = ("ce_loss", "reconstruction_loss", "prophet_loss", "quantized_prophet_loss", "next_latent_loss")
 MODELS = {
-    "dense": {"hierarchies": [1, 2, 4], "hidden_sizes": [8, 12, 16], "next_latent_rollouts": 2},
-    "strided": {"hierarchies": [2, 1, 8], "strides": [2, 1, 4], "hidden_sizes": 8, "merge_into": "all"},
+    "dense": {"compression_factors": [1, 2, 4], "hidden_sizes": [8, 12, 16], "next_latent_rollouts": 2},
+    "strided": {"compression_factors": [2, 1, 8], "strides": [2, 1, 4], "hidden_sizes": 8, "merge_into": "all"},
 }
 
 
@@ -401,7 +401,7 @@ def tiny_model(name, **overrides):
     )
     with torch.no_grad():
         for layer in model.modules():
-            if isinstance(layer, LinearFromZero):
+            if isinstance(layer, ZeroInitLinear):
                 layer.weight.normal_(std=0.3)
     return model.double()
 
@@ -423,8 +423,8 @@ def test_losses_of_the_model_equal_the_oracle(name):
         batch = Batch(config, "whole")
         batch.places = [(0, 0, 19), (1, 0, 19)]
         batch.ids, batch.embeddings = ids, model.model.embed_tokens(ids)
-        batch.streams = model(ids, output_hierarchy_embeddings=True).hierarchy_embeddings
-        expected = oracle(config, model.predictive_losses, batch)
+        batch.streams = model(ids, output_hierarchy_hidden_states=True).hierarchy_hidden_states
+        expected = oracle(config, model.auxiliary_losses, batch)
     assert sorted(f"{name}_loss" for name in expected) == sorted(NAMES[1:])
     for name, value in expected.items():
         torch.testing.assert_close(found[f"{name}_loss"], value)
@@ -465,8 +465,8 @@ def test_accumulated_gradients():
 def test_the_start_of_training_and_what_is_saved(tmp_path):
     model = tiny_hierarchical_lm(**{**MODELS["strided"], **ALL, "window_sizes": 4})
     fresh = type(model)(model.config)
-    for part in fresh.predictive_losses.modules():
-        if isinstance(part, LinearFromZero):
+    for part in fresh.auxiliary_losses.modules():
+        if isinstance(part, ZeroInitLinear):
             assert not part.weight.any() and not part.bias.any()
     model.save_pretrained(tmp_path / "with")
     again, notes = type(model).from_pretrained(tmp_path / "with", output_loading_info=True)
@@ -476,8 +476,8 @@ def test_the_start_of_training_and_what_is_saved(tmp_path):
     plain = tiny_hierarchical_lm(**{**MODELS["strided"], "window_sizes": 4})
     plain.save_pretrained(tmp_path / "without")
     begun = type(model).from_pretrained(tmp_path / "without", **ALL)
-    for part in begun.predictive_losses.modules():
-        if isinstance(part, LinearFromZero):
+    for part in begun.auxiliary_losses.modules():
+        if isinstance(part, ZeroInitLinear):
             assert not part.weight.any() and not part.bias.any()
         if isinstance(part, RandomProjectionQuantizer):
             torch.testing.assert_close(part.codebooks.norm(dim=-1), torch.ones(part.codebooks.shape[:2]))

@@ -4,7 +4,7 @@ An axis reads text from left to right. It is *causal* when the id of a token dep
 token; then it can be continued while a model writes, and what a model gains from it is real. An axis that looks ahead
 tells a model what it has yet to predict. [`find_lookahead`] tells the two apart on any text.
 
-    class Vowels(MetaAxis):
+    class Vowels(Axis):
         def __init__(self, name="vowels"):
             super().__init__(name, ("no", "yes"))
 
@@ -25,10 +25,10 @@ import numpy as np
 
 
 LARGEST_VOCABULARY = 1_000_000
-AXIS_CLASSES = {}  # every subclass of MetaAxis that has been imported, by name
+AXIS_CLASSES = {}  # every subclass of Axis that has been imported, by name
 
 
-class MetaAxis:
+class Axis:
     """An id per token, from the text and where its tokens end.
 
     A subclass defines `start` and `step`, and `arguments` if its `__init__` takes more than `name`. Where stepping is
@@ -41,7 +41,7 @@ class MetaAxis:
     Attributes:
         causal (`bool`): whether an id depends on the past only.
         why_not_causal (`str`): the reason where it does not.
-        short_names (`dict`): names by which `make_axis` finds the class, with arguments for its `__init__`; a subclass
+        registry_names (`dict`): names by which `make_axis` finds the class, with arguments for its `__init__`; a subclass
             has none of these.
 
     Raises:
@@ -51,7 +51,7 @@ class MetaAxis:
 
     causal = True
     why_not_causal = ""
-    short_names = {}
+    registry_names = {}
 
     def __init__(self, name: str, vocabulary: Sequence[str]):
         if not isinstance(name, str) or not name.isidentifier():
@@ -98,11 +98,11 @@ class MetaAxis:
 
     def ids_after(self, text: str) -> list[int]:
         """The id after each number of characters, 0 to `len(text)`: the fold of `step`."""
-        meta_id, state = self.step(self.start(), "")
-        ids = [meta_id]
+        axis_id, state = self.step(self.start(), "")
+        ids = [axis_id]
         for character in text:
-            meta_id, state = self.step(state, character)
-            ids.append(meta_id)
+            axis_id, state = self.step(state, character)
+            ids.append(axis_id)
         return ids
 
     def annotate(self, text: str, offsets=None) -> list[int]:
@@ -142,7 +142,7 @@ class MetaAxis:
         """What `__init__` needs besides `name` to make this axis again, as JSON can hold it."""
         return {}
 
-    def to_spec(self) -> dict:
+    def to_dict(self) -> dict:
         """This axis as JSON can hold it; `make_axis` reads it."""
         return {"class": type(self).__name__, "name": self.name, **self.arguments()}
 
@@ -159,14 +159,14 @@ def _make_again(axis_class, arguments):
     return axis_class(**arguments)
 
 
-class ConstantAxis(MetaAxis):
+class ConstantAxis(Axis):
     """Says nothing: a control with the cost of an axis and none of its content.
 
     Args:
         size: entries of its vocabulary, of which only the first is used.
     """
 
-    short_names = {"constant": {}}
+    registry_names = {"constant": {}}
 
     def __init__(self, name: str = "constant", size: int = 1):
         super().__init__(name, _numbers("size", size))
@@ -184,7 +184,7 @@ class ConstantAxis(MetaAxis):
         return {"size": len(self.vocabulary)}
 
 
-class RandomAxis(MetaAxis):
+class RandomAxis(Axis):
     """Says nothing, in many words: a control.
 
     The id is a hash of the seed and the whole text so far, so it is the same whenever the text is the same, and tells
@@ -195,7 +195,7 @@ class RandomAxis(MetaAxis):
         seed: another seed, other ids.
     """
 
-    short_names = {"random": {}}
+    registry_names = {"random": {}}
 
     def __init__(self, name: str = "random", size: int = 16, seed: int = 0):
         super().__init__(name, _numbers("size", size))
@@ -257,7 +257,7 @@ def visible_lengths(offsets, length: int) -> list[int]:
     return np.maximum.accumulate(np.where(has_text, np.minimum(end, following), 0)).tolist()
 
 
-def find_lookahead(axis: MetaAxis, text: str, offsets=None, every: int = 1) -> int | None:
+def find_lookahead(axis: Axis, text: str, offsets=None, every: int = 1) -> int | None:
     """Look for a token whose id depends on what comes after it.
 
     Annotates the text and prefixes of it; time grows with the square of the length.
@@ -345,8 +345,8 @@ class _Node(dict):
 __all__ = [
     "AXIS_CLASSES",
     "Automaton",
+    "Axis",
     "ConstantAxis",
-    "MetaAxis",
     "RandomAxis",
     "check_vocabulary_size",
     "find_lookahead",

@@ -13,7 +13,7 @@ import torch
 
 
 @dataclass
-class RowLayout:
+class TokenLayout:
     """Where tokens go and where they came from.
 
     Attributes:
@@ -44,13 +44,13 @@ class RowLayout:
         taken = x.gather(1, self.back.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         return torch.where(self.given.unsqueeze(-1), taken, torch.zeros((), dtype=x.dtype, device=x.device))
 
-    def to(self, device: torch.device) -> "RowLayout":
+    def to(self, device: torch.device) -> "TokenLayout":
         """The same on another device: where layers are spread over devices, accelerate asks it of their arguments."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: x.to(device) for name, x in tensors.items() if x is not None})
 
 
-def pad_layout(mask: torch.Tensor) -> RowLayout:
+def pad_layout(mask: torch.Tensor) -> TokenLayout:
     """Layout of padded rows.
 
     Args:
@@ -59,7 +59,7 @@ def pad_layout(mask: torch.Tensor) -> RowLayout:
     return _layout(mask, (mask.long().cumsum(1) - 1).clamp_min(0), mask.shape[1])
 
 
-def packed_layout(segments: torch.Tensor, mask: torch.Tensor | None, factor: int) -> RowLayout:
+def packed_layout(segments: torch.Tensor, mask: torch.Tensor | None, factor: int) -> TokenLayout:
     """Layout of packed rows.
 
     Args:
@@ -94,7 +94,7 @@ def _layout(mask, slot, slots):
     take = torch.zeros(batch, slots + 1, dtype=torch.long, device=mask.device)
     take = take.scatter(1, to, torch.arange(seq, device=mask.device).expand(batch, -1))[:, :slots]
     real = torch.zeros(batch, slots + 1, dtype=torch.bool, device=mask.device).scatter(1, to, mask)[:, :slots]
-    return RowLayout(take, real, slot.clamp_max(slots - 1), mask)
+    return TokenLayout(take, real, slot.clamp_max(slots - 1), mask)
 
 
-__all__ = ["RowLayout", "packed_layout", "pad_layout"]
+__all__ = ["TokenLayout", "packed_layout", "pad_layout"]

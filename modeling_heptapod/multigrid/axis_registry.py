@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
+from .axes import AXIS_CLASSES, Axis, ConstantAxis, RandomAxis
 from .decision_tree_axis import DecisionTreeAxis
-from .meta_axes import AXIS_CLASSES, ConstantAxis, MetaAxis, RandomAxis
-from .meta_axes_python import PythonBracketAxis, PythonIndentationAxis, PythonStringAxis, PythonTokenKindAxis
-from .meta_axes_text import AffixAxis, GoldTagAxis, PartOfSpeechAxis
+from .python_axes import PythonBracketAxis, PythonIndentationAxis, PythonStringAxis, PythonTokenKindAxis
+from .text_axes import AffixAxis, GoldTagAxis, PartOfSpeechAxis
 
 
-SHIPPED_AXES = (
+BUILTIN_AXES = (
     ConstantAxis,
     RandomAxis,
     AffixAxis,
@@ -23,11 +23,11 @@ SHIPPED_AXES = (
 )
 
 
-def make_axis(spec) -> MetaAxis:
+def make_axis(spec) -> Axis:
     """An axis from what names or describes it.
 
     Args:
-        spec: an axis, which is returned as it is; a dict from `to_spec`; a short name like `"affix"` or `"bracket"`; or
+        spec: an axis, which is returned as it is; a dict from `to_dict`; a short name like `"affix"` or `"bracket"`; or
             the path of a `.json` file that holds such a dict.
 
     Raises:
@@ -35,19 +35,19 @@ def make_axis(spec) -> MetaAxis:
             before its axes are loaded; for arguments that its class does not take.
         TypeError: for anything else.
     """
-    if isinstance(spec, MetaAxis):
+    if isinstance(spec, Axis):
         return spec
     if isinstance(spec, (str, Path)) and str(spec).endswith(".json"):
         spec = json.loads(Path(spec).read_text(encoding="utf-8"))
     elif isinstance(spec, (str, Path)):
-        short_names = {
+        registry_names = {
             name: (axis_class, arguments)
             for axis_class in AXIS_CLASSES.values()
-            for name, arguments in vars(axis_class).get("short_names", {}).items()
+            for name, arguments in vars(axis_class).get("registry_names", {}).items()
         }
-        if spec not in short_names:
-            raise ValueError(f"axis {spec!r} is neither a .json file nor one of {sorted(short_names)}.")
-        axis_class, arguments = short_names[spec]
+        if spec not in registry_names:
+            raise ValueError(f"axis {spec!r} is neither a .json file nor one of {sorted(registry_names)}.")
+        axis_class, arguments = registry_names[spec]
         return axis_class(**arguments)
     if not isinstance(spec, dict) or not isinstance(spec.get("class"), str):
         raise TypeError(f"an axis is made from an axis, a name, or a dict with a 'class', got {spec!r}.")
@@ -67,4 +67,4 @@ def make_axis(spec) -> MetaAxis:
         ) from error
 
 
-__all__ = ["SHIPPED_AXES", "make_axis"]
+__all__ = ["BUILTIN_AXES", "make_axis"]

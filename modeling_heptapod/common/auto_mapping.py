@@ -11,7 +11,7 @@ _NAMES_OF = {
 }
 
 
-def enter_name(auto_class: str, model_type: str, name: str) -> None:
+def register_mapping_name(auto_class: str, model_type: str, name: str) -> None:
     """Enter the class `name` in the table in which clients look up by name what a model does.
 
     Without it `Trainer` does not shift labels for label smoothing, pipelines say that the model is not supported, model
@@ -27,7 +27,7 @@ def enter_name(auto_class: str, model_type: str, name: str) -> None:
         names[name if model_type in names else model_type] = name  # a subclass does not take its parent's place
 
 
-class KnownByNameMixin:
+class AutoMappingMixin:
     """Before a family's `PreTrainedModel`: its classes and their subclasses are known by name, whoever made them."""
 
     def __init_subclass__(cls, **kwargs):
@@ -35,7 +35,7 @@ class KnownByNameMixin:
         names = {base.__name__ for base in cls.__mro__}
         for auto_class, reference in cls.config_class._auto_classes.items():
             if reference.partition(".")[2] in names:  # made of one by hand or by FSDP2, or loaded from a folder
-                enter_name(auto_class, cls.config_class.model_type, cls.__name__)
+                register_mapping_name(auto_class, cls.config_class.model_type, cls.__name__)
 
 
-__all__ = ["KnownByNameMixin", "enter_name"]
+__all__ = ["AutoMappingMixin", "register_mapping_name"]

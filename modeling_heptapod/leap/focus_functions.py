@@ -34,7 +34,7 @@ class WeightFunction(NamedTuple):
     kernel: int | None
 
 
-class QueryGate(NamedTuple):
+class OutputGate(NamedTuple):
     """What `scale * q . kbar` opens.
 
     Attributes:
@@ -65,10 +65,10 @@ WEIGHT_FUNCTIONS = {
     "elu": WeightFunction(_elu_log, _elu_weight, lambda grad, logits: grad / (1 + logits.clamp_min(0)), 1),
     "exp": WeightFunction(lambda logits: logits, torch.exp, lambda grad, logits: grad, 0),
 }
-QUERY_GATES = {
-    "none": QueryGate(None, None, 0),
-    "sigmoid": QueryGate(torch.sigmoid, lambda alignment, gate: gate * (1 - gate), 1),
-    "gelu": QueryGate(nn.functional.gelu, _gelu_slope, 2),
+OUTPUT_GATES = {
+    "none": OutputGate(None, None, 0),
+    "sigmoid": OutputGate(torch.sigmoid, lambda alignment, gate: gate * (1 - gate), 1),
+    "gelu": OutputGate(nn.functional.gelu, _gelu_slope, 2),
 }
 
 
@@ -80,9 +80,9 @@ class FocusSettings:
         scale (`float`): factor of both dot products.
         normalize (`bool`): standardise q, f, k and v over the head dimension first (the prototype's `rescale`).
         weight_function (`str`): `"elu"` or `"exp"`.
-        query_gate (`str`): `"sigmoid"`, `"gelu"` or `"none"`; with `"none"` there is no q and `out = vbar`.
+        output_gate (`str`): `"sigmoid"`, `"gelu"` or `"none"`; with `"none"` there is no q and `out = vbar`.
         window (`int`, *optional*): window size; `None` is global.
-        null_weight (`float`): weight of one more token of value zero in every window.
+        sink_weight (`float`): weight of one more token of value zero in every window.
         causal (`bool`): whether a position sees only itself and its past.
 
     Raises:
@@ -92,29 +92,29 @@ class FocusSettings:
     scale: float
     normalize: bool = False
     weight_function: str = "elu"
-    query_gate: str = "sigmoid"
+    output_gate: str = "sigmoid"
     window: int | None = None
-    null_weight: float = 0.0
+    sink_weight: float = 0.0
     causal: bool = True
 
     def __post_init__(self):
-        for name, known in (("weight_function", WEIGHT_FUNCTIONS), ("query_gate", QUERY_GATES)):
+        for name, known in (("weight_function", WEIGHT_FUNCTIONS), ("output_gate", OUTPUT_GATES)):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"`{name}` must be one of {list(known)}, got {getattr(self, name)!r}; a new one is an entry of the table "
-                    "in focus_kinds.py."
+                    "in focus_functions.py."
                 )
         if self.window is not None and (type(self.window) is not int or self.window < 1):
             raise ValueError(f"`window` must be an integer of at least 1, or None, got {self.window!r}.")
         if not math.isfinite(self.scale):
             raise ValueError(f"`scale` must be finite, got {self.scale}.")
-        if not 0 <= self.null_weight < math.inf:
-            raise ValueError(f"`null_weight` must be finite and not negative, got {self.null_weight}.")
+        if not 0 <= self.sink_weight < math.inf:
+            raise ValueError(f"`sink_weight` must be finite and not negative, got {self.sink_weight}.")
 
     @property
     def kernels(self) -> tuple[int | None, int | None]:
         """Numbers of weight function and gate in the kernels, `None` for what is in torch only."""
-        return WEIGHT_FUNCTIONS[self.weight_function].kernel, QUERY_GATES[self.query_gate].kernel
+        return WEIGHT_FUNCTIONS[self.weight_function].kernel, OUTPUT_GATES[self.output_gate].kernel
 
     def bounded(self, head_dim: int) -> bool:
         """Whether no focus logit can leave +-30: dot products of standardised vectors stay below `head_dim`."""
@@ -126,9 +126,9 @@ def log_weight(logits: torch.Tensor, weight_function: str) -> torch.Tensor:
     return WEIGHT_FUNCTIONS[weight_function].log(logits)
 
 
-def open_gate(alignment: torch.Tensor, query_gate: str) -> torch.Tensor:
+def gate_value(alignment: torch.Tensor, output_gate: str) -> torch.Tensor:
     """The gate of an alignment `scale * q . kbar`, elementwise."""
-    return QUERY_GATES[query_gate].open(alignment)
+    return OUTPUT_GATES[output_gate].open(alignment)
 
 
 def standardize(x: torch.Tensor) -> torch.Tensor:
@@ -146,13 +146,13 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 __all__ = [
     "NORM_EPS",
-    "QUERY_GATES",
+    "OUTPUT_GATES",
     "WEIGHT_FUNCTIONS",
     "FocusSettings",
-    "QueryGate",
+    "OutputGate",
     "WeightFunction",
+    "gate_value",
     "log_weight",
-    "open_gate",
     "rotate",
     "standardize",
 ]

@@ -1,9 +1,9 @@
 """Let a saved grid model fill a hole in a page, and draw how the page forms.
 
-    python training/fill_page.py outputs/heptapod-tiny --region hole
+    python training/infill.py outputs/heptapod-tiny --region hole
 
-The page is held-out source text unless `--text_file` says otherwise. The folder brings its own code; `page.gif` and
-`page.png` are written into it.
+The page is held-out source text unless `--text_file` says otherwise. The folder brings its own code; `infilling.gif` and
+`infilling.png` are written into it.
 """
 
 from options import NUMPY_SEEDS, check_can_write, need, whole
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 from data import load_texts
+from denoising_animation import draw_page
 from loading import add_model_arguments, check_family, may_run_code
-from page_animation import draw_page
 from page_score import baselines, score_pages
 from redaction import Parser
 from transformers import AutoModelForMaskedLM, AutoProcessor
@@ -52,7 +52,9 @@ def main():
     parser.add_argument("--text_file", help="a text to take the page from")
     parser.add_argument("--page", type=whole(0), default=0, help="which page of it")
     parser.add_argument("--region", default="hole", help="what to open: top, middle, bottom, hole, frame or all")
-    parser.add_argument("--num_iterations", type=whole(1), default=16, help="in how many iterations it is written")
+    parser.add_argument(
+        "--max_denoising_steps", type=whole(1), default=16, help="in how many iterations it is written"
+    )
     parser.add_argument("--output_dir", help="where the pictures go; by default the folder, or here")
     parser.add_argument("--do_sample", action="store_true", help="draw tokens instead of taking the likeliest")
     parser.add_argument("--seed", type=whole(0, NUMPY_SEEDS), default=0, help="of what is drawn")
@@ -67,27 +69,27 @@ def main():
     processor = AutoProcessor.from_pretrained(args.folder, trust_remote_code=trust)
     model = AutoModelForMaskedLM.from_pretrained(args.folder, trust_remote_code=trust).to(device)
     page = choose_page(processor, args.text_file, args.page)
-    opened = processor.open_cells(page, args.region)
+    opened = processor.mask_cells(page, args.region)
     output = model.generate(
         opened.to(device),
-        num_iterations=args.num_iterations,
+        max_denoising_steps=args.max_denoising_steps,
         seed=args.seed,
         return_dict_in_generate=True,
-        output_trajectory=True,
+        output_history=True,
         **({"do_sample": True} if args.do_sample else {}),  # otherwise as the folder's generation config says
     )
-    is_open = opened != page
+    is_masked = opened != page
     written = output.sequences.cpu()
-    print(f"--- the page, {int(is_open.sum())} cells opened\n{processor.decode(opened[0])}")
-    print(f"\n--- written in {output.model_calls} model calls\n{processor.decode(written[0])}")
+    print(f"--- the page, {int(is_masked.sum())} cells opened\n{processor.decode(opened[0])}")
+    print(f"\n--- written in {output.nfe} model calls\n{processor.decode(written[0])}")
     print("\n--- opened cells as in the original: those that are not blank, then all of them, blanks included")
     print(f"{'':<12}{'precision':>10}{'recall':>8}{'F1':>6}{'with blanks':>13}")
-    for name, filled in {"the model": written, **baselines(page, is_open, processor)}.items():
-        score = score_pages(filled, page, is_open, processor.blank_token_id)
+    for name, filled in {"the model": written, **baselines(page, is_masked, processor)}.items():
+        score = score_pages(filled, page, is_masked, processor.blank_token_id)
         shares = f"{score.precision:>10.2f}{score.recall:>8.2f}{score.f1:>6.2f}{score.right_with_blanks:>13.2f}"
         print(f"{name:<12}{shares}")
-    draw_page(output.trajectory[:, 0], processor, folder / "page.gif", folder / "page.png")
-    print(f"\nwritten: {folder / 'page.gif'}, {folder / 'page.png'}")
+    draw_page(output.history[:, 0], processor, folder / "infilling.gif", folder / "infilling.png")
+    print(f"\nwritten: {folder / 'infilling.gif'}, {folder / 'infilling.png'}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .focus_kinds import WEIGHT_FUNCTIONS, FocusSettings, log_weight, open_gate, rotate
+from .focus_functions import WEIGHT_FUNCTIONS, FocusSettings, gate_value, log_weight, rotate
 from .focus_tiles import standardize_forward
 from .running_mean import EMPTY, FocusState
 
@@ -20,7 +20,7 @@ def state_of_rows(
     state: FocusState,
     past: FocusState | None,
     settings: FocusSettings,
-    decay: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
     seq: int,
     lengths: torch.Tensor | None,
     segment_ids: torch.Tensor | None,
@@ -31,15 +31,15 @@ def state_of_rows(
     Args:
         state (`FocusState`): what the mixing step left after the last of `seq` tokens.
         past (`FocusState`, *optional*): what came before the first; not together with `segment_ids`.
-        settings, decay, segment_ids: as in `focus_mixing`; pads behind the last real token are in its segment.
+        settings, alibi_slopes, segment_ids: as in `focus_mixing`; pads behind the last real token are in its segment.
         lengths (`torch.LongTensor` of shape `[batch]`, *optional*): real tokens of each row, pads behind them. `None`
             where the last token of each row that has any is real.
         tokens (`Callable`): places `[batch, count]` -> log weights and values of the tokens there, as `token_state` does.
     """
     if settings.window is None:
-        if lengths is None or decay is None:
+        if lengths is None or alibi_slopes is None:
             return state
-        return state._replace(log_weights=state.log_weights + decay * (seq - lengths).unsqueeze(1))
+        return state._replace(log_weights=state.log_weights + alibi_slopes * (seq - lengths).unsqueeze(1))
     if lengths is None and segment_ids is None:
         return state
     batch, kept = state.values.shape[0], settings.window - 1
@@ -110,7 +110,7 @@ def step_global_mean(
     token: torch.Tensor,
     packed: torch.Tensor,
     settings: FocusSettings,
-    decay: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Take one token into a packed global state, in place. Few operations: this is what a generated token waits for.
 
@@ -118,7 +118,7 @@ def step_global_mean(
         logits (`torch.Tensor` of shape `[batch, heads]`): focus logits of the token.
         token (`torch.Tensor` of shape `[batch, parts, heads, head_dim]`): its key and value, or its value alone.
         packed (`torch.Tensor`): of `pack_state`; changed in place.
-        settings, decay: as in `focus_mixing`.
+        settings, alibi_slopes: as in `focus_mixing`.
 
     Returns:
         `torch.Tensor` of shape `[batch, parts, heads, head_dim]`: the means, the new token included.
@@ -128,19 +128,19 @@ def step_global_mean(
     means = packed[:, 2 * heads :].view(batch, parts, heads, head_dim)
     if settings.bounded(head_dim):
         weights = WEIGHT_FUNCTIONS[settings.weight_function].weight(logits)
-        if decay is not None:
-            z.mul_(torch.exp(-decay))
+        if alibi_slopes is not None:
+            z.mul_(torch.exp(-alibi_slopes))
     else:
         logs = log_weight(logits, settings.weight_function)
-        past = m if decay is None else m - decay
+        past = m if alibi_slopes is None else m - alibi_slopes
         top = torch.maximum(past, logs)
         z.mul_((past - top).exp_())
         weights = (logs - top).exp_()
         m.copy_(top)
     z.add_(weights)
     means.lerp_(token, (weights / z).view(batch, 1, heads, 1))
-    if settings.null_weight:
-        seen = z / (z + settings.null_weight * torch.exp(-m))
+    if settings.sink_weight:
+        seen = z / (z + settings.sink_weight * torch.exp(-m))
         return means * seen.view(batch, 1, heads, 1)
     return means
 
@@ -150,12 +150,12 @@ def step_window_mean(
     token: torch.Tensor,
     push: Callable[[torch.Tensor], torch.Tensor],
     settings: FocusSettings,
-    decay: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Take one token into a packed window.
 
     Args:
-        logits, token, settings, decay: as in `step_global_mean`.
+        logits, token, settings, alibi_slopes: as in `step_global_mean`.
         push (`Callable`): appends a packed token `[batch, size, 1]` to the state and returns both, as a cache's
             `update_conv_state` does.
 
@@ -166,13 +166,13 @@ def step_window_mean(
     logs = log_weight(logits, settings.weight_function)
     recent = push(torch.cat((logs, token.flatten(1)), dim=1).unsqueeze(-1))[..., -settings.window :]
     logs = recent[:, :heads]  # [batch, heads, window]
-    if decay is not None:
+    if alibi_slopes is not None:
         distance = torch.arange(logs.shape[-1] - 1, -1, -1, device=logs.device)
-        logs = logs - decay.unsqueeze(-1) * distance
-    if settings.null_weight:
-        logs = nn.functional.pad(logs, (1, 0), value=math.log(settings.null_weight))
+        logs = logs - alibi_slopes.unsqueeze(-1) * distance
+    if settings.sink_weight:
+        logs = nn.functional.pad(logs, (1, 0), value=math.log(settings.sink_weight))
     weights = torch.softmax(logs, dim=-1)
-    if settings.null_weight:
+    if settings.sink_weight:
         weights = weights[..., 1:]
     return (recent[:, heads:].unflatten(1, token.shape[1:]) * weights.unsqueeze(1).unsqueeze(3)).sum(-1)
 
@@ -204,5 +204,5 @@ def gate_output(
     query: torch.Tensor, kbar: torch.Tensor, vbar: torch.Tensor, settings: FocusSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gate means of values by queries and means of keys, all `[..., head_dim]`: output, and gate `[...]`."""
-    gate = open_gate((query * kbar).sum(-1).mul_(settings.scale), settings.query_gate)
+    gate = gate_value((query * kbar).sum(-1).mul_(settings.scale), settings.output_gate)
     return gate.unsqueeze(-1) * vbar, gate

@@ -18,12 +18,12 @@ _OF_GENERATE = ("tokenizer", "assistant_tokenizer")
 _WITH_CU_SEQ_LENS_Q = ("cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
-def take_out(kwargs: dict[str, Any], *names: str) -> dict[str, Any]:
+def pop_kwargs(kwargs: dict[str, Any], *names: str) -> dict[str, Any]:
     """Those of `names` that are in `kwargs`, removed from it: what a loss reads and the base model must not get."""
     return {name: kwargs.pop(name) for name in names if name in kwargs}
 
 
-def refuse_unread(model, kwargs: dict[str, Any], cu_seq_lens_q=None) -> None:
+def reject_unused_kwargs(model, kwargs: dict[str, Any], cu_seq_lens_q=None) -> None:
     """Raise a `TypeError` for arguments left over in `kwargs`, of which `model.forward` makes no use.
 
     `None` asks for nothing, nor does `False` for an output. `token_type_ids`, which many tokenizers give unasked, are
@@ -45,4 +45,4 @@ def refuse_unread(model, kwargs: dict[str, Any], cu_seq_lens_q=None) -> None:
         )
 
 
-__all__ = ["refuse_unread", "take_out"]
+__all__ = ["pop_kwargs", "reject_unused_kwargs"]

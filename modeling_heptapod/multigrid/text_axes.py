@@ -7,7 +7,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from .meta_axes import Automaton, MetaAxis
+from .axes import Automaton, Axis
 
 
 # Frequent in English, and long enough to mean something; `-` says where the rest of the word stands.
@@ -22,7 +22,7 @@ ENGLISH_AFFIXES = (
 )
 
 
-class AffixAxis(MetaAxis):
+class AffixAxis(Axis):
     """The longest affix or word of a list in the word so far.
 
     At each letter the word is known up to this letter: a prefix `"un-"` is seen in a word that begins with it, from its
@@ -37,13 +37,13 @@ class AffixAxis(MetaAxis):
         ValueError: for an entry without letters, with anything else in it, or in upper case, and for repeated ones.
     """
 
-    short_names = {"affix": {}}
+    registry_names = {"affix": {}}
 
     def __init__(self, name: str = "affix", entries: Sequence[str] = ENGLISH_AFFIXES):
         entries = tuple(entries)
         super().__init__(name, ("none", *entries))
         self._words, self._prefixes, self._suffixes = {}, {}, {}
-        for meta_id, entry in enumerate(entries, start=1):
+        for axis_id, entry in enumerate(entries, start=1):
             letters = entry.strip("-")
             if (
                 not letters.isalpha()
@@ -52,7 +52,7 @@ class AffixAxis(MetaAxis):
             ):
                 raise ValueError(f"`entries` must be like 'un-', '-ing' or 'the' and in lower case, got {entry!r}.")
             kind = self._words if entry == letters else self._prefixes if entry[-1] == "-" else self._suffixes
-            kind[letters] = meta_id
+            kind[letters] = axis_id
         self._heads = {entry[:n] for entry in (*self._words, *self._prefixes) for n in range(len(entry) + 1)}
         self._tails = {entry[:n] for entry in self._suffixes for n in range(len(entry) + 1)} | {""}
         self._automaton = Automaton(_WordSoFar(), self._advance, self._longest)
@@ -117,7 +117,7 @@ _CONTRACTION = re.compile(r"(.+)(n't|'(?:s|re|ve|ll|d|m))", re.IGNORECASE)
 _SENTENCE_ENDS = frozenset(".!?")
 
 
-class PartOfSpeechAxis(MetaAxis):
+class PartOfSpeechAxis(Axis):
     """Parts of speech of English, by NLTK's averaged perceptron.
 
     With `alignment="previous_word"` a token has the tag of the last word that is finished before it ends. The tagger is
@@ -138,7 +138,10 @@ class PartOfSpeechAxis(MetaAxis):
         ImportError, LookupError: when used, where NLTK or its data are missing.
     """
 
-    short_names = {"part_of_speech": {}, "part_of_speech_word": {"name": "part_of_speech_word", "alignment": "word"}}
+    registry_names = {
+        "part_of_speech": {},
+        "part_of_speech_word": {"name": "part_of_speech_word", "alignment": "word"},
+    }
     why_not_causal = (
         "with alignment='word' a letter has the tag of the whole word, which depends on letters to come; use "
         "alignment='previous_word'."
@@ -160,7 +163,7 @@ class PartOfSpeechAxis(MetaAxis):
         self._refuse_if_not_causal()
         for character in characters:
             state = self._read(state, character)
-        return state.meta_id, state
+        return state.axis_id, state
 
     def ids_after(self, text):
         return super().ids_after(text) if self.causal else self._ids_of_words(text)
@@ -180,11 +183,11 @@ class PartOfSpeechAxis(MetaAxis):
 
     def _finish(self, state, word):
         tag = _tag_from_the_left(word, state.words, state.tags)
-        meta_id = self._id(tag)
+        axis_id = self._id(tag)
         if word in _SENTENCE_ENDS:
-            return _Reading(meta_id=meta_id)
+            return _Reading(axis_id=axis_id)
         normal = _tagger().normalize(word)
-        return _Reading("", (state.words[1], normal), (state.tags[1], tag), meta_id)
+        return _Reading("", (state.words[1], normal), (state.tags[1], tag), axis_id)
 
     def _ids_of_words(self, text):
         ids, sentence = [0] * (len(text) + 1), []
@@ -209,13 +212,13 @@ class _Reading(NamedTuple):
         word: the word so far.
         words: the two words before it, the nearer one last, as the tagger writes them.
         tags: their tags.
-        meta_id: the id of the last finished word.
+        axis_id: the id of the last finished word.
     """
 
     word: str = ""
     words: tuple = ("-START-", "-START2-")
     tags: tuple = ("-START2-", "-START-")
-    meta_id: int = 0
+    axis_id: int = 0
 
 
 def _pieces(word):
@@ -289,7 +292,7 @@ class TaggedText(NamedTuple):
     words: tuple
 
 
-class GoldTagAxis(MetaAxis):
+class GoldTagAxis(Axis):
     """Tags that people gave to the words of a corpus; each character has the tag of its word.
 
     Args:

@@ -33,7 +33,7 @@ PACKED = ["LeapModel", "LeapForMaskedLM", *CAUSAL, "HierarchicalLMModel", "Multi
 def make(head):
     """A model of this head and inputs `[2, 6]`, or two pages of two rows."""
     if "MultiGrid" in head:
-        inputs = {"input_ids": random_ids(2, 6), "meta_ids": random_ids(2, 12, 5).view(2, 2, 6)}
+        inputs = {"input_ids": random_ids(2, 6), "axis_ids": random_ids(2, 12, 5).view(2, 2, 6)}
         return tiny_multigrid(head, **TWO_AXES), inputs
     if "Heptapod" in head:
         return tiny_heptapod(head), {"input_ids": random_page(2, 2, 3)}

@@ -2,7 +2,7 @@
 
 import torch
 
-from .cache_states import held_states
+from .cache_checks import held_states
 from .transformers_versions import CacheVersionsMixin
 
 

@@ -8,7 +8,7 @@ closes nothing. It follows the grammar of Python 3.12, in which a replacement fi
 
 from typing import NamedTuple
 
-from .meta_axes import Automaton, MetaAxis, check_vocabulary_size
+from .axes import Automaton, Axis, check_vocabulary_size
 
 
 KINDS = ("space", "newline", "name", "keyword", "number", "operator", "open", "close", "string", "comment", "other")
@@ -267,7 +267,7 @@ def _describe(state):
 LEXER = Automaton(LexerState(), advance, _describe)
 
 
-class _PythonAxis(MetaAxis):
+class _PythonAxis(Axis):
     """One of the four things the lexer says."""
 
     _place: int
@@ -287,7 +287,7 @@ class _PythonAxis(MetaAxis):
 class PythonTokenKindAxis(_PythonAxis):
     """Kind of the token so far: one of `KINDS`. Soft keywords (`match`, `case`, `type`) are names."""
 
-    short_names = {"token_kind": {}}
+    registry_names = {"token_kind": {}}
     _place = 0
 
     def __init__(self, name: str = "token_kind"):
@@ -297,7 +297,7 @@ class PythonTokenKindAxis(_PythonAxis):
 class PythonBracketAxis(_PythonAxis):
     """The innermost open bracket, `field` for a replacement field of an f-string."""
 
-    short_names = {"bracket": {}}
+    registry_names = {"bracket": {}}
     _place = 1
 
     def __init__(self, name: str = "bracket"):
@@ -312,7 +312,7 @@ class PythonIndentationAxis(_PythonAxis):
         max_level: the highest id; deeper blocks share it.
     """
 
-    short_names = {"indentation": {}}
+    registry_names = {"indentation": {}}
     _place = 2
 
     def __init__(self, name: str = "indentation", max_level: int = 15):
@@ -334,7 +334,7 @@ class PythonIndentationAxis(_PythonAxis):
 class PythonStringAxis(_PythonAxis):
     """Which quotation marks would end the string that the text is in, or that it is in a comment or in code."""
 
-    short_names = {"string": {}}
+    registry_names = {"string": {}}
     _place = 3
 
     def __init__(self, name: str = "string"):

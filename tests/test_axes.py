@@ -15,15 +15,15 @@ import torch
 from data import build_tokenizer
 
 from modeling_heptapod import (
+    Axis,
     ConstantAxis,
     DecisionTreeAxis,
-    MetaAxis,
     MultiGridProcessor,
     RandomAxis,
     find_lookahead,
     make_axis,
 )
-from modeling_heptapod.multigrid.meta_axes import Automaton, visible_lengths
+from modeling_heptapod.multigrid.axes import Automaton, visible_lengths
 from tests.tiny_multigrid import tiny_multigrid
 
 
@@ -131,8 +131,8 @@ def test_steps_give_what_annotate_gives(axes, kind):
             ids, state = [], axis.start()
             for piece in pieces:
                 axis.step(state, "another beam's (text) \"")
-                meta_id, state = axis.step(state, piece)
-                ids.append(meta_id)
+                axis_id, state = axis.step(state, piece)
+                ids.append(axis_id)
             assert ids == axis.annotate(text, offsets), axis
             assert hash(state) == hash(copy.deepcopy(state))
 
@@ -143,8 +143,8 @@ def test_steps_of_the_tagger_give_what_annotate_gives(part_of_speech):
     lengths = [0, *visible_lengths(offsets, len(text))]
     ids, state = [], axis.start()
     for start, end in pairwise(lengths):
-        meta_id, state = axis.step(state, text[start:end])
-        ids.append(meta_id)
+        axis_id, state = axis.step(state, text[start:end])
+        ids.append(axis_id)
     assert ids == axis.annotate(text, offsets)
 
 
@@ -154,7 +154,7 @@ def test_before_the_first_character_the_id_is_0(axes):
         assert axis.annotate("") == [] and axis.ids_after("") == [0]
 
 
-class Ahead(MetaAxis):
+class Ahead(Axis):
     """Whether the character so many places ahead is an `x`."""
 
     def __init__(self, name="ahead", places=1):
@@ -281,7 +281,7 @@ def test_a_tree_by_hand():
     assert isinstance(axis, DecisionTreeAxis) and axis.length == 3
     # capitals and signs: 1 while fewer than three characters are there, 2 later; else 3, or 0 behind a character > U+2000
     assert axis.annotate("A.B.a€bAb") == [1, 1, 2, 2, 3, 3, 0, 2, 3]
-    assert MetaAxis.ids_after(axis, NON_ASCII) == axis.ids_after(NON_ASCII)
+    assert Axis.ids_after(axis, NON_ASCII) == axis.ids_after(NON_ASCII)
     module = {}
     exec(axis.to_python(), module)
     for text in (NON_ASCII, ENGLISH, "", "x", "\ud800"):
@@ -333,11 +333,11 @@ def test_nodes_that_make_no_tree_are_named(nodes, number):
 
 def test_axes_from_names_specs_and_files(axes, tmp_path):
     for axis in [*axes, make_axis("part_of_speech_word"), RandomAxis("noise", size=5, seed=7)]:
-        spec = json.loads(json.dumps(axis.to_spec()))
+        spec = json.loads(json.dumps(axis.to_dict()))
         path = tmp_path / "axis.json"
         path.write_text(json.dumps(spec))
         for again in (make_axis(spec), make_axis(path), make_axis(str(path))):
-            assert type(again) is type(axis) and again.to_spec() == axis.to_spec()
+            assert type(again) is type(axis) and again.to_dict() == axis.to_dict()
             assert (again.name, again.vocabulary, again.causal) == (axis.name, axis.vocabulary, axis.causal)
             if axis.causal:
                 assert again.annotate(NON_ASCII) == axis.annotate(NON_ASCII)
@@ -396,12 +396,12 @@ def test_a_file_holds_a_spec_itself(tmp_path):
 def test_bad_axes_and_texts_are_named():
     for vocabulary in ([], ["a", "a"]):
         with pytest.raises(ValueError, match="`vocabulary` of axis 'mine' must hold different entries"):
-            MetaAxis("mine", vocabulary)
+            Axis("mine", vocabulary)
     with pytest.raises(TypeError, match="`text` must be a string, got bytes"):
         RandomAxis().annotate(b"abc")
     for method in (lambda axis: axis.start(), lambda axis: axis.step((), "a")):
-        with pytest.raises(NotImplementedError, match="MetaAxis must define"):
-            method(MetaAxis("mine", ["a"]))
+        with pytest.raises(NotImplementedError, match="Axis must define"):
+            method(Axis("mine", ["a"]))
         with pytest.raises(ValueError, match="'part_of_speech_word' cannot be continued.*letters to come"):
             method(make_axis("part_of_speech_word"))
 
@@ -427,7 +427,7 @@ def test_sizes_that_make_no_vocabulary(axis_class, argument, size):
         make_axis({"class": axis_class, "name": "x", argument: size})
 
 
-class Careless(MetaAxis):
+class Careless(Axis):
     """Gives the ids that it is told to, whatever its vocabulary is."""
 
     def __init__(self, name="careless", ids=(0,)):
@@ -471,6 +471,6 @@ def test_ids_outside_of_the_vocabulary_are_named(axis, said):
     with pytest.raises(ValueError, match="axis 'careless'"):
         processor("abc")
     model = tiny_multigrid(vocab_size=258, axis_names=["careless"], axis_vocab_sizes=[2])
-    inputs = {"input_ids": torch.tensor([[97, 98]]), "meta_ids": torch.zeros(1, 1, 2, dtype=torch.long)}
+    inputs = {"input_ids": torch.tensor([[97, 98]]), "axis_ids": torch.zeros(1, 1, 2, dtype=torch.long)}
     with pytest.raises(ValueError, match=r"axis 'careless' must give ids in \[0, 2\)"):
-        model.generate(**inputs, max_new_tokens=4, meta_source="annotated", processor=processor)
+        model.generate(**inputs, max_new_tokens=4, axis_source="annotated", processor=processor)

@@ -47,8 +47,8 @@ class CrossAttentionMerge(nn.Module):
         self.sources = {
             i: [
                 j
-                for j, factor in enumerate(config.hierarchies)
-                if config.merge_direction == "full" or factor >= config.hierarchies[i]
+                for j, factor in enumerate(config.compression_factors)
+                if config.merge_direction == "full" or factor >= config.compression_factors[i]
             ]
             for i in self.receivers
         }

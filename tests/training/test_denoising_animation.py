@@ -1,11 +1,11 @@
-"""training/page_animation.py: the files are there, and every cell has the colour of the iteration that wrote it."""
+"""training/denoising_animation.py: the files are there, and every cell has the colour of the iteration that wrote it."""
 
 import numpy as np
 import pytest
 import torch
 from data import build_tokenizer
+from denoising_animation import GIVEN, OFF_PAGE, OPEN, draw_page
 from matplotlib import colormaps
-from page_animation import GIVEN, OFF_PAGE, OPEN, draw_page
 from PIL import Image, ImageDraw
 
 from modeling_heptapod import HeptapodProcessor
@@ -17,7 +17,7 @@ def processor():
 
 
 @pytest.fixture
-def trajectory(processor):
+def history(processor):
     """Two rows of four: a given cell, three written in turn of which one is taken back, one off the page."""
     mask, pad, blank = processor.tokenizer.mask_token_id, processor.tokenizer.pad_token_id, processor.blank_token_id
     page = [[ord("a"), mask, mask, mask], [10, blank, ord("b"), pad]]
@@ -36,8 +36,8 @@ def colours_of(frame, rows=2, columns=4):
     return [[tuple(pixels[r * high + high - 2, c * wide + wide - 2]) for c in range(columns)] for r in range(rows)]
 
 
-def test_cells_have_the_colour_of_their_iteration(processor, trajectory):
-    frames = draw_page(trajectory, processor)
+def test_cells_have_the_colour_of_their_iteration(processor, history):
+    frames = draw_page(history, processor)
     assert len(frames) == 6
     viridis = [tuple(int(255 * x) for x in colour[:3]) for colour in colormaps["viridis"](np.linspace(0, 1, 5))]
     expected = [GIVEN, OPEN, OPEN, OPEN]
@@ -50,15 +50,15 @@ def test_cells_have_the_colour_of_their_iteration(processor, trajectory):
         assert second == [GIVEN, GIVEN, GIVEN, OFF_PAGE]
 
 
-def test_files(processor, trajectory, tmp_path, monkeypatch):
-    gif, strip, texts, text = tmp_path / "page.gif", tmp_path / "page.png", [], ImageDraw.ImageDraw.text
+def test_files(processor, history, tmp_path, monkeypatch):
+    gif, strip, texts, text = tmp_path / "infilling.gif", tmp_path / "infilling.png", [], ImageDraw.ImageDraw.text
 
     def noting_text(canvas, place, said, *more):
         texts.append(said)
         return text(canvas, place, said, *more)
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", noting_text)
-    frames = draw_page(trajectory.numpy(), processor, gif, strip, panels=3, seconds=1.2)
+    frames = draw_page(history.numpy(), processor, gif, strip, panels=3, seconds=1.2)
     with Image.open(gif) as animation:
         assert animation.n_frames == 6 and animation.size == frames[0].size and animation.info["loop"] == 0
         durations = []
@@ -86,7 +86,7 @@ def test_only_pages_that_are_shown_are_kept(processor, tmp_path, monkeypatch):
     every = draw_page(pages, processor, max_frames=129)
     copies, copy = [], Image.Image.copy
     monkeypatch.setattr(Image.Image, "copy", lambda picture: copies.append(1) or copy(picture))
-    frames = draw_page(pages, processor, strip=tmp_path / "page.png", max_frames=10, panels=4)
+    frames = draw_page(pages, processor, strip=tmp_path / "infilling.png", max_frames=10, panels=4)
     assert len(copies) <= 14
     assert len({frame.tobytes() for frame in frames}) == 10
     for step, frame in zip([round(x) for x in np.linspace(0, 128, 10)], frames):
@@ -103,5 +103,5 @@ def test_tokens_of_several_letters_fit(processor, tmp_path):
 
 
 def test_a_batch_is_no_page(processor):
-    with pytest.raises(ValueError, match=r"`trajectory` must be .*\[2, 1, 3, 4\]"):
+    with pytest.raises(ValueError, match=r"`history` must be .*\[2, 1, 3, 4\]"):
         draw_page(torch.zeros(2, 1, 3, 4), processor)

@@ -17,7 +17,7 @@ from modeling_heptapod import (
     PythonTokenKindAxis,
     find_lookahead,
 )
-from modeling_heptapod.multigrid.meta_axes_python import BRACKETS, KEYWORDS, KINDS, STRINGS
+from modeling_heptapod.multigrid.python_axes import BRACKETS, KEYWORDS, KINDS, STRINGS
 
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -32,11 +32,11 @@ LETTERS = dict(zip(KINDS, "_nwk0o()s#?"))  # one for each kind, in the order of 
 
 
 def kinds(text):
-    return "".join(LETTERS[KINDS[meta_id]] for meta_id in KIND.annotate(text))
+    return "".join(LETTERS[KINDS[axis_id]] for axis_id in KIND.annotate(text))
 
 
 def brackets(text):
-    return "".join(".([{f"[meta_id] for meta_id in BRACKET.annotate(text))
+    return "".join(".([{f"[axis_id] for axis_id in BRACKET.annotate(text))
 
 
 # ---- against tokenize
@@ -78,17 +78,17 @@ def check(source):
         if name not in ("NL", "COMMENT"):
             assert level[end - 1] == blocks, where
         if name == "COMMENT":
-            assert {STRINGS[meta_id] for meta_id in string[start:end]} == {"comment"}, where
+            assert {STRINGS[axis_id] for axis_id in string[start:end]} == {"comment"}, where
         elif name == "STRING":
             prefix = re.match("[a-zA-Z]*", token.string).group()
             marks = next(m for m in ("'''", '"""', "'", '"') if token.string.startswith(m, len(prefix)))
             assert STRINGS[string[end - 1]] == "code", where
             if "f" not in prefix.lower() and len(token.string) > len(prefix) + 6:
                 inside = slice(start + len(prefix) + len(marks) - 1, end - 1)
-                assert {STRINGS[meta_id] for meta_id in string[inside]} == {marks}, where
-                assert {KINDS[meta_id] for meta_id in kind[start + len(prefix) : end]} == {"string"}, where
+                assert {STRINGS[axis_id] for axis_id in string[inside]} == {marks}, where
+                assert {KINDS[axis_id] for axis_id in kind[start + len(prefix) : end]} == {"string"}, where
         else:
-            assert {STRINGS[meta_id] for meta_id in string[start:end]} == {"code"}, where
+            assert {STRINGS[axis_id] for axis_id in string[start:end]} == {"code"}, where
     for place in set(range(len(source))) - covered:
         assert KINDS[kind[place]] in ("space", "newline"), (place, source[place])
     return compared
@@ -177,7 +177,7 @@ def test_strings_by_hand():
         *["code", "comment", "comment", "comment", "code", "code", "'", "code", "code", "'", "code", "code"],
         *["code", "code", "'", "code", "'''", "'''"],
     ]
-    assert [STRINGS[meta_id] for meta_id in STRING.annotate(source)] == expected
+    assert [STRINGS[axis_id] for axis_id in STRING.annotate(source)] == expected
 
 
 def test_indentation_by_hand():

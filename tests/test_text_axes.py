@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from modeling_heptapod import AffixAxis, GoldTagAxis, PartOfSpeechAxis, find_lookahead
-from modeling_heptapod.multigrid.meta_axes_text import ENGLISH_AFFIXES, TaggedText, read_conllu, read_nltk_tagged
+from modeling_heptapod.multigrid.text_axes import ENGLISH_AFFIXES, TaggedText, read_conllu, read_nltk_tagged
 
 
 REPOSITORY = Path(__file__).parent.parent
@@ -26,7 +26,7 @@ def nltk_data(monkeypatch):
 
 
 def said(axis, text):
-    return [axis.vocabulary[meta_id] for meta_id in axis.annotate(text)]
+    return [axis.vocabulary[axis_id] for axis_id in axis.annotate(text)]
 
 
 # ---- affixes
@@ -161,7 +161,7 @@ def test_little_is_lost_without_the_words_to_come(nltk_data):
 
 @pytest.mark.parametrize("tagset, size", [("universal", 13), ("penn", 46)])
 def test_vocabularies_hold_all_tags(nltk_data, tagset, size):
-    from modeling_heptapod.multigrid.meta_axes_text import PENN_TAGS, _tagger, _universal
+    from modeling_heptapod.multigrid.text_axes import PENN_TAGS, _tagger, _universal
 
     axis = PartOfSpeechAxis(tagset=tagset)
     assert len(axis.vocabulary) == size
@@ -190,7 +190,7 @@ def errors(lines, folder):
 def test_missing_data_are_named_and_how_to_get_them(tmp_path):
     pytest.importorskip("nltk", reason="the extra `axes` is not installed")
     lines = [
-        "import modeling_heptapod.multigrid.meta_axes_text as axes",
+        "import modeling_heptapod.multigrid.text_axes as axes",
         "axes.PartOfSpeechAxis().annotate('a b')",
         "axes.PartOfSpeechAxis(alignment='word').annotate('a b')",
         "axes.read_nltk_tagged('brown')",
@@ -206,7 +206,7 @@ def test_missing_data_are_named_and_how_to_get_them(tmp_path):
 def test_missing_nltk_is_named(tmp_path):
     """The axis is made without it, so a processor loads; it is needed when the axis is used."""
     lines = [
-        "sys.modules['nltk'] = None; import modeling_heptapod.multigrid.meta_axes_text as axes",
+        "sys.modules['nltk'] = None; import modeling_heptapod.multigrid.text_axes as axes",
         "axis = axes.PartOfSpeechAxis()",
         "axis.annotate('a b')",
     ]
@@ -271,7 +271,7 @@ def test_gold_tags_stand_at_their_words(tmp_path):
         GoldTagAxis(texts=texts[1:], vocabulary=["none", "NOUN"])
     for again in (copy.deepcopy(axis), pickle.loads(pickle.dumps(axis))):
         assert said(again, texts[0].text) == said(axis, texts[0].text)
-    assert axis.to_spec() == {"class": "GoldTagAxis", "name": "upos", "vocabulary": list(axis.vocabulary)}
+    assert axis.to_dict() == {"class": "GoldTagAxis", "name": "upos", "vocabulary": list(axis.vocabulary)}
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no corpora in ../shared/data next to the repository")

@@ -20,20 +20,20 @@ from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .linear_cross_entropy import linear_cross_entropy
 
 
-_IGNORED = -100  # the target that does not count
+_IGNORE_INDEX = -100  # the target that does not count
 _COSINE_SHARE = 0.9  # of "mse_and_cosine", as in the prototype
 
 
-class PredictiveLosses(nn.Module):
+class AuxiliaryLosses(nn.Module):
     """All losses of the config whose weight is not 0. Its modules are kept by compression factor: `prophet["4"]`.
 
-    A subclass may override `make_summarizer`; a model takes it as its class attribute `predictive_losses_class`.
+    A subclass may override `make_summarizer`; a model takes it as its class attribute `auxiliary_losses_class`.
     """
 
     def __init__(self, config: HierarchicalLMConfig):
         super().__init__()
         self.config = config
-        coarse = [(str(c), h) for h, c in enumerate(config.hierarchies) if c > 1]
+        coarse = [(str(c), h) for h, c in enumerate(config.compression_factors) if c > 1]
         if config.reconstruction_loss_weight > 0:
             self.reconstruction = nn.ModuleDict({name: self._token_head(h) for name, h in coarse})
         if config.prophet_loss_weight > 0:
@@ -45,7 +45,7 @@ class PredictiveLosses(nn.Module):
             self.next_latent = nn.ModuleDict(
                 {
                     str(c): NextLatent(config, h, self.make_summarizer(h))
-                    for h, c in enumerate(config.hierarchies)
+                    for h, c in enumerate(config.compression_factors)
                     if self.next_latent_weights[h]
                 }
             )
@@ -57,7 +57,7 @@ class PredictiveLosses(nn.Module):
         coarse = config.reconstruction_loss_weight, config.prophet_loss_weight, config.quantized_prophet_loss_weight
         return [
             h
-            for h, (factor, next_latent) in enumerate(zip(config.hierarchies, self.next_latent_weights))
+            for h, (factor, next_latent) in enumerate(zip(config.compression_factors, self.next_latent_weights))
             if next_latent or (factor > 1 and any(coarse))
         ]
 
@@ -89,7 +89,7 @@ class PredictiveLosses(nn.Module):
 
     def _token_head(self, h):
         config = self.config
-        return PredictionHead(config.hidden_sizes[h], config.hierarchies[h] * config.vocab_size)
+        return PredictionHead(config.hidden_sizes[h], config.compression_factors[h] * config.vocab_size)
 
     def forward(
         self,
@@ -130,7 +130,7 @@ class PredictiveLosses(nn.Module):
         if hasattr(self, "quantized_prophet"):
             losses["quantized_prophet"] = sum(
                 self.quantized_prophet[str(c)](streams[h], token_embeddings, owners)
-                for h, c in enumerate(config.hierarchies)
+                for h, c in enumerate(config.compression_factors)
                 if c > 1
             )
         if hasattr(self, "next_latent"):
@@ -146,14 +146,14 @@ class PredictiveLosses(nn.Module):
         """The next-latent loss of each hierarchy that has one, by its index, without weights."""
         return {
             h: self.next_latent[str(c)](streams[h], token_embeddings, owners)
-            for h, c in enumerate(self.config.hierarchies)
+            for h, c in enumerate(self.config.compression_factors)
             if self.next_latent_weights[h]
         }
 
     def _token_loss(self, name, streams, input_ids, owners):
         """Cross-entropy of the tokens of a block, mean over a hierarchy's targets, sum over hierarchies."""
         total = streams[0].new_zeros((), dtype=torch.float32)
-        for h, (c, s) in enumerate(zip(self.config.hierarchies, self.config.strides)):
+        for h, (c, s) in enumerate(zip(self.config.compression_factors, self.config.strides)):
             if c > 1:
                 offsets = range(1 - c, 1) if name == "reconstruction" else range(1, c + 1)
                 targets = _block_targets(input_ids, owners, offsets, s)
@@ -175,7 +175,7 @@ class QuantizedProphet(nn.Module):
 
     def __init__(self, config: HierarchicalLMConfig, h: int):
         super().__init__()
-        self.factor, self.stride = config.hierarchies[h], config.strides[h]
+        self.factor, self.stride = config.compression_factors[h], config.strides[h]
         self.quantizer = RandomProjectionQuantizer(
             self.factor * config.hidden_size,
             config.prophet_codebook_dim,
@@ -194,7 +194,7 @@ class QuantizedProphet(nn.Module):
         if owners is not None:
             last = owners[:, self.factor :: self.stride]  # of the last token of each block
             first = owners[:, : owners.shape[1] - self.factor : self.stride]
-            codes = codes.masked_fill(((last != first) | (last < 0)).unsqueeze(-1), _IGNORED)
+            codes = codes.masked_fill(((last != first) | (last < 0)).unsqueeze(-1), _IGNORE_INDEX)
         stream = stream[:, : codes.shape[1]]
         return linear_cross_entropy(stream.flatten(0, 1), self.head.weight, codes.flatten(0, 1))
 
@@ -313,7 +313,7 @@ class ChunkSummarizer(nn.Module):
 
     def __init__(self, config: HierarchicalLMConfig, h: int):
         super().__init__()
-        self.factor, self.stride = config.hierarchies[h], config.strides[h]
+        self.factor, self.stride = config.compression_factors[h], config.strides[h]
         width_in, width = config.hidden_size, config.hidden_sizes[h]
         self.proj = nn.Linear(width_in, width) if width_in != width else nn.Identity()
 
@@ -336,7 +336,7 @@ class ChunkSummarizer(nn.Module):
         return self.proj(sums[:, :: self.stride] / counts[..., :: self.stride, :])
 
 
-class LinearFromZero(nn.Linear):
+class ZeroInitLinear(nn.Linear):
     """A linear layer that starts at zero: a class of its own, since transformers initialises by classes."""
 
     def reset_parameters(self):
@@ -358,7 +358,7 @@ class LatentDynamics(nn.Module):
         widths = [2 * width, *[inner] * (config.dynamics_num_layers - 1), width]
         self.norm = nn.LayerNorm(2 * width)
         *inner_layers, last = pairwise(widths)
-        self.layers = nn.ModuleList([*(nn.Linear(*sizes) for sizes in inner_layers), LinearFromZero(*last)])
+        self.layers = nn.ModuleList([*(nn.Linear(*sizes) for sizes in inner_layers), ZeroInitLinear(*last)])
 
     def forward(self, latent: torch.Tensor, summary: torch.Tensor) -> torch.Tensor:
         change = self.norm(torch.cat((latent, summary), dim=-1))
@@ -383,8 +383,8 @@ def _block_targets(input_ids, owners, offsets, stride):
         padded = nn.functional.pad(x, (before, after), value=outside)
         return padded[:, before + offsets[0] :].unfold(1, len(offsets), stride)
 
-    targets = around(input_ids, _IGNORED)
+    targets = around(input_ids, _IGNORE_INDEX)
     if owners is not None:
         own = owners[:, ::stride].unsqueeze(-1)
-        targets = targets.masked_fill((around(owners, -1) != own) | (own < 0), _IGNORED)
+        targets = targets.masked_fill((around(owners, -1) != own) | (own < 0), _IGNORE_INDEX)
     return targets
