@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from data import build_tokenizer, load_texts
+from corpora import build_tokenizer, load_texts
 from provenance import weights_digest
 
 from modeling_heptapod import HeptapodProcessor, MultiGridProcessor

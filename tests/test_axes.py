@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data import build_tokenizer
+from corpora import build_tokenizer
 
 from modeling_heptapod import (
     Axis,

@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from data import build_tokenizer
+from corpora import build_tokenizer
 from transformers import DynamicCache
 
 from modeling_heptapod import HierarchicalCache, MultiGridCache, RecurrentCache, StaticRecurrentCache

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from data import build_tokenizer
+from corpora import build_tokenizer
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from data import build_tokenizer
+from corpora import build_tokenizer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding, Trainer, TrainingArguments

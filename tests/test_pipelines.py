@@ -10,7 +10,7 @@ from threading import Thread
 
 import pytest
 import torch
-from data import build_tokenizer
+from corpora import build_tokenizer
 from transformers import TextDiffusionStreamer, TextIteratorStreamer, TextStreamer, pipeline
 
 from modeling_heptapod import HeptapodProcessor, MultiGridProcessor

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data import build_tokenizer
+from corpora import build_tokenizer
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from data import build_tokenizer
+from corpora import build_tokenizer
 
 import modeling_heptapod
 from modeling_heptapod import Axis, HeptapodProcessor, MultiGridProcessor, make_axis

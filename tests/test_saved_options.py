@@ -236,6 +236,6 @@ def test_every_option_of_a_processor(by_bytes, tmp_path):
 
 @pytest.fixture(scope="module")
 def by_bytes():
-    from data import build_tokenizer
+    from corpora import build_tokenizer
 
     return build_tokenizer("byte", [], for_pages=True)

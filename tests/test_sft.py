@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from data import build_tokenizer
+from corpora import build_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer

@@ -6,7 +6,7 @@ Copy and edit it like one of transformers' examples: everything here is `Trainer
 given as well; `--help` lists them.
 """
 
-from options import check_can_write, check_number, check_training_arguments, need
+from argument_checks import check_can_write, check_number, check_training_arguments, need
 
 
 need("finetune", "accelerate", "datasets", "sklearn")
@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
+from hub_upload import CleanPushes
 from loading import check_family, check_name
 from provenance import write_figures
-from pushing import CleanPushes
 from redaction import CommandLine
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression

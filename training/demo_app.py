@@ -12,7 +12,7 @@ anything, and answers to nobody who calls it by another name than this machine's
 
 import os
 
-from options import NUMPY_SEEDS, need, whole
+from argument_checks import NUMPY_SEEDS, need, whole
 
 
 need("app", "gradio", "matplotlib", "PIL")

@@ -6,7 +6,7 @@
 Needs the extra `plots` (matplotlib for the colours and the font, pillow for the drawing).
 """
 
-from options import need
+from argument_checks import need
 
 
 need("plots", "matplotlib", "PIL")

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import torch
-from options import check_number
+from argument_checks import check_number
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 

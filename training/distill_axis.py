@@ -8,7 +8,7 @@ characters; the tree is written as `axis.json`, which `make_axis` loads, and as 
 How often the tree is right on text that neither was fitted on is printed.
 """
 
-from options import NUMPY_SEEDS, check_can_write, check_number, need, whole
+from argument_checks import NUMPY_SEEDS, check_can_write, check_number, need, whole
 
 
 need("axes", "sklearn")
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import load_texts
+from corpora import load_texts
 from loading import add_model_arguments, check_family, may_run_code
 from redaction import Parser
 from tqdm.auto import tqdm

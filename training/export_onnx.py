@@ -7,7 +7,7 @@ it: what a token costs does not depend on how many came before. `states.npz` hol
 Needs the extra `deploy`. The folder brings its own code.
 """
 
-from options import check_can_write, need, prompt_text, whole
+from argument_checks import check_can_write, need, prompt_text, whole
 
 
 need("deploy", "onnx", "onnxruntime", "onnxscript")

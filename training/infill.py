@@ -6,7 +6,7 @@ The page is held-out source text unless `--text_file` says otherwise. The folder
 `infilling.png` are written into it.
 """
 
-from options import NUMPY_SEEDS, check_can_write, need, whole
+from argument_checks import NUMPY_SEEDS, check_can_write, need, whole
 
 
 need("plots", "matplotlib", "PIL")
@@ -14,7 +14,7 @@ need("plots", "matplotlib", "PIL")
 from pathlib import Path
 
 import torch
-from data import load_texts
+from corpora import load_texts
 from denoising_animation import draw_page
 from loading import add_model_arguments, check_family, may_run_code
 from page_score import baselines, score_pages

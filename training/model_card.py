@@ -3,10 +3,10 @@
     python training/model_card.py outputs/leap-tiny outputs/heptapod-tiny --output_dir hub_cards
 
 Without `--output_dir` each folder gets its own README.md, as train.py and publish.py write it. `results.json` is what
-train.py measured, `evaluation.json` what evaluate.py did, if it is there and of these weights.
+train.py measured, `evaluation.json` what evaluate_model.py did, if it is there and of these weights.
 """
 
-from options import need
+from argument_checks import need
 
 
 need("eval", "jinja2")  # of which the card is made
@@ -81,7 +81,7 @@ def tested_transformers(folder: Path) -> str | None:
 
 
 def read_evaluation(folder: Path) -> dict | None:
-    """What evaluate.py measured of a folder; `None` if it did not, or if the weights have changed since."""
+    """What evaluate_model.py measured of a folder; `None` if it did not, or if the weights have changed since."""
     try:
         evaluation = read_json(folder / "evaluation.json")
     except FileNotFoundError:

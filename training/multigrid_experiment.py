@@ -20,7 +20,7 @@ has axes that see no more than the model does.
 A finished run is kept in `outputs/multigrid_experiment/`, so that an experiment that was cut off goes on with the next.
 """
 
-from options import need, whole
+from argument_checks import need, whole
 
 
 need("train", "matplotlib")
@@ -44,7 +44,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import transformers
-from data import PackedBlocks, annotate, build_tokenizer, encode, load_texts
+from corpora import PackedBlocks, annotate, build_tokenizer, encode, load_texts
 from distill_axis import distill
 from multigrid_report import draw, report_on
 from objectives import sum_nats

@@ -9,12 +9,11 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-import data
+import corpora
 import numpy as np
 import tokenizers
 import torch
-from cache import Cache, default_folder
-from data import (
+from corpora import (
     AXES,
     BLOCK_SIZE,
     DataArguments,
@@ -26,8 +25,9 @@ from data import (
     is_byte_tokenizer,
     wrap_tokenizer,
 )
+from corpus_cache import Cache, default_folder
+from corpus_streaming import StreamedExamples
 from diffusion_bound import MASK_SAMPLES, diffusion_bound
-from streaming import StreamedExamples
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.utils import logging
@@ -246,7 +246,7 @@ class AnnotatedTokens(NextTokens):
 
 def _cache(data_args):
     folder = None if data_args.cache_dir in (None, "none") else data_args.cache_dir
-    code = [__file__, data.__file__, inspect.getfile(HeptapodProcessor)]
+    code = [__file__, corpora.__file__, inspect.getfile(HeptapodProcessor)]
     try:
         return Cache(folder, code)
     except ValueError as error:

@@ -7,7 +7,7 @@ A model that has not been evaluated, or whose weights changed since, is evaluate
 out. The card is filled anew. What is left behind by training (checkpoints, optimizer, logs) stays where it is.
 """
 
-from options import need
+from argument_checks import need
 
 
 need("eval", "jinja2")  # of which the card is made
@@ -15,8 +15,8 @@ need("eval", "jinja2")  # of which the card is made
 import hashlib
 from pathlib import Path
 
-from data import load_texts
-from evaluate import evaluate
+from corpora import load_texts
+from evaluate_model import evaluate
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from loading import check_folder, from_elsewhere, may_run_code, read_json, references_of
 from model_card import read_evaluation, write_card
@@ -113,13 +113,13 @@ def evaluate_if_needed(folder: Path) -> None:
     if results["dataset"] != "stdlib":
         raise ValueError(
             f"{folder} has no evaluation of its weights, and it is not known where {results['dataset']} is; evaluate "
-            f"first: python training/evaluate.py {folder} --dataset_name ..."
+            f"first: python training/evaluate_model.py {folder} --dataset_name ..."
         )
     texts = load_texts("stdlib", max_validation_bytes=results["held_out_bytes"]).validation
     if hashlib.sha256("".join(texts).encode()).hexdigest() != results["held_out_sha256"]:
         raise ValueError(
             f"{folder} has no evaluation of its weights, and this machine holds out another part of stdlib than training did "
-            f"(another Python, or --streaming); evaluate first: python training/evaluate.py {folder} --dataset_name ..."
+            f"(another Python, or --streaming); evaluate first: python training/evaluate_model.py {folder} --dataset_name ..."
         )
     evaluation = evaluate(folder, texts, "stdlib")
     write_figures(folder / "evaluation.json", evaluation)

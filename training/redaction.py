@@ -7,7 +7,7 @@ import traceback
 from argparse import ArgumentParser
 from collections.abc import Iterable
 
-from options import escape_unprintable
+from argument_checks import escape_unprintable
 from transformers import HfArgumentParser
 
 

@@ -4,8 +4,8 @@ Nothing of the package is imported: the folder brings its own code.
 """
 
 import torch
+from argument_checks import NUMPY_SEEDS, prompt_text, whole
 from loading import add_model_arguments, check_family, may_run_code
-from options import NUMPY_SEEDS, prompt_text, whole
 from redaction import Parser
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
 

@@ -8,8 +8,8 @@ import string
 from collections import Counter
 
 import torch
+from argument_checks import NUMPY_SEEDS, prompt_text, whole
 from loading import add_model_arguments, check_family, may_run_code
-from options import NUMPY_SEEDS, prompt_text, whole
 from redaction import Parser
 from token_text import is_byte_level, readable
 from transformers import AutoModelForCausalLM, AutoProcessor, set_seed

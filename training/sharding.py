@@ -3,9 +3,9 @@
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 from checkpoints import WholeCheckpoints
-from ending import Ending
+from hub_upload import CleanPushes
 from named_losses import NamedLossTrainer
-from pushing import CleanPushes
+from stopping import Ending
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import EarlyStoppingCallback

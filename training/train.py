@@ -12,7 +12,7 @@ import gc
 
 gc.disable()  # until all is imported, which makes many objects and no garbage: half a second of the start
 
-from options import check_can_write, check_number, check_training_arguments, need
+from argument_checks import check_can_write, check_number, check_training_arguments, need
 
 
 need("train", "accelerate", "matplotlib", "jinja2", "psutil")  # the last three only at the end, when all is trained
@@ -35,17 +35,17 @@ import psutil
 import torch
 from accelerate.utils import broadcast_object_list
 from checkpoints import alone_in, check_begins_alone, check_same_run, damage_of, find_checkpoint, read_run, step_of
-from data import DataArguments, check_data_arguments, dataset_name, load_texts
-from ending import Ending
+from corpora import DataArguments, check_data_arguments, dataset_name, load_texts
+from corpus_streaming import StreamedExamples, stream_texts
+from hub_upload import NOT_PUSHED
 from huggingface_hub import upload_folder
 from model_card import write_card
 from objectives import json_of, objective_for
 from provenance import provenance, weights_digest, write_figures
-from pushing import NOT_PUSHED
-from reading import Reading
 from redaction import CommandLine
 from sharding import ShardingTrainer
-from streaming import StreamedExamples, stream_texts
+from stopping import Ending
+from token_counts import Reading
 from transformers import (
     AutoConfig,
     EarlyStoppingCallback,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import harness
 import torch
-from data import build_tokenizer, load_texts
+from corpora import build_tokenizer, load_texts
 from page_score import baselines, score_pages
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoProcessor
 

@@ -17,7 +17,7 @@ import harness
 import matplotlib
 import numpy as np
 import torch
-from data import PackedBlocks, build_tokenizer, encode, load_texts
+from corpora import PackedBlocks, build_tokenizer, encode, load_texts
 from run_all import commit as current_commit
 from training_step import Trainee
 

@@ -5,7 +5,7 @@ Models have to beat this. It needs a processor only, no model.
 
 import harness
 from bench_grid_generation import REGIONS, held_out_pages
-from data import build_tokenizer
+from corpora import build_tokenizer
 from infill import choose_page
 from page_score import baselines, score_pages
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from classify import difference, read_rows, scores, split, words_alone
-from data import build_tokenizer
+from corpora import build_tokenizer
 from transformers import AutoModelForSequenceClassification, pipeline
 
 from tests.tiny_leap import tiny_leap

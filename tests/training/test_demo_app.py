@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import gradio
 import pytest
 import torch
-from data import build_tokenizer
+from corpora import build_tokenizer
 from demo_app import (
     ALL_SHOWN,
     HOLE,

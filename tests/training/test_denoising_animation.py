@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from data import build_tokenizer
+from corpora import build_tokenizer
 from denoising_animation import GIVEN, OFF_PAGE, OPEN, draw_page
 from matplotlib import colormaps
 from PIL import Image, ImageDraw

@@ -20,7 +20,7 @@ from tests.tiny_multigrid import tiny_multigrid
 
 pytest.importorskip("sklearn", reason="the extra `axes` is not installed")
 import distill_axis
-from data import build_tokenizer, load_texts
+from corpora import build_tokenizer, load_texts
 from distill_axis import distill, hidden_states, last_characters, tree_nodes
 from sklearn.tree import DecisionTreeClassifier
 

@@ -8,15 +8,15 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import evaluate
+import evaluate_model
 import pytest
-from data import NOT_STDLIB, annotate, encode, hash_of
+from corpora import NOT_STDLIB, annotate, encode, hash_of
 
 from tests.saved_models import save_tiny
 
 
 pytestmark = pytest.mark.slow  # a minute and a half: lm_eval starts slowly
-TASKS = Path(evaluate.__file__).parent / "lm_eval_tasks"
+TASKS = Path(evaluate_model.__file__).parent / "lm_eval_tasks"
 LIMIT, WINDOW = 9, 512  # so that neither batch size divides the number of documents
 # Folder -> what is saved there, and the `--model` that reads it.
 MODELS = {
@@ -36,7 +36,7 @@ generation_kwargs: {{until: ["\\n\\n"], max_gen_toks: 12}}
 metric_list: [{{metric: exact_match}}]
 """
 
-# In a process whose path is not ours: lm_eval imports a package of the name of our evaluate.py.
+# In a process of its own, as a user runs lm_eval: without our folders on the path.
 RUN = """
 import json, sys, sysconfig
 from pathlib import Path
@@ -135,13 +135,13 @@ def test_batches_of_1_and_8_give_the_same(name, scored):
 def test_bits_per_byte_are_those_of_our_own_evaluation(name, scored):
     folder, results = scored
     texts = [document["text"] for document in results[f"{name}-1"]["documents"]["stdlib_bits_per_byte"]]
-    model, processing = evaluate.load_model(folder / name)
+    model, processing = evaluate_model.load_model(folder / name)
     axes, tokenizer = getattr(processing, "axes", ()), getattr(processing, "tokenizer", processing)
     nats = 0.0
     for text in texts:
         stream, meta = encode([text], tokenizer), annotate([text], tokenizer, axes) if axes else None
         # lm_eval begins with the same token, but does not ask for the end of the text.
-        nats += evaluate.sliding_window_nats(model, stream, meta, window=WINDOW, stride=1)[0, :-1].sum()
+        nats += evaluate_model.sliding_window_nats(model, stream, meta, window=WINDOW, stride=1)[0, :-1].sum()
     bits = nats / math.log(2) / sum(len(text.encode()) for text in texts)
     measured = results[f"{name}-1"]["figures"]["stdlib_bits_per_byte"]["bits_per_byte,none"]
     assert measured == pytest.approx(bits, rel=1e-5)
@@ -162,7 +162,7 @@ def test_what_lm_eval_cannot_score_is_said(scored):
 
 def test_a_model_with_axes_writes_with_annotated_ones(scored):
     folder, results = scored
-    model, processor = evaluate.load_model(folder / "multigrid")
+    model, processor = evaluate_model.load_model(folder / "multigrid")
     documents, samples = (results["multigrid-1"][kind]["write"] for kind in ("documents", "samples"))
     differ = 0
     for document, sample in zip(documents, samples, strict=True):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data import PackedBlocks, Texts, annotate, build_tokenizer, encode
+from corpora import PackedBlocks, Texts, annotate, build_tokenizer, encode
 
 from modeling_heptapod import make_axis
 

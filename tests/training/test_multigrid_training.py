@@ -14,7 +14,7 @@ import pytest
 import sample_axes
 import torch
 import train
-from data import DataArguments, PackedBlocks, Texts, annotate, build_tokenizer, encode
+from corpora import DataArguments, PackedBlocks, Texts, annotate, build_tokenizer, encode
 from named_losses import losses_by_name
 from objectives import AnnotatedTokens, choose_axes, objective_for
 from torch.nn.parallel import scatter_gather

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 import train
-from data import DataArguments, Texts
+from corpora import DataArguments, Texts
 from named_losses import NamedLossTrainer
 from objectives import NextTokens
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments

@@ -12,7 +12,7 @@ import numpy as np
 import objectives
 import pytest
 import torch
-from data import DataArguments, PackedBlocks, Texts, build_tokenizer, encode
+from corpora import DataArguments, PackedBlocks, Texts, build_tokenizer, encode
 from objectives import MaskedPages, NextTokens, bits_per_byte, objective_for, sum_nats
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoProcessor
 

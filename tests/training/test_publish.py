@@ -15,8 +15,8 @@ import publish
 import pytest
 import torch
 import yaml
-from data import load_texts
-from evaluate import evaluate, load_model
+from corpora import load_texts
+from evaluate_model import evaluate, load_model
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from provenance import weights_digest
@@ -200,7 +200,7 @@ def test_a_pinned_revision_gives_the_older_weights(hub, published, loaded):
 def test_a_pinned_revision_is_evaluated(hub, published, tmp_path):
     folder, first = published[0], hub.repos["me/leap"].commits[1].oid
     options = ("--dataset_name", CORPUS, "--max_validation_bytes", "50", "--window", "8")
-    command = (SCRIPTS / "evaluate.py", "me/leap", "--revision", first, *options)
+    command = (SCRIPTS / "evaluate_model.py", "me/leap", "--revision", first, *options)
     with pytest.raises(AssertionError, match="me/leap brings its own code, .*: --trust_remote_code allows it"):
         run(*command, cwd=tmp_path, hub=hub)
     assert not list((tmp_path / "home").rglob("*.py")) and not (tmp_path / "evaluation.json").exists()
@@ -307,12 +307,16 @@ def test_an_evaluation_of_other_weights_does_not_count(tmp_path, monkeypatch):
     assert len(calls) == 1
     save_with_results("leap", tmp_path, seed=1)
     model_card.write_card(tmp_path)  # as train.py does after training again
-    assert "`evaluate.py` has not been run on these weights" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "`evaluate_model.py` has not been run on these weights" in (tmp_path / "README.md").read_text(
+        encoding="utf-8"
+    )
     publish.evaluate_if_needed(tmp_path)
     assert len(calls) == 2
     (tmp_path / "results.json").write_text(json.dumps({"dataset": "book.txt"}))
     save_tiny("leap", tmp_path, seed=2)
-    with pytest.raises(ValueError, match=r"not known where book.txt is; evaluate first: python training/evaluate.py"):
+    with pytest.raises(
+        ValueError, match=r"not known where book.txt is; evaluate first: python training/evaluate_model.py"
+    ):
         publish.evaluate_if_needed(tmp_path)
 
 
@@ -407,7 +411,7 @@ def test_cards_of_folders_without_an_evaluation(published, tmp_path):
         assert "curve.png" in (tmp_path / family / "README.md").read_text(encoding="utf-8")
         model_card.write_card(tmp_path / family, tmp_path / f"{family}.md")
         card = (tmp_path / f"{family}.md").read_text(encoding="utf-8")
-        assert "`evaluate.py` has not been run" in card and "{{" not in card and find_errors(card) == []
+        assert "`evaluate_model.py` has not been run" in card and "{{" not in card and find_errors(card) == []
         assert "curve.png" not in card  # it lies elsewhere
     (tmp_path / "leap" / "transformers_versions.py").unlink()  # code from before there was a window
     model_card.write_card(tmp_path / "leap")

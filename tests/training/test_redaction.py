@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import train
-from data import dataset_name
+from corpora import dataset_name
+from hub_upload import NOT_PUSHED
 from model_card import write_card
 from provenance import write_figures
-from pushing import NOT_PUSHED
 from redaction import HIDDEN, CommandLine, Parser, redact, redact_command
 
 from tests.saved_models import save_with_results

@@ -13,7 +13,7 @@ import sys
 import time
 from types import SimpleNamespace
 
-import evaluate
+import evaluate_model
 import infill
 import matplotlib.pyplot as plt
 import model_card
@@ -25,10 +25,10 @@ import sample
 import sample_axes
 import torch
 import train
-from data import build_tokenizer, encode
+from corpora import build_tokenizer, encode
+from corpus_streaming import StreamedExamples
 from page_score import baselines, score_pages
 from provenance import weights_digest
-from streaming import StreamedExamples
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -351,16 +351,16 @@ def test_figures_before_training_are_of_step_zero():
     assert train.bits_before([{"step": 0, "sample": "text"}, start, later]) == 8.0
 
 
-# --- evaluate.py -------------------------------------------------------------------------------------------------------
+# --- evaluate_model.py -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def measured(learned, tmp_path_factory):
-    """What evaluate.py wrote and printed of the trained folder and a text that it was not trained on."""
+    """What evaluate_model.py wrote and printed of the trained folder and a text that it was not trained on."""
     other, output = tmp_path_factory.mktemp("other") / "other.txt", tmp_path_factory.mktemp("out") / "evaluation.json"
     other.write_bytes(OTHER.encode())
     options = ("--validation_split_percentage", "20", "--window", WINDOW, "--stride", STRIDE, "--batch_size", "3")
-    printed = in_process(evaluate.main, learned[0], "--dataset_name", other, *options, "--output", output)
+    printed = in_process(evaluate_model.main, learned[0], "--dataset_name", other, *options, "--output", output)
     return json.loads(output.read_text(encoding="utf-8")), printed
 
 
@@ -405,10 +405,10 @@ def test_the_text_that_is_named_is_the_one_that_is_measured(learned, measured):
 def test_figures_of_pages_by_hand(monkeypatch):
     """Three pages of known nats, in bits per byte and per cell, with errors in the same units."""
     nats, error, num_bytes = np.array([10.0, 30.0, 20.0]), 1.5, 40
-    monkeypatch.setattr(evaluate, "diffusion_bound", lambda model, pages, batch_size: (nats, error))
-    monkeypatch.setattr(evaluate, "page_speed", lambda *_: {})
+    monkeypatch.setattr(evaluate_model, "diffusion_bound", lambda model, pages, batch_size: (nats, error))
+    monkeypatch.setattr(evaluate_model, "page_speed", lambda *_: {})
     processor = SimpleNamespace(height=2, width=5, paginate=lambda text: np.zeros((1, 2, 5), dtype=np.int64))
-    results = evaluate.measure_grid(None, processor, ["a", "b", "c"], num_bytes, 2)
+    results = evaluate_model.measure_grid(None, processor, ["a", "b", "c"], num_bytes, 2)
     assert results["bound_bits_per_byte"] == pytest.approx(60 / math.log(2) / 40)
     assert results["bits_per_cell"] == pytest.approx(60 / math.log(2) / 30)
     assert results["bound_standard_error"] == pytest.approx(1.5 / math.log(2) / 40)
@@ -430,10 +430,10 @@ def test_what_is_printed_of_pages(tmp_path, monkeypatch):
     results = {"held_out_bytes": 4321, "dataset": "book.txt", "page": [2, 5], "device": "a machine", "threads": 3}
     results |= {"bound_bits_per_byte": 2.3456, "bound_standard_error": 0.0123, "standard_error_over_text": 0.0457}
     results |= {"generation": {"tokens_per_second": 1234.4}}
-    monkeypatch.setattr(evaluate, "evaluate", lambda *_: results)
+    monkeypatch.setattr(evaluate_model, "evaluate", lambda *_: results)
     (tmp_path / "book.txt").write_bytes(TEXT.encode())
     (tmp_path / "config.json").write_text("{}")
-    printed = in_process(evaluate.main, tmp_path, "--dataset_name", tmp_path / "book.txt")
+    printed = in_process(evaluate_model.main, tmp_path, "--dataset_name", tmp_path / "book.txt")
     assert printed.splitlines() == [
         f"{tmp_path} on 4,321 held-out bytes of book.txt",
         "  at most 2.346 bits per byte (the negative ELBO; +- 0.012 by the draw of masks, +- 0.046 over text)",
@@ -451,11 +451,11 @@ def test_speed_leaves_out_the_warm_up_and_the_prompt(monkeypatch):
 
     model = SimpleNamespace(generate=generate, device=torch.device("cpu"))
     model.generation_config = SimpleNamespace(max_denoising_steps=6)
-    monkeypatch.setattr(evaluate, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(evaluate_model, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     stream = np.arange(20)
-    speed = evaluate.generation_speed(model, stream, None, prompt=9, new=7)
+    speed = evaluate_model.generation_speed(model, stream, None, prompt=9, new=7)
     assert speed == {"tokens_per_second": 7 / 4, "prompt_tokens": 9, "new_tokens": 7}
-    speed = evaluate.page_speed(model, 3, 5)
+    speed = evaluate_model.page_speed(model, 3, 5)
     assert speed == {"tokens_per_second": 3 * 5 / 4, "new_tokens": 15, "max_denoising_steps": 6}
 
 
@@ -566,7 +566,7 @@ SAID = {
         "`HeptapodForMaskedLM`, 4,321 parameters, tokenizer `byte` with 260 entries.",
         "| before training, upper bound from one draw of masks | 9.876 | |",
         "| **after training, upper bound (negative ELBO)** | **7.654** | 0.012 (draw of masks) |",
-        "| the same by `evaluate.py`, on 8,765 bytes of `book.txt` | 6.543 | 0.035 (draw of masks), 0.099 (over pages) |",
+        "| the same by `evaluate_model.py`, on 8,765 bytes of `book.txt` | 6.543 | 0.035 (draw of masks), 0.099 (over pages) |",
         "draws of masks were made of each page. Standard errors over text say how much other text of the same kind and "
         "size would change a figure; the spread over",
         "It writes 1,234 tokens per second on another computer, 7 threads (a page of 64 cells in 3 iterations). Measured by",
@@ -574,7 +574,7 @@ SAID = {
 }
 OF_ALL = [
     "| `bz2 -9` | 3.210 | |",
-    "python training/evaluate.py it",
+    "python training/evaluate_model.py it",
     "at commit `0123456789ab-dirty`; all figures are in `evaluation.json`.",
     "the machine that trained it. Trained from scratch: 17 steps of 99 tokens in 12 s on a computer, 1 threads, float32.",
     "python training/train.py --of_this test",
@@ -589,7 +589,7 @@ def test_every_figure_of_a_card_is_what_its_words_say(family, tmp_path):
     about = {"dataset": "book.txt", "held_out_bytes": 8765, "standard_error_over_text": 0.0987, "threads": 7}
     about |= {
         "device": "another computer",
-        "command": "python training/evaluate.py it",
+        "command": "python training/evaluate_model.py it",
         "commit": "0123456789ab-dirty",
     }
     about |= {"weights_sha256": weights_digest(tmp_path), **EVALUATIONS[family]}

@@ -18,9 +18,9 @@ import pytest
 import torch
 import train
 from accelerate.data_loader import BatchSamplerShard
-from data import DataArguments, PackedBlocks
+from corpora import DataArguments, PackedBlocks
 from objectives import objective_for
-from reading import Reading
+from token_counts import Reading
 from torch.utils.data import BatchSampler
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerState, TrainingArguments
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 import train
-from cache import Cache
-from data import DataArguments, PackedBlocks, Texts, annotate, build_tokenizer, encode, load_texts
+from corpora import DataArguments, PackedBlocks, Texts, annotate, build_tokenizer, encode, load_texts
+from corpus_cache import Cache
+from corpus_streaming import StreamedExamples, StreamedTexts, stream_texts
 from objectives import objective_for
-from streaming import StreamedExamples, StreamedTexts, stream_texts
 from transformers import TrainingArguments
 
 from modeling_heptapod import make_axis
@@ -369,7 +369,7 @@ KILLED_WHILE_WRITING = """
 import os, signal, sys
 sys.path.insert(0, {scripts!r})
 import numpy
-from cache import Cache
+from corpus_cache import Cache
 numpy.save = lambda file, array: (file.write(b"half"), os.kill(os.getpid(), signal.SIGKILL))
 Cache({folder!r}).array(["a"], lambda: numpy.arange(9))
 """
@@ -419,7 +419,7 @@ def test_what_is_kept_has_the_name_of_all_that_it_was_made_of(tmp_path):
 
 def test_ids_of_bytes_are_made_without_the_tokenizer(monkeypatch):
     """And are the same as with it: streams, annotations and pages."""
-    import data
+    import corpora
     import objectives
 
     parts = ["é\n\n", "", "def f(x):\r\n  '☃'  # " + "long " * 30 + "\n\n", "\n", "no end"]
@@ -427,12 +427,12 @@ def test_ids_of_bytes_are_made_without_the_tokenizer(monkeypatch):
     processor = objective_for(config)(Texts(parts, parts), DataArguments(cache_dir="none"), config).processing_class
     axes = [make_axis("token_kind"), make_axis("string")]
     tokenizer = build_tokenizer("byte", [])
-    assert data.is_byte_tokenizer(tokenizer) and data.is_byte_tokenizer(processor.tokenizer)
-    assert not data.is_byte_tokenizer(build_tokenizer("bpe", parts * 9, vocab_size=270))
+    assert corpora.is_byte_tokenizer(tokenizer) and corpora.is_byte_tokenizer(processor.tokenizer)
+    assert not corpora.is_byte_tokenizer(build_tokenizer("bpe", parts * 9, vocab_size=270))
     found = []
     for fast in (True, False):
         if not fast:
-            monkeypatch.setattr(data, "is_byte_tokenizer", lambda tokenizer: False)
+            monkeypatch.setattr(corpora, "is_byte_tokenizer", lambda tokenizer: False)
             monkeypatch.setattr(objectives, "is_byte_tokenizer", lambda tokenizer: False)
         found.append(
             [encode(parts, tokenizer), annotate(parts, tokenizer, axes), objectives._paginate(parts, processor, None)]

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "training")]
 
 import torch
-from data import DataArguments, Texts
+from corpora import DataArguments, Texts
 from objectives import objective_for
 from sharding import ShardingTrainer
 from torch.distributed.fsdp import FSDPModule

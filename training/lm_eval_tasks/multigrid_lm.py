@@ -4,7 +4,7 @@
         --include_path training/lm_eval_tasks --tasks stdlib_next_line
 
 Everything else is lm_eval's own command line. Tokens are annotated from the beginning of what lm_eval gives at once, so a
-window in the middle of a long text starts as if nothing came before it; evaluate.py annotates whole texts.
+window in the middle of a long text starts as if nothing came before it; evaluate_model.py annotates whole texts.
 """
 
 import sys
@@ -17,7 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoProcessor
 
 
-# At the end of the path: at its beginning our evaluate.py would hide the package of that name.
+# At the end of the path, where no module of ours hides a library.
 sys.path.append(str(Path(__file__).parent.parent))
 from loading import may_run_code
 
@@ -38,7 +38,7 @@ class MultiGridLM(HFLM):
         if self.config.axis_order == "factored":
             raise ValueError(
                 f"pretrained={pretrained}: with axis_order='factored' a token is predicted from its own meta tokens, "
-                "which lm_eval does not count; training/evaluate.py measures what such a text costs"
+                "which lm_eval does not count; training/evaluate_model.py measures what such a text costs"
             )
         self.processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=trust)
 

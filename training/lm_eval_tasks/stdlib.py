@@ -7,9 +7,9 @@ from pathlib import Path
 import datasets
 
 
-# At the end of the path: at its beginning our evaluate.py would hide the package of that name.
+# At the end of the path, where no module of ours hides a library.
 sys.path.append(str(Path(__file__).parent.parent))
-from data import load_texts
+from corpora import load_texts
 
 
 FILES, CHARACTERS = 16, 2000  # what is read of the held-out text

@@ -12,8 +12,15 @@ from pathlib import Path
 
 import pytest
 import train
+from argument_checks import (
+    check_can_write,
+    check_can_write_file,
+    check_number,
+    check_training_arguments,
+    need,
+    prompt_text,
+)
 from loading import check_family, check_folder, may_run_code
-from options import check_can_write, check_can_write_file, check_number, check_training_arguments, need, prompt_text
 
 from tests.saved_models import save_tiny
 
@@ -22,7 +29,7 @@ SCRIPTS = Path(train.__file__).parent
 
 # Of every script each number, and what it cannot be.
 NUMBERS = {
-    "evaluate.py": {
+    "evaluate_model.py": {
         "--batch_size": ["-2", "0", "x", "1.5"],
         "--window": ["0", "1", "-5"],
         "--stride": ["0", "-1"],
@@ -110,7 +117,7 @@ def test_a_folder_that_is_not_there_says_what_makes_it(name, tmp_path, monkeypat
 
 
 FOLDER_OF = {
-    "evaluate.py": [],
+    "evaluate_model.py": [],
     "sample.py": [],
     "sample_axes.py": [],
     "infill.py": [],
@@ -243,17 +250,17 @@ def test_a_file_that_cannot_be_written_is_named_before_any_work(tmp_path):
 
 def test_figures_do_not_go_into_a_folder(tmp_path, monkeypatch):
     save_tiny("leap", tmp_path)
-    evaluate = importlib.import_module("evaluate")
-    monkeypatch.setattr(evaluate, "load_texts", None)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path), "--output", str(tmp_path)])
+    evaluate_model = importlib.import_module("evaluate_model")
+    monkeypatch.setattr(evaluate_model, "load_texts", None)
+    monkeypatch.setattr(sys, "argv", ["evaluate_model.py", str(tmp_path), "--output", str(tmp_path)])
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     with pytest.raises(ValueError, match="--output .* must be a file that can be written"):
-        evaluate.main()
+        evaluate_model.main()
 
 
 # Of each script that works first and writes then, what it is given beside the folder of a model.
 WRITES = {
-    "evaluate.py": ["--output", "{file}/x.json"],
+    "evaluate_model.py": ["--output", "{file}/x.json"],
     "infill.py": ["--output_dir", "{file}"],
     "export_onnx.py": ["--output_dir", "{file}"],
     "distill_axis.py": ["--output_dir", "{file}"],

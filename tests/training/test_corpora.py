@@ -1,4 +1,4 @@
-"""training/data.py: what is read, how it is split, and that no byte gets lost on the way into the blocks."""
+"""training/corpora.py: what is read, how it is split, and that no byte gets lost on the way into the blocks."""
 
 import bz2
 import gzip
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data import PackedBlocks, build_tokenizer, encode, load_texts
+from corpora import PackedBlocks, build_tokenizer, encode, load_texts
 from transformers import AutoTokenizer
 
 

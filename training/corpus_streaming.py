@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import DataArguments, Texts, check_dataset_config, check_held_out, first_bytes, folder_files, hash_of
+from corpora import DataArguments, Texts, check_dataset_config, check_held_out, first_bytes, folder_files, hash_of
 from transformers.utils import logging
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cache import default_folder
-from options import check_number
+from argument_checks import check_number
+from corpus_cache import default_folder
 from redaction import redact
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
@@ -88,7 +88,7 @@ class DataArguments:
         default=False,
         metadata={
             "help": "Read the corpus while training on it, for what does not fit in memory; needs --max_steps or "
-            "--train_tokens. See training/streaming.py."
+            "--train_tokens. See training/corpus_streaming.py."
         },
     )
     cache_dir: str | None = field(

@@ -1,6 +1,6 @@
 """Measure a saved model on any text: what the text costs, what each axis costs, how fast the model writes.
 
-    python training/evaluate.py outputs/leap-tiny --max_validation_bytes 131072
+    python training/evaluate_model.py outputs/leap-tiny --max_validation_bytes 131072
 
 A model that reads from left to right is measured with a sliding window: each token is predicted once, with at least
 `window - stride` tokens before it to look at. That is less than what train.py reports, whose blocks share no context
@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import annotate, dataset_name, encode, load_texts
+from argument_checks import check_can_write_file, check_number, real, whole
+from corpora import annotate, dataset_name, encode, load_texts
 from diffusion_bound import MASK_SAMPLES, diffusion_bound
 from huggingface_hub import snapshot_download
 from loading import add_model_arguments, may_run_code, read_json
-from options import check_can_write_file, check_number, real, whole
 from provenance import provenance, weights_digest, write_figures
 from redaction import Parser
 from tqdm.auto import tqdm

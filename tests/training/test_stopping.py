@@ -12,7 +12,7 @@ import pytest
 import torch
 import train
 from checkpoints import damage_of, read_run
-from ending import Ending
+from stopping import Ending
 from transformers import TrainerCallback
 
 from tests.training import kills, tiny_runs

@@ -1,4 +1,4 @@
-"""training/evaluate.py: each figure against another computation, and all families measured without this package."""
+"""training/evaluate_model.py: each figure against another computation, and all families measured without this package."""
 
 import argparse
 import hashlib
@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import evaluate
+import evaluate_model
 import numpy as np
 import pytest
 import torch
-from data import PackedBlocks, annotate, encode, load_texts
+from corpora import PackedBlocks, annotate, encode, load_texts
 from objectives import sum_nats
 from provenance import weights_digest
 
@@ -57,7 +57,7 @@ def measured(folders):
     script.write_text(ALONE.format(corpus=CORPUS, size=SIZE, window=WINDOW, stride=STRIDE))
     names = [folders / name for name in FOLDERS]
     process = subprocess.run(
-        [sys.executable, script, Path(evaluate.__file__), *names],
+        [sys.executable, script, Path(evaluate_model.__file__), *names],
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         cwd=folders,
         capture_output=True,
@@ -77,7 +77,7 @@ def text():
 
 
 def tracks_of(folder, text):
-    model, processing = evaluate.load_model(folder)
+    model, processing = evaluate_model.load_model(folder)
     axes = getattr(processing, "axes", ())
     tokenizer = getattr(processing, "tokenizer", processing)
     return model, encode([text], tokenizer), annotate([text], tokenizer, axes) if axes else None
@@ -121,7 +121,7 @@ def test_each_token_costs_what_it_costs_alone(name, folders, measured, text):
     assert results["least_context"] == WINDOW - STRIDE
     nats = expected.sum(0) if name == "factored" else expected[0]
     stretches = [nats[start : start + WINDOW] for start in range(0, len(nats), WINDOW)]
-    error = evaluate.error_over_text(*np.array([(part.sum(), len(part)) for part in stretches]).T)
+    error = evaluate_model.error_over_text(*np.array([(part.sum(), len(part)) for part in stretches]).T)
     assert results["standard_error_over_text"] == pytest.approx(error / math.log(2) / SIZE, rel=1e-4)
 
 
@@ -129,7 +129,7 @@ def test_each_token_costs_what_it_costs_alone(name, folders, measured, text):
 @pytest.mark.parametrize("window, stride", [(8, 3), (8, 7), (8, 1), (40, 20), (2, 1)])
 def test_streams_of_any_length(length, window, stride):
     model, stream = tiny_leap(), np.arange(length, dtype=np.uint16)
-    nats = evaluate.sliding_window_nats(model, stream, window=window, stride=stride, batch_size=2)
+    nats = evaluate_model.sliding_window_nats(model, stream, window=window, stride=stride, batch_size=2)
     np.testing.assert_allclose(nats, nats_one_by_one(model, stream, None, window, stride), rtol=2e-5)
 
 
@@ -138,19 +138,19 @@ def test_a_stride_of_one_less_than_the_window_gives_the_figure_of_training(folde
     blocks = torch.utils.data.default_collate(list(PackedBlocks(stream, WINDOW, pad_token_id=257)))
     with torch.no_grad():
         expected = sum_nats(model(blocks["input_ids"]).logits, blocks["labels"]).sum().item()
-    assert evaluate.sliding_window_nats(model, stream, window=WINDOW, stride=WINDOW - 1).sum() == pytest.approx(
+    assert evaluate_model.sliding_window_nats(model, stream, window=WINDOW, stride=WINDOW - 1).sum() == pytest.approx(
         expected
     )
 
 
 def test_the_bound_of_pages_and_its_error(folders):
-    model, processor = evaluate.load_model(folders / "heptapod")
+    model, processor = evaluate_model.load_model(folders / "heptapod")
     pages = torch.from_numpy(processor.paginate("def f(x):\n    return x\n" * 8))
-    few, error = evaluate.diffusion_bound(model, pages, batch_size=2, num_samples=4)
-    many, small_error = evaluate.diffusion_bound(model, pages, batch_size=len(pages), num_samples=400)
+    few, error = evaluate_model.diffusion_bound(model, pages, batch_size=2, num_samples=4)
+    many, small_error = evaluate_model.diffusion_bound(model, pages, batch_size=len(pages), num_samples=400)
     assert few.shape == (len(pages),) and len(pages) == 4
     assert error == pytest.approx(10 * small_error, rel=0.7)
-    alone = [evaluate.diffusion_bound(model, page[None], batch_size=1, num_samples=400)[1] for page in pages]
+    alone = [evaluate_model.diffusion_bound(model, page[None], batch_size=1, num_samples=400)[1] for page in pages]
     assert small_error == pytest.approx(math.hypot(*alone), rel=0.2)  # of a sum of pages that are drawn on their own
     assert few.sum() == pytest.approx(many.sum(), abs=4 * error)
     # Whatever is drawn, it costs about as much as cells that nothing is known of: the weights are random.
@@ -164,15 +164,15 @@ def test_errors_of_pages_add_up_in_squares():
         def elbo(self, pages, **_):
             return SimpleNamespace(nats=pages.flatten(), standard_error=pages.flatten())
 
-    nats, error = evaluate.diffusion_bound(Known(), torch.tensor([[[3.0]], [[4.0]], [[12.0]]]), 2, num_samples=2)
+    nats, error = evaluate_model.diffusion_bound(Known(), torch.tensor([[[3.0]], [[4.0]], [[12.0]]]), 2, num_samples=2)
     assert nats.tolist() == [3, 4, 12] and error == pytest.approx(13)
 
 
 def test_errors_of_pages_are_in_bits_per_byte(folders, measured, text):
-    model, processor = evaluate.load_model(folders / "heptapod")
+    model, processor = evaluate_model.load_model(folders / "heptapod")
     pages, results = torch.from_numpy(processor.paginate(text)), measured[1]["heptapod"]
-    nats, error = evaluate.diffusion_bound(model, pages, batch_size=3)  # as was measured: the same masks
-    over_text = evaluate.error_over_text(nats, np.ones(len(pages)))
+    nats, error = evaluate_model.diffusion_bound(model, pages, batch_size=3)  # as was measured: the same masks
+    over_text = evaluate_model.error_over_text(nats, np.ones(len(pages)))
     expected = {
         "bound_bits_per_byte": nats.sum(),
         "bound_standard_error": error,
@@ -180,13 +180,13 @@ def test_errors_of_pages_are_in_bits_per_byte(folders, measured, text):
     }
     for name, figure in expected.items():
         assert results[name] == pytest.approx(figure / math.log(2) / SIZE, rel=1e-4)
-    assert results["mask_samples"] == evaluate.MASK_SAMPLES
+    assert results["mask_samples"] == evaluate_model.MASK_SAMPLES
 
 
 @pytest.mark.parametrize("name", ["leap", "heptapod"])
 def test_bytes_are_counted_and_not_characters(name, folders):
     options = {"window": WINDOW} if name == "leap" else {}
-    results = evaluate.evaluate(folders / name, ["é" * 40, "☃"], CORPUS, **options)
+    results = evaluate_model.evaluate(folders / name, ["é" * 40, "☃"], CORPUS, **options)
     assert results["held_out_bytes"] == 2 * 40 + 3
     if name == "leap":
         bits = results["losses"]["text"]["nats_per_token"] * results["tokens"] / math.log(2)
@@ -202,9 +202,9 @@ def test_error_over_text_is_that_of_resampled_stretches():
     nats = sizes * generator.normal(2.0, 0.5, 60)
     draws = generator.integers(60, size=(4000, 60))
     resampled = (nats[draws].sum(1) / sizes[draws].sum(1)).std() * sizes.sum()
-    assert evaluate.error_over_text(nats, sizes) == pytest.approx(resampled, rel=0.1)
-    assert evaluate.error_over_text(np.ones(4), np.ones(4)) == 0
-    assert evaluate.error_over_text(nats[:1], sizes[:1]) is None
+    assert evaluate_model.error_over_text(nats, sizes) == pytest.approx(resampled, rel=0.1)
+    assert evaluate_model.error_over_text(np.ones(4), np.ones(4)) == 0
+    assert evaluate_model.error_over_text(nats[:1], sizes[:1]) is None
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -216,7 +216,7 @@ def test_what_is_measured_says_of_what_and_where(name, folders, measured, text):
     assert results["dataset"] == "argparse.py" and str(folders) not in results["dataset"]
     assert results["weights_sha256"] == weights_digest(folders / name)
     assert results["generation"]["tokens_per_second"] > 0 and results["standard_error_over_text"] > 0
-    assert results["device"] and results["threads"] >= 1 and "evaluate.py" in results["command"]
+    assert results["device"] and results["threads"] >= 1 and "evaluate_model.py" in results["command"]
     assert {"python", "torch", "transformers"} == set(results["versions"])
     figure = results["bound_bits_per_byte" if name == "heptapod" else "sliding_window_bits_per_byte"]
     assert f"{figure:.3f} bits per byte" in printed
@@ -235,29 +235,29 @@ def test_generation_writes_as_many_tokens_as_it_says(name, folders, monkeypatch)
     generate, written = model.generate, []
     monkeypatch.setattr(model, "generate", lambda **inputs: written.append(generate(**inputs)))
     if name == "heptapod":
-        speed, shape = evaluate.page_speed(model, *PAGE), (1, *PAGE)
+        speed, shape = evaluate_model.page_speed(model, *PAGE), (1, *PAGE)
         assert speed["new_tokens"] == PAGE[0] * PAGE[1]
     else:
-        speed, shape = evaluate.generation_speed(model, stream, meta, prompt=9, new=7), (1, 9 + 7)
+        speed, shape = evaluate_model.generation_speed(model, stream, meta, prompt=9, new=7), (1, 9 + 7)
         assert (speed["prompt_tokens"], speed["new_tokens"]) == (9, 7)
-    assert [ids.shape for ids in written] == [shape] * (1 + evaluate.SPEED_ROUNDS)
+    assert [ids.shape for ids in written] == [shape] * (1 + evaluate_model.SPEED_ROUNDS)
 
 
 def test_the_window_is_that_of_training(folders, text, tmp_path):
     save_tiny("leap", tmp_path)
-    assert evaluate.evaluate(tmp_path, [text], CORPUS)["window"] == 512  # all positions
+    assert evaluate_model.evaluate(tmp_path, [text], CORPUS)["window"] == 512  # all positions
     (tmp_path / "results.json").write_text(json.dumps({"block_size": 20}))
-    results = evaluate.evaluate(tmp_path, [text], CORPUS)
+    results = evaluate_model.evaluate(tmp_path, [text], CORPUS)
     assert (results["window"], results["stride"]) == (20, 10)
 
 
 def test_what_is_no_model_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "nowhere")])
+    monkeypatch.setattr(sys, "argv", ["evaluate_model.py", str(tmp_path / "nowhere")])
     with pytest.raises(ValueError, match="there is no folder .*nowhere: `python training/train.py"):
-        evaluate.main()
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "me/nowhere"])
+        evaluate_model.main()
+    monkeypatch.setattr(sys, "argv", ["evaluate_model.py", "me/nowhere"])
     with pytest.raises(ValueError, match="me/nowhere is neither a folder nor a name on the Hub"):
-        evaluate.main()
+        evaluate_model.main()
 
 
 @pytest.mark.parametrize(
@@ -266,25 +266,25 @@ def test_what_is_no_model_is_named(tmp_path, monkeypatch):
 def test_numbers_that_score_nothing_are_named(option, value):
     """Before a model is looked for."""
     with pytest.raises(ValueError, match=f"--{option} must be at least ., got {value}"):
-        evaluate.evaluate(Path("nowhere"), ["text"], CORPUS, **{option: value})
+        evaluate_model.evaluate(Path("nowhere"), ["text"], CORPUS, **{option: value})
 
 
 def test_a_grid_has_no_window(folders):
     with pytest.raises(ValueError, match="--window and --stride are of no use to a grid"):
-        evaluate.evaluate(folders / "heptapod", ["text"], CORPUS, stride=2)
+        evaluate_model.evaluate(folders / "heptapod", ["text"], CORPUS, stride=2)
 
 
 def test_a_model_that_gives_no_numbers_is_not_measured(folders, tmp_path, monkeypatch):
-    model, tokenizer = evaluate.load_model(folders / "leap")
+    model, tokenizer = evaluate_model.load_model(folders / "leap")
     with torch.no_grad():
         model.lm_head.weight[3] = float("nan")
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     options = ("--dataset_name", CORPUS, "--max_validation_bytes", "50", "--window", "8")
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path), *options])
-    monkeypatch.setattr(evaluate, "generation_speed", lambda *_, **__: {"tokens_per_second": 1.0})
+    monkeypatch.setattr(sys, "argv", ["evaluate_model.py", str(tmp_path), *options])
+    monkeypatch.setattr(evaluate_model, "generation_speed", lambda *_, **__: {"tokens_per_second": 1.0})
     with pytest.raises(ValueError, match=r"evaluation\.json was not written: sliding_window_bits_per_byte"):
-        evaluate.main()
+        evaluate_model.main()
     assert not (tmp_path / "evaluation.json").exists()
 
 
@@ -292,14 +292,14 @@ def test_bad_arguments_are_named(tmp_path):
     model, stream = tiny_leap(), np.arange(9)
     for window, stride, message in [(1, 1, "--window"), (8, 0, "--stride"), (8, 8, "--stride must lie between 1 and")]:
         with pytest.raises(ValueError, match=message):
-            evaluate.sliding_window_nats(model, stream, window=window, stride=stride)
+            evaluate_model.sliding_window_nats(model, stream, window=window, stride=stride)
     tiny_leap("LeapForMaskedLM").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a LeapForMaskedLM"):
-        evaluate.load_model(tmp_path)
+        evaluate_model.load_model(tmp_path)
 
 
 def test_a_folder_has_no_revision(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path), "--revision", "main"])
+    monkeypatch.setattr(sys, "argv", ["evaluate_model.py", str(tmp_path), "--revision", "main"])
     with pytest.raises(SystemExit):
-        evaluate.main()
+        evaluate_model.main()
     assert "argument --revision: is of a name on the Hub" in capsys.readouterr().err
