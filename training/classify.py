@@ -1,6 +1,6 @@
-"""Fine-tune a trained LEAP to tell classes of texts apart, and compare it with what their words alone tell.
+"""Fine-tune a trained LEAP as a classifier of texts, and compare it with logistic regression on their words.
 
-    python training/classify.py --model outputs/leap-wiki --rows en.jsonl --label_column topic --output_dir outputs/topics
+    python training/classify.py --model_name_or_path outputs/leap-wiki --train_file en.jsonl --label_column_name topic --output_dir outputs/topics
 
 Copy and edit it like one of transformers' examples: everything here is `Trainer`. All of `TrainingArguments` can be
 given as well; `--help` lists them.
@@ -46,12 +46,17 @@ HELD_OUT = 10  # one row in so many
 class ClassificationArguments:
     """What to tell apart, and by which model."""
 
-    model: str = field(metadata={"help": "A folder that training/train.py made of a LEAP, with its tokenizer."})
-    rows: str = field(metadata={"help": "A file of JSON objects, one a line. Every tenth is held out."})
-    text_column_name: str = field(default="text", metadata={"help": "What is read."})
-    label_column: str = field(default="label", metadata={"help": "What is told."})
-    max_length: int = field(default=256, metadata={"help": "Longer texts are cut off after so many tokens."})
-    from_scratch: bool = field(default=False, metadata={"help": "Take of the model its sizes only, not its weights."})
+    train_file: str = field(metadata={"help": "A file of JSON objects, one a line. Every tenth is held out."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A folder that training/train.py made of a LEAP, with its tokenizer."}
+    )
+    config_name: str | None = field(
+        default=None,
+        metadata={"help": "Such a folder, of which the sizes and the tokenizer are taken, not the weights."},
+    )
+    text_column_name: str = field(default="text", metadata={"help": "The column that holds the text."})
+    label_column_name: str = field(default="label", metadata={"help": "The column that holds the class."})
+    max_seq_length: int = field(default=256, metadata={"help": "Longer texts are cut off after so many tokens."})
 
 
 class CleanTrainer(CleanPushes, Trainer):
@@ -62,24 +67,24 @@ def read_rows(path: str, text_column: str, label_column: str) -> tuple[list[str]
     """Texts and their labels.
 
     Raises:
-        ValueError: naming the column that a line has not, or `--rows` where there is nothing to tell apart.
+        ValueError: naming the column that a line has not, or `--train_file` where there is nothing to tell apart.
     """
     if not Path(path).is_file():
-        raise ValueError(f"--rows {path} must be a file of JSON objects, one a line; there is none")
+        raise ValueError(f"--train_file {path} must be a file of JSON objects, one a line; there is none")
     texts, labels = [], []
     try:
         content = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--rows {path} is not UTF-8 text: {error}") from error
+        raise ValueError(f"--train_file {path} is not UTF-8 text: {error}") from error
     # Not `splitlines`, which also ends lines at characters that JSON may hold.
     for number, line in enumerate(content.rstrip("\n").split("\n"), start=1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"--rows {path}: line {number} is no JSON object ({error})") from error
+            raise ValueError(f"--train_file {path}: line {number} is no JSON object ({error})") from error
         if not isinstance(row, dict):
-            raise ValueError(f"--rows {path}: line {number} is no JSON object, but {line[:50]}")
-        for name, column in (("--text_column_name", text_column), ("--label_column", label_column)):
+            raise ValueError(f"--train_file {path}: line {number} is no JSON object, but {line[:50]}")
+        for name, column in (("--text_column_name", text_column), ("--label_column_name", label_column)):
             if column not in row:
                 raise ValueError(f"{name} {column}: line {number} of {path} has only {sorted(row)}")
         text, label = row[text_column], row[label_column]
@@ -87,14 +92,14 @@ def read_rows(path: str, text_column: str, label_column: str) -> tuple[list[str]
             raise ValueError(f"--text_column_name {text_column}: line {number} of {path} must hold text, got {text!r}")
         if not isinstance(label, (str, int)):
             raise ValueError(
-                f"--label_column {label_column}: line {number} of {path} must hold a word or a whole number, got {label!r}"
+                f"--label_column_name {label_column}: line {number} of {path} must hold a word or a whole number, got {label!r}"
             )
         texts.append(text)
         labels.append(str(label))
     found = len(set(split(labels)[0]))
     if found < 2 or len(texts) < 2 * HELD_OUT:
         raise ValueError(
-            f"--rows {path} must have at least {2 * HELD_OUT} rows, with two labels among those that are not held out, got "
+            f"--train_file {path} must have at least {2 * HELD_OUT} rows, with two labels among those that are not held out, got "
             f"{len(texts)} with {found}"
         )
     return texts, labels
@@ -138,30 +143,36 @@ def difference(predicted: np.ndarray, other: np.ndarray, labels: np.ndarray) -> 
 def main():
     args, training_args = CommandLine((ClassificationArguments, TrainingArguments)).parse()
     check_training_arguments(training_args)
-    check_number("--max_length", args.max_length, least=1)
-    check_name(args.model)
-    check_family(args.model, but=("hierarchical_lm", "heptapod", "multigrid"))
+    check_number("--max_seq_length", args.max_seq_length, least=1)
+    if (args.model_name_or_path is None) == (args.config_name is None):
+        raise ValueError(
+            f"one of --model_name_or_path (trained weights) and --config_name (untrained) must be given, got "
+            f"{args.model_name_or_path} and {args.config_name}"
+        )
+    source = args.config_name or args.model_name_or_path
+    check_name(source)
+    check_family(source, but=("hierarchical_lm", "heptapod", "multigrid"))
     check_can_write("--output_dir", training_args.output_dir)
     set_seed(training_args.seed)
 
     # Rows -> tokens
-    texts, labels = read_rows(args.rows, args.text_column_name, args.label_column)
+    texts, labels = read_rows(args.train_file, args.text_column_name, args.label_column_name)
     names = sorted(set(labels))
     (train_texts, test_texts), (train_labels, test_labels) = split(texts), split(labels)
     by_words = words_alone(train_texts, train_labels, test_texts)
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
     def tokens(texts, labels):
-        encoded = tokenizer(texts, truncation=True, max_length=args.max_length)
+        encoded = tokenizer(texts, truncation=True, max_length=args.max_seq_length)
         return Dataset.from_dict({**encoded, "labels": [names.index(label) for label in labels]})
 
     # A trained model with a new head; `num_labels` follows from the names
     about = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     auto_class = AutoModelForSequenceClassification
-    if args.from_scratch:
-        model = auto_class.from_config(AutoConfig.from_pretrained(args.model, trust_remote_code=False, **about))
+    if args.model_name_or_path is None:
+        model = auto_class.from_config(AutoConfig.from_pretrained(source, trust_remote_code=False, **about))
     else:
-        model = auto_class.from_pretrained(args.model, trust_remote_code=False, **about)
+        model = auto_class.from_pretrained(source, trust_remote_code=False, **about)
 
     trainer = CleanTrainer(
         model=model,

@@ -89,15 +89,15 @@ def distill(
     from sklearn.cluster import MiniBatchKMeans
     from sklearn.tree import DecisionTreeClassifier
 
-    check_number("--clusters", clusters, least=2)
-    check_number("--length", length, least=1, most=LONGEST)
-    check_number("--max_leaves", max_leaves, least=2)
+    check_number("--num_clusters", clusters, least=2)
+    check_number("--context_length", length, least=1, most=LONGEST)
+    check_number("--max_leaf_nodes", max_leaves, least=2)
     check_number("--max_tokens", max_tokens, least=4)
     check_number("--block_size", block_size, least=1)
     check_layer(model, layer)
     states, characters = hidden_states(model, tokenizer, texts, layer, length, max_tokens, block_size, seed, axes)
     if len(states) < clusters:
-        raise ValueError(f"--clusters {clusters} is more than the {len(states)} tokens of the text")
+        raise ValueError(f"--num_clusters {clusters} is more than the {len(states)} tokens of the text")
     mean, deviation = states.mean(0), states.std(0) + 1e-6
     grouping = MiniBatchKMeans(clusters, n_init=3, batch_size=4096, random_state=seed).fit((states - mean) / deviation)
     targets = grouping.labels_
@@ -210,9 +210,11 @@ def main():
     parser.add_argument(
         "--layer", type=whole(), default=-1, help="of the hidden states: 0 the embeddings, -1 the last"
     )
-    parser.add_argument("--clusters", type=whole(2), default=16, help="groups of hidden states")
-    parser.add_argument("--length", type=whole(1, LONGEST), default=8, help="last characters that the tree sees")
-    parser.add_argument("--max_leaves", type=whole(2), default=128, help="size of the tree")
+    parser.add_argument("--num_clusters", type=whole(2), default=16, help="groups of hidden states")
+    parser.add_argument(
+        "--context_length", type=whole(1, LONGEST), default=8, help="last characters that the tree sees"
+    )
+    parser.add_argument("--max_leaf_nodes", type=whole(2), default=128, help="size of the tree")
     parser.add_argument("--max_tokens", type=whole(4), default=200_000, help="hidden states to fit on")
     parser.add_argument("--seed", type=whole(0, NUMPY_SEEDS), default=0)
     args = parser.parse_args()
@@ -238,9 +240,9 @@ def main():
         texts.validation,
         name=args.name,
         layer=args.layer,
-        clusters=args.clusters,
-        length=args.length,
-        max_leaves=args.max_leaves,
+        clusters=args.num_clusters,
+        length=args.context_length,
+        max_leaves=args.max_leaf_nodes,
         max_tokens=args.max_tokens,
         block_size=min(512, getattr(model.config, "max_position_embeddings", 512)),
         seed=args.seed,

@@ -93,12 +93,12 @@ def sliding_window_nats(
         [1 + axes, tokens - 1], float64: nats of the tokens, then of the meta tokens of each axis.
 
     Raises:
-        ValueError: naming `--window`, `--stride` or `--batch_size` where these do not fit.
+        ValueError: naming `--max_length`, `--stride` or `--batch_size` where these do not fit.
     """
-    check_number("--window", window, least=2)
+    check_number("--max_length", window, least=2)
     check_number("--batch_size", batch_size, least=1)
     if not 1 <= stride < window:
-        raise ValueError(f"--stride must lie between 1 and --window less 1, here {window - 1}, got {stride}")
+        raise ValueError(f"--stride must lie between 1 and --max_length less 1, here {window - 1}, got {stride}")
     tracks = torch.from_numpy(stream.astype(np.int64))[None]
     if meta is not None:
         tracks = torch.cat([tracks, torch.from_numpy(meta.astype(np.int64))])
@@ -243,7 +243,7 @@ def evaluate(
     Raises:
         ValueError: for a model that gives no text a cost, for a window or a stride of a grid, and for numbers that do not fit.
     """
-    check_number("--window", window, least=2)
+    check_number("--max_length", window, least=2)
     check_number("--stride", stride, least=1)
     check_number("--batch_size", batch_size, least=1)
     model, processing = load_model(folder, trust)
@@ -252,7 +252,7 @@ def evaluate(
     if hasattr(model, "elbo"):
         if window is not None or stride is not None:
             raise ValueError(
-                f"--window and --stride are of no use to a grid, which reads whole pages, got {window}, {stride}"
+                f"--max_length and --stride are of no use to a grid, which reads whole pages, got {window}, {stride}"
             )
         measured = measure_grid(model, processing, texts, len(text), batch_size)
     else:
@@ -296,7 +296,7 @@ def main():
         help="how much of the text is held out",
     )
     parser.add_argument("--max_validation_bytes", type=whole(1), help="at most this many bytes of the held-out text")
-    parser.add_argument("--window", type=whole(2), help="tokens given at once; by default as many as in training")
+    parser.add_argument("--max_length", type=whole(2), help="tokens given at once; by default as many as in training")
     parser.add_argument(
         "--stride", type=whole(1), help="tokens that each window predicts, half of the window by default"
     )
@@ -318,7 +318,9 @@ def main():
         args.validation_split_percentage,
         args.max_validation_bytes,
     )
-    results = evaluate(folder, texts.validation, args.dataset_name, args.window, args.stride, args.batch_size, trust)
+    results = evaluate(
+        folder, texts.validation, args.dataset_name, args.max_length, args.stride, args.batch_size, trust
+    )
     write_figures(output, results)
 
     print(f"{args.model} on {results['held_out_bytes']:,} held-out bytes of {results['dataset']}")

@@ -1,6 +1,6 @@
 """Let a saved grid model fill a hole in a page, and draw how the page forms.
 
-    python training/infill.py outputs/heptapod-tiny --region hole
+    python training/infill.py outputs/heptapod-tiny --mask_region hole
 
 The page is held-out source text unless `--text_file` says otherwise. The folder brings its own code; `infilling.gif` and
 `infilling.png` are written into it.
@@ -51,7 +51,7 @@ def main():
     add_model_arguments(parser)
     parser.add_argument("--text_file", help="a text to take the page from")
     parser.add_argument("--page", type=whole(0), default=0, help="which page of it")
-    parser.add_argument("--region", default="hole", help="what to open: top, middle, bottom, hole, frame or all")
+    parser.add_argument("--mask_region", default="hole", help="what to open: top, middle, bottom, hole, frame or all")
     parser.add_argument(
         "--max_denoising_steps", type=whole(1), default=16, help="in how many iterations it is written"
     )
@@ -69,7 +69,7 @@ def main():
     processor = AutoProcessor.from_pretrained(args.folder, trust_remote_code=trust)
     model = AutoModelForMaskedLM.from_pretrained(args.folder, trust_remote_code=trust).to(device)
     page = choose_page(processor, args.text_file, args.page)
-    opened = processor.mask_cells(page, args.region)
+    opened = processor.mask_cells(page, args.mask_region)
     output = model.generate(
         opened.to(device),
         max_denoising_steps=args.max_denoising_steps,

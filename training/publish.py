@@ -1,7 +1,7 @@
 """Put a folder that train.py wrote on the Hub: weights, code, tokenizer or processor, figures and the card, in one commit.
 
-    python training/publish.py outputs/leap-tiny --repo-id me/leap-tiny --dry-run
-    python training/publish.py outputs/leap-tiny --repo-id me/leap-tiny --private
+    python training/publish.py outputs/leap-tiny --repo_id me/leap-tiny --dry_run
+    python training/publish.py outputs/leap-tiny --repo_id me/leap-tiny --private
 
 A model that has not been evaluated, or whose weights changed since, is evaluated first, on the text that training held
 out. The card is filled anew. What is left behind by training (checkpoints, optimizer, logs) stays where it is.
@@ -128,9 +128,9 @@ def evaluate_if_needed(folder: Path) -> None:
 def main():
     parser = Parser(description="Put a folder that train.py wrote on the Hub.")
     parser.add_argument("folder", type=Path, help="what train.py wrote")
-    parser.add_argument("--repo-id", required=True, help="its name on the Hub, as in me/my-model")
+    parser.add_argument("--repo_id", required=True, help="its name on the Hub, as in me/my-model")
     parser.add_argument("--private", action="store_true", help="nobody else sees it; of a new repository only")
-    parser.add_argument("--dry-run", action="store_true", help="make everything ready and show it, push nothing")
+    parser.add_argument("--dry_run", action="store_true", help="make everything ready and show it, push nothing")
     args = parser.parse_args()
 
     if args.folder.is_dir():

@@ -31,7 +31,7 @@ SCRIPTS = Path(train.__file__).parent
 NUMBERS = {
     "evaluate_model.py": {
         "--batch_size": ["-2", "0", "x", "1.5"],
-        "--window": ["0", "1", "-5"],
+        "--max_length": ["0", "1", "-5"],
         "--stride": ["0", "-1"],
         "--max_validation_bytes": ["0", "-3"],
         "--validation_split_percentage": ["0", "-1", "101", "nan"],
@@ -41,10 +41,10 @@ NUMBERS = {
     "infill.py": {"--page": ["-1"], "--max_denoising_steps": ["0", "-4"], "--seed": ["-1"]},
     "export_onnx.py": {"--max_new_tokens": ["0", "-1"]},
     "distill_axis.py": {
-        "--clusters": ["1", "-2"],
-        "--length": ["0", "1001"],
+        "--num_clusters": ["1", "-2"],
+        "--context_length": ["0", "1001"],
         "--name": ["../x"],
-        "--max_leaves": ["1"],
+        "--max_leaf_nodes": ["1"],
         "--max_tokens": ["0", "-9"],
         "--seed": ["-1"],
         "--layer": ["x"],
@@ -124,7 +124,7 @@ FOLDER_OF = {
     "export_onnx.py": [],
     "distill_axis.py": [],
     "demo_app.py": [],
-    "publish.py": ["--repo-id", "me/x"],
+    "publish.py": ["--repo_id", "me/x"],
     "model_card.py": [],
 }
 

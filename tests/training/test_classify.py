@@ -48,18 +48,10 @@ def save_model(folder):
 def test_order_is_learned_that_words_alone_do_not_tell(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl")
     save_model(tmp_path / "model")
-    command = [sys.executable, "-W", "ignore", "training/classify.py", "--model", tmp_path / "model"]
-    command += ["--rows", tmp_path / "rows.jsonl", "--text_column_name", "line", "--label_column", "way", "--use_cpu"]
-    command += [
-        "--output_dir",
-        tmp_path / "out",
-        "--max_steps",
-        "40",
-        "--learning_rate",
-        "1e-2",
-        "--report_to",
-        "none",
-    ]
+    command = [sys.executable, "-W", "ignore", "training/classify.py", "--model_name_or_path", tmp_path / "model"]
+    command += ["--train_file", tmp_path / "rows.jsonl", "--text_column_name", "line", "--label_column_name", "way"]
+    command += ["--output_dir", tmp_path / "out", "--max_steps", "40", "--learning_rate", "1e-2", "--use_cpu"]
+    command += ["--report_to", "none"]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
@@ -80,8 +72,8 @@ def test_order_is_learned_that_words_alone_do_not_tell(tmp_path):
     assert [said["label"] for said in classifier(["one two six ten", "ten six two one"])] == ["forward", "back"]
 
 
-@pytest.mark.parametrize("from_scratch", [False, True])
-def test_what_is_trained_and_on_what(from_scratch, tmp_path, monkeypatch):
+@pytest.mark.parametrize("option", ["--model_name_or_path", "--config_name"])
+def test_what_is_trained_and_on_what(option, tmp_path, monkeypatch):
     write_rows(tmp_path / "rows.jsonl", 40)
     trained, seen = save_model(tmp_path / "model"), []
 
@@ -90,18 +82,23 @@ def test_what_is_trained_and_on_what(from_scratch, tmp_path, monkeypatch):
             seen.append(self.train_dataset["input_ids"])
             return super().train()
 
-    command = (
-        f"classify.py --model {tmp_path}/model --rows {tmp_path}/rows.jsonl --output_dir {tmp_path}/out --use_cpu"
-    )
-    command += (
-        " --text_column_name line --label_column way --max_length 7 --max_steps 1 --learning_rate 0 --report_to none"
-    )
-    monkeypatch.setattr(sys, "argv", [*command.split(), *(["--from_scratch"] if from_scratch else [])])
+    command = f"classify.py {option} {tmp_path}/model --train_file {tmp_path}/rows.jsonl --output_dir {tmp_path}/out --use_cpu"
+    command += " --text_column_name line --label_column_name way --max_seq_length 7 --max_steps 1 --learning_rate 0 --report_to none"
+    monkeypatch.setattr(sys, "argv", command.split())
     monkeypatch.setattr(classify, "CleanTrainer", Watched)
     classify.main()
     assert {len(row) for row in seen[0]} == {7}
     left = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    assert torch.equal(left.model.embed_tokens.weight, trained.model.embed_tokens.weight) == (not from_scratch)
+    has_trained = torch.equal(left.model.embed_tokens.weight, trained.model.embed_tokens.weight)
+    assert has_trained == (option == "--model_name_or_path")
+
+
+@pytest.mark.parametrize("options", ["", "--model_name_or_path a --config_name b"])
+def test_weights_or_a_configuration_are_given(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", f"classify.py --train_file x --output_dir {tmp_path} {options}".split())
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(ValueError, match="one of --model_name_or_path .* and --config_name .* must be given, got"):
+        classify.main()
 
 
 def test_every_tenth_row_is_held_out():
@@ -140,20 +137,22 @@ def test_a_difference_is_of_the_same_rows():
 def test_bad_rows_are_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a", "label": "x"}\n{"text": "b"}\n')
-    with pytest.raises(ValueError, match=r"--label_column label: line 2 of .* has only \['text'\]"):
+    with pytest.raises(ValueError, match=r"--label_column_name label: line 2 of .* has only \['text'\]"):
         read_rows(str(path), "text", "label")
     with pytest.raises(ValueError, match="--text_column_name words: line 1"):
         read_rows(str(path), "words", "label")
     path.write_text('{"text": "a\u2028b", "label": "x"}\n{"text":\n', encoding="utf-8")
-    with pytest.raises(ValueError, match="--rows .*: line 2 is no JSON object"):
+    with pytest.raises(ValueError, match="--train_file .*: line 2 is no JSON object"):
         read_rows(str(path), "text", "label")
     path.write_text('"text, label"\n')
-    with pytest.raises(ValueError, match='--rows .*: line 1 is no JSON object, but "text, label"'):
+    with pytest.raises(ValueError, match='--train_file .*: line 1 is no JSON object, but "text, label"'):
         read_rows(str(path), "text", "label")
-    with pytest.raises(ValueError, match="--rows nowhere must be a file of JSON objects"):
+    with pytest.raises(ValueError, match="--train_file nowhere must be a file of JSON objects"):
         read_rows("nowhere", "text", "label")
     path.write_text('{"text": "a", "label": "x"}\n' * 30)
-    with pytest.raises(ValueError, match="--rows .* must have at least 20 rows, with two labels .*, got 30 with 1"):
+    with pytest.raises(
+        ValueError, match="--train_file .* must have at least 20 rows, with two labels .*, got 30 with 1"
+    ):
         read_rows(str(path), "text", "label")
     path.write_text('{"text": "a", "label": "y"}\n' + '{"text": "a", "label": "x"}\n' * 30)  # the first is held out
     with pytest.raises(ValueError, match="got 31 with 1"):
@@ -164,8 +163,8 @@ def test_bad_rows_are_named(tmp_path):
         ({"text": "a", "label": None}, "label"),
     ):
         path.write_text(json.dumps({"text": "a", "label": 3}) + "\n" + json.dumps(row))
-        with pytest.raises(ValueError, match=f"--{column}_column {column}: line 2 of .* must hold"):
+        with pytest.raises(ValueError, match=f"--{column}_column_name {column}: line 2 of .* must hold"):
             read_rows(str(path), "text", "label")
     path.write_bytes(b'{"text": "\xe9", "label": 1}')
-    with pytest.raises(ValueError, match="--rows .* is not UTF-8 text"):
+    with pytest.raises(ValueError, match="--train_file .* is not UTF-8 text"):
         read_rows(str(path), "text", "label")

@@ -99,7 +99,7 @@ def test_a_saved_multigrid_is_distilled(tokenizer, tmp_path, monkeypatch):
     options = {
         "--output_dir": tmp_path / "axis",
         "--dataset_name": tmp_path / "text",
-        "--clusters": 4,
+        "--num_clusters": 4,
         "--max_tokens": 2000,
     }
     monkeypatch.setattr(sys, "argv", ["distill_axis.py", str(tmp_path / "model"), *map(str, sum(options.items(), ()))])
@@ -225,10 +225,10 @@ def test_hidden_states_stand_at_their_characters(model, tokenizer):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"clusters": 1}, "--clusters must be at least 2, got 1"),
-        ({"length": 0}, "--length must be at least 1 and at most 1000, got 0"),
-        ({"max_leaves": 1}, "--max_leaves must be at least 2, got 1"),
-        ({"texts": ["ab"]}, "--clusters 6 is more than the 2 tokens of the text"),
+        ({"clusters": 1}, "--num_clusters must be at least 2, got 1"),
+        ({"length": 0}, "--context_length must be at least 1 and at most 1000, got 0"),
+        ({"max_leaves": 1}, "--max_leaf_nodes must be at least 2, got 1"),
+        ({"texts": ["ab"]}, "--num_clusters 6 is more than the 2 tokens of the text"),
         ({"texts": [""]}, "there is no text to read hidden states on"),
     ],
 )
@@ -242,7 +242,8 @@ def test_from_a_saved_model_to_files(model, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("".join(TEXTS), encoding="utf-8")
     command = [sys.executable, distill_axis.__file__, tmp_path / "model", "--output_dir", tmp_path / "axis"]
-    command += ["--dataset_name", tmp_path / "text.txt", "--name", "habits", "--clusters", "5", "--max_tokens", "3000"]
+    command += ["--dataset_name", tmp_path / "text.txt", "--name", "habits", "--num_clusters", "5"]
+    command += ["--max_tokens", "3000"]
     env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr

@@ -37,7 +37,7 @@ sys.path.insert(0, script.rsplit("/", 1)[0])
 for folder in folders:
     sys.argv = [script, folder, "--dataset_name", {corpus!r}, "--max_validation_bytes", "{size}", "--batch_size", "3"]
     if not folder.endswith("heptapod"):
-        sys.argv += ["--window", "{window}", "--stride", "{stride}"]
+        sys.argv += ["--max_length", "{window}", "--stride", "{stride}"]
     runpy.run_path(script, run_name="__main__")
 """
 
@@ -270,7 +270,7 @@ def test_numbers_that_score_nothing_are_named(option, value):
 
 
 def test_a_grid_has_no_window(folders):
-    with pytest.raises(ValueError, match="--window and --stride are of no use to a grid"):
+    with pytest.raises(ValueError, match="--max_length and --stride are of no use to a grid"):
         evaluate_model.evaluate(folders / "heptapod", ["text"], CORPUS, stride=2)
 
 
@@ -280,7 +280,7 @@ def test_a_model_that_gives_no_numbers_is_not_measured(folders, tmp_path, monkey
         model.lm_head.weight[3] = float("nan")
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    options = ("--dataset_name", CORPUS, "--max_validation_bytes", "50", "--window", "8")
+    options = ("--dataset_name", CORPUS, "--max_validation_bytes", "50", "--max_length", "8")
     monkeypatch.setattr(sys, "argv", ["evaluate_model.py", str(tmp_path), *options])
     monkeypatch.setattr(evaluate_model, "generation_speed", lambda *_, **__: {"tokens_per_second": 1.0})
     with pytest.raises(ValueError, match=r"evaluation\.json was not written: sliding_window_bits_per_byte"):
@@ -290,7 +290,11 @@ def test_a_model_that_gives_no_numbers_is_not_measured(folders, tmp_path, monkey
 
 def test_bad_arguments_are_named(tmp_path):
     model, stream = tiny_leap(), np.arange(9)
-    for window, stride, message in [(1, 1, "--window"), (8, 0, "--stride"), (8, 8, "--stride must lie between 1 and")]:
+    for window, stride, message in [
+        (1, 1, "--max_length"),
+        (8, 0, "--stride"),
+        (8, 8, "--stride must lie between 1 and"),
+    ]:
         with pytest.raises(ValueError, match=message):
             evaluate_model.sliding_window_nats(model, stream, window=window, stride=stride)
     tiny_leap("LeapForMaskedLM").save_pretrained(tmp_path)

@@ -121,16 +121,16 @@ def hub():
 def published(hub, tmp_path_factory):
     """The folder of all that was pushed, and what was printed."""
     folder = tmp_path_factory.mktemp("published")
-    commands = [[str(folder / "leap"), "--repo-id", "me/other", "--dry-run"]]
+    commands = [[str(folder / "leap"), "--repo_id", "me/other", "--dry_run"]]
     for family in FAMILIES:
         save_with_results(family, folder / family)
         if family != "leap":  # which is evaluated when it is published
             evaluate_here(folder / family)
         private = ["--private"] if family == PRIVATE else []
-        commands.append([str(folder / family), "--repo-id", f"me/{family}", *private])
+        commands.append([str(folder / family), "--repo_id", f"me/{family}", *private])
     save_with_results("leap", folder / "changed" / "leap", seed=7)
     evaluate_here(folder / "changed" / "leap")
-    commands.append([str(folder / "changed" / "leap"), "--repo-id", "me/leap"])
+    commands.append([str(folder / "changed" / "leap"), "--repo_id", "me/leap"])
     script = folder / "script.py"
     script.write_text(PUBLISH)
     printed = run(
@@ -199,7 +199,7 @@ def test_a_pinned_revision_gives_the_older_weights(hub, published, loaded):
 
 def test_a_pinned_revision_is_evaluated(hub, published, tmp_path):
     folder, first = published[0], hub.repos["me/leap"].commits[1].oid
-    options = ("--dataset_name", CORPUS, "--max_validation_bytes", "50", "--window", "8")
+    options = ("--dataset_name", CORPUS, "--max_validation_bytes", "50", "--max_length", "8")
     command = (SCRIPTS / "evaluate_model.py", "me/leap", "--revision", first, *options)
     with pytest.raises(AssertionError, match="me/leap brings its own code, .*: --trust_remote_code allows it"):
         run(*command, cwd=tmp_path, hub=hub)
@@ -250,19 +250,19 @@ def test_a_dry_run_shows_files_and_pushes_nothing(hub, published):
 def test_publishing_again_in_other_files_leaves_no_old_weights(hub, published, tmp_path):
     save_with_results("leap", tmp_path / "leap")
     evaluate_here(tmp_path / "leap")
-    run(SCRIPTS / "publish.py", tmp_path / "leap", "--repo-id", "me/again", cwd=tmp_path, hub=hub)
+    run(SCRIPTS / "publish.py", tmp_path / "leap", "--repo_id", "me/again", cwd=tmp_path, hub=hub)
     assert "model.safetensors" in hub.repos["me/again"].commits[-1].files
     hub.repos["me/again"].commits[-1].files["other/model.safetensors"] = b"which nothing loads with the folder"
     model, _ = load_model(tmp_path / "leap")
     (tmp_path / "leap" / "model.safetensors").unlink()
     model.save_pretrained(tmp_path / "leap", max_shard_size="10KB")
     evaluate_here(tmp_path / "leap")
-    run(SCRIPTS / "publish.py", tmp_path / "leap", "--repo-id", "me/again", cwd=tmp_path, hub=hub)
+    run(SCRIPTS / "publish.py", tmp_path / "leap", "--repo_id", "me/again", cwd=tmp_path, hub=hub)
     files = hub.repos["me/again"].commits[-1].files
     assert "model.safetensors" not in files and "model.safetensors.index.json" in files
     assert "other/model.safetensors" in files
     with pytest.raises(AssertionError, match="--private: me/again is there and public; nothing was pushed"):
-        run(SCRIPTS / "publish.py", tmp_path / "leap", "--repo-id", "me/again", "--private", cwd=tmp_path, hub=hub)
+        run(SCRIPTS / "publish.py", tmp_path / "leap", "--repo_id", "me/again", "--private", cwd=tmp_path, hub=hub)
 
 
 @pytest.mark.slow
@@ -463,8 +463,8 @@ def test_no_link_leads_out_of_a_published_folder(name, tmp_path, monkeypatch):
     secret.write_text("mine")
     path.unlink(missing_ok=True)
     path.symlink_to(secret)
-    command = ["publish.py", str(tmp_path / "leap"), "--repo-id", "me/leap"]
-    for more in ([], ["--dry-run"]):
+    command = ["publish.py", str(tmp_path / "leap"), "--repo_id", "me/leap"]
+    for more in ([], ["--dry_run"]):
         monkeypatch.setattr(sys, "argv", [*command, *more])
         monkeypatch.setattr(publish, "HfApi", None)
         with pytest.raises(ValueError, match=f"{name} is a link to .*secret"):
@@ -492,7 +492,7 @@ def test_code_from_elsewhere_is_not_published(tmp_path, monkeypatch):
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     config["auto_map"]["AutoModelForCausalLM"] = "someone/else--modeling.Model"
     (tmp_path / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(sys, "argv", ["publish.py", str(tmp_path), "--repo-id", "me/x", "--dry-run"])
+    monkeypatch.setattr(sys, "argv", ["publish.py", str(tmp_path), "--repo_id", "me/x", "--dry_run"])
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     with pytest.raises(ValueError, match="has its code from someone/else on the Hub, and only what brings its own is"):
         publish.main()

@@ -359,7 +359,7 @@ def measured(learned, tmp_path_factory):
     """What evaluate_model.py wrote and printed of the trained folder and a text that it was not trained on."""
     other, output = tmp_path_factory.mktemp("other") / "other.txt", tmp_path_factory.mktemp("out") / "evaluation.json"
     other.write_bytes(OTHER.encode())
-    options = ("--validation_split_percentage", "20", "--window", WINDOW, "--stride", STRIDE, "--batch_size", "3")
+    options = ("--validation_split_percentage", "20", "--max_length", WINDOW, "--stride", STRIDE, "--batch_size", "3")
     printed = in_process(evaluate_model.main, learned[0], "--dataset_name", other, *options, "--output", output)
     return json.loads(output.read_text(encoding="utf-8")), printed
 
@@ -637,7 +637,7 @@ def test_a_sample_is_as_long_as_asked_for(tmp_path, monkeypatch):
 def test_the_share_of_a_page_that_is_written_as_it_was(tmp_path):
     save_tiny("heptapod", tmp_path / "model")
     (tmp_path / "text.txt").write_text("import os\n" * 30)
-    arguments = ("--text_file", tmp_path / "text.txt", "--page", 1, "--region", "top", "--max_denoising_steps", 3)
+    arguments = ("--text_file", tmp_path / "text.txt", "--page", 1, "--mask_region", "top", "--max_denoising_steps", 3)
     printed = in_process(infill.main, tmp_path / "model", *arguments, "--seed", 5, "--output_dir", tmp_path)
     height, width = PAGE
     rows = -(-height // 3)
