@@ -65,7 +65,7 @@ def draw(rng):
         channels, past = parts // 4 * dim + dim, ()
         if settings.window is not None:
             past = (rng.randint(0, settings.window - 1),)
-        given["state"] = FocusState(normal(batch, heads, *past), normal(batch, heads, *past, channels))
+        given["initial_state"] = FocusState(normal(batch, heads, *past), normal(batch, heads, *past, channels))
     return qfkv, settings, given
 
 
@@ -90,15 +90,15 @@ def valid_call(seed):
         compiled = run(qfkv, settings, given, weight)
     finally:
         torch.set_num_threads(1)
-    is_supported, focus_operator.native_applies = focus_operator.native_applies, lambda *_: False
+    is_supported, focus_operator.native_is_supported = focus_operator.native_is_supported, lambda *_: False
     try:
         expected = run(qfkv, settings, given, weight)
         single = {"alibi_slopes": given.get("alibi_slopes")}
         _, state = focus_mixing(qfkv, settings, **single)
         token = qfkv[:, -1:].float()
-        after, _ = focus_mixing(token, settings, **single, state=state)
+        after, _ = focus_mixing(token, settings, **single, initial_state=state)
     finally:
-        focus_operator.native_applies = is_supported
+        focus_operator.native_is_supported = is_supported
     for name, got, wanted in zip(("output", "log weights", "values", "gradient"), compiled, expected):
         if got.numel():
             close = 3e-2 if qfkv.dtype == torch.bfloat16 else 2e-3
@@ -151,7 +151,7 @@ def invalid_call(seed):
         "padding_mask": torch.ones(batch, seq),
         "segment_ids": torch.zeros(batch, seq, dtype=torch.long),
         "rotary": torch.rand(batch, seq, dim),
-        "state": torch.rand(*state_shape, dim if parts == 3 else 2 * dim),
+        "initial_state": torch.rand(*state_shape, dim if parts == 3 else 2 * dim),
         "qfkv": qfkv,
     }
     name = rng.choice(list(whole))
@@ -183,7 +183,7 @@ def invalid_call(seed):
         if isinstance(wrong, torch.Tensor) and wrong.shape == (1, seq, dim):
             wrong = wrong[:, :0]
         arguments = {name: rng.choice(((wrong, whole[name]), (whole[name], wrong)))}
-    elif name == "state":
+    elif name == "initial_state":
         logs = torch.rand(state_shape)
         if isinstance(wrong, list):
             wrong = whole[name].double().long()

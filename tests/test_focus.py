@@ -356,7 +356,7 @@ def test_any_split_in_chunks_equals_the_whole(window, option, small_blocks):
         state, parts = None, []
         for start, end in zip([0, *cuts], [*cuts, seq]):
             place = slice(start, end)
-            out, state = focus_mixing(qfkv[:, place], settings, **pieces(kwargs, place), state=state)
+            out, state = focus_mixing(qfkv[:, place], settings, **pieces(kwargs, place), initial_state=state)
             parts.append(out)
         torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-9, atol=1e-9)
         check_state(state, qfkv, settings, kwargs)
@@ -372,7 +372,7 @@ def test_gradient_after_a_state(window, small_blocks):
     _, state = focus_mixing(qfkv[:, first], settings, **pieces(kwargs, first))
     weight = torch.randn(2, 130, HEADS, DIM, dtype=torch.float64)
     _, _, grad = with_gradient(
-        lambda x: focus_mixing(x, settings, **pieces(kwargs, second), state=state), qfkv[:, second], weight
+        lambda x: focus_mixing(x, settings, **pieces(kwargs, second), initial_state=state), qfkv[:, second], weight
     )
     _, _, expected = with_gradient(
         lambda x: naive_focus_mixing(torch.cat((qfkv[:, first], x), dim=1), settings, **kwargs)[:, 50:],
@@ -390,7 +390,7 @@ def test_a_state_belongs_to_the_first_segment(window):
     segments[:, 60:] = 1
     expected = naive_focus_mixing(qfkv, settings, **kwargs, segment_ids=segments)
     _, state = focus_mixing(qfkv[:, :40], settings, **kwargs)
-    out, _ = focus_mixing(qfkv[:, 40:], settings, **kwargs, segment_ids=segments[:, 40:] + 5, state=state)
+    out, _ = focus_mixing(qfkv[:, 40:], settings, **kwargs, segment_ids=segments[:, 40:] + 5, initial_state=state)
     torch.testing.assert_close(out, expected[:, 40:])
 
 
@@ -497,8 +497,8 @@ def test_packing_a_state_loses_nothing(normalize, window):
     unpacked = unpack_state(packed, settings, HEADS, DIM)
     for following in (1, 5):
         more, _ = in_float32(*make_inputs(3, following))
-        expected, _ = focus_mixing(more, settings, state=state)
-        out, _ = focus_mixing(more, settings, state=unpacked)
+        expected, _ = focus_mixing(more, settings, initial_state=state)
+        out, _ = focus_mixing(more, settings, initial_state=unpacked)
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
         alone, _ = focus_mixing(more[:1], settings)
         torch.testing.assert_close(out[:1], alone, rtol=1e-5, atol=1e-6)
@@ -739,7 +739,7 @@ def test_bad_input():
         focus_mixing(qfkv, replace(settings, output_gate="none"))
     _, state = focus_mixing(qfkv, settings)
     with pytest.raises(ValueError, match="state"):
-        focus_mixing(qfkv, replace(settings, causal=False), state=state)
+        focus_mixing(qfkv, replace(settings, causal=False), initial_state=state)
     logs, values = torch.randn(1, 5, 2), torch.randn(1, 5, 2, 3)
     with pytest.raises(TypeError, match="values"):
         focus_mean(logs, values.long(), settings)
@@ -747,7 +747,7 @@ def test_bad_input():
         with pytest.raises(ValueError, match="values"):
             focus_mean(logs, wrong, settings)
     with pytest.raises(ValueError, match="state"):
-        focus_mean(logs, values, replace(settings, causal=False), state=state)
+        focus_mean(logs, values, replace(settings, causal=False), initial_state=state)
 
 
 def test_weights_are_those_of_their_functions():

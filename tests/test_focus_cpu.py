@@ -120,7 +120,7 @@ def test_any_split_in_chunks_equals_the_whole(window, option):
             if name != "alibi_slopes"
         }
         alibi_slopes = {"alibi_slopes": kwargs["alibi_slopes"]} if "alibi_slopes" in kwargs else {}
-        out, state = focus_mixing(qfkv[:, start:end], settings, **piece, **alibi_slopes, state=state)
+        out, state = focus_mixing(qfkv[:, start:end], settings, **piece, **alibi_slopes, initial_state=state)
         outs.append(out)
     torch.testing.assert_close(torch.cat(outs, 1), whole, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(state.values, final.values, rtol=1e-5, atol=1e-5)
@@ -134,10 +134,10 @@ def test_gradient_after_a_state(window, monkeypatch):
     _, state = focus_mixing(qfkv[:, :50], settings, **kwargs)
 
     def run(x):
-        return focus_mixing(x, settings, **kwargs, state=state)
+        return focus_mixing(x, settings, **kwargs, initial_state=state)
 
     out, _, grad = with_gradient(run, qfkv[:, 50:], weight)
-    monkeypatch.setattr(focus_operator, "native_applies", lambda *_: False)
+    monkeypatch.setattr(focus_operator, "native_is_supported", lambda *_: False)
     expected, _, expected_grad = with_gradient(run, qfkv[:, 50:], weight)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-4)
@@ -314,7 +314,7 @@ def test_what_is_not_finite_stays_so(window, option, poison, monkeypatch):
         compiled = with_gradient(lambda x: focus_mixing(x, settings, **kwargs), poisoned, weight)
         exact = with_gradient(lambda x: naive_focus_mixing(x, settings, **double), poisoned.double(), weight.double())
         with monkeypatch.context() as patch:
-            patch.setattr(focus_operator, "native_applies", lambda *_: False)
+            patch.setattr(focus_operator, "native_is_supported", lambda *_: False)
             tiles = with_gradient(lambda x: focus_mixing(x, settings, **kwargs), poisoned, weight)
         for which in (0, 2):  # outputs, gradients
             got, wanted, spread = (not_finite(x[which]) for x in (compiled, exact, tiles))
@@ -328,7 +328,7 @@ def test_what_is_not_finite_stays_so(window, option, poison, monkeypatch):
 def test_what_pads_hold_leaves_no_trace(window, form, monkeypatch):
     """Not even in sums where it would have a weight of 0: outputs, states and gradients as with zeros there."""
     if form == "torch":
-        monkeypatch.setattr(focus_operator, "native_applies", lambda *_: False)
+        monkeypatch.setattr(focus_operator, "native_is_supported", lambda *_: False)
     mask, weight = torch.rand(2, 200) < 0.7, torch.randn(2, 200, HEADS, 4)
     mask[0, 150:], mask[1, :9] = False, False
     for option in ("normalize", "null") if window == 4 else ("no gate",):
@@ -363,9 +363,9 @@ def test_a_state_keeps_what_is_not_finite(window, option, monkeypatch):
     results = {}
     for form in ("C", "torch"):
         if form == "torch":
-            monkeypatch.setattr(focus_operator, "native_applies", lambda *_: False)
+            monkeypatch.setattr(focus_operator, "native_is_supported", lambda *_: False)
         _, state = focus_mixing(qfkv[:, :10], settings, alibi_slopes)
-        results[form] = not_finite(focus_mixing(qfkv[:, 10:], settings, alibi_slopes, state=state)[0])
+        results[form] = not_finite(focus_mixing(qfkv[:, 10:], settings, alibi_slopes, initial_state=state)[0])
         if form == "C":
             packed = pack_state(state, settings, 4, 10)
             out = focus_cpu.step(qfkv[:, 10:11], settings, alibi_slopes, None, packed)
@@ -435,12 +435,28 @@ WRONG = {
     "a mask elsewhere": ({"padding_mask": torch.ones(2, 10, device="meta")}, ValueError, "padding_mask"),
     "segments of fewer rows": ({"segment_ids": torch.zeros(1, 10, dtype=torch.long)}, ValueError, "segment_ids"),
     "segments of no integers": ({"segment_ids": torch.zeros(2, 10)}, TypeError, "segment_ids"),
-    "a state of fewer rows": ({"state": window_state(3, logs=(1, HEADS, 3))}, ValueError, "state.log_weights"),
-    "a state of more heads": ({"state": window_state(3, logs=(2, 3, 3))}, ValueError, "state.log_weights"),
-    "a state longer than the window": ({"state": window_state(4)}, ValueError, "state.log_weights"),
-    "a global state": ({"state": window_state(3, logs=(2, HEADS))}, ValueError, "state.log_weights"),
-    "values of fewer tokens": ({"state": window_state(3, values=(2, HEADS, 2, 8))}, ValueError, "state.values"),
-    "values of fewer channels": ({"state": window_state(3, values=(2, HEADS, 3, 4))}, ValueError, "state.values"),
+    "a state of fewer rows": (
+        {"initial_state": window_state(3, logs=(1, HEADS, 3))},
+        ValueError,
+        "initial_state.log_weights",
+    ),
+    "a state of more heads": (
+        {"initial_state": window_state(3, logs=(2, 3, 3))},
+        ValueError,
+        "initial_state.log_weights",
+    ),
+    "a state longer than the window": ({"initial_state": window_state(4)}, ValueError, "initial_state.log_weights"),
+    "a global state": ({"initial_state": window_state(3, logs=(2, HEADS))}, ValueError, "initial_state.log_weights"),
+    "values of fewer tokens": (
+        {"initial_state": window_state(3, values=(2, HEADS, 2, 8))},
+        ValueError,
+        "initial_state.values",
+    ),
+    "values of fewer channels": (
+        {"initial_state": window_state(3, values=(2, HEADS, 3, 4))},
+        ValueError,
+        "initial_state.values",
+    ),
 }
 
 
@@ -448,16 +464,16 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 def test_inputs_that_do_not_fit_are_named(what, form, monkeypatch):
     if form == "torch":
-        monkeypatch.setattr(focus_operator, "native_applies", lambda *_: False)
+        monkeypatch.setattr(focus_operator, "native_is_supported", lambda *_: False)
     changes, kind, name = WRONG[what]
     arguments = {"qfkv": torch.zeros(2, 10, 4, HEADS, 4), **changes}
     with pytest.raises(kind, match=f"`{name}"):
         focus_mixing(settings=settings_for(4), **arguments)
-    if "state" not in changes:
+    if "initial_state" not in changes:
         return
-    past = changes["state"]
+    past = changes["initial_state"]
     with pytest.raises(kind, match=f"`{name}"):
-        focus.focus_mean(torch.zeros(2, 10, HEADS), torch.zeros(2, 10, HEADS, 8), settings_for(4), state=past)
+        focus.focus_mean(torch.zeros(2, 10, HEADS), torch.zeros(2, 10, HEADS, 8), settings_for(4), initial_state=past)
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_a_graph_that_goes_on_from_a_state(kind, seq):
     settings = settings_for(*SETTINGS[kind], **OPTIONS["alibi_slopes"])
     _, state = focus_mixing(qfkv, settings, **kwargs)
     more, _ = inputs("alibi_slopes", seq=seq)
-    compare(lambda x: focus_mixing(x, settings, state=state, **kwargs), more)
+    compare(lambda x: focus_mixing(x, settings, initial_state=state, **kwargs), more)
 
 
 @pytest.mark.parametrize("kind", ["global", "window", "two-sided window"])
@@ -171,7 +171,7 @@ def test_gradients_do_not_see_what_is_written_over_the_past():
     _, state = focus_mixing(qfkv, settings)
 
     def loss(x, state):
-        return focus_mixing(x, settings, state=state)[0].square().sum()
+        return focus_mixing(x, settings, initial_state=state)[0].square().sum()
 
     grads = []
     for function in (loss, torch.compile(loss, backend="aot_eager")):

@@ -267,7 +267,7 @@ def test_decoding_shows_open_cells_and_leaves_out_the_rest(by_bytes):
     assert by_bytes.decode(page, "") == "a\ndfx"
     page[0] = torch.tensor([0xC3, MASK, 0xA9, ord("\n")])  # half a character on either side
     assert by_bytes.decode(page, "?").startswith("\ufffd?\ufffd\n")
-    with pytest.raises(ValueError, match=r"`page` must be .*\[1, 3, 4\]; see `batch_decode`"):
+    with pytest.raises(ValueError, match=r"`token_ids` must be .*\[1, 3, 4\]; see `batch_decode`"):
         by_bytes.decode(page[None])
 
 

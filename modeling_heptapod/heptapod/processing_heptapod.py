@@ -302,24 +302,26 @@ class HeptapodProcessor(CustomCodeMixin, ProcessorMixin):
         is_masked = torch.from_numpy(region_mask(region, *pages.shape[-2:])).to(pages.device)
         return pages.masked_fill(is_masked & (pages != self.tokenizer.pad_token_id), self.tokenizer.mask_token_id)
 
-    def decode(self, page, mask_text: str = "\u2591", skip_special_tokens: bool = True) -> str:
+    def decode(self, token_ids, mask_text: str = "\u2591", skip_special_tokens: bool = True) -> str:
         """The text on a page.
 
         Args:
-            page: token ids `[height, width]`, or in reading order `[cells]`; a tensor, an array or lists.
-            mask_text: what stands for an open cell.
+            token_ids: the page `[height, width]`, or its cells in reading order `[cells]`; a tensor, an array or lists.
+            mask_text: the text for a masked token.
             skip_special_tokens: leave out blanks, pads and the tokenizer's other special tokens; otherwise all cells
                 are given as the tokenizer names them.
         """
-        ids = np.asarray(page.cpu() if hasattr(page, "cpu") else page)
+        ids = np.asarray(token_ids.cpu() if hasattr(token_ids, "cpu") else token_ids)
         if ids.ndim not in (1, 2):
-            raise ValueError(f"`page` must be [height, width] or [cells], got {list(ids.shape)}; see `batch_decode`.")
+            raise ValueError(
+                f"`token_ids` must be [height, width] or [cells], got {list(ids.shape)}; see `batch_decode`."
+            )
         ids = ids.ravel().tolist()
         if not skip_special_tokens:
             return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         mask = self.tokenizer.mask_token_id
         left_out = {self.blank_token_id, *special_token_ids(self.tokenizer)} - {mask}
-        pieces = [[]]  # of text between open cells
+        pieces = [[]]  # of text between masked tokens
         for token in ids:
             if token == mask:
                 pieces.append([])
@@ -327,9 +329,9 @@ class HeptapodProcessor(CustomCodeMixin, ProcessorMixin):
                 pieces[-1].append(token)
         return mask_text.join(self.tokenizer.decode(piece, clean_up_tokenization_spaces=False) for piece in pieces)
 
-    def batch_decode(self, pages, mask_text: str = "\u2591", skip_special_tokens: bool = True) -> list[str]:
-        """The text on each of several pages `[batch, height, width]`; arguments as those of `decode`."""
-        return [self.decode(page, mask_text, skip_special_tokens) for page in pages]
+    def batch_decode(self, sequences, mask_text: str = "\u2591", skip_special_tokens: bool = True) -> list[str]:
+        """The text on each of several pages `[batch, height, width]`; the other arguments are those of `decode`."""
+        return [self.decode(page, mask_text, skip_special_tokens) for page in sequences]
 
     @property
     def pad_token_id(self) -> int:

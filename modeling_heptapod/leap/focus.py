@@ -127,7 +127,7 @@ def focus_mixing(
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     padding_mask: torch.Tensor | None = None,
     segment_ids: torch.Tensor | None = None,
-    state: FocusState | None = None,
+    initial_state: FocusState | None = None,
 ) -> tuple[torch.Tensor, FocusState | None]:
     """The whole mixing step of LEAP, `[q, f, k, v] -> gate(q . kbar) * vbar`, in linear time.
 
@@ -142,7 +142,7 @@ def focus_mixing(
             models lay rows out before.
         segment_ids (`torch.LongTensor` of shape `[batch, seq]`, *optional*): packed rows; each run of equal ids is a
             sequence of its own.
-        state (`FocusState`, *optional*): what came before (causal only). No gradient flows into it.
+        initial_state (`FocusState`, *optional*): what came before (causal only). No gradient flows into it.
 
     Returns:
         The output `[batch, seq, heads, head_dim]` in the dtype of `qfkv`, and the `FocusState` after the last token
@@ -153,12 +153,14 @@ def focus_mixing(
         TypeError, ValueError: for inputs of another dtype or shape, or a state in a bidirectional step.
     """
     parts = 3 if settings.output_gate == "none" else 4
-    _check_inputs("qfkv", qfkv, [None, None, parts, None, None], settings, state)
+    _check_inputs("qfkv", qfkv, [None, None, parts, None, None], settings, initial_state)
     batch, seq, _, heads, head_dim = qfkv.shape
     channels = head_dim if parts == 3 else 2 * head_dim
-    _check_companions(qfkv, (batch, seq, heads, channels), settings, alibi_slopes, padding_mask, segment_ids, state)
+    _check_companions(
+        qfkv, (batch, seq, heads, channels), settings, alibi_slopes, padding_mask, segment_ids, initial_state
+    )
     qfkv, mask = _blank_pads(qfkv, padding_mask)
-    if state is None and _must_be_plain(qfkv):
+    if initial_state is None and _must_be_plain(qfkv):
         precise = qfkv.to(torch.promote_types(qfkv.dtype, torch.float32))
         masks = mask, segment_ids
         return naive_focus_mixing(precise, settings, alibi_slopes, rotary, *masks, _means_by_matrix).to(
@@ -174,7 +176,7 @@ def focus_mixing(
             raise ValueError(f"`rotary` needs an even head dimension, got {head_dim}.")
     if rotary is not None and cos.shape != sin.shape:
         raise ValueError(f"`rotary` must be two tensors of one shape, got {list(cos.shape)} and {list(sin.shape)}.")
-    past = None if state is None else (state.log_weights, state.values)
+    past = None if initial_state is None else (initial_state.log_weights, initial_state.values)
     out, *final = focus_mixing_step(qfkv, settings, alibi_slopes, rotary, mask, _runs(segment_ids), past)
     return out, FocusState(*final) if settings.causal else None
 
@@ -186,7 +188,7 @@ def focus_mean(
     alibi_slopes: torch.Tensor | None = None,
     padding_mask: torch.Tensor | None = None,
     segment_ids: torch.Tensor | None = None,
-    state: FocusState | None = None,
+    initial_state: FocusState | None = None,
 ) -> tuple[torch.Tensor, FocusState | None]:
     """Weighted means alone, without the arithmetic around them.
 
@@ -203,18 +205,18 @@ def focus_mean(
     Raises:
         TypeError, ValueError: for inputs of another dtype or shape, or a state in a bidirectional step.
     """
-    _check_inputs("values", values, [*log_weights.shape, None], settings, state)
+    _check_inputs("values", values, [*log_weights.shape, None], settings, initial_state)
     _check_tensor("log_weights", log_weights, values, values.shape[:3], floating=True)
-    _check_companions(values, values.shape, settings, alibi_slopes, padding_mask, segment_ids, state)
+    _check_companions(values, values.shape, settings, alibi_slopes, padding_mask, segment_ids, initial_state)
     dtype = torch.promote_types(values.dtype, torch.float32)
     logs = log_weights.to(dtype)
     if padding_mask is not None:
         mask = padding_mask.bool().unsqueeze(-1)
         logs, values = logs.masked_fill(~mask, -math.inf), values.masked_fill(~mask.unsqueeze(-1), 0)
-    if state is None and _must_be_plain(values):
+    if initial_state is None and _must_be_plain(values):
         arguments = settings.window, alibi_slopes, settings.sink_weight, settings.causal, segment_ids
         return _means_by_matrix(logs, values.to(dtype), *arguments).to(values.dtype), None
-    past = None if state is None else (state.log_weights, state.values)
+    past = None if initial_state is None else (initial_state.log_weights, initial_state.values)
     rows = logs.transpose(1, 2).contiguous(), values.to(dtype).transpose(1, 2).contiguous()
     means, *final = focus_mean_step(*rows, settings, alibi_slopes, _runs(segment_ids), past)
     return means.transpose(1, 2).to(values.dtype), FocusState(*final) if settings.causal else None
@@ -245,7 +247,7 @@ def _blank_pads(qfkv, padding_mask):
     return qfkv.masked_fill(~mask[..., None, None, None], 0), mask
 
 
-def _check_inputs(name, tensor, shape, settings, state):
+def _check_inputs(name, tensor, shape, settings, initial_state):
     if not tensor.is_floating_point():
         raise TypeError(f"`{name}` must be floating point, got {tensor.dtype}.")
     wrong = len(shape) != tensor.dim() or any(
@@ -254,11 +256,11 @@ def _check_inputs(name, tensor, shape, settings, state):
     if wrong or 0 in tensor.shape:
         expected = ", ".join("?" if size is None else str(size) for size in shape)
         raise ValueError(f"`{name}` must have shape [{expected}] with at least one token, got {list(tensor.shape)}.")
-    if state is not None and not settings.causal:
-        raise ValueError("`state` was given, but a bidirectional step has no past to continue from.")
+    if initial_state is not None and not settings.causal:
+        raise ValueError("`initial_state` was given, but a bidirectional step has no past to continue from.")
 
 
-def _check_companions(tensor, shape, settings, alibi_slopes, padding_mask, segment_ids, state):
+def _check_companions(tensor, shape, settings, alibi_slopes, padding_mask, segment_ids, initial_state):
     """Check what comes with `tensor`, by the shape `[batch, seq, heads, channels]` of the means."""
     batch, seq, heads, channels = shape
     if alibi_slopes is not None:
@@ -267,18 +269,18 @@ def _check_companions(tensor, shape, settings, alibi_slopes, padding_mask, segme
         _check_tensor("padding_mask", padding_mask, tensor, (batch, seq))
     if segment_ids is not None:
         _check_tensor("segment_ids", segment_ids, tensor, (batch, seq), floating=False)
-    if state is None:
+    if initial_state is None:
         return
     past = ()
     if settings.window is not None:
-        past = tuple(state.log_weights.shape[2:3])
+        past = tuple(initial_state.log_weights.shape[2:3])
         if len(past) != 1 or past[0] >= settings.window:
             raise ValueError(
-                f"`state.log_weights` must be [batch, heads, past] of at most {settings.window - 1} tokens for a window of "
-                f"{settings.window}, got {list(state.log_weights.shape)}."
+                f"`initial_state.log_weights` must be [batch, heads, past] of at most {settings.window - 1} tokens for a "
+                f"window of {settings.window}, got {list(initial_state.log_weights.shape)}."
             )
-    _check_tensor("state.log_weights", state.log_weights, tensor, (batch, heads, *past), floating=True)
-    _check_tensor("state.values", state.values, tensor, (batch, heads, *past, channels), floating=True)
+    _check_tensor("initial_state.log_weights", initial_state.log_weights, tensor, (batch, heads, *past), floating=True)
+    _check_tensor("initial_state.values", initial_state.values, tensor, (batch, heads, *past, channels), floating=True)
 
 
 def _check_tensor(name, tensor, like, shape, floating=None):

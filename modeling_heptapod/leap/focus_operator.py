@@ -11,7 +11,7 @@ import torch
 
 from ..common.operator_namespace import operator_namespace
 from .focus_cpu import NativeMixing
-from .focus_cpu import is_supported as native_applies
+from .focus_cpu import is_supported as native_is_supported
 from .focus_cpu import takes as native_takes
 from .focus_functions import FocusSettings
 from .focus_tiles import TiledMixing, enter_state, means, means_backward
@@ -88,7 +88,7 @@ def _in_full_precision(function):
 def _choose_mixing(qfkv, settings, rotary):
     if triton_is_supported(qfkv, settings, rotary):
         return TritonMixing
-    return NativeMixing if native_applies(qfkv, settings, rotary) else TiledMixing
+    return NativeMixing if native_is_supported(qfkv, settings, rotary) else TiledMixing
 
 
 class _FocusMixing(torch.autograd.Function):

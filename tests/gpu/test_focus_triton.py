@@ -32,7 +32,7 @@ at_length = pytest.mark.skipif(INTERPRETED, reason="too long for the interpreter
 def kernels(monkeypatch):
     """The kernels on whatever device the tests run; in the interpreter nothing else takes the step before them."""
     monkeypatch.setattr(focus_triton, "_DEVICES", (DEVICE,))
-    monkeypatch.setattr(focus_operator, "native_applies", lambda *_: False)
+    monkeypatch.setattr(focus_operator, "native_is_supported", lambda *_: False)
     if INTERPRETED:
         from triton.runtime.interpreter import InterpreterBuilder
 
@@ -128,7 +128,7 @@ def test_any_split_in_chunks_equals_the_whole(window, option):
             name: tuple(x[:, start:end] for x in value) if name == "rotary" else value[:, start:end]
             for name, value in kwargs.items()
         }
-        out, state = focus_mixing(qfkv[:, start:end], settings, **piece, state=state)
+        out, state = focus_mixing(qfkv[:, start:end], settings, **piece, initial_state=state)
         outs.append(out)
     torch.testing.assert_close(torch.cat(outs, 1), whole, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(state.values, final.values, rtol=1e-5, atol=1e-5)
@@ -143,7 +143,7 @@ def test_gradient_after_a_state(window, monkeypatch):
     _, state = focus_mixing(qfkv[:, :50], settings, **kwargs)
 
     def step(x):
-        return focus_mixing(x, settings, **kwargs, state=state)
+        return focus_mixing(x, settings, **kwargs, initial_state=state)
 
     out, _, grad = with_gradient(step, qfkv[:, 50:], weight)
     monkeypatch.setattr(focus_triton, "_DEVICES", ())
