@@ -13,7 +13,7 @@ def has_dynamic_shapes(x: torch.Tensor) -> bool:
     return torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in x.shape)
 
 
-def is_masked(size: int) -> bool:
+def is_dynamic(size: int) -> bool:
     """Whether a compiler or an export leaves a size open: what is compared with it then narrows what the program is for."""
     return torch.compiler.is_compiling() and not has_static_value(size)
 
@@ -199,7 +199,7 @@ __all__ = [
     "embed_ids",
     "embed_text",
     "has_dynamic_shapes",
-    "is_masked",
+    "is_dynamic",
     "is_torch_func_active",
     "mask_of_new_tokens",
     "token_mask",

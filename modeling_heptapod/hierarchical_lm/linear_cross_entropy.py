@@ -11,7 +11,7 @@ What is kept for the backward pass is the gradients themselves, which are as lar
 
 import torch
 
-from ..common.model_inputs import is_masked
+from ..common.model_inputs import is_dynamic
 from ..common.operator_namespace import operator_namespace
 
 
@@ -63,7 +63,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, dtype, differentiate):
         # Compiled, the loop over pieces would be another one for each number of states.
-        in_pieces = _in_pieces_as_one if is_masked(hidden.shape[0]) else _in_pieces
+        in_pieces = _in_pieces_as_one if is_dynamic(hidden.shape[0]) else _in_pieces
         with torch.autocast(hidden.device.type, enabled=False):
             loss, grad_hidden, grad_weight = in_pieces(
                 hidden.to(dtype),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..common.model_inputs import has_dynamic_shapes, is_masked
+from ..common.model_inputs import has_dynamic_shapes, is_dynamic
 from ..common.token_layout import TokenLayout
 from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .hierarchical_cache import HierarchicalCache
@@ -84,7 +84,7 @@ class StreamPlan:
         if self.stride == 1:
             return x
         if self.fresh:
-            if is_masked(self.tokens):  # one step more than tokens read, so that their number is never compared
+            if is_dynamic(self.tokens):  # one step more than tokens read, so that their number is never compared
                 x = nn.functional.pad(x, (0, 0, 0, 1))
             return x.repeat_interleave(self.stride, dim=1)[:, : self.tokens]
         if self.spread is None:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..common.model_inputs import is_masked
+from ..common.model_inputs import is_dynamic
 
 
 # Chunks are at least this long: below, more of them cost more than the keys they would spare.
@@ -133,9 +133,9 @@ def windowed_attention(
     batch, length, heads, channels = query.shape
     phase_length = -(-length // dilation)
     # Where lengths are open one program is for all of them: no case for short ones, and room that none fills.
-    length_is_open = segments is None and is_masked(length)
+    length_is_dynamic = segments is None and is_dynamic(length)
     reach = window if window is None or not block else 2 * window
-    if length_is_open:
+    if length_is_dynamic:
         phase_length = phase_length if window is None and dilation == 1 else length // dilation + 2
     elif window is not None and (window if block else reach) >= phase_length:
         window = None  # every step sees all before it
@@ -150,7 +150,7 @@ def windowed_attention(
     # Without segments the blocks of the window are the chunks; packed sequences begin anywhere in a chunk.
     chunk = window if block and segments is None else max(reach - 1, min(_SHORTEST_CHUNK, phase_length))
     chunks = -(-phase_length // chunk)
-    if length_is_open:
+    if length_is_dynamic:
         chunk = min(chunk, phase_length)
         chunks = phase_length // chunk + 1
     after = chunks * chunk - phase_length
