@@ -1,8 +1,8 @@
-"""`generate` for the grid: all open cells of a page are predicted at once, a sampler decides which are written.
+"""`generate` for the grid: each denoising step predicts all masked tokens, and a sampler decides which are unmasked.
 
-Read top-down: the options, the four ways to choose cells, the draw of tokens, the loop. The idea is that of
-Mask-Predict (arXiv 1904.09324) and MaskGIT (arXiv 2202.04200, mask_schedule and confidence), the entropy bound that of
-arXiv 2505.24857; written one cell at a time in an order that does not depend on the tokens, a page is a sample of the
+Read top-down: the options, the four samplers, the draw of tokens, the loop. The method is that of Mask-Predict
+(arXiv 1904.09324) and MaskGIT (arXiv 2202.04200: mask schedule and confidence); the entropy bound is that of
+arXiv 2505.24857. Unmasked one token at a time in an order that does not depend on the tokens, a page is a sample of the
 model's own conditionals (arXiv 2110.02037).
 """
 
@@ -53,41 +53,41 @@ _DEFAULT_DENOISING_STEPS = 32
 
 
 class HeptapodGenerationConfig(GenerationConfig):
-    """How [`HeptapodGenerationMixin.generate`] writes a page; an option that is not set is taken from the model's own.
+    """Options of [`HeptapodGenerationMixin.generate`]. An option that is not set is taken from the model's own config.
 
     Args:
         sampler (`str`, *optional*, defaults to `"confidence"`):
-            Which open cells are written in an iteration: those whose drawn token is the most probable
-            (`"confidence"`), the most certain ones while their entropies add up to no more than `entropy_bound`
+            Which masked tokens a denoising step unmasks: those whose sampled token is the most probable
+            (`"confidence"`), those of least entropy while their entropies add up to no more than `entropy_bound`
             (`"entropy_bound"`), any (`"random"`), or the first one, left to right and top to bottom (`"raster"`).
         mask_schedule (`str`, *optional*, defaults to `"cosine"`):
-            How many cells `"confidence"` and `"random"` write in an iteration: equal shares (`"linear"`) or few at
-            first (`"cosine"`). Each row of a batch has its own mask_schedule.
+            How many tokens `"confidence"` and `"random"` unmask in a step: equal shares (`"linear"`) or few at
+            first (`"cosine"`). Each row of a batch follows the schedule with its own number of masked tokens.
         max_denoising_steps (`int`, *optional*):
-            In how many iterations `"confidence"` and `"random"` write a page, 32 when not given; a row with fewer
-            open cells writes one in each. `"entropy_bound"` writes all that is left in this iteration; without it, it takes
-            as many as the bound asks for. `"raster"` takes one iteration a cell.
+            Number of steps in which `"confidence"` and `"random"` unmask a canvas, 32 when not given; a row with fewer
+            masked tokens takes a step for each. `"entropy_bound"` unmasks all that is left in the last of them; when
+            not given, it takes as many as the bound needs. `"raster"` takes a step for each token.
         entropy_bound (`float`, *optional*, defaults to 0.1):
-            For `"entropy_bound"`, in nats. The cell with the least entropy is always written.
+            For `"entropy_bound"`, in nats. The token with the least entropy is always unmasked.
         remask_threshold (`float`, *optional*):
-            Re-open a written cell when the model gives its token less than this probability later on. A cell is
-            re-opened once at most, given cells never.
+            Mask a generated token again when the model gives it less than this probability in a later step. A cell is
+            remasked once at most, prompt tokens never.
         stability_threshold (`int`, *optional*):
-            Write all open cells of a row at once after this many iterations in which its prediction has not changed.
+            Unmask all tokens of a row at once after this many steps in which its prediction has not changed.
         do_sample (`bool`, *optional*, defaults to `False`):
-            Draw tokens instead of taking the most probable ones.
+            Sample tokens instead of taking the most probable ones.
         temperature (`float`, *optional*), top_k (`int`, *optional*), top_p (`float`, *optional*):
-            Transformers' warpers, applied in this order when `do_sample=True`. They shape what is drawn; confidence
-            and entropy are those of the distribution before them.
+            Transformers' warpers, applied in this order when `do_sample=True`. They change the distribution that is
+            sampled from; confidence and entropy are those of the distribution before them.
         seed (`int`, *optional*):
-            Seed of a generator of this call's own. Without it the global one is used.
+            Seed of a generator for this call. Without it the global one is used.
         return_dict_in_generate (`bool`, *optional*, defaults to `False`):
-            Return a [`HeptapodGenerateOutput`] instead of the pages alone.
+            Return a [`HeptapodGenerateOutput`] instead of the sequences alone.
         output_scores, output_history (`bool`, *optional*, defaults to `False`):
-            What else it holds.
+            Whether it has `scores` and `history`.
 
     Raises:
-        ValueError: for an unknown option or a value that makes no sense, naming both.
+        ValueError: for an unknown option or an invalid value; the message names both.
     """
 
     def __init__(self, **kwargs):
@@ -129,7 +129,7 @@ class HeptapodGenerationConfig(GenerationConfig):
                 raise ValueError(f"`{name}` must be True or False, got {value!r}.")
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is set, and nothing else."""
+        """The options that are set, and nothing else."""
         return {name: value for name, value in super().to_diff_dict().items() if value is not None}
 
     @staticmethod
@@ -151,20 +151,20 @@ def _unknown(options) -> str:
 
 @dataclass
 class HeptapodGenerateOutput(ModelOutput):
-    """What `generate` returns with `return_dict_in_generate=True`. Pages have the shape of the prompt.
+    """Output of `generate` with `return_dict_in_generate=True`. All tensors have the shape of the prompt.
 
     Args:
         sequences (`torch.LongTensor`, `[batch, height, width]`):
-            The written pages.
+            The generated pages.
         unmask_step (`torch.LongTensor`, `[batch, height, width]`):
-            The iteration, from 0, in which a cell got its token; -1 where it was given or is off the page.
+            The denoising step, from 0, that unmasked each token; -1 for prompt tokens and padding.
         nfe (`int`):
-            How often the model was called. Rows that are finished are left out of the later calls.
+            Number of function evaluations: forward passes. Rows that are finished are left out of later ones.
         scores (`torch.FloatTensor`, `[batch, height, width]`, *optional*):
-            Log-probability of each written token in the distribution it was drawn from, at that time; 0 elsewhere.
+            Log-probability of each generated token in the distribution that it was sampled from; 0 elsewhere.
             With `output_scores=True`.
-        history (`torch.LongTensor`, `[iterations + 1, batch, height, width]`, *optional*):
-            The pages before the first iteration and after each. With `output_history=True`.
+        history (`torch.LongTensor`, `[steps + 1, batch, height, width]`, *optional*):
+            The canvas before the first step and after each. With `output_history=True`.
     """
 
     sequences: torch.LongTensor
@@ -175,23 +175,23 @@ class HeptapodGenerateOutput(ModelOutput):
 
 
 def num_masked_after(
-    iteration: int, num_masked: torch.Tensor, max_denoising_steps: int, mask_schedule: str
+    step: int, num_masked: torch.Tensor, max_denoising_steps: int, mask_schedule: str
 ) -> torch.Tensor:
-    """How many cells of each row are still open after an iteration (numbered from 0) of `"confidence"` or `"random"`.
+    """Number of tokens of each row that are still masked after a step of `"confidence"` or `"random"`.
 
-    At least one cell is written in each iteration until none is open, which is after `min(max_denoising_steps, num_masked)`.
+    Each step unmasks at least one token, until none is masked after `min(max_denoising_steps, num_masked)` of them.
 
     Args:
-        iteration: number of this iteration.
-        num_masked: `[rows]`, int64: cells that were open before the first one.
-        max_denoising_steps: in how many they are to be written.
+        step: index of the step, from 0.
+        num_masked: `[rows]`, int64: tokens that were masked before the first step.
+        max_denoising_steps: number of steps that unmask them all.
         mask_schedule: `"linear"` or `"cosine"`.
 
     Returns:
         `[rows]`, int64.
     """
     last = num_masked.clamp(min=1, max=max_denoising_steps)
-    done = last.clamp(max=iteration + 1)
+    done = last.clamp(max=step + 1)
     if mask_schedule == "linear":
         return num_masked - num_masked * done // last
     left = (num_masked * torch.cos(math.pi / 2 * done.double() / last)).floor().long()
@@ -199,7 +199,7 @@ def num_masked_after(
 
 
 def _least(keys, is_masked, number):
-    """The `number [rows]` open cells of each row with the least keys `[rows, cells]`; of equal ones the first."""
+    """The `number [rows]` masked tokens of each row with the least keys `[rows, cells]`; of equal ones the first."""
     order = keys.masked_fill(~is_masked, torch.inf).sort(dim=1, stable=True).indices
     ranks = order.argsort(dim=1)
     return is_masked & (ranks < number.unsqueeze(1))
@@ -210,7 +210,7 @@ def _first(is_masked):
 
 
 def _within_entropy_bound(entropy, is_masked, bound):
-    """The open cells of least entropy whose sum stays within the bound, and always the first of them."""
+    """The masked tokens of least entropy whose sum stays within the bound, and always the first of them."""
     entropy, order = entropy.masked_fill(~is_masked, torch.inf).sort(dim=1, stable=True)
     fits = entropy.cumsum(1) <= bound
     fits[:, 0] = True
@@ -218,7 +218,7 @@ def _within_entropy_bound(entropy, is_masked, bound):
 
 
 class _Sampler:
-    """Which open cells `[rows, cells]` of the rows numbered `rows` are written in an iteration."""
+    """Which masked tokens `[rows, cells]` of the rows with indices `rows` a step unmasks."""
 
     def __init__(self, config, num_masked, generator):
         self.config, self.num_masked, self.generator = config, num_masked, generator
@@ -229,41 +229,41 @@ class _Sampler:
         elif config.sampler == "entropy_bound" and config.max_denoising_steps is not None:
             self.limit = torch.full_like(num_masked, config.max_denoising_steps)
 
-    def choose_before(self, is_masked, rows, iteration):
-        """For schedules that need no prediction to choose; `None` for the others."""
+    def choose_before(self, is_masked, rows, step):
+        """The choice of samplers that need no prediction; `None` for the others."""
         if self.config.sampler == "raster":
             return _first(is_masked)
         if self.config.sampler == "random":
             keys = torch.rand(is_masked.shape, generator=self.generator, device=is_masked.device)
-            return _least(keys, is_masked, self._number(is_masked, rows, iteration))
+            return _least(keys, is_masked, self._number(is_masked, rows, step))
         return None
 
-    def choose_after(self, prediction, is_masked, rows, iteration):
+    def choose_after(self, prediction, is_masked, rows, step):
         if self.config.sampler == "entropy_bound":
             return _within_entropy_bound(prediction.entropy, is_masked, self.config.entropy_bound)
-        return _least(-prediction.confidence, is_masked, self._number(is_masked, rows, iteration))
+        return _least(-prediction.confidence, is_masked, self._number(is_masked, rows, step))
 
-    def _number(self, is_masked, rows, iteration):
-        # Counted from what is open now: cells that were re-opened since are made up for.
+    def _number(self, is_masked, rows, step):
+        # Counted from what is masked now, so that remasked tokens are made up for.
         num_masked = self.num_masked[rows].cpu()  # where there is float64
-        left = num_masked_after(iteration, num_masked, self.max_denoising_steps, self.config.mask_schedule)
+        left = num_masked_after(step, num_masked, self.max_denoising_steps, self.config.mask_schedule)
         return is_masked.sum(1) - left.to(is_masked.device)
 
-    def is_last(self, rows, iteration):
-        """`[rows]`: whether nothing may be left open."""
-        return iteration + 1 >= self.limit[rows]
+    def is_last(self, rows, step):
+        """`[rows]`: whether no token may be left masked."""
+        return step + 1 >= self.limit[rows]
 
 
 @dataclass
 class _Prediction:
-    """What the model says about cells, all `[rows, cells]`; zero where it was not looked at."""
+    """Predictions for cells, all `[rows, cells]`; zero for cells that none was computed for."""
 
-    drawn: torch.Tensor  # tokens drawn, or most probable ones without sampling
-    likeliest: torch.Tensor
-    score: torch.Tensor  # log-probability of `drawn` in the distribution it was drawn from
-    confidence: torch.Tensor  # probability of `drawn` before temperature, top-k and top-p
+    sampled: torch.Tensor  # token ids; without sampling the most probable ones
+    most_probable: torch.Tensor
+    score: torch.Tensor  # log-probability of `sampled` in the distribution it was sampled from
+    confidence: torch.Tensor  # probability of `sampled` before temperature, top-k and top-p
     entropy: torch.Tensor  # nats, likewise
-    current: torch.Tensor  # probability of the token on the page, likewise
+    current: torch.Tensor  # probability of the token on the canvas, likewise
 
 
 class _TokenDraw:
@@ -286,12 +286,12 @@ class _TokenDraw:
         scores[:, self.forbidden] = -torch.inf
         if self.processors:
             scores = self._process(scores, ids, looked_at)
-        believed = scores.log_softmax(-1)
-        likeliest = drawn = believed.argmax(-1)
-        warped = believed
+        log_probs = scores.log_softmax(-1)
+        most_probable = sampled = log_probs.argmax(-1)
+        warped = log_probs
         if self.do_sample:
-            warped = self.warpers(None, believed).log_softmax(-1)
-            drawn = torch.multinomial(warped.exp(), 1, generator=self.generator).squeeze(1)
+            warped = self.warpers(None, log_probs).log_softmax(-1)
+            sampled = torch.multinomial(warped.exp(), 1, generator=self.generator).squeeze(1)
 
         def spread(values):
             return values.new_zeros(looked_at.shape).masked_scatter(looked_at, values)
@@ -300,12 +300,12 @@ class _TokenDraw:
             return logs.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
         return _Prediction(
-            drawn=spread(drawn),
-            likeliest=spread(likeliest),
-            score=spread(of(drawn, warped)),
-            confidence=spread(of(drawn, believed).exp()),
-            entropy=spread(torch.special.entr(believed.exp()).sum(-1)),
-            current=spread(of(ids[looked_at], believed).exp()),
+            sampled=spread(sampled),
+            most_probable=spread(most_probable),
+            score=spread(of(sampled, warped)),
+            confidence=spread(of(sampled, log_probs).exp()),
+            entropy=spread(torch.special.entr(log_probs.exp()).sum(-1)),
+            current=spread(of(ids[looked_at], log_probs).exp()),
         )
 
     def _process(self, scores, ids, looked_at):
@@ -324,36 +324,36 @@ class _TokenDraw:
 
 
 class _Canvas:
-    """Pages on which is written: all `[batch, cells]`, `rows` are numbers of rows, other arguments `[rows, cells]`."""
+    """The grids that are denoised, all `[batch, cells]`. `rows` are indices; other arguments are `[rows, cells]`."""
 
     def __init__(self, ids, mask_token_id, on_canvas):
         self.ids, self.mask_token_id = ids, mask_token_id
         self.is_masked = (ids == mask_token_id) & on_canvas
-        self.may_remask = self.is_masked.clone()  # no cell twice, given cells never
+        self.may_remask = self.is_masked.clone()  # no token twice, prompt tokens never
         self.unmask_step = torch.full_like(ids, -1)
         self.scores = torch.zeros_like(ids, dtype=torch.float32)
-        self.predicted = ids.clone()  # with the likeliest token in every open cell
-        self.stable_for = torch.zeros_like(ids[:, 0])  # iterations without a change of these
+        self.predicted = ids.clone()  # with the most probable token for every masked one
+        self.stable_for = torch.zeros_like(ids[:, 0])  # steps without a change of these
 
     def unfinished(self):
         return self.is_masked.any(1).nonzero().squeeze(1)
 
-    def written(self, rows):
-        """Cells with a token of ours that may still be taken back."""
+    def unmasked(self, rows):
+        """Generated tokens that may still be remasked."""
         return self.may_remask[rows] & ~self.is_masked[rows]
 
-    def see(self, rows, likeliest):
-        """Take in what is predicted; returns for how many iterations it has been the same, `[rows]`."""
-        predicted = torch.where(self.is_masked[rows], likeliest, self.ids[rows])
+    def see(self, rows, most_probable):
+        """Record the prediction. Returns the number of steps since it changed, `[rows]`."""
+        predicted = torch.where(self.is_masked[rows], most_probable, self.ids[rows])
         same = (predicted == self.predicted[rows]).all(1)
         self.predicted[rows] = predicted
         self.stable_for[rows] = torch.where(same, self.stable_for[rows] + 1, 0)
         return self.stable_for[rows]
 
-    def write(self, rows, cells, prediction, iteration):
-        self.ids[rows] = torch.where(cells, prediction.drawn, self.ids[rows])
+    def unmask(self, rows, cells, prediction, step):
+        self.ids[rows] = torch.where(cells, prediction.sampled, self.ids[rows])
         self.scores[rows] = torch.where(cells, prediction.score.float(), self.scores[rows])
-        self.unmask_step[rows] = self.unmask_step[rows].masked_fill(cells, iteration)
+        self.unmask_step[rows] = self.unmask_step[rows].masked_fill(cells, step)
         self.is_masked[rows] &= ~cells
 
     def remask(self, rows, cells):
@@ -387,31 +387,31 @@ class HeptapodGenerationMixin:
         width: int | None = None,
         **kwargs,
     ) -> torch.LongTensor | HeptapodGenerateOutput:
-        """Write all open cells of the pages; cells that are given never change.
+        """Unmask all masked tokens of a batch of grids. Prompt tokens never change.
 
-        A cell is open where `input_ids` is `config.mask_token_id` and `attention_mask` is not 0. In each iteration
-        the model sees the pages as they are and predicts their open cells; the sampler writes some of them. Neither
-        mask nor pad tokens are ever written. A prompt without open cells comes back as it is, without a model call.
+        A token is masked where `input_ids` is `config.mask_token_id` and `attention_mask` is not 0. Each denoising step
+        predicts all masked tokens of the canvas, and the sampler unmasks some of them. Mask and padding tokens are
+        never generated. A prompt without masked tokens is returned as it is, without a forward pass.
 
         Args:
             input_ids (`torch.LongTensor` of shape `[batch, height, width]`, *optional*):
                 The prompt. A flat `[batch, height * width]` is taken as well, with `height` and `width` or
-                `config.grid_size`. Without a prompt an empty page of `height` by `width` is written.
+                `config.grid_size`. Without a prompt the canvas is all masked, `height` by `width`.
             attention_mask (`torch.Tensor` of the shape of `input_ids`, bool or integer, *optional*):
-                0 where a cell lies off its page: it is not seen and never written.
+                0 for padding, which is not attended to and never generated.
             generation_config ([`HeptapodGenerationConfig`], *optional*):
-                How to write; what it does not set comes from `self.generation_config`.
+                Options; those that it does not set come from `self.generation_config`.
             logits_processor (list of `LogitsProcessor`, *optional*):
-                Called page by page with `input_ids [cells, height * width]`, each row of it the page, and
-                `scores [cells, vocab]` of cells that may be written, before temperature, top-k and top-p. One with
-                two more parameters `rows` and `columns` is told where these cells are, `[cells]` each.
+                Called for each row of the batch with `input_ids [cells, height * width]`, each row of it the canvas, and
+                `scores [cells, vocab]` of the cells that may be unmasked, before temperature, top-k and top-p. One with
+                two more parameters `rows` and `columns` gets the positions of these cells, `[cells]` each.
             generator (`torch.Generator`, *optional*):
-                Source of all draws, on the device of the pages.
+                Source of all random numbers, on the device of the input.
             streamer (`BaseStreamer`, *optional*):
-                Gets the prompt, after each iteration a draft of the whole page (through `put_draft`, if it has this
-                method, such as `TextDiffusionStreamer`), then the page; all as `[batch, height * width]`.
+                Gets the prompt, after each step a draft of the whole canvas (through `put_draft`, if it has this
+                method, such as `TextDiffusionStreamer`), then the result; all as `[batch, height * width]`.
             height, width (`int`, *optional*):
-                Size of an empty or a flat page.
+                Size of an empty or a flat canvas.
             kwargs:
                 Options of [`HeptapodGenerationConfig`], which take precedence over `generation_config`.
 
@@ -433,7 +433,7 @@ class HeptapodGenerationMixin:
         sampler = _Sampler(config, state.is_masked.sum(1), generator)
         drafts = hasattr(streamer, "put_draft")
         history = [state.ids.clone()]
-        self_conditioning_logits, iteration = None, 0
+        self_conditioning_logits, step = None, 0
         if streamer is not None:
             streamer.put(state.ids.to("cpu", copy=True))
 
@@ -442,27 +442,27 @@ class HeptapodGenerationMixin:
             ids, is_masked = state.ids[rows], state.is_masked[rows]
             logits = self._predict(ids, on_canvas[rows], batch_shape, self_conditioning_logits)
 
-            # All open cells are looked at only where the sampler or an option needs them.
-            chosen = sampler.choose_before(is_masked, rows, iteration)
+            # All masked tokens are predicted only where the sampler or an option needs them.
+            chosen = sampler.choose_before(is_masked, rows, step)
             looked_at = is_masked if chosen is None or drafts or config.stability_threshold else chosen
-            written = state.written(rows)
+            unmasked = state.unmasked(rows)
             if config.remask_threshold is not None:
-                looked_at = looked_at | written
+                looked_at = looked_at | unmasked
             prediction = draw(logits, ids, looked_at)
             if chosen is None:
-                chosen = sampler.choose_after(prediction, is_masked, rows, iteration)
+                chosen = sampler.choose_after(prediction, is_masked, rows, step)
 
-            ends = sampler.is_last(rows, iteration)
+            ends = sampler.is_last(rows, step)
             if drafts or config.stability_threshold:
-                stable_for = state.see(rows, prediction.likeliest)
+                stable_for = state.see(rows, prediction.most_probable)
                 if config.stability_threshold:
                     ends = ends | (stable_for >= config.stability_threshold)
-            state.write(rows, chosen | (is_masked & ends.unsqueeze(1)), prediction, iteration)
+            state.unmask(rows, chosen | (is_masked & ends.unsqueeze(1)), prediction, step)
             if config.remask_threshold is not None:
-                doubtful = written & (prediction.current < config.remask_threshold)
+                doubtful = unmasked & (prediction.current < config.remask_threshold)
                 state.remask(rows, doubtful & ~ends.unsqueeze(1))
 
-            iteration += 1
+            step += 1
             if config.output_history:
                 history.append(state.ids.clone())
             if drafts:
@@ -479,13 +479,13 @@ class HeptapodGenerationMixin:
         return HeptapodGenerateOutput(
             sequences=state.ids.view(shape),
             unmask_step=state.unmask_step.view(shape),
-            nfe=iteration,
+            nfe=step,
             scores=state.scores.view(shape) if config.output_scores else None,
             history=torch.stack(history).view(len(history), *shape) if config.output_history else None,
         )
 
     def _predict(self, ids, on_canvas, batch_shape, self_conditioning_logits):
-        """Logits `[rows, cells, vocab]` of pages `[rows, cells]`."""
+        """Logits `[rows, cells, vocab]` of canvases `[rows, cells]`."""
         shape = (len(ids), *batch_shape[1:])
         conditions = {}
         if self_conditioning_logits is not None:
@@ -517,11 +517,11 @@ class HeptapodGenerationMixin:
         return config
 
     def _special_tokens(self):
-        """The mask token, and all tokens that are never written."""
+        """The mask token, and all tokens that are never generated."""
         mask, pad = (getattr(self.config, name, None) for name in ("mask_token_id", "pad_token_id"))
         if mask is None:
             raise ValueError(
-                "`config.mask_token_id` is not set, so no cell can be open; set it to the mask token's id."
+                "`config.mask_token_id` is not set, so no token can be masked; set it to the mask token's id."
             )
         if not 0 <= mask < self.config.vocab_size:
             raise ValueError(
@@ -532,7 +532,7 @@ class HeptapodGenerationMixin:
         return mask, [mask] if pad is None else [mask, pad]
 
     def _prepare_canvas(self, input_ids, attention_mask, height, width):
-        """The prompt's shape, the pages (ours to write on) and their cells, both `[batch, height, width]`."""
+        """The prompt's shape, a copy of it to denoise, and where it is not padding, both `[batch, height, width]`."""
         for name, value in (("height", height), ("width", width)):
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
@@ -542,7 +542,7 @@ class HeptapodGenerationMixin:
             if attention_mask is not None:
                 raise ValueError("`attention_mask` was given without `input_ids`.")
             if None in size:
-                raise ValueError("`input_ids`, or `height` and `width` of an empty page, must be given.")
+                raise ValueError("`input_ids`, or `height` and `width` of an empty canvas, must be given.")
             pages = torch.full((1, *size), self.config.mask_token_id, dtype=torch.long, device=self.device)
             return pages.shape, pages, torch.ones_like(pages, dtype=torch.bool)
 
@@ -574,7 +574,7 @@ class HeptapodGenerationMixin:
         pad = getattr(self.config, "pad_token_id", None)
         if attention_mask is None and pad is not None and (input_ids == pad).any():
             raise ValueError(
-                f"`input_ids` hold the pad token {pad}, but there is no `attention_mask` to tell what is off the page."
+                f"`input_ids` hold the pad token {pad}, but there is no `attention_mask` that says where they are padding."
             )
         pages = input_ids.reshape(-1, *size).long().clone()
         if attention_mask is None:
