@@ -8,6 +8,7 @@ from transformers.utils import auto_docstring
 
 from ..common.config_checks import check_numbers
 from ..common.remote_code import CustomCodeMixin
+from ..common.renamed_fields import RenamedFieldsMixin
 
 
 _ATTENTION_TYPES = ("local", "dilated", "global")
@@ -15,7 +16,7 @@ _ATTENTION_TYPES = ("local", "dilated", "global")
 
 @auto_docstring(checkpoint="heptapod/heptapod-tiny")
 @strict
-class HeptapodConfig(CustomCodeMixin, PreTrainedConfig):
+class HeptapodConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
     r"""
     attention_types (`list`, *optional*):
         What the cells of each layer attend to: `"local"` (the cells around them), `"dilated"` (cells around them,

@@ -23,6 +23,7 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 
+from ..common.renamed_fields import reject_renamed
 from ..common.transformers_versions import GENERATION_METADATA
 
 
@@ -91,6 +92,7 @@ class HeptapodGenerationConfig(GenerationConfig):
     """
 
     def __init__(self, **kwargs):
+        reject_renamed("heptapod generation", kwargs)
         # GenerationConfig's own __init__ would add some sixty options that mean nothing here.
         for name in (*_DEFAULTS, *_METADATA):
             setattr(self, name, kwargs.pop(name, None))
@@ -503,6 +505,7 @@ class HeptapodGenerationMixin:
             raise TypeError(
                 f"`generation_config` must be a HeptapodGenerationConfig, got {type(generation_config).__name__}."
             )
+        reject_renamed("heptapod generation", options)
         unknown = set(options) - set(_DEFAULTS)
         if unknown:
             raise ValueError(_unknown(unknown))

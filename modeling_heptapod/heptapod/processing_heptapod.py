@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..common.processing_utils import columns_of, list_of_texts, reads_text_only, special_token_ids
 from ..common.remote_code import CustomCodeMixin
+from ..common.renamed_fields import reject_renamed
 
 
 logger = logging.get_logger(__name__)
@@ -430,6 +431,7 @@ def _check_size(name, value):
 
 
 def _check_overflow(overflow):
+    reject_renamed("heptapod processor", {"overflow": overflow})
     if overflow not in OVERFLOWS:
         raise ValueError(f"`overflow` must be one of {OVERFLOWS}, got {overflow!r}.")
 

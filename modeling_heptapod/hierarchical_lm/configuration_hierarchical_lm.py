@@ -9,6 +9,7 @@ from transformers.utils import auto_docstring
 
 from ..common.config_checks import check_numbers
 from ..common.remote_code import CustomCodeMixin
+from ..common.renamed_fields import RenamedFieldsMixin
 
 
 _CHOICES = {
@@ -50,7 +51,7 @@ class _HeadCounts(list):
 
 @auto_docstring(checkpoint="heptapod/hierarchical_lm-tiny")
 @strict
-class HierarchicalLMConfig(CustomCodeMixin, PreTrainedConfig):
+class HierarchicalLMConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
     r"""
     compression_factors (`int` or `list[int]`, *optional*, defaults to 1):
         Compression factor of each hierarchy: unique powers of two. 1 alone is a plain decoder. The fields below that say

@@ -8,6 +8,7 @@ from transformers.utils import auto_docstring
 
 from ..common.config_checks import check_numbers
 from ..common.remote_code import CustomCodeMixin
+from ..common.renamed_fields import RenamedFieldsMixin
 
 
 _CHOICES = {
@@ -22,7 +23,7 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 @auto_docstring(checkpoint="heptapod/leap-tiny")
 @strict
-class LeapConfig(CustomCodeMixin, PreTrainedConfig):
+class LeapConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
     r"""
     mixer (`str`, *optional*, defaults to `"focus"`):
         What stands in place of attention: `"focus"` (LEAP's gated running means) or `"additive"` (Fastformer's two

@@ -8,6 +8,7 @@ from transformers.utils import auto_docstring
 
 from ..common.config_checks import check_numbers
 from ..common.remote_code import CustomCodeMixin
+from ..common.renamed_fields import RenamedFieldsMixin
 
 
 _CHOICES = {"core": ("transformer", "leap", "lstm"), "axis_order": ("parallel", "factored")}
@@ -15,7 +16,7 @@ _CHOICES = {"core": ("transformer", "leap", "lstm"), "axis_order": ("parallel", 
 
 @auto_docstring(checkpoint="heptapod/multigrid-tiny")
 @strict
-class MultiGridConfig(CustomCodeMixin, PreTrainedConfig):
+class MultiGridConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
     r"""
     axis_names (`list[str]`, *optional*, defaults to `[]`):
         Names of the meta axes, in the order of `axis_ids`. Without any the model is a plain decoder (GPT-2).

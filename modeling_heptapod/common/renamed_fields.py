@@ -1,0 +1,63 @@
+"""Options that were renamed: an old name raises an error with the new one, where it would be ignored otherwise.
+
+`PreTrainedConfig` keeps unknown fields as attributes, and `AutoConfig.from_pretrained(folder, name=...)` leaves unknown names
+out, so that a folder saved under old names would load with the defaults of the new ones.
+"""
+
+# Of each model type, and of other objects that take options: old name -> new name.
+RENAMED_FIELDS = {
+    "heptapod": {"border_distances": "use_absolute_position_embeddings", "window_size": "local_radius"},
+    "hierarchical_lm": {"ff_mult": "mlp_ratio", "hierarchies": "compression_factors"},
+    "leap": {"null_weight": "sink_weight", "query_gate": "output_gate"},
+    "multigrid": {"meta_hidden_size": "axis_hidden_size"},
+    "heptapod generation": {
+        "counts": "mask_schedule",
+        "num_iterations": "max_denoising_steps",
+        "output_trajectory": "output_history",
+        "reopen_threshold": "remask_threshold",
+        "schedule": "sampler",
+    },
+}
+RENAMED_VALUES = {
+    ("heptapod generation", "sampler"): {"entropy": "entropy_bound"},
+    ("heptapod processor", "overflow"): {"clip": "truncate"},
+    ("leap", "position_embedding_type"): {"decay": "alibi", "learned": "absolute"},
+}
+
+
+def reject_renamed(owner: str, options: dict) -> None:
+    """Raise a `ValueError` with the new name for an option or a value under its old name.
+
+    Args:
+        owner (`str`): a model type, `"heptapod generation"` or `"heptapod processor"`.
+        options (`dict`): values by name.
+    """
+    for old, new in RENAMED_FIELDS.get(owner, {}).items():
+        if old in options:
+            raise ValueError(f"`{old}` was renamed to `{new}`, got {old}={options[old]!r}.")
+    for (of, name), values in RENAMED_VALUES.items():
+        value = options.get(name) if of == owner else None
+        if isinstance(value, str) and value in values:
+            raise ValueError(f"{name}={value!r} was renamed to {name}={values[value]!r}.")
+
+
+class RenamedFieldsMixin:
+    """Before `PreTrainedConfig`: rejects old names in constructors, saved folders and keywords of `from_pretrained`."""
+
+    def __post_init__(self, **kwargs):
+        reject_renamed(_model_type(type(self)), {**vars(self), **kwargs})
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As Transformers' own, which ignores unknown keywords."""
+        reject_renamed(_model_type(cls), kwargs)
+        return super().from_dict(config_dict, **kwargs)
+
+
+def _model_type(cls):
+    """The model type of the family, which a subclass may have replaced."""
+    return next(base.model_type for base in cls.__mro__ if vars(base).get("model_type") in RENAMED_FIELDS)
+
+
+__all__ = ["RENAMED_FIELDS", "RENAMED_VALUES", "RenamedFieldsMixin", "reject_renamed"]
