@@ -569,7 +569,7 @@ SAID = {
         "| the same by `evaluate_model.py`, on 8,765 bytes of `book.txt` | 6.543 | 0.035 (draw of masks), 0.099 (over pages) |",
         "draws of masks were made of each page. Standard errors over text say how much other text of the same kind and "
         "size would change a figure; the spread over",
-        "It writes 1,234 tokens per second on another computer, 7 threads (a page of 64 cells in 3 iterations). Measured by",
+        "It writes 1,234 tokens per second on another computer, 7 threads (a page of 64 cells in 3 denoising steps). Measured by",
     ],
 }
 OF_ALL = [
