@@ -59,12 +59,12 @@ QUICK = {"parameters": 60_000, "num_hidden_layers": 2, "block_size": 64, "steps"
 
 
 def config_with(name, width, mlp_ratio, settings):
-    hierarchies, strides = MODELS[name]
+    factors, strides = MODELS[name]
     return HierarchicalLMConfig(
         vocab_size=VOCABULARY,
-        hierarchies=hierarchies,
+        compression_factors=factors,
         strides=strides,
-        window_sizes=[None if factor > 1 or name == FULL else WINDOW for factor in hierarchies],
+        window_sizes=[None if factor > 1 or name == FULL else WINDOW for factor in factors],
         hidden_sizes=width,
         mlp_ratio=mlp_ratio,
         num_hidden_layers=settings["num_hidden_layers"],

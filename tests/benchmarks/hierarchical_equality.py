@@ -12,16 +12,20 @@ from modeling_heptapod import HierarchicalLMConfig, HierarchicalLMForCausalLM
 
 
 SHAPE = {"vocab_size": 256, "hidden_sizes": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 16}
-STRIDED = {"hierarchies": [1, 2, 8], "strides": [1, 1, 4], "window_sizes": None}
+STRIDED = {"compression_factors": [1, 2, 8], "strides": [1, 1, 4], "window_sizes": None}
 VARIANTS = {
-    "1": {"hierarchies": 1, "window_sizes": None},
-    "1, 2": {"hierarchies": [1, 2], "window_sizes": None},
-    "1, 2, 4 of different widths": {"hierarchies": [1, 2, 4], "hidden_sizes": [32, 48, 64], "window_sizes": None},
+    "1": {"compression_factors": 1, "window_sizes": None},
+    "1, 2": {"compression_factors": [1, 2], "window_sizes": None},
+    "1, 2, 4 of different widths": {
+        "compression_factors": [1, 2, 4],
+        "hidden_sizes": [32, 48, 64],
+        "window_sizes": None,
+    },
     "1, 2, 8 with strides 1, 1, 4": STRIDED,
     "predicted from all": {**STRIDED, "predict_from_all": True},
     "merged into all": {**STRIDED, "merge_into": "all"},
-    "windows 32, 0, none": {"hierarchies": [1, 2, 4], "window_sizes": [32, 0, None]},
-    "windows of blocks": {"hierarchies": [1, 2, 4], "window_sizes": [32, 16, 8], "window_type": "block"},
+    "windows 32, 0, none": {"compression_factors": [1, 2, 4], "window_sizes": [32, 0, None]},
+    "windows of blocks": {"compression_factors": [1, 2, 4], "window_sizes": [32, 16, 8], "window_type": "block"},
     "windows everywhere, strides": {**STRIDED, "window_sizes": [32, 64, 16]},
     "merged by cross attention": {**STRIDED, "window_sizes": [32, 64, None], "merge": "cross_attention"},
     "compressed by attention": {
