@@ -1,6 +1,6 @@
 """A page in the browser to try a saved model of any family: `python training/demo_app.py outputs/leap-tiny`.
 
-Causal models write on from a prompt, token by token. LEAP also shows where it looks, MultiGrid its tracks below each line.
+Causal models write on from a prompt, token by token. LEAP also shows where it looks, MultiGrid the ids of its axes below each line.
 The grid shows a page as it forms: type what is known, leave holes, and watch them being filled.
 
 Read top-down: models, what each family does (plain functions and generators, which know nothing of gradio but speak of the
@@ -53,11 +53,11 @@ from transformers import (
 )
 
 
-HOLE = "\u2591"  # what stands for an open cell where a page is typed
+HOLE = "\u2591"  # a masked cell, where a page is typed
 _HOLE_CHARACTER = "\0"  # what the tokenizer is given for it: no text has one, and it is a token of its own
 REGIONS = ("only the typed holes", "hole", "frame", "top", "middle", "bottom", "all")
 SAMPLERS = ("confidence", "entropy_bound", "random", "raster")
-ALL_SHOWN, FRAME_SECONDS = 24, 0.12  # iterations of a page that forms; of later ones fewer and fewer are shown
+ALL_SHOWN, FRAME_SECONDS = 24, 0.12  # denoising steps of a page that forms; of later ones fewer and fewer are shown
 EXAMPLE_PROMPT = "import os\nimport sys\n\n\nclass "
 EXAMPLE_PAGE = f"""def area(width, height):
     {HOLE * 6} width * height
@@ -191,14 +191,14 @@ def write(
     seed: int = 0,
     axis_source: str = "predicted",
 ) -> Iterator[tuple[str, str]]:
-    """The text so far again and again, each time with what has been written, and an HTML view of its tracks, empty until it is done.
+    """The text so far again and again, each time with what has been written, and an HTML view of its axes, empty until it is done.
 
     Args:
         loaded: a causal model.
         prompt: not empty.
         max_new_tokens: how much to write.
-        temperature: of the draws; 0 takes the likeliest token.
-        seed: of the draws.
+        temperature: 0 takes the most probable token.
+        seed: of the sampling.
         axis_source: of a MultiGrid with axes: `"predicted"` or `"annotated"`.
 
     Raises:
@@ -276,10 +276,10 @@ def look(loaded: Loaded, prompt: str, head: int = 0, position: int = 0) -> str:
 
 
 def lay_out(loaded: Loaded, text: str, region: str = REGIONS[0]) -> torch.LongTensor:
-    """A page `[1, height, width]` of the model's size, with open cells where `HOLE` was typed and in a region.
+    """A page `[1, height, width]` of the model's size, masked where `HOLE` was typed and in a region.
 
     Raises:
-        ValueError: for a text that doesn't fit on the page, and a page without open cells.
+        ValueError: for a text that doesn't fit on the page, and a page without masked cells.
     """
     processor = loaded.processor
     height = processor.height or loaded.model.config.grid_size[0]
@@ -299,7 +299,7 @@ def lay_out(loaded: Loaded, text: str, region: str = REGIONS[0]) -> torch.LongTe
     if region != REGIONS[0]:
         page = processor.mask_cells(page, region)
     if not (page == processor.tokenizer.mask_token_id).any():
-        raise ValueError(f"No cell is open: put {HOLE} where something is missing, or choose what to open.")
+        raise ValueError(f"No cell is masked: put {HOLE} where something is missing, or choose a region to mask.")
     return page
 
 
@@ -312,15 +312,15 @@ def fill(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Iterator[tuple[str, str]]:
-    """HTML of the page as it forms, and the text on it: before the first iteration, after the first ones, then now and then, at the end.
+    """HTML of the page as it forms, and the text on it: before the first denoising step, after the first ones, then now and then, at the end.
 
     Args:
         loaded: a grid.
-        text: what is known, with `HOLE` at open cells.
-        region: what to open besides, one of `REGIONS`.
-        sampler, max_denoising_steps: as for `generate`; `"entropy_bound"` and `"raster"` take as many iterations as they need.
-        temperature: of the draws; 0 takes the likeliest token.
-        seed: of the draws.
+        text: the prompt, with `HOLE` at masked cells.
+        region: what to mask besides, one of `REGIONS`.
+        sampler, max_denoising_steps: as for `generate`; `"entropy_bound"` and `"raster"` take as many steps as they need.
+        temperature: 0 takes the most probable token.
+        seed: of the sampling.
 
     Raises:
         ValueError: for a seed out of range, and what `lay_out` and `generate` raise.
@@ -338,22 +338,22 @@ def fill(
 
     def frame():
         written = int((pages[-1] != page[0]).sum())
-        caption = f"{len(pages) - 1} iterations, {written} cells written"
+        caption = f"{len(pages) - 1} denoising steps, {written} cells unmasked"
         return show_page(loaded.processor, torch.stack(pages), caption), loaded.processor.decode(pages[-1])
 
     pages = []
     with _in_background(generate, at_end=lambda: seen.put(None)) as done:
         while (cells := seen.get()) is not None:
             pages.append(cells.view_as(page[0]))
-            iterations = len(pages) - 1
-            if iterations % (1 + iterations // ALL_SHOWN) == 0:
+            steps = len(pages) - 1
+            if steps % (1 + steps // ALL_SHOWN) == 0:
                 yield frame()
     pages.append(done["result"][0].cpu())
     yield frame()
 
 
 class _Watch(LogitsProcessor):
-    """Passes on the page that each iteration begins with, and ends the writing when it is to stop."""
+    """Passes on the page that each step begins with, and ends the writing when it is to stop."""
 
     def __init__(self, seen, stop):
         self.seen, self.stop = seen, stop
@@ -454,13 +454,13 @@ def build_app(folders: list[str], first: str | None = None, trust_remote_code: b
                         max_new_tokens = gradio.Slider(
                             10, 1000, 200, step=10, label="New tokens", elem_id="new_tokens"
                         )
-                        temperature = gradio.Slider(0, 2, 0.7, step=0.1, label="Temperature (0: likeliest)")
+                        temperature = gradio.Slider(0, 2, 0.7, step=0.1, label="Temperature (0: most probable)")
                     with gradio.Row():
                         seed = gradio.Number(0, label="Seed", precision=0)
                         axis_source = gradio.Radio(
                             ["predicted", "annotated"],
                             value="predicted",
-                            label="Meta tokens",
+                            label="Axis ids",
                             visible=False,
                             elem_id="axis_source",
                         )
@@ -486,20 +486,20 @@ def build_app(folders: list[str], first: str | None = None, trust_remote_code: b
                 with gradio.Column(scale=2):
                     page = gradio.Textbox(
                         EXAMPLE_PAGE,
-                        label=f"What is known; {HOLE} is an open cell",
+                        label=f"The page; {HOLE} is a masked cell",
                         lines=16,
                         max_lines=16,
                         elem_id="page_text",
                     )
                     open_button = gradio.Button(
-                        f"{HOLE} Open a cell here, or what is selected", size="sm", elem_id="mask_cells"
+                        f"{HOLE} Mask a cell here, or the selection", size="sm", elem_id="mask_cells"
                     )
-                    region = gradio.Dropdown(list(REGIONS), value=REGIONS[0], label="Open", elem_id="region")
+                    region = gradio.Dropdown(list(REGIONS), value=REGIONS[0], label="Mask", elem_id="region")
                     with gradio.Row():
-                        sampler = gradio.Dropdown(list(SAMPLERS), value=SAMPLERS[0], label="Schedule")
-                        iterations = gradio.Slider(1, 64, 16, step=1, label="Iterations")
+                        sampler = gradio.Dropdown(list(SAMPLERS), value=SAMPLERS[0], label="Sampler")
+                        steps = gradio.Slider(1, 64, 16, step=1, label="Denoising steps")
                     with gradio.Row():
-                        page_temperature = gradio.Slider(0, 2, 0, step=0.1, label="Temperature (0: likeliest)")
+                        page_temperature = gradio.Slider(0, 2, 0, step=0.1, label="Temperature (0: most probable)")
                         page_seed = gradio.Number(0, label="Seed", precision=0, elem_id="page_seed")
                     with gradio.Row():
                         fill_button = gradio.Button("Fill", variant="primary", elem_id="fill")
@@ -565,7 +565,7 @@ def build_app(folders: list[str], first: str | None = None, trust_remote_code: b
         stop_button.click(None, cancels=[writing])
         fields = [folder, prompt, head, position]
         look_button.click(_shown(on_look, fields), fields, looked)
-        fields = [folder, page, region, sampler, iterations, page_temperature, page_seed]
+        fields = [folder, page, region, sampler, steps, page_temperature, page_seed]
         filling = fill_button.click(_shown(on_fill, fields), fields, [formed, read])
         open_button.click(None, js=OPEN_CELLS)
         leave_button.click(None, cancels=[filling])

@@ -1,4 +1,4 @@
-"""What the demo page shows as HTML: text with its tracks, weights of tokens, pages of cells; with legends, colours and CSS.
+"""What the demo page shows as HTML: text with its axes, weights of tokens, pages of cells; with legends, colours and CSS.
 
 Colours of the two schemes are variables of the CSS. Cells of a page that were written bring theirs along, with the ink that
 reads better on it.
@@ -45,13 +45,13 @@ CSS = """
 #looked .swatch.wide { background: linear-gradient(to right, rgb(var(--heat) / 0), rgb(var(--heat) / 1)), var(--paper); }
 textarea { font-family: "DejaVu Sans Mono", ui-monospace, monospace !important; font-size: 13px !important; }
 """
-LINES_SHOWN = 300  # of text with tracks
+LINES_SHOWN = 300  # of text with axes
 TOKENS_SHOWN = 2000  # of a text whose weights are shown
 BYTES = re.compile(r"(\\x[0-9a-f]{2})+")  # as `readable` writes those that make no character
 
 
 def show_tracks(processor, output) -> str:
-    """The end of a text line by line, below each line its tracks, and what their letters stand for.
+    """The end of a text line by line, below each line the ids of its axes, and what their letters stand for.
 
     Args:
         processor: a `MultiGridProcessor`.
@@ -67,7 +67,7 @@ def show_tracks(processor, output) -> str:
         f'<div class="{"track" if track else "text"}">{escape(line) or "&nbsp;"}</div>'
         for line, track in list(zip(lines, is_track))[text_lines[first] :]
     ]
-    caption = f"Lines {first + 1:,} to {total:,} of {total:,} are shown, each above its tracks." if first else ""
+    caption = f"Lines {first + 1:,} to {total:,} of {total:,} are shown, each above its axis ids." if first else ""
     legend = []
     for axis in processor.axes:
         letters = letters_for(axis.vocabulary)
@@ -133,7 +133,7 @@ def _heat(pieces, weights, here):
 
 
 def show_page(processor, pages: torch.LongTensor, caption: str) -> str:
-    """The last of `pages [steps + 1, height, width]`, cells coloured by the iteration that wrote them, dark first.
+    """The last of `pages [steps + 1, height, width]`, cells coloured by the denoising step that unmasked them, dark first.
 
     A character of several tokens stands in the first of its cells, and the others are empty.
     """
@@ -155,15 +155,15 @@ def show_page(processor, pages: torch.LongTensor, caption: str) -> str:
         rows.append(f"<div>{''.join(cells)}</div>")
     gradient = ", ".join(step_colours(9))
     legend = (
-        '<div class="legend"><span class="swatch"></span>given<span class="swatch open"></span>open'
+        '<div class="legend"><span class="swatch"></span>prompt<span class="swatch open"></span>masked'
         f'<span class="swatch wide" style="background:linear-gradient(to right, {gradient})"></span>'
-        "written, from the first iteration to the latest</div>"
+        "unmasked, from the first denoising step to the latest</div>"
     )
     return f'<div class="page"><div class="rows">{"".join(rows)}</div></div><div class="about">{escape(caption)}</div>{legend}'
 
 
 def step_colours(steps: int) -> list[str]:
-    """A colour `#rrggbb` for each iteration, from dark blue to yellow."""
+    """A colour `#rrggbb` for each denoising step, from dark blue to yellow."""
     colours = colormaps["viridis"]([step / max(1, steps - 1) for step in range(steps)], bytes=True)
     return ["#{:02x}{:02x}{:02x}".format(*colour[:3]) for colour in colours.tolist()]
 
@@ -181,12 +181,12 @@ def ink_on(colour: str) -> str:
 def cell_texts(processor, page: torch.LongTensor) -> list[list[str]]:
     """What stands in each cell of `page [height, width]`.
 
-    Blanks, pads and open cells are empty, a newline is a sign, a character that has no shape of its own a dot.
+    Blanks, padding and masked cells are empty, a newline is a sign, a character that has no shape of its own a dot.
     """
     tokenizer, flat = processor.tokenizer, page.flatten().tolist()
     empty = {processor.blank_token_id, tokenizer.mask_token_id, tokenizer.pad_token_id}
     texts = [""] * len(flat)
-    run = []  # places of tokens that are read together: only open cells lie between two runs
+    run = []  # places of tokens that are read together: only masked cells lie between two runs
     for place, token in [*enumerate(flat), (None, tokenizer.mask_token_id)]:
         if token not in empty:
             run.append(place)

@@ -1,4 +1,4 @@
-"""A page as it forms, drawn: cells coloured by the iteration they were written in.
+"""A page as it forms, drawn: cells coloured by the denoising step that unmasked them.
 
     output = model.generate(**page, return_dict_in_generate=True, output_history=True)
     draw_page(output.history[:, 0], processor, "infilling.gif", "infilling.png")
@@ -35,12 +35,12 @@ def draw_page(
 ) -> list[Image.Image]:
     """Draw one page of `generate`'s history as an animation and as a strip of pictures.
 
-    White cells were given, grey ones are open, coloured ones were written: from dark blue in the first iteration to
-    yellow in the last. A cell that is re-opened turns grey again.
+    White cells are the prompt, grey ones are masked, coloured ones are unmasked: from dark blue in the first denoising step
+    to yellow in the last. A cell that is remasked turns grey again.
 
     Args:
-        history: token ids `[iterations + 1, height, width]`, a tensor or an array: the page before the first
-            iteration and after each.
+        history: token ids `[steps + 1, height, width]`, a tensor or an array: the page before the first
+            denoising step and after each.
         processor: the `HeptapodProcessor` that laid the page out.
         gif, strip: files to write, an animated GIF and a PNG.
         font_size: in pixels.
@@ -56,7 +56,7 @@ def draw_page(
     """
     pages = np.asarray(history.cpu() if hasattr(history, "cpu") else history)
     if pages.ndim != 3 or 0 in pages.shape:
-        raise ValueError(f"`history` must be [iterations + 1, height, width] of one page, got {list(pages.shape)}.")
+        raise ValueError(f"`history` must be [steps + 1, height, width] of one page, got {list(pages.shape)}.")
     last = len(pages) - 1
     shown, in_strip = _evenly(last, max_frames), _evenly(last, panels)
     frames = _draw(pages, processor, font_size, {*shown, *in_strip})
@@ -103,7 +103,7 @@ def _draw(pages, processor, font_size, kept):
 
 
 def cell_text(token, processor):
-    """What stands in a cell: nothing for blanks and open cells, a sign for a newline, a dot for what has no shape."""
+    """What stands in a cell: nothing for blanks and masked cells, a sign for a newline, a dot for what has no shape."""
     if token in (processor.blank_token_id, processor.tokenizer.mask_token_id):
         return ""
     if token == processor.newline_token_id:

@@ -51,13 +51,11 @@ def main():
     add_model_arguments(parser)
     parser.add_argument("--text_file", help="a text to take the page from")
     parser.add_argument("--page", type=whole(0), default=0, help="which page of it")
-    parser.add_argument("--mask_region", default="hole", help="what to open: top, middle, bottom, hole, frame or all")
-    parser.add_argument(
-        "--max_denoising_steps", type=whole(1), default=16, help="in how many iterations it is written"
-    )
+    parser.add_argument("--mask_region", default="hole", help="what to mask: top, middle, bottom, hole, frame or all")
+    parser.add_argument("--max_denoising_steps", type=whole(1), default=16, help="number of denoising steps")
     parser.add_argument("--output_dir", help="where the pictures go; by default the folder, or here")
-    parser.add_argument("--do_sample", action="store_true", help="draw tokens instead of taking the likeliest")
-    parser.add_argument("--seed", type=whole(0, NUMPY_SEEDS), default=0, help="of what is drawn")
+    parser.add_argument("--do_sample", action="store_true", help="sample tokens instead of taking the most probable")
+    parser.add_argument("--seed", type=whole(0, NUMPY_SEEDS), default=0, help="of the sampling")
     args = parser.parse_args()
 
     trust = may_run_code(args.folder, args.trust_remote_code)
@@ -69,20 +67,20 @@ def main():
     processor = AutoProcessor.from_pretrained(args.folder, trust_remote_code=trust)
     model = AutoModelForMaskedLM.from_pretrained(args.folder, trust_remote_code=trust).to(device)
     page = choose_page(processor, args.text_file, args.page)
-    opened = processor.mask_cells(page, args.mask_region)
+    masked = processor.mask_cells(page, args.mask_region)
     output = model.generate(
-        opened.to(device),
+        masked.to(device),
         max_denoising_steps=args.max_denoising_steps,
         seed=args.seed,
         return_dict_in_generate=True,
         output_history=True,
         **({"do_sample": True} if args.do_sample else {}),  # otherwise as the folder's generation config says
     )
-    is_masked = opened != page
+    is_masked = masked != page
     written = output.sequences.cpu()
-    print(f"--- the page, {int(is_masked.sum())} cells opened\n{processor.decode(opened[0])}")
-    print(f"\n--- written in {output.nfe} model calls\n{processor.decode(written[0])}")
-    print("\n--- opened cells as in the original: those that are not blank, then all of them, blanks included")
+    print(f"--- the page, {int(is_masked.sum())} cells masked\n{processor.decode(masked[0])}")
+    print(f"\n--- generated in {output.nfe} forward passes\n{processor.decode(written[0])}")
+    print("\n--- masked cells as in the original: those that are not blank, then all of them, blanks included")
     print(f"{'':<12}{'precision':>10}{'recall':>8}{'F1':>6}{'with blanks':>13}")
     for name, filled in {"the model": written, **baselines(page, is_masked, processor)}.items():
         score = score_pages(filled, page, is_masked, processor.blank_token_id)

@@ -335,7 +335,7 @@ def test_colours_of_ours_outrank_those_of_gradio():
         ("absolute", lambda it: look(it, "a" * 513), "513 tokens, and this model has places for 512 only"),
         ("absolute", lambda it: list(write(it, "a" * 500, 14)), "500 tokens and 14 new ones, .* let it write less"),
         ("axes", lambda it: list(write(it, "a" * 100, 30)), "100 tokens and 30 new ones, .* places for 128 only"),
-        ("heptapod", lambda it: lay_out(it, "no hole"), f"^No cell is open: put {HOLE}"),
+        ("heptapod", lambda it: lay_out(it, "no hole"), f"^No cell is masked: put {HOLE}"),
         ("heptapod", lambda it: lay_out(it, "\n" * 9 + HOLE), "takes 10 rows of 12 cells, and the page has 5"),
         ("heptapod", lambda it: lay_out(it, HOLE * 61), "takes 6 rows of 12 cells"),
         ("heptapod", lambda it: lay_out(it, "\0"), "zero byte"),
@@ -438,14 +438,14 @@ def test_a_page_forms_and_keeps_what_was_given(grid):
     assert [row.count("open") for row in kinds] == [6, 5, 3, 0]
     assert all(row.count("given") == HEIGHT * WIDTH - 6 for row in kinds)
     colours = {colour for _, colour in cells_of(frames[-1][0]) if colour}
-    assert len(colours) == 3  # one for each iteration
+    assert len(colours) == 3  # one for each denoising step
     filled = grid.model.generate(lay_out(grid, PAGE), max_denoising_steps=3)
     assert frames[-1][1] == grid.processor.decode(filled[0])
 
 
 def test_long_runs_are_shown_in_part(grid):
     frames = list(fill(grid, PAGE, "all", "raster"))
-    done = [int(re.search(r"(\d+) iterations", html)[1]) for html, _ in frames]
+    done = [int(re.search(r"(\d+) denoising steps", html)[1]) for html, _ in frames]
     assert done[: ALL_SHOWN + 1] == [*range(ALL_SHOWN), ALL_SHOWN] and done[ALL_SHOWN + 1 :][:2] == [26, 28]
     assert done[-1] == HEIGHT * WIDTH > len(frames) and done == sorted(set(done))
     assert [kind for kind, _ in cells_of(frames[-1][0])].count("open") == 0
@@ -758,7 +758,7 @@ def test_in_a_browser(page, folders):
 
     page.fill("#page_text textarea", "nothing open")
     page.click("#fill")
-    expect(page.locator(".toast-body")).to_contain_text("No cell is open")
+    expect(page.locator(".toast-body")).to_contain_text("No cell is masked")
     page.fill("#page_seed input", "")
     page.click("#fill")
     expect(page.locator(".toast-body").last).to_contain_text("Seed is not filled in.")

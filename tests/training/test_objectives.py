@@ -208,12 +208,12 @@ def test_a_grid_is_trained_resumed_and_fills_a_page(tmp_path):
     assert AutoProcessor.from_pretrained(out, trust_remote_code=True).height == 4
     process = run(SCRIPTS / "infill.py", out, "--text_file", argparse.__file__, "--page", "3", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
-    assert "written in 16 model calls" in process.stdout
+    assert "generated in 16 forward passes" in process.stdout
     assert (out / "infilling.gif").read_bytes().startswith(b"GIF8") and (out / "infilling.png").stat().st_size > 1000
     written = []
     for seed in ("1", "1", "2"):
         more = ("--text_file", argparse.__file__, "--do_sample", "--seed", seed)
         written.append(run(SCRIPTS / "infill.py", out, *more, cwd=tmp_path).stdout)
-    assert written[0] == written[1] != written[2] and "model calls" in written[2]
+    assert written[0] == written[1] != written[2] and "forward passes" in written[2]
     process = run(SCRIPTS / "infill.py", out, "--page", "100000", cwd=tmp_path)
     assert process.returncode == 1 and "ValueError: --page 100000" in process.stderr

@@ -648,8 +648,8 @@ def test_the_share_of_a_page_that_is_written_as_it_was(tmp_path):
     opened[:, :rows] = processor.tokenizer.mask_token_id
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
     written = model.generate(opened, max_denoising_steps=3, seed=5)
-    assert f"--- the page, {rows * width} cells opened" in printed
-    assert "--- written in 3 model calls\n" in printed
+    assert f"--- the page, {rows * width} cells masked" in printed
+    assert "--- generated in 3 forward passes\n" in printed
     blank = processor.blank_token_id
     # "o" is the only letter that a line has twice.
     for name, cells in (
