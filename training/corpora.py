@@ -319,7 +319,7 @@ def build_tokenizer(
         name: "byte", "bpe" or what `AutoTokenizer` can load; the arguments are those of [`DataArguments`].
         texts: what a "bpe" tokenizer is trained on.
         vocab_size: entries of a "bpe" tokenizer, with the 256 bytes and the special tokens, of which there are two.
-        for_pages: with two more special tokens, for open cells and for cells that nothing is written in.
+        for_pages: with two more special tokens, for masked cells and for blank ones.
 
     Raises:
         ValueError: naming `--vocab_size` or `--tokenizer_name` where these do not fit.

@@ -81,12 +81,22 @@ def tested_transformers(folder: Path) -> str | None:
 
 
 def read_evaluation(folder: Path) -> dict | None:
-    """What evaluate_model.py measured of a folder; `None` if it did not, or if the weights have changed since."""
+    """What evaluate_model.py measured of a folder; `None` if it did not, or if the weights have changed since.
+
+    Raises:
+        ValueError: for figures under names that were changed since.
+    """
     try:
         evaluation = read_json(folder / "evaluation.json")
     except FileNotFoundError:
         return None
-    return evaluation if evaluation.get("weights_sha256") == weights_digest(folder) else None
+    if evaluation.get("weights_sha256") != weights_digest(folder):
+        return None
+    if "num_iterations" in evaluation.get("generation", {}):
+        raise ValueError(
+            f"{folder / 'evaluation.json'} was written by an earlier version: run evaluate_model.py again"
+        )
+    return evaluation
 
 
 def _eval_results(results, evaluation):

@@ -362,8 +362,8 @@ class MaskedPages:
     def sample(self, model: PreTrainedModel) -> str:
         """The first held-out page, with a hole in it that the model has filled."""
         page = torch.from_numpy(self.eval_dataset.pages[:1].astype(np.int64))
-        opened = self.processing_class.mask_cells(page, "hole").to(model.device)
-        return self.processing_class.decode(model.generate(opened)[0])
+        masked = self.processing_class.mask_cells(page, "hole").to(model.device)
+        return self.processing_class.decode(model.generate(masked)[0])
 
     def trainer_options(self) -> dict:
         """While training, one draw of masks a page tells how it goes; logits are not kept at all."""

@@ -1,6 +1,6 @@
-"""How much of the text in the open cells of pages is right: precision, recall and F1 of the cells that are not blank.
+"""How much of the text in the masked cells of pages is right: precision, recall and F1 of the cells that are not blank.
 
-Of the cells of most pages nearly half are blank, so the share of open cells as in the original rates an empty page
+Of the cells of most pages nearly half are blank, so the share of masked cells as in the original rates an empty page
 highly. These scores count blanks for nothing: they are those of named entities, with the blank as the class "outside".
 """
 
@@ -15,14 +15,14 @@ class PageScore:
     """Counts of cells on each page, float64 `[pages]`. The scores sum them over all pages (micro average).
 
     Args:
-        opened: open cells.
+        masked: masked cells.
         same: those of them that are as in the original, blanks included.
         right: those that are as in the original and not blank.
         filled: those that are not blank where the page was filled.
         original: those that are not blank in the original.
     """
 
-    opened: torch.Tensor
+    masked: torch.Tensor
     same: torch.Tensor
     right: torch.Tensor
     filled: torch.Tensor
@@ -45,8 +45,8 @@ class PageScore:
 
     @property
     def right_with_blanks(self) -> float:
-        """The share of all open cells as in the original, which blanks alone make high."""
-        return (self.same.sum() / self.opened.sum()).item()
+        """The share of all masked cells as in the original, which blanks alone make high."""
+        return (self.same.sum() / self.masked.sum()).item()
 
     @property
     def f1_of_pages(self) -> torch.Tensor:
@@ -63,7 +63,7 @@ class PageScore:
 def score_pages(
     filled: torch.Tensor, original: torch.Tensor, is_masked: torch.Tensor, blank_token_id: int
 ) -> PageScore:
-    """Compare the open cells of pages with the original ones.
+    """Compare the masked cells of pages with the original ones.
 
     Args:
         filled, original: token ids `[pages, height, width]`.
@@ -82,7 +82,7 @@ def score_pages(
 
 
 def baselines(original: torch.Tensor, is_masked: torch.Tensor, processor) -> dict[str, torch.Tensor]:
-    """The pages with all open cells filled with one token: blanks, spaces, and the most frequent visible token there.
+    """The pages with all masked cells filled with one token: blanks, spaces, and the most frequent visible token there.
 
     Args:
         original: token ids `[pages, height, width]`.

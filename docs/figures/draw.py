@@ -247,7 +247,7 @@ HOLE = (1, 4, 1, 8)  # top, left, height, width
 
 
 def draw_page(p: Picture, x: float, y: float, masked_cells, new_cells=(), cell: float = 17, columns: int = 16):
-    """A page of text with open cells."""
+    """A page of text with masked cells."""
     for row, line in enumerate(PAGE):
         for column in range(columns):
             character = line[column] if column < len(line) else " "

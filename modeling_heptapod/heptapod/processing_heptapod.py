@@ -161,7 +161,7 @@ class HeptapodProcessor(CustomCodeMixin, ProcessorMixin):
             return_num_truncated_tokens: give `num_truncated_tokens [batch]` as well: how many tokens of each text are not on its page.
                 Without it a warning says so.
             return_labels: give `labels` as well, for training: `input_ids` with `-100` at cells that do not count,
-                which are pads and open cells. `Trainer` counts all others.
+                which are padding and masked cells. `Trainer` counts all others.
             split_special_tokens: whether the name of a special token in a text is text. With `False` it is that token,
                 in a cell of its own; `apply_chat_template(..., tokenize=True)` reads its templates so.
             padding: `True` or `"longest"`: the pages of a batch are always padded to the largest.

@@ -443,6 +443,15 @@ def test_what_is_printed_of_pages(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8")) == results
 
 
+def test_figures_of_an_earlier_version_are_not_taken(tmp_path, monkeypatch):
+    (tmp_path / "evaluation.json").write_text(json.dumps({"generation": {"num_iterations": 3}}))
+    monkeypatch.setattr(model_card, "weights_digest", lambda _: "of others")
+    assert model_card.read_evaluation(tmp_path) is None
+    monkeypatch.setattr(model_card, "weights_digest", lambda _: None)
+    with pytest.raises(ValueError, match="evaluation.json was written by an earlier version: run evaluate_model.py"):
+        model_card.read_evaluation(tmp_path)
+
+
 def test_speed_leaves_out_the_warm_up_and_the_prompt(monkeypatch):
     clock, durations = [0.0], iter([100.0, 4.0, 2.0, 8.0] * 2)
 
