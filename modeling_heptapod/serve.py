@@ -15,7 +15,7 @@ from .multigrid.modeling_multigrid import MultiGridForCausalLM
 
 
 class ServedMultiGridForCausalLM(MultiGridForCausalLM):
-    """Annotates prompts that come without meta tokens: completions are given to the tokenizer, not to the processor."""
+    """Annotates prompts that come without axis ids: completions are given to the tokenizer, not to the processor."""
 
     @cached_property
     def _processor(self):

@@ -88,7 +88,7 @@ BAD = {
         {"hidden_size": 16, "num_attention_heads": 2, "axis_hidden_size": 12},
         "axis_hidden",
     ),
-    "meta streams wider than the main one": ({"hidden_size": 16, "axis_hidden_size": 32}, "axis_hidden_size"),
+    "axis streams wider than the main one": ({"hidden_size": 16, "axis_hidden_size": 32}, "axis_hidden_size"),
     "no meta width": ({"axis_hidden_size": 0}, "axis_hidden_size"),
     "an axis twice": ({"axis_names": ["a", "a"], "axis_vocab_sizes": [2, 2]}, "axis_names"),
     "an axis without a name": ({"axis_names": [""], "axis_vocab_sizes": [2]}, "axis_names"),

@@ -248,7 +248,7 @@ def test_cached_generation_goes_through_the_adapters(name):
         cache, steps = None, []
         for part in (slice(0, 16), *(slice(i, i + 1) for i in range(16, 24))):
             given = {key: value[:, :, part] for key, value in tracks.items()}
-            if name == "multigrid-factored" and part.stop < 24:  # it is told the meta tokens that come next
+            if name == "multigrid-factored" and part.stop < 24:  # it is told the axis ids that come next
                 given["next_axis_ids"] = tracks["axis_ids"][:, :, part.stop]
             outputs = model(ids[:, part], past_key_values=cache, use_cache=True, **given)
             cache = outputs.past_key_values

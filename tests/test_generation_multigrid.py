@@ -1,4 +1,4 @@
-"""`generate` with meta tokens predicted, annotated or forced: with a cache what the parallel forward gives, in every mode."""
+"""`generate` with axis ids predicted, annotated or forced: with a cache what the parallel forward gives, in every mode."""
 
 from types import SimpleNamespace
 
@@ -59,7 +59,7 @@ def in_chunks(model, batch, sizes, mask=None):
 
 
 def following(model, batch, length):
-    """The meta tokens after the first `length`, for models that want to know them."""
+    """The axis ids after the first `length`, for models that want to know them."""
     known = model.config.axis_order == "factored" and length < batch["axis_ids"].shape[2]
     return batch["axis_ids"][..., length] if known else None
 
@@ -70,7 +70,7 @@ def parallel(model, batch, **kwargs):
 
 
 def parallel_logits(model, batch):
-    """Main and meta logits side by side."""
+    """Main and axis logits side by side."""
     out = parallel(model, batch)
     return torch.cat((out.logits, *out.axis_logits), dim=-1)
 
@@ -655,7 +655,7 @@ def test_bad_input_is_named():
     for core in ("leap", "lstm"):  # whose state cannot be taken back
         with pytest.raises(ValueError, match="stateful"):
             tiny_multigrid(core=core).generate(random_ids(1, 6), prompt_lookup_num_tokens=2, max_new_tokens=3)
-    refused(ValueError, "`guidance_scale` must be 1 with meta axes, got 1.5", guidance_scale=1.5)
+    refused(ValueError, "`guidance_scale` must be 1 with axes, got 1.5", guidance_scale=1.5)
     config = GenerationConfig(guidance_scale=1.5, max_new_tokens=4)
     refused(ValueError, "`guidance_scale` must be 1", generation_config=config, num_beams=2)
     refused(TypeError, "`axis_ids` must be torch.long or torch.int, got list", axis_ids=batch["axis_ids"].tolist())

@@ -18,7 +18,7 @@ CORES = ["axes", "leap", "lstm"]
 
 
 def all_logits(outputs):
-    """Of the main axis and then of each meta axis."""
+    """Of the main axis and then of each axis."""
     return [outputs.logits, *(outputs.axis_logits or ())]
 
 
@@ -261,7 +261,7 @@ def test_a_cache_is_made_and_returned_where_it_is_wanted():
 
 @pytest.mark.parametrize("variant, is_known", [("axes", False), ("factored", False), ("factored", True)])
 def test_few_logits_are_the_last_of_all(variant, is_known):
-    """Also where they know the meta tokens that follow, in rows that are padded on the right."""
+    """Also where they know the axis ids that follow, in rows that are padded on the right."""
     model = tiny_multigrid(**VARIANTS[variant])
     grid, mask = random_grid(model, 2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[1, 7:] = 0
@@ -294,7 +294,7 @@ def test_a_mask_of_new_tokens_leaves_the_past_in_sight(variant):
 @pytest.mark.parametrize("use_cache", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_axis_sees_the_future_of_any_axis(variant, use_cache):
-    """Every token of every axis is changed, one at a time; a position sees its past, and the factored main axis one meta token more."""
+    """Every token of every axis is changed, one at a time; a position sees its past, and the factored main axis one axis id more."""
     model = tiny_multigrid(**VARIANTS[variant]).double()
     config, seq = model.config, 9
     grid = random_grid(model, 1, seq)
@@ -859,14 +859,14 @@ def bad_inputs():
     yield "narrow embeddings", {"inputs_embeds": embeds[..., :4], "axis_ids": axis_ids}, "inputs_embeds"
     yield "ids without a batch", {"input_ids": ids[0], "axis_ids": axis_ids}, "input_ids"
     yield "an id outside", {"input_ids": ids + 48, "axis_ids": axis_ids}, r"input_ids.*\[0, 50\)"
-    yield "no meta ids", {"input_ids": ids}, "axis_ids.*kind.*bracket"
-    yield "short meta ids", {"input_ids": ids, "axis_ids": axis_ids[..., :8]}, r"axis_ids.*\[2, 2, 9\].*\[2, 2, 8\]"
+    yield "no axis ids", {"input_ids": ids}, "axis_ids.*kind.*bracket"
+    yield "short axis ids", {"input_ids": ids, "axis_ids": axis_ids[..., :8]}, r"axis_ids.*\[2, 2, 9\].*\[2, 2, 8\]"
     yield "one axis of two", {"input_ids": ids, "axis_ids": axis_ids[:, :1]}, r"axis_ids.*\[2, 1, 9\]"
-    yield "no axis of meta ids", {"input_ids": ids, "axis_ids": axis_ids[:, 0]}, "axis_ids"
-    yield "floats for meta ids", {"input_ids": ids, "axis_ids": axis_ids.float()}, "axis_ids"
+    yield "no axis of axis ids", {"input_ids": ids, "axis_ids": axis_ids[:, 0]}, "axis_ids"
+    yield "floats for axis ids", {"input_ids": ids, "axis_ids": axis_ids.float()}, "axis_ids"
     outside = axis_ids.clone()
     outside[1, 1, 3] = 5
-    yield "a meta id outside", {"input_ids": ids, "axis_ids": outside}, r"'bracket'.*\[0, 5\).*0 to 5"
+    yield "an axis id outside", {"input_ids": ids, "axis_ids": outside}, r"'bracket'.*\[0, 5\).*0 to 5"
     yield "a short mask", {"input_ids": ids, "axis_ids": axis_ids, "attention_mask": ids[:, :4]}, "attention_mask"
     yield "short positions", {"input_ids": ids, "axis_ids": axis_ids, "position_ids": ids[:, :4]}, "position_ids"
     far = {"input_ids": ids, "axis_ids": axis_ids, "position_ids": torch.arange(120, 129)[None]}

@@ -1,4 +1,4 @@
-"""Meta ids stand at their tokens: padded, truncated, with special tokens, saved, loaded, and while a model writes."""
+"""Axis ids stand at their tokens: padded, truncated, with special tokens, saved, loaded, and while a model writes."""
 
 import json
 import random
@@ -302,7 +302,7 @@ def test_rows_that_make_no_batch_are_named(by_bytes, rows, error, message):
 
 
 def written(processor, token_ids):
-    """Meta ids of tokens that come one by one, `[axes][tokens]`, and the characters of each."""
+    """Axis ids of tokens that come one by one, `[axes][tokens]`, and the characters of each."""
     states, pending, rows, pieces = [axis.start() for axis in processor.axes], (), [], []
     for token_id in token_ids:
         processor.new_characters(pending, 65)  # another beam

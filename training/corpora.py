@@ -98,7 +98,7 @@ class DataArguments:
     axes: list[str] | None = field(
         default=None,
         metadata={
-            "help": "The meta axes of a MultiGrid: names that `make_axis` knows, or JSON files with a spec. By default "
+            "help": "The axes of a MultiGrid: names that `make_axis` knows, or JSON files with a spec. By default "
             f"{' '.join(AXES)}."
         },
     )
@@ -444,9 +444,9 @@ def annotate(
     desc: str = "Annotating",
     isolated: bool = False,
 ) -> np.ndarray:
-    """Meta ids for the stream that [`encode`] makes of the same texts: a row for each axis.
+    """Axis ids for the stream that [`encode`] makes of the same texts: a row for each axis.
 
-    Each text is annotated on its own, from its beginning; separators have meta id 0.
+    Each text is annotated on its own, from its beginning; separators have axis id 0.
 
     Args:
         texts, tokenizer, isolated: as for `encode`; the tokenizer must be a fast one, which knows where its tokens are.

@@ -1,4 +1,4 @@
-"""A meta axis from a trained model: what its hidden states tell apart, guessed from the last few characters.
+"""An axis from a trained model: what its hidden states tell apart, guessed from the last few characters.
 
     python training/distill_axis.py outputs/leap-tiny --output_dir outputs/leap-axis
     python training/train.py --config_name configs/multigrid-tiny --axes outputs/leap-axis/axis.json ...
@@ -202,7 +202,7 @@ def tree_nodes(tree) -> list[list[int]]:
 
 
 def main():
-    parser = Parser(description="Make a meta axis from a trained model.")
+    parser = Parser(description="Make an axis from a trained model.")
     add_model_arguments(parser)
     parser.add_argument("--output_dir", default="outputs/axis", help="where axis.json, axis.py and report.json go")
     parser.add_argument("--dataset_name", default="stdlib", help="text to read, as for train.py")

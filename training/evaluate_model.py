@@ -90,7 +90,7 @@ def sliding_window_nats(
         batch_size: windows at once.
 
     Returns:
-        [1 + axes, tokens - 1], float64: nats of the tokens, then of the meta tokens of each axis.
+        [1 + axes, tokens - 1], float64: nats of the tokens, then of the axis ids of each axis.
 
     Raises:
         ValueError: naming `--max_length`, `--stride` or `--batch_size` where these do not fit.
@@ -149,7 +149,7 @@ def measure_causal(model, processing, texts, num_bytes, window, stride, batch_si
     meta = annotate(texts, tokenizer, axes) if axes else None
     nats = sliding_window_nats(model, stream, meta, window=window, stride=stride, batch_size=batch_size)
     # Causal axes are functions of the text so far and cost nothing. In the factored order tokens are predicted from
-    # meta tokens that nobody knows yet, so the text costs all of them.
+    # axis ids that nobody knows yet, so the text costs all of them.
     pays_for_axes = getattr(model.config, "axis_order", None) == "factored"
     text = nats.sum(0) if pays_for_axes else nats[0]
     edges = np.arange(0, len(text), window)

@@ -1,4 +1,4 @@
-"""What do meta axes buy? The prototype's experiment again, with its leak, its controls and plain decoders of equal size.
+"""What do axes gain? The prototype's experiment again, with its leak, its controls and plain decoders of equal size.
 
     python training/multigrid_experiment.py --jobs 2                       # everything, about 40 minutes of two cores
     python training/multigrid_experiment.py --corpus python --seeds 5      # one corpus; finished runs are not repeated
@@ -82,7 +82,7 @@ QUICK |= {"steps": 24, "evaluations": 7, "held_out_characters": 300}
 
 @dataclass(frozen=True)
 class Grid:
-    """A model with meta axes.
+    """A model with axes.
 
     Attributes:
         axes: by name.
@@ -201,7 +201,7 @@ class BlocksAlone(PackedBlocks):
 
 
 class Corpus:
-    """Characters to train on and characters held out, with a column of meta ids for each axis.
+    """Characters to train on and characters held out, with a column of axis ids for each axis.
 
     Attributes:
         settings (`dict`): of its models.
@@ -349,9 +349,9 @@ def batch_of(blocks, indices) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def measure(model, blocks, size: int) -> dict:
-    """Bits per predicted character of held-out text: what the text costs, its main axis, and each meta axis by name.
+    """Bits per predicted character of held-out text: what the text costs, its main axis, and each axis by name.
 
-    The text costs what its main axis costs, but in the factored order, which predicts characters from meta ids that it
+    The text costs what its main axis costs, but in the factored order, which predicts characters from axis ids that it
     has to pay for first: there it costs all axes together.
     """
     nats, names = 0.0, model.config.axis_names
@@ -499,7 +499,7 @@ def main():
         runs = experiment(settings, args.seeds, args.jobs, kept)
         report = {
             "name": "multigrid_experiment",
-            "title": "What meta axes buy",
+            "title": "What axes gain",
             "command": " ".join(["python", "training/multigrid_experiment.py", *sys.argv[1:]]),
             "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
             "commit": commit(),

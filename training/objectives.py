@@ -1,4 +1,4 @@
-"""What a family learns from text: the next token of a stream, with meta axes beside it or without, or masked cells of pages.
+"""What a family learns from text: the next token of a stream, with axes beside it or without, or masked cells of pages.
 
 An objective holds the data sets and what the trainer must know of them; `objective_for(config)` picks it, for `train.py`.
 """
@@ -193,10 +193,10 @@ def choose_axes(names: list[str]) -> list:
 
 
 class AnnotatedTokens(NextTokens):
-    """A stream of tokens and meta axes beside it; tokens and meta ids are predicted from those before them.
+    """A stream of tokens and axes beside it; tokens and axis ids are predicted from those before them.
 
     Causal axes are functions of the text so far, so the text costs what its tokens cost. In the factored order tokens are
-    predicted from meta ids that nobody knows yet, and the text costs both.
+    predicted from axis ids that nobody knows yet, and the text costs both.
     """
 
     def _read_config(self, data_args, config):
@@ -205,7 +205,7 @@ class AnnotatedTokens(NextTokens):
         names = [axis.name for axis in axes]
         self.is_factored = config.axis_order == "factored"
         self.text_losses = ["main_loss", *(f"{name}_loss" for name in names if self.is_factored)]
-        # Evaluation needs the meta ids among the labels, and the meta logits beside the logits.
+        # Evaluation needs the axis ids among the labels, and the axis logits beside the logits.
         self.label_names = ["labels", "axis_ids"]
         self.ignore_keys = [key for key in config.keys_to_ignore_at_inference if key != "axis_logits"]
 

@@ -1,6 +1,6 @@
-"""Let a saved MultiGrid write, with its meta tracks below each line: `python training/sample_axes.py outputs/multigrid-tiny`.
+"""Let a saved MultiGrid write, with its axis ids below each line: `python training/sample_axes.py outputs/multigrid-tiny`.
 
-It writes twice from the same seed: with meta tokens that the model predicts, and with those that its annotators give the
+It writes twice from the same seed: with axis ids that the model predicts, and with those that its annotators give the
 text so far. Nothing of the package is imported: the folder brings its own code.
 """
 
@@ -74,7 +74,7 @@ def lines_with_tracks(processor, characters: list[str], tracks: list[list[int]])
 
 
 def main():
-    parser = Parser(description="Let a saved MultiGrid write, with its meta tracks below each line.")
+    parser = Parser(description="Let a saved MultiGrid write, with its axis ids below each line.")
     add_model_arguments(parser)
     parser.add_argument(
         "--prompt", type=prompt_text, default="import os\nimport sys\n\n\nclass ", help="the text to continue"
@@ -104,13 +104,13 @@ def main():
         ids, tracks = output.sequences[0].tolist(), output.axis_sequences[0].tolist()
         rules = annotations_of(processor, characters_of(processor, ids))
         text = lines_with_tracks(processor, characters_to_show(processor, ids), tracks)
-        print(f"\n--- with meta tokens {source}\n{text}")
+        print(f"\n--- with axis ids {source}\n{text}")
         for axis, track, rule in zip(processor.axes, tracks, rules):
             written = range(inputs["input_ids"].shape[1], len(track))
             same = sum(track[place] == rule[place] for place in written) / len(written)
             most = max(Counter(rule[place] for place in written).values()) / len(written)
             print(
-                f"{axis.name}: {same:.0%} of the meta tokens written are what the annotator says of the text "
+                f"{axis.name}: {same:.0%} of the axis ids written are what the annotator says of the text "
                 f"(its most frequent one throughout: {most:.0%})"
             )
 

@@ -1,4 +1,4 @@
-"""Meta axes: what stands beside the text, one id per token.
+"""Axes: what stands beside the text, one id per token.
 
 An axis reads text from left to right. It is *causal* when the id of a token depends on nothing that comes after the
 token; then it can be continued while a model writes, and what a model gains from it is real. An axis that looks ahead

@@ -1,4 +1,4 @@
-"""All meta axes that come with this package, by name."""
+"""All axes that come with this package, by name."""
 
 import json
 from pathlib import Path

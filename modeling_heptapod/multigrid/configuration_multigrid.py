@@ -19,11 +19,11 @@ _CHOICES = {"core": ("transformer", "leap", "lstm"), "axis_order": ("parallel", 
 class MultiGridConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
     r"""
     axis_names (`list[str]`, *optional*, defaults to `[]`):
-        Names of the meta axes, in the order of `axis_ids`. Without any the model is a plain decoder (GPT-2).
+        Names of the axes, in the order of `axis_ids`. Without any the model is a plain decoder (GPT-2).
     axis_vocab_sizes (`list[int]`, *optional*, defaults to `[]`):
         Size of each axis's vocabulary, in the same order.
     axis_hidden_size (`int`, *optional*):
-        Width of the meta streams, `hidden_size` when not given. Narrower streams are the light wiring: their feed-forwards,
+        Width of the axis streams, `hidden_size` when not given. Narrower streams are the light wiring: their feed-forwards,
         and the attention with which they and the main stream read each other, shrink with them. A multiple of the head
         dimension.
     cross_feed_forward (`bool`, *optional*, defaults to `True`):
@@ -32,8 +32,8 @@ class MultiGridConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
         How positions mix: `"transformer"` (attention, learned positions), `"leap"` (LEAP's gated running means, rotary
         positions) or `"lstm"` (no positions). The last two decode from a state of constant size and have no longest text.
     axis_order (`str`, *optional*, defaults to `"parallel"`):
-        `"parallel"`: all axes of the next position are predicted from the past. `"factored"`: its meta tokens first, then
-        the main token given them. A meta track is a function of the text, so the code length of the text in the factored
+        `"parallel"`: all axes of the next position are predicted from the past. `"factored"`: its axis ids first, then
+        the main token given them. Axis ids are a function of the text, so the code length of the text in the factored
         order is the *sum* of main and meta losses; the main loss alone is no measure of it.
     main_loss_weight (`float`, *optional*, defaults to 0.5):
         `w` in the loss `w * main + (1 - w) * mean of the axes`. Without axes the loss is that of the main axis.
@@ -191,7 +191,7 @@ class MultiGridConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
 
     @property
     def num_axes(self) -> int:
-        """How many meta axes there are."""
+        """How many axes there are."""
         return len(self.axis_names)
 
     @property
@@ -206,12 +206,12 @@ class MultiGridConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
 
     @property
     def axis_num_attention_heads(self) -> int:
-        """Heads of a meta stream, and of the main stream when it reads one."""
+        """Heads of an axis stream, and of the main stream when it reads one."""
         return self.axis_hidden_size // self.head_dim
 
     @property
     def axis_intermediate_size(self) -> int:
-        """Width of a meta stream's feed-forward."""
+        """Width of an axis stream's feed-forward."""
         return self.intermediate_size * self.axis_hidden_size // self.hidden_size
 
     @property

@@ -1,4 +1,4 @@
-"""A learned meta axis: a decision tree on the last few characters, as plain data."""
+"""A learned axis: a decision tree on the last few characters, as plain data."""
 
 from collections.abc import Sequence
 
@@ -66,7 +66,7 @@ class DecisionTreeAxis(Axis):
         slices = ", ".join(f"text[-{back}:{1 - back if back > 1 else ''}]" for back in backs)
         return "\n".join(
             [
-                f'"""The meta axis {self.name!r}: an id for each character of a text, from it and those before it."""',
+                f'"""The axis {self.name!r}: an id for each character of a text, from it and those before it."""',
                 "",
                 f"LENGTH = {self.length}  # as many of the last characters count",
                 "VOCABULARY = (",

@@ -1,10 +1,10 @@
-"""`generate` for MultiGrid: every new token comes with its meta tokens, predicted, annotated from the text, or forced.
+"""`generate` for MultiGrid: every new token comes with its axis ids, predicted, annotated from the text, or forced.
 
-Read top-down: the outputs, the tracks of one call, the mixin. The decoding loops are transformers' own. They call
-`prepare_inputs_for_generation` before each forward pass and `_update_model_kwargs_for_generation` after it; meta tokens
-enter and leave through these two. Nothing is kept on the module: the tracks of a call travel with its model kwargs.
+Read top-down: the outputs, the axis ids of one call, the mixin. The decoding loops are transformers' own. They call
+`prepare_inputs_for_generation` before each forward pass and `_update_model_kwargs_for_generation` after it; axis ids
+enter and leave through these two. Nothing is kept on the module: the state of a call is in its model kwargs.
 
-When a meta token of position `t + 1` is known:
+When an axis id of position `t + 1` is known:
 
     source       parallel order                           factored order
     predicted    with the main token of t + 1             before the main token of t + 1, which is conditioned on it
@@ -38,11 +38,11 @@ AXIS_SOURCES = ("predicted", "annotated", "forced")
 
 @dataclass
 class MultiGridGenerateOutput(GenerateDecoderOnlyOutput):
-    """What `generate` returns with `return_dict_in_generate=True` and without beams: the stock output, and the tracks.
+    """What `generate` returns with `return_dict_in_generate=True` and without beams: the stock output, and the axis ids.
 
     Args:
         axis_sequences (`torch.LongTensor` of shape `[batch, axes, length]`):
-            Meta ids of every token of `sequences`, axes in the order of `config.axis_names`; 0 at the pads behind a
+            Axis ids of every token of `sequences`, axes in the order of `config.axis_names`; 0 at the pads behind a
             finished row.
     """
 
@@ -55,7 +55,7 @@ class MultiGridGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
 
     Args:
         axis_sequences (`torch.LongTensor` of shape `[batch, axes, length]`):
-            As in [`MultiGridGenerateOutput`]: the tracks of the hypotheses that are returned.
+            As in [`MultiGridGenerateOutput`]: the axis ids of the hypotheses that are returned.
     """
 
     axis_sequences: torch.LongTensor | None = None
@@ -63,7 +63,7 @@ class MultiGridGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
 
 @dataclass(frozen=True)
 class _Sources:
-    """Where the meta tokens of each axis come from, and who annotates."""
+    """Where the axis ids of each axis come from, and who annotates."""
 
     of_axes: tuple[str, ...]
     processor: Any = None
@@ -81,20 +81,20 @@ class _Reading(NamedTuple):
 
 
 class _AxisState:
-    """The meta tokens of all rows during one call of `generate`.
+    """The axis ids of all rows during one call of `generate`.
 
-    Between two forward passes: `choose` adds the meta tokens of a position, then the loop adds the main tokens, then
+    Between two forward passes: `choose` adds the axis ids of a position, then the loop adds the main tokens, then
     `follow` finds out which rows have moved where, and lets annotators read the new tokens.
 
     Args:
-        sources (`_Sources`): where meta tokens come from.
+        sources (`_Sources`): where axis ids come from.
         tokens (`torch.LongTensor` of shape `[rows, length]`): the prompts; nothing where they are embeddings.
         mask (`torch.Tensor` of shape `[rows, length]`, *optional*): which tokens are no pads.
         axis_ids (`torch.LongTensor` of shape `[rows, axes, prompt]`): of the prompts.
         forced (`torch.LongTensor` of shape `[rows, forced axes, steps]`, *optional*): what the caller wants.
         past (`int`): cached tokens before the first of `axis_ids`.
         beams (`int`): rows of one prompt that change places with each other.
-        temperature (`float`, *optional*): predicted meta tokens are drawn at this temperature, `None`: the likeliest.
+        temperature (`float`, *optional*): predicted axis ids are drawn at this temperature, `None`: the likeliest.
     """
 
     def __init__(self, sources, tokens, mask, axis_ids, forced, past=0, beams=1, temperature=None):
@@ -108,12 +108,12 @@ class _AxisState:
         self.readings = self.prompt_readings = self._read_prompts(mask)
 
     def at(self, first: int, length: int) -> torch.LongTensor:
-        """Meta ids of `length` tokens, the first of which has `first` tokens before it: `[rows, axes, length]`."""
+        """Axis ids of `length` tokens, the first of which has `first` tokens before it: `[rows, axes, length]`."""
         first -= self.past
         return self.axis_ids[..., first : first + length]
 
     def choose(self, axis_logits: tuple[torch.Tensor, ...]) -> torch.LongTensor:
-        """Meta tokens of the next position from logits `[rows, axis vocabulary]` of each axis: `[rows, axes]`."""
+        """Axis ids of the next position from logits `[rows, axis vocabulary]` of each axis: `[rows, axes]`."""
         self.writes_pads = self.finished.clone()
         forced = self.sources.places("forced")
         chosen = []
@@ -195,7 +195,7 @@ class _AxisState:
         return readings
 
     def read(self, reading, token):
-        """Meta ids of the annotated axes for one more token, and what is known after it; special tokens have id 0."""
+        """Axis ids of the annotated axes for one more token, and what is known after it; special tokens have id 0."""
         if token in self.special_tokens:
             return [0] * len(self.annotated), reading
         characters, pending = self.sources.processor.new_characters(reading.pending, token)
@@ -207,35 +207,35 @@ class _AxisState:
 
 
 class _NotesFinishedRows(StoppingCriteriaList):
-    """Stopping criteria that also tell the tracks which rows will be filled with pads from now on."""
+    """Stopping criteria that also record which rows are filled with padding from now on."""
 
-    def __init__(self, criteria, tracks):
+    def __init__(self, criteria, axis_state):
         super().__init__(criteria)
-        self.tracks = tracks
+        self.axis_state = axis_state
         self.finished_rows_get_pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
 
     def __call__(self, input_ids, scores, **kwargs):
         done = super().__call__(input_ids, scores, **kwargs)
         if self.finished_rows_get_pads:
-            self.tracks.finished |= done
+            self.axis_state.finished |= done
         return done
 
 
 def _with_axis_state(loop):
-    """A decoding loop of the caller's, `custom_generate`, with the tracks among its model kwargs."""
+    """A custom decoding loop (`custom_generate`) with the state of the axes among its model kwargs."""
 
     @wraps(loop)  # `generate` reads the signature
-    def loop_with_tracks(model, input_ids, *, stopping_criteria, generation_config, **kwargs):
-        tracks = model._start_axis_state(input_ids, generation_config, kwargs, beams=generation_config.num_beams)
-        stopping_criteria = _NotesFinishedRows(stopping_criteria, tracks)
-        kwargs.update(stopping_criteria=stopping_criteria, generation_config=generation_config, axis_state=tracks)
+    def loop_with_axes(model, input_ids, *, stopping_criteria, generation_config, **kwargs):
+        axis_state = model._start_axis_state(input_ids, generation_config, kwargs, beams=generation_config.num_beams)
+        stopping_criteria = _NotesFinishedRows(stopping_criteria, axis_state)
+        kwargs.update(stopping_criteria=stopping_criteria, generation_config=generation_config, axis_state=axis_state)
         return loop(model, input_ids, **kwargs)
 
-    return loop_with_tracks
+    return loop_with_axes
 
 
 class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
-    """`generate` with meta axes. Without any it is transformers' own."""
+    """`generate` with axes. Without any it is transformers' own."""
 
     def generate(
         self,
@@ -247,7 +247,7 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         forced_axis_ids: torch.LongTensor | None = None,
         **kwargs,
     ):
-        """As [`GenerationMixin.generate`], with meta tokens beside the text.
+        """As [`GenerationMixin.generate`], with axis ids beside the text.
 
         Args:
             inputs, generation_config, args, kwargs:
@@ -255,21 +255,21 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
                 [`MultiGridProcessor`] returns them with the `input_ids`. Where there are axes they are required, or
                 `processor`, which then annotates the prompt: a pipeline hands over nothing but `input_ids`.
             axis_source (`str` or `dict[str, str]`, *optional*, defaults to `"predicted"`):
-                Where meta tokens come from, for all axes or by the axis's name (`"predicted"` where one is left out):
+                Where axis ids come from, for all axes or by the axis's name (`"predicted"` where one is left out):
 
                 - `"predicted"`: the model. The likeliest one; with `do_sample=True` drawn at `temperature` (the other
                   warpers are about main tokens), before the main token.
                 - `"annotated"`: the axis's rule, from the text written so far. Needs `processor`, and a causal axis.
-                - `"forced"`: `forced_axis_ids`. In the parallel order a forced meta token reaches the main stream with
+                - `"forced"`: `forced_axis_ids`. In the parallel order a forced axis id reaches the main stream with
                   its own position, so it steers what comes after it; in the factored order it steers its own token.
             processor ([`MultiGridProcessor`], *optional*):
                 Its tokenizer turns tokens into characters, its axes annotate what is written, and the prompt where
                 `axis_ids` are not given.
             forced_axis_ids (`torch.LongTensor` of shape `[batch, forced axes or all axes, steps]`, *optional*):
-                Meta ids of the tokens to come, at least as many as are generated. Of all axes, only the forced ones are
+                Axis ids of the tokens to come, at least as many as are generated. Of all axes, only the forced ones are
                 read.
             custom_generate (`Callable` or `str`, *optional*):
-                As there. A loop of one's own finds the tracks among its keyword arguments and hands them on with these to
+                As there. A custom loop finds the axis ids among its keyword arguments and passes them on with these to
                 `prepare_inputs_for_generation` and `_update_model_kwargs_for_generation`, whose order is that of the stock
                 loops: inputs, forward pass, update, and then the logits.
 
@@ -280,7 +280,7 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         Raises:
             TypeError: for a `axis_source`, `axis_ids` or `forced_axis_ids` of another type.
             ValueError: for a `guidance_scale` or assisted decoding, unknown axes or sources, a missing `processor` or `axis_ids`, an axis that is not causal and
-                annotated, forced tracks of a wrong shape, too short, or with ids outside an axis's vocabulary.
+                annotated, forced ids of a wrong shape, too short, or with ids outside an axis's vocabulary.
         """
         sources = self._axis_sources(axis_source, processor, forced_axis_ids)
         if kwargs.get("axis_ids") is not None:
@@ -313,7 +313,7 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         forced_axis_ids: torch.LongTensor | None = None,
         **kwargs,
     ):
-        """As the stock method, with the meta ids of the tokens that the forward pass is given."""
+        """As the stock method, with the axis ids of the tokens that the forward pass is given."""
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -334,42 +334,42 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         return inputs
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
-        tracks = model_kwargs.get("axis_state")
-        if tracks is not None:
-            next_axis_ids = tracks.choose(tuple(logits[:, -1] for logits in outputs.axis_logits))
+        axis_state = model_kwargs.get("axis_state")
+        if axis_state is not None:
+            next_axis_ids = axis_state.choose(tuple(logits[:, -1] for logits in outputs.axis_logits))
             if self.config.axis_order == "factored":
                 hidden = outputs.main_hidden_states[:, -1:]
                 outputs.logits = self.main_logits(hidden, next_axis_ids.unsqueeze(-1).to(hidden.device))
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        tracks = self._start_axis_state(input_ids, generation_config, kwargs)
-        if tracks is None:
+        axis_state = self._start_axis_state(input_ids, generation_config, kwargs)
+        if axis_state is None:
             return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
-        stopping_criteria = _NotesFinishedRows(stopping_criteria, tracks)
+        stopping_criteria = _NotesFinishedRows(stopping_criteria, axis_state)
         out = super()._sample(
-            input_ids, logits_processor, stopping_criteria, generation_config, axis_state=tracks, **kwargs
+            input_ids, logits_processor, stopping_criteria, generation_config, axis_state=axis_state, **kwargs
         )
         if isinstance(out, torch.Tensor):
             return out
-        return MultiGridGenerateOutput(**out, axis_sequences=tracks.of_rows(out.sequences))
+        return MultiGridGenerateOutput(**out, axis_sequences=axis_state.of_rows(out.sequences))
 
     def _beam_search(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        tracks = self._start_axis_state(input_ids, generation_config, kwargs, beams=generation_config.num_beams)
-        if tracks is None:
+        axis_state = self._start_axis_state(input_ids, generation_config, kwargs, beams=generation_config.num_beams)
+        if axis_state is None:
             return super()._beam_search(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         out = super()._beam_search(
-            input_ids, logits_processor, stopping_criteria, generation_config, axis_state=tracks, **kwargs
+            input_ids, logits_processor, stopping_criteria, generation_config, axis_state=axis_state, **kwargs
         )
         if isinstance(out, torch.Tensor):
             return out
-        tracks = tracks.of_beams(out.sequences, out.beam_indices, generation_config.num_return_sequences)
-        return MultiGridGenerateBeamOutput(**out, axis_sequences=tracks)
+        axis_sequences = axis_state.of_beams(out.sequences, out.beam_indices, generation_config.num_return_sequences)
+        return MultiGridGenerateBeamOutput(**out, axis_sequences=axis_sequences)
 
     def _assisted_decoding(self, *args, **kwargs):
         if self.config.axis_names:
             raise ValueError(
-                "Assisted decoding is not supported with meta axes: drafted tokens come without their meta tokens. Leave "
+                "Assisted decoding is not supported with axes: drafted tokens come without their axis ids. Leave "
                 "`assistant_model` and `prompt_lookup_num_tokens` out."
             )
         return super()._assisted_decoding(*args, **kwargs)
@@ -414,12 +414,12 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
             )
         if len(axis.vocabulary) != size:
             raise ValueError(
-                f"Axis {name!r} of `processor` has {len(axis.vocabulary)} meta tokens, that of the model has {size}."
+                f"Axis {name!r} of `processor` has {len(axis.vocabulary)} axis ids, that of the model has {size}."
             )
         return axis
 
     def _start_axis_state(self, input_ids, generation_config, model_kwargs, beams=1) -> _AxisState | None:
-        """Take what `generate` was told about meta tokens out of `model_kwargs`."""
+        """Take what `generate` was told about axis ids out of `model_kwargs`."""
         sources, forced, axis_ids = (
             model_kwargs.pop(x, None) for x in ("axis_sources", "forced_axis_ids", "axis_ids")
         )
@@ -427,8 +427,8 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
             return None
         if generation_config.guidance_scale not in (None, 1):
             raise ValueError(
-                f"`guidance_scale` must be 1 with meta axes, got {generation_config.guidance_scale}: what the model would say "
-                "without the prompt is asked for without meta tokens."
+                f"`guidance_scale` must be 1 with axes, got {generation_config.guidance_scale}: what the model would say "
+                "without the prompt is asked for without axis ids."
             )
         embeds, cache, mask = (model_kwargs.get(x) for x in ("inputs_embeds", CACHE, "attention_mask"))
         rows, length = (input_ids if embeds is None else embeds).shape[:2]
@@ -501,7 +501,7 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
             )
         if forced.shape[2] < steps:
             raise ValueError(
-                f"`forced_axis_ids` must say a meta token for each of the {steps} tokens that may be generated, got "
+                f"`forced_axis_ids` must say an axis id for each of the {steps} tokens that may be generated, got "
                 f"{forced.shape[2]}."
             )
         if forced.shape[1] != len(places):

@@ -1,4 +1,4 @@
-"""MultiGrid: a text and tracks beside it, aligned token for token, each a decoder of its own, reading each other in every layer.
+"""MultiGrid: a text and axes aligned with it token for token, each a decoder of its own, reading each other in every layer.
 
 Read bottom-up: model, head. Layers are in `multigrid_blocks.py`, how positions mix in `multigrid_cores.py`, adding and removing
 axes in `multigrid_growth.py`. The prototype is the Metadata-Enhanced-Transformer notebook, on nanoGPT; without axes this is
@@ -67,7 +67,7 @@ class MultiGridModelOutput(ModelOutput):
         Of each layer, what the streams see of themselves, `[batch_size, heads, sequence_length, keys]`: heads of the main
         stream first, then of each axis (`core="transformer"` only).
     axis_hidden_states (`torch.FloatTensor` of shape `(batch_size, axes, sequence_length, axis_hidden_size)`, *optional*):
-        The meta streams, normalised.
+        The axis streams, normalised.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -89,7 +89,7 @@ class MultiGridCausalLMOutput(ModelOutput):
     loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
         `main_loss_weight * main_loss + (1 - main_loss_weight) * mean of axis_losses`; the main loss without axes.
     logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
-        Scores of the next main token; in the factored order, given the next meta tokens.
+        Scores of the next main token; in the factored order, given the next axis ids.
     past_key_values (`MultiGridCache`, *optional*):
         What further tokens need of these.
     hidden_states (`tuple`, *optional*):
@@ -97,7 +97,7 @@ class MultiGridCausalLMOutput(ModelOutput):
     attentions (`tuple`, *optional*):
         As from the base model.
     main_hidden_states (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
-        In the factored order: the main stream before the next meta tokens are known, for `main_logits`.
+        In the factored order: the main stream before the next axis ids are known, for `main_logits`.
     axis_logits (`tuple`, *optional*):
         Of each axis, scores of its next token, `[batch_size, sequence_length, axis_vocab_sizes[a]]`.
     main_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
@@ -260,7 +260,7 @@ class MultiGridModel(MultiGridPreTrainedModel):
         return embed_text(self.embed_tokens, input_ids, inputs_embeds, self.config.hidden_size)
 
     def embed_axes(self, axis_ids: torch.LongTensor | None, shape: tuple[int, int]) -> torch.FloatTensor | None:
-        """The meta axes' embeddings `[axes, batch, seq, axis_hidden_size]`, `None` without axes.
+        """The axes' embeddings `[axes, batch, seq, axis_hidden_size]`, `None` without axes.
 
         Args:
             axis_ids (`torch.LongTensor` of shape `[batch, axes, seq]`, *optional*).
@@ -284,8 +284,8 @@ class MultiGridModel(MultiGridPreTrainedModel):
             )
         if not names:
             return None
-        tracks = zip(self.axis_embed_tokens, axis_ids.unbind(1), names)
-        return torch.stack([embed_ids(table, ids, f"`axis_ids` of axis {name!r}") for table, ids, name in tracks])
+        tables = zip(self.axis_embed_tokens, axis_ids.unbind(1), names)
+        return torch.stack([embed_ids(table, ids, f"`axis_ids` of axis {name!r}") for table, ids, name in tables])
 
     def _token_mask(self, attention_mask, main, cache, past):
         """Which tokens are real, `None` where all are, and real tokens of each row before these.
@@ -364,7 +364,7 @@ def _visible(mask, segments, seq, past, like):
 
 
 def _next_axis_ids(axis_ids, next_axis_ids, mask, segments):
-    """The meta tokens of the real token after each position `[batch, axes, seq]`, and where there are any `[batch, seq]`.
+    """The axis ids of the real token after each position `[batch, axes, seq]`, and where there are any `[batch, seq]`.
 
     None follow the last real token, unless they are given, nor the end of a packed sequence.
     """
@@ -437,7 +437,7 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
             What `labels` are, of the axes, or `shift_labels`, where those are given. When not given: `axis_ids`, ignored
             wherever the main targets are -100.
         next_axis_ids (`torch.LongTensor` of shape `(batch_size, axes)`, *optional*):
-            In the factored order: the meta tokens that follow the last position. Without them its logits are those of a
+            In the factored order: the axis ids that follow the last position. Without them its logits are those of a
             model that knows nothing of them.
         seq_idx (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Index of the packed sequence each token belongs to.
@@ -450,7 +450,7 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
                 "`next_axis_ids` are for axis_order='factored' and at least one axis; this model has neither."
             )
         if self.config.num_axes:
-            require_labels(labels, of_loss.get("num_items_in_batch"), "the meta axes learn with them")
+            require_labels(labels, of_loss.get("num_items_in_batch"), "the axes learn with them")
         outputs = self.model(
             input_ids=input_ids,
             axis_ids=axis_ids,
@@ -499,7 +499,7 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
     def main_logits(
         self, main_hidden_states: torch.Tensor, next_axis_ids: torch.LongTensor, known: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Scores of the next main token given the next meta tokens, in the factored order.
+        """Scores of the next main token given the next axis ids, in the factored order.
 
         Args:
             main_hidden_states (`torch.Tensor` of shape `[batch, seq, hidden_size]`): of a forward pass's output.
@@ -523,8 +523,8 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
             raise ValueError(
                 f"`next_axis_ids` must be [batch, axes, seq] = {expected}, got {list(next_axis_ids.shape)}."
             )
-        tracks = zip(self.model.axis_embed_tokens, next_axis_ids.unbind(1), names)
-        embeds = [embed_ids(table, ids, f"`next_axis_ids` of axis {name!r}") for table, ids, name in tracks]
+        tables = zip(self.model.axis_embed_tokens, next_axis_ids.unbind(1), names)
+        embeds = [embed_ids(table, ids, f"`next_axis_ids` of axis {name!r}") for table, ids, name in tables]
         return self.lm_head(self.next_axes(main_hidden_states, embeds, known))
 
     def _losses(self, logits, axis_logits, labels, axis_ids, axis_targets, shift_labels=None, **kwargs):

@@ -1,6 +1,6 @@
 """The layers of MultiGrid: blocks of equal shape together.
 
-One layer of the main stream and `A` meta streams is `1 + 3 A` blocks, each mixing and feed-forward behind a norm:
+One layer of the main stream and `A` axis streams is `1 + 3 A` blocks, each mixing and feed-forward behind a norm:
 
     x       <- self_block(x)                            every stream, from its own past
     main_a  <- main_cross_blocks[a](main, meta_a)       the main stream reads axis a
@@ -42,7 +42,7 @@ class MultiGridBlock(nn.Module):
 
     Args:
         config (`MultiGridConfig`): of the model.
-        is_axis (`bool`): whether the stream that is changed is a meta stream.
+        is_axis (`bool`): whether the stream that is changed is an axis stream.
         is_cross (`bool`): whether it reads a stream of the other kind.
     """
 
@@ -142,7 +142,7 @@ class MultiGridLayer(GradientCheckpointingLayer):
 
 
 class NextAxesBlock(nn.Module):
-    """The factored order: what the main stream learns of the next meta tokens before it predicts, and a feed-forward."""
+    """The factored order: what the main stream learns of the next axis ids before it predicts, and a feed-forward."""
 
     def __init__(self, config: MultiGridConfig):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Meta axes that come and go: what a trained MultiGrid predicted stays, to the last bit."""
+"""Axes that come and go: what a trained MultiGrid predicted stays, to the last bit."""
 
 import copy
 
@@ -9,10 +9,10 @@ from .multigrid_blocks import MultiGridBlock, NextAxesBlock
 
 
 class MultiGridGrowthMixin:
-    """For [`MultiGridForCausalLM`]: adds and removes meta axes."""
+    """For [`MultiGridForCausalLM`]: adds and removes axes."""
 
     def add_axis(self, name: str, vocab_size: int, freeze_rest: bool = False) -> None:
-        """Attach one more meta axis, the last in `axis_ids`. Nothing that the model predicted before changes, to the last bit.
+        """Attach one more axis, the last in `axis_ids`. Nothing that the model predicted before changes, to the last bit.
 
         What the main stream reads from the new axis starts at zero and learns. The other axes keep their weights in
         `config.axis_weights`, the new one gets one over the number of axes. `config` is replaced by a copy. Make the
@@ -64,7 +64,7 @@ class MultiGridGrowthMixin:
                 parameter.requires_grad_(parameter not in before)
 
     def remove_axis(self, name: str) -> None:
-        """Take a meta axis off. Right after `add_axis` the model predicts what it did before, to the last bit.
+        """Take an axis off. Right after `add_axis` the model predicts what it did before, to the last bit.
 
         The other axes keep their weights in `config.axis_weights`. `config` is replaced by a copy.
 

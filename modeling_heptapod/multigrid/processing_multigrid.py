@@ -1,4 +1,4 @@
-"""Text to tokens and meta ids, for training and for writing on."""
+"""Text to tokens and axis ids, for training and for writing on."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ UNFINISHED = "\ufffd"
 
 
 class MultiGridProcessor(CustomCodeMixin, ProcessorMixin):
-    """A tokenizer and the meta axes that stand beside its tokens.
+    """A tokenizer and the axes that stand beside its tokens.
 
     Args:
         tokenizer ([`PreTrainedTokenizerBase`]):
@@ -83,7 +83,7 @@ class MultiGridProcessor(CustomCodeMixin, ProcessorMixin):
 
         Returns:
             `input_ids` and `attention_mask [batch, tokens]`, and, if there are axes, `axis_ids [batch, axes, tokens]`;
-            int64. Meta ids of a text that is truncated are those of the whole text. Pads and special tokens have meta
+            int64. Axis ids of a text that is truncated are those of the whole text. Padding and special tokens have
             id 0, and axes do not see their characters.
 
         Raises:

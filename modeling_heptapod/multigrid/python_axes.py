@@ -1,4 +1,4 @@
-"""Meta axes of Python source: kind of token, innermost bracket, indentation, strings and comments.
+"""Axes of Python source: kind of token, innermost bracket, indentation, strings and comments.
 
 One lexer reads a character at a time and never looks ahead, so each id speaks of the token *so far*: `fo` is a name,
 `for` a keyword, `form` a name again; after `""` a string is closed, after one more quote a longer one is open. Where

@@ -1,4 +1,4 @@
-"""Meta axes of natural text: affixes and words by rule, parts of speech by NLTK's tagger, gold tags of a corpus."""
+"""Axes of natural text: affixes and words by rule, parts of speech by NLTK's tagger, gold tags of a corpus."""
 
 import os
 import re

@@ -54,7 +54,7 @@ class MultiGridModelTest(families.ModelTests, unittest.TestCase):
 
 
 class MultiGridFactoredModelTest(MultiGridModelTest):
-    """Meta tokens before main tokens, and the light wiring: narrow meta streams, readings without feed-forwards."""
+    """Axis ids before main tokens, and the light wiring: narrow axis streams, readings without feed-forwards."""
 
     overrides = FACTORED
 
@@ -85,7 +85,7 @@ class MultiGridPlansTest(families.PlansTests, unittest.TestCase):
 
 
 class WithTracksOfThePrompt(MultiGridForCausalLM):
-    """Upstream's prompt is one token without meta tokens."""
+    """Upstream's prompt is one token without axis ids."""
 
     def generate(self, prompt, **kwargs):
         return super().generate(prompt, axis_ids=axis_ids_of(prompt, self.config), **kwargs)

@@ -4,10 +4,10 @@
 and work in the dtype of the weights. Every sequence is computed on its own: nothing here knows batches, pads, packed rows or
 caches, and each axis is a loop of its own. It is differentiable.
 
-The wiring of a layer, with the main stream and one stream for each meta axis:
+The wiring of a layer, with the main stream and one stream for each axis:
 
     1. every stream mixes its own past, then passes a feed-forward
-    2. at the same time, from what 1 made: the main stream reads each meta stream, each meta stream reads the main stream
+    2. at the same time, from what 1 made: the main stream reads each axis stream, each axis stream reads the main stream
        (positions up to its own), and whoever has read passes a feed-forward
     3. the main stream takes over the weighted mean of what its readings have changed
 """
@@ -41,7 +41,7 @@ class GridDescription:
 
 
 def multigrid_losses(weights: dict, ids: list, axis_ids: list, d: GridDescription) -> tuple:
-    """The loss, that of the main axis and those of the meta axes of one sequence: each token predicts the next one."""
+    """The loss, that of the main axis and those of the axes of one sequence: each token predicts the next one."""
     logits, axis_logits = multigrid_logits(weights, ids, axis_ids, d)
     main = _cross_entropy(logits, ids)
     metas = [_cross_entropy(logits, track) for logits, track in zip(axis_logits, axis_ids)]
@@ -56,13 +56,13 @@ def multigrid_logits(weights: dict, ids: list, axis_ids: list, d: GridDescriptio
     Args:
         weights: the state dict.
         ids: main token ids.
-        axis_ids: for each axis the meta ids of the same tokens.
+        axis_ids: for each axis the axis ids of the same tokens.
         d: see `GridDescription`.
-        next_axis_ids: in the factored order, for each axis the meta id of the token after the last one; where it is not
+        next_axis_ids: in the factored order, for each axis the axis id of the token after the last one; where it is not
             known, the last token is predicted without it.
 
     Returns:
-        Those of the main axis, `[len(ids), vocabulary]`, and a list of those of each meta axis.
+        Those of the main axis, `[len(ids), vocabulary]`, and a list of those of each axis.
     """
     main, *metas = multigrid_streams(weights, ids, axis_ids, d)
     if d.factored:
@@ -92,7 +92,7 @@ def multigrid_streams(weights: dict, ids: list, axis_ids: list, d: GridDescripti
 
 
 def _condition(weights, x, next_axis_ids, d):
-    """What predicts a main token in the factored order: the main stream, given the meta tokens of that very token."""
+    """What predicts a main token in the factored order: the main stream, given the axis ids of that very token."""
     for a, axis_id in enumerate(next_axis_ids or []):
         x = x + weights[f"next_axes.projs.{a}.weight"] @ weights[f"model.axis_embed_tokens.{a}.weight"][axis_id]
     return x + _feed_forward(weights, "next_axes.norm", "next_axes.mlp", x, d)

@@ -85,7 +85,7 @@ def tracks_of(folder, text):
 
 @torch.no_grad()
 def nats_one_by_one(model, stream, meta, window, stride):
-    """Each token alone, from the window that it belongs to by its place, in float64; meta tokens likewise."""
+    """Each token alone, from the window that it belongs to by its place, in float64; axis ids likewise."""
     model = model.double()
     rows = []
     for place in range(1, len(stream)):

@@ -1,4 +1,4 @@
-"""The experiment of meta axes: its texts, models of equal size, runs that resume; and what its report says of known numbers."""
+"""The experiment of axes: its texts, models of equal size, runs that resume; and what its report says of known numbers."""
 
 import json
 import math

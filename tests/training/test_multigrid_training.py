@@ -1,4 +1,4 @@
-"""Meta axes beside a stream of tokens, and a MultiGrid through train.py and sample_axes.py."""
+"""Axes beside a stream of tokens, and a MultiGrid through train.py and sample_axes.py."""
 
 import argparse
 import json
@@ -278,10 +278,10 @@ def test_it_writes_with_its_tracks_without_the_package(trained):
     prompt = ("--prompt", "def parse(", "--max_new_tokens", "20")
     process = run("alone.py", SCRIPTS / "sample_axes.py", "out", *prompt, cwd=folder)
     assert process.returncode == 0, process.stderr
-    predicted, annotated = process.stdout.split("--- with meta tokens annotated")
-    assert "--- with meta tokens predicted" in predicted and "def parse(" in predicted
+    predicted, annotated = process.stdout.split("--- with axis ids annotated")
+    assert "--- with axis ids predicted" in predicted and "def parse(" in predicted
     for axis in AXES:
-        assert f"{axis}: 100% of the meta tokens" in annotated
+        assert f"{axis}: 100% of the axis ids" in annotated
     kind = next(line for line in annotated.splitlines() if line.startswith("token_kind"))
     assert kind.split(None, 1)[1].startswith("aak aaaaap")  # `de` is a name, `def` a keyword, `(` opens
 

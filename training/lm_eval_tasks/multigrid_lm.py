@@ -24,12 +24,12 @@ from loading import may_run_code
 
 @register_model("multigrid")
 class MultiGridLM(HFLM):
-    """A MultiGrid in the parallel order, whose meta ids are those that its annotators give.
+    """A MultiGrid in the parallel order, whose axis ids are those that its annotators give.
 
     A name on the Hub brings code that runs only with `trust_remote_code=True` among the model's arguments.
 
     Raises:
-        ValueError: in the factored order, where a token is predicted from meta tokens that it decides itself.
+        ValueError: in the factored order, where a token is predicted from axis ids that it decides itself.
     """
 
     def __init__(self, pretrained: str, trust_remote_code: bool = False, **kwargs):
@@ -37,7 +37,7 @@ class MultiGridLM(HFLM):
         super().__init__(pretrained, trust_remote_code=trust, **kwargs)
         if self.config.axis_order == "factored":
             raise ValueError(
-                f"pretrained={pretrained}: with axis_order='factored' a token is predicted from its own meta tokens, "
+                f"pretrained={pretrained}: with axis_order='factored' a token is predicted from its own axis ids, "
                 "which lm_eval does not count; training/evaluate_model.py measures what such a text costs"
             )
         self.processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=trust)
