@@ -261,7 +261,7 @@ def test_the_dense_formula_is_the_loop(window, causal):
 @pytest.mark.parametrize("option", ["padding", "alibi_slopes", "all"])
 @pytest.mark.parametrize("window", [None, 3])
 def test_the_matrix_of_torch_func_is_the_loop(window, option, causal):
-    """Where pads take places in windows and steps of alibi_slopes, too."""
+    """Where pads count in windows and as steps of the ALiBi bias, too."""
     qfkv, kwargs = make_inputs(2, 30, **OPTIONS[option])
     settings = settings_for(window, causal, **OPTIONS[option])
     weight = torch.randn(2, 30, HEADS, DIM, dtype=torch.float64)

@@ -1,11 +1,11 @@
-"""Attention with its matrix in the open, where weights are asked for or `attn_implementation="eager"`."""
+"""Eager attention: with its matrix, for `output_attentions=True` or `attn_implementation="eager"`."""
 
 import torch
 from torch import nn
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, is_causal=False, **kwargs):
-    """Attention in the open; the arguments are those of transformers' attention interface, with a boolean mask.
+    """Eager attention; the arguments are those of transformers' attention interface, with a boolean mask.
 
     Returns the output `[batch, queries, heads, head_dim]` and the weights `[batch, heads, queries, keys]`.
     """

@@ -1,6 +1,6 @@
 """Rows laid out anew: no pad between real tokens and, for the hierarchical LM, sequences that begin where coarse steps do.
 
-A pad takes no place in a window, no step of decay and no position. So pads are moved behind the last real token of their
+A pad takes no place in a window, no step of the ALiBi bias and no position. So pads are moved behind the last real token of their
 row, where causality keeps them from being seen.
 
 Compression, strides and dilations of the hierarchical LM count from the first token of a sequence. So packed sequences are

@@ -138,7 +138,7 @@ def focus_mixing(
         alibi_slopes (`torch.Tensor` of shape `[heads]`, *optional*): subtracted from log weights per token of distance.
         rotary (`tuple` of cos and sin `[1 or batch, seq, head_dim]`, *optional*): positions of queries and keys.
         padding_mask (`torch.Tensor` of shape `[batch, seq]`, *optional*): zero or `False` at pads, which weigh nothing
-            and are taken for zeros, whatever they hold. They do take places in windows and steps of alibi_slopes where they stand:
+            and are taken for zeros, whatever they hold. They count in windows and as steps of the ALiBi bias where they are:
             models lay rows out before.
         segment_ids (`torch.LongTensor` of shape `[batch, seq]`, *optional*): packed rows; each run of equal ids is a
             sequence of its own.
@@ -313,7 +313,7 @@ def attention_matrix(
 
     Args:
         log_weights (`torch.Tensor` of shape `[batch, heads, seq]`): `-inf` at pads, which take no place in windows and no
-            step of alibi_slopes.
+            step of the ALiBi bias.
         settings, alibi_slopes, segment_ids: as in `focus_mixing`.
         positions (`torch.LongTensor` of shape `[rows]`, *optional*): the rows to make; all when not given.
 

@@ -269,7 +269,7 @@ INLINE int continues(const Mixing *m, int64_t b, int64_t t) { /* whether token t
 INLINE void block_means(
     const Mixing *m, Work *w, Running *r, int64_t b, int64_t h, int64_t first, int count, int totals, int dim) {
     int channels = m->parts == 4 ? 2 * dim : dim, window = (int)m->window, halo = window ? window - 1 : 0;
-    float alibi_slopes = m->alibi_slopes ? m->alibi_slopes[h] : 0;
+    float alibi_slope = m->alibi_slopes ? m->alibi_slopes[h] : 0;
     double log_sink = m->sink_weight ? log(m->sink_weight) : NOTHING;
     int64_t begin = first; /* of the segment, as far as a window reaches */
     if (window) while (begin > first - halo && (begin <= 0 || continues(m, b, begin))) begin--;
@@ -283,7 +283,7 @@ INLINE void block_means(
             int seen = (int)(t - from) + 1, start = halo + i - seen + 1;
             float weights[WIDEST], top = (float)log_sink, total = 0;
             for (int j = 0; j < seen; j++) {
-                weights[j] = w->logs[start + j] - alibi_slopes * (seen - 1 - j);
+                weights[j] = w->logs[start + j] - alibi_slope * (seen - 1 - j);
                 top = weights[j] > top ? weights[j] : top;
             }
             SIMD_SUM(total) for (int j = 0; j < seen; j++) {
@@ -298,7 +298,7 @@ INLINE void block_means(
             SIMD for (int c = 0; c < channels; c++) mean[c] *= (float)share;
         } else {
             if (t > 0 && !continues(m, b, t)) forget(r, channels);
-            r->reference -= alibi_slopes;
+            r->reference -= alibi_slope;
             if (!is_empty(w->logs[i])) take(r, w->logs[i], w->values + i * channels, 1, channels);
             double total = r->total + (m->sink_weight ? exp(log_sink - r->reference) : 0);
             if (totals) w->log_total[i] = r->total == 0 ? log_sink : r->reference + log(total);
@@ -397,7 +397,7 @@ INLINE void store_gradient(const Mixing *m, const Work *w, int64_t at, int part,
 INLINE void backward_head(Mixing *m, Work *w, int64_t row, int dim) {
     int64_t b = row / m->heads, h = row % m->heads, blocks = (m->seq + BLOCK - 1) / BLOCK;
     int gated = m->parts == 4, channels = gated ? 2 * dim : dim, window = (int)m->window, halo = window ? window - 1 : 0;
-    float alibi_slopes = m->alibi_slopes ? m->alibi_slopes[h] : 0;
+    float alibi_slope = m->alibi_slopes ? m->alibi_slopes[h] : 0;
     Running past = {0, 0, w->carry}, later = {0, 0, w->back};
     forget(&later, channels);
     int64_t end = m->seq - 1; /* of the segment */
@@ -428,7 +428,7 @@ INLINE void backward_head(Mixing *m, Work *w, int64_t row, int dim) {
                 if (cut) end = t;
                 int reach = (int)((t + halo < end ? t + halo : end) - t) + 1;
                 float weights[WIDEST], inner = 0;
-                for (int j = 0; j < reach; j++) weights[j] = (float)(log - alibi_slopes * j - w->log_total[i + j]);
+                for (int j = 0; j < reach; j++) weights[j] = (float)(log - alibi_slope * j - w->log_total[i + j]);
                 SIMD_SUM(inner) for (int j = 0; j < reach; j++) {
                     weights[j] = exp_negative(weights[j] > 0 ? 0 : weights[j]);
                     inner += weights[j] * w->inner[i + j];
@@ -441,7 +441,7 @@ INLINE void backward_head(Mixing *m, Work *w, int64_t row, int dim) {
                 grad_log = dot(grad_value, value, channels) - inner;
             } else {
                 if (cut) forget(&later, channels);
-                later.reference -= alibi_slopes;
+                later.reference -= alibi_slope;
                 if (!is_empty(w->log_total[i]))
                     take(&later, -w->log_total[i], w->grads + i * channels, w->inner[i], channels);
                 double factor = is_empty(log) ? 0 : exp(log + later.reference), slope = 0;
@@ -480,13 +480,13 @@ INLINE void backward_head(Mixing *m, Work *w, int64_t row, int dim) {
 INLINE void step_head(Mixing *m, Work *w, int64_t row, int dim) {
     int64_t b = row / m->heads, h = row % m->heads;
     int gated = m->parts == 4, channels = gated ? 2 * dim : dim, pairs = gated ? 2 : 1;
-    float alibi_slopes = m->alibi_slopes ? m->alibi_slopes[h] : 0;
+    float alibi_slope = m->alibi_slopes ? m->alibi_slopes[h] : 0;
     prepare(m, w, b, h, 0, 1, 0, dim);
     float own_log = w->logs[0], log_sink = m->sink_weight ? (float)log(m->sink_weight) : NOTHING, *mean = w->means;
     const float *token = w->values;
     if (!m->window) {
         float *state = m->state + b * m->heads * (2 + channels), *reference = state + h, *total = state + m->heads + h;
-        float before = *reference - alibi_slopes, top = m->bounded ? 0 : larger(before, own_log), weight = expf(own_log - top);
+        float before = *reference - alibi_slope, top = m->bounded ? 0 : larger(before, own_log), weight = expf(own_log - top);
         *total = *total * expf(before - top) + weight;
         *reference = top;
         float share = weight / *total, seen = 1;
@@ -503,7 +503,7 @@ INLINE void step_head(Mixing *m, Work *w, int64_t row, int dim) {
         float *state = m->state + b * m->heads * (1 + channels) * held, *logs = state + h * held;
         float weights[WIDEST], top = larger(own_log, log_sink), total = 0;
         for (int j = skip; j < held; j++) {
-            weights[j] = logs[j] - alibi_slopes * (held - j);
+            weights[j] = logs[j] - alibi_slope * (held - j);
             top = weights[j] > top ? weights[j] : top;
         }
         SIMD_SUM(total) for (int j = skip; j < held; j++) {

@@ -198,7 +198,7 @@ if triton is not None:
         records, inside, slope, reference, total, keys, values,
         GATED: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip
-        """What precedes a group, joined by the first `inside` chunks of it; `slope` is a chunk's alibi_slopes."""
+        """What precedes a group, joined by the first `inside` chunks of it; `slope` is the ALiBi bias of a chunk."""
         k = tl.arange(0, GROUP)
         record = records + k * (4 + (1 + GATED) * DP)
         some = k < inside

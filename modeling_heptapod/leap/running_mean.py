@@ -92,9 +92,9 @@ def _running_mean(logs, values, alibi_slopes, segments, carry, reverse):
     if segments is not None:
         segments = segments.view(batch, tiles, tile)
         allowed = allowed & same_segment(segments, segments)
-    local_decay = None if alibi_slopes is None else alibi_slopes.view(heads, 1, 1, 1)
+    local_slopes = None if alibi_slopes is None else alibi_slopes.view(heads, 1, 1, 1)
     means = torch.empty_like(values)
-    log_total = _dense_mean(logs, values, allowed, local_decay, distance, means)
+    log_total = _dense_mean(logs, values, allowed, local_slopes, distance, means)
     means = means.view(batch, heads, tiles, tile, channels)
 
     if tiles > 1 or carry is not None:
@@ -108,8 +108,8 @@ def _running_mean(logs, values, alibi_slopes, segments, carry, reverse):
             joined = [torch.cat(pair[::-1] if reverse else pair, dim=2 if pair[0].ndim > 2 else 1) for pair in pairs]
             tile_logs, tile_means = joined[:2]
             tile_segments = joined[2] if segments is not None else None
-        tile_decay = None if alibi_slopes is None else alibi_slopes * tile
-        before_logs, before_means = _running_mean(tile_logs, tile_means, tile_decay, tile_segments, None, reverse)
+        tile_slopes = None if alibi_slopes is None else alibi_slopes * tile
+        before_logs, before_means = _running_mean(tile_logs, tile_means, tile_slopes, tile_segments, None, reverse)
         shape = (batch, heads, tiles)
         if carry is None:  # the first tile has nothing before it
             empty = before_logs.new_full((batch, heads, 1), _OUT_OF_REACH)
