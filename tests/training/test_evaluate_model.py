@@ -265,7 +265,8 @@ def test_what_is_no_model_is_named(tmp_path, monkeypatch):
 )
 def test_numbers_that_score_nothing_are_named(option, value):
     """Before a model is looked for."""
-    with pytest.raises(ValueError, match=f"--{option} must be at least ., got {value}"):
+    flag = "max_length" if option == "window" else option
+    with pytest.raises(ValueError, match=f"--{flag} must be at least ., got {value}"):
         evaluate_model.evaluate(Path("nowhere"), ["text"], CORPUS, **{option: value})
 
 
