@@ -181,7 +181,7 @@ def test_a_checkpoint_is_pushed_with_its_code_and_nothing_else(strategy, tmp_pat
     def begin(self, *args, **kwargs):
         self.hub_model_id, self.push_in_progress = "me/x", None
 
-    monkeypatch.setattr("pushing.upload_folder", upload)
+    monkeypatch.setattr("hub_upload.upload_folder", upload)
     monkeypatch.setattr("transformers.Trainer.init_hf_repo", begin)
     options = {"push_to_hub": True, "hub_token": TOKEN, "hub_strategy": strategy, "hub_model_id": "me/x"}
     tiny_runs.trainer("leap", tmp_path, save_strategy="steps", save_steps=2, max_steps=2, **options).train()

@@ -79,7 +79,7 @@ def test_a_second_ctrl_c_does_not_wait():
 def test_time_runs_out_with_all_that_is_not_a_step(tmp_path, monkeypatch):
     """Evaluations count, so do the runs before; the last step is saved, and resuming it trains no further."""
     clock = [100.0]
-    monkeypatch.setattr("ending.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("stopping.time.monotonic", lambda: clock[0])
 
     class Slow(TrainerCallback):
         def on_evaluate(self, args, state, control, **kwargs):

@@ -206,7 +206,7 @@ def test_a_stream_has_the_examples_of_the_text_in_memory(family, tmp_path):
 
 
 def test_streamed_files_are_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("streaming.PIECE", 100)
+    monkeypatch.setattr("corpus_streaming.PIECE", 100)
     lines = [f"line {number} é\n" for number in range(400)]
     (tmp_path / "a.txt").write_text("".join(lines), encoding="utf-8")
     (tmp_path / "b.bin").write_bytes(b"\xff\xfe\x00")
@@ -225,7 +225,7 @@ def test_streamed_files_are_read_in_pieces(tmp_path, monkeypatch):
 
 
 def test_what_is_no_text_is_left_out_of_a_stream(tmp_path, monkeypatch):
-    monkeypatch.setattr("streaming.PIECE", 100)
+    monkeypatch.setattr("corpus_streaming.PIECE", 100)
     for number in range(40):
         (tmp_path / f"{number}.txt").write_text(f"{number}\n")
     (tmp_path / "broken.gz").write_bytes(b"\x1f\x8b no")
