@@ -134,7 +134,7 @@ class Hole:
         self.f1[name], self.bits[name] = score.f1_of_pages, bits
         self.report.row(
             region=self.region,
-            mask_cells=self.cells,
+            open_cells=self.cells,
             how=name,
             model_calls=calls,
             precision=score.precision,
@@ -159,7 +159,7 @@ class Hole:
         for name, each in seconds.items():
             self.report.row(
                 region=self.region,
-                mask_cells=self.cells,
+                open_cells=self.cells,
                 how=name,
                 seconds_a_page=each,
                 raster_over_it=seconds["raster"] / each,

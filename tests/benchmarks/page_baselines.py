@@ -17,14 +17,14 @@ def main():
     processor = HeptapodProcessor(build_tokenizer("byte", [], for_pages=True), *((4, 12) if quick else (16, 64)))
     of_benchmark, of_readme = held_out_pages(processor, 3 if quick else 12), choose_page(processor, None, 30)
     sets = [("of the benchmark", of_benchmark, region) for region in REGIONS]
-    for name, pages, region in (*sets, ("30 of infill.py", of_readme, "hole")):
+    for name, pages, region in (*sets, ("30 of fill_page.py", of_readme, "hole")):
         is_masked = processor.mask_cells(pages, region) != pages
         for how, filled in baselines(pages, is_masked, processor).items():
             score = score_pages(filled, pages, is_masked, processor.blank_token_id)
             report.row(
                 pages=name,
                 region=region,
-                mask_cells=int(is_masked[0].sum()),
+                open_cells=int(is_masked[0].sum()),
                 how=how,
                 precision=score.precision,
                 recall=score.recall,
