@@ -1,5 +1,7 @@
 """`torch.compile` on inputs of varying lengths: one graph for the first, one more for all others, as for GPT-2."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -33,9 +35,9 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def compilations(model, make_inputs, train, sizes=LENGTHS):
-    """Graphs compiled for inputs of all `sizes`, whose results must be those of eager mode."""
-    graphs = CompileCounterWithBackend("eager")
+def compilations(model, make_inputs, train, sizes=LENGTHS, backend="eager"):
+    """Graphs compiled for inputs of all sizes, whose results must be those of eager mode."""
+    graphs = CompileCounterWithBackend(backend)
     model = model.train(train)
     compiled = torch.compile(model, backend=graphs)
     for size in sizes:
@@ -97,7 +99,7 @@ def test_multigrid(variant, train):
 @pytest.mark.parametrize("train", [False, True], ids=["no-grad", "training"])
 @pytest.mark.parametrize(
     "variant",
-    [name if name in ("two", "predict-all") else pytest.param(name, marks=pytest.mark.slow) for name in HIERARCHICAL],
+    [name if name == "two" else pytest.param(name, marks=pytest.mark.slow) for name in HIERARCHICAL],
 )
 def test_hierarchical_lm(variant, train):
     """Without gradients each pass also fills a cache. A text of one step, or one block of losses, is another program."""
@@ -114,3 +116,29 @@ def test_hierarchical_lm_with_batches_of_varying_sizes():
         return {"input_ids": tiny_hierarchical_lm.random_ids(number, 40)}
 
     assert compilations(model, rows, train=False, sizes=(2, 3, 5, 4, 7)) == 2
+
+
+INDUCTOR = {
+    "leap": lambda: tiny_leap.tiny_leap(),
+    "leap plain-scale": lambda: tiny_leap.tiny_leap(**LEAP["plain-scale"]),
+    "leap additive": lambda: tiny_leap.tiny_leap(**LEAP["additive"], num_hidden_layers=1),
+    "multigrid": lambda: tiny_multigrid.tiny_multigrid(**MULTIGRID["axes"]),
+    "multigrid leap": lambda: tiny_multigrid.tiny_multigrid(**MULTIGRID["leap"]),
+    **{
+        f"hierarchical {name}": partial(
+            tiny_hierarchical_lm.tiny_hierarchical_lm, **HIERARCHICAL[name], num_hidden_layers=1
+        )
+        for name in ("two", "stride", "blocks", "predict-all")
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", [False, True], ids=["no-grad", "training"])
+@pytest.mark.parametrize("name", INDUCTOR)
+def test_the_default_compiler_takes_open_lengths(name, train):
+    """It asks more of sizes than the graphs alone do."""
+    torch.use_deterministic_algorithms(False)
+    model = INDUCTOR[name]()
+    inputs = text if not name.startswith("multigrid") else partial(tiny_multigrid.random_grid, model, 2)
+    assert compilations(model, inputs, train, sizes=(40, 57, 19), backend="inductor") == 2
