@@ -120,7 +120,7 @@ def test_hierarchical_lm_with_batches_of_varying_sizes():
 INDUCTOR = {
     "leap": lambda: tiny_leap.tiny_leap(),
     "leap plain-scale": lambda: tiny_leap.tiny_leap(**LEAP["plain-scale"]),
-    "leap additive": lambda: tiny_leap.tiny_leap(**LEAP["additive"], num_hidden_layers=1),
+    "leap additive": lambda: tiny_leap.tiny_leap(**LEAP["additive"]),
     "multigrid": lambda: tiny_multigrid.tiny_multigrid(**MULTIGRID["axes"]),
     "multigrid leap": lambda: tiny_multigrid.tiny_multigrid(**MULTIGRID["leap"]),
     **{
