@@ -4,10 +4,11 @@ from functools import partial
 
 import pytest
 import torch
+import torch._inductor.config
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tests import tiny_hierarchical_lm, tiny_leap, tiny_multigrid
+from tests import tiny_heptapod, tiny_hierarchical_lm, tiny_leap, tiny_multigrid
 
 
 LENGTHS = (40, 57, 64, 33, 19, 90, 7)
@@ -48,6 +49,7 @@ def compilations(model, make_inputs, train, sizes=LENGTHS, backend="eager"):
             results = []
             for run in (compiled, model):
                 model.zero_grad()
+                torch.manual_seed(0)
                 outputs = run(**inputs)
                 if train:
                     outputs.loss.backward()
@@ -59,6 +61,10 @@ def compilations(model, make_inputs, train, sizes=LENGTHS, backend="eager"):
 
 def text(length):
     return {"input_ids": tiny_leap.random_ids(2, length)}
+
+
+def page(size):
+    return {"input_ids": tiny_heptapod.random_page(2, *size)}
 
 
 @pytest.mark.slow
@@ -117,6 +123,39 @@ def test_hierarchical_lm_with_batches_of_varying_sizes():
     assert compilations(model, rows, train=False, sizes=(2, 3, 5, 4, 7)) == 2
 
 
+# Windows of all rows, strips of rows, both in one model, tiles: sizes, and graphs for them. Whole tiles are one more.
+GRIDS = {
+    "whole": ({"attention_types": ["global", "global"]}, [(h, 8) for h in (5, 7, 12, 9, 37)], 2),
+    "rows": ({"attention_types": ["local", "local"]}, [(h, 8) for h in (16, 37, 40, 20, 31)], 2),
+    "small": ({"attention_types": ["local", "local"]}, [(h, 8) for h in (5, 7, 12, 9, 4)], 2),
+    "dilated": ({}, [(h, 8) for h in (5, 12, 7, 16, 37, 11, 20, 3)], 4),
+    "tiles": ({"attention_types": ["local", "local"]}, [(h, 40) for h in (40, 53, 37, 60)], 3),
+    "tiles of any width": ({"attention_types": ["local", "local"]}, [(40, 40), (53, 47), (37, 61)], 2),
+}
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["no-grad", "training"])
+@pytest.mark.parametrize(
+    "case", [name if name == "rows" else pytest.param(name, marks=pytest.mark.slow) for name in GRIDS]
+)
+def test_grids(case, train):
+    """One graph for each way to look around, not one a height."""
+    options, sizes, expected = GRIDS[case]
+    assert compilations(tiny_heptapod.tiny_heptapod(**options), page, train, sizes) == expected
+
+
+def test_pages_of_unequal_height():
+    """The last rows of one are padding, and below both the last strip has rows that are not there."""
+
+    def padded_page(height):
+        mask = torch.ones(2, height, 8, dtype=torch.long)
+        mask[1, height // 3 :] = 0
+        return {**page((height, 8)), "attention_mask": mask}
+
+    model = tiny_heptapod.tiny_heptapod(**GRIDS["rows"][0])
+    assert compilations(model, padded_page, train=True, sizes=(37, 20, 31)) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "variant", "train"),
@@ -126,17 +165,23 @@ def test_hierarchical_lm_with_batches_of_varying_sizes():
         ("multigrid", "axes", False),
         ("hierarchical", "stride", True),
         ("hierarchical", "two", False),
+        ("grid", "rows", True),
+        ("grid", "tiles", True),
     ],
 )
-def test_the_default_compiler_takes_open_lengths(family, variant, train):
+def test_the_default_compiler_takes_open_lengths(family, variant, train, monkeypatch):
     """It asks more of sizes than the graphs alone do."""
+    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)  # masks as eager mode draws them
     torch.use_deterministic_algorithms(False)
-    inputs = text
-    if family == "leap":
+    inputs, sizes = text, (40, 57, 19)
+    if family == "grid":
+        options, sizes, _ = GRIDS[variant]
+        model, inputs, sizes = tiny_heptapod.tiny_heptapod(**options), page, sizes[:3]
+    elif family == "leap":
         model = tiny_leap.tiny_leap(**LEAP[variant])
     elif family == "hierarchical":
         model = tiny_hierarchical_lm.tiny_hierarchical_lm(**HIERARCHICAL[variant], num_hidden_layers=1)
     else:
         model = tiny_multigrid.tiny_multigrid(**MULTIGRID[variant])
         inputs = partial(tiny_multigrid.random_grid, model, 2)
-    assert compilations(model, inputs, train, sizes=(40, 57, 19), backend="inductor") == 2
+    assert compilations(model, inputs, train, sizes, backend="inductor") == (3 if family == "grid" else 2)
