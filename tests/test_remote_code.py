@@ -1,6 +1,7 @@
 """Code in saved folders: flat, whole, of its own folder."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 import modeling_heptapod
 from modeling_heptapod import LeapConfig
+from modeling_heptapod.common import remote_code
 from modeling_heptapod.common.remote_code import write_code
 from tests.clean_room import run_alone
 from tests.saved_models import FAMILIES
@@ -45,6 +47,21 @@ def test_relative_imports_are_written_anew(tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.py", "near.py", "down.py"}
     written = (tmp_path / "out" / "model.py").read_text(encoding="utf-8")
     assert written == source.replace("from ..deep.down import (", "from .down import (")
+
+
+def test_a_file_is_read_once_until_it_changes(tmp_path, monkeypatch):
+    """Saving is not to take longer than the weights."""
+    read, parse = [], remote_code.ast.parse
+    tree(tmp_path, a__model="from .rows import x\n", a__rows="x = 1\n")
+    with monkeypatch.context() as patch:  # pytest parses, too, to show a failure
+        patch.setattr(remote_code.ast, "parse", lambda source, path: read.append(path.name) or parse(source, path))
+        for _ in range(2):
+            write_code([tmp_path / "a" / "model.py"], tmp_path / "out")
+    assert sorted(read) == ["model.py", "rows.py"]
+    tree(tmp_path, a__rows="x = 2\n")
+    os.utime(tmp_path / "a" / "rows.py", ns=(0, 1))  # clocks of file systems may stand still between two writes
+    write_code([tmp_path / "a" / "model.py"], tmp_path / "out")
+    assert (tmp_path / "out" / "rows.py").read_text(encoding="utf-8") == "x = 2\n"
 
 
 @pytest.mark.parametrize("line", ["from . import rows", "from ..a import rows"])

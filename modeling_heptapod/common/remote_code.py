@@ -8,6 +8,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,7 +23,7 @@ def write_code(modules: Iterable[Path], folder: str | Path) -> None:
     Raises:
         ValueError: for two modules of one name, and for a relative import of a package.
     """
-    waiting, flat = list(modules), {}
+    waiting, flat, sources = list(modules), {}, {}
     while waiting:
         path = waiting.pop()
         if path in flat.values():
@@ -30,37 +31,32 @@ def write_code(modules: Iterable[Path], folder: str | Path) -> None:
         if path.name in flat:
             raise ValueError(f"{flat[path.name]} and {path} would be one file in a saved folder: rename one of them")
         flat[path.name] = path
-        waiting += _relative_imports(path)
+        sources[path.name], imported = _flatten(path, path.stat().st_mtime_ns)
+        waiting += imported
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, path in flat.items():
-        Path(folder, name).write_text(_flattened(path), encoding="utf-8")
+    for name, source in sources.items():
+        Path(folder, name).write_text(source, encoding="utf-8")
 
 
-def _nodes(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"), path)
-    return [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+@lru_cache(maxsize=256)
+def _flatten(path, modified):
+    """Source with `from .name import` in place of each relative import, and the files of what is imported so.
 
-
-def _relative_imports(path):
-    """The files of the modules that one imports relatively."""
-    found = []
-    for node in _nodes(path):
+    `modified`, the file's time of change, is what tells a file that was edited from the one that was read.
+    """
+    source = path.read_text(encoding="utf-8")
+    lines, imported = source.splitlines(keepends=True), []
+    for node in ast.walk(ast.parse(source, path)):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
         file = path.parents[node.level - 1].joinpath(*(node.module or "").split(".")).with_suffix(".py")
         if node.module is None or not file.is_file():
             raise ValueError(
                 f"{path}, line {node.lineno}: a relative import must be of a module, in a file of its own"
             )
-        found.append(file)
-    return found
-
-
-def _flattened(path):
-    """Source with `from .name import` in place of each relative import."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    for node in _nodes(path):
-        name = node.module.rpartition(".")[2]
-        lines[node.lineno - 1] = re.sub(r"\bfrom\s+\.+[\w.]+", f"from .{name}", lines[node.lineno - 1], count=1)
-    return "".join(lines)
+        imported.append(file)
+        lines[node.lineno - 1] = re.sub(r"\bfrom\s+\.+[\w.]+", f"from .{file.stem}", lines[node.lineno - 1], count=1)
+    return "".join(lines), tuple(imported)
 
 
 class CustomCodeMixin:

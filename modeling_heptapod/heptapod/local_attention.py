@@ -139,6 +139,9 @@ class _Tiling:
         queries, keys = self.near.shape
         row = self.heads * self.across.count * keys * (queries + 2 * self.head_dim)
         budget = max(1, (_CPU_STEP if in_cache else _GPU_STEP) // row)
+        if budget >= self.batch * self.down.count:  # without a loop a compiled graph serves grids of other sizes, too
+            yield slice(0, self.batch), slice(None), slice(0, self.down.count)
+            return
         pages, rows = min(budget, self.batch), max(1, budget // self.batch)
         for page in range(0, self.batch, pages):
             for start in range(0, self.down.count, rows):
@@ -148,12 +151,12 @@ class _Tiling:
         """`[batch, heads, height, width, channels]`, filled up to whole tiles."""
         below = self.down.count * self.down.tile - self.height
         right = self.across.count * self.across.tile - self.width
-        return nn.functional.pad(x, (0, 0, 0, right, 0, below)) if below or right else x
+        return _pad(x, (0, 0, 0, right, 0, below))
 
     def pad_keys(self, x):
         """`[batch, heads, height, width, channels]`, with what the halos reach beyond the border."""
         sides = (0, 0, self.across.before, self.across.after, self.down.before, self.down.after)
-        return nn.functional.pad(x, sides) if any(sides) else x
+        return _pad(x, sides)
 
     def crop(self, x, top=0, left=0):
         """The grid itself out of a padded one, as a view."""
@@ -166,7 +169,10 @@ class _Tiling:
 
     def halos(self, x, tall=None, wide=None):
         """Padded keys as a view of halos, which overlap, or of so many cells of each."""
-        x = x.unfold(2, tall or self.down.keys, self.down.tile).unfold(3, wide or self.across.keys, self.across.tile)
+        for place, axis, size in ((2, self.down, tall), (3, self.across, wide)):
+            # A whole axis needs no `unfold`, which takes no size that a compiled graph leaves open.
+            whole = axis.count == 1
+            x = x.unsqueeze(place).movedim(place + 1, -1) if whole else x.unfold(place, size or axis.keys, axis.tile)
         return x.permute(0, 1, 2, 3, 5, 6, 4)
 
     def gather(self, view):
@@ -185,9 +191,10 @@ class _Tiling:
             -1, self.heads, count, self.across.count, self.down.keys, self.across.keys, self.head_dim
         )
         high = self.down.keys if count == 1 else self.down.tile
-        for y in range(0, self.down.keys, high):
-            for x in range(0, self.across.keys, self.across.tile):
-                piece = gathered[..., y : y + high, x : x + self.across.tile, :]
+        broad = self.across.keys if self.across.count == 1 else self.across.tile
+        for y in (0,) if count == 1 else range(0, self.down.keys, high):
+            for x in (0,) if self.across.count == 1 else range(0, self.across.keys, broad):
+                piece = gathered[..., y : y + high, x : x + broad, :]
                 tall, wide = piece.shape[4:6]
                 top, left = rows.start * self.down.tile + y, x
                 bottom, right = top + (count - 1) * self.down.tile, left + (self.across.count - 1) * self.across.tile
@@ -203,6 +210,11 @@ class _Tiling:
         pages = queries.shape[0] // (self.heads * bias.shape[2])
         logits = bias.expand(pages, self.heads, -1, -1, -1).flatten(0, 2).contiguous()
         return torch.softmax(logits.baddbmm_(queries, keys.transpose(1, 2), alpha=scale), dim=-1)
+
+
+def _pad(x, sides):
+    """`pad`, which copies, where there is something to add. A compiled graph serves sizes with and without it."""
+    return nn.functional.pad(x, sides) if torch.compiler.is_compiling() or any(sides) else x
 
 
 class _Dropout:
@@ -302,13 +314,15 @@ def _window_bias(height, width, radius, dtype, device, queries, keys):
     return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -math.inf)
 
 
+def _in_strips(height, radius):
+    """Whether strips of rows see no more than three quarters of all rows."""
+    return radius is not None and _STRIP + radius <= 0.75 * height
+
+
 @lru_cache(maxsize=64)
 def _strips(height, radius):
-    """Rows of queries and the rows that they see, `((top, bottom), (first, last))`, from the top of the grid down.
-
-    One strip of all rows where strips would see more than three quarters of them.
-    """
-    if radius is None or _STRIP + radius > 0.75 * height:
+    """Rows of queries and the rows that they see, `((top, bottom), (first, last))`, from the top of the grid down."""
+    if not _in_strips(height, radius):
         return [((0, height), (0, height))]
     tops = range(0, height, _STRIP)
     bottoms = [min(top + _STRIP, height) for top in tops]
@@ -317,11 +331,41 @@ def _strips(height, radius):
     ]
 
 
+def _strips_at_once(q, k, v, radius, scale, padding_mask, dropout):
+    """As `_dense_attention`, all strips in one call: compiled, it serves grids of any height."""
+    batch, _, height, width, _ = q.shape
+    count = -(-height // _STRIP)
+    below = count * _STRIP - height
+    real = q.new_ones(batch, height, width, dtype=torch.bool) if padding_mask is None else padding_mask
+
+    def strips(x, above, below):
+        """`[batch, heads, height, width, channels]` -> `[batch * strips, heads, cells, channels]`"""
+        rows = nn.functional.pad(x, (0, 0, 0, 0, above, below)).unfold(2, _STRIP + 2 * above, _STRIP)
+        return rows.permute(0, 2, 1, 5, 3, 4).flatten(3, 4).flatten(0, 1)
+
+    near = _visible(_STRIP + 2 * radius, width, radius, 1, None, q.device, slice(radius, radius + _STRIP))
+    visible = near & strips(real[:, None, :, :, None], radius, radius + below).squeeze(-1).unsqueeze(2)
+    sees = visible.any(-1, keepdim=True)  # a row of masked keys only has no softmax
+    out = nn.functional.scaled_dot_product_attention(
+        strips(q, 0, below),
+        strips(k, radius, radius + below),
+        strips(v, radius, radius + below),
+        attn_mask=visible | ~sees,
+        dropout_p=dropout,
+        scale=scale,
+    )
+    out = torch.where(sees, out, 0.0).unflatten(2, (_STRIP, width)).unflatten(0, (batch, count))
+    return out.transpose(1, 2).flatten(2, 3)[:, :, :height]
+
+
 def _dense_attention(q, k, v, radius, scale, padding_mask, dropout):
     """Strips of rows against all cells of the rows that they see, through torch's scaled dot product attention."""
     height, width = q.shape[2:4]
-    keep = padding_mask is None and height * width <= _DENSE_CELLS and not torch.compiler.is_compiling()
-    keep = keep and type(q) is torch.Tensor  # what a fake tensor leaves behind serves no real one
+    if torch.compiler.is_compiling() and _in_strips(height, radius):
+        return _strips_at_once(q, k, v, radius, scale, padding_mask, dropout)
+    # What a fake tensor leaves behind serves no real one, and a comparison would bind the sizes of a compiled graph.
+    keep = not torch.compiler.is_compiling() and type(q) is torch.Tensor
+    keep = keep and padding_mask is None and height * width <= _DENSE_CELLS
     strips = _strips(height, radius)
     outs = []
     for queries, keys in strips:
@@ -409,7 +453,8 @@ def local_attention(
     # Cells a multiple of the dilation apart form a grid of their own, a page of its own in the batch.
     batch, _, height, width, _ = q.shape
     phases = min(dilation, height), min(dilation, width)
-    if mask is None and (height % phases[0] or width % phases[1]):
+    # One compiled graph serves sizes that the dilation divides and others.
+    if mask is None and (torch.compiler.is_compiling() or height % phases[0] or width % phases[1]):
         mask = q.new_ones(1, height, width, dtype=torch.bool).expand(batch, -1, -1)
     parts = (_split_phases(x, phases) for x in (q, k, v))
     mask = None if mask is None else _split_phases(mask[:, None, :, :, None], phases)[:, 0, :, :, 0]
@@ -419,7 +464,7 @@ def local_attention(
 def _split_phases(x, phases):
     """`[batch, heads, height, width, channels]` -> `[batch * phases, heads, ...]`, padded to grids of one size."""
     sides = (-x.shape[3] % phases[1], -x.shape[2] % phases[0])
-    x = nn.functional.pad(x, (0, 0, 0, sides[0], 0, sides[1])) if any(sides) else x
+    x = _pad(x, (0, 0, 0, sides[0], 0, sides[1]))
     x = x.unflatten(3, (-1, phases[1])).unflatten(2, (-1, phases[0]))
     return x.permute(0, 3, 5, 1, 2, 4, 6).flatten(0, 2)
 
@@ -452,7 +497,7 @@ def _is_small(height, width, radius):
     """
     halo = min(height, _TILE + 2 * radius) * min(width, _TILE + 2 * radius)
     strip = min(height, _STRIP + 2 * radius) * width
-    return height * width <= _DENSE_CELLS or strip <= min(_DENSE_HALOS * halo, _DENSE_LIMIT)
+    return strip <= min(_DENSE_HALOS * halo, _DENSE_LIMIT) or height * width <= _DENSE_CELLS
 
 
 def _sees_any(mask, radius):

@@ -715,7 +715,7 @@ def sample_mask(
     start = torch.rand((), generator=generator, device=device)
     rows = rank + num_ranks * torch.arange(batch, device=device)
     mask_ratio = 1 - (start + rows / (num_ranks * batch)) % 1
-    chance = torch.rand(labels.shape, generator=generator, device=device)
+    chance = torch.empty(labels.shape, device=device).uniform_(generator=generator)  # `rand` takes no open sizes
     chance = (chance + rank / num_ranks) % 1 if rank else chance
     return (labels != IGNORE_INDEX) & (chance < mask_ratio.view(-1, *[1] * (labels.dim() - 1))), mask_ratio
 

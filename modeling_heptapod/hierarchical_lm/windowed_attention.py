@@ -132,12 +132,13 @@ def windowed_attention(
     """
     batch, length, heads, channels = query.shape
     phase_length = -(-length // dilation)
-    # Where lengths are open one program is for all of them: no case for short ones, and room that none fills.
+    # Where lengths are open one program is for all of them: room that none fills and, in small windows, no case for short ones.
     length_is_dynamic = segments is None and is_dynamic(length)
     reach = window if window is None or not block else 2 * window
-    if length_is_dynamic:
-        phase_length = phase_length if window is None and dilation == 1 else length // dilation + 2
-    elif window is not None and (window if block else reach) >= phase_length:
+    if length_is_dynamic and (window is not None or dilation > 1):
+        phase_length = length // dilation + 2
+    for_any_length = length_is_dynamic and window is not None and reach <= _SHORTEST_CHUNK
+    if window is not None and not for_any_length and (window if block else reach) >= phase_length:
         window = None  # every step sees all before it
     if segments is not None:
         positions, segments = (_fold_positions(x, dilation) for x in (positions // dilation, segments))
@@ -148,11 +149,9 @@ def windowed_attention(
         return out.unflatten(0, (batch, dilation)).transpose(1, 2).flatten(1, 2)[:, :length]
 
     # Without segments the blocks of the window are the chunks; packed sequences begin anywhere in a chunk.
-    chunk = window if block and segments is None else max(reach - 1, min(_SHORTEST_CHUNK, phase_length))
-    chunks = -(-phase_length // chunk)
-    if length_is_dynamic:
-        chunk = min(chunk, phase_length)
-        chunks = phase_length // chunk + 1
+    shortest = _SHORTEST_CHUNK if length_is_dynamic else min(_SHORTEST_CHUNK, phase_length)
+    chunk = window if block and segments is None else max(reach - 1, shortest)
+    chunks = phase_length // chunk + 2 if length_is_dynamic else -(-phase_length // chunk)
     after = chunks * chunk - phase_length
     query = _cut(_pad(query, 0, chunks * chunk * dilation), chunks, dilation)
     key, value = (

@@ -8,7 +8,7 @@ by autograd. bf16 is held against the float64 result rounded to bf16, which noth
 import harness
 import torch
 
-from modeling_heptapod.leap import focus
+from modeling_heptapod.leap import focus_operator
 from modeling_heptapod.leap.focus import FocusSettings, focus_mean, focus_mixing, naive_focus_mixing
 
 
@@ -141,7 +141,7 @@ def main():
             worst = max(errors(reference(qfkv, grad, weight_function, window, 1e-5), naive))
             harness.require(worst < 1e-12, f"reference and naive loop differ by {worst:.1e}, window {window}")
 
-    forms = {"C": focus.is_supported, "torch": lambda *_: False}
+    forms = {"C": focus_operator.native_is_supported, "torch": lambda *_: False}
     worst_forward = worst_backward = worst_bf16 = 0.0
     for window in windows:
         name = "global" if window is None else window
@@ -152,7 +152,7 @@ def main():
             expected = reference(qfkv, grad, weight_function, window, 0.0)
             low_expected = reference(low, low_grad, weight_function, window, 0.0)
             for form, is_supported in forms.items():
-                focus.is_supported = is_supported
+                focus_operator.native_is_supported = is_supported
                 got = run(mix, qfkv, grad, settings)
                 forward, backward = errors(got, expected)
                 ratios = rounding_ratio(run(mix, low, low_grad, settings), low_expected)

@@ -33,7 +33,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from modeling_heptapod import LeapConfig, LeapForCausalLM
 from modeling_heptapod.heptapod.local_attention import local_attention
-from modeling_heptapod.leap import focus, focus_triton
+from modeling_heptapod.leap import focus_operator, focus_triton
 from modeling_heptapod.leap.focus import FocusSettings, focus_mixing, naive_focus_mixing
 
 
@@ -207,7 +207,7 @@ def mixing_in_torch(results, rate):
     """The same through `focus_mixing`, as models call it: kernels, and the torch form they replace."""
     batch, seq = SHAPES[0]
     heads, dim = HEADS[0]
-    kernels = focus.triton_is_supported
+    kernels = focus_operator.triton_is_supported
     for window in WINDOWS[:2]:
         settings = settings_for(window, dim)
         x = torch.randn(batch, seq, 4, heads, dim, device=DEVICE).to(DTYPES[0]).requires_grad_()
@@ -218,9 +218,9 @@ def mixing_in_torch(results, rate):
 
         times = {}
         for name, is_supported in (("kernels", kernels), ("torch", lambda *_: False)):
-            focus.triton_is_supported = is_supported
+            focus_operator.triton_is_supported = is_supported
             times[name] = seconds_each(run)
-        focus.triton_is_supported = kernels
+        focus_operator.triton_is_supported = kernels
         results.row("as called", window=window, kernels_ms=times["kernels"] * 1e3, torch_ms=times["torch"] * 1e3)
 
 
