@@ -11,7 +11,9 @@ from argument_checks import need
 
 need("eval", "jinja2")  # of which the card is made
 
+import os
 import re
+import shutil
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -20,7 +22,8 @@ from provenance import weights_digest
 from redaction import Parser, redact_all
 
 
-TEMPLATE = Path(__file__).resolve().parents[1] / "hub_cards" / "template.md"
+ROOT = Path(__file__).resolve().parents[1]
+TEMPLATE = ROOT / "hub_cards" / "template.md"
 
 
 def write_card(folder: Path, path: Path | None = None, repo_id: str | None = None) -> None:
@@ -28,7 +31,8 @@ def write_card(folder: Path, path: Path | None = None, repo_id: str | None = Non
 
     Args:
         folder: with `config.json`, `results.json` and perhaps `evaluation.json`.
-        path: where the card goes, `README.md` in the folder by default. Elsewhere it shows no curve.
+        path: where the card goes, `README.md` in the folder by default, beside which the picture of the architecture is copied.
+            Elsewhere it shows no curve, and the picture from docs/.
         repo_id: the name that its examples load, that of the folder by default.
 
     Raises:
@@ -59,12 +63,29 @@ def write_card(folder: Path, path: Path | None = None, repo_id: str | None = Non
         template_path=str(TEMPLATE),
         name=repo_id or folder.resolve().name,
         has_curve=path is None and (folder / "curve.png").is_file(),
+        picture=_picture(config["model_type"], folder, path),
+        sample=_readable(results["sample"]["text"]) if results.get("sample") else None,
         config=config,
         results=results,
         evaluation=evaluation,
         transformers=tested_transformers(folder),
     )
     card.save(path or folder / "README.md")
+
+
+def _picture(family, folder, path):
+    """Where a card finds the picture of its architecture, relative to itself."""
+    picture = ROOT / "docs" / "figures" / f"{family}.svg"
+    if path is None:
+        shutil.copyfile(picture, folder / "architecture.svg")
+        return "architecture.svg"
+    return Path(os.path.relpath(picture, path.resolve().parent)).as_posix()
+
+
+def _readable(text):
+    """A sample as it can stand in a block of code: bytes may be any characters."""
+    text = "".join(each if each.isprintable() or each in "\n\t" else "\ufffd" for each in text)
+    return text.replace("```", "\ufffd" * 3)
 
 
 def tested_transformers(folder: Path) -> str | None:

@@ -18,6 +18,7 @@ from scipy import stats
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 
 PLAIN = "plain"
@@ -275,7 +276,7 @@ def draw(corpus: str, runs: list[dict], rows: list[dict], path: Path) -> None:
     for run in runs:
         if run["corpus"] == corpus:
             models[run["model"]].append(run)
-    figure, (by_tokens, by_seconds, gains) = plt.subplots(1, 3, figsize=(17, 5.5), layout="constrained")
+    figure, (by_tokens, by_seconds, gains) = plt.subplots(1, 3, figsize=(17, 7), layout="constrained")
     colors = dict(zip(models, plt.get_cmap("tab20").colors))
     for model, of_model in models.items():
         tokens = [point["tokens"] for point in of_model[0]["curve"]]
@@ -287,7 +288,12 @@ def draw(corpus: str, runs: list[dict], rows: list[dict], path: Path) -> None:
         by_seconds.plot(np.array(tokens) / speed, bits, **style)
     by_tokens.set(xscale="log", xlabel="characters read", ylabel="bits per character, held out")
     by_seconds.set(xscale="log", xlabel="seconds of training on one core")
-    by_tokens.legend(fontsize=7)
+    for axes in (by_tokens, by_seconds):
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if value < 1 else f"{value:,.0f}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    handles, labels = by_tokens.get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=5)  # inside it would cover curves
     rows = [row for row in rows if row["corpus"] == corpus.replace("_", " ") and "gain +-" in row]
     for place, row in enumerate(reversed(rows)):
         for key, error, shift, label in (
@@ -306,9 +312,10 @@ def draw(corpus: str, runs: list[dict], rows: list[dict], path: Path) -> None:
             )
     gains.set_yticks(range(len(rows)), [r["model"] + (" (looks ahead)" * r["looks ahead"]) for r in reversed(rows)])
     gains.axvline(0, color="gray", linewidth=1)
-    gains.set(xlabel="gain over the plain decoder of equal parameters, bits per character, 95% interval")
+    gains.set(xlabel="gain over the plain decoder of equal parameters,\nbits per character, 95% interval")
     gains.legend(fontsize=8)
-    figure.suptitle(f"{CORPUS_NAMES[corpus]}: dashed and hollow is what looks ahead")
+    look_ahead = any(of_model[0]["looks_ahead"] for of_model in models.values())
+    figure.suptitle(CORPUS_NAMES[corpus] + look_ahead * ": dashed and hollow is what looks ahead")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -31,7 +31,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 PUBLISHED = """
     *.safetensors *.safetensors.index.json config.json generation_config.json processor_config.json
     tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
-    results.json evaluation.json curve.png
+    results.json evaluation.json curve.png architecture.svg
 """.split()
 # What people write as well, so that a token may stand in it; not the tokenizer's words.
 READABLE = ["README.md", *(name for name in PUBLISHED if name.endswith((".json", ".jinja")) and "*" not in name)]

@@ -408,6 +408,12 @@ def plot_curve(
     plt.close(figure)
 
 
+def last_sample(log_history: list[dict]) -> dict | None:
+    """The sample of the last evaluation, `step` and `text`; `None` where there was none."""
+    samples = [{"step": entry["step"], "text": entry["sample"]} for entry in log_history if "sample" in entry]
+    return samples[-1] if samples else None
+
+
 def bits_before(history: list[dict]) -> float | None:
     """Bits per byte of the untrained model, where `--eval_on_start` asked for them."""
     return next(
@@ -613,6 +619,7 @@ def run_with(model_args: ModelArguments, data_args: DataArguments, training_args
         "bits_per_byte_before": bits_before(trainer.state.log_history),
         **after,
         "bits_per_byte_bz2": 8 * len(bz2.compress(eval_text, 9)) / len(eval_text),
+        "sample": last_sample(trainer.state.log_history),
         "weights_sha256": weights_digest(folder),
         **provenance(training_args.device),
     }

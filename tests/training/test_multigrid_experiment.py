@@ -387,7 +387,7 @@ def test_what_looks_ahead_is_never_the_best():
     assert rows["fairy tales", report.LEAKING]["looks ahead"] and not rows["fairy tales", "affixes"]["looks ahead"]
 
 
-def test_rows_and_pictures(tmp_path):
+def test_rows_and_pictures(tmp_path, monkeypatch):
     runs = known_runs(causal=0.2)
     result = report.report_on(runs)
     row = next(row for row in result["rows"] if row["model"] == "all lexer axes")
@@ -402,9 +402,21 @@ def test_rows_and_pictures(tmp_path):
     assert row["gain at equal time"] == pytest.approx(np.mean(gains), rel=1e-3)
     assert row["equal time +-"] == pytest.approx(report.interval(gains)[1], rel=1e-3)
     assert "gain +-" not in next(row for row in result["rows"] if row["model"] == "plain")
+    figures = []
+    monkeypatch.setattr(report.plt, "close", figures.append)
     for corpus in ("fairy_tales", "python"):
         report.draw(corpus, runs, result["rows"], tmp_path / f"{corpus}.png")
         assert (tmp_path / f"{corpus}.png").read_bytes().startswith(b"\x89PNG")
+    assert [figure.get_suptitle() for figure in figures] == [
+        "Fairy tales: dashed and hollow is what looks ahead",
+        "Python source",
+    ]
+    for figure in figures:
+        for axes in figure.axes:
+            boxes = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
+            inside = [box for box in boxes if axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1]
+            assert all(left.x1 <= right.x0 for left, right in pairwise(sorted(inside, key=lambda box: box.x0)))
+            assert figure.bbox.containsx(axes.xaxis.label.get_window_extent().x1)  # not cut off
 
 
 # The whole

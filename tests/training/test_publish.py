@@ -26,6 +26,7 @@ from tests.hub_server import HubServer, find_errors
 from tests.saved_models import AXES, FAMILIES, results_of, save_tiny, save_with_results
 
 
+FIGURES = Path(__file__).resolve().parents[2] / "docs" / "figures"
 SCRIPTS = Path(publish.__file__).parent
 CORPUS = argparse.__file__
 PRIVATE = "multigrid"
@@ -435,6 +436,29 @@ def test_the_card_of_a_run_that_was_resumed_or_not_used_to_its_end_says_so(tmp_p
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "17 steps of 99 tokens, resumed at step 9 and from there in 12 s" in card
     assert "The weights are those of step 11, the best by the held-out text when they were saved." in card
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cards_show_a_sample_and_a_picture(family, tmp_path):
+    save_with_results(family, tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    sample = {"step": 1234, "text": "def f():\n\treturn `1`\x00```\n# Ende {{ name }} \u00e9"}
+    (tmp_path / "results.json").write_text(json.dumps({**results, "sample": sample}))
+    model_card.write_card(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    where = "in a hole in the first page" if family == "heptapod" else "on from the beginning"
+    assert f"At step 1,234 of its training it wrote this, {where} of the held-out text:" in card
+    # Neither bytes that are no text nor backticks get out of the block.
+    fence = "\ufffd" * 3
+    assert f"```text\ndef f():\n\treturn `1`\ufffd{fence}\n# Ende {{{{ name }}}} \u00e9\n```" in card
+    assert "![how it computes](architecture.svg)" in card
+    assert (tmp_path / "architecture.svg").read_bytes() == (FIGURES / f"{family}.svg").read_bytes()
+    elsewhere = tmp_path / "cards" / "card.md"
+    elsewhere.parent.mkdir()
+    model_card.write_card(tmp_path, elsewhere)
+    picture = re.search(r"!\[how it computes\]\((.*)\)", elsewhere.read_text(encoding="utf-8")).group(1)
+    assert (elsewhere.parent / picture).resolve() == FIGURES / f"{family}.svg"
+    assert tmp_path / "architecture.svg" in publish.published_files(tmp_path)
 
 
 def test_weights_are_known_by_their_values(tmp_path):

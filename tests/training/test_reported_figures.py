@@ -349,6 +349,8 @@ def test_figures_before_training_are_of_step_zero():
     start = {"step": 0, "eval_bits_per_byte": 8.0, "eval_loss": 5.0}
     assert train.bits_before([later]) is None
     assert train.bits_before([{"step": 0, "sample": "text"}, start, later]) == 8.0
+    log = [{"step": 0, "sample": "first"}, start, {"step": 7, "sample": "last"}, later]
+    assert train.last_sample(log) == {"step": 7, "text": "last"} and train.last_sample([start]) is None
 
 
 # --- evaluate_model.py -------------------------------------------------------------------------------------------------
