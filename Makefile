@@ -5,6 +5,8 @@ FAMILY ?= leap
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+# What `make demo` needs, and everything.
+INSTALLED_TRAIN := $(VENV)/.installed-train
 INSTALLED := $(VENV)/.installed
 OUTPUT := outputs/$(FAMILY)-tiny
 
@@ -13,9 +15,13 @@ OUTPUT := outputs/$(FAMILY)-tiny
 install: $(INSTALLED)
 
 # torch has a line of its own, first: with it in place no other package can bring another build.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED_TRAIN): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install $(shell grep '^torch==' constraints.txt)
+	$(PY) -m pip install -c constraints.txt -e .[train]
+	touch $@
+
+$(INSTALLED): $(INSTALLED_TRAIN)
 	$(PY) -m pip install -c constraints.txt -e .[train,report,test,parity,axes,finetune,eval,deploy,app,serve,docs,notebooks]
 	touch $@
 
@@ -34,12 +40,12 @@ SHOW_heptapod := training/infill.py
 SHOW_hierarchical_lm := training/sample.py
 SHOW_multigrid := training/sample_axes.py
 
-demo: $(INSTALLED)
+demo: $(INSTALLED_TRAIN)
 	$(TRAIN) $(TRAIN_$(FAMILY)) --config_name configs/$(FAMILY)-tiny --output_dir $(OUTPUT)
 	$(PY) $(SHOW_$(FAMILY)) $(OUTPUT)
 
 # A second LEAP of another seed, which tests/benchmarks/bench_grid_generation.py asks how much pages read like source text.
-judge: $(INSTALLED)
+judge: $(INSTALLED_TRAIN)
 	$(TRAIN) $(TRAIN_leap) --config_name configs/leap-tiny --output_dir outputs/leap-judge --seed 1
 
 # A process a core, each with one thread (tests/conftest.py); a file's tests share what they prepare.

@@ -1,4 +1,4 @@
-"""What all families ask of the inputs of a forward pass, and what masks and positions they make of them."""
+"""Checks of the inputs of a forward pass, and masks and positions made from them, shared by all families."""
 
 import torch
 from torch import nn
@@ -9,17 +9,17 @@ from .transformers_versions import CACHE
 
 
 def has_dynamic_shapes(x: torch.Tensor) -> bool:
-    """Whether `torch.export` leaves sizes of it open: paths that loop over sizes would fix them then."""
+    """Whether `torch.export` traces sizes of `x` as symbols, which loops over sizes would make constants."""
     return torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in x.shape)
 
 
 def is_dynamic(size: int) -> bool:
-    """Whether a compiler or an export leaves a size open: what is compared with it then narrows what the program is for."""
+    """Whether a compiler or an export treats a size as a symbol: comparisons with it would restrict the program."""
     return torch.compiler.is_compiling() and not has_static_value(size)
 
 
 def is_torch_func_active() -> bool:
-    """Whether `torch.func` (`grad`, `vmap`) is at work: it takes plain operations only, and lets no value be looked at."""
+    """Whether a transform of `torch.func` (`grad`, `vmap`) is active: it supports plain operations only, and reads no values."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
@@ -31,7 +31,7 @@ def check_ids(name: str, ids: torch.Tensor) -> None:
 
 
 def check_one_input(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
-    """Raise a `ValueError` unless exactly one is given, a `TypeError` where it is of a wrong dtype."""
+    """Raise a `ValueError` unless exactly one is given, a `TypeError` for a wrong dtype."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
     if input_ids is not None:
@@ -65,17 +65,17 @@ def embed_text(
 
 
 def embed_ids(table: nn.Module, ids: torch.LongTensor, what: str) -> torch.FloatTensor:
-    """Rows of an embedding. Raises a `ValueError` about `what` for ids outside of it."""
+    """Rows of an embedding. Raises a `ValueError` that names `what` for ids out of range."""
     try:
         return table(ids)
-    except IndexError as error:  # on a CPU; elsewhere reading a value would synchronize the device
-        size = table.weight.shape[0]  # what an adapter in place of the table has as well
+    except IndexError as error:  # on a CPU; on other devices reading a value would synchronize
+        size = table.weight.shape[0]  # which adapters have as well
         low, high = (int(x) for x in ids.aminmax())
         raise ValueError(f"{what} must be in [0, {size}), got values from {low} to {high}.") from error
 
 
 def check_position_ids(position_ids: torch.LongTensor | None, batch: int, seq: int) -> None:
-    """Raise a `ValueError` for positions of another shape, a `TypeError` for what are no integers."""
+    """Raise a `ValueError` for positions of another shape, a `TypeError` for other dtypes than integers."""
     if position_ids is None:
         return
     check_ids("position_ids", position_ids)
@@ -85,25 +85,25 @@ def check_position_ids(position_ids: torch.LongTensor | None, batch: int, seq: i
 
 
 def check_position_range(position_ids: torch.LongTensor, limit: int, remedy: str) -> None:
-    """Raise a `ValueError` for positions outside of a learned table of `limit`; `remedy` ends the message."""
+    """Raise a `ValueError` for positions outside `[0, limit)`, those of a learned table; `remedy` ends the message."""
     if is_tracing(position_ids):
         return
     low, high = (int(x) for x in position_ids.aminmax())
     if low < 0 or high >= limit:
         raise ValueError(
-            f"`position_ids`, given or counted, must be in [0, {limit}), got values from {low} to {high}: there are "
-            f"`max_position_embeddings`={limit} learned ones. {remedy}"
+            f"`position_ids`, given or derived, must be in [0, {limit}), got values from {low} to {high}: the model has "
+            f"`max_position_embeddings`={limit}. {remedy}"
         )
 
 
 def token_mask(
     attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, past: int | torch.Tensor
 ) -> torch.BoolTensor | None:
-    """Which tokens are real, `[batch, seq]` or `[batch, past + seq]` as given; `None` where all are.
+    """Boolean mask of real tokens, `[batch, seq]` or `[batch, past + seq]` as given; `None` without padding.
 
     Raises:
-        TypeError: for a mask that is no tensor.
-        ValueError: for a mask of another shape, or of other values than 0 and 1.
+        TypeError: for a mask that is not a tensor.
+        ValueError: for a mask of another shape, or with other values than 0 and 1.
     """
     if attention_mask is None:
         return None
@@ -128,7 +128,7 @@ def token_mask(
 
 
 def mask_of_new_tokens(mask: torch.BoolTensor | None, seq: int) -> torch.BoolTensor | None:
-    """The last `seq` columns of what `token_mask` gave; `None` where all of them are real."""
+    """The last `seq` columns of a mask from `token_mask`; `None` if all of them are real tokens."""
     if mask is None or mask.shape[1] == seq:
         return mask
     mask = mask[:, -seq:]
@@ -136,17 +136,18 @@ def mask_of_new_tokens(mask: torch.BoolTensor | None, seq: int) -> torch.BoolTen
 
 
 def apply_mask_to_padding_states(x: torch.Tensor, mask: torch.BoolTensor | None) -> torch.Tensor:
-    """`x [..., channels]` with zeros where `mask [...]` is `False`: weights of 0 do not keep a NaN or an infinity out of a sum."""
+    """Zeros in `x [..., channels]` where `mask [...]` is `False`: a weight of 0 would not remove NaN or infinity from a sum."""
     return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0)
 
 
 def check_past_mask(attention_mask: torch.Tensor | None, seq: int, lengths: int | list[int] | torch.Tensor) -> None:
-    """Raise a `ValueError` where a mask of all tokens so far is not of what a cache holds.
+    """Raise a `ValueError` if a mask over all tokens so far does not match the tokens in a cache.
 
     Args:
-        attention_mask (`torch.Tensor` of shape `[batch, seq or past + seq]`, *optional*): 0 at pads.
-        seq (`int`): new tokens.
-        lengths (`int`, `list[int]`, or `torch.LongTensor` of shape `[]` or `[batch]`): real tokens of each row in the cache.
+        attention_mask (`torch.Tensor` of shape `[batch, seq or past + seq]`, *optional*): 0 at padding.
+        seq (`int`): number of new tokens.
+        lengths (`int`, `list[int]`, or `torch.LongTensor` of shape `[]` or `[batch]`): number of real tokens of each row
+            in the cache.
     """
     if attention_mask is None or attention_mask.shape[1] == seq or is_tracing(attention_mask):
         return
@@ -155,8 +156,8 @@ def check_past_mask(attention_mask: torch.Tensor | None, seq: int, lengths: int 
     if (given != lengths).any():
         held = lengths.expand(len(given)).tolist()
         raise ValueError(
-            f"`attention_mask` keeps {given.tolist()} of the tokens before these in each row, but `{CACHE}` was filled "
-            f"with {held} real ones: pads are left out when they come, not afterwards."
+            f"`attention_mask` has {given.tolist()} real tokens before the new ones in each row, but `{CACHE}` holds "
+            f"{held}: padding cannot be masked after it was processed."
         )
 
 
@@ -166,13 +167,13 @@ def count_positions(
     segment_ids: torch.LongTensor | None,
     past: int | torch.Tensor,
 ) -> torch.LongTensor:
-    """Positions `[1 or batch, seq]` that count real tokens only and restart with every packed sequence.
+    """Positions `[1 or batch, seq]` that count real tokens only and restart with each packed sequence.
 
     Args:
         inputs_embeds (`torch.Tensor` of shape `[batch, seq, width]`).
-        mask (`torch.BoolTensor` of shape `[batch, seq]`, *optional*): which of these tokens are real.
+        mask (`torch.BoolTensor` of shape `[batch, seq]`, *optional*): mask of real tokens.
         segment_ids (`torch.LongTensor` of shape `[batch, seq]`, *optional*): packed sequence of each token, as runs.
-        past (`int`, or `torch.LongTensor` of shape `[]` or `[batch]`): real tokens before these.
+        past (`int`, or `torch.LongTensor` of shape `[]` or `[batch]`): number of real tokens before these.
     """
     if isinstance(past, torch.Tensor) and past.dim() == 1:
         past = past.unsqueeze(1)
@@ -182,7 +183,7 @@ def count_positions(
         place = (mask.long().cumsum(1) - 1).clamp_min(0)
     if segment_ids is None:
         return place + past
-    # Real tokens before the run that each token belongs to: the highest count at the beginning of a run so far.
+    # Number of real tokens before the run of each token: the highest count at the start of a run so far.
     before = place if mask is None else mask.long().cumsum(1) - mask.long()
     starts = nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0))
     return (place - torch.where(starts, before, 0).cummax(1).values).clamp_min(0)
