@@ -480,7 +480,11 @@ assert processor.decode(processor("ab").input_ids[0]) == "ab"
         ({"text": "a", "mask_region": np.ones((2, 1), dtype=bool)}, ValueError, r"boolean array \[1, 1\]"),
         ({"text": "a", "max_length": 3}, TypeError, "does not support the keyword argument `max_length`"),
         ({"text": "a", "truncation": True}, TypeError, "does not support the keyword argument `truncation`"),
-        ({"text": "a", "add_special_tokens": True}, TypeError, "does not support the keyword argument `add_special_tokens`"),
+        (
+            {"text": "a", "add_special_tokens": True},
+            TypeError,
+            "does not support the keyword argument `add_special_tokens`",
+        ),
         ({"text": "a", "hight": 3}, TypeError, "unexpected keyword argument `hight`"),
         ({"text": "a", "images": [1]}, TypeError, "`images` must be None"),
         ({"text": "a", "padding": False}, ValueError, "`padding` must be True"),

@@ -467,7 +467,11 @@ assert len(processor("ab")["axis_ids"][0]) == {len(AXES)}
         ({"text": "a", "text_kwargs": []}, TypeError, "`text_kwargs` must be a dict"),
         ({"text": "a", "text_kwargs": {"padding": True}, "padding": True}, ValueError, "`padding` was given twice"),
         ({"text": "a", "stride": 2}, TypeError, "does not support the keyword argument `stride`"),
-        ({"text": "a", "text_kwargs": {"text_pair": "b"}}, TypeError, "does not support the keyword argument `text_pair`"),
+        (
+            {"text": "a", "text_kwargs": {"text_pair": "b"}},
+            TypeError,
+            "does not support the keyword argument `text_pair`",
+        ),
         ({"text": "a", "pading": True}, TypeError, "unexpected keyword argument `pading`"),
     ],
 )
