@@ -90,10 +90,11 @@ bench: $(INSTALLED)
 style: $(INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 format: $(INSTALLED)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) .compat outputs *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .compat outputs *.egg-info .mypy_cache .pytest_cache .ruff_cache

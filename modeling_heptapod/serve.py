@@ -33,9 +33,11 @@ def main() -> None:
     """Run `transformers serve` with the arguments of this process."""
     import transformers  # imported here, since importing models replaces the module
 
-    transformers.HierarchicalLMForCausalLM = HierarchicalLMForCausalLM
-    transformers.LeapForCausalLM = LeapForCausalLM
-    transformers.MultiGridForCausalLM = ServedMultiGridForCausalLM
+    vars(transformers).update(
+        HierarchicalLMForCausalLM=HierarchicalLMForCausalLM,
+        LeapForCausalLM=LeapForCausalLM,
+        MultiGridForCausalLM=ServedMultiGridForCausalLM,
+    )
     sys.argv.insert(1, "serve")
     command_line.main()
 

@@ -1,9 +1,11 @@
 """Entries in the tables of model names of transformers' Auto classes."""
 
+from typing import Any, ClassVar
+
 from transformers.models.auto import modeling_auto
 
 
-_TABLES = {
+_TABLES: dict[str, dict[str, str]] = {
     "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
     "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -17,6 +19,8 @@ class AutoMappingMixin:
     Clients look up there by class name what a model does. Without an entry `Trainer` does not shift labels for label
     smoothing, pipelines report an unsupported model, model cards name no task, and `lm_eval` guesses.
     """
+
+    config_class: ClassVar[Any]
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

@@ -27,7 +27,7 @@ class LayerStates(NamedTuple):
 
 def held_states(layer: Any) -> dict[tuple[str, int | None], torch.Tensor]:
     """States that a layer of a cache holds, by attribute and index; empty before the first token."""
-    held = {}
+    held: dict[tuple[str, int | None], torch.Tensor] = {}
     for name in ("keys", "values"):
         state = getattr(layer, name, None)
         if state is not None and state.dim() > 1:  # stock layers begin with an empty vector
@@ -83,8 +83,9 @@ def check_states(
             fault = _fault(state, shape, rows, dtypes and dtypes[states.precise], device)
             if fault is not None:
                 raise _misfit(f"layer {idx} has {_names([name])} {fault}")
-        if ("keys", None) in held and layer.keys.shape[2] != layer.values.shape[2]:
-            raise _misfit(f"layer {idx} has {layer.keys.shape[2]} keys, but {layer.values.shape[2]} values")
+        lengths = [held[name, None].shape[2] for name in ("keys", "values") if (name, None) in held]
+        if len(set(lengths)) > 1:
+            raise _misfit(f"layer {idx} has {lengths[0]} keys, but {lengths[1]} values")
     if len(set(begun)) > 1:
         raise _misfit("some of its layers hold states and others do not")
     if rows == 0:

@@ -1,5 +1,7 @@
 """Caches of our own in forward passes and in `generate`."""
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import Cache
 from transformers.utils import logging
@@ -20,6 +22,9 @@ class CustomCacheMixin:
     """
 
     _cache_classes: dict[str, type[Cache]]
+    config: Any
+    base_model: Any
+    training: bool
 
     def _cache_layers(self, cache: Cache) -> list[LayerStates]:
         """Expected states of each layer of `cache` after its first token."""
@@ -110,7 +115,9 @@ class CustomCacheMixin:
                 'pad prompts on the left (`tokenizer.padding_side = "left"`). Without a mask, every `pad_token_id` counts '
                 "as padding."
             )
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, max_length)
+        super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, generation_mode, batch_size, max_length
+        )
         if given is None and model_kwargs.get(CACHE) is not None:
             model_kwargs[CACHE] = self._cache_classes[kind or "dynamic"](self.config)
 

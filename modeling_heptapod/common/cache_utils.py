@@ -1,12 +1,15 @@
 """Number of seen tokens and selection of rows, shared by all caches of this package."""
 
+from typing import Any
+
 import torch
+from transformers.cache_utils import Cache
 
 from .cache_checks import held_states
 from .transformers_versions import CacheVersionsMixin
 
 
-class CountingCacheMixin(CacheVersionsMixin):
+class CountingCacheMixin(CacheVersionsMixin, Cache):
     """Mixin for caches, placed before a cache class of transformers.
 
     Attributes:
@@ -16,6 +19,7 @@ class CountingCacheMixin(CacheVersionsMixin):
         packed (`bool`): whether a row holds several sequences, the last of which continues.
     """
 
+    seen_tokens: Any
     next_positions: torch.Tensor | None = None
     packed: bool = False
 
@@ -35,7 +39,7 @@ class CountingCacheMixin(CacheVersionsMixin):
         """Set `next_positions [batch]`; called once per forward pass whose rows differ."""
         self.next_positions = next_positions
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Select rows by index; their number may change."""
         super().reorder_cache(beam_idx)
         if self.next_positions is not None:

@@ -4,6 +4,8 @@ All of them take `num_items_in_batch`, the number of valid labels in all batches
 divides accumulated gradients.
 """
 
+from typing import Any
+
 import torch
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss, ForSequenceClassificationLoss
 
@@ -18,11 +20,12 @@ def at_least_one(count: torch.Tensor | int) -> torch.Tensor | int:
     return count.clamp_min(1) if torch.is_tensor(count) else max(count, 1)
 
 
-def check_labels(name: str, labels: torch.Tensor, shape: tuple[int, ...]) -> None:
-    """Raise a `TypeError` unless `labels` are integers, a `ValueError` unless of `shape`."""
+def check_labels(name: str, labels: Any, shape: tuple[int, ...]) -> torch.Tensor:
+    """`labels` as int64. Raises a `TypeError` unless they are integers, a `ValueError` unless of `shape`."""
     check_ids(name, labels)
     if tuple(labels.shape) != tuple(shape):
         raise ValueError(f"`{name}` must be {list(shape)}, a label for each logit, got {list(labels.shape)}.")
+    return labels.long()
 
 
 def require_labels(labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None, why: str) -> None:
@@ -40,11 +43,11 @@ def require_labels(labels: torch.Tensor | None, num_items_in_batch: torch.Tensor
 
 def causal_lm_loss(
     logits: torch.Tensor,
-    labels: torch.LongTensor | None,
+    labels: torch.Tensor | None,
     vocab_size: int,
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = IGNORE_INDEX,
-    shift_labels: torch.LongTensor | None = None,
+    shift_labels: torch.Tensor | None = None,
     **kwargs,
 ) -> torch.Tensor:
     """Cross-entropy of the next tokens, in float32.
@@ -61,9 +64,7 @@ def causal_lm_loss(
         TypeError, ValueError: for labels that are not integers, of another shape, or (on a CPU) outside the vocabulary.
     """
     name = "labels" if shift_labels is None else "shift_labels"
-    given = labels if shift_labels is None else shift_labels
-    check_labels(name, given, logits.shape[:-1])
-    given = given.long()
+    given = check_labels(name, labels if shift_labels is None else shift_labels, logits.shape[:-1])
     targets = given if shift_labels is not None else given[..., 1:]
     count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     shift_labels = None if shift_labels is None else given
@@ -75,15 +76,14 @@ def causal_lm_loss(
 
 def masked_lm_loss(
     logits: torch.Tensor,
-    labels: torch.LongTensor,
+    labels: torch.Tensor,
     vocab_size: int,
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = IGNORE_INDEX,
     **kwargs,
 ) -> torch.Tensor:
     """Cross-entropy of masked tokens, in float32: as `causal_lm_loss`, without a shift of the labels."""
-    check_labels("labels", labels, logits.shape[:-1])
-    labels = labels.long()
+    labels = check_labels("labels", labels, logits.shape[:-1])
     count = (labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     try:
         return ForMaskedLMLoss(logits, labels, vocab_size, at_least_one(count), ignore_index, **kwargs)

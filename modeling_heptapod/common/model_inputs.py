@@ -1,5 +1,7 @@
 """Checks of the inputs of a forward pass, and masks and positions made from them, shared by all families."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import has_static_value
@@ -23,7 +25,7 @@ def is_torch_func_active() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def check_ids(name: str, ids: torch.Tensor) -> None:
+def check_ids(name: str, ids: Any) -> None:
     """Raise a `TypeError` unless `ids` is a tensor of integers."""
     kind = getattr(ids, "dtype", type(ids).__name__)
     if kind not in (torch.long, torch.int):
@@ -36,16 +38,16 @@ def check_one_input(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor 
         raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
     if input_ids is not None:
         check_ids("input_ids", input_ids)
-    elif not inputs_embeds.is_floating_point():
+    if inputs_embeds is not None and not inputs_embeds.is_floating_point():
         raise TypeError(f"`inputs_embeds` must be floating point, got {inputs_embeds.dtype}.")
 
 
 def embed_text(
-    table: nn.Module,
-    input_ids: torch.LongTensor | None,
-    inputs_embeds: torch.FloatTensor | None,
+    table: nn.Embedding,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
     width: int,
-) -> torch.FloatTensor:
+) -> torch.Tensor:
     """Embeddings `[batch, seq, width]` of tokens `[batch, seq]`, or the given ones.
 
     Raises:
@@ -53,18 +55,19 @@ def embed_text(
         ValueError: unless exactly one is given, of the right shape, and for ids outside of the vocabulary.
     """
     check_one_input(input_ids, inputs_embeds)
-    if input_ids is None:
+    if inputs_embeds is not None:
         shape = inputs_embeds.shape
         if len(shape) != 3 or 0 in shape[:2] or shape[2] != width:
             raise ValueError(f"`inputs_embeds` must be [batch >= 1, seq >= 1, {width}], got {list(shape)}.")
         return inputs_embeds
+    assert input_ids is not None  # for type checkers
     shape = input_ids.shape
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"`input_ids` must be [batch >= 1, seq >= 1], got {list(shape)}.")
     return embed_ids(table, input_ids, "`input_ids`")
 
 
-def embed_ids(table: nn.Module, ids: torch.LongTensor, what: str) -> torch.FloatTensor:
+def embed_ids(table: nn.Embedding, ids: torch.Tensor, what: str) -> torch.Tensor:
     """Rows of an embedding. Raises a `ValueError` that names `what` for ids out of range."""
     try:
         return table(ids)
@@ -74,7 +77,7 @@ def embed_ids(table: nn.Module, ids: torch.LongTensor, what: str) -> torch.Float
         raise ValueError(f"{what} must be in [0, {size}), got values from {low} to {high}.") from error
 
 
-def check_position_ids(position_ids: torch.LongTensor | None, batch: int, seq: int) -> None:
+def check_position_ids(position_ids: torch.Tensor | None, batch: int, seq: int) -> None:
     """Raise a `ValueError` for positions of another shape, a `TypeError` for other dtypes than integers."""
     if position_ids is None:
         return
@@ -84,7 +87,7 @@ def check_position_ids(position_ids: torch.LongTensor | None, batch: int, seq: i
         raise ValueError(f"`position_ids` must be [1 or {batch}, {seq}], got {list(shape)}.")
 
 
-def check_position_range(position_ids: torch.LongTensor, limit: int, remedy: str) -> None:
+def check_position_range(position_ids: torch.Tensor, limit: int, remedy: str) -> None:
     """Raise a `ValueError` for positions outside `[0, limit)`, those of a learned table; `remedy` ends the message."""
     if is_tracing(position_ids):
         return
@@ -98,7 +101,7 @@ def check_position_range(position_ids: torch.LongTensor, limit: int, remedy: str
 
 def token_mask(
     attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, past: int | torch.Tensor
-) -> torch.BoolTensor | None:
+) -> torch.Tensor | None:
     """Boolean mask of real tokens, `[batch, seq]` or `[batch, past + seq]` as given; `None` without padding.
 
     Raises:
@@ -127,7 +130,7 @@ def token_mask(
     return real
 
 
-def mask_of_new_tokens(mask: torch.BoolTensor | None, seq: int) -> torch.BoolTensor | None:
+def mask_of_new_tokens(mask: torch.Tensor | None, seq: int) -> torch.Tensor | None:
     """The last `seq` columns of a mask from `token_mask`; `None` if all of them are real tokens."""
     if mask is None or mask.shape[1] == seq:
         return mask
@@ -135,7 +138,7 @@ def mask_of_new_tokens(mask: torch.BoolTensor | None, seq: int) -> torch.BoolTen
     return None if not is_tracing(mask) and mask.all() else mask
 
 
-def apply_mask_to_padding_states(x: torch.Tensor, mask: torch.BoolTensor | None) -> torch.Tensor:
+def apply_mask_to_padding_states(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Zeros in `x [..., channels]` where `mask [...]` is `False`: a weight of 0 would not remove NaN or infinity from a sum."""
     return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0)
 
@@ -163,10 +166,10 @@ def check_past_mask(attention_mask: torch.Tensor | None, seq: int, lengths: int 
 
 def count_positions(
     inputs_embeds: torch.Tensor,
-    mask: torch.BoolTensor | None,
-    segment_ids: torch.LongTensor | None,
+    mask: torch.Tensor | None,
+    segment_ids: torch.Tensor | None,
     past: int | torch.Tensor,
-) -> torch.LongTensor:
+) -> torch.Tensor:
     """Positions `[1 or batch, seq]` that count real tokens only and restart with each packed sequence.
 
     Args:

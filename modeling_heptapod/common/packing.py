@@ -10,12 +10,12 @@ from .transformers_versions import CACHE
 
 def segment_ids(
     inputs_embeds: torch.Tensor,
-    mask: torch.BoolTensor | None,
+    mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     seq_idx: torch.Tensor | None,
     cu_seq_lens_q: torch.Tensor | None,
     past: int | list[int] | torch.Tensor | None = None,
-) -> torch.LongTensor | None:
+) -> torch.Tensor | None:
     """Packed sequence of each token, `[batch, seq]`, numbered from 0; `None` if no row holds several.
 
     Equal values of `seq_idx` that are not adjacent are different sequences.
@@ -71,9 +71,9 @@ def segment_ids(
 
 
 def next_positions(
-    runs: torch.LongTensor | None, mask: torch.BoolTensor | None, seq: int, past: int | torch.Tensor
-) -> torch.LongTensor:
-    """Number of real tokens of the last sequence of each row after a pass, `[batch]`.
+    runs: torch.Tensor | None, mask: torch.Tensor | None, seq: int, past: int | torch.Tensor
+) -> int | torch.Tensor:
+    """Number of real tokens of the last sequence of each row after a pass, `[batch]`, or one number for all rows.
 
     Args:
         runs (`torch.LongTensor` of shape `[batch, seq]`, *optional*): result of `segment_ids`.
@@ -88,7 +88,7 @@ def next_positions(
     return ((runs == last_run(runs, mask)) & mask).sum(1)
 
 
-def last_run(runs: torch.LongTensor, mask: torch.BoolTensor) -> torch.LongTensor:
+def last_run(runs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Number of the last sequence with real tokens of each row, `[batch, 1]`; -1 for rows of padding."""
     return runs.masked_fill(~mask, -1).amax(1, keepdim=True)
 

@@ -46,13 +46,13 @@ class RenamedFieldsMixin:
 
     def __post_init__(self, **kwargs):
         reject_renamed(_model_type(type(self)), {**vars(self), **kwargs})
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[misc]
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         """Create a config from a dict; unlike the stock method, rejects old names in `kwargs`."""
         reject_renamed(_model_type(cls), kwargs)
-        return super().from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
 
 def _model_type(cls):

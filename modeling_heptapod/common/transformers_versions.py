@@ -5,6 +5,7 @@ No other module reads the version. Each part names the versions that need it, so
 
 import functools
 import inspect
+from typing import Any
 
 import torch
 import transformers
@@ -57,7 +58,7 @@ def with_cache_argument(function):
         parameter.replace(name=CACHE) if name == "past_key_values" else parameter
         for name, parameter in signature.parameters.items()
     ]
-    wrapper.__signature__ = signature.replace(parameters=shown)
+    wrapper.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
     return wrapper
 
 
@@ -87,6 +88,8 @@ def checkpoints_layers(model) -> bool:
 class CacheVersionsMixin:
     """Mixin before a cache class that counts its tokens: differences between versions of stock caches."""
 
+    layers: list[Any]
+
     @property
     def is_linear(self) -> list[bool]:
         """`False` for each layer: from 5.24 on `generate` assumes that caches of linear layers alone cannot count their
@@ -100,7 +103,7 @@ class CacheVersionsMixin:
             if getattr(layer, "is_initialized", False) and not layer.is_compileable:
                 layer.keys = layer.values = None
                 layer.is_initialized = False
-        super().reset()
+        super().reset()  # type: ignore[misc]
 
     # Equal to those of stock caches from 5.21 on.
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
@@ -133,7 +136,7 @@ class OldCacheNameMixin:
     ):
         """Same as the stock method, whose signature `generate` inspects."""
         given = {CACHE: past_key_values, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
-        inputs = super().prepare_inputs_for_generation(
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, next_sequence_length, is_first_iteration=is_first_iteration, **given, **kwargs
         )
         if "cache" in inputs:
