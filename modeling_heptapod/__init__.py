@@ -8,8 +8,6 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from transformers.models.auto import auto_mappings, modeling_auto
-
 from . import heptapod, hierarchical_lm, leap, multigrid
 from .common import transformers_versions  # refuses untested versions
 from .common.lazy_exports import lazy_exports
@@ -22,24 +20,26 @@ except PackageNotFoundError:  # run from a folder that was not installed
 
 
 def _register(model_type: str, config_class: str, **classes: str) -> None:
-    """Register a family as transformers registers its own: by names, which are looked up in a module when used.
+    """Register a family as transformers registers its own: names in the tables of the Auto classes, and a module with the classes.
 
-    The public `register` methods take classes, for which all models would have to be imported here.
+    The public `register` methods take classes, so that all models would be imported here.
 
     Args:
-        model_type (`str`): of the config, and name of the family's package.
+        model_type (`str`): model type of the config, and name of the family's package.
         config_class (`str`): name of the config class.
-        classes (`str`): name of the class in each of transformers' tables, such as `MODEL` or `PROCESSOR`.
+        classes (`str`): name of the class for each table, such as `MODEL` or `PROCESSOR`.
     """
+    from transformers.models.auto import auto_mappings, modeling_auto  # not before the version is checked
+
     sys.modules[f"transformers.models.{model_type}"] = sys.modules[f"{__name__}.{model_type}"]
     modeling_auto.CONFIG_MAPPING_NAMES[model_type] = config_class
     for table, name in classes.items():
         names = getattr(auto_mappings if table == "PROCESSOR" else modeling_auto, f"{table}_MAPPING_NAMES")
-        if names.get(model_type, name) != name:  # of another copy of the family, whose code came with a saved folder
+        if names.get(model_type, name) != name:  # a class of a saved folder that brought its own code
             names[names[model_type]] = names[model_type]
         names[model_type] = name
         mapping = getattr(names, "_model_mapping", None)
-        if mapping is not None:  # it was made before, from the names of configs at that time
+        if mapping is not None:  # built before, from the config names of that time
             mapping._reverse_config_mapping[config_class] = model_type
 
 
