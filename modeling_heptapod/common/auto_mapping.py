@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from transformers.models.auto import modeling_auto
 
 
-_TABLES: dict[str, dict[str, str]] = {
+_TABLES: dict[str, dict[str, Any]] = {
     "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
     "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,

@@ -1,4 +1,4 @@
-"""Caches of our own in forward passes and in `generate`."""
+"""Custom caches in forward passes and in `generate`."""
 
 from typing import Any
 
@@ -82,13 +82,13 @@ class CustomCacheMixin:
         """Raise a `ValueError`: continuous batching needs paged keys and values."""
         raise ValueError(
             f"Continuous batching (`generate_batch`, `cache_implementation='paged'`) does not work with {type(self).__name__}, "
-            "which keeps a cache of its own: give `generate` a left-padded batch with its `attention_mask`."
+            "which has a custom cache: pass `generate` a left-padded batch with its `attention_mask`."
         )
 
     generate_batch = init_continuous_batching
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_length):
-        """Create a cache of our own instead of the stock one, and none in training with gradient checkpointing."""
+        """Create a custom cache instead of the stock one, and none in training with gradient checkpointing."""
         if model_kwargs.get(CACHE) is None and checkpoints_layers(self.base_model):
             logger.warning_once(
                 "`generate` uses no cache in training with gradient checkpointing, where layers get none: each token processes "

@@ -41,7 +41,7 @@ class CountingCacheMixin(CacheVersionsMixin, Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Select rows by index; their number may change."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         if self.next_positions is not None:
             self.next_positions = self.next_positions[beam_idx.to(self.next_positions.device)]
 

@@ -68,8 +68,9 @@ def causal_lm_loss(
     targets = given if shift_labels is not None else given[..., 1:]
     count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     shift_labels = None if shift_labels is None else given
+    divisor: Any = at_least_one(count)  # the annotation of the loss allows no integers
     try:
-        return ForCausalLMLoss(logits, given, vocab_size, at_least_one(count), ignore_index, shift_labels, **kwargs)
+        return ForCausalLMLoss(logits, given, vocab_size, divisor, ignore_index, shift_labels, **kwargs)
     except IndexError as error:
         raise _out_of_range(name, targets, vocab_size, ignore_index) from error
 
@@ -85,8 +86,9 @@ def masked_lm_loss(
     """Cross-entropy of masked tokens, in float32: as `causal_lm_loss`, without a shift of the labels."""
     labels = check_labels("labels", labels, logits.shape[:-1])
     count = (labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+    divisor: Any = at_least_one(count)  # the annotation of the loss allows no integers
     try:
-        return ForMaskedLMLoss(logits, labels, vocab_size, at_least_one(count), ignore_index, **kwargs)
+        return ForMaskedLMLoss(logits, labels, vocab_size, divisor, ignore_index, **kwargs)
     except IndexError as error:
         raise _out_of_range("labels", labels, vocab_size, ignore_index) from error
 
