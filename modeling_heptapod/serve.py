@@ -1,6 +1,6 @@
 """`heptapod-serve FOLDER [options]`: `transformers serve` for the causal families.
 
-It looks for a model's class on the `transformers` module, so that is where this puts ours.
+`transformers serve` looks up model classes as attributes of the `transformers` module, so they are set there.
 """
 
 import sys
@@ -15,7 +15,7 @@ from .multigrid.modeling_multigrid import MultiGridForCausalLM
 
 
 class ServedMultiGridForCausalLM(MultiGridForCausalLM):
-    """Annotates prompts that come without axis ids: completions are given to the tokenizer, not to the processor."""
+    """Model that annotates prompts without axis ids: `transformers serve` calls the tokenizer, not the processor."""
 
     @cached_property
     def _processor(self):
@@ -23,7 +23,7 @@ class ServedMultiGridForCausalLM(MultiGridForCausalLM):
         return AutoProcessor.from_pretrained(self.config._name_or_path, revision=revision)
 
     def generate(self, *args, **kwargs):
-        """As the parent's, with the processor of the model's folder where there are axes and no `axis_ids`."""
+        """Same as the parent's; without `axis_ids` it uses the processor of the model's folder."""
         if self.config.num_axes and kwargs.get("axis_ids") is None:
             kwargs.setdefault("processor", self._processor)
         return super().generate(*args, **kwargs)
@@ -31,11 +31,13 @@ class ServedMultiGridForCausalLM(MultiGridForCausalLM):
 
 def main() -> None:
     """Run `transformers serve` with the arguments of this process."""
-    import transformers  # here: importing models, which is done by now, puts another module in its place
+    import transformers  # imported here, since importing models replaces the module
 
-    transformers.HierarchicalLMForCausalLM = HierarchicalLMForCausalLM
-    transformers.LeapForCausalLM = LeapForCausalLM
-    transformers.MultiGridForCausalLM = ServedMultiGridForCausalLM
+    vars(transformers).update(
+        HierarchicalLMForCausalLM=HierarchicalLMForCausalLM,
+        LeapForCausalLM=LeapForCausalLM,
+        MultiGridForCausalLM=ServedMultiGridForCausalLM,
+    )
     sys.argv.insert(1, "serve")
     command_line.main()
 

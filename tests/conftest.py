@@ -1,5 +1,6 @@
 """Every test starts from the same seeds, sees NaN in memory that nobody wrote, and cannot reach the network."""
 
+import logging
 import os
 import socket
 import tempfile
@@ -15,6 +16,10 @@ _CACHE = tempfile.TemporaryDirectory(prefix="heptapod-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = _CACHE.name
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
+
+# Transformers imports torchao, which warns of kernels for other devices and registers classes in a way that torch warns of.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 import pytest
 import torch

@@ -154,7 +154,7 @@ def test_a_state_of_no_dimensions_is_named():
     model, cache, inputs = case(("leap", "default"))
     model(**part(inputs, [0, 1], 0, PROMPT), past_key_values=cache)
     change_states(cache, lambda state: torch.tensor(0.0), only=0)
-    with pytest.raises(ValueError, match=r"is not of this model: layer 0 has .* of shape \[\], expected \[rows"):
+    with pytest.raises(ValueError, match=r"does not fit this model: layer 0 has .* of shape \[\], expected \[rows"):
         continue_from(model, cache, inputs, [0, 1])
 
 
@@ -214,7 +214,7 @@ def test_more_sequences_than_cached_rows_are_an_error(name):
 @torch.no_grad()
 def test_caches_of_other_kinds_are_errors(name):
     model, cache, inputs = case(name)
-    match = rf"`{CACHE}` must be a .*{type(cache).__name__}.*, got DynamicCache: build it with"
+    match = rf"`{CACHE}` must be a .*{type(cache).__name__}.*, got DynamicCache: create it with"
     for call in (model, lambda **given: model.generate(**given, max_new_tokens=2)):
         with pytest.raises(TypeError, match=match):
             call(**part(inputs, [0], 0, PROMPT), past_key_values=DynamicCache())
@@ -255,10 +255,10 @@ def test_caches_of_other_models_are_errors(make, variants):
                 model(**inputs, past_key_values=cache)
                 continue
             refused += 1
-            with pytest.raises(ValueError, match=f"`{CACHE}` is not of this model"):
+            with pytest.raises(ValueError, match=f"`{CACHE}` does not fit this model"):
                 model(**inputs, past_key_values=cache)
             assert layout(cache) == before
-    with pytest.raises(ValueError, match=f"`{CACHE}` is not of this model"):
+    with pytest.raises(ValueError, match=f"`{CACHE}` does not fit this model"):
         models["deep"].generate(
             **prompt_for(models["deep"], 2, 9), past_key_values=next(iter(caches.values())), max_new_tokens=2
         )
@@ -291,7 +291,7 @@ def test_a_cache_of_a_smaller_model_is_not_written_past_its_end(cache_class):
 @torch.no_grad()
 def test_empty_caches_of_other_models_are_errors(make, own, other):
     model, cache = make(**own), next(iter(make()._cache_classes.values()))(make(**other).config)
-    with pytest.raises(ValueError, match=f"`{CACHE}` is not of this model"):
+    with pytest.raises(ValueError, match=f"`{CACHE}` does not fit this model"):
         model(**prompt_for(model, 2, 1), past_key_values=cache)
 
 
@@ -304,7 +304,7 @@ def test_caches_of_no_rows_are_errors(name, choose):
     choose(cache)
     assert cache.num_rows() == 0
     for rows in ([0], [0, 1]):
-        with pytest.raises(ValueError, match=f"`{CACHE}` holds no rows"):
+        with pytest.raises(ValueError, match=f"`{CACHE}` has a batch size of 0"):
             model(**part(inputs, rows, PROMPT, PROMPT + 1), past_key_values=cache)
 
 
@@ -354,7 +354,7 @@ def test_a_state_that_does_not_fit_the_others_is_an_error(name, change):
     for count in range(len(all_states(cache))):
         changed = copy.deepcopy(cache)
         change_states(changed, change, only=count)
-        with pytest.raises(ValueError, match=f"`{CACHE}` is not of this model"):
+        with pytest.raises(ValueError, match=f"`{CACHE}` does not fit this model"):
             model(**part(inputs, [0, 1], PROMPT, LENGTH), past_key_values=changed)
 
 
@@ -369,7 +369,7 @@ def test_tokens_are_taken_back_or_that_is_refused(name):
     kept = copy.deepcopy(cache)
     if model._is_stateful:
         for ask in (cache.activate_past_recording, lambda: cache.crop(-1), lambda: cache.crop(0)):
-            with pytest.raises(RuntimeError, match=rf"This {type(cache).__name__} cannot crop.*copy.deepcopy"):
+            with pytest.raises(RuntimeError, match=rf"This {type(cache).__name__} cannot be cropped.*copy.deepcopy"):
                 ask()
     else:
         cache.activate_past_recording()

@@ -1,5 +1,7 @@
 """`import modeling_heptapod`: cheap, and everything is registered."""
 
+import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -7,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from transformers.models.auto import modeling_auto
 
 import modeling_heptapod
 
@@ -92,12 +95,13 @@ heavy += ["modeling_heptapod.leap.modeling_leap", "modeling_heptapod.heptapod.mo
 heavy += ["modeling_heptapod.hierarchical_lm.modeling_hierarchical_lm", "modeling_heptapod.multigrid.modeling_multigrid"]
 print([name for name in heavy if name in sys.modules])
 print(len([name for name in set(sys.modules) - before if not name.startswith("modeling_heptapod")]) < 20)
+print("LeapModel" in dir(modeling_heptapod) and "LeapModel" in dir(modeling_heptapod.leap))
 modeling_heptapod.LeapModel
 print("modeling_heptapod.heptapod.modeling_heptapod" in sys.modules)
 modeling_heptapod.HeptapodModel, modeling_heptapod.HierarchicalLMModel, modeling_heptapod.MultiGridModel
 print([name for name in heavy if name not in sys.modules])
 """
-    assert run(code).split("\n") == ["[]", "True", "False", "[]"]
+    assert run(code).split("\n") == ["[]", "True", "True", "False", "[]"]
 
 
 def test_auto_classes_know_ours():
@@ -108,7 +112,7 @@ for config_name, names in {AUTO}.items():
     config = getattr(modeling_heptapod, config_name)(**{small})
     print([type(getattr(transformers, auto).from_config(config)).__name__ for auto in names])
 """
-    assert run(code).split("\n") == [str(list(names.values())) for names in AUTO.values()]  # through the stand-ins
+    assert run(code).split("\n") == [str(list(names.values())) for names in AUTO.values()]
     for config_name, names in AUTO.items():
         config = getattr(modeling_heptapod, config_name)(**small)
         for auto, name in names.items():
@@ -128,6 +132,45 @@ def test_public_names():
     with pytest.raises(AttributeError, match="NoSuchModel"):
         modeling_heptapod.NoSuchModel  # noqa: B018
     assert isinstance(modeling_heptapod.__version__, str)
+
+
+@pytest.mark.parametrize("family", ["heptapod", "hierarchical_lm", "leap", "multigrid"])
+def test_a_family_exports_its_public_names(family):
+    """Each of them imported when used, and seen by type checkers."""
+    package = importlib.import_module(f"modeling_heptapod.{family}")
+    assert {name for name in PUBLIC if f".{family}." in getattr(modeling_heptapod, name).__module__} == {
+        *package.__all__
+    }
+    statements = ast.walk(ast.parse(Path(package.__file__).read_text(encoding="utf-8")))
+    starred = [node.module for node in statements if isinstance(node, ast.ImportFrom) and node.names[0].name == "*"]
+    seen = [name for module in starred for name in importlib.import_module(f"{package.__name__}.{module}").__all__]
+    assert {*package.__all__} <= {*seen}
+    for name in package.__all__:
+        assert getattr(package, name) is getattr(modeling_heptapod, name)
+    with pytest.raises(AttributeError, match=f"modeling_heptapod.{family}.*NoSuchModel"):
+        package.NoSuchModel  # noqa: B018
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_processors_are_registered(order):
+    """Whether `AutoProcessor` is imported before this package or after it."""
+    imports = ["from transformers import AutoProcessor", "import modeling_heptapod"]
+    code = "\n".join(imports if order == "after" else imports[::-1])
+    code += """
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
+for config_name in ("HeptapodConfig", "MultiGridConfig"):
+    processor_class = PROCESSOR_MAPPING[getattr(modeling_heptapod, config_name)]
+    assert processor_class_from_name(processor_class.__name__) is processor_class
+    print(processor_class.__name__)
+"""
+    assert run(code).split("\n") == ["HeptapodProcessor", "MultiGridProcessor"]
+
+
+def test_registration_keeps_names_from_saved_folders(monkeypatch):
+    names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    monkeypatch.setitem(names, "leap", "OtherLeapForCausalLM")
+    modeling_heptapod._register("leap", "LeapConfig", MODEL_FOR_CAUSAL_LM="LeapForCausalLM")
+    assert names["leap"] == "LeapForCausalLM" and names.pop("OtherLeapForCausalLM") == "OtherLeapForCausalLM"
 
 
 def test_star_import():

@@ -494,7 +494,7 @@ def test_boundaries_divide_the_row(name):
     with pytest.raises(TypeError, match="`cu_seq_lens_q` must be torch.long or torch.int"):
         MODELS[name]()(IDS[:1], cu_seq_lens_q=torch.tensor([0.0, 6.0]))
     contradiction = {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]]), "cu_seq_lens_q": torch.tensor([0, 2, 6])}
-    with pytest.raises(ValueError, match="`seq_idx` and `cu_seq_lens_q` must be of the same sequences"):
+    with pytest.raises(ValueError, match="`seq_idx` and `cu_seq_lens_q` must describe the same sequences"):
         MODELS[name]()(IDS[:1], **contradiction)
     logits = MODELS[name]()(IDS[:1], cu_seq_lens_q=torch.tensor([0, 2, 2, 6])).logits  # an empty one is none
     torch.testing.assert_close(logits, MODELS[name]()(IDS[:1], cu_seq_lens_q=torch.tensor([0, 2, 6])).logits)

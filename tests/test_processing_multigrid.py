@@ -287,7 +287,7 @@ def test_a_trainer_takes_these_batches(by_bytes, tmp_path):
         ([], ValueError, "`encoded_inputs` must be at least one row with `input_ids`"),
         ([{"axis_ids": [[1]]}], ValueError, "`encoded_inputs` must be at least one row with `input_ids`"),
         ([{"input_ids": [1]}], ValueError, "`encoded_inputs` must have `axis_ids` of the axes"),
-        ([{"input_ids": [1]}, {"ids": [1]}], ValueError, "rows of the same names"),
+        ([{"input_ids": [1]}, {"ids": [1]}], ValueError, "rows with the same names"),
         ([{"input_ids": [1], "axis_ids": [[1], [1]]}], ValueError, r"`axis_ids` must be \[4, 1\] .* got \[2, 1\]"),
         ([{"input_ids": [1], "axis_ids": [[1]] * 4, "labels": [1, 2]}], ValueError, r"`labels` must be \[1\]"),
         ({"input_ids": [[1]], "axis_ids": []}, ValueError, "columns of equal length"),
@@ -466,8 +466,12 @@ assert len(processor("ab")["axis_ids"][0]) == {len(AXES)}
         ({"text": "a", "images": []}, TypeError, "`images` must be None"),
         ({"text": "a", "text_kwargs": []}, TypeError, "`text_kwargs` must be a dict"),
         ({"text": "a", "text_kwargs": {"padding": True}, "padding": True}, ValueError, "`padding` was given twice"),
-        ({"text": "a", "stride": 2}, TypeError, "does not have keyword argument `stride`"),
-        ({"text": "a", "text_kwargs": {"text_pair": "b"}}, TypeError, "does not have keyword argument `text_pair`"),
+        ({"text": "a", "stride": 2}, TypeError, "does not support the keyword argument `stride`"),
+        (
+            {"text": "a", "text_kwargs": {"text_pair": "b"}},
+            TypeError,
+            "does not support the keyword argument `text_pair`",
+        ),
         ({"text": "a", "pading": True}, TypeError, "unexpected keyword argument `pading`"),
     ],
 )

@@ -1,6 +1,7 @@
 """What the scripts of this folder ask of their options before they begin to work."""
 
 import io
+import logging
 import math
 import os
 import sys
@@ -12,6 +13,11 @@ from pathlib import Path
 
 
 NUMPY_SEEDS = 2**32 - 1  # the largest
+
+# Scripts import this module before transformers, which imports torchao where it is installed: torchao warns of kernels for
+# other devices, which it cannot load, and registers classes in a way that torch warns of.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 def need(extra: str, *modules: str) -> None:

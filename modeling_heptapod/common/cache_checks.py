@@ -1,4 +1,4 @@
-"""What the cache of a model must hold, looked at before a forward pass takes it: a cache is foreign until then."""
+"""Checks of a cache before a forward pass uses it: it may come from another model."""
 
 from typing import Any, NamedTuple
 
@@ -9,14 +9,14 @@ from .transformers_versions import CACHE
 
 
 class LayerStates(NamedTuple):
-    """What one layer of a cache holds once it has seen a token.
+    """Expected states of one layer of a cache that has seen a token.
 
     Attributes:
         kind (`str`): transformers' name for the type of the layer.
-        shapes (`dict[tuple[str, int | None], tuple[int | None, ...]]`): of each state, without its rows, by attribute and
-            place (`("conv_states", 0)`, `("keys", None)`); `None` stands for any size.
-        precise (`bool`): whether states have at least float32, whatever the dtype of the model.
-        sliding_window (`int`, *optional*): of the layer.
+        shapes (`dict[tuple[str, int | None], tuple[int | None, ...]]`): shape of each state without the batch dimension,
+            by attribute and index (`("conv_states", 0)`, `("keys", None)`); `None` stands for any size.
+        precise (`bool`): whether states are kept in float32 or higher precision, whatever the dtype of the model.
+        sliding_window (`int`, *optional*): window of the layer.
     """
 
     kind: str
@@ -26,8 +26,8 @@ class LayerStates(NamedTuple):
 
 
 def held_states(layer: Any) -> dict[tuple[str, int | None], torch.Tensor]:
-    """The states that a layer of a cache holds, by attribute and place; none before the first token."""
-    held = {}
+    """States that a layer of a cache holds, by attribute and index; empty before the first token."""
+    held: dict[tuple[str, int | None], torch.Tensor] = {}
     for name in ("keys", "values"):
         state = getattr(layer, name, None)
         if state is not None and state.dim() > 1:  # stock layers begin with an empty vector
@@ -42,20 +42,20 @@ def held_states(layer: Any) -> dict[tuple[str, int | None], torch.Tensor]:
 def check_states(
     cache: Cache, expected: list[LayerStates], inputs_embeds: torch.Tensor | None, one_device: bool
 ) -> int | None:
-    """Compare what a cache holds with what it should.
+    """Compare the states of a cache with the expected ones.
 
     Args:
-        cache (`Cache`): of any origin.
-        expected (`list[LayerStates]`): what each of its layers should hold.
-        inputs_embeds (`torch.Tensor` of shape `[batch, seq, width]`, *optional*): what is to continue it: states must be
-            of its dtype.
-        one_device (`bool`): whether states must be where `inputs_embeds` are.
+        cache (`Cache`): cache of any origin.
+        expected (`list[LayerStates]`): expected states of each layer.
+        inputs_embeds (`torch.Tensor` of shape `[batch, seq, width]`, *optional*): input of the pass that continues the
+            cache; states must have its dtype.
+        one_device (`bool`): whether states must be on the device of `inputs_embeds`.
 
     Returns:
-        `int`: rows of the states, `None` before the first token.
+        `int`: batch size of the states, `None` before the first token.
 
     Raises:
-        ValueError: that says what does not fit.
+        ValueError: if a state is missing, unexpected, or has another shape, dtype or device.
     """
     if len(cache.layers) != len(expected):
         raise _misfit(f"it has {len(cache.layers)} layers, the model needs {len(expected)}")
@@ -78,22 +78,23 @@ def check_states(
         for name, state in held.items():
             shape = states.shapes[name]
             if name[0] == "conv_states" and getattr(layer, "record_past", False):
-                shape = (*shape[:-1], None)  # it keeps more, to roll back
+                shape = (*shape[:-1], None)  # longer, so that tokens can be removed
             rows = state.shape[0] if rows is None and state.dim() else rows
             fault = _fault(state, shape, rows, dtypes and dtypes[states.precise], device)
             if fault is not None:
                 raise _misfit(f"layer {idx} has {_names([name])} {fault}")
-        if ("keys", None) in held and layer.keys.shape[2] != layer.values.shape[2]:
-            raise _misfit(f"layer {idx} has {layer.keys.shape[2]} keys, but {layer.values.shape[2]} values")
+        lengths = [held[name, None].shape[2] for name in ("keys", "values") if (name, None) in held]
+        if len(set(lengths)) > 1:
+            raise _misfit(f"layer {idx} has {lengths[0]} keys, but {lengths[1]} values")
     if len(set(begun)) > 1:
         raise _misfit("some of its layers hold states and others do not")
     if rows == 0:
-        raise ValueError(f"`{CACHE}` holds no rows: none were left when rows were chosen.")
+        raise ValueError(f"`{CACHE}` has a batch size of 0.")
     return rows
 
 
 def _fault(state, shape, rows, dtypes, device):
-    """What is wrong with a state, as words that follow its name; `None` where nothing is."""
+    """Mismatch of a state as the end of an error message, `None` if there is none."""
     if state.dim() != len(shape) + 1 or any(a not in (None, b) for a, b in zip(shape, state.shape[1:])):
         wanted = ", ".join("?" if size is None else str(size) for size in ("rows", *shape))
         return f"of shape {list(state.shape)}, expected [{wanted}]"
@@ -107,7 +108,7 @@ def _fault(state, shape, rows, dtypes, device):
 
 
 def _possible_dtypes(inputs_embeds):
-    """Dtypes of states like activations, and of precise ones; `None` where nothing is known."""
+    """Allowed dtypes of states without and with `precise`; `None` without an input to compare with."""
     if inputs_embeds is None:
         return None
     own, device = inputs_embeds.dtype, inputs_embeds.device.type
@@ -123,8 +124,8 @@ def _names(names):
 
 def _misfit(fault):
     return ValueError(
-        f"`{CACHE}` is not of this model: {fault}. A cache serves the model whose config it was made with, and "
-        "inputs of the same device and dtype."
+        f"`{CACHE}` does not fit this model: {fault}. A cache can be used with the model whose config it was created from, "
+        "and with inputs of one device and dtype."
     )
 
 

@@ -1,21 +1,25 @@
-"""What all caches of this package have in common: how many tokens they have seen, and their rows."""
+"""Number of seen tokens and selection of rows, shared by all caches of this package."""
+
+from typing import Any
 
 import torch
+from transformers.cache_utils import Cache
 
 from .cache_checks import held_states
 from .transformers_versions import CacheVersionsMixin
 
 
-class CountingCacheMixin(CacheVersionsMixin):
-    """Before a cache class of transformers; it counts in `seen_tokens`, and its rows can be repeated and chosen.
+class CountingCacheMixin(CacheVersionsMixin, Cache):
+    """Mixin for caches, placed before a cache class of transformers.
 
     Attributes:
-        seen_tokens (`int` or `torch.LongTensor` of shape `[]`): how many tokens each row has seen, pads included.
-        next_positions (`torch.LongTensor` of shape `[batch]`, *optional*): how many real tokens the sequence of each row
-            has; `None` where there were no pads and no packed rows, and it is what each row has seen.
-        packed (`bool`): whether a row holds more than one sequence, of which the last one goes on.
+        seen_tokens (`int` or `torch.LongTensor` of shape `[]`): number of tokens of each row, padding included.
+        next_positions (`torch.LongTensor` of shape `[batch]`, *optional*): number of real tokens of each row's sequence;
+            `None` without padding and packed rows, where it equals `seen_tokens`.
+        packed (`bool`): whether a row holds several sequences, the last of which continues.
     """
 
+    seen_tokens: Any
     next_positions: torch.Tensor | None = None
     packed: bool = False
 
@@ -24,30 +28,30 @@ class CountingCacheMixin(CacheVersionsMixin):
         return self.seen_tokens
 
     def get_mask_sizes(self, query_length: int, layer_idx: int):
-        """Length and offset of a mask over everything seen and `query_length` new tokens."""
+        """Length and offset of a mask over all seen tokens and `query_length` new ones."""
         return self.seen_tokens + query_length, 0
 
     def lengths(self) -> int | torch.Tensor:
-        """Real tokens of the sequence of each row, `[batch]`, or one number for all rows."""
+        """Number of real tokens of each row's sequence, `[batch]`, or one number for all rows."""
         return self.seen_tokens if self.next_positions is None else self.next_positions
 
     def follow(self, next_positions: torch.Tensor) -> None:
-        """Remember `next_positions [batch]`; a model calls it once a forward pass in which rows differ."""
+        """Set `next_positions [batch]`; called once per forward pass whose rows differ."""
         self.next_positions = next_positions
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Reorder the rows; there may be more or fewer than before."""
-        super().reorder_cache(beam_idx)
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Select rows by index; their number may change."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         if self.next_positions is not None:
             self.next_positions = self.next_positions[beam_idx.to(self.next_positions.device)]
 
     def reset(self) -> None:
-        """Empty the cache, as before its first token."""
+        """Empty the cache."""
         super().reset()
         self.next_positions, self.packed = None, False
 
     def drop_states(self) -> None:
-        """Let go of states, of which the `reset` of stock layers keeps the memory, and so the number of rows."""
+        """Free the states: `reset` of stock layers keeps their memory, and with it the batch size."""
         for layer in self.layers:
             for name in ("conv_states", "recurrent_states"):
                 states, written = getattr(layer, name, {}), getattr(layer, f"is_{name}_initialized", {})
@@ -55,11 +59,11 @@ class CountingCacheMixin(CacheVersionsMixin):
                 written.update(dict.fromkeys(written, False))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens.
+        """Remove the last `-tokens_to_remove` tokens.
 
         Raises:
-            RuntimeError: where a layer has a state or a window, from which a token cannot be taken out again.
-            ValueError: for a positive number, and for more tokens than there are.
+            RuntimeError: if a layer has a recurrent state or a window, from which no token can be removed.
+            ValueError: for a positive number, and for more tokens than the cache has seen.
         """
         self._check_that_tokens_are_kept()
         if not -self.seen_tokens <= tokens_to_remove <= 0:
@@ -70,25 +74,25 @@ class CountingCacheMixin(CacheVersionsMixin):
         self.seen_tokens += tokens_to_remove
 
     def activate_past_recording(self) -> None:
-        """Nothing to record for `crop`; raises a `RuntimeError` where tokens cannot be taken back."""
+        """Do nothing: `crop` needs no record. Raises a `RuntimeError` if tokens cannot be removed."""
         self._check_that_tokens_are_kept()
 
     def _check_that_tokens_are_kept(self):
         if any(hasattr(layer, "activate_past_recording") for layer in self.layers):
             raise RuntimeError(
-                f"This {type(self).__name__} cannot crop: its states and windows do not keep every token. Copy it before tokens "
-                "that may have to be taken back (`copy.deepcopy`)."
+                f"This {type(self).__name__} cannot be cropped: its states and windows do not keep every token. Copy it "
+                "(`copy.deepcopy`) before tokens that may have to be removed."
             )
 
     def num_rows(self) -> int | None:
-        """Size of the batch, `None` before the first token."""
+        """Batch size, `None` before the first token."""
         for layer in self.layers:
             for state in held_states(layer).values():
-                return state.shape[0]  # `len` would make a number of what an export leaves open
+                return state.shape[0]  # not `len`, which would fix a dynamic batch size in an export
         return None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times, one after the other: many continuations of one prompt.
+        """Repeat each row `repeats` times, as for several continuations of one prompt.
 
         Raises:
             ValueError: unless `repeats` is an integer of at least 0.
@@ -100,10 +104,10 @@ class CountingCacheMixin(CacheVersionsMixin):
             self.reorder_cache(torch.arange(rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices` in this order: numbers, those below 0 from the end, or a mask.
+        """Select rows by index, in this order and with negative ones counted from the end, or by a mask.
 
         Raises:
-            TypeError, ValueError: for what are no numbers of rows, or a mask of another length.
+            TypeError, ValueError: for other dtypes, rows that do not exist, or a mask of another length.
         """
         indices, rows = torch.as_tensor(indices), self.num_rows()
         if rows is None:
@@ -117,9 +121,7 @@ class CountingCacheMixin(CacheVersionsMixin):
         elif indices.is_floating_point() or indices.is_complex():
             raise TypeError(f"`indices` must be integers or a mask, got {indices.dtype}.")
         elif indices.dim() != 1 or ((indices < -rows) | (indices >= rows)).any():
-            raise ValueError(
-                f"`indices` must be a vector of numbers below {rows}, the rows held, got {indices.tolist()}."
-            )
+            raise ValueError(f"`indices` must be a vector of row numbers below {rows}, got {indices.tolist()}.")
         self.reorder_cache(indices.long() % rows)
 
 

@@ -1,20 +1,20 @@
-"""What all configurations ask of their numbers, before anything is made of them."""
+"""Checks of numbers, shared by all configurations."""
 
 import dataclasses
 import math
 
 
-LARGEST = 2**31 - 1  # what native code and index arithmetic of 32 bits hold
+LARGEST = 2**31 - 1  # native code and index arithmetic use 32 bits
 MOST_LAYERS = 65_536
 
 
 def check_numbers(config) -> None:
-    """Raise a `ValueError` for a field that is NaN, infinite, beyond 32 bits or has such a number in it.
+    """Raise a `ValueError` for a field that is or contains a number that is NaN, infinite or beyond 32 bits.
 
-    Called before derived values are made, some of which are lists as long as the model is deep.
+    Called before derived values are computed, some of which are lists with an entry per layer.
 
     Args:
-        config (`PreTrainedConfig`): with fields of any value; those that hold no numbers are left to others.
+        config (`PreTrainedConfig`): config with fields of any type; fields without numbers are ignored.
     """
     for name in (field.name for field in dataclasses.fields(config)):
         _check(name, getattr(config, name, None))

@@ -1,16 +1,17 @@
-"""Eager attention: with its matrix, for `output_attentions=True` or `attn_implementation="eager"`."""
+"""Eager attention, for `output_attentions=True` and `attn_implementation="eager"`."""
 
 import torch
 from torch import nn
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, is_causal=False, **kwargs):
-    """Eager attention; the arguments are those of transformers' attention interface, with a boolean mask.
+    """Eager attention with a boolean mask; the arguments are those of transformers' attention interface.
 
-    Returns the output `[batch, queries, heads, head_dim]` and the weights `[batch, heads, queries, keys]`.
+    Returns:
+        Output `[batch, queries, heads, head_dim]` and weights `[batch, heads, queries, keys]`.
     """
     logits = query @ key.transpose(2, 3) * scaling
-    if is_causal and query.shape[2] > 1:  # one query sees all keys
+    if is_causal and query.shape[2] > 1:  # a single query attends to all keys
         attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     if attention_mask is not None:
         logits = logits.masked_fill(~attention_mask, torch.finfo(logits.dtype).min)

@@ -1,8 +1,10 @@
-"""Transformers' losses with checked labels, which cost nothing where no label counts instead of `0 / 0`.
+"""Transformers' losses with checked labels; a loss without valid labels is 0 instead of `0 / 0`.
 
-All of them take `num_items_in_batch`, the labels that count in all batches of one optimizer step, by which `Trainer` has
-accumulated gradients divided.
+All of them take `num_items_in_batch`, the number of valid labels in all batches of one optimizer step, by which `Trainer`
+divides accumulated gradients.
 """
+
+from typing import Any
 
 import torch
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss, ForSequenceClassificationLoss
@@ -10,41 +12,42 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss, ForSe
 from .model_inputs import check_ids
 
 
-IGNORE_INDEX = -100  # the label that does not count
+IGNORE_INDEX = -100  # label that is ignored
 
 
 def at_least_one(count: torch.Tensor | int) -> torch.Tensor | int:
-    """A number of labels to divide by."""
+    """`count`, and 1 for 0, as a divisor."""
     return count.clamp_min(1) if torch.is_tensor(count) else max(count, 1)
 
 
-def check_labels(name: str, labels: torch.Tensor, shape: tuple[int, ...]) -> None:
-    """Raise a `TypeError` unless `labels` are integers, a `ValueError` unless of `shape`."""
+def check_labels(name: str, labels: Any, shape: tuple[int, ...]) -> torch.Tensor:
+    """`labels` as int64. Raises a `TypeError` unless they are integers, a `ValueError` unless of `shape`."""
     check_ids(name, labels)
     if tuple(labels.shape) != tuple(shape):
         raise ValueError(f"`{name}` must be {list(shape)}, a label for each logit, got {list(labels.shape)}.")
+    return labels.long()
 
 
 def require_labels(labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None, why: str) -> None:
-    """Raise a `ValueError` where somebody counted labels and kept them.
+    """Raise a `ValueError` if there is a count of labels but no labels.
 
-    `Trainer` does so with `label_smoothing_factor` and `compute_loss_func`, and makes a loss of the logits alone.
+    `Trainer` removes them for `label_smoothing_factor` and `compute_loss_func`, which compute a loss of the logits alone.
     """
     if labels is None and num_items_in_batch is not None:
         raise ValueError(
-            f"`labels` must be given with `num_items_in_batch`, got None: {why}, which a loss of the logits alone passes by. "
-            "Leave `label_smoothing_factor` and `compute_loss_func` out, with which `Trainer` keeps the labels to itself; to "
+            f"`labels` must be given with `num_items_in_batch`, got None: {why}, which a loss of the logits alone leaves out. "
+            "Do not use `label_smoothing_factor` and `compute_loss_func`, with which `Trainer` removes the labels; to "
             "change the loss, override `Trainer.compute_loss`."
         )
 
 
 def causal_lm_loss(
     logits: torch.Tensor,
-    labels: torch.LongTensor | None,
+    labels: torch.Tensor | None,
     vocab_size: int,
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = IGNORE_INDEX,
-    shift_labels: torch.LongTensor | None = None,
+    shift_labels: torch.Tensor | None = None,
     **kwargs,
 ) -> torch.Tensor:
     """Cross-entropy of the next tokens, in float32.
@@ -53,40 +56,39 @@ def causal_lm_loss(
         logits (`torch.Tensor` of shape `[batch, seq, vocab_size]`).
         labels (`torch.LongTensor` of shape `[batch, seq]`): the tokens themselves; the loss shifts them.
         vocab_size (`int`).
-        num_items_in_batch (`int`, *optional*): what to divide the sum by; the labels that count when not given.
-        ignore_index (`int`): the label that does not count.
-        shift_labels (`torch.LongTensor` of shape `[batch, seq]`, *optional*): labels that are shifted already.
+        num_items_in_batch (`int`, *optional*): divisor of the sum; defaults to the number of valid labels.
+        ignore_index (`int`): label that is ignored.
+        shift_labels (`torch.LongTensor` of shape `[batch, seq]`, *optional*): labels that are already shifted.
 
     Raises:
-        TypeError, ValueError: for labels that are no integers, of another shape, or (on a CPU) outside the vocabulary.
+        TypeError, ValueError: for labels that are not integers, of another shape, or (on a CPU) outside the vocabulary.
     """
     name = "labels" if shift_labels is None else "shift_labels"
-    given = labels if shift_labels is None else shift_labels
-    check_labels(name, given, logits.shape[:-1])
-    given = given.long()
+    given = check_labels(name, labels if shift_labels is None else shift_labels, logits.shape[:-1])
     targets = given if shift_labels is not None else given[..., 1:]
     count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     shift_labels = None if shift_labels is None else given
+    divisor: Any = at_least_one(count)  # the annotation of the loss allows no integers
     try:
-        return ForCausalLMLoss(logits, given, vocab_size, at_least_one(count), ignore_index, shift_labels, **kwargs)
+        return ForCausalLMLoss(logits, given, vocab_size, divisor, ignore_index, shift_labels, **kwargs)
     except IndexError as error:
         raise _out_of_range(name, targets, vocab_size, ignore_index) from error
 
 
 def masked_lm_loss(
     logits: torch.Tensor,
-    labels: torch.LongTensor,
+    labels: torch.Tensor,
     vocab_size: int,
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = IGNORE_INDEX,
     **kwargs,
 ) -> torch.Tensor:
-    """Cross-entropy of masked tokens, in float32: as `causal_lm_loss`, but labels belong to the logits at their place."""
-    check_labels("labels", labels, logits.shape[:-1])
-    labels = labels.long()
+    """Cross-entropy of masked tokens, in float32: as `causal_lm_loss`, without a shift of the labels."""
+    labels = check_labels("labels", labels, logits.shape[:-1])
     count = (labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+    divisor: Any = at_least_one(count)  # the annotation of the loss allows no integers
     try:
-        return ForMaskedLMLoss(logits, labels, vocab_size, at_least_one(count), ignore_index, **kwargs)
+        return ForMaskedLMLoss(logits, labels, vocab_size, divisor, ignore_index, **kwargs)
     except IndexError as error:
         raise _out_of_range("labels", labels, vocab_size, ignore_index) from error
 
@@ -98,16 +100,16 @@ def sequence_classification_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     **kwargs,
 ) -> torch.Tensor:
-    """Transformers' loss of the config's `problem_type`, over `num_items_in_batch` where that is given.
+    """Transformers' loss of the config's `problem_type`, divided by `num_items_in_batch` if given.
 
     Args:
         labels (`torch.Tensor` of shape `[batch]` or `[batch, num_labels]`): classes, targets or indicators.
         pooled_logits (`torch.Tensor` of shape `[batch, num_labels]`).
-        config (`PreTrainedConfig`): whose `problem_type` is set to what the labels look like where it is `None`.
-        num_items_in_batch (`int`, *optional*): labels in all batches of one optimizer step.
+        config (`PreTrainedConfig`): its `problem_type` is inferred from the labels and set if it is `None`.
+        num_items_in_batch (`int`, *optional*): number of labels in all batches of one optimizer step.
 
     Raises:
-        TypeError, ValueError: for labels of another shape or kind, or (on a CPU) classes that there are not.
+        TypeError, ValueError: for labels of another shape or dtype, or (on a CPU) classes that do not exist.
     """
     batch, num_labels = pooled_logits.shape
     kind = config.problem_type
@@ -133,7 +135,7 @@ def sequence_classification_loss(
 
 
 def _out_of_range(name, labels, size, ignored):
-    """For what `cross_entropy` notices on a CPU; elsewhere reading a value would synchronize the device."""
+    """Error for an `IndexError` of `cross_entropy` on a CPU; on other devices reading a value would synchronize."""
     low, high = (int(x) for x in labels[labels != ignored].aminmax())
     return ValueError(f"`{name}` must be in [0, {size}) or {ignored}, got values from {low} to {high}.")
 

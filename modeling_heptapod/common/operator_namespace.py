@@ -1,15 +1,15 @@
-"""Namespaces of the operators that this package registers with torch."""
+"""Namespaces of operators that are registered with torch."""
 
 import hashlib
 
 
 def operator_namespace(module: str) -> str:
-    """Namespace for the operators of a module of this package, or of a copy of it that a saved folder brought.
+    """Namespace for the operators of a module of this package, or of a copy of it from a saved folder.
 
-    Each copy has its own: its code may be of another version than the package's, or than another folder's in the same process.
+    Each copy has its own namespace: one process may load several versions of the code.
 
     Args:
-        module (`str`): its `__name__`.
+        module (`str`): `__name__` of the module.
     """
     if module.startswith("modeling_heptapod."):
         return "heptapod"

@@ -1,4 +1,4 @@
-"""Several sequences packed into one row: which of them each token belongs to."""
+"""Several sequences packed into one row."""
 
 import torch
 from torch import nn
@@ -10,30 +10,30 @@ from .transformers_versions import CACHE
 
 def segment_ids(
     inputs_embeds: torch.Tensor,
-    mask: torch.BoolTensor | None,
+    mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     seq_idx: torch.Tensor | None,
     cu_seq_lens_q: torch.Tensor | None,
     past: int | list[int] | torch.Tensor | None = None,
-) -> torch.LongTensor | None:
-    """Which packed sequence each token belongs to, `[batch, seq]`, numbered from 0; `None` where no row holds two.
+) -> torch.Tensor | None:
+    """Packed sequence of each token, `[batch, seq]`, numbered from 0; `None` if no row holds several.
 
-    Equal values of `seq_idx` that do not touch are different sequences.
+    Equal values of `seq_idx` that are not adjacent are different sequences.
 
     Args:
         inputs_embeds (`torch.Tensor` of shape `[batch, seq, width]`).
-        mask (`torch.BoolTensor` of shape `[batch, seq]`, *optional*): which of these tokens are real.
-        position_ids (`torch.LongTensor` of shape `[1 or batch, seq]`, *optional*): where those of real tokens do not go
-            on by 1, or by the pads between, another sequence begins. Not looked at where one of the next two is given.
-        seq_idx (`torch.LongTensor` of shape `[batch, seq]`, *optional*): the answer itself.
-        cu_seq_lens_q (`torch.LongTensor` of shape `[sequences + 1]`, *optional*): boundaries in the one row.
-        past (`int`, `list[int]`, or `torch.LongTensor` of shape `[]` or `[batch]`, *optional*): tokens before these, where
-            a cache is continued.
+        mask (`torch.BoolTensor` of shape `[batch, seq]`, *optional*): mask of real tokens.
+        position_ids (`torch.LongTensor` of shape `[1 or batch, seq]`, *optional*): a sequence begins where positions of
+            real tokens do not increase by 1, or by 1 and the padding between. Ignored with one of the next two.
+        seq_idx (`torch.LongTensor` of shape `[batch, seq]`, *optional*): number of the sequence.
+        cu_seq_lens_q (`torch.LongTensor` of shape `[sequences + 1]`, *optional*): boundaries in a batch of one row.
+        past (`int`, `list[int]`, or `torch.LongTensor` of shape `[]` or `[batch]`, *optional*): number of tokens before
+            these in a cache.
 
     Raises:
-        TypeError: for what are no integers.
-        ValueError: for shapes that do not fit, boundaries that do not divide the row, `seq_idx` and `cu_seq_lens_q`
-            that differ, and packed rows in a pass that continues a cache.
+        TypeError: for other dtypes than integers.
+        ValueError: for wrong shapes, boundaries that do not divide the row, `seq_idx` and `cu_seq_lens_q` that
+            disagree, and packed rows in a pass that continues a cache.
     """
     batch, seq, _ = inputs_embeds.shape
     continues = past is not None
@@ -46,7 +46,9 @@ def segment_ids(
             raise ValueError(f"`seq_idx` must be [{batch}, {seq}], got {list(seq_idx.shape)}.")
         by_boundaries, name, runs = runs, "seq_idx", _number(seq_idx[:, 1:] != seq_idx[:, :-1])
         if by_boundaries is not None and not is_tracing(runs) and not torch.equal(runs, by_boundaries):
-            raise ValueError("`seq_idx` and `cu_seq_lens_q` must be of the same sequences, got different boundaries.")
+            raise ValueError(
+                "`seq_idx` and `cu_seq_lens_q` must describe the same sequences, got different boundaries."
+            )
     if runs is None:
         if position_ids is None or seq == 1 or (continues and is_tracing(position_ids)):
             return None
@@ -63,21 +65,21 @@ def segment_ids(
     if continues:
         raise ValueError(
             f"`{name}` packs several sequences into a row, but the pass continues `{CACHE}`, whose rows are one "
-            "sequence each: give what follows in a pass of its own."
+            "sequence each: pass each new sequence on its own."
         )
     return runs
 
 
 def next_positions(
-    runs: torch.LongTensor | None, mask: torch.BoolTensor | None, seq: int, past: int | torch.Tensor
-) -> torch.LongTensor:
-    """How many real tokens the last sequence of each row has after a pass, `[batch]`.
+    runs: torch.Tensor | None, mask: torch.Tensor | None, seq: int, past: int | torch.Tensor
+) -> int | torch.Tensor:
+    """Number of real tokens of the last sequence of each row after a pass, `[batch]`, or one number for all rows.
 
     Args:
-        runs (`torch.LongTensor` of shape `[batch, seq]`, *optional*): of `segment_ids`, where it gave any.
-        mask (`torch.BoolTensor` of shape `[batch, seq]`, *optional*): which of these tokens are real.
-        seq (`int`): new tokens.
-        past (`int`, or `torch.LongTensor` of shape `[]` or `[batch]`): real tokens before them.
+        runs (`torch.LongTensor` of shape `[batch, seq]`, *optional*): result of `segment_ids`.
+        mask (`torch.BoolTensor` of shape `[batch, seq]`, *optional*): mask of real tokens.
+        seq (`int`): number of new tokens.
+        past (`int`, or `torch.LongTensor` of shape `[]` or `[batch]`): number of real tokens before them.
     """
     if runs is None:
         return past + (seq if mask is None else mask.sum(1))
@@ -86,19 +88,19 @@ def next_positions(
     return ((runs == last_run(runs, mask)) & mask).sum(1)
 
 
-def last_run(runs: torch.LongTensor, mask: torch.BoolTensor) -> torch.LongTensor:
-    """The number of the last sequence of each row that has real tokens, `[batch, 1]`; -1 where none has."""
+def last_run(runs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Number of the last sequence with real tokens of each row, `[batch, 1]`; -1 for rows of padding."""
     return runs.masked_fill(~mask, -1).amax(1, keepdim=True)
 
 
 def _ends(runs, mask):
-    """The first and the last number that real tokens have, `[batch, 1]` each; of rows without any the first is higher."""
+    """First and last sequence number of real tokens, `[batch, 1]` each; the first is higher for rows of padding."""
     first = runs.masked_fill(~mask, runs.shape[1]).amin(1, keepdim=True)
     return first, last_run(runs, mask)
 
 
 def _number(changes):
-    """`[batch, seq - 1]`, whether a token is of another sequence than the one before it -> their numbers `[batch, seq]`."""
+    """Sequence numbers `[batch, seq]` from changes `[batch, seq - 1]` between neighbours."""
     return nn.functional.pad(changes, (1, 0)).long().cumsum(1)
 
 
@@ -106,7 +108,7 @@ def _runs_of_boundaries(boundaries, batch, seq, device):
     check_ids("cu_seq_lens_q", boundaries)
     if batch != 1 or boundaries.dim() != 1:
         raise ValueError(
-            "`cu_seq_lens_q` must be one-dimensional and needs one packed row, got shape "
+            "`cu_seq_lens_q` must be one-dimensional and needs a batch of one row, got shape "
             f"{list(boundaries.shape)} for a batch of {batch}."
         )
     if not is_tracing(boundaries):
@@ -126,12 +128,12 @@ def _runs_of_positions(positions, mask, batch):
     last_real = torch.where(mask, place, -1).cummax(1).values[:, :-1]  # before each token
     positions = positions.expand(batch, -1)
     steps = positions[:, 1:] - positions.gather(1, last_real.clamp_min(0))
-    goes_on = (steps == 1) | (steps == place[1:] - last_real)  # positions may count the pads between
+    goes_on = (steps == 1) | (steps == place[1:] - last_real)  # positions may count the padding between
     return _number(mask[:, 1:] & (last_real >= 0) & ~goes_on)
 
 
 def _check_start(positions, mask, past, batch):
-    """Raise a `ValueError` where a row that has a past begins at position 0."""
+    """Raise a `ValueError` if a row that continues a cache begins at position 0."""
     positions = positions.expand(batch, -1)
     at = positions[:, :1] if mask is None else positions.gather(1, mask.int().argmax(1, keepdim=True))
     begins = (at.squeeze(1) == 0) & (torch.as_tensor(past, device=at.device) > 0)
@@ -139,8 +141,8 @@ def _check_start(positions, mask, past, batch):
         begins = begins & mask.any(1)
     if begins.any():
         raise ValueError(
-            f"`position_ids` begin at 0 in a row that continues `{CACHE}`: a cached row is one sequence, and the "
-            "positions of new tokens follow those of its own. Give another sequence in a pass of its own."
+            f"`position_ids` begin at 0 in a row that continues `{CACHE}`: a cached row is one sequence, whose "
+            "positions continue. Pass another sequence on its own."
         )
 
 

@@ -1,4 +1,4 @@
-"""What the processors have in common: `ProcessorMixin`'s calling convention, for text alone, and special tokens."""
+"""Utilities of processors: `ProcessorMixin`'s calling convention for text alone, columns, special tokens."""
 
 import inspect
 from collections.abc import Sequence
@@ -9,20 +9,19 @@ from transformers.processing_utils import ProcessingKwargs, TextKwargs
 
 _OTHER_INPUTS = ("images", "videos", "audio")
 _OTHER_KWARGS = tuple(f"{modality}_kwargs" for modality in ("images", "videos", "audio"))
-# Said about every call, also where there is nothing that they could change.
+# Passed with every call; without effect for these processors.
 _WITHOUT_EFFECT = ("verbose", "return_text_replacement_offsets")
 _KNOWN = {*TextKwargs.__annotations__, *ProcessingKwargs.__annotations__} - {"text_kwargs", *_OTHER_KWARGS}
 
 
 def reads_text_only(call):
-    """Let a processor's `__call__` take what transformers' processors take beside its own arguments.
+    """Decorator of a processor's `__call__`: it accepts the arguments of transformers' processors beside its own.
 
-    Those are `text_kwargs` and `common_kwargs`, which hold arguments of the call; `images`, `videos` and `audio`, which
-    must be `None`, and their kwargs; options that the call does not have, where they are `None` or `False`.
+    These are `text_kwargs` and `common_kwargs`, dicts with arguments of the call; `images`, `videos` and `audio`, which
+    must be `None`, and their kwargs; options that the call does not support, if they are `None` or `False`.
 
     Raises:
-        TypeError: for other inputs than text, kwargs that are no dict, and for arguments that are not known or that the
-            call does not have.
+        TypeError: for other inputs than text, kwargs that are not a dict, and unknown or unsupported arguments.
         ValueError: for an argument that is given twice.
     """
     own = inspect.signature(call).parameters
@@ -47,7 +46,7 @@ def reads_text_only(call):
             if name in _KNOWN and (merged[name] is None or merged[name] is False or name in _WITHOUT_EFFECT):
                 del merged[name]
             else:
-                why = "does not have" if name in _KNOWN else "got an unexpected"
+                why = "does not support the" if name in _KNOWN else "got an unexpected"
                 raise TypeError(f"{type(self).__name__} {why} keyword argument `{name}`.")
         return call(self, text, *args, **merged)
 
@@ -55,26 +54,26 @@ def reads_text_only(call):
 
 
 def list_of_texts(text: str | Sequence[str]) -> list[str]:
-    """One text or several as a list. Raises a `TypeError` for what is no text, a `ValueError` for none at all."""
+    """One text or several as a list. Raises a `TypeError` for other types than text, a `ValueError` for an empty list."""
     texts = [text] if isinstance(text, str) else list(text) if isinstance(text, Sequence) else None
     if texts is None or not all(isinstance(text, str) for text in texts):
         raise TypeError("`text` must be a string or a sequence of strings.")
     if not texts:
-        raise ValueError("`text` must hold at least one text.")
+        raise ValueError("`text` must contain at least one text.")
     return texts
 
 
 def columns_of(features) -> dict[str, list]:
-    """Rows `[{name: value}]`, or columns `{name: values}` already, as columns of lists and numbers.
+    """Rows `[{name: value}]` or columns `{name: values}` as columns of lists and numbers.
 
     Raises:
-        TypeError: for what is neither.
-        ValueError: without rows, without `input_ids`, and where rows or columns do not agree.
+        TypeError: for other types.
+        ValueError: without rows, without `input_ids`, for rows with different names, and for columns of different lengths.
     """
     if isinstance(features, Sequence) and all(hasattr(row, "keys") for row in features):
         names = {tuple(sorted(row.keys())) for row in features}
         if len(names) > 1:
-            raise ValueError(f"`encoded_inputs` must be rows of the same names, got {sorted(names)}.")
+            raise ValueError(f"`encoded_inputs` must be rows with the same names, got {sorted(names)}.")
         features = {name: [row[name] for row in features] for name in (features[0].keys() if features else ())}
     elif not hasattr(features, "keys"):
         raise TypeError(f"`encoded_inputs` must be a list of dicts or a dict, got {type(features).__name__}.")
@@ -91,7 +90,7 @@ def columns_of(features) -> dict[str, list]:
 
 
 def special_token_ids(tokenizer) -> set[int]:
-    """Tokens that are no text, those included that were added as special ones and have no name."""
+    """Ids of special tokens, including those added as special without a name such as `bos_token`."""
     added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | set(tokenizer.all_special_ids)
 

@@ -1,10 +1,10 @@
-"""Options that were renamed: an old name raises an error with the new one, where it would be ignored otherwise.
+"""Renamed options: an old name raises an error that contains the new one.
 
-`PreTrainedConfig` keeps unknown fields as attributes, and `AutoConfig.from_pretrained(folder, name=...)` leaves unknown names
-out, so that a folder saved under old names would load with the defaults of the new ones.
+Without it a folder saved with old names would load with the defaults of the new ones: `PreTrainedConfig` keeps unknown
+fields as attributes, and `AutoConfig.from_pretrained(folder, name=...)` ignores unknown names.
 """
 
-# Of each model type, and of other objects that take options: old name -> new name.
+# Old name -> new name, by model type or other object with options.
 RENAMED_FIELDS = {
     "heptapod": {"border_distances": "use_absolute_position_embeddings", "window_size": "local_radius"},
     "hierarchical_lm": {"ff_mult": "mlp_ratio", "hierarchies": "compression_factors"},
@@ -26,7 +26,7 @@ RENAMED_VALUES = {
 
 
 def reject_renamed(owner: str, options: dict) -> None:
-    """Raise a `ValueError` with the new name for an option or a value under its old name.
+    """Raise a `ValueError` that contains the new name for an old name of an option or a value.
 
     Args:
         owner (`str`): a model type, `"heptapod generation"` or `"heptapod processor"`.
@@ -42,21 +42,21 @@ def reject_renamed(owner: str, options: dict) -> None:
 
 
 class RenamedFieldsMixin:
-    """Before `PreTrainedConfig`: rejects old names in constructors, saved folders and keywords of `from_pretrained`."""
+    """Mixin before `PreTrainedConfig`: rejects old names in constructors, saved folders and keywords of `from_pretrained`."""
 
     def __post_init__(self, **kwargs):
         reject_renamed(_model_type(type(self)), {**vars(self), **kwargs})
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[misc]
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As Transformers' own, which ignores unknown keywords."""
+        """Create a config from a dict; unlike the stock method, rejects old names in `kwargs`."""
         reject_renamed(_model_type(cls), kwargs)
-        return super().from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
 
 def _model_type(cls):
-    """The model type of the family, which a subclass may have replaced."""
+    """Model type of the family; a subclass may have another."""
     return next(base.model_type for base in cls.__mro__ if vars(base).get("model_type") in RENAMED_FIELDS)
 
 

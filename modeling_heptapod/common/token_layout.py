@@ -14,17 +14,17 @@ import torch
 
 @dataclass
 class TokenLayout:
-    """Where tokens go and where they came from.
+    """Mapping between tokens of the input and slots.
 
     Attributes:
-        take (`torch.LongTensor` of shape `[batch, slots]`): which token of the input each slot holds.
-        real (`torch.BoolTensor` of shape `[batch, slots]`): whether a slot holds one.
-        back (`torch.LongTensor` of shape `[batch, seq]`): the slot of each token of the input.
-        given (`torch.BoolTensor` of shape `[batch, seq]`): whether it is a token or a pad.
-        positions (`torch.LongTensor` of shape `[batch, slots]`, *optional*): place in its packed sequence; `None` where
-            a row is one sequence, whose slots are its positions.
-        segments (`torch.LongTensor` of shape `[batch, slots]`, *optional*): packed sequence, from 0; slots that hold no
-            token belong to the one before them.
+        take (`torch.LongTensor` of shape `[batch, slots]`): index in the input of the token in each slot.
+        real (`torch.BoolTensor` of shape `[batch, slots]`): whether a slot holds a token.
+        back (`torch.LongTensor` of shape `[batch, seq]`): slot of each token of the input.
+        given (`torch.BoolTensor` of shape `[batch, seq]`): whether an input is a token, not padding.
+        positions (`torch.LongTensor` of shape `[batch, slots]`, *optional*): position in the packed sequence; `None` if
+            each row is one sequence, whose slots are its positions.
+        segments (`torch.LongTensor` of shape `[batch, slots]`, *optional*): packed sequence, from 0; slots without a
+            token belong to the sequence before them.
     """
 
     take: torch.Tensor
@@ -40,12 +40,12 @@ class TokenLayout:
         return torch.where(self.real.unsqueeze(-1), taken, torch.zeros((), dtype=x.dtype, device=x.device))
 
     def restore(self, x: torch.Tensor) -> torch.Tensor:
-        """`[batch, slots, width]` -> `[batch, seq, width]`, zero at pads."""
+        """`[batch, slots, width]` -> `[batch, seq, width]`, zero at padding."""
         taken = x.gather(1, self.back.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         return torch.where(self.given.unsqueeze(-1), taken, torch.zeros((), dtype=x.dtype, device=x.device))
 
     def to(self, device: torch.device) -> "TokenLayout":
-        """The same on another device: where layers are spread over devices, accelerate asks it of their arguments."""
+        """Layout on another device; accelerate calls it on arguments of layers that are on several devices."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: x.to(device) for name, x in tensors.items() if x is not None})
 
@@ -54,7 +54,7 @@ def pad_layout(mask: torch.Tensor) -> TokenLayout:
     """Layout of padded rows.
 
     Args:
-        mask (`torch.BoolTensor` of shape `[batch, seq]`): which tokens are real; pads may be anywhere.
+        mask (`torch.BoolTensor` of shape `[batch, seq]`): mask of real tokens; padding may be anywhere.
     """
     return _layout(mask, (mask.long().cumsum(1) - 1).clamp_min(0), mask.shape[1])
 
@@ -63,10 +63,10 @@ def packed_layout(segments: torch.Tensor, mask: torch.Tensor | None, factor: int
     """Layout of packed rows.
 
     Args:
-        segments (`torch.LongTensor` of shape `[batch, seq]`): which sequence each token belongs to. Equal values that do
-            not touch are different sequences.
-        mask (`torch.BoolTensor` of shape `[batch, seq]`, *optional*): which tokens are real.
-        factor (`int`): sequences begin at multiples of it, at least `factor - 1` slots after the last one's end.
+        segments (`torch.LongTensor` of shape `[batch, seq]`): sequence of each token. Equal values that are not adjacent
+            are different sequences.
+        mask (`torch.BoolTensor` of shape `[batch, seq]`, *optional*): mask of real tokens.
+        factor (`int`): sequences begin at multiples of it, at least `factor - 1` slots after the end of the one before.
     """
     mask = torch.ones_like(segments, dtype=torch.bool) if mask is None else mask
     changes = torch.nn.functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
@@ -80,7 +80,7 @@ def packed_layout(segments: torch.Tensor, mask: torch.Tensor | None, factor: int
     position = (count - 1 - before).clamp_min(0)
     slots = int(room.sum(1).max())
     layout = _layout(mask, starts.gather(1, segments) + position, slots)
-    # The last sequence to begin at or before a slot; empty ones take no slots that others do not share.
+    # The last sequence that begins at or before a slot; empty ones share their start with the next.
     places = torch.arange(slots, device=segments.device).expand(segments.shape[0], -1).contiguous()
     layout.segments = torch.searchsorted(starts.contiguous(), places, right=True) - 1
     layout.positions = places - starts.gather(1, layout.segments)
@@ -88,7 +88,7 @@ def packed_layout(segments: torch.Tensor, mask: torch.Tensor | None, factor: int
 
 
 def _layout(mask, slot, slots):
-    """From the slot of each token; pads go to one more, which is cut off."""
+    """Layout from the slot of each token; padding goes to an extra slot, which is removed."""
     batch, seq = mask.shape
     to = torch.where(mask, slot, slots)
     take = torch.zeros(batch, slots + 1, dtype=torch.long, device=mask.device)

@@ -1,45 +1,46 @@
-"""Which versions of Transformers this package was tested with, and everything that differs between them.
+"""Supported versions of Transformers, and all code that depends on the version.
 
-No other module asks for a version. Each part says which versions it is for, so that it can go with the last of them.
+No other module reads the version. Each part names the versions that need it, so that it can be removed with them.
 """
 
 import functools
 import inspect
+from typing import Any
 
 import torch
 import transformers
 from packaging.version import Version
 
 
-# Minor versions, both included. Of each, the newest patch was tested.
+# Minor versions, both included, each tested with its newest patch.
 OLDEST, NEWEST = (5, 17), (5, 24)
 
 
 def check_version(installed: str) -> None:
-    """Raise an `ImportError` where `installed`, a version of Transformers, was not tested."""
+    """Raise an `ImportError` if `installed`, a version of Transformers, is not supported."""
     if not OLDEST <= Version(installed).release[:2] <= NEWEST:
         window = f">={OLDEST[0]}.{OLDEST[1]},<{NEWEST[0]}.{NEWEST[1] + 1}"
         raise ImportError(
             f"Heptapod is tested with transformers{window}, but {installed} is installed, with which models could compute "
-            f'something else without an error: `pip install "transformers{window}"`, or another version of Heptapod.'
+            f'wrong results without an error: `pip install "transformers{window}"`, or another version of Heptapod.'
         )
 
 
 check_version(transformers.__version__)
 
-# 5.24 renamed the argument `past_key_values` to `cache`, and so the field of outputs and what `generate` hands around. Our
-# functions are written with the old name; these give all of them the name of the installed version, and accept the other.
+# 5.24 renamed `past_key_values` to `cache` as an argument, as a field of outputs and within `generate`. Our functions use the
+# old name in their source; the decorators below give them the name of the installed version, and accept the other.
 CACHE = "cache" if Version(transformers.__version__).release >= (5, 24) else "past_key_values"
 
-# Before 5.20 a generation config that is loaded is told the commit it comes from.
+# Before 5.20 loaded generation configs have the commit they come from.
 GENERATION_METADATA = ("_commit_hash",)
 
 
 def with_cache_argument(function):
-    """Decorator of a function with an argument `past_key_values`: it takes `cache` as well, and shows the name `CACHE`.
+    """Decorator of a function with an argument `past_key_values`: also accepts `cache`; the signature shows `CACHE`.
 
     Raises:
-        ValueError: where the function is called with both.
+        ValueError: if the function is called with both.
     """
 
     @functools.wraps(function)
@@ -47,7 +48,7 @@ def with_cache_argument(function):
         if "cache" in kwargs:
             cache = kwargs.pop("cache")
             if cache is not None and kwargs.get("past_key_values") is not None:
-                raise ValueError("`cache` and `past_key_values` are two names of one argument: give one of them.")
+                raise ValueError("`cache` and `past_key_values` are two names of one argument: pass only one of them.")
             if cache is not None:
                 kwargs["past_key_values"] = cache
         return function(*args, **kwargs)
@@ -57,14 +58,14 @@ def with_cache_argument(function):
         parameter.replace(name=CACHE) if name == "past_key_values" else parameter
         for name, parameter in signature.parameters.items()
     ]
-    wrapper.__signature__ = signature.replace(parameters=shown)
+    wrapper.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
     return wrapper
 
 
 def with_cache_field(output_class):
-    """Decorator of an output with a field `past_key_values`, below `@dataclass`: the field is called `CACHE`.
+    """Decorator, below `@dataclass`, of an output with a field `past_key_values`: renames the field to `CACHE`.
 
-    The other name reads it: up to 5.23 this is a property added here, from 5.24 on `ModelOutput` has one.
+    The other name is a property: added here up to 5.23, one of `ModelOutput` from 5.24 on.
     """
     if CACHE == "past_key_values":
         output_class.cache = property(lambda self: self.past_key_values)
@@ -80,44 +81,46 @@ def with_cache_field(output_class):
 
 
 def checkpoints_layers(model) -> bool:
-    """Whether a forward pass of a base model checkpoints its layers, which get no cache then: from 5.24 on only where gradients are."""
+    """Whether a forward pass of a base model checkpoints its layers, which get no cache then; from 5.24 on only with gradients."""
     return model.training and model.gradient_checkpointing and (CACHE != "cache" or torch.is_grad_enabled())
 
 
 class CacheVersionsMixin:
-    """Before a cache class that counts the tokens it has seen: what differs in stock caches."""
+    """Mixin before a cache class that counts its tokens: differences between versions of stock caches."""
+
+    layers: list[Any]
 
     @property
     def is_linear(self) -> list[bool]:
-        """From 5.24 on `generate` takes a cache of linear layers alone for one that cannot say how many tokens it has seen,
-        and hands all of them over once more; this one can say.
+        """`False` for each layer: from 5.24 on `generate` assumes that caches of linear layers alone cannot count their
+        tokens, and passes all tokens again.
         """
         return [False] * len(self.layers)
 
     def reset(self) -> None:
-        """In 5.17, no longer in 5.20, stock layers that grow keep keys of zeros, and append new ones to them."""
+        """Empty the cache. In 5.17, no longer in 5.20, growing stock layers keep keys of zeros and append to them."""
         for layer in self.layers:
             if getattr(layer, "is_initialized", False) and not layer.is_compileable:
                 layer.keys = layer.values = None
                 layer.is_initialized = False
-        super().reset()
+        super().reset()  # type: ignore[misc]
 
-    # Stock caches have the next two from 5.21 on, the same.
+    # Equal to those of stock caches from 5.21 on.
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        """A conv state of a layer, `None` before the first is written."""
+        """Conv state of a layer, `None` before it is first written."""
         layer = self.layers[layer_idx]
         return layer.conv_states[state_idx] if layer.has_previous_state[state_idx] else None
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        """A recurrent state of a layer, `None` before the first is written."""
+        """Recurrent state of a layer, `None` before it is first written."""
         layer = self.layers[layer_idx]
         return layer.recurrent_states[state_idx] if layer.has_previous_state[state_idx] else None
 
 
 class OldCacheNameMixin:
-    """Before `GenerationMixin`: inputs that are prepared for a forward pass, which takes both names, have the cache by its old one.
+    """Mixin before `GenerationMixin`: prepared inputs contain the cache under its old name, which forward accepts as well.
 
-    From 5.24 on peft, up to 0.21, finds no cache by the new name, and puts virtual tokens before every token of a text.
+    With 5.24 peft, up to 0.21, finds no cache under the new name, and prepends virtual tokens to every token.
     """
 
     @with_cache_argument
@@ -131,9 +134,9 @@ class OldCacheNameMixin:
         is_first_iteration: bool | None = False,
         **kwargs,
     ):
-        """As the stock method, in whose signature `generate` looks for what it may hand over."""
+        """Same as the stock method, whose signature `generate` inspects."""
         given = {CACHE: past_key_values, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
-        inputs = super().prepare_inputs_for_generation(
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, next_sequence_length, is_first_iteration=is_first_iteration, **given, **kwargs
         )
         if "cache" in inputs:
@@ -142,18 +145,18 @@ class OldCacheNameMixin:
 
 
 def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The positions that logits are wanted of, as `transformers.modeling_utils.slice_logits_to_keep`, which is there from 5.23 on.
+    """Select positions for logits, as `transformers.modeling_utils.slice_logits_to_keep` does from 5.23 on.
 
     Args:
         hidden_states (`torch.Tensor` of shape `[batch, seq, channels]`).
-        logits_to_keep (`int` or `torch.Tensor`): so many of the last ones (0: all), the positions `[positions]` of every row or
-            `[batch, positions]` of each, or a mask `[batch, seq]`.
+        logits_to_keep (`int` or `torch.Tensor`): number of last positions (0 for all), positions `[positions]` for all
+            rows or `[batch, positions]` for each, or a mask `[batch, seq]`.
 
     Returns:
         `torch.Tensor` of shape `[batch, positions, channels]`, for a mask `[kept, channels]`.
 
     Raises:
-        TypeError, ValueError: for a negative number, and for what is neither a number nor a tensor of positions.
+        TypeError, ValueError: for a negative number, and for other types.
     """
     if isinstance(logits_to_keep, int):
         if logits_to_keep < 0:

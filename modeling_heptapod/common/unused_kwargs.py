@@ -1,33 +1,33 @@
-"""Keyword arguments of a forward pass that nothing reads: `**kwargs` must not swallow what would have changed the result."""
+"""Unused keyword arguments of a forward pass, which `**kwargs` must not hide."""
 
 from typing import Any
 
 from transformers.utils import logging
 
-from .transformers_versions import check_version  # noqa: F401  (all families come here: saved folders, too, refuse untested versions)
+from .transformers_versions import check_version  # noqa: F401  (every family imports this module: saved folders check the version, too)
 
 
 logger = logging.get_logger(__name__)
 
-# Read by the loss of heads and by decorators, so that a base model need not look at them; a model without a cache gets `use_cache`
-# from decorators where somebody has put it into its config.
+# Used by losses and decorators, so that a base model may ignore them. Decorators pass `use_cache` to a model without a cache if
+# its config has such a field.
 _READ_ELSEWHERE = ("num_items_in_batch", "output_hidden_states", "use_cache")
-# Read by `generate` itself (`stop_strings`), which hands them on to each forward pass.
+# Used by `generate` itself (`stop_strings`), which passes them to each forward pass.
 _OF_GENERATE = ("tokenizer", "assistant_tokenizer")
-# Come with `cu_seq_lens_q`, and say nothing more.
+# Given with `cu_seq_lens_q`, without further information.
 _WITH_CU_SEQ_LENS_Q = ("cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def pop_kwargs(kwargs: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Those of `names` that are in `kwargs`, removed from it: what a loss reads and the base model must not get."""
+    """Remove `names` from `kwargs` and return those that were there: arguments of a loss that the base model must not get."""
     return {name: kwargs.pop(name) for name in names if name in kwargs}
 
 
 def reject_unused_kwargs(model, kwargs: dict[str, Any], cu_seq_lens_q=None) -> None:
-    """Raise a `TypeError` for arguments left over in `kwargs`, of which `model.forward` makes no use.
+    """Raise a `TypeError` for arguments in `kwargs` that `model.forward` does not use.
 
-    `None` asks for nothing, nor does `False` for an output. `token_type_ids`, which many tokenizers give unasked, are
-    only warned of.
+    `None` is accepted for any argument, and `False` for outputs. `token_type_ids`, which many tokenizers return by
+    default, only cause a warning.
     """
     unread = []
     for name, value in kwargs.items():
@@ -41,7 +41,7 @@ def reject_unused_kwargs(model, kwargs: dict[str, Any], cu_seq_lens_q=None) -> N
             unread.append(name)
     if unread:
         raise TypeError(
-            f"{type(model).__name__} got arguments that it does not know: {', '.join(f'`{name}`' for name in unread)}."
+            f"{type(model).__name__} got unexpected arguments: {', '.join(f'`{name}`' for name in unread)}."
         )
 
 

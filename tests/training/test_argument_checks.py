@@ -396,3 +396,11 @@ def test_arguments_that_trainer_would_take_are_named(name, value, tmp_path):
     setattr(args, name, value)
     with pytest.raises(ValueError, match=f"--{name} must be .*, got {value}"):
         check_training_arguments(args)
+
+
+def test_scripts_do_not_show_warnings_of_torchao():
+    """Transformers imports it where it is installed, for quantized weights."""
+    pytest.importorskip("torchao")
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import argument_checks, transformers.integrations.torchao"
+    done = subprocess.run([sys.executable, "-c", code, str(SCRIPTS)], capture_output=True, text=True)
+    assert done.returncode == 0 and "Failed to load" not in done.stderr and "pytree" not in done.stderr, done.stderr
