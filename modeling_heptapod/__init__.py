@@ -37,7 +37,7 @@ _MODULE_OF = {
     "DecisionTreeAxis": "multigrid.decision_tree_axis",
     "GoldTagAxis": "multigrid.text_axes",
     "HeptapodForMaskedLM": "heptapod.modeling_heptapod",
-    "HeptapodGenerationConfig": "heptapod.generation_heptapod",
+    "HeptapodGenerationConfig": "heptapod.generation_config_heptapod",
     "HeptapodGenerationMixin": "heptapod.generation_heptapod",
     "HeptapodModel": "heptapod.modeling_heptapod",
     "HeptapodPreTrainedModel": "heptapod.modeling_heptapod",
