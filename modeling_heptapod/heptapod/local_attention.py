@@ -32,11 +32,6 @@ _DENSE_HALOS = 4
 _DENSE_LIMIT = 4096
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The specification
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def naive_local_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -68,11 +63,6 @@ def naive_local_attention(
                 logits, values = logits.masked_fill(~real & some, -math.inf), values * some.unsqueeze(-1)
             out.append(torch.einsum("bhn,bhnc->bhc", logits.softmax(-1), values))
     return torch.stack(out, dim=2).unflatten(2, (height, width))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Strips of rows
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _visible(height, width, radius, dilation, padding_mask, device, queries=slice(None), keys=slice(None)):
@@ -202,11 +192,6 @@ def attention_weights(
         logits = logits.masked_fill(~visible, MASKED_LOGIT)
     weights = logits.softmax(-1)
     return (weights if visible is None else weights * visible.any(-1, keepdim=True)).to(q.dtype)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The operator
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def local_attention(

@@ -1,6 +1,6 @@
 """The training objective of the grid, masked diffusion (MDLM, arXiv 2406.07524), and the bound that it estimates.
 
-Read in this order: the labels, the masks, the losses, the bound of a page.
+In this order: labels, masks, losses, the bound of a page.
 """
 
 import zlib
@@ -21,24 +21,13 @@ logger = logging.get_logger(__name__)
 DIRECTIONS = ((-1, 0), (1, 0), (0, -1), (0, 1))  # of the neighbour loss: above, below, left, right
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Labels
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def prepare_labels(
     labels: torch.LongTensor, shape: tuple[int, ...], attention_mask: torch.Tensor | None, config
 ) -> torch.LongTensor:
-    """Labels with `-100` at padding.
-
-    Args:
-        labels (`torch.LongTensor` of shape `shape`): the clean page, `-100` at cells that the loss leaves out.
-        shape (`tuple`): leading shape of the page, `[batch, height, width]` or `[batch, cells]`.
-        attention_mask (`torch.Tensor` of shape `shape`, *optional*): 0 at padding.
-        config ([`HeptapodConfig`]): its special tokens and vocabulary.
+    """Labels of a page of `shape` with `-100` at padding.
 
     Raises:
-        TypeError: for labels that are no integers.
+        TypeError: for labels that are not integers.
         ValueError: for another shape, ids outside of the vocabulary, or a config without a mask token.
     """
     if config.mask_token_id is None:
@@ -79,11 +68,6 @@ def warn_if_padding_was_counted(given: torch.LongTensor, labels: torch.LongTenso
             "`labels` include padding, which is left out of the loss but was counted in `num_items_in_batch`: the loss is "
             f"too small. Set it to {IGNORE_INDEX}, as `HeptapodProcessor(..., return_labels=True)` does."
         )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Masks
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def sample_mask(
@@ -152,11 +136,6 @@ def choose_cells(
     return chosen.view(candidates.shape) & candidates
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def token_nll(logits: torch.Tensor, labels: torch.Tensor, excluded: list[int]) -> torch.Tensor:
     """Negative log-likelihood of each cell's label, in float32 at least.
 
@@ -215,13 +194,8 @@ def neighbor_loss(
 ) -> torch.Tensor:
     """`masked_diffusion_loss` of predictions from the four neighbours of each masked cell, the mean over directions.
 
-    Args:
-        hidden_states (`torch.Tensor` of shape `[batch, ..., hidden_size]`): of the last layer.
-        projections (`nn.Module` for each of `DIRECTIONS`): from a cell's hidden state to that of its neighbour.
-        lm_head (`nn.Module`): from hidden states to logits.
-        grid_size (`tuple`): height and width.
-        attention_mask (`torch.Tensor` of shape `[batch, ...]`, *optional*): 0 at padding, which predicts nothing.
-        labels, masked, mask_ratio, excluded, num_items_in_batch: as in `masked_diffusion_loss`.
+    `projections`, one for each of `DIRECTIONS`, map a cell's hidden state to that of its neighbour. Padding predicts
+    nothing. The other arguments are those of `masked_diffusion_loss`.
     """
     grid = labels.shape[0], *grid_size
     states, real = hidden_states.view(*grid, -1), attention_mask
@@ -250,11 +224,6 @@ def _count(labels, num_items_in_batch, device):
     return count.to(device) if torch.is_tensor(count) else count
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The bound
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 class ElboEstimate(NamedTuple):
     """Estimates of an upper bound of `-log p(page)`, see `HeptapodForMaskedLM.elbo`.
 
@@ -274,14 +243,9 @@ def estimate_elbo(
     excluded: list[int],
     generator: torch.Generator | None = None,
 ) -> ElboEstimate:
-    """Estimates the negative ELBO by samples that are stratified by the number of masked cells, two of each stratum.
+    """The estimate of `HeptapodForMaskedLM.elbo`, stratified by the number of masked cells, two samples of each stratum.
 
-    Args:
-        predict: from the masked cells, a `torch.BoolTensor` of the shape of `labels`, to logits `[batch, ..., vocab]`.
-        labels (`torch.LongTensor` of shape `[batch, ...]`): `-100` at cells that are never masked.
-        num_samples (`int`): an even number.
-        excluded (`list[int]`): tokens that are never generated and get no probability.
-        generator (`torch.Generator`, *optional*): on the device of `labels`.
+    `predict` gives logits `[batch, ..., vocab]` for masked cells, a `torch.BoolTensor` of the shape of `labels`.
     """
     count = (labels != IGNORE_INDEX).flatten(1).sum(1)
     strata = num_samples // 2
@@ -295,20 +259,3 @@ def estimate_elbo(
     pairs = torch.stack(samples).unflatten(0, (strata, 2))  # [strata, 2, batch]
     error = (pairs[:, 0] - pairs[:, 1]).square().sum(0).sqrt() / (2 * strata)
     return ElboEstimate(pairs.mean((0, 1)), error)
-
-
-__all__ = [
-    "DIRECTIONS",
-    "ElboEstimate",
-    "check_clean",
-    "choose_cells",
-    "estimate_elbo",
-    "masked_diffusion_loss",
-    "neighbor_loss",
-    "prepare_labels",
-    "rank_and_num_ranks",
-    "sample_eval_masks",
-    "sample_mask",
-    "token_nll",
-    "warn_if_padding_was_counted",
-]

@@ -239,7 +239,7 @@ class HeptapodModel(HeptapodPreTrainedModel):
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
             positions = self.embed_positions(grid_size, inputs_embeds, padding_mask)
-            hidden_states = hidden_states + positions.expand(len(inputs_embeds), -1, -1).reshape_as(inputs_embeds)
+            hidden_states = hidden_states + positions.expand(inputs_embeds.shape[0], -1, -1).reshape_as(inputs_embeds)
         if padding_mask is not None:
             hidden_states = apply_mask_to_padding_states(hidden_states, padding_mask.view(hidden_states.shape[:-1]))
         hidden_states = self.dropout(hidden_states)

@@ -6,13 +6,7 @@ from transformers.utils.import_utils import is_tracing
 
 
 def check_page(name: str, tensor: torch.Tensor, channels: int | None = None) -> None:
-    """Raises a `ValueError` unless a tensor is a batch of pages, `[batch, height, width]` or `[batch, cells]`.
-
-    Args:
-        name (`str`): for the message.
-        tensor (`torch.Tensor`).
-        channels (`int`, *optional*): size of one more dimension.
-    """
+    """Raises a `ValueError` unless a tensor is `[batch, height, width]` or `[batch, cells]`, with `channels` last if given."""
     last = [] if channels is None else [channels]
     shape = list(tensor.shape)
     if len(shape) - len(last) not in (2, 3) or 0 in shape or shape[len(shape) - len(last) :] != last:
@@ -25,12 +19,7 @@ def check_page(name: str, tensor: torch.Tensor, channels: int | None = None) -> 
 def page_size(
     shape: tuple[int, ...], grid_size: tuple[int, int] | None, default: tuple[int, int] | None
 ) -> tuple[int, int]:
-    """Height and width of a page.
-
-    Args:
-        shape (`tuple`): leading shape of an input, `[batch, height, width]` or `[batch, cells]`.
-        grid_size (`tuple`, *optional*): as given in the call.
-        default (`tuple`, *optional*): for flat pages when `grid_size` is not given.
+    """Height and width of a page of `shape`, `[batch, height, width]` or `[batch, cells]`.
 
     Raises:
         ValueError: if the size of a flat page is not given, or `grid_size` does not fit.
@@ -61,11 +50,7 @@ def _is_grid_size(grid_size):
 def make_padding_mask(
     attention_mask: torch.Tensor | None, shape: tuple[int, ...], grid_size: tuple[int, int]
 ) -> torch.BoolTensor | None:
-    """`attention_mask` as booleans `[batch, height, width]`, or `None` without padding.
-
-    Raises:
-        ValueError: if `attention_mask` is not of `shape`.
-    """
+    """`attention_mask` as booleans `[batch, height, width]`, or `None` without padding."""
     check_shape("attention_mask", attention_mask, shape)
     if attention_mask is None or (not is_tracing(attention_mask) and attention_mask.all()):
         return None
@@ -73,13 +58,7 @@ def make_padding_mask(
 
 
 def make_global_mask(config, padding_mask: torch.BoolTensor | None, inputs_embeds: torch.Tensor):
-    """Padding mask of heads that attend to the whole page, in the form that the attention implementation takes.
-
-    Args:
-        config ([`HeptapodConfig`]): with the attention implementation.
-        padding_mask (`torch.BoolTensor` of shape `[batch, height, width]`, *optional*).
-        inputs_embeds (`torch.Tensor` of shape `[batch, ..., hidden_size]`).
-    """
+    """Padding mask of heads that attend to the whole page, in the form that the attention implementation takes."""
     if padding_mask is None or config._attn_implementation == "eager":
         return None
     mask = padding_mask.flatten(1)
@@ -106,14 +85,3 @@ def check_vocabulary(name: str, ids: torch.Tensor, vocab_size: int) -> None:
         low, high = (int(x) for x in ids.aminmax())
         if low < 0 or high >= vocab_size:
             raise ValueError(f"`{name}` must be in [0, {vocab_size}), got values from {low} to {high}.")
-
-
-__all__ = [
-    "check_page",
-    "check_shape",
-    "check_vocabulary",
-    "make_global_mask",
-    "make_padding_mask",
-    "page_size",
-    "values_are_readable",
-]
