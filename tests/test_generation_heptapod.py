@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from functools import partial
 
 import pytest
@@ -20,19 +21,20 @@ from transformers.generation import RepetitionPenaltyLogitsProcessor
 from transformers.modeling_outputs import MaskedLMOutput
 
 from modeling_heptapod import HeptapodForMaskedLM
-from modeling_heptapod.heptapod.generation_heptapod import (
-    HeptapodGenerateOutput,
-    HeptapodGenerationConfig,
-    HeptapodGenerationMixin,
-    _within_entropy_bound,
+from modeling_heptapod.heptapod.generation_config_heptapod import DEFAULTS, HeptapodGenerationConfig
+from modeling_heptapod.heptapod.generation_heptapod import HeptapodGenerateOutput, HeptapodGenerationMixin
+from modeling_heptapod.heptapod.samplers import (
+    MASK_SCHEDULES,
+    SAMPLERS,
+    Sampler,
     num_masked_after,
+    within_entropy_bound,
 )
 from tests.reference.grid_generation import schedule_left, write_page
 from tests.tiny_heptapod import VARIANTS, random_page, tiny_heptapod
 
 
 MASK, PAD, SYMBOLS = 7, 8, 7
-SAMPLERS = ["confidence", "entropy_bound", "random", "raster"]
 EVERY_SAMPLER = pytest.mark.parametrize("sampler", SAMPLERS)
 
 
@@ -143,9 +145,9 @@ def test_a_page_without_open_cells_comes_back_without_a_call(sampler):
 def test_entropies_add_up_to_the_bound_and_no_further():
     entropy = torch.tensor([[1.0, 0.5, 1.5, 9.0], [4.0, 5.0, 6.0, 7.0]])
     is_masked = torch.tensor([[True, True, True, False], [False, True, True, True]])
-    chosen = _within_entropy_bound(entropy, is_masked, 3.0)
+    chosen = within_entropy_bound(entropy, is_masked, 3.0)
     assert chosen.tolist() == [[True, True, True, False], [False, True, False, False]]
-    assert _within_entropy_bound(entropy, is_masked, 2.9)[0].tolist() == [True, True, False, False]
+    assert within_entropy_bound(entropy, is_masked, 2.9)[0].tolist() == [True, True, False, False]
 
 
 def test_counts_by_hand():
@@ -157,7 +159,7 @@ def test_counts_by_hand():
     assert open_after("linear") == [[12, 2], [8, 1], [4, 0], [0, 0]]
 
 
-@pytest.mark.parametrize("mask_schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("mask_schedule", MASK_SCHEDULES)
 @pytest.mark.parametrize("max_denoising_steps", [1, 2, 3, 6, 7, 32])
 def test_counts_fall_to_zero_in_the_iterations_given(mask_schedule, max_denoising_steps):
     num_masked = torch.arange(1, 200)
@@ -175,7 +177,7 @@ def test_counts_fall_to_zero_in_the_iterations_given(mask_schedule, max_denoisin
             assert written[:steps, row].max() - written[:steps, row].min() <= 1
 
 
-@pytest.mark.parametrize("mask_schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("mask_schedule", MASK_SCHEDULES)
 @pytest.mark.parametrize("sampler", ["confidence", "random"])
 def test_each_row_has_counts_of_its_own(sampler, mask_schedule):
     model, pages = stub(), prompts()
@@ -327,7 +329,7 @@ def draw_pages(model, number=30000, **options):
     return model.generate(pages, do_sample=True, seed=5, **options)
 
 
-@pytest.mark.parametrize("mask_schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("mask_schedule", MASK_SCHEDULES)
 def test_samples_at_one_cell_an_iteration_are_the_models_own_distribution(mask_schedule):
     model = tiny_stub()
     raster = enumerate_pages(model, range(4))
@@ -453,7 +455,7 @@ def test_cells_off_the_page_are_never_written(sampler):
 def test_pads_without_a_mask_are_an_error():
     pages = prompts()
     pages[0, 3] = PAD
-    with pytest.raises(ValueError, match=f"pad token {PAD}.*attention_mask"):
+    with pytest.raises(ValueError, match=f"padding token {PAD}.*attention_mask"):
         stub().generate(pages)
     assert stub(pad_token_id=None).generate(pages).shape == pages.shape
 
@@ -846,6 +848,42 @@ def test_bad_options_are_named(options, message):
         HeptapodGenerationConfig(**options)
     with pytest.raises(ValueError, match=message):
         stub().generate(prompts(), **options)
+
+
+@pytest.mark.parametrize("option", DEFAULTS)
+def test_every_option_has_a_default_and_a_check(option):
+    default = DEFAULTS[option]
+    assert getattr(HeptapodGenerationConfig(**{option: default}), option) == default
+    assert HeptapodGenerationConfig(**{option: None}) == HeptapodGenerationConfig()
+    for wrong in ([1], "unknown", -1):
+        with pytest.raises(ValueError, match=f"`{option}` must .*{re.escape(repr(wrong))}"):
+            HeptapodGenerationConfig(**{option: wrong})
+
+
+def test_a_new_sampler_is_an_entry_of_the_table(monkeypatch):
+    class Last(Sampler):
+        def choose(self, is_masked, rows, step, prediction):
+            return is_masked & (is_masked.flip(1).cumsum(1).flip(1) == 1)
+
+    with pytest.raises(ValueError, match="`sampler` must be one of .*'last'"):
+        stub().generate(prompts(), sampler="last")
+    monkeypatch.setitem(SAMPLERS, "last", Last)
+    pages = prompts()
+    out = details(stub(), pages, sampler="last")
+    for row, page in enumerate(pages):
+        at = out.unmask_step[row][page == MASK]
+        assert at.tolist() == list(range(len(at)))[::-1]
+
+
+def test_a_new_mask_schedule_is_an_entry_of_the_table(monkeypatch):
+    with pytest.raises(ValueError, match="`mask_schedule` must be one of .*'late'"):
+        stub().generate(prompts(), mask_schedule="late")
+    monkeypatch.setitem(MASK_SCHEDULES, "late", lambda num_masked, done, last: num_masked)
+    num_masked = torch.tensor([9, 2, 0])
+    left = [num_masked_after(step, num_masked, 4, "late").tolist() for step in range(4)]
+    assert left == [[8, 1, 0], [7, 0, 0], [6, 0, 0], [0, 0, 0]]  # one token a step at least, all in the last one
+    out = details(stub(), torch.full((1, 3, 3), MASK), mask_schedule="late", max_denoising_steps=4)
+    assert out.unmask_step.flatten().sort().values.tolist() == [0, 1, 2, *[3] * 6]
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,9 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_heptapod.heptapod import local_attention as operator
-from modeling_heptapod.heptapod.local_attention import (
-    attention_weights,
-    grid_rotary,
-    local_attention,
-    naive_local_attention,
-    rotate,
-)
+from modeling_heptapod.heptapod import tiled_attention as tiles
+from modeling_heptapod.heptapod.grid_positions import grid_rotary, rotate
+from modeling_heptapod.heptapod.local_attention import attention_weights, local_attention, naive_local_attention
 
 
 GRIDS = [(1, 1), (1, 17), (13, 7), (32, 32)]
@@ -27,7 +23,7 @@ def tiled(monkeypatch):
     """No grid is small enough to be taken by rows, and no step holds more than a few tiles."""
     monkeypatch.setattr(operator, "_DENSE_CELLS", 0)
     monkeypatch.setattr(operator, "_DENSE_LIMIT", 0)
-    monkeypatch.setattr(operator, "_CPU_STEP", 4000)
+    monkeypatch.setattr(tiles, "_CPU_STEP", 4000)
 
 
 def make_inputs(height, width, batch=2, heads=2, head_dim=4, dtype=torch.float64, share_real=0.7):
@@ -101,7 +97,7 @@ def test_strips_of_rows(case, padded):
 
 @pytest.mark.parametrize("step", [1, 10_000, 30_000, 2**30])
 def test_steps_of_any_size(step, monkeypatch):
-    monkeypatch.setattr(operator, "_CPU_STEP", step)
+    monkeypatch.setattr(tiles, "_CPU_STEP", step)
     check_against_naive(18, 19, 2, 1, padded=True, batch=3, dtypes=[torch.float64])
 
 
@@ -307,7 +303,7 @@ def test_no_tensor_grows_faster_than_the_grid(padded, dilation):
         with Largest() as largest:
             with_gradients(lambda *qkv, rest=arguments: local_attention(*qkv, *rest), q, k, v, grad)
         # Inputs with their halos, or what one step works with.
-        assert largest.bytes <= max(1.7 * q.nbytes, 4 * operator._CPU_STEP)
+        assert largest.bytes <= max(1.7 * q.nbytes, 4 * tiles._CPU_STEP)
 
 
 def bytes_held(function):
@@ -350,7 +346,7 @@ class OwnOverlap(TorchDispatchMode):
 
 @pytest.mark.parametrize("step", [4000, 2**30])
 def test_no_addition_overlaps_with_itself(step, tiled, monkeypatch):
-    monkeypatch.setattr(operator, "_CPU_STEP", step)
+    monkeypatch.setattr(tiles, "_CPU_STEP", step)
     with OwnOverlap() as overlap:
         with_gradients(lambda *qkv: local_attention(*qkv, 3), *make_inputs(23, 22)[:4])
     assert not overlap.found

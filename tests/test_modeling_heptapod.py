@@ -11,11 +11,26 @@ from accelerate import cpu_offload, disk_offload
 from corpora import build_tokenizer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_heptapod import HeptapodForMaskedLM, HeptapodModel, HeptapodProcessor
+from modeling_heptapod.heptapod import masked_diffusion as objective
 from modeling_heptapod.heptapod import modeling_heptapod as module
-from modeling_heptapod.heptapod.modeling_heptapod import masked_diffusion_loss, sample_eval_masks, sample_mask
+from modeling_heptapod.heptapod.masked_diffusion import (
+    masked_diffusion_loss,
+    sample_eval_masks,
+    sample_mask,
+    token_nll,
+)
 from tests.reference.heptapod import HeptapodDescription, heptapod_logits, window
 from tests.tiny_heptapod import MASK, PAD, VARIANTS, random_page, tiny_config, tiny_heptapod
 
@@ -319,7 +334,8 @@ def test_the_pad_token_never_counts():
 def said(monkeypatch):
     """What was warned of."""
     warnings = []
-    monkeypatch.setattr(module.logger, "warning_once", warnings.append)
+    for logger in (module.logger, objective.logger):
+        monkeypatch.setattr(logger, "warning_once", warnings.append)
     return warnings
 
 
@@ -335,7 +351,7 @@ def test_pads_without_a_mask_are_warned_of(said):
         tiny_heptapod(head, pad_token_id=None)(padded)
         assert not said
         model(padded)
-        assert len(said) == 1 and f"pad token {PAD}" in said.pop() and not said
+        assert len(said) == 1 and f"padding token {PAD}" in said.pop() and not said
     model.elbo(padded, mask, num_samples=2)
     assert not said
     model.elbo(padded, num_samples=2)
@@ -483,13 +499,13 @@ def test_elbo_is_for_each_page():
 
 def test_elbo_masks_every_number_of_cells(monkeypatch):
     """With twice as many samples as cells each number has a stratum of its own."""
-    masked, choose = [], module._choose
+    masked, choose = [], objective.choose_cells
 
     def spy(*args):
         masked.append(choose(*args))
         return masked[-1]
 
-    monkeypatch.setattr(module, "_choose", spy)
+    monkeypatch.setattr(objective, "choose_cells", spy)
     page = random_page(3, 3, 4)
     labels = page.clone()
     labels[:, 2] = -100
@@ -643,7 +659,7 @@ def test_the_output_names_the_cells_that_the_loss_counted():
         torch.manual_seed(7)
         masked, ratio = sample_mask(labels) if training else sample_eval_masks(labels)
         assert torch.equal(out.masked_labels, labels.masked_fill(~masked, -100)) and masked.any()
-        nats = module.token_nll(out.logits, out.masked_labels, [MASK, PAD]).sum((1, 2))
+        nats = token_nll(out.logits, out.masked_labels, [MASK, PAD]).sum((1, 2))
         torch.testing.assert_close((nats / ratio).sum() / (labels != -100).sum(), out.loss)
         assert torch.equal(model.eval()(page, labels=labels, return_dict=False)[-1], model(page, labels=labels)[-1])
     flat = model(page.flatten(1), labels=labels.flatten(1), grid_size=(4, 5))
@@ -721,7 +737,7 @@ def test_collators_for_language_modeling():
         options = {"mask_replace_prob": 0.0, "random_replace_prob": 1.0} if seed % 2 else {}
         rows = [{"input_ids": page.flatten()} for page in random_page(2, 4, 5, seed=seed)]
         batch = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.5, seed=seed, **options)(rows)
-        with pytest.raises(ValueError, match="give the clean page, the model masks it itself"):
+        with pytest.raises(ValueError, match="pass the clean page, the model masks it itself"):
             model(**batch)
 
 
@@ -1099,6 +1115,76 @@ def test_eager_attention_is_the_same(monkeypatch):
                 patch.setattr(module, "local_attention", None)  # eager attention does not go there
                 logits = eager(page, attention_mask=real).logits
             torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("variant", ["global", "split"])
+def test_attention_to_the_whole_page_equals_the_operator_bit_for_bit(variant, padded, monkeypatch):
+    model, page, real = tiny_heptapod(**VARIANTS[variant]), random_page(2, 17, 18), part_of_page(17, 18)
+    kwargs = {"attention_mask": real.long()} if padded else {}
+    kept = real if padded else torch.ones_like(real)
+    with torch.no_grad():
+        logits = model(page, **kwargs).logits
+        by_operator = lambda self, q, k, v, mask, dropout: module.local_attention(
+            q, k, v, None, padding_mask=real if padded else None
+        )
+        monkeypatch.setattr(module.HeptapodAttention, "_global_attention", by_operator)
+        assert torch.equal(model(page, **kwargs).logits[kept], logits[kept])
+
+
+@pytest.mark.parametrize("variant", ["global", "split"])
+def test_a_page_of_padding_alone_has_finite_gradients(variant):
+    model, page, real = tiny_heptapod(**VARIANTS[variant]).train(), random_page(2, 5, 6), part_of_page(5, 6)
+    real[1] = False
+    model(page, attention_mask=real.long(), labels=page).loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.fixture
+def registered():
+    """An attention function of one's own under the name "ours", and its calls."""
+    calls = []
+
+    def attend(attention, query, key, value, attention_mask, **kwargs):
+        calls.append((query, attention_mask, kwargs))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](attention, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("ours", attend)
+    AttentionMaskInterface.register("ours", sdpa_mask)
+    yield calls
+    del AttentionInterface._global_mapping["ours"], AttentionMaskInterface._global_mapping["ours"]
+
+
+@pytest.mark.parametrize("variant, heads", [("default", []), ("global", [4, 4]), ("split", [1, 1])])
+def test_registered_attention_functions(variant, heads, registered):
+    """They get the heads that attend to the whole page, with a mask of their own kind; no other head."""
+    model, page, real = tiny_heptapod(**VARIANTS[variant]), random_page(2, 17, 18), part_of_page(17, 18)
+    with torch.no_grad():
+        expected = model(page).logits, model(page, attention_mask=real.long()).logits[real]
+        model.set_attn_implementation("ours")
+        torch.testing.assert_close(model(page).logits, expected[0])
+        assert [query.shape for query, mask, _ in registered] == [(2, n, 17 * 18, 8) for n in heads]
+        assert all(mask is None for _, mask, _ in registered)
+        registered.clear()
+        torch.testing.assert_close(model(page, attention_mask=real.long()).logits[real], expected[1])
+        expanded = real.flatten(1)[:, None, None, :].expand(2, 1, 17 * 18, -1)
+        assert len(registered) == len(heads) and all(torch.equal(mask, expanded) for _, mask, _ in registered)
+        assert all(kwargs == {"dropout": 0.0, "scaling": 8**-0.5} for _, _, kwargs in registered)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("padded", [False, True])
+def test_flex_attention_equals_sdpa(padded):
+    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()
+    model, page, real = tiny_heptapod(**VARIANTS["split"]), random_page(2, 17, 18), part_of_page(17, 18)
+    kwargs = {"attention_mask": real.long()} if padded else {}
+    with torch.no_grad():
+        expected = model(page, **kwargs).logits
+        model.set_attn_implementation("flex_attention")
+        logits = model(page, **kwargs).logits
+    kept = real if padded else torch.ones_like(real)
+    torch.testing.assert_close(logits[kept], expected[kept], rtol=1e-4, atol=1e-4)
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------

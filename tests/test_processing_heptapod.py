@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from modeling_heptapod import HeptapodProcessor
-from modeling_heptapod.heptapod.processing_heptapod import region_mask
+from modeling_heptapod.heptapod.processing_heptapod import REGIONS, region_mask
 from tests.clean_room import run_alone, run_beside
 from tests.tiny_heptapod import tiny_heptapod
 
@@ -237,8 +237,9 @@ def test_cells_of_laid_out_pages_are_opened(by_bytes):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (2, 2), (32, 64)])
 def test_regions_of_pages_of_any_size(size):
-    for region in ("top", "middle", "bottom", "hole", "all"):
-        assert region_mask(region, *size).any() and region_mask(region, *size).shape == size
+    for region in REGIONS:
+        assert region_mask(region, *size).shape == size
+        assert region_mask(region, *size).any() != (region == "frame" and size == (1, 1))
     np.testing.assert_array_equal(region_mask("frame", *size), ~region_mask("hole", *size))
 
 
@@ -512,7 +513,7 @@ def test_tokenizers_that_cannot_make_pages_are_named(by_bytes):
         HeptapodProcessor(plain, blank_token="<|pad|>")
     tokenizer = build_tokenizer("byte", [], for_pages=True)
     for bad in ("<|mask|>", "<|pad|>", "Ċ"):  # the last one is the newline
-        with pytest.raises(ValueError, match="tell newline, blank, mask and pad tokens apart"):
+        with pytest.raises(ValueError, match="different newline, blank, mask and padding tokens"):
             HeptapodProcessor(tokenizer, blank_token=bad)
     with pytest.raises(ValueError, match="`overflow`"):
         HeptapodProcessor(tokenizer, overflow="wrapped")
@@ -528,7 +529,7 @@ def test_tokenizers_that_cannot_make_pages_are_named(by_bytes):
     with pytest.raises(ValueError, match="a newline as one token"):
         HeptapodProcessor(PreTrainedTokenizerFast(tokenizer_object=words, **special))
     words.pre_tokenizer = pre_tokenizers.Split("a", "isolated")
-    with pytest.raises(ValueError, match="does not give text back unchanged"):
+    with pytest.raises(ValueError, match="does not decode text unchanged"):
         HeptapodProcessor(PreTrainedTokenizerFast(tokenizer_object=words, **special))
 
 
@@ -549,7 +550,7 @@ def test_tokenizers_that_change_text_are_named(change):
     tokenizer = build_tokenizer("byte", [], for_pages=True)
     HeptapodProcessor(tokenizer)
     tokenizer.backend_tokenizer.normalizer = change
-    with pytest.raises(ValueError, match="does not give text back unchanged"):
+    with pytest.raises(ValueError, match="does not decode text unchanged"):
         HeptapodProcessor(tokenizer)
 
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from modeling_heptapod import HeptapodConfig, HierarchicalLMConfig, LeapConfig, MultiGridConfig
 from modeling_heptapod.common.renamed_fields import RENAMED_FIELDS, RENAMED_VALUES
-from modeling_heptapod.heptapod.generation_heptapod import _DEFAULTS, HeptapodGenerationConfig
+from modeling_heptapod.heptapod.generation_config_heptapod import OPTIONS, HeptapodGenerationConfig
 from modeling_heptapod.heptapod.processing_heptapod import HeptapodProcessor
 from tests.tiny_heptapod import tiny_heptapod
 
@@ -77,6 +77,6 @@ def test_values_of_a_processor():
 
 @pytest.mark.parametrize("owner", RENAMED_FIELDS)
 def test_old_names_are_free_and_new_ones_taken(owner):
-    names = _DEFAULTS if owner == GENERATION else {field.name for field in dataclasses.fields(CONFIGS[owner])}
+    names = OPTIONS if owner == GENERATION else {field.name for field in dataclasses.fields(CONFIGS[owner])}
     assert set(RENAMED_FIELDS[owner].values()) <= set(names)
     assert not set(RENAMED_FIELDS[owner]) & set(names)

@@ -22,7 +22,7 @@ from modeling_heptapod import (
     RandomAxis,
     make_axis,
 )
-from modeling_heptapod.heptapod.generation_heptapod import _DEFAULTS
+from modeling_heptapod.heptapod.generation_config_heptapod import OPTIONS
 
 
 COMMON = {
@@ -190,12 +190,12 @@ def test_every_option_of_generation(tmp_path):
         },
         {"do_sample": False, "return_dict_in_generate": False, "output_scores": False, "output_history": False},
     ):
-        assert set(options) <= set(_DEFAULTS)
+        assert set(options) <= set(OPTIONS)
         HeptapodGenerationConfig(**options).save_pretrained(tmp_path)
         loaded = HeptapodGenerationConfig.from_pretrained(tmp_path)
-        assert {name: getattr(loaded, name) for name in _DEFAULTS} == {**dict.fromkeys(_DEFAULTS), **options}
+        assert {name: getattr(loaded, name) for name in OPTIONS} == {**dict.fromkeys(OPTIONS), **options}
         if len(options) > 4:
-            assert set(options) == set(_DEFAULTS)
+            assert set(options) == set(OPTIONS)
 
 
 TREE = {"nodes": [[1, 40, 1, 2], [0], [1]], "vocabulary": ["none", "late"]}

@@ -7,6 +7,7 @@ from ..common.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
     from .configuration_heptapod import *
+    from .generation_config_heptapod import *
     from .generation_heptapod import *
     from .modeling_heptapod import *
     from .processing_heptapod import *
@@ -15,7 +16,8 @@ else:
         __name__,
         {
             "configuration_heptapod": ["HeptapodConfig"],
-            "generation_heptapod": ["HeptapodGenerationConfig", "HeptapodGenerationMixin"],
+            "generation_config_heptapod": ["HeptapodGenerationConfig"],
+            "generation_heptapod": ["HeptapodGenerationMixin"],
             "modeling_heptapod": ["HeptapodForMaskedLM", "HeptapodModel", "HeptapodPreTrainedModel"],
             "processing_heptapod": ["HeptapodProcessor"],
         },

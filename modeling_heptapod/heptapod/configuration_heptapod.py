@@ -11,7 +11,12 @@ from ..common.remote_code import CustomCodeMixin
 from ..common.renamed_fields import RenamedFieldsMixin
 
 
-_ATTENTION_TYPES = ("local", "dilated", "global")
+# Radius and dilation of the neighbourhood in each type of layer, from those of the config. `None` is the whole page.
+ATTENTION_TYPES = {
+    "local": lambda radius, dilation: (radius, 1),
+    "dilated": lambda radius, dilation: (radius, dilation),
+    "global": lambda radius, dilation: (None, 1),
+}
 
 
 @auto_docstring(checkpoint="heptapod/heptapod-tiny")
@@ -19,34 +24,35 @@ _ATTENTION_TYPES = ("local", "dilated", "global")
 class HeptapodConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
     r"""
     attention_types (`list`, *optional*):
-        What the cells of each layer attend to: `"local"` (the cells around them), `"dilated"` (cells around them,
-        `dilation` apart) or `"global"` (the whole page). When not given, `["local", "dilated", "local", "global"]`
-        repeated.
+        What the cells of each layer attend to: `"local"` (the cells around them), `"dilated"` (cells around them at
+        distances of `dilation`) or `"global"` (the whole page). When not given, `["local", "dilated", "local",
+        "global"]` repeated.
     local_radius (`int` or `list`, *optional*, defaults to 3):
         Radius of the neighbourhood in local and dilated layers, in neighbours: `1` is the 3 x 3 cells around a cell.
         One number, or one for each layer.
     dilation (`int` or `list`, *optional*, defaults to 2):
-        Distance between neighbours in dilated layers, in cells. One number, or one for each layer; other layers do not
-        read it.
+        Distance between neighbours in dilated layers, in cells. One number, or one for each layer; other layers ignore
+        it.
     num_global_heads (`int`, *optional*, defaults to 0):
         Heads of local and dilated layers, the last ones, that attend to the whole page.
     rope_theta (`float`, *optional*, defaults to 100.0):
-        Base of the two-dimensional rotary positions. Pages are not as long as texts: with 100 the slowest channel turns
-        once in a few hundred cells.
+        Base of the two-dimensional rotary positions. Pages are shorter than texts: with 100 the period of the slowest
+        channel is a few hundred cells.
     use_absolute_position_embeddings (`bool`, *optional*, defaults to `True`):
-        Whether cells are told how far they are from the four borders of their page. Without it they know only how they
-        lie to each other, and all cells of an empty page are alike.
+        Whether the embedding of a cell includes its distances to the four borders of its page. Otherwise positions are
+        relative, and all cells of an empty page get the same prediction.
     grid_size (`list`, *optional*):
-        Height and width of the page that flat inputs `[batch, height * width]` are laid on when a call does not say.
+        Height and width of flat inputs `[batch, height * width]`, unless given in the call.
     self_conditioning (`bool`, *optional*, defaults to `False`):
-        Whether the model reads its own last prediction (`self_conditioning_logits`), as in Analog Bits (arXiv 2208.04202).
+        Whether the model takes its own last prediction as input (`self_conditioning_logits`), as in Analog Bits (arXiv
+        2208.04202).
     neighbor_loss_weight (`float`, *optional*, defaults to 0.0):
         Weight, in training, of a loss on the prediction of each masked cell from the cells above, below, left and
         right.
     mask_token_id (`int`, *optional*):
-        The token of cells that are yet to be written. Training and generation need it.
+        Id of the mask token. Training and generation require it.
     hidden_dropout (`float`, *optional*, defaults to 0.0):
-        Dropout on embeddings and on what attention and feed-forward add.
+        Dropout on embeddings and on the outputs of attention and feed-forward.
     attention_dropout (`float`, *optional*, defaults to 0.0):
         Dropout on attention weights.
 
@@ -99,23 +105,39 @@ class HeptapodConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Part of `@strict`-powered validation. Raises `ValueError` for values that make no model."""
+        """Part of `@strict`-powered validation. Raises `ValueError` for values that define no model."""
         check_numbers(self)
+        self._check_sizes()
+        self._check_layers()
+        self._check_special_tokens()
+
+    def _check_sizes(self):
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.hidden_size % (4 * self.num_attention_heads):
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) must be a multiple of four times `num_attention_heads` "
-                f"({self.num_attention_heads}): rotary positions on a grid turn a head's channels in two pairs."
+                f"({self.num_attention_heads}): rotary positions on a grid rotate two pairs of channels of each head."
             )
+        if self.rope_theta <= 0:
+            raise ValueError(f"`rope_theta` must be positive, got {self.rope_theta}.")
+        if self.grid_size is not None and (len(self.grid_size) != 2 or min(self.grid_size) < 1):
+            raise ValueError(f"`grid_size` must be a height and a width of at least 1, got {self.grid_size}.")
+        if self.neighbor_loss_weight < 0:
+            raise ValueError(f"`neighbor_loss_weight` must not be negative, got {self.neighbor_loss_weight}.")
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
+
+    def _check_layers(self):
         if len(self.attention_types) != self.num_hidden_layers:
             raise ValueError(
                 f"`attention_types` must have one entry for each of the {self.num_hidden_layers} layers, got "
                 f"{len(self.attention_types)}: {self.attention_types}."
             )
-        if not set(self.attention_types) <= set(_ATTENTION_TYPES):
-            raise ValueError(f"`attention_types` must be of {_ATTENTION_TYPES}, got {self.attention_types}.")
+        if not set(self.attention_types) <= set(ATTENTION_TYPES):
+            raise ValueError(f"`attention_types` must be of {tuple(ATTENTION_TYPES)}, got {self.attention_types}.")
         for name, least in (("local_radius", 0), ("dilation", 1)):
             values = getattr(self, name)
             if not isinstance(values, int) and len(values) != self.num_hidden_layers:
@@ -130,15 +152,8 @@ class HeptapodConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
                 f"`num_global_heads` must be between 0 and `num_attention_heads` ({self.num_attention_heads}), got "
                 f"{self.num_global_heads}."
             )
-        if self.rope_theta <= 0:
-            raise ValueError(f"`rope_theta` must be positive, got {self.rope_theta}.")
-        if self.grid_size is not None and (len(self.grid_size) != 2 or min(self.grid_size) < 1):
-            raise ValueError(f"`grid_size` must be a height and a width of at least 1, got {self.grid_size}.")
-        if self.neighbor_loss_weight < 0:
-            raise ValueError(f"`neighbor_loss_weight` must not be negative, got {self.neighbor_loss_weight}.")
-        for name in ("hidden_dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
+
+    def _check_special_tokens(self):
         for name in ("mask_token_id", "pad_token_id"):
             token = getattr(self, name)
             if token is not None and not 0 <= token < self.vocab_size:
@@ -153,11 +168,8 @@ class HeptapodConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
 
     def neighborhood(self, layer_idx: int) -> tuple[int | None, int]:
         """Radius and dilation of a layer's neighbourhood; a radius of `None` is the whole page."""
-        kind = self.attention_types[layer_idx]
-        if kind == "global":
-            return None, 1
         radius, dilation = (x if isinstance(x, int) else x[layer_idx] for x in (self.local_radius, self.dilation))
-        return radius, dilation if kind == "dilated" else 1
+        return ATTENTION_TYPES[self.attention_types[layer_idx]](radius, dilation)
 
 
 __all__ = ["HeptapodConfig"]

@@ -1,15 +1,11 @@
 """`generate` for the grid: each denoising step predicts all masked tokens, and a sampler decides which are unmasked.
 
-Read top-down: the options, the four samplers, the draw of tokens, the loop. The method is that of Mask-Predict
-(arXiv 1904.09324) and MaskGIT (arXiv 2202.04200: mask schedule and confidence); the entropy bound is that of
-arXiv 2505.24857. Unmasked one token at a time in an order that does not depend on the tokens, a page is a sample of the
-model's own conditionals (arXiv 2110.02037).
+In this order: the output, the draw of tokens, the canvas, one step, the loop. The options are in
+`generation_config_heptapod.py`, the samplers in `samplers.py`.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers.generation import (
@@ -24,131 +20,11 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 
 from ..common.renamed_fields import reject_renamed
-from ..common.transformers_versions import GENERATION_METADATA
+from .generation_config_heptapod import DEFAULTS, HeptapodGenerationConfig, reject_unknown
+from .samplers import SAMPLERS
 
 
 logger = logging.get_logger(__name__)
-
-SAMPLERS = ("confidence", "entropy_bound", "random", "raster")
-MASK_SCHEDULES = ("cosine", "linear")
-# What `generate` falls back to. Where it is None the option is off.
-_DEFAULTS = {
-    "sampler": "confidence",
-    "mask_schedule": "cosine",
-    "max_denoising_steps": None,
-    "entropy_bound": 0.1,
-    "remask_threshold": None,
-    "stability_threshold": None,
-    "do_sample": False,
-    "temperature": None,
-    "top_k": None,
-    "top_p": None,
-    "seed": None,
-    "return_dict_in_generate": False,
-    "output_scores": False,
-    "output_history": False,
-}
-# Not options: Trainer aligns the first three with the tokenizer, GenerationConfig writes the others into its file.
-_METADATA = ("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config")
-_DEFAULT_DENOISING_STEPS = 32
-
-
-class HeptapodGenerationConfig(GenerationConfig):
-    """Options of [`HeptapodGenerationMixin.generate`]. An option that is not set is taken from the model's own config.
-
-    Args:
-        sampler (`str`, *optional*, defaults to `"confidence"`):
-            Which masked tokens a denoising step unmasks: those whose sampled token is the most probable
-            (`"confidence"`), those of least entropy while their entropies add up to no more than `entropy_bound`
-            (`"entropy_bound"`), any (`"random"`), or the first one, left to right and top to bottom (`"raster"`).
-        mask_schedule (`str`, *optional*, defaults to `"cosine"`):
-            How many tokens `"confidence"` and `"random"` unmask in a step: equal shares (`"linear"`) or few at
-            first (`"cosine"`). Each row of a batch follows the schedule with its own number of masked tokens.
-        max_denoising_steps (`int`, *optional*):
-            Number of steps in which `"confidence"` and `"random"` unmask a canvas, 32 when not given; a row with fewer
-            masked tokens takes a step for each. `"entropy_bound"` unmasks all that is left in the last of them; when
-            not given, it takes as many as the bound needs. `"raster"` takes a step for each token.
-        entropy_bound (`float`, *optional*, defaults to 0.1):
-            For `"entropy_bound"`, in nats. The token with the least entropy is always unmasked.
-        remask_threshold (`float`, *optional*):
-            Mask a generated token again when the model gives it less than this probability in a later step. A cell is
-            remasked once at most, prompt tokens never.
-        stability_threshold (`int`, *optional*):
-            Unmask all tokens of a row at once after this many steps in which its prediction has not changed.
-        do_sample (`bool`, *optional*, defaults to `False`):
-            Sample tokens instead of taking the most probable ones.
-        temperature (`float`, *optional*), top_k (`int`, *optional*), top_p (`float`, *optional*):
-            Transformers' warpers, applied in this order when `do_sample=True`. They change the distribution that is
-            sampled from; confidence and entropy are those of the distribution before them.
-        seed (`int`, *optional*):
-            Seed of a generator for this call. Without it the global one is used.
-        return_dict_in_generate (`bool`, *optional*, defaults to `False`):
-            Return a [`HeptapodGenerateOutput`] instead of the sequences alone.
-        output_scores, output_history (`bool`, *optional*, defaults to `False`):
-            Whether it has `scores` and `history`.
-
-    Raises:
-        ValueError: for an unknown option or an invalid value; the message names both.
-    """
-
-    def __init__(self, **kwargs):
-        reject_renamed("heptapod generation", kwargs)
-        # GenerationConfig's own __init__ would add some sixty options that mean nothing here.
-        for name in (*_DEFAULTS, *_METADATA):
-            setattr(self, name, kwargs.pop(name, None))
-        for name in GENERATION_METADATA:
-            kwargs.pop(name, None)
-        if kwargs:
-            raise ValueError(_unknown(kwargs))
-        self.validate()
-
-    def validate(self, **unused_kwargs):
-        """Raise a `ValueError` for values that make no sense; the arguments are those of the parent and unused."""
-        for name, choices in (("sampler", SAMPLERS), ("mask_schedule", MASK_SCHEDULES)):
-            value = getattr(self, name)
-            if value is not None and value not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
-        for name, least in (("max_denoising_steps", 1), ("stability_threshold", 1), ("top_k", 0), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < least):
-                raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
-        for name, fits, expected in (
-            ("entropy_bound", lambda x: x >= 0, "must not be negative"),
-            ("remask_threshold", lambda x: 0 <= x <= 1, "must be a probability"),
-            (
-                "temperature",
-                lambda x: 0 < x < math.inf,
-                "must be positive and finite (`do_sample=False` is the limit of zero)",
-            ),
-            ("top_p", lambda x: 0 < x <= 1, "must be in (0, 1]"),
-        ):
-            value = getattr(self, name)
-            if value is not None and not (type(value) in (int, float) and fits(value)):
-                raise ValueError(f"`{name}` {expected}, got {value!r}.")
-        for name in ("do_sample", "return_dict_in_generate", "output_scores", "output_history"):
-            value = getattr(self, name)
-            if value is not None and type(value) is not bool:
-                raise ValueError(f"`{name}` must be True or False, got {value!r}.")
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """The options that are set, and nothing else."""
-        return {name: value for name, value in super().to_diff_dict().items() if value is not None}
-
-    @staticmethod
-    def _get_default_generation_params() -> dict[str, Any]:
-        return dict(_DEFAULTS)
-
-    @classmethod
-    def from_model_config(cls, model_config):
-        """An empty config: generation options have no place in a model config."""
-        return cls()
-
-    def get_generation_mode(self, assistant_model=None):
-        raise NotImplementedError("The generation modes of GenerationMixin do not exist on a grid; see `sampler`.")
-
-
-def _unknown(options) -> str:
-    return f"Unknown generation options {sorted(options)}; there are {sorted(_DEFAULTS)}."
 
 
 @dataclass
@@ -161,7 +37,7 @@ class HeptapodGenerateOutput(ModelOutput):
         unmask_step (`torch.LongTensor`, `[batch, height, width]`):
             The denoising step, from 0, that unmasked each token; -1 for prompt tokens and padding.
         nfe (`int`):
-            Number of function evaluations: forward passes. Rows that are finished are left out of later ones.
+            Number of function evaluations: forward passes. Finished rows are left out of later ones.
         scores (`torch.FloatTensor`, `[batch, height, width]`, *optional*):
             Log-probability of each generated token in the distribution that it was sampled from; 0 elsewhere.
             With `output_scores=True`.
@@ -176,89 +52,9 @@ class HeptapodGenerateOutput(ModelOutput):
     history: torch.LongTensor | None = None
 
 
-def num_masked_after(
-    step: int, num_masked: torch.Tensor, max_denoising_steps: int, mask_schedule: str
-) -> torch.Tensor:
-    """Number of tokens of each row that are still masked after a step of `"confidence"` or `"random"`.
-
-    Each step unmasks at least one token, until none is masked after `min(max_denoising_steps, num_masked)` of them.
-
-    Args:
-        step: index of the step, from 0.
-        num_masked: `[rows]`, int64: tokens that were masked before the first step.
-        max_denoising_steps: number of steps that unmask them all.
-        mask_schedule: `"linear"` or `"cosine"`.
-
-    Returns:
-        `[rows]`, int64.
-    """
-    last = num_masked.clamp(min=1, max=max_denoising_steps)
-    done = last.clamp(max=step + 1)
-    if mask_schedule == "linear":
-        return num_masked - num_masked * done // last
-    left = (num_masked * torch.cos(math.pi / 2 * done.double() / last)).floor().long()
-    return torch.where(done == last, 0, torch.minimum(left, num_masked - done))
-
-
-def _least(keys, is_masked, number):
-    """The `number [rows]` masked tokens of each row with the least keys `[rows, cells]`; of equal ones the first."""
-    order = keys.masked_fill(~is_masked, torch.inf).sort(dim=1, stable=True).indices
-    ranks = order.argsort(dim=1)
-    return is_masked & (ranks < number.unsqueeze(1))
-
-
-def _first(is_masked):
-    return is_masked & (is_masked.cumsum(1) == 1)
-
-
-def _within_entropy_bound(entropy, is_masked, bound):
-    """The masked tokens of least entropy whose sum stays within the bound, and always the first of them."""
-    entropy, order = entropy.masked_fill(~is_masked, torch.inf).sort(dim=1, stable=True)
-    fits = entropy.cumsum(1) <= bound
-    fits[:, 0] = True
-    return is_masked & torch.zeros_like(is_masked).scatter(1, order, fits)
-
-
-class _Sampler:
-    """Which masked tokens `[rows, cells]` of the rows with indices `rows` a step unmasks."""
-
-    def __init__(self, config, num_masked, generator):
-        self.config, self.num_masked, self.generator = config, num_masked, generator
-        self.max_denoising_steps = config.max_denoising_steps or _DEFAULT_DENOISING_STEPS
-        self.limit = torch.full_like(num_masked, torch.iinfo(torch.long).max)
-        if config.sampler in ("confidence", "random"):
-            self.limit = num_masked.clamp(max=self.max_denoising_steps)
-        elif config.sampler == "entropy_bound" and config.max_denoising_steps is not None:
-            self.limit = torch.full_like(num_masked, config.max_denoising_steps)
-
-    def choose_before(self, is_masked, rows, step):
-        """The choice of samplers that need no prediction; `None` for the others."""
-        if self.config.sampler == "raster":
-            return _first(is_masked)
-        if self.config.sampler == "random":
-            keys = torch.rand(is_masked.shape, generator=self.generator, device=is_masked.device)
-            return _least(keys, is_masked, self._number(is_masked, rows, step))
-        return None
-
-    def choose_after(self, prediction, is_masked, rows, step):
-        if self.config.sampler == "entropy_bound":
-            return _within_entropy_bound(prediction.entropy, is_masked, self.config.entropy_bound)
-        return _least(-prediction.confidence, is_masked, self._number(is_masked, rows, step))
-
-    def _number(self, is_masked, rows, step):
-        # Counted from what is masked now, so that remasked tokens are made up for.
-        num_masked = self.num_masked[rows].cpu()  # where there is float64
-        left = num_masked_after(step, num_masked, self.max_denoising_steps, self.config.mask_schedule)
-        return is_masked.sum(1) - left.to(is_masked.device)
-
-    def is_last(self, rows, step):
-        """`[rows]`: whether no token may be left masked."""
-        return step + 1 >= self.limit[rows]
-
-
 @dataclass
 class _Prediction:
-    """Predictions for cells, all `[rows, cells]`; zero for cells that none was computed for."""
+    """Predictions for cells, all `[rows, cells]`; zero for cells without one."""
 
     sampled: torch.Tensor  # token ids; without sampling the most probable ones
     most_probable: torch.Tensor
@@ -269,7 +65,7 @@ class _Prediction:
 
 
 class _TokenDraw:
-    """Tokens for cells: never a mask or a pad, then the caller's processors, then temperature, top-k and top-p."""
+    """Draws tokens: mask and padding tokens are excluded, then custom processors apply, then temperature, top-k, top-p."""
 
     def __init__(self, config, processors, forbidden, generator, width):
         self.processors, self.forbidden, self.generator, self.width = processors, forbidden, generator, width
@@ -282,12 +78,12 @@ class _TokenDraw:
         if config.top_p not in (None, 1):
             self.warpers.append(TopPLogitsWarper(float(config.top_p)))
 
-    def __call__(self, logits, ids, looked_at):
-        """Predict the cells `looked_at` of `ids`, both `[rows, cells]`, from `logits [rows, cells, vocab]`."""
-        scores = logits[looked_at].to(torch.promote_types(logits.dtype, torch.float32))
+    def __call__(self, logits, ids, wanted):
+        """Predicts the cells `wanted` of `ids`, both `[rows, cells]`, from `logits [rows, cells, vocab]`."""
+        scores = logits[wanted].to(torch.promote_types(logits.dtype, torch.float32))
         scores[:, self.forbidden] = -torch.inf
         if self.processors:
-            scores = self._process(scores, ids, looked_at)
+            scores = self._process(scores, ids, wanted)
         log_probs = scores.log_softmax(-1)
         most_probable = sampled = log_probs.argmax(-1)
         warped = log_probs
@@ -296,7 +92,7 @@ class _TokenDraw:
             sampled = torch.multinomial(warped.exp(), 1, generator=self.generator).squeeze(1)
 
         def spread(values):
-            return values.new_zeros(looked_at.shape).masked_scatter(looked_at, values)
+            return values.new_zeros(wanted.shape).masked_scatter(wanted, values)
 
         def of(tokens, logs):
             return logs.gather(1, tokens.unsqueeze(1)).squeeze(1)
@@ -307,13 +103,13 @@ class _TokenDraw:
             score=spread(of(sampled, warped)),
             confidence=spread(of(sampled, log_probs).exp()),
             entropy=spread(torch.special.entr(log_probs.exp()).sum(-1)),
-            current=spread(of(ids[looked_at], log_probs).exp()),
+            current=spread(of(ids[wanted], log_probs).exp()),
         )
 
-    def _process(self, scores, ids, looked_at):
-        """The caller's processors, a page at a time: each cell is a row whose `input_ids` are the whole page."""
+    def _process(self, scores, ids, wanted):
+        """Applies custom processors, a page at a time: each cell is a row whose `input_ids` are the complete page."""
         processed = []
-        for page, cells, page_scores in zip(ids, looked_at, scores.split(looked_at.sum(1).tolist())):
+        for page, cells, page_scores in zip(ids, wanted, scores.split(wanted.sum(1).tolist())):
             if len(page_scores):
                 where = cells.nonzero().squeeze(1)
                 where = {"rows": where // self.width, "columns": where % self.width}
@@ -321,7 +117,7 @@ class _TokenDraw:
             processed.append(page_scores)
         scores = torch.cat(processed)
         if not (scores > -torch.inf).any(-1).all():
-            raise ValueError("`logits_processor` leaves a cell without any token that could be written.")
+            raise ValueError("`logits_processor` excludes all tokens of a cell.")
         return scores
 
 
@@ -331,7 +127,7 @@ class _Canvas:
     def __init__(self, ids, mask_token_id, on_canvas):
         self.ids, self.mask_token_id = ids, mask_token_id
         self.is_masked = (ids == mask_token_id) & on_canvas
-        self.may_remask = self.is_masked.clone()  # no token twice, prompt tokens never
+        self.may_remask = self.is_masked.clone()  # at most once, prompt tokens never
         self.unmask_step = torch.full_like(ids, -1)
         self.scores = torch.zeros_like(ids, dtype=torch.float32)
         self.predicted = ids.clone()  # with the most probable token for every masked one
@@ -344,8 +140,8 @@ class _Canvas:
         """Generated tokens that may still be remasked."""
         return self.may_remask[rows] & ~self.is_masked[rows]
 
-    def see(self, rows, most_probable):
-        """Record the prediction. Returns the number of steps since it changed, `[rows]`."""
+    def record(self, rows, most_probable):
+        """Records the prediction. Returns the number of steps since it changed, `[rows]`."""
         predicted = torch.where(self.is_masked[rows], most_probable, self.ids[rows])
         same = (predicted == self.predicted[rows]).all(1)
         self.predicted[rows] = predicted
@@ -365,6 +161,30 @@ class _Canvas:
 
     def draft(self):
         return torch.where(self.is_masked, self.predicted, self.ids)
+
+
+def _denoise(canvas, rows, step, logits, sampler, draw, drafts):
+    """One denoising step of the canvases `rows`, from their `logits [rows, cells, vocab]`."""
+    config, is_masked = sampler.config, canvas.is_masked[rows]
+    chosen = None if sampler.needs_prediction else sampler.choose(is_masked, rows, step, None)
+    # All masked tokens are predicted only if the sampler or an option needs them.
+    wanted = is_masked if chosen is None or drafts or config.stability_threshold else chosen
+    unmasked = canvas.unmasked(rows)
+    if config.remask_threshold is not None:
+        wanted = wanted | unmasked
+    prediction = draw(logits, canvas.ids[rows], wanted)
+    if chosen is None:
+        chosen = sampler.choose(is_masked, rows, step, prediction)
+
+    ends = sampler.is_last(rows, step)
+    if drafts or config.stability_threshold:
+        stable_for = canvas.record(rows, prediction.most_probable)
+        if config.stability_threshold:
+            ends = ends | (stable_for >= config.stability_threshold)
+    canvas.unmask(rows, chosen | (is_masked & ends.unsqueeze(1)), prediction, step)
+    if config.remask_threshold is not None:
+        improbable = unmasked & (prediction.current < config.remask_threshold)
+        canvas.remask(rows, improbable & ~ends.unsqueeze(1))
 
 
 class HeptapodGenerationMixin:
@@ -431,58 +251,37 @@ class HeptapodGenerationMixin:
         generator = _prepare_generator(generator, config.seed, pages.device)
         draw = _TokenDraw(config, _prepare_processors(logits_processor), forbidden, generator, pages.shape[2])
         on_canvas, batch_shape = on_canvas.flatten(1), pages.shape
-        state = _Canvas(pages.flatten(1), mask_token_id, on_canvas)
-        sampler = _Sampler(config, state.is_masked.sum(1), generator)
+        canvas = _Canvas(pages.flatten(1), mask_token_id, on_canvas)
+        sampler = SAMPLERS[config.sampler](config, canvas.is_masked.sum(1), generator)
         drafts = hasattr(streamer, "put_draft")
-        history = [state.ids.clone()]
+        history = [canvas.ids.clone()]
         self_conditioning_logits, step = None, 0
         if streamer is not None:
-            streamer.put(state.ids.to("cpu", copy=True))
+            streamer.put(canvas.ids.to("cpu", copy=True))
 
-        rows = state.unfinished()
+        rows = canvas.unfinished()
         while len(rows):
-            ids, is_masked = state.ids[rows], state.is_masked[rows]
-            logits = self._predict(ids, on_canvas[rows], batch_shape, self_conditioning_logits)
-
-            # All masked tokens are predicted only where the sampler or an option needs them.
-            chosen = sampler.choose_before(is_masked, rows, step)
-            looked_at = is_masked if chosen is None or drafts or config.stability_threshold else chosen
-            unmasked = state.unmasked(rows)
-            if config.remask_threshold is not None:
-                looked_at = looked_at | unmasked
-            prediction = draw(logits, ids, looked_at)
-            if chosen is None:
-                chosen = sampler.choose_after(prediction, is_masked, rows, step)
-
-            ends = sampler.is_last(rows, step)
-            if drafts or config.stability_threshold:
-                stable_for = state.see(rows, prediction.most_probable)
-                if config.stability_threshold:
-                    ends = ends | (stable_for >= config.stability_threshold)
-            state.unmask(rows, chosen | (is_masked & ends.unsqueeze(1)), prediction, step)
-            if config.remask_threshold is not None:
-                doubtful = unmasked & (prediction.current < config.remask_threshold)
-                state.remask(rows, doubtful & ~ends.unsqueeze(1))
-
+            logits = self._predict(canvas.ids[rows], on_canvas[rows], batch_shape, self_conditioning_logits)
+            _denoise(canvas, rows, step, logits, sampler, draw, drafts)
             step += 1
             if config.output_history:
-                history.append(state.ids.clone())
+                history.append(canvas.ids.clone())
             if drafts:
-                streamer.put_draft(state.draft().cpu())
+                streamer.put_draft(canvas.draft().cpu())
             if self._is_self_conditioned():
-                self_conditioning_logits = logits[state.is_masked[rows].any(1)]
-            rows = state.unfinished()
+                self_conditioning_logits = logits[canvas.is_masked[rows].any(1)]
+            rows = canvas.unfinished()
 
         if streamer is not None:
-            streamer.put(state.ids.to("cpu", copy=True))
+            streamer.put(canvas.ids.to("cpu", copy=True))
             streamer.end()
         if not config.return_dict_in_generate:
-            return state.ids.view(shape)
+            return canvas.ids.view(shape)
         return HeptapodGenerateOutput(
-            sequences=state.ids.view(shape),
-            unmask_step=state.unmask_step.view(shape),
+            sequences=canvas.ids.view(shape),
+            unmask_step=canvas.unmask_step.view(shape),
             nfe=step,
-            scores=state.scores.view(shape) if config.output_scores else None,
+            scores=canvas.scores.view(shape) if config.output_scores else None,
             history=torch.stack(history).view(len(history), *shape) if config.output_history else None,
         )
 
@@ -500,20 +299,18 @@ class HeptapodGenerationMixin:
         return getattr(self.config, "self_conditioning", False)
 
     def _prepare_generation_config(self, generation_config, options):
-        """Options of this call, over those of `generation_config`, over the model's own, over the defaults."""
+        """Options of this call, then those of `generation_config`, of the model, and the defaults."""
         if generation_config is not None and not isinstance(generation_config, GenerationConfig):
             raise TypeError(
                 f"`generation_config` must be a HeptapodGenerationConfig, got {type(generation_config).__name__}."
             )
         reject_renamed("heptapod generation", options)
-        unknown = set(options) - set(_DEFAULTS)
-        if unknown:
-            raise ValueError(_unknown(unknown))
-        # By value: what a checkpoint's own code made is of another class.
+        reject_unknown(options)
+        # By value, as a config of a checkpoint's own code is of another class.
         config = HeptapodGenerationConfig(**(generation_config or self.generation_config).to_diff_dict())
         config.update(**self.generation_config.to_diff_dict(), defaults_only=True)
         config.update(**options)
-        config.update(**_DEFAULTS, defaults_only=True)
+        config.update(**DEFAULTS, defaults_only=True)
         ignored = [name for name in ("temperature", "top_k", "top_p") if options.get(name) is not None]
         if ignored and not config.do_sample:
             logger.warning_once(f"{ignored} have no effect without `do_sample=True`.")
@@ -535,7 +332,7 @@ class HeptapodGenerationMixin:
         return mask, [mask] if pad is None else [mask, pad]
 
     def _prepare_canvas(self, input_ids, attention_mask, height, width):
-        """The prompt's shape, a copy of it to denoise, and where it is not padding, both `[batch, height, width]`."""
+        """The prompt's shape, a copy of it to denoise, and a mask of its cells, both `[batch, height, width]`."""
         for name, value in (("height", height), ("width", width)):
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
@@ -549,20 +346,8 @@ class HeptapodGenerationMixin:
             pages = torch.full((1, *size), self.config.mask_token_id, dtype=torch.long, device=self.device)
             return pages.shape, pages, torch.ones_like(pages, dtype=torch.bool)
 
-        for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
-            if value is None:
-                continue
-            if not isinstance(value, torch.Tensor):
-                raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}.")
-            if value.is_floating_point() or (value.dtype == torch.bool and name == "input_ids"):
-                raise TypeError(f"`{name}` must hold integers, got {value.dtype}.")
+        _check_prompt(input_ids, attention_mask, getattr(self.config, "pad_token_id", None))
         shape = input_ids.shape
-        if attention_mask is not None and attention_mask.shape != shape:
-            raise ValueError(
-                f"`attention_mask` must have the shape {list(shape)} of `input_ids`, got {list(attention_mask.shape)}."
-            )
-        if 0 in shape:
-            raise ValueError(f"`input_ids` must hold at least one page of at least one cell, got {list(shape)}.")
         if len(shape) == 3:
             if (height or shape[1], width or shape[2]) != tuple(shape[1:]):
                 raise ValueError(
@@ -573,11 +358,6 @@ class HeptapodGenerationMixin:
             raise ValueError(
                 f"`input_ids` must be [batch, height, width], or [batch, height * width] with `height` and `width` "
                 f"(now {size[0]} and {size[1]}), got {list(shape)}."
-            )
-        pad = getattr(self.config, "pad_token_id", None)
-        if attention_mask is None and pad is not None and (input_ids == pad).any():
-            raise ValueError(
-                f"`input_ids` hold the pad token {pad}, but there is no `attention_mask` that says where they are padding."
             )
         pages = input_ids.reshape(-1, *size).long().clone()
         if attention_mask is None:
@@ -600,9 +380,9 @@ class HeptapodGenerationMixin:
         trust_remote_code=None,
         **kwargs,
     ):
-        """Called by `from_pretrained`: take its `generation_config`, or the checkpoint's generation_config.json.
+        """Called by `from_pretrained`: sets its `generation_config`, or the checkpoint's generation_config.json.
 
-        Its other `kwargs` are fields of the model's config, or options of loading.
+        `kwargs` are fields of the model's config and options of loading.
         """
         if generation_config is not None:
             self.generation_config = HeptapodGenerationConfig(**generation_config.to_diff_dict())
@@ -621,7 +401,26 @@ class HeptapodGenerationMixin:
                     _from_pipeline=from_pipeline,
                 )
             except OSError:
-                logger.info("There is no generation config; all options have their defaults.")
+                logger.info("The checkpoint has no generation config; all options have their defaults.")
+
+
+def _check_prompt(input_ids, attention_mask, pad_token_id):
+    for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+        if value is None:
+            continue
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}.")
+        if value.is_floating_point() or (value.dtype == torch.bool and name == "input_ids"):
+            raise TypeError(f"`{name}` must hold integers, got {value.dtype}.")
+    shape = list(input_ids.shape)
+    if attention_mask is not None and list(attention_mask.shape) != shape:
+        raise ValueError(
+            f"`attention_mask` must have the shape {shape} of `input_ids`, got {list(attention_mask.shape)}."
+        )
+    if 0 in shape:
+        raise ValueError(f"`input_ids` must hold at least one page of at least one cell, got {shape}.")
+    if attention_mask is None and pad_token_id is not None and (input_ids == pad_token_id).any():
+        raise ValueError(f"`input_ids` hold the padding token {pad_token_id}, which needs an `attention_mask`.")
 
 
 def _prepare_generator(generator, seed, device):
@@ -641,4 +440,4 @@ def _prepare_processors(logits_processor):
     return LogitsProcessorList(processors)
 
 
-__all__ = ["HeptapodGenerateOutput", "HeptapodGenerationConfig", "HeptapodGenerationMixin", "num_masked_after"]
+__all__ = ["HeptapodGenerateOutput", "HeptapodGenerationMixin"]

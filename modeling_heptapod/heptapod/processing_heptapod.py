@@ -1,9 +1,9 @@
 """Text to pages and back: lines become rows of cells.
 
-A line is its tokens and a newline token; a row that ends without one goes on in the next row. Blank tokens fill the
-rest of a row and of the page. They are ordinary tokens that the model predicts like any other, so where a line ends and
-how much of a page is written is part of what it says, and every text has one page of a given size. Reading the cells
-in order without the blanks gives the text back.
+A line is its tokens and a newline token; a row that ends without one continues in the next row. Blank tokens fill the
+rest of a row and of the page. They are ordinary tokens that the model predicts like any other, so the ends of lines and
+of the text are predicted as well, and every text has exactly one page of a given size. The cells in reading order,
+without the blanks, give the text back.
 """
 
 from collections.abc import Sequence
@@ -21,81 +21,111 @@ from ..common.renamed_fields import reject_renamed
 
 logger = logging.get_logger(__name__)
 
-OVERFLOWS = ("wrap", "truncate")
-REGIONS = ("top", "middle", "bottom", "hole", "frame", "all")
-# What tokenizers and their normalizers are known to change: blanks at either end and in twos, a blank before a comma,
-# tabs, carriage returns, control characters, upper case, composed and decomposed accents, ligatures, several bytes.
+# A sample of what tokenizers and their normalizers are known to change: blanks at either end and in twos, a blank before a
+# comma, tabs, carriage returns, control characters, upper case, composed and decomposed accents, ligatures, several bytes.
 _PROBE = "  Two  blanks ,\ta tab\r \x00 \u00e9 e\u0301 \ufb01 \u00a0\U0001f419  "
 
 
+def _wrap(lines, width, newline_token_id):
+    return [line[start : start + width] for line in lines for start in range(0, len(line), width)]
+
+
+def _truncate(lines, width, newline_token_id):
+    return [_truncate_line(line, width, newline_token_id) for line in lines]
+
+
+def _truncate_line(line, width, newline_token_id):
+    if len(line) <= width:
+        return line
+    ending = line[-1:] if line[-1] == newline_token_id else []
+    return line[: width - len(ending)] + ending
+
+
+# Rows of at most `width` tokens from lines.
+OVERFLOWS = {"wrap": _wrap, "truncate": _truncate}
+
+
+def _third(length):
+    return -(-length // 3)
+
+
+def _centre(height, width):
+    rows, columns = -(-height // 2), -(-width // 2)
+    return (height - rows) // 2, (width - columns) // 2, rows, columns
+
+
+# Rectangle `(top, left, height, width)` on a page of a height and a width, and whether all but the rectangle is masked.
+REGIONS = {
+    "top": (lambda height, width: (0, 0, _third(height), width), False),
+    "middle": (lambda height, width: (height // 3, 0, _third(height), width), False),
+    "bottom": (lambda height, width: (height - _third(height), 0, _third(height), width), False),
+    "hole": (_centre, False),
+    "frame": (_centre, True),
+    "all": (lambda height, width: (0, 0, height, width), False),
+}
+
+
 def region_mask(region, height: int, width: int) -> np.ndarray:
-    """Which cells of a page a region opens.
+    """Cells of a region of a page.
 
     Args:
-        region: `"top"`, `"middle"` or `"bottom"` (a third of the rows), `"hole"` (half the rows by half the columns, in
-            the centre), `"frame"` (all but this), `"all"`, a rectangle `(top, left, height, width)`, or a boolean
-            array `[height, width]`.
+        region: `"top"`, `"middle"` or `"bottom"` (a third of the rows), `"hole"` (the centre: half of the rows by half
+            of the columns), `"frame"` (all but the centre), `"all"`, a rectangle `(top, left, height, width)`, or a
+            boolean array `[height, width]`.
         height, width: size of the page.
 
     Returns:
         Boolean array `[height, width]`.
 
     Raises:
-        ValueError: for an unknown name or what does not fit on the page.
+        ValueError: for an unknown name, and for a rectangle or an array that does not fit on the page.
     """
-    is_masked = np.zeros((height, width), dtype=bool)
+    inverted = False
     if isinstance(region, str):
         if region not in REGIONS:
             raise ValueError(
-                f"`mask_region` must be one of {REGIONS}, a rectangle or a boolean array, got {region!r}."
+                f"`mask_region` must be one of {tuple(REGIONS)}, a rectangle or a boolean array, got {region!r}."
             )
-        third, rows, columns = -(-height // 3), -(-height // 2), -(-width // 2)
-        top, left, rows, columns = {
-            "top": (0, 0, third, width),
-            "middle": ((height - third) // 2, 0, third, width),
-            "bottom": (height - third, 0, third, width),
-            "all": (0, 0, height, width),
-        }.get(region, ((height - rows) // 2, (width - columns) // 2, rows, columns))
-        is_masked[top : top + rows, left : left + columns] = True
-        return ~is_masked if region == "frame" else is_masked
+        rectangle, inverted = REGIONS[region]
+        region = rectangle(height, width)
     if isinstance(region, tuple) and len(region) == 4 and all(type(number) is int for number in region):
         top, left, rows, columns = region
         if top < 0 or left < 0 or rows < 1 or columns < 1 or top + rows > height or left + columns > width:
             raise ValueError(
-                f"`mask_region` (top, left, height, width) = {region} does not lie on a page of {height} x {width}."
+                f"`mask_region` (top, left, height, width) = {region} does not fit on a page of {height} x {width}."
             )
-        is_masked[top : top + rows, left : left + columns] = True
+        is_masked = np.full((height, width), inverted)
+        is_masked[top : top + rows, left : left + columns] = not inverted
         return is_masked
     array = np.asarray(region)
-    if array.dtype != bool or array.shape != is_masked.shape:
+    if array.dtype != bool or array.shape != (height, width):
         raise ValueError(
-            f"`mask_region` must be one of {REGIONS}, a rectangle (top, left, height, width) or a boolean array "
+            f"`mask_region` must be one of {tuple(REGIONS)}, a rectangle (top, left, height, width) or a boolean array "
             f"[{height}, {width}], got {region!r}."
         )
     return array.copy()
 
 
 class HeptapodProcessor(CustomCodeMixin, ProcessorMixin):
-    """Lays text out on pages for a grid model and reads it back.
+    """Arranges text on pages for a grid model, and decodes pages to text.
 
     Args:
         tokenizer ([`PreTrainedTokenizerBase`]):
-            Gives every text back unchanged, writes `"\\n"` as one token, has a mask and a pad token. One that changes
-            what tokenizers often change (case, accents, blanks, ...) is refused; a sample of text tells.
+            Decodes every text unchanged, encodes `"\\n"` as one token, has a mask and a padding token. A sample of what
+            tokenizers often change (case, accents, blanks, ...) is tried.
         height, width (`int`, *optional*):
             Size of a page. Without them a page is as high or as wide as its text needs.
         overflow (`str`, *optional*, defaults to `"wrap"`):
-            What happens to a line that is longer than a row: it goes on in the next one (`"wrap"`), or its end is
-            lost (`"truncate"`). A text with more rows than the page is an error with `"wrap"`, with `"truncate"` its end is
-            lost. See `paginate` for texts longer than a page.
+            A line that is longer than a row continues in the next one (`"wrap"`) or is cut off (`"truncate"`). A text
+            with more rows than the page raises an error with `"wrap"` and is cut off with `"truncate"`. See `paginate`
+            for texts longer than a page.
         blank_token (`str`, *optional*, defaults to `"<|blank|>"`):
             The token of `tokenizer` that fills rows.
         chat_template (`str`, *optional*):
             For `apply_chat_template`, that of `tokenizer` when not given.
 
     Raises:
-        ValueError: for a tokenizer without these tokens or one that changes text, and for other arguments that do not
-            fit.
+        ValueError: for a tokenizer without these tokens or one that changes text, and for other invalid arguments.
 
     Example:
 
@@ -120,17 +150,19 @@ class HeptapodProcessor(CustomCodeMixin, ProcessorMixin):
         self.blank_token_id = tokenizer.convert_tokens_to_ids(blank_token)
         newline = self._tokenize(["\n"])[0]
         if len(newline) != 1:
-            raise ValueError(f"`tokenizer` must write a newline as one token, it writes {newline}.")
+            raise ValueError(f"`tokenizer` must encode a newline as one token, got {newline}.")
         self.newline_token_id = newline[0]
         for name in ("mask_token", "pad_token"):
             if getattr(tokenizer, name) is None:
                 raise ValueError(f"`tokenizer` has no {name}; add one with `tokenizer.add_special_tokens`.")
         special = [self.newline_token_id, self.blank_token_id, tokenizer.mask_token_id, tokenizer.pad_token_id]
         if len(set(special)) < 4:
-            raise ValueError(f"`tokenizer` must tell newline, blank, mask and pad tokens apart, they are {special}.")
+            raise ValueError(
+                f"`tokenizer` must have different newline, blank, mask and padding tokens, got {special}."
+            )
         if self.decode(self._tokenize([_PROBE])[0]) != _PROBE:
             raise ValueError(
-                "`tokenizer` does not give text back unchanged, so pages could not be read; use byte-level BPE."
+                "`tokenizer` does not decode text unchanged, so pages could not be decoded; use byte-level BPE."
             )
 
     @reads_text_only
@@ -147,35 +179,35 @@ class HeptapodProcessor(CustomCodeMixin, ProcessorMixin):
         padding: bool | str = True,
         return_tensors: str = "pt",
     ) -> BatchFeature:
-        """Lay out one text or several, a page each.
+        """Arranges one text or several, a page each.
 
-        A text is text throughout unless `split_special_tokens=False` says otherwise: the name of the mask token in it
-        opens no cell, `mask_region` does.
+        The name of a special token in a text is text, unless `split_special_tokens=False`: the name of the mask token
+        masks nothing, `mask_region` does.
 
         Args:
             text: one text or a sequence of them.
             height, width: size of a page, or of each; the processor's own when not given.
             overflow: `"wrap"` or `"truncate"`, the processor's own when not given.
-            mask_region: cells to open, see [`region_mask`]: one region for all pages, or a list with a region or `None`
-                for each. Open cells lose what was written there.
-            return_num_truncated_tokens: give `num_truncated_tokens [batch]` as well: how many tokens of each text are not on its page.
-                Without it a warning says so.
-            return_labels: give `labels` as well, for training: `input_ids` with `-100` at cells that do not count,
-                which are padding and masked cells. `Trainer` counts all others.
+            mask_region: cells whose tokens are replaced with mask tokens, see [`region_mask`]: one region for all pages,
+                or a list with a region or `None` for each.
+            return_num_truncated_tokens: return `num_truncated_tokens [batch]`, the number of tokens of each text that
+                are not on its page. Without it a warning reports them.
+            return_labels: return `labels` for training: `input_ids` with `-100` at padding and masked cells. `Trainer`
+                counts all others.
             split_special_tokens: whether the name of a special token in a text is text. With `False` it is that token,
-                in a cell of its own; `apply_chat_template(..., tokenize=True)` reads its templates so.
+                as in templates with `apply_chat_template(..., tokenize=True)`.
             padding: `True` or `"longest"`: the pages of a batch are always padded to the largest.
             return_tensors: `"pt"`, `"np"` or `None` for lists.
 
-        `text_kwargs` and `common_kwargs`, dicts of these, may stand for them, as in all processors.
+        `text_kwargs` and `common_kwargs`, dicts of these, are accepted as in all processors.
 
         Returns:
-            `input_ids` and `attention_mask`, int64 `[batch, height, width]` of the highest and the widest page; cells
-            that lie off a page are pads with a mask of 0.
+            `input_ids` and `attention_mask`, int64 `[batch, height, width]` of the highest and the widest page, with
+            padding tokens and a mask of 0 at other cells.
 
         Raises:
-            ValueError: where a text does not fit on its page with `"wrap"`, and for sizes and regions that do not fit.
-            TypeError: for what is no text, and for options that this processor does not have.
+            ValueError: if a text does not fit on its page with `"wrap"`, and for sizes and regions that do not fit.
+            TypeError: for anything but text, and for unknown options.
         """
         texts = list_of_texts(text)
         _check_padding(padding)
@@ -189,11 +221,11 @@ class HeptapodProcessor(CustomCodeMixin, ProcessorMixin):
 
         pages, num_truncated_tokens = [], []
         for number, (text, rows, columns, region) in enumerate(zip(texts, heights, widths, regions)):
-            page, clipped = self._lay_out(text, rows, columns, overflow, number, split_special_tokens)
+            page, truncated = self._arrange(text, rows, columns, overflow, number, split_special_tokens)
             if region is not None:
                 page[region_mask(region, *page.shape)] = self.tokenizer.mask_token_id
             pages.append(page)
-            num_truncated_tokens.append(clipped)
+            num_truncated_tokens.append(truncated)
         if any(num_truncated_tokens) and not return_num_truncated_tokens:
             logger.warning(f"Tokens of each text that are not on its page: {num_truncated_tokens}.")
 
@@ -217,10 +249,10 @@ class HeptapodProcessor(CustomCodeMixin, ProcessorMixin):
         pad_to_multiple_of: int | None = None,
         return_tensors: str | None = None,
     ) -> BatchFeature:
-        """Make a batch of pages of different size: `DataCollatorWithPadding(processor)` calls it.
+        """Pads pages of different sizes to one batch, as for `DataCollatorWithPadding(processor)`.
 
-        A processor that has a `height` and a `width` pads every batch to them, so that all batches are of one size, as
-        `Trainer.predict` needs them; one that has not pads to the highest and the widest page of the batch.
+        A processor with a `height` and a `width` pads every batch to them, so that all batches are of one size, as
+        `Trainer.predict` requires; otherwise the size is that of the highest and the widest page of the batch.
 
         Args:
             encoded_inputs: rows `[{name: values}]`, or columns `{name: rows}`; of `input_ids`, `attention_mask` and
@@ -230,17 +262,17 @@ class HeptapodProcessor(CustomCodeMixin, ProcessorMixin):
             return_tensors: `"pt"`, `"np"` or `None` for lists.
 
         Returns:
-            All columns: `input_ids` padded with the pad token, `labels` with -100, `attention_mask`, which is made
-            where it is missing, with 0; others as they are.
+            All columns: `input_ids` padded with the padding token, `labels` with -100, `attention_mask`, which is added
+            if missing, with 0; others unchanged.
 
         Raises:
-            TypeError: for what is neither rows nor columns.
-            ValueError: for pages that are no `[height, width]` or larger than the processor's, and options of a text.
+            TypeError: for anything but rows or columns.
+            ValueError: for pages that are not `[height, width]` or larger than the processor's, and for other options.
         """
         _check_padding(padding)
         for name, value in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
             if value is not None:
-                raise ValueError(f"`{name}` must be None, for pages have a height and a width, got {value}.")
+                raise ValueError(f"`{name}` must be None, as pages have a height and a width, got {value}.")
         data = columns_of(encoded_inputs)
         pages = [np.asarray(page, dtype=np.int64) for page in data["input_ids"]]
         for page in pages:
@@ -260,7 +292,7 @@ class HeptapodProcessor(CustomCodeMixin, ProcessorMixin):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def apply_chat_template(self, conversation, *args, **kwargs):
-        """As [`ProcessorMixin.apply_chat_template`]; special tokens of the template are tokens, not text."""
+        """As [`ProcessorMixin.apply_chat_template`]. Names of special tokens in the template become these tokens."""
         if kwargs.get("tokenize"):
             options = {"split_special_tokens": False, **(kwargs.get("processor_kwargs") or {})}
             if "split_special_tokens" in kwargs:
@@ -269,48 +301,48 @@ class HeptapodProcessor(CustomCodeMixin, ProcessorMixin):
         return super().apply_chat_template(conversation, *args, **kwargs)
 
     def paginate(self, text: str, height: int | None = None, width: int | None = None) -> np.ndarray:
-        """A text of any length on as many pages as it takes; long lines wrap, nothing is lost.
+        """Splits a text of any length into pages. Long lines wrap, and no token is lost.
 
         Args:
             text: the text.
-            height, width: size of the pages, the processor's own when not given; one of both must be.
+            height, width: size of the pages, the processor's own when not given; both are required.
 
         Returns:
-            Token ids, int64 `[pages, height, width]`. `decode` reads all of them as one page,
-            `pages.reshape(-1, width)`: a character of several tokens may begin on one page and end on the next.
+            Token ids, int64 `[pages, height, width]`. Decode all of them as one page, `pages.reshape(-1, width)`: a
+            character of several tokens may begin on one page and end on the next.
         """
         height, width = self.height if height is None else height, self.width if width is None else width
         for name, value in (("height", height), ("width", width)):
             _check_size(name, value)
             if value is None:
                 raise ValueError(f"`{name}` of the pages must be given.")
-        rows = _wrap(self._lines(text), width)
+        rows = _wrap(self._lines(text), width, self.newline_token_id)
         pages = np.full((-(-len(rows) // height), height, width), self.blank_token_id, dtype=np.int64)
         _write(pages.reshape(-1, width), rows)
         return pages
 
     def mask_cells(self, pages, region) -> torch.Tensor:
-        """Open a region of pages that are laid out already.
+        """Masks a region of pages.
 
         Args:
-            pages: token ids `[..., height, width]`, a tensor or an array of integers; it stays as it is.
+            pages: token ids `[..., height, width]`, a tensor or an array of integers; it is not changed.
             region: see [`region_mask`].
 
         Returns:
-            The pages with mask tokens in the region, pads excepted; a tensor, int64.
+            The pages with mask tokens in the region, except at padding; a tensor, int64.
         """
         pages = torch.as_tensor(pages).long()
         is_masked = torch.from_numpy(region_mask(region, *pages.shape[-2:])).to(pages.device)
         return pages.masked_fill(is_masked & (pages != self.tokenizer.pad_token_id), self.tokenizer.mask_token_id)
 
     def decode(self, token_ids, mask_text: str = "\u2591", skip_special_tokens: bool = True) -> str:
-        """The text on a page.
+        """Decodes a page.
 
         Args:
             token_ids: the page `[height, width]`, or its cells in reading order `[cells]`; a tensor, an array or lists.
             mask_text: the text for a masked token.
-            skip_special_tokens: leave out blanks, pads and the tokenizer's other special tokens; otherwise all cells
-                are given as the tokenizer names them.
+            skip_special_tokens: leave out blanks, padding and the tokenizer's other special tokens; otherwise all cells
+                are decoded by the tokenizer.
         """
         ids = np.asarray(token_ids.cpu() if hasattr(token_ids, "cpu") else token_ids)
         if ids.ndim not in (1, 2):
@@ -331,17 +363,17 @@ class HeptapodProcessor(CustomCodeMixin, ProcessorMixin):
         return mask_text.join(self.tokenizer.decode(piece, clean_up_tokenization_spaces=False) for piece in pieces)
 
     def batch_decode(self, sequences, mask_text: str = "\u2591", skip_special_tokens: bool = True) -> list[str]:
-        """The text on each of several pages `[batch, height, width]`; the other arguments are those of `decode`."""
+        """Decodes pages `[batch, height, width]`; the other arguments are those of `decode`."""
         return [self.decode(page, mask_text, skip_special_tokens) for page in sequences]
 
     @property
     def pad_token_id(self) -> int:
-        """That of the tokenizer, which collators look for here."""
+        """Padding token id of the tokenizer, which collators read from the processor."""
         return self.tokenizer.pad_token_id
 
     @property
     def mask_token(self):
-        """None for collators, which ask before they mask: the model masks pages itself. See `tokenizer.mask_token`."""
+        """Not available to collators, since the model masks pages itself. See `tokenizer.mask_token`."""
         raise AttributeError("`DataCollatorForLanguageModeling` needs `mlm=False`: the model masks pages itself.")
 
     @property
@@ -351,7 +383,7 @@ class HeptapodProcessor(CustomCodeMixin, ProcessorMixin):
     def _tokenize(self, lines, split_special_tokens=True):
         if not lines:
             return []
-        # split_special_tokens: a text that spells "<|mask|>" is text.
+        # split_special_tokens: "<|mask|>" in a text is text.
         return self.tokenizer(
             lines,
             add_special_tokens=False,
@@ -361,37 +393,27 @@ class HeptapodProcessor(CustomCodeMixin, ProcessorMixin):
         )["input_ids"]
 
     def _lines(self, text, split_special_tokens=True):
-        """The tokens of each line with its newline; line by line, so that no token reaches over the end of one."""
+        """Tokens of each line with its newline; line by line, so that no token extends over the end of a line."""
         *lines, end = text.split("\n")
         lines = [[*line, self.newline_token_id] for line in self._tokenize(lines, split_special_tokens)]
         return lines + self._tokenize([end] if end else [], split_special_tokens)
 
-    def _lay_out(self, text, height, width, overflow, number, split_special_tokens):
-        """A page `[height, width]`, and how many tokens are not on it."""
+    def _arrange(self, text, height, width, overflow, number, split_special_tokens):
+        """A page `[height, width]`, and the number of tokens that are not on it."""
         lines = self._lines(text, split_special_tokens)
         if width is None:
             width = max([1, *map(len, lines)])
-        rows = _wrap(lines, width) if overflow == "wrap" else [self._truncate(line, width) for line in lines]
+        rows = OVERFLOWS[overflow](lines, width, self.newline_token_id)
         if height is None:
             height = max(1, len(rows))
         if len(rows) > height and overflow == "wrap":
             raise ValueError(
-                f"Text {number} takes {len(rows)} rows of {width} cells, its page has {height}: give a larger page, "
-                "`overflow='truncate'`, or call `paginate`."
+                f"Text {number} takes {len(rows)} rows of {width} cells, its page has {height}: use a larger page, "
+                "`overflow='truncate'`, or `paginate`."
             )
         page = np.full((height, width), self.blank_token_id, dtype=np.int64)
         _write(page, rows[:height])
         return page, sum(map(len, lines)) - sum(map(len, rows[:height]))
-
-    def _truncate(self, line, width):
-        if len(line) <= width:
-            return line
-        ending = line[-1:] if line[-1] == self.newline_token_id else []
-        return line[: width - len(ending)] + ending
-
-
-def _wrap(lines, width):
-    return [line[start : start + width] for line in lines for start in range(0, len(line), width)]
 
 
 def _write(page, rows):
@@ -432,8 +454,8 @@ def _check_size(name, value):
 
 def _check_overflow(overflow):
     reject_renamed("heptapod processor", {"overflow": overflow})
-    if overflow not in OVERFLOWS:
-        raise ValueError(f"`overflow` must be one of {OVERFLOWS}, got {overflow!r}.")
+    if not isinstance(overflow, str) or overflow not in OVERFLOWS:
+        raise ValueError(f"`overflow` must be one of {tuple(OVERFLOWS)}, got {overflow!r}.")
 
 
 __all__ = ["HeptapodProcessor", "region_mask"]
