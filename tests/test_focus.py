@@ -431,7 +431,7 @@ def step(qfkv, settings, packed, alibi_slopes=None, rotary=None):
         packed = window.packed
     if settings.output_gate == "none":
         return means[:, 0], packed
-    return gate_output(parts[:, 0], means[:, 0], means[:, 1], settings)[0], packed
+    return gate_output(parts[:, 0], means[:, 0], means[:, 1], settings), packed
 
 
 STEP_OPTIONS = ["plain", "exp", "normalize", "gelu", "no gate", "null", "alibi_slopes", "rotary", "all", "all of exp"]

@@ -9,12 +9,13 @@ from transformers.utils import auto_docstring
 from ..common.config_checks import check_numbers
 from ..common.remote_code import CustomCodeMixin
 from ..common.renamed_fields import RenamedFieldsMixin
+from .focus_functions import OUTPUT_GATES, WEIGHT_FUNCTIONS
 
 
 _CHOICES = {
     "mixer": ("focus", "additive"),
-    "weight_function": ("elu", "exp"),
-    "output_gate": ("sigmoid", "gelu", "none"),
+    "weight_function": tuple(WEIGHT_FUNCTIONS),
+    "output_gate": tuple(OUTPUT_GATES),
     "position_embedding_type": ("absolute", "rotary", "alibi", "none"),
 }
 # Rotary variants whose frequencies never change with the length seen: a recurrent state cannot be rotated again.

@@ -98,26 +98,50 @@ def naive_focus_mixing(
 ) -> torch.Tensor:
     """The mixing step in plain differentiable operations: the executable specification of `focus_mixing`.
 
-    `means` may be any function of the arguments of `naive_focus_mean`.
+    `means` is any function of the arguments of `naive_focus_mean`.
     """
+    mask = None
     if padding_mask is not None:
-        qfkv = torch.where(padding_mask.bool()[..., None, None, None], qfkv, 0.0)
-    parts = [standardize(part) if settings.normalize else part for part in qfkv.unbind(2)]
-    f, k, v = parts[-3:]
-    logs = log_weight(settings.scale * (f * k).sum(-1), settings.weight_function)
-    if padding_mask is not None:
-        logs = logs.masked_fill(~padding_mask.bool()[..., None], -math.inf)
+        mask = padding_mask.bool()
+        qfkv = torch.where(mask[..., None, None, None], qfkv, 0.0)
 
-    def mean(values):
+    def mean(logs, values):
         return means(logs, values, settings.window, alibi_slopes, settings.sink_weight, settings.causal, segment_ids)
 
+    return mix_with_means(qfkv, settings, mean, rotary, mask)[0]
+
+
+def mix_with_means(
+    qfkv: torch.Tensor,
+    settings: FocusSettings,
+    means: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    padding_mask: torch.BoolTensor | None = None,
+    dropout: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The mixing step around any function of means.
+
+    Args:
+        qfkv, settings, rotary, padding_mask: as in `focus_mixing`.
+        means (`Callable`): log weights `[batch, seq, heads]` and values `[batch, seq, heads, channels]` -> means of values.
+        dropout (`Callable`): applied to focus, values, focus logits and queries.
+
+    Returns:
+        Output `[batch, seq, heads, head_dim]`, log weights and gates, both `[batch, seq, heads]`.
+    """
+    parts = (standardize(qfkv) if settings.normalize else qfkv).unbind(2)
+    f, k, v = dropout(parts[-3]), parts[-2], dropout(parts[-1])
+    logs = log_weight(dropout(settings.scale * (f * k).sum(-1)), settings.weight_function)
+    if padding_mask is not None:
+        logs = logs.masked_fill(~padding_mask[..., None], -math.inf)
     if settings.output_gate == "none":
-        return mean(v)
-    q = parts[0]
+        return means(logs, v), logs, torch.ones_like(logs)
+    q = dropout(parts[0])
     if rotary is not None:
         q, k = (rotate(x, *rotary) for x in (q, k))
-    alignment = settings.scale * (q * mean(k)).sum(-1, keepdim=True)
-    return gate_value(alignment, settings.output_gate) * mean(v)
+    kbar, vbar = means(logs, torch.cat((k, v), dim=-1)).chunk(2, dim=-1)
+    gate = gate_value(settings.scale * (q * kbar).sum(-1), settings.output_gate)
+    return gate.unsqueeze(-1) * vbar, logs, gate
 
 
 def focus_mixing(

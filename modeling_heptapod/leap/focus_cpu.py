@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from ..common.model_inputs import is_eager
 from ..common.native_library import compile_library, find_compiler, load_library
 from .focus_cpu_source import SOURCE
 
@@ -72,12 +73,7 @@ def _compiled(compiler: str, head_dim: int) -> Path:
 
 def is_supported(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> bool:
     """Whether the compiled source runs this mixing step in eager mode."""
-    return (
-        type(qfkv) in (torch.Tensor, torch.nn.Parameter)  # not one of tracing, which has no memory
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and takes(qfkv, settings, rotary)
-    )
+    return is_eager(qfkv) and takes(qfkv, settings, rotary)
 
 
 def takes(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> bool:
@@ -85,9 +81,7 @@ def takes(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> bool:
     return (
         qfkv.device.type == "cpu"
         and qfkv.dtype in (torch.float32, torch.bfloat16)
-        and settings.causal
-        and None not in settings.kernels
-        and (settings.window is None or settings.window <= _WIDEST)
+        and settings.have_kernels(_WIDEST)
         and 1 < qfkv.shape[-1] <= _MOST_DIM
         and (rotary is None or rotary[0].dtype == torch.float32)
         and _library(int(qfkv.shape[-1])) is not None  # a library is for one size, which a graph might leave open

@@ -200,9 +200,7 @@ def prepare_step(
     return parts, logits
 
 
-def gate_output(
-    query: torch.Tensor, kbar: torch.Tensor, vbar: torch.Tensor, settings: FocusSettings
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gate means of values by queries and means of keys, all `[..., head_dim]`: output, and gate `[...]`."""
+def gate_output(query: torch.Tensor, kbar: torch.Tensor, vbar: torch.Tensor, settings: FocusSettings) -> torch.Tensor:
+    """Means of values, gated by queries and means of keys; all are `[..., head_dim]`."""
     gate = gate_value((query * kbar).sum(-1).mul_(settings.scale), settings.output_gate)
-    return gate.unsqueeze(-1) * vbar, gate
+    return gate.unsqueeze(-1) * vbar

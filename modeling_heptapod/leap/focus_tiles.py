@@ -151,7 +151,7 @@ class Block:
         grad_logs, grad_values, factor, carry = means_backward(grad_means, self.log_total, *self.tokens, carry)
 
         grad_logits = grad_logs.transpose(1, 2) * scale  # [batch, n, heads]
-        grad_logits = WEIGHT_FUNCTIONS[settings.weight_function].backward(grad_logits, self.logits).unsqueeze(-1)
+        grad_logits = (grad_logits * WEIGHT_FUNCTIONS[settings.weight_function].slope(self.logits)).unsqueeze(-1)
         grad_values, factor = grad_values.transpose(1, 2), factor.transpose(1, 2)
         batch, n, heads, head_dim = self.v.shape
         grads = grad_values.new_empty(batch, n, 3 if settings.output_gate == "none" else 4, heads, head_dim)

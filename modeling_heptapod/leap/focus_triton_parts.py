@@ -1,0 +1,293 @@
+"""What the Triton kernels of the focus operator share: rows, weights, gates, and sums that chunks publish for each other."""
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+if triton is not None:
+    # Stand for log(0), finite so that no difference is NaN: of a masked token, and, above it, of a sum over no tokens.
+    NOTHING = tl.constexpr(-1e30)
+    EMPTY = tl.constexpr(-1e29)
+    # Weight functions and gates: `kernel` in focus_functions.py.
+    _EXP, _ELU = tl.constexpr(0), tl.constexpr(1)
+    _SIGMOID, _GELU = tl.constexpr(1), tl.constexpr(2)
+
+    @triton.jit
+    def padded_channels(D: tl.constexpr, DP: tl.constexpr):
+        """Which channel of a head each place of a padded row holds, and whether it holds one. Halves stay halves."""
+        place = tl.arange(0, DP)
+        channel, inside = place, place < D
+        if D != DP:
+            if D % 2 == 0:
+                inside = tl.where(place >= DP // 2, place - DP // 2, place) < D // 2
+                channel = tl.where(place >= DP // 2, place - DP // 2 + D // 2, place)
+        return channel, inside
+
+    @triton.jit
+    def load_rows(base, local, stride, here, D: tl.constexpr, DP: tl.constexpr):
+        """Rows `[tokens, DP]` in float32, zero where there is no token or channel."""
+        channel, inside = padded_channels(D, DP)
+        kept = here[:, None]
+        if D != DP:
+            kept = kept & inside[None, :]
+        return tl.load(base + local[:, None] * stride + channel[None, :], mask=kept, other=0.0).to(tl.float32)
+
+    @triton.jit
+    def store_rows(base, local, stride, here, rows, D: tl.constexpr, DP: tl.constexpr):
+        channel, inside = padded_channels(D, DP)
+        kept = here[:, None]
+        if D != DP:
+            kept = kept & inside[None, :]
+        tl.store(base + local[:, None] * stride + channel[None, :], rows.to(base.dtype.element_ty), mask=kept)
+
+    @triton.jit
+    def load_part(base, local, stride, here, D: tl.constexpr, DP: tl.constexpr, NORMALIZE: tl.constexpr):
+        """Rows as the mixing step has them, their standard deviations, and the factors that standardised them."""
+        x = load_rows(base, local, stride, here, D, DP)
+        deviation = tl.sum(x, 1)
+        factor = deviation
+        if NORMALIZE:
+            _, inside = padded_channels(D, DP)
+            x = tl.where(inside[None, :], x - (deviation / D)[:, None], 0.0)
+            deviation = tl.sqrt(tl.maximum(tl.sum(x * x, 1) / (D - 1), 1e-24))
+            factor = 1.0 / (deviation + 1e-5)
+            x = x * factor[:, None]
+        return x, deviation, factor
+
+    @triton.jit
+    def part_backward(grad, y, deviation, factor, D: tl.constexpr, NORMALIZE: tl.constexpr):
+        """From the gradient of standardised rows to that of the rows; padded channels come out wrong and are not stored."""
+        if NORMALIZE:
+            slope = tl.sum(grad * y, 1) / (deviation * (D - 1))
+            grad = (grad - (tl.sum(grad, 1) / D)[:, None]) * factor[:, None] - y * slope[:, None]
+        return grad
+
+    @triton.jit
+    def swap_halves(x, N: tl.constexpr, DP: tl.constexpr):
+        """`(low, high)` halves of rows -> `(-high, low)`."""
+        low, high = tl.split(tl.permute(tl.reshape(x, (N, 2, DP // 2)), (0, 2, 1)))
+        return tl.reshape(tl.permute(tl.join(-high, low), (0, 2, 1)), (N, DP))
+
+    @triton.jit
+    def rotate(x, cos, sin, local, here, sign, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+        """Rotary positions; with sign -1, of gradients back."""
+        return x * load_rows(cos, local, D, here, D, DP) + swap_halves(x, N, DP) * (
+            load_rows(sin, local, D, here, D, DP) * sign
+        )
+
+    @triton.jit
+    def log_weight(logit, here, mask, local, WEIGHT: tl.constexpr):
+        if WEIGHT == _ELU:
+            log = tl.where(logit > 0, tl.log(1.0 + tl.maximum(logit, 0.0)), logit)
+        else:
+            tl.static_assert(WEIGHT == _EXP, "unknown weight function")
+            log = logit
+        if mask is not None:
+            here = here & (tl.load(mask + local, mask=here, other=0) != 0)
+        return tl.where(here, log, NOTHING)
+
+    @triton.jit
+    def log_weight_slope(logit, WEIGHT: tl.constexpr):
+        """Derivative of the log weight of a logit."""
+        if WEIGHT == _ELU:
+            slope = 1.0 / (1.0 + tl.maximum(logit, 0.0))
+        else:
+            tl.static_assert(WEIGHT == _EXP, "unknown weight function")
+            slope = tl.full(logit.shape, 1.0, tl.float32)
+        return slope
+
+    @triton.jit
+    def sigmoid(x):
+        e = tl.exp(-tl.abs(x))
+        return tl.where(x < 0, e, 1.0) / (1.0 + e)
+
+    @triton.jit
+    def gate_value(x, GATE: tl.constexpr):
+        if GATE == _SIGMOID:
+            gate = sigmoid(x)
+        else:
+            tl.static_assert(GATE == _GELU, "unknown gate")
+            gate = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        return gate
+
+    @triton.jit
+    def gate_slope(x, gate, GATE: tl.constexpr):
+        if GATE == _SIGMOID:
+            slope = gate * sigmoid(-x)
+        else:
+            tl.static_assert(GATE == _GELU, "unknown gate")
+            slope = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        return slope
+
+    @triton.jit
+    def exponents_of(logs, query, key, query_segment, key_segment, slope, window, SEGMENTS: tl.constexpr):
+        """Log weights `[queries, keys]` with which queries see keys, by their places; without a window, `window` is None."""
+        distance = query[:, None] - key[None, :]
+        seen = distance >= 0
+        if window is not None:
+            seen = seen & (distance < window)
+        if SEGMENTS:
+            seen = seen & (query_segment[:, None] == key_segment[None, :])
+        return tl.where(seen, logs[None, :] - slope * distance.to(tl.float32), NOTHING)
+
+    @triton.jit
+    def reciprocal(total):
+        return tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
+
+    @triton.jit
+    def write_record(record, reference, total, passes, keys, values, GATED: tl.constexpr, DP: tl.constexpr):
+        place = tl.arange(0, DP)
+        tl.store(record, reference)
+        tl.store(record + 1, total)
+        tl.store(record + 2, passes)
+        tl.store(record + 4 + place, values)
+        if GATED:
+            tl.store(record + 4 + DP + place, keys)
+
+    @triton.jit
+    def read_record(record, GATED: tl.constexpr, DP: tl.constexpr):
+        place = tl.arange(0, DP)
+        values = tl.load(record + 4 + place, cache_modifier=".cg")
+        keys = values
+        if GATED:
+            keys = tl.load(record + 4 + DP + place, cache_modifier=".cg")
+        return tl.load(record, cache_modifier=".cg"), tl.load(record + 1, cache_modifier=".cg"), keys, values
+
+    @triton.jit
+    def combine(
+        records, inside, slope, reference, total, keys, values,
+        GATED: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr,
+    ):  # fmt: skip
+        """What precedes a group, joined by the first `inside` chunks of it; `slope` is the ALiBi bias of a chunk."""
+        k = tl.arange(0, GROUP)
+        record = records + k * (4 + (1 + GATED) * DP)
+        some = k < inside
+        passes = tl.load(record + 2, mask=some, other=1.0, cache_modifier=".cg")
+        cut = tl.max(tl.where(passes == 0, k, -1), 0)
+        some = some & (k >= cut)
+        logs = tl.load(record, mask=some, other=NOTHING, cache_modifier=".cg")
+        logs = tl.where(some, logs - slope * (inside - 1 - k).to(tl.float32), NOTHING)
+        reference = tl.where(cut < 0, reference - slope * inside, NOTHING)
+        top = tl.maximum(tl.maximum(tl.max(logs, 0), reference), EMPTY)
+        weights, own = tl.exp(logs - top), tl.exp(reference - top)
+        sums = tl.load(record + 1, mask=some, other=0.0, cache_modifier=".cg")
+        total = tl.sum(weights * sums, 0) + own * total
+        place = tl.arange(0, DP)
+        rows = tl.load(record[:, None] + 4 + place[None, :], mask=some[:, None], other=0.0, cache_modifier=".cg")
+        values = tl.sum(weights[:, None] * rows, 0) + own * values
+        if GATED:
+            rows = tl.load(
+                record[:, None] + 4 + DP + place[None, :], mask=some[:, None], other=0.0, cache_modifier=".cg"
+            )
+            keys = tl.sum(weights[:, None] * rows, 0) + own * keys
+        else:
+            keys = values
+        return top, total, keys, values
+
+    @triton.jit
+    def sum_before(
+        records, ends, words, row, index, chunks, slope, reference, total, keys, values,
+        GATED: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr,
+    ):  # fmt: skip
+        """Wait for the chunks before the `index`-th of a row, and combine them with what precedes the row."""
+        size: tl.constexpr = 4 + (1 + GATED) * DP
+        groups = (chunks + GROUP - 1) // GROUP
+        group, inside = index // GROUP, index % GROUP
+        word = words + 1 + row * groups + group
+        wanted = (1 << inside) - 1
+        ready = tl.atomic_or(word, 0, sem="acquire")
+        while (ready & wanted) != wanted:
+            ready = tl.atomic_or(word, 0, sem="acquire")
+        if group > 0:
+            ready = tl.atomic_or(word - 1, 0, sem="acquire")
+            while ((ready >> (GROUP - 1)) & 1) == 0:  # until the last chunk of that group is in
+                ready = tl.atomic_or(word - 1, 0, sem="acquire")
+            end = ends + (row * groups + group - 1).to(tl.int64) * size
+            reference, total, keys, values = read_record(end, GATED, DP)
+        records = records + (row * chunks + group * GROUP).to(tl.int64) * size
+        return combine(records, inside, slope, reference, total, keys, values, GATED, DP, GROUP)
+
+    @triton.jit
+    def announce(words, row, index, chunks, GROUP: tl.constexpr):
+        """Tell the others that the record of the `index`-th chunk of a row is written."""
+        groups = (chunks + GROUP - 1) // GROUP
+        tl.debug_barrier()
+        tl.atomic_or(words + 1 + row * groups + index // GROUP, 1 << (index % GROUP), sem="release")
+
+    @triton.jit
+    def join(reference, total, keys, values, slope, passes, own_reference, own_total, own_keys, own_values):
+        """What precedes a chunk and the chunk itself."""
+        reference = tl.where(passes > 0, reference - slope, NOTHING)
+        top = tl.maximum(tl.maximum(reference, own_reference), EMPTY)
+        past, own = tl.exp(reference - top), tl.exp(own_reference - top)
+        total = past * total + own * own_total
+        return top, total, past * keys + own * own_keys, past * values + own * own_values
+
+    @triton.jit
+    def triangle_weights(
+        logs, carry_log, carry_total, local, segment, segment_before, slope, log_sink, SEGMENTS: tl.constexpr,
+        NULL: tl.constexpr,
+    ):  # fmt: skip
+        """Weights of a chunk's tokens `[queries, keys]` and of what precedes it `[queries]`, and logs of the totals."""
+        exponents = exponents_of(logs, local, local, segment, segment, slope, None, SEGMENTS)
+        before = carry_log - slope * (local + 1).to(tl.float32)
+        if SEGMENTS:
+            before = tl.where(segment == segment_before, before, NOTHING)
+        top = tl.maximum(tl.maximum(tl.max(exponents, 1), before), EMPTY)
+        if NULL:
+            top = tl.maximum(top, log_sink)
+        weights, past = tl.exp(exponents - top[:, None]), tl.exp(before - top)
+        total = tl.sum(weights, 1) + past * carry_total
+        if NULL:
+            total += tl.exp(log_sink - top)
+        share = reciprocal(total)
+        log_total = tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), NOTHING)
+        return weights * share[:, None], past * share, log_total
+
+    @triton.jit
+    def band_weights(a, b, log_sink, NULL: tl.constexpr):
+        """Weights of two sets of keys from their exponents `[queries, keys]`."""
+        top = tl.maximum(tl.maximum(tl.max(a, 1), tl.max(b, 1)), EMPTY)
+        if NULL:
+            top = tl.maximum(top, log_sink)
+        a, b = tl.exp(a - top[:, None]), tl.exp(b - top[:, None])
+        total = tl.sum(a, 1) + tl.sum(b, 1)
+        if NULL:
+            total += tl.exp(log_sink - top)
+        share = reciprocal(total)
+        return a * share[:, None], b * share[:, None]
+
+    @triton.jit
+    def load_halo(
+        base, cos, sin, mask, past_logs, past_values, row, local, first, stride, part, past, scale,
+        D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, GATED: tl.constexpr, NORMALIZE: tl.constexpr,
+        WEIGHT: tl.constexpr,
+    ):  # fmt: skip
+        """Log weights, rotated keys and values of tokens before a chunk, of the state where they precede the row."""
+        here = first + local >= 0
+        f = load_part(base + GATED * part, local, stride, here, D, DP, NORMALIZE)[0]
+        k = load_part(base + (1 + GATED) * part, local, stride, here, D, DP, NORMALIZE)[0]
+        v = load_part(base + (2 + GATED) * part, local, stride, here, D, DP, NORMALIZE)[0]
+        logs = log_weight(tl.sum(f * k, 1) * scale, here, mask, local, WEIGHT)
+        if GATED:
+            if cos is not None:
+                k = rotate(k, cos, sin, local, here, 1.0, N, D, DP)
+        if past_logs is not None:
+            old = past + first + local
+            held = (old >= 0) & (old < past)
+            channels: tl.constexpr = (1 + GATED) * D
+            state = past_values + row.to(tl.int64) * past * channels
+            logs = tl.where(here, logs, tl.load(past_logs + row * past + old, mask=held, other=NOTHING))
+            logs = tl.where(logs > EMPTY, logs, NOTHING)
+            v += load_rows(state + GATED * D, old, channels, held, D, DP)
+            if GATED:
+                k += load_rows(state, old, channels, held, D, DP)
+        return logs, k, v
+
+    @triton.jit
+    def load_segments(segments, local, first, seq):
+        """Segments of tokens by place; those before the row belong to its first one."""
+        t = tl.minimum(tl.maximum(first + local, 0), seq - 1)
+        return tl.load(segments + t)
