@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring
 
-from ..common.config_checks import check_numbers
+from ..common.config_checks import check_fields, check_numbers, check_window_sizes
 from ..common.remote_code import CustomCodeMixin
 from ..common.renamed_fields import RenamedFieldsMixin
 from .focus_functions import OUTPUT_GATES, WEIGHT_FUNCTIONS
@@ -18,6 +18,14 @@ _CHOICES = {
     "output_gate": tuple(OUTPUT_GATES),
     "position_embedding_type": ("absolute", "rotary", "alibi", "none"),
 }
+_AT_LEAST_ONE = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
 # Rotary variants whose frequencies never change with the length seen: a recurrent state cannot be rotated again.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -118,65 +126,42 @@ class LeapConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Part of `@strict`-powered validation. Raises `ValueError` for values that make no model."""
+        """Part of `@strict`-powered validation. Raises `ValueError` for values that define no model."""
         check_numbers(self)
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "max_position_embeddings",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
-                f"({self.num_attention_heads})."
-            )
+        check_fields(self, _CHOICES, _AT_LEAST_ONE)
         if self.rescale is not None and (self.rescale <= 0 or self.head_dim < 2):
             raise ValueError(
                 f"`rescale` must be positive and needs a head dimension of at least 2, got rescale={self.rescale}, "
                 f"head_dim={self.head_dim}."
             )
-        if len(self.window_sizes) != self.num_hidden_layers:
-            raise ValueError(
-                f"`window_sizes` must have one entry for each of the {self.num_hidden_layers} layers, got "
-                f"{len(self.window_sizes)}: {self.window_sizes}."
-            )
-        if any(window is not None and window < 1 for window in self.window_sizes):
-            raise ValueError(f"`window_sizes` must be at least 1 or None (global), got {self.window_sizes}.")
+        check_window_sizes(self)
         if self.sink_weight < 0:
             raise ValueError(f"`sink_weight` must not be negative, got {self.sink_weight}.")
-        for name in ("hidden_dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
         if self.mixer == "additive" and self.output_gate != "none":
             raise ValueError(f"`output_gate` must be 'none' with mixer='additive', got {self.output_gate!r}.")
         if self.position_embedding_type == "rotary":
-            if self.output_gate == "none":
-                raise ValueError(
-                    "`position_embedding_type`='rotary' rotates queries and keys, but there are none with "
-                    f"mixer={self.mixer!r} and output_gate='none'; use 'absolute', 'alibi' or 'none'."
-                )
-            if self.head_dim % 2:
-                raise ValueError(f"Rotary positions need an even head dimension, got head_dim={self.head_dim}.")
-            rope_parameters = self.rope_parameters or {}
-            if rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
-                raise ValueError(
-                    "`rope_parameters['partial_rotary_factor']` must be 1 (every channel turns), got "
-                    f"{rope_parameters['partial_rotary_factor']}."
-                )
-            rope_type = rope_parameters.get("rope_type", "default")
-            if rope_type not in _ROPE_TYPES:
-                raise ValueError(
-                    f"`rope_parameters['rope_type']` must be one of {_ROPE_TYPES} (a recurrent state cannot follow "
-                    f"frequencies that change with length), got {rope_type!r}."
-                )
+            self._check_rotary()
+
+    def _check_rotary(self):
+        if self.output_gate == "none":
+            raise ValueError(
+                "`position_embedding_type`='rotary' rotates queries and keys, but there are none with "
+                f"mixer={self.mixer!r} and output_gate='none'; use 'absolute', 'alibi' or 'none'."
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"Rotary positions need an even head dimension, got head_dim={self.head_dim}.")
+        rope_parameters = self.rope_parameters or {}
+        if rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(
+                "`rope_parameters['partial_rotary_factor']` must be 1 (every channel turns), got "
+                f"{rope_parameters['partial_rotary_factor']}."
+            )
+        rope_type = rope_parameters.get("rope_type", "default")
+        if rope_type not in _ROPE_TYPES:
+            raise ValueError(
+                f"`rope_parameters['rope_type']` must be one of {_ROPE_TYPES} (a recurrent state cannot follow "
+                f"frequencies that change with length), got {rope_type!r}."
+            )
 
     @property
     def head_dim(self) -> int:

@@ -98,41 +98,51 @@ def _running_mean(logs, values, alibi_slopes, segments, carry, reverse):
     means = means.view(batch, heads, tiles, tile, channels)
 
     if tiles > 1 or carry is not None:
-        end, step = (0, slice(1, None)) if reverse else (-1, slice(None, -1))
-        tile_logs, tile_means = log_total[..., end], means[..., end, :]
-        tile_segments = None if segments is None else segments[..., end]
-        if carry is not None:
-            pairs = [(carry.log_weights.unsqueeze(2), tile_logs), (carry.values.unsqueeze(2), tile_means)]
-            if segments is not None:
-                pairs.append((carry.segments.unsqueeze(1), tile_segments))
-            joined = [torch.cat(pair[::-1] if reverse else pair, dim=2 if pair[0].ndim > 2 else 1) for pair in pairs]
-            tile_logs, tile_means = joined[:2]
-            tile_segments = joined[2] if segments is not None else None
-        tile_slopes = None if alibi_slopes is None else alibi_slopes * tile
-        before_logs, before_means = _running_mean(tile_logs, tile_means, tile_slopes, tile_segments, None, reverse)
-        shape = (batch, heads, tiles)
-        if carry is None:  # the first tile has nothing before it
-            empty = before_logs.new_full((batch, heads, 1), _OUT_OF_REACH)
-            nothing = before_means.new_zeros(batch, heads, 1, channels)
-            parts = (before_logs[:, :, step], empty), (before_means[:, :, step], nothing)
-            before_logs, before_means = (torch.cat(p if reverse else p[::-1], dim=2) for p in parts)
-            if segments is not None:
-                parts = (tile_segments[:, step], tile_segments[:, -1:] if reverse else tile_segments[:, :1])
-                tile_segments = torch.cat(parts if reverse else parts[::-1], dim=1)
-        else:
-            before_logs, before_means = before_logs[:, :, step], before_means[:, :, step]
-            tile_segments = None if segments is None else tile_segments[:, step]
-        before_logs = before_logs.view(*shape, 1)
+        before = _means_before_tiles(log_total, means, alibi_slopes, segments, carry, reverse)
+        before_logs = before.log_weights.unsqueeze(-1)
         if alibi_slopes is not None:
             before_logs = before_logs - alibi_slopes.view(heads, 1, 1) * (tile - place if reverse else place + 1)
         if segments is not None:
-            connected = (segments == tile_segments.unsqueeze(-1)).unsqueeze(1)
+            connected = (segments == before.segments.unsqueeze(-1)).unsqueeze(1)
             before_logs = torch.where(connected, before_logs, _OUT_OF_REACH)
-        log_total, means = _merge(before_logs, before_means.unsqueeze(3), log_total, means)
+        log_total, means = _merge(before_logs, before.values.unsqueeze(3), log_total, means)
 
     log_total, means = log_total.view(batch, heads, -1), means.view(batch, heads, -1, channels)
     kept = slice(padding, None) if reverse else slice(0, n)
     return log_total[:, :, kept], means[:, :, kept]
+
+
+def _means_before_tiles(log_total, means, alibi_slopes, segments, carry, reverse):
+    """Means over all that precedes each tile (follows it when `reverse`), `[batch, heads, tiles]` and `[..., channels]`.
+
+    `log_total [batch, heads, tiles, tile]` and `means` are the running means within tiles. The last one of each tile is
+    the mean of the tile, and a running mean over these is the result, shifted by one tile.
+    """
+    batch, heads, _, tile, channels = means.shape
+    end, step = (0, slice(1, None)) if reverse else (-1, slice(None, -1))
+    logs, values = log_total[..., end], means[..., end, :]
+    segments = None if segments is None else segments[..., end]
+    if carry is not None:
+        pairs = [(carry.log_weights.unsqueeze(2), logs), (carry.values.unsqueeze(2), values)]
+        if segments is not None:
+            pairs.append((carry.segments.unsqueeze(1), segments))
+        joined = [torch.cat(pair[::-1] if reverse else pair, dim=2 if pair[0].ndim > 2 else 1) for pair in pairs]
+        logs, values = joined[:2]
+        segments = joined[2] if segments is not None else None
+    tile_slopes = None if alibi_slopes is None else alibi_slopes * tile
+    logs, values = (x[:, :, step] for x in _running_mean(logs, values, tile_slopes, segments, None, reverse))
+    if carry is not None:
+        return FocusState(logs, values, None if segments is None else segments[:, step])
+    # Nothing precedes the first tile.
+    parts = (
+        (logs, logs.new_full((batch, heads, 1), _OUT_OF_REACH)),
+        (values, values.new_zeros(batch, heads, 1, channels)),
+    )
+    logs, values = (torch.cat(part if reverse else part[::-1], dim=2) for part in parts)
+    if segments is not None:
+        part = segments[:, step], segments[:, -1:] if reverse else segments[:, :1]
+        segments = torch.cat(part if reverse else part[::-1], dim=1)
+    return FocusState(logs, values, segments)
 
 
 def _band_mean(logs, values, window, alibi_slopes, segments, reverse):
