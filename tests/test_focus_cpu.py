@@ -522,7 +522,7 @@ def test_c_refuses_what_it_does_not_know(field):
     mixing = focus_cpu.NativeMixing(torch.zeros(2, 10, 4, HEADS, 4), settings_for(4))
     mixing.blank = type(mixing.blank).from_buffer_copy(mixing.blank)
     setattr(mixing.blank, field, 99 if field != "past" and field != "batch" else -1)
-    with pytest.raises(ValueError, match="C source does not know"):
+    with pytest.raises(ValueError, match="C source lacks"):
         mixing.forward(torch.zeros(2, 10, 4, HEADS, 4), False)
 
 

@@ -10,25 +10,28 @@ if triton is not None:
     from .focus_triton_parts import (
         EMPTY,
         NOTHING,
-        announce,
         band_weights,
+        chunk_segments,
         exponents_of,
         gate_slope,
         gate_value,
         join,
-        load_halo,
         load_part,
         load_rows,
         load_segments,
+        load_slope,
+        load_tokens,
         log_weight,
         log_weight_slope,
         part_backward,
+        publish_chunk,
+        publish_group,
         read_record,
         rotate,
         store_rows,
         sum_before,
         triangle_weights,
-        write_record,
+        window_means,
     )
 
     @triton.jit
@@ -76,6 +79,132 @@ if triton is not None:
         grad = part_backward(grad, k, k_deviation, k_factor, D, NORMALIZE)
         store_rows(grad_base + (1 + GATED) * part, local, stride, here, grad, D, DP)
 
+    @triton.jit
+    def _window_gradients(
+        base, out_base, cos, sin, mask, segments, local, first, stride, part, seq, window, scale, slope, log_sink, logs,
+        k, v, segment, weights, inner, grad_kbar, grad_vbar, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr,
+        HALO: tl.constexpr, GATED: tl.constexpr, NORMALIZE: tl.constexpr, WEIGHT: tl.constexpr, GATE: tl.constexpr,
+        NULL: tl.constexpr, PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """Gradients from the windows of the tokens of a chunk and of those after it."""
+        SEGMENTS: tl.constexpr = segments is not None
+        back = tl.trans(weights)
+        grad_v = tl.dot(back, grad_vbar, input_precision=PRECISION)
+        grad_k = grad_v
+        if GATED:
+            grad_k = tl.dot(back, grad_kbar, input_precision=PRECISION)
+        grad_inner = tl.sum(weights * inner[:, None], 0)
+
+        after = tl.arange(0, HALO) + T
+        there = first + after < seq
+        next_logs, next_q, next_k, next_v = load_tokens(
+            base, cos, sin, mask, after, there, stride, part, scale, D, DP, HALO, GATED, NORMALIZE, WEIGHT
+        )
+        next_segment = after
+        if SEGMENTS:
+            next_segment = load_segments(segments, after, first, seq)
+        weights, halo_weights = band_weights(
+            exponents_of(logs, after, local, next_segment, segment, slope, window, SEGMENTS),
+            exponents_of(next_logs, after, after, next_segment, next_segment, slope, window, SEGMENTS),
+            log_sink,
+            NULL,
+        )
+        vbar = tl.dot(halo_weights, next_v, input_precision=PRECISION)
+        vbar = tl.dot(weights, v, vbar, input_precision=PRECISION)
+        next_kbar = vbar
+        if GATED:
+            next_kbar = tl.dot(halo_weights, next_k, input_precision=PRECISION)
+            next_kbar = tl.dot(weights, k, next_kbar, input_precision=PRECISION)
+        grad_kbar, grad_vbar, inner, _ = _gate_gradients(
+            out_base, after, part, there, next_q, next_kbar, vbar, scale, D, DP, GATE
+        )
+        back = tl.trans(weights)
+        grad_v = tl.dot(back, grad_vbar, grad_v, input_precision=PRECISION)
+        if GATED:
+            grad_k = tl.dot(back, grad_kbar, grad_k, input_precision=PRECISION)
+        grad_inner += tl.sum(weights * inner[:, None], 0)
+        return grad_k, grad_v, grad_inner
+
+    @triton.jit
+    def _sum_chunk(
+        segments, local, first, seq, here, segment, slope, log_total, inner, grad_kbar, grad_vbar, T: tl.constexpr,
+        GATED: tl.constexpr,
+    ):  # fmt: skip
+        """Sums of gradients over a chunk for the tokens before it, whether those reach past it, and the segment after it."""
+        sent = here & (log_total > EMPTY)
+        passes = tl.full((), 1.0, tl.float32)
+        segment_after = 0
+        if segments is not None:
+            own_first = tl.load(segments + first)
+            segment_after = tl.load(segments + tl.minimum(first + T, seq - 1))
+            passes = (own_first == segment_after).to(tl.float32)
+            sent = sent & (segment == own_first)
+        leaving = tl.where(sent, -log_total - slope * local.to(tl.float32), NOTHING)
+        own_reference = tl.maximum(tl.max(leaving, 0), EMPTY)
+        weight = tl.exp(leaving - own_reference)
+        own_inner = tl.sum(weight * inner, 0)
+        own_v = tl.sum(weight[:, None] * grad_vbar, 0)
+        own_k = own_v
+        if GATED:
+            own_k = tl.sum(weight[:, None] * grad_kbar, 0)
+        return own_reference, own_inner, passes, own_k, own_v, segment_after
+
+    @triton.jit
+    def _global_gradients(
+        segments, records, ends, words, row, index, chunks, local, first, seq, here, slope, logs, segment, weights,
+        log_total, inner, grad_kbar, grad_vbar, DP: tl.constexpr, T: tl.constexpr, GROUP: tl.constexpr,
+        GATED: tl.constexpr, PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """Gradients from all tokens from each of a chunk on; those of the chunk are published for the chunks before it."""
+        own_reference, own_inner, passes, own_k, own_v, segment_after = _sum_chunk(
+            segments, local, first, seq, here, segment, slope, log_total, inner, grad_kbar, grad_vbar, T, GATED
+        )
+        publish_chunk(
+            records, words, row, index, chunks, own_reference, own_inner, passes, own_k, own_v, GATED, DP, GROUP
+        )
+        reference = tl.full((), NOTHING, tl.float32)
+        later_inner = tl.full((), 0.0, tl.float32)
+        later_k = tl.zeros([DP], tl.float32)
+        later_v = tl.zeros([DP], tl.float32)
+        reference, later_inner, later_k, later_v = sum_before(
+            records, ends, words, row, index, chunks, slope * T, reference, later_inner, later_k, later_v, GATED, DP,
+            GROUP,
+        )  # fmt: skip
+        if index % GROUP == GROUP - 1:
+            end, end_inner, end_k, end_v = join(
+                reference, later_inner, later_k, later_v, slope * T, passes, own_reference, own_inner, own_k, own_v
+            )
+            publish_group(ends, words, row, index, chunks, end, end_inner, end_k, end_v, GATED, DP, GROUP)
+
+        factor = tl.minimum(logs - slope * (T - local).to(tl.float32) + reference, 0.0)
+        if segments is not None:
+            factor = tl.where(segment == segment_after, factor, NOTHING)
+        factor = tl.exp(factor)
+        back = tl.trans(weights)
+        grad_v = tl.dot(back, grad_vbar, factor[:, None] * later_v[None, :], input_precision=PRECISION)
+        grad_k = grad_v
+        if GATED:
+            grad_k = tl.dot(back, grad_kbar, factor[:, None] * later_k[None, :], input_precision=PRECISION)
+        grad_inner = tl.sum(weights * inner[:, None], 0) + factor * later_inner
+        return grad_k, grad_v, grad_inner
+
+    @triton.jit
+    def _global_means(
+        carries, row, chunk, chunks, local, slope, log_sink, logs, k, v, segment, segment_before, DP: tl.constexpr,
+        SEGMENTS: tl.constexpr, NULL: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """Means of keys and values as in the forward pass, from the sums that it kept, their weights and logs of the totals."""
+        record = carries + (row * chunks + chunk).to(tl.int64) * (4 + (1 + GATED) * DP)
+        reference, total, past_k, past_v = read_record(record, GATED, DP)
+        weights, past_weights, log_total = triangle_weights(
+            logs, reference, total, local, segment, segment_before, slope, log_sink, SEGMENTS, NULL
+        )
+        vbar = tl.dot(weights, v, past_weights[:, None] * past_v[None, :], input_precision=PRECISION)
+        kbar = k
+        if GATED:
+            kbar = tl.dot(weights, k, past_weights[:, None] * past_k[None, :], input_precision=PRECISION)
+        return kbar, vbar, weights, log_total
+
     @triton.jit(do_not_specialize=["seq", "rows", "chunks", "window", "past"])
     def backward_kernel(
         qfkv, grad_out, grad_in, alibi_slopes, cos, sin, mask, segments, past_logs, past_values,
@@ -84,11 +213,11 @@ if triton is not None:
         NORMALIZE: tl.constexpr, WEIGHT: tl.constexpr, GATE: tl.constexpr, NULL: tl.constexpr, GATED: tl.constexpr,
         PRECISION: tl.constexpr,
     ):  # fmt: skip
-        SEGMENTS: tl.constexpr = segments is not None
+        """A chunk of one head of one row. Chunks are counted from the end of the row."""
         order = tl.program_id(0)
         if window is None:
             order = tl.atomic_add(words, 1)
-        index, row = order // rows, order % rows  # counted from the end
+        index, row = order // rows, order % rows
         chunk = chunks - 1 - index
         b, h = (row // heads).to(tl.int64), row % heads
         first = chunk * T
@@ -104,16 +233,10 @@ if triton is not None:
         if cos is not None:
             cos += b * rotary_stride + first.to(tl.int64) * D
             sin += b * rotary_stride + first.to(tl.int64) * D
-        slope = 0.0
-        if alibi_slopes is not None:
-            slope = tl.load(alibi_slopes + h)
-        segment = local
-        segment_before = 0
-        if SEGMENTS:
+        if segments is not None:
             segments += b * seq
-            segment = load_segments(segments, local, first, seq)
-            segment_before = tl.load(segments + tl.maximum(first - 1, 0))
-
+        slope = load_slope(alibi_slopes, h)
+        segment, segment_before = chunk_segments(segments, local, first, seq)
         f, f_deviation, f_factor = load_part(base + GATED * part, local, stride, here, D, DP, NORMALIZE)
         k, k_deviation, k_factor = load_part(base + (1 + GATED) * part, local, stride, here, D, DP, NORMALIZE)
         v, v_deviation, v_factor = load_part(base + (2 + GATED) * part, local, stride, here, D, DP, NORMALIZE)
@@ -127,138 +250,31 @@ if triton is not None:
             if cos is not None:
                 turned_q = rotate(q, cos, sin, local, here, 1.0, T, D, DP)
                 turned_k = rotate(k, cos, sin, local, here, 1.0, T, D, DP)
-
-        kbar = k
         if window is not None:
-            before = tl.arange(0, HALO) - HALO
-            halo_logs, halo_k, halo_v = load_halo(
-                base, cos, sin, mask, past_logs, past_values, row, before, first, stride, part, past, scale,
-                D, DP, HALO, GATED, NORMALIZE, WEIGHT,
+            kbar, vbar, weights = window_means(
+                base, cos, sin, mask, segments, past_logs, past_values, row, local, first, stride, part, seq, window,
+                past, scale, slope, log_sink, logs, turned_k, v, segment, D, DP, HALO, GATED, NORMALIZE, WEIGHT, NULL,
+                PRECISION,
             )  # fmt: skip
-            halo_segment = before
-            if SEGMENTS:
-                halo_segment = load_segments(segments, before, first, seq)
-            weights, halo_weights = band_weights(
-                exponents_of(logs, local, local, segment, segment, slope, window, SEGMENTS),
-                exponents_of(halo_logs, local, before, segment, halo_segment, slope, window, SEGMENTS),
-                log_sink,
-                NULL,
-            )
-            vbar = tl.dot(halo_weights, halo_v, input_precision=PRECISION)
-            vbar = tl.dot(weights, v, vbar, input_precision=PRECISION)
-            if GATED:
-                kbar = tl.dot(halo_weights, halo_k, input_precision=PRECISION)
-                kbar = tl.dot(weights, turned_k, kbar, input_precision=PRECISION)
-            grad_kbar, grad_vbar, inner, grad_product = _gate_gradients(
-                out_base, local, part, here, turned_q, kbar, vbar, scale, D, DP, GATE
-            )
-            back = tl.trans(weights)
-            grad_v = tl.dot(back, grad_vbar, input_precision=PRECISION)
-            grad_k = grad_v
-            if GATED:
-                grad_k = tl.dot(back, grad_kbar, input_precision=PRECISION)
-            grad_inner = tl.sum(weights * inner[:, None], 0)
-
-            # The tokens after the chunk whose windows reach into it.
-            after = tl.arange(0, HALO) + T
-            there = first + after < seq
-            next_f = load_part(base + GATED * part, after, stride, there, D, DP, NORMALIZE)[0]
-            next_k = load_part(base + (1 + GATED) * part, after, stride, there, D, DP, NORMALIZE)[0]
-            next_v = load_part(base + (2 + GATED) * part, after, stride, there, D, DP, NORMALIZE)[0]
-            next_q = next_v
-            next_logs = log_weight(tl.sum(next_f * next_k, 1) * scale, there, mask, after, WEIGHT)
-            if GATED:
-                next_q = load_part(base, after, stride, there, D, DP, NORMALIZE)[0]
-                if cos is not None:
-                    next_q = rotate(next_q, cos, sin, after, there, 1.0, HALO, D, DP)
-                    next_k = rotate(next_k, cos, sin, after, there, 1.0, HALO, D, DP)
-            next_segment = after
-            if SEGMENTS:
-                next_segment = load_segments(segments, after, first, seq)
-            weights, halo_weights = band_weights(
-                exponents_of(logs, after, local, next_segment, segment, slope, window, SEGMENTS),
-                exponents_of(next_logs, after, after, next_segment, next_segment, slope, window, SEGMENTS),
-                log_sink,
-                NULL,
-            )
-            vbar = tl.dot(halo_weights, next_v, input_precision=PRECISION)
-            vbar = tl.dot(weights, v, vbar, input_precision=PRECISION)
-            next_kbar = vbar
-            if GATED:
-                next_kbar = tl.dot(halo_weights, next_k, input_precision=PRECISION)
-                next_kbar = tl.dot(weights, turned_k, next_kbar, input_precision=PRECISION)
-            grad_kbar, grad_vbar, inner, _ = _gate_gradients(
-                out_base, after, part, there, next_q, next_kbar, vbar, scale, D, DP, GATE
-            )
-            back = tl.trans(weights)
-            grad_v = tl.dot(back, grad_vbar, grad_v, input_precision=PRECISION)
-            if GATED:
-                grad_k = tl.dot(back, grad_kbar, grad_k, input_precision=PRECISION)
-            grad_inner += tl.sum(weights * inner[:, None], 0)
         else:
-            size: tl.constexpr = 4 + (1 + GATED) * DP
-            record = carries + (row * chunks + chunk).to(tl.int64) * size
-            reference, total, past_k, past_v = read_record(record, GATED, DP)
-            weights, past_weights, log_total = triangle_weights(
-                logs, reference, total, local, segment, segment_before, slope, log_sink, SEGMENTS, NULL
-            )
-            vbar = tl.dot(weights, v, past_weights[:, None] * past_v[None, :], input_precision=PRECISION)
-            if GATED:
-                kbar = tl.dot(weights, turned_k, past_weights[:, None] * past_k[None, :], input_precision=PRECISION)
-            grad_kbar, grad_vbar, inner, grad_product = _gate_gradients(
-                out_base, local, part, here, turned_q, kbar, vbar, scale, D, DP, GATE
-            )
-
-            # What this chunk's queries hand to the tokens before it.
-            seen = here & (log_total > EMPTY)
-            passes = tl.full((), 1.0, tl.float32)
-            segment_after = 0
-            if SEGMENTS:
-                own_first = tl.load(segments + first)
-                segment_after = tl.load(segments + tl.minimum(first + T, seq - 1))
-                passes = (own_first == segment_after).to(tl.float32)
-                sent = seen & (segment == own_first)
-            else:
-                sent = seen
-            leaving = tl.where(sent, -log_total - slope * local.to(tl.float32), NOTHING)
-            own_reference = tl.maximum(tl.max(leaving, 0), EMPTY)
-            weight = tl.exp(leaving - own_reference)
-            own_inner = tl.sum(weight * inner, 0)
-            own_v = tl.sum(weight[:, None] * grad_vbar, 0)
-            own_k = own_v
-            if GATED:
-                own_k = tl.sum(weight[:, None] * grad_kbar, 0)
-            record = records + (row * chunks + index).to(tl.int64) * size
-            write_record(record, own_reference, own_inner, passes, own_k, own_v, GATED, DP)
-            if index % GROUP < GROUP - 1:
-                announce(words, row, index, chunks, GROUP)
-            reference = tl.full((), NOTHING, tl.float32)
-            later_inner = tl.full((), 0.0, tl.float32)
-            later_k = tl.zeros([DP], tl.float32)
-            later_v = tl.zeros([DP], tl.float32)
-            reference, later_inner, later_k, later_v = sum_before(
-                records, ends, words, row, index, chunks, slope * T, reference, later_inner, later_k, later_v, GATED, DP,
-                GROUP,
+            kbar, vbar, weights, log_total = _global_means(
+                carries, row, chunk, chunks, local, slope, log_sink, logs, turned_k, v, segment, segment_before, DP,
+                segments is not None, NULL, GATED, PRECISION,
             )  # fmt: skip
-            if index % GROUP == GROUP - 1:
-                end, end_inner, end_k, end_v = join(
-                    reference, later_inner, later_k, later_v, slope * T, passes, own_reference, own_inner, own_k, own_v
-                )
-                groups = (chunks + GROUP - 1) // GROUP
-                record = ends + (row * groups + index // GROUP).to(tl.int64) * size
-                write_record(record, end, end_inner, 1.0, end_k, end_v, GATED, DP)
-                announce(words, row, index, chunks, GROUP)
-
-            factor = tl.minimum(logs - slope * (T - local).to(tl.float32) + reference, 0.0)
-            if SEGMENTS:
-                factor = tl.where(segment == segment_after, factor, NOTHING)
-            factor = tl.exp(factor)
-            back = tl.trans(weights)
-            grad_v = tl.dot(back, grad_vbar, factor[:, None] * later_v[None, :], input_precision=PRECISION)
-            grad_k = grad_v
-            if GATED:
-                grad_k = tl.dot(back, grad_kbar, factor[:, None] * later_k[None, :], input_precision=PRECISION)
-            grad_inner = tl.sum(weights * inner[:, None], 0) + factor * later_inner
+        grad_kbar, grad_vbar, inner, grad_product = _gate_gradients(
+            out_base, local, part, here, turned_q, kbar, vbar, scale, D, DP, GATE
+        )
+        if window is not None:
+            grad_k, grad_v, grad_inner = _window_gradients(
+                base, out_base, cos, sin, mask, segments, local, first, stride, part, seq, window, scale, slope, log_sink,
+                logs, turned_k, v, segment, weights, inner, grad_kbar, grad_vbar, D, DP, T, HALO, GATED, NORMALIZE, WEIGHT,
+                GATE, NULL, PRECISION,
+            )  # fmt: skip
+        else:
+            grad_k, grad_v, grad_inner = _global_gradients(
+                segments, records, ends, words, row, index, chunks, local, first, seq, here, slope, logs, segment, weights,
+                log_total, inner, grad_kbar, grad_vbar, DP, T, GROUP, GATED, PRECISION,
+            )  # fmt: skip
         _store_gradients(
             grad_base, cos, sin, local, stride, part, here, scale, logit, logs, grad_k, grad_v, grad_inner, grad_product,
             kbar, q, f, k, v, q_deviation, q_factor, f_deviation, f_factor, k_deviation, k_factor, v_deviation, v_factor,

@@ -217,6 +217,32 @@ if triton is not None:
         tl.atomic_or(words + 1 + row * groups + index // GROUP, 1 << (index % GROUP), sem="release")
 
     @triton.jit
+    def publish_chunk(
+        records, words, row, index, chunks, reference, total, passes, keys, values, GATED: tl.constexpr,
+        DP: tl.constexpr, GROUP: tl.constexpr,
+    ):  # fmt: skip
+        """Write the sums of a chunk for the chunks after it, which read those of the last chunk of a group from the group."""
+        write_record(
+            records + (row * chunks + index).to(tl.int64) * (4 + (1 + GATED) * DP),
+            reference, total, passes, keys, values, GATED, DP,
+        )  # fmt: skip
+        if index % GROUP < GROUP - 1:
+            announce(words, row, index, chunks, GROUP)
+
+    @triton.jit
+    def publish_group(
+        ends, words, row, index, chunks, reference, total, keys, values, GATED: tl.constexpr, DP: tl.constexpr,
+        GROUP: tl.constexpr,
+    ):  # fmt: skip
+        """Write the sums over all chunks up to the last one of a group for the groups after it."""
+        groups = (chunks + GROUP - 1) // GROUP
+        write_record(
+            ends + (row * groups + index // GROUP).to(tl.int64) * (4 + (1 + GATED) * DP),
+            reference, total, 1.0, keys, values, GATED, DP,
+        )  # fmt: skip
+        announce(words, row, index, chunks, GROUP)
+
+    @triton.jit
     def join(reference, total, keys, values, slope, passes, own_reference, own_total, own_keys, own_values):
         """What precedes a chunk and the chunk itself."""
         reference = tl.where(passes > 0, reference - slope, NOTHING)
@@ -260,6 +286,47 @@ if triton is not None:
         return a * share[:, None], b * share[:, None]
 
     @triton.jit
+    def load_segments(segments, local, first, seq):
+        """Segments of tokens by place; those before the row belong to its first one."""
+        t = tl.minimum(tl.maximum(first + local, 0), seq - 1)
+        return tl.load(segments + t)
+
+    @triton.jit
+    def chunk_segments(segments, local, first, seq):
+        """Segments of the tokens of a chunk and of the token before it."""
+        segment = local
+        before = 0
+        if segments is not None:
+            segment = load_segments(segments, local, first, seq)
+            before = tl.load(segments + tl.maximum(first - 1, 0))
+        return segment, before
+
+    @triton.jit
+    def load_slope(alibi_slopes, head):
+        slope = 0.0
+        if alibi_slopes is not None:
+            slope = tl.load(alibi_slopes + head)
+        return slope
+
+    @triton.jit
+    def load_tokens(
+        base, cos, sin, mask, local, here, stride, part, scale, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
+        GATED: tl.constexpr, NORMALIZE: tl.constexpr, WEIGHT: tl.constexpr,
+    ):  # fmt: skip
+        """Log weights of tokens, and their rotated queries, rotated keys and values."""
+        f = load_part(base + GATED * part, local, stride, here, D, DP, NORMALIZE)[0]
+        k = load_part(base + (1 + GATED) * part, local, stride, here, D, DP, NORMALIZE)[0]
+        v = load_part(base + (2 + GATED) * part, local, stride, here, D, DP, NORMALIZE)[0]
+        q = v
+        logs = log_weight(tl.sum(f * k, 1) * scale, here, mask, local, WEIGHT)
+        if GATED:
+            q = load_part(base, local, stride, here, D, DP, NORMALIZE)[0]
+            if cos is not None:
+                q = rotate(q, cos, sin, local, here, 1.0, N, D, DP)
+                k = rotate(k, cos, sin, local, here, 1.0, N, D, DP)
+        return logs, q, k, v
+
+    @triton.jit
     def load_halo(
         base, cos, sin, mask, past_logs, past_values, row, local, first, stride, part, past, scale,
         D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, GATED: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -267,13 +334,9 @@ if triton is not None:
     ):  # fmt: skip
         """Log weights, rotated keys and values of tokens before a chunk, of the state where they precede the row."""
         here = first + local >= 0
-        f = load_part(base + GATED * part, local, stride, here, D, DP, NORMALIZE)[0]
-        k = load_part(base + (1 + GATED) * part, local, stride, here, D, DP, NORMALIZE)[0]
-        v = load_part(base + (2 + GATED) * part, local, stride, here, D, DP, NORMALIZE)[0]
-        logs = log_weight(tl.sum(f * k, 1) * scale, here, mask, local, WEIGHT)
-        if GATED:
-            if cos is not None:
-                k = rotate(k, cos, sin, local, here, 1.0, N, D, DP)
+        logs, _, k, v = load_tokens(
+            base, cos, sin, mask, local, here, stride, part, scale, D, DP, N, GATED, NORMALIZE, WEIGHT
+        )
         if past_logs is not None:
             old = past + first + local
             held = (old >= 0) & (old < past)
@@ -287,7 +350,32 @@ if triton is not None:
         return logs, k, v
 
     @triton.jit
-    def load_segments(segments, local, first, seq):
-        """Segments of tokens by place; those before the row belong to its first one."""
-        t = tl.minimum(tl.maximum(first + local, 0), seq - 1)
-        return tl.load(segments + t)
+    def window_means(
+        base, cos, sin, mask, segments, past_logs, past_values, row, local, first, stride, part, seq, window, past,
+        scale, slope, log_sink, logs, k, v, segment, D: tl.constexpr, DP: tl.constexpr, HALO: tl.constexpr,
+        GATED: tl.constexpr, NORMALIZE: tl.constexpr, WEIGHT: tl.constexpr, NULL: tl.constexpr,
+        PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """Means of keys and values over the windows of a chunk, and the weights of the chunk's own tokens in them."""
+        SEGMENTS: tl.constexpr = segments is not None
+        before = tl.arange(0, HALO) - HALO
+        halo_logs, halo_k, halo_v = load_halo(
+            base, cos, sin, mask, past_logs, past_values, row, before, first, stride, part, past, scale,
+            D, DP, HALO, GATED, NORMALIZE, WEIGHT,
+        )  # fmt: skip
+        halo_segment = before
+        if SEGMENTS:
+            halo_segment = load_segments(segments, before, first, seq)
+        weights, halo_weights = band_weights(
+            exponents_of(logs, local, local, segment, segment, slope, window, SEGMENTS),
+            exponents_of(halo_logs, local, before, segment, halo_segment, slope, window, SEGMENTS),
+            log_sink,
+            NULL,
+        )
+        vbar = tl.dot(halo_weights, halo_v, input_precision=PRECISION)
+        vbar = tl.dot(weights, v, vbar, input_precision=PRECISION)
+        kbar = k
+        if GATED:
+            kbar = tl.dot(halo_weights, halo_k, input_precision=PRECISION)
+            kbar = tl.dot(weights, k, kbar, input_precision=PRECISION)
+        return kbar, vbar, weights

@@ -1,9 +1,9 @@
-"""Weighted running means in tiles: the arithmetic core of the focus operator, forward and, reversed, backward.
+"""Weighted running means in tiles: the core of the focus operator, forward and, in reverse, backward.
 
-Means over the past of every position, or over a window of it, with weights given by their logs. A tile's weights form a
-dense triangle or band, applied as a batched product; what lies before a tile enters as one more token, whose log weight
-is the log of the summed weights and whose value is their mean. So nothing is subtracted, and no exponent is positive.
-Read bottom-up from `two_sided_mean` and `weighted_mean`. All of this runs inside autograd functions.
+Means over the past of every position, or over a window of it, with weights given by their logs. The weights of a tile form a
+dense triangle or band, applied as a batched product. All that precedes a tile is one more token, whose log weight is the log
+of the summed weights and whose value is their mean. So nothing is subtracted, and no exponent is positive. Read bottom-up
+from `two_sided_mean` and `weighted_mean`. All functions run inside autograd functions.
 """
 
 import math
@@ -13,20 +13,20 @@ import torch
 from torch import nn
 
 
-# Stand for log(0): finite, so that no difference is NaN; what is out of reach loses even against an empty sum.
+# In place of log(0), and finite, so that no difference is NaN. A weight out of reach is 0 even relative to an empty sum.
 EMPTY = -1e29
 _OUT_OF_REACH = -1e30
 _TILE = 16  # tokens whose weights form one dense triangle
 _DENSE = 160  # sequences up to this length need no second level
-_WIDEST_BAND = 65  # wider windows are put together from running means of their two halves
+_WIDEST_BAND = 65  # wider windows are merged from running means of their two halves
 
 
 class FocusState(NamedTuple):
-    """What the past of a sequence leaves behind for its future, in float32.
+    """State of the means after a token, in float32.
 
     Global: `log_weights` `[batch, heads]` is the log of the summed weights, `values` `[batch, heads, channels]` their
-    mean. Windowed: the last `window - 1` tokens, `[batch, heads, past]` and `[batch, heads, past, channels]`, where a
-    log weight of `-inf` marks an empty place. `segments` (`[batch]` or `[batch, past]`) are their segment ids.
+    mean. Windowed: the last `window - 1` tokens, `[batch, heads, past]` and `[batch, heads, past, channels]`, with a log
+    weight of `-inf` for missing tokens. `segments` (`[batch]` or `[batch, past]`) are their segment ids.
     """
 
     log_weights: torch.Tensor
@@ -72,7 +72,7 @@ def same_segment(segments_a, segments_b):
 def _running_mean(logs, values, alibi_slopes, segments, carry, reverse):
     """Inclusive running means. `logs [batch, heads, n]`, `values [batch, heads, n, channels]`, `alibi_slopes [heads]`.
 
-    `carry` is what lies before the first token (after the last when `reverse`), one step away from it.
+    `carry` is the state before the first token (after the last when `reverse`), one step away from it.
     """
     batch, heads, n, channels = values.shape
     tile = n if n <= _DENSE and carry is None else _TILE
@@ -146,12 +146,12 @@ def _means_before_tiles(log_total, means, alibi_slopes, segments, carry, reverse
 
 
 def _band_mean(logs, values, window, alibi_slopes, segments, reverse):
-    """Means over narrow windows. The inputs carry one tile of past in front (of future at the end when `reverse`)."""
+    """Means over narrow windows. The inputs begin with one tile of past (end with one of future when `reverse`)."""
     batch, heads, length, channels = values.shape
     tile = _band_tile(window)
-    tiles = length // tile  # of each head, the one of past included
+    tiles = length // tile  # per head, with that of the past
     pairs = batch * heads * tiles - 1
-    # Neighbouring tiles overlap in memory as they stand; pairs that span two heads are computed and not used.
+    # Pairs of neighbouring tiles are views of the same memory. Pairs that span two heads are computed, but not used.
     logs = logs.contiguous().view(-1).as_strided((pairs, 2 * tile), (tile, 1))
     values = values.contiguous().view(-1).as_strided((pairs, 2 * tile, channels), (tile * channels, channels, 1))
 
@@ -178,10 +178,10 @@ def _band_tile(window):
 
 
 def _wide_mean(logs, values, window, alibi_slopes, segments):
-    """Causal means over wide windows, inputs with their past in front: a suffix of one block and a prefix of the next.
+    """Causal means over wide windows, each a suffix of one block and a prefix of the next. The inputs begin with the past.
 
-    Blocks are as long as the window (van Herk's and Gil-Werman's running maximum, applied to means): nothing is
-    subtracted, and the work does not depend on the window.
+    Blocks are as long as the window, as in van Herk's and Gil-Werman's running maximum. Nothing is subtracted, and the work
+    does not depend on the window.
     """
     batch, heads, length, _ = values.shape
     place = torch.arange(length, device=logs.device)
@@ -214,7 +214,7 @@ def weighted_mean(logs, values, window, alibi_slopes, segments, carry=None, reve
     Args:
         logs (`torch.Tensor` of shape `[batch, heads, n]`), values (`[batch, heads, n, channels]`).
         window (`int`, *optional*), alibi_slopes (`[heads]`, *optional*), segments (`[batch, n]`, *optional*).
-        carry (`FocusState`, *optional*): what lies before the first token (after the last when `reverse`).
+        carry (`FocusState`, *optional*): state before the first token (after the last when `reverse`).
 
     Returns:
         Log of the summed weights `[batch, heads, n]` and means `[batch, heads, n, channels]`.
@@ -252,7 +252,7 @@ def weighted_mean(logs, values, window, alibi_slopes, segments, carry=None, reve
 
 
 def _no_tokens(logs, values, segments, count, neighbour):
-    """`count` tokens of no weight, in the segment of the token at index `neighbour`."""
+    """`count` tokens without weight, in the segment of the token at index `neighbour`."""
     batch, heads, _, channels = values.shape
     return FocusState(
         logs.new_full((batch, heads, count), -math.inf),
