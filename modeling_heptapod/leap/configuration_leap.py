@@ -26,7 +26,7 @@ _AT_LEAST_ONE = (
     "intermediate_size",
     "max_position_embeddings",
 )
-# Rotary variants whose frequencies never change with the length seen: a recurrent state cannot be rotated again.
+# Rotary variants whose frequencies do not depend on the length, because a recurrent state cannot be rotated again.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
@@ -35,35 +35,35 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 class LeapConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
     r"""
     mixer (`str`, *optional*, defaults to `"focus"`):
-        What stands in place of attention: `"focus"` (LEAP's gated running means) or `"additive"` (Fastformer's two
-        rounds of additive attention, arXiv 2108.09084).
+        Token mixer in place of attention: `"focus"` (LEAP's gated running means) or `"additive"` (Fastformer's two rounds
+        of additive attention, arXiv 2108.09084).
     weight_function (`str`, *optional*, defaults to `"elu"`):
-        From focus logits to positive weights: `"elu"` (`elu(x) + 1`) or `"exp"` (softmax weights).
+        Function from focus logits to positive weights: `"elu"` (`elu(x) + 1`) or `"exp"` (softmax weights).
     rescale (`float`, *optional*, defaults to 10.0):
         Standardise queries, focus, keys and values over the head dimension and multiply dot products by
-        `rescale / head_dim`. `None` leaves them as they are and multiplies by `head_dim ** -0.5`.
+        `rescale / head_dim`. With `None` nothing is standardised, and the factor is `head_dim ** -0.5`.
     output_gate (`str`, *optional*):
-        Gate on each head's output: `"sigmoid"` (default of the focus mixer), `"gelu"` or `"none"` (no queries; the
-        only value the additive mixer knows, whose queries are pooled instead).
+        Gate on each head's output: `"sigmoid"` (default of the focus mixer), `"gelu"` or `"none"` (no queries; the only
+        value for the additive mixer, which pools its queries instead).
     window_sizes (`list`, *optional*):
-        Window of each layer in tokens, `None` in the list for a global layer. When not given, the prototype's
-        schedule: `[None, 4, 8, 16]` repeated.
+        Window of each layer in tokens, `None` in the list for a global layer. Defaults to the schedule of the prototype,
+        `[None, 4, 8, 16]` repeated.
     position_embedding_type (`str`, *optional*):
         `"rotary"` (default of the focus mixer; rotates queries and keys), `"absolute"` (default of the additive mixer;
-        bounded by `max_position_embeddings`), `"alibi"` (each head's weights fall off with distance, with ALiBi's
-        slopes, arXiv 2108.12409) or `"none"`.
+        limited to `max_position_embeddings`), `"alibi"` (weights decrease with distance, by a slope for each head, arXiv
+        2108.12409) or `"none"`.
     sink_weight (`float`, *optional*, defaults to 0.0):
-        Weight of one more token of value zero in every window. The prototype's `1e-5` in its denominators is exactly
-        this.
+        Weight of an additional token of value zero in every window. It equals the `1e-5` in the denominators of the
+        prototype.
     is_causal (`bool`, *optional*, defaults to `True`):
-        Whether a position sees only its past. `LeapForMaskedLM` sets it to `False`.
+        Whether a position sees only itself and its past. `LeapForMaskedLM` sets it to `False`.
     hidden_dropout (`float`, *optional*, defaults to 0.0):
-        Dropout on embeddings and on the feed-forward's output.
+        Dropout on embeddings and on the output of feed-forward layers.
     attention_dropout (`float`, *optional*, defaults to 0.0):
-        Dropout on queries, focus and values and on whole focus logits, where the prototype has it. The additive mixer
-        has it on its pooled queries and keys.
+        Dropout on queries, focus, values and focus logits, as in the prototype. In the additive mixer, dropout on pooled
+        queries and keys.
     initializer_range (`float`, *optional*):
-        Standard deviation of initial weights, `hidden_size ** -0.5` when not given.
+        Standard deviation of initial weights. Defaults to `hidden_size ** -0.5`.
 
     Example:
 
@@ -153,7 +153,7 @@ class LeapConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
         rope_parameters = self.rope_parameters or {}
         if rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError(
-                "`rope_parameters['partial_rotary_factor']` must be 1 (every channel turns), got "
+                "`rope_parameters['partial_rotary_factor']` must be 1 (all channels are rotated), got "
                 f"{rope_parameters['partial_rotary_factor']}."
             )
         rope_type = rope_parameters.get("rope_type", "default")
@@ -170,12 +170,12 @@ class LeapConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """One entry per layer; transformers builds the layers of a cache from it."""
+        """One entry per layer, from which transformers builds the layers of a cache."""
         return ["linear_attention"] * self.num_hidden_layers
 
     @property
     def number_of_conv_states(self) -> int:
-        """States a cache layer holds: the additive mixer pools twice."""
+        """Number of states in a cache layer: two for the additive mixer, which pools twice."""
         return 2 if self.mixer == "additive" else 1
 
 

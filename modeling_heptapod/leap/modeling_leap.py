@@ -1,7 +1,7 @@
-"""LEAP: softmax-weighted running means instead of attention, trained in parallel, generated from a constant-size state.
+"""LEAP: running means instead of attention, trained in parallel, with generation from a constant-size state.
 
-Read bottom-up: mixers, layer, model, heads. The arithmetic of the mixers is in `focus.py`. The prototype is
-`leap-transformer` on PyPI ("Linear Explainable Attention in Parallel"); `LeapMixer` follows its `MultiheadLeap`,
+Read in this order: mixer, layer, model, heads. The mixing step is in `leap_mixing.py`, its arithmetic in `focus.py`. The
+prototype is `leap-transformer` on PyPI ("Linear Explainable Attention in Parallel"). `LeapMixer` follows its `MultiheadLeap`,
 `AdditiveMixer` its Fastformer (arXiv 2108.09084).
 """
 
@@ -62,6 +62,9 @@ class LeapMixer(FocusMixing):
         return self.qfkv_proj(inputs)
 
 
+MIXERS = {"focus": LeapMixer, "additive": AdditiveMixer}  # by `config.mixer`
+
+
 class LeapMLP(nn.Module):
     def __init__(self, config: LeapConfig):
         super().__init__()
@@ -72,7 +75,7 @@ class LeapMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.down_proj(self.act_fn(self.up_proj(hidden_states)))
-        if not self.training:  # the call alone is felt by a single token
+        if not self.training:  # even a call without effect takes time in a single step
             return hidden_states
         return nn.functional.dropout(hidden_states, self.hidden_dropout)
 
@@ -82,9 +85,8 @@ class LeapLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: LeapConfig, layer_idx: int):
         super().__init__()
-        mixer_class = LeapMixer if config.mixer == "focus" else AdditiveMixer
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mixer = mixer_class(config, layer_idx)
+        self.mixer = MIXERS[config.mixer](config, layer_idx)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = LeapMLP(config)
 
@@ -163,15 +165,15 @@ class LeapModel(LeapPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         r"""
         output_attentions (`bool`, *optional*):
-            Whether to also give what each layer attends with: per layer `[batch, heads, seq, 2]`, log focus weights and query gates
-            (log weights of both poolings with the additive mixer). `layers[i].mixer.attention_matrix` makes
-            token-to-token attention of them.
+            Whether to return attentions `[batch, heads, seq, 2]` of each layer: log focus weights and query gates, or log
+            weights of both poolings with the additive mixer. `layers[i].mixer.attention_matrix` computes token-to-token
+            attention from them.
         is_causal (`bool`, *optional*, defaults to `config.is_causal`):
-            `False` lets every position see both directions; there is no cache then.
+            Whether a position sees only itself and its past. A bidirectional model has no cache.
         seq_idx (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Index of the packed sequence each token belongs to.
         cu_seq_lens_q (`torch.LongTensor` of shape `(num_sequences + 1,)`, *optional*):
-            Boundaries of the sequences packed into one row. Restarting `position_ids` mean the same.
+            Boundaries of the sequences packed into one row. `position_ids` that restart have the same effect.
         """
         reject_unused_kwargs(self, kwargs, cu_seq_lens_q)
         inputs_embeds = embed_text(self.embed_tokens, input_ids, inputs_embeds, self.config.hidden_size)
@@ -194,7 +196,7 @@ class LeapModel(LeapPreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
-                **{CACHE: cache},  # where layers with checkpointing look for it
+                **{CACHE: cache},  # the name that layers with gradient checkpointing read
                 rows=rows,
                 is_causal=is_causal,
                 single_step=single_step,
@@ -243,7 +245,7 @@ class LeapModel(LeapPreTrainedModel):
             cache.packed = True
 
     def _token_mask(self, attention_mask, inputs_embeds, cache):
-        """Which of the new tokens are real, `None` where all are; the mask may be of each layer type."""
+        """Mask of the new tokens, `None` if all are real. `attention_mask` may be a dict of masks by layer type."""
         if isinstance(attention_mask, dict):
             if "linear_attention" not in attention_mask:
                 raise ValueError(
@@ -259,7 +261,7 @@ class LeapModel(LeapPreTrainedModel):
     def _check_positions(self, position_ids, counted, past):
         limit = self.config.max_position_embeddings
         if not (counted and isinstance(past, int) and past + position_ids.shape[1] <= limit):
-            remedy = "Other values of `position_embedding_type` than 'absolute' have no such bound."
+            remedy = "Only `position_embedding_type`='absolute' has this limit."
             check_position_range(position_ids, limit, remedy)
 
 
@@ -319,8 +321,8 @@ class LeapForCausalLM(LeapPreTrainedModel, OldCacheNameMixin, GenerationMixin):
 
 @auto_docstring(
     custom_intro="""
-    The bidirectional LEAP model with a masked language modeling head. It works on a copy of the config whose
-    `is_causal` is `False`.
+    The bidirectional LEAP model with a masked language modeling head. It copies the config and sets `is_causal` to
+    `False`.
     """
 )
 class LeapForMaskedLM(LeapPreTrainedModel):
@@ -348,7 +350,7 @@ class LeapForMaskedLM(LeapPreTrainedModel):
     ) -> MaskedLMOutput:
         r"""
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-            Original ids where tokens were masked, `-100` elsewhere. They are not shifted.
+            Original ids of masked tokens, `-100` elsewhere. Labels are not shifted.
         """
         of_loss = pop_kwargs(kwargs, "num_items_in_batch", "ignore_index")
         outputs = self.model(
@@ -398,7 +400,7 @@ class LeapForSequenceClassification(LeapPreTrainedModel):
     ) -> SequenceClassifierOutputWithPast:
         r"""
         labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
-            Classes, regression targets or multi-label indicators, told apart by `config.problem_type`.
+            Classes, regression targets or multi-label indicators, depending on `config.problem_type`.
         """
         of_loss = pop_kwargs(kwargs, "num_items_in_batch")
         outputs = self.model(
