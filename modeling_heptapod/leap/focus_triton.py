@@ -1,16 +1,16 @@
-"""The mixing step and its recurrent form on GPUs: Triton kernels that read the projections once and write the output once.
+"""The mixing step and its recurrent form on GPUs: launches of Triton kernels, which read the projections and write the output once.
 
-A program takes one head of one row and a chunk of its tokens. Inside a chunk the weights are a dense triangle, or a band
-with a halo of the tokens before it, applied as a matrix product; all sums are in float32, relative to the largest log
-weight among those that are summed, and nothing is subtracted from a sum.
+A program computes a chunk of tokens of one head and row. Within a chunk the weights are a dense triangle, or a band with a
+halo of earlier tokens, applied as a matrix product. All sums are in float32, relative to the largest log weight among those
+that are summed, and nothing is subtracted from a sum.
 
-Global means need what came before the chunk. Each program publishes the summed weights and values of its chunk, waits for
-those of the chunks before it in its group of `_GROUP`, and takes what precedes the group from the last program of the
-previous group, which combines and publishes that in turn. The order of summation is fixed, so results do not depend on
-timing. Programs number themselves when they start, so that a program only ever waits for programs that have started.
-The backward pass does the same from the end; it recomputes the means from the carries that the forward pass kept.
+Global means need the sums over all earlier chunks. Each program publishes the summed weights and values of its chunk, and
+waits for those of the earlier chunks in its group of `_GROUP`. The sums before the group come from the last program of the
+previous group, which combines and publishes them in turn. The order of summation is fixed, so results do not depend on
+timing. Programs number themselves when they start, so a program only waits for programs that have started. The backward
+pass does the same from the end, and recomputes the means from the carries that the forward pass kept.
 
-Without Triton or a CUDA device, `is_supported` is false and all of this is done in torch.
+Without Triton or a CUDA device, `is_supported` is false and the step runs in torch.
 """
 
 import math
@@ -34,7 +34,7 @@ _WIDEST = 64  # window
 _WIDEST_OF_WIDE = 33  # window of heads of more than 64 channels
 _MOST_DIM = 256
 _GROUP = 32  # chunks, one bit each of a word
-# Floats of a record before its sums: log of the reference, sum of weights, whether the past passes, nothing.
+# Floats of a record before its sums: reference log weight, sum of weights, whether earlier sums continue, unused.
 _HEADER = 4
 
 
@@ -44,9 +44,9 @@ def is_supported(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> b
 
 
 def takes(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> bool:
-    """Whether the kernels can take this mixing step: causal, on a CUDA device, windows up to 64, heads up to 256 channels.
+    """Whether the kernels support this mixing step: causal, on a CUDA device, windows up to 64, heads up to 256 channels.
 
-    Heads of more than 64 channels have windows up to 33 here.
+    Heads of more than 64 channels are limited to windows of 33.
     """
     widest = _WIDEST if qfkv.shape[-1] <= 64 else _WIDEST_OF_WIDE
     return (
@@ -61,9 +61,9 @@ def takes(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> bool:
 
 
 def _tile(dim: int, halo: int) -> tuple[int, int, int]:
-    """Tokens of a chunk, no fewer than of a halo, and warps of a program of the forward and the backward pass.
+    """Tokens of a chunk, at least as many as of a halo, and warps of a program of the forward and the backward pass.
 
-    Never 64 rows by 4 warps or more: for those Triton takes wgmma with an operand in registers, which ptxas up to CUDA 13.0
+    Never 64 rows with 4 warps or more: Triton then uses wgmma with an operand in registers, which ptxas up to CUDA 13.0
     miscompiles (illegal addresses, wrong sums).
     """
     if halo > 32:
@@ -78,12 +78,12 @@ def _padded(dim: int) -> int:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How matrix products round: as finely as float32 does, but where the output is far coarser."""
+    """Precision of matrix products: that of float32, or less for bfloat16, whose outputs are coarser."""
     return "tf32" if dtype == torch.bfloat16 else "tf32x3"
 
 
 class TritonMixing:
-    """One mixing step on a GPU: `forward`, then perhaps `backward`.
+    """One mixing step on a GPU: `forward`, then optionally `backward`.
 
     Args:
         qfkv, settings, alibi_slopes, padding_mask, segments: as in `focus_mixing`, `segments` numbered by runs.
@@ -105,7 +105,7 @@ class TritonMixing:
         halo = 16 if settings.window is None else max(16, triton.next_power_of_2(settings.window - 1))
         chunk, *self.warps = _tile(dim, halo)
         self.rows, self.chunks = batch * heads, -(-seq // chunk)
-        self.carries = None  # of the forward pass, for the backward pass
+        self.carries = None  # kept by the forward pass for the backward pass
         self.numbers = {
             "seq": seq,
             "heads": heads,
@@ -133,7 +133,7 @@ class TritonMixing:
 
     @staticmethod
     def new_carries(qfkv: torch.Tensor, window: int | None) -> torch.Tensor | None:
-        """Memory for what the forward pass keeps of global means, for the backward pass; `None` where it keeps nothing."""
+        """Memory for the sums of global means that the backward pass needs, `None` for windows."""
         if window is not None:
             return None
         batch, seq, parts, heads, dim = qfkv.shape
@@ -142,7 +142,7 @@ class TritonMixing:
         return qfkv.new_empty(batch * heads, -(-seq // chunk), record, dtype=torch.float32)
 
     def _shared_memory(self, like):
-        """Records of chunks and of ends of groups, and the words by which programs wait for each other."""
+        """Records of chunks and of ends of groups, and the words with a bit for each published record."""
         records = self.new_carries(like, self.settings.window)  # as large as the carries
         if records is None:
             return None, None, None
@@ -158,7 +158,7 @@ class TritonMixing:
         places = () if window is None else (kept,)
         logs = qfkv.new_empty(batch, heads, *places, dtype=torch.float32)
         values = qfkv.new_empty(batch, heads, *places, channels, dtype=torch.float32)
-        if kept > seq:  # some of the state before stays
+        if kept > seq:  # some tokens of the initial state stay
             stay = kept - seq
             logs[:, :, :stay] = self.past_logs[:, :, self.past - stay :]
             values[:, :, :stay] = self.past_values[:, :, self.past - stay :]
@@ -217,28 +217,28 @@ class TritonMixing:
 
 
 def _on_device(tensor):
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Make the device of the tensor current, on which Triton launches."""
     return torch.cuda.device_of(tensor)
 
 
 def step(
     qfkv: torch.Tensor, settings, alibi_slopes: torch.Tensor | None, rotary: tuple | None, packed: torch.Tensor
 ) -> torch.Tensor | None:
-    """The mixing step of one more token, which also enters the packed state, in place.
+    """The mixing step of one more token, which is added to the packed state in place.
 
     Args:
         qfkv, settings, alibi_slopes, rotary: as in `focus_mixing`, for one token.
         packed (`torch.Tensor`): of `pack_state`, float32.
 
     Returns:
-        Output `[batch, 1, heads, head_dim]` in the dtype of `qfkv`; `None`, and nothing done, where the kernel can't take
-        the step.
+        Output `[batch, 1, heads, head_dim]` in the dtype of `qfkv`, or `None`, with the state unchanged, if the kernel does
+        not support the step.
     """
     if not is_supported(qfkv, settings, rotary) or packed.dtype != torch.float32 or not packed.is_contiguous():
         return None
     window = settings.window
     if window is not None and packed.shape[-1] != max(window - 1, 1):
-        return None  # a cache that keeps more than it needs, to roll back
+        return None  # a cache that keeps more tokens than a window, to roll back
     batch, _, parts, heads, dim = qfkv.shape
     out = qfkv.new_empty(batch, 1, heads, dim)
     held = 1 if window is None else packed.shape[-1]

@@ -38,7 +38,7 @@ if triton is not None:
     def _gate_gradients(
         grad_base, local, stride, here, q, kbar, vbar, scale, D: tl.constexpr, DP: tl.constexpr, GATE: tl.constexpr
     ):
-        """Gradients of a token's means of keys and values, its gradient . mean, and that of its product with the query."""
+        """Gradients of the means of keys and values, gradient . mean, and the gradient of query . mean of keys."""
         grad = load_rows(grad_base, local, stride, here, D, DP)
         slope = tl.sum(grad * vbar, 1)
         inner, grad_product, grad_k = slope, slope, grad
@@ -58,7 +58,7 @@ if triton is not None:
         D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, GATED: tl.constexpr, NORMALIZE: tl.constexpr,
         WEIGHT: tl.constexpr, turned_k,
     ):  # fmt: skip
-        """From gradients of what is averaged to those of the projections; `q`, `f`, `k` and `v` are standardised."""
+        """Store gradients of the projections, from those of averaged keys and values. `q`, `f`, `k` and `v` are standardised."""
         grad_log = tl.sum(grad_v * v, 1) - inner
         if GATED:
             grad_log += tl.sum(grad_k * turned_k, 1)
@@ -130,7 +130,7 @@ if triton is not None:
         segments, local, first, seq, here, segment, slope, log_total, inner, grad_kbar, grad_vbar, T: tl.constexpr,
         GATED: tl.constexpr,
     ):  # fmt: skip
-        """Sums of gradients over a chunk for the tokens before it, whether those reach past it, and the segment after it."""
+        """Sums of gradients over a chunk for earlier tokens, whether later sums reach these, and the segment after the chunk."""
         sent = here & (log_total > EMPTY)
         passes = tl.full((), 1.0, tl.float32)
         segment_after = 0
@@ -155,7 +155,7 @@ if triton is not None:
         log_total, inner, grad_kbar, grad_vbar, DP: tl.constexpr, T: tl.constexpr, GROUP: tl.constexpr,
         GATED: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        """Gradients from all tokens from each of a chunk on; those of the chunk are published for the chunks before it."""
+        """Gradients from the tokens of a chunk and all later ones. The sums of the chunk are published for earlier chunks."""
         own_reference, own_inner, passes, own_k, own_v, segment_after = _sum_chunk(
             segments, local, first, seq, here, segment, slope, log_total, inner, grad_kbar, grad_vbar, T, GATED
         )
@@ -193,7 +193,7 @@ if triton is not None:
         carries, row, chunk, chunks, local, slope, log_sink, logs, k, v, segment, segment_before, DP: tl.constexpr,
         SEGMENTS: tl.constexpr, NULL: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        """Means of keys and values as in the forward pass, from the sums that it kept, their weights and logs of the totals."""
+        """Means of keys and values as in the forward pass, from the sums that it kept; weights, and logs of the totals."""
         record = carries + (row * chunks + chunk).to(tl.int64) * (4 + (1 + GATED) * DP)
         reference, total, past_k, past_v = read_record(record, GATED, DP)
         weights, past_weights, log_total = triangle_weights(

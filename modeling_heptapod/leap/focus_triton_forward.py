@@ -78,7 +78,7 @@ if triton is not None:
     def _sum_chunk(
         segments, logs, k, v, local, first, seq, segment, segment_before, slope, T: tl.constexpr, GATED: tl.constexpr
     ):
-        """Sums over a chunk as its last token sees them, and whether what precedes the chunk reaches that token."""
+        """Sums over a chunk at its last token, and whether earlier sums reach that token."""
         count = tl.minimum(seq - first, T)
         ending = logs - slope * (count - 1 - local).to(tl.float32)
         passes = tl.full((), 1.0, tl.float32)
@@ -102,7 +102,7 @@ if triton is not None:
         local, first, seq, slope, log_sink, logs, k, v, segment, segment_before, D: tl.constexpr, DP: tl.constexpr,
         T: tl.constexpr, GROUP: tl.constexpr, NULL: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        """Means of keys and values over all tokens up to each of a chunk, whose sums are published for later chunks."""
+        """Global means of keys and values at the tokens of a chunk, whose sums are published for later chunks."""
         size: tl.constexpr = 4 + (1 + GATED) * DP
         count = tl.minimum(seq - first, T)
         own_reference, own_total, passes, own_k, own_v = _sum_chunk(
@@ -189,7 +189,7 @@ if triton is not None:
         state, h, heads, window, held, slope, log, k, v, log_sink, D: tl.constexpr, DP: tl.constexpr,
         HELD: tl.constexpr, NULL: tl.constexpr, GATED: tl.constexpr,
     ):  # fmt: skip
-        """Means over the window of one more token, which takes the place of the oldest one in the state of its row."""
+        """Means over the window of one more token, which replaces the oldest one in the state."""
         channel, inside = padded_channels(D, DP)
         kbar = k
         j = tl.arange(0, HELD)
@@ -218,7 +218,7 @@ if triton is not None:
             old_k = tl.load(keys, mask=read, other=0.0)
             kbar = (tl.sum(tl.where(used[None, :], old_k * weights[None, :], 0.0), 1) + own * k) / total
         moved = tl.load(state + h * held + j, mask=j < held, other=0.0)
-        tl.debug_barrier()  # all is read before anything moves up by one place
+        tl.debug_barrier()  # all reads precede the shift by one place
         tl.store(state + h * held + j - 1, moved, mask=(j >= 1) & (j < held))
         tl.store(state + h * held + held - 1, log)
         tl.store(values - 1, old_v, mask=kept)
@@ -233,7 +233,7 @@ if triton is not None:
         state, h, heads, slope, log, k, v, log_sink, D: tl.constexpr, DP: tl.constexpr, NULL: tl.constexpr,
         GATED: tl.constexpr, BOUNDED: tl.constexpr,
     ):  # fmt: skip
-        """Means over all tokens up to one more, which is added to the state of its row."""
+        """Global means at one more token, which is added to the state."""
         channel, inside = padded_channels(D, DP)
         kbar = k
         total = tl.load(state + heads + h)

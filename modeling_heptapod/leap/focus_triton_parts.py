@@ -1,4 +1,4 @@
-"""What the Triton kernels of the focus operator share: rows, weights, gates, and sums that chunks publish for each other."""
+"""Functions shared by the Triton kernels of the focus operator: rows, weights, gates, and sums published between chunks."""
 
 try:
     import triton
@@ -7,7 +7,7 @@ except ImportError:
     triton = None
 
 if triton is not None:
-    # Stand for log(0), finite so that no difference is NaN: of a masked token, and, above it, of a sum over no tokens.
+    # In place of log(0), and finite, so that no difference is NaN: for masked tokens and, larger, for sums over no tokens.
     NOTHING = tl.constexpr(-1e30)
     EMPTY = tl.constexpr(-1e29)
     # Weight functions and gates: `kernel` in focus_functions.py.
@@ -16,7 +16,7 @@ if triton is not None:
 
     @triton.jit
     def padded_channels(D: tl.constexpr, DP: tl.constexpr):
-        """Which channel of a head each place of a padded row holds, and whether it holds one. Halves stay halves."""
+        """The channel of a head at each place of a padded row, and whether there is one. Each half is padded on its own."""
         place = tl.arange(0, DP)
         channel, inside = place, place < D
         if D != DP:
@@ -44,7 +44,7 @@ if triton is not None:
 
     @triton.jit
     def load_part(base, local, stride, here, D: tl.constexpr, DP: tl.constexpr, NORMALIZE: tl.constexpr):
-        """Rows as the mixing step has them, their standard deviations, and the factors that standardised them."""
+        """Rows, standardised if `NORMALIZE`, with their standard deviations and the factors applied."""
         x = load_rows(base, local, stride, here, D, DP)
         deviation = tl.sum(x, 1)
         factor = deviation
@@ -58,7 +58,7 @@ if triton is not None:
 
     @triton.jit
     def part_backward(grad, y, deviation, factor, D: tl.constexpr, NORMALIZE: tl.constexpr):
-        """From the gradient of standardised rows to that of the rows; padded channels come out wrong and are not stored."""
+        """Gradient of rows from that of standardised rows. Padded channels are wrong and not stored."""
         if NORMALIZE:
             slope = tl.sum(grad * y, 1) / (deviation * (D - 1))
             grad = (grad - (tl.sum(grad, 1) / D)[:, None]) * factor[:, None] - y * slope[:, None]
@@ -72,7 +72,7 @@ if triton is not None:
 
     @triton.jit
     def rotate(x, cos, sin, local, here, sign, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-        """Rotary positions; with sign -1, of gradients back."""
+        """Rotary positions; the sign is -1 for gradients."""
         return x * load_rows(cos, local, D, here, D, DP) + swap_halves(x, N, DP) * (
             load_rows(sin, local, D, here, D, DP) * sign
         )
@@ -123,7 +123,7 @@ if triton is not None:
 
     @triton.jit
     def exponents_of(logs, query, key, query_segment, key_segment, slope, window, SEGMENTS: tl.constexpr):
-        """Log weights `[queries, keys]` with which queries see keys, by their places; without a window, `window` is None."""
+        """Log weights `[queries, keys]` by places of queries and keys. `window` is None for global means."""
         distance = query[:, None] - key[None, :]
         seen = distance >= 0
         if window is not None:
@@ -160,7 +160,7 @@ if triton is not None:
         records, inside, slope, reference, total, keys, values,
         GATED: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip
-        """What precedes a group, joined by the first `inside` chunks of it; `slope` is the ALiBi bias of a chunk."""
+        """Sums before a group, joined with its first `inside` chunks. `slope` is the ALiBi bias of a whole chunk."""
         k = tl.arange(0, GROUP)
         record = records + k * (4 + (1 + GATED) * DP)
         some = k < inside
@@ -191,7 +191,7 @@ if triton is not None:
         records, ends, words, row, index, chunks, slope, reference, total, keys, values,
         GATED: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip
-        """Wait for the chunks before the `index`-th of a row, and combine them with what precedes the row."""
+        """Wait for the chunks before the `index`-th of a row, and combine their sums with those before the row."""
         size: tl.constexpr = 4 + (1 + GATED) * DP
         groups = (chunks + GROUP - 1) // GROUP
         group, inside = index // GROUP, index % GROUP
@@ -211,7 +211,7 @@ if triton is not None:
 
     @triton.jit
     def announce(words, row, index, chunks, GROUP: tl.constexpr):
-        """Tell the others that the record of the `index`-th chunk of a row is written."""
+        """Mark the record of the `index`-th chunk of a row as written."""
         groups = (chunks + GROUP - 1) // GROUP
         tl.debug_barrier()
         tl.atomic_or(words + 1 + row * groups + index // GROUP, 1 << (index % GROUP), sem="release")
@@ -221,7 +221,7 @@ if triton is not None:
         records, words, row, index, chunks, reference, total, passes, keys, values, GATED: tl.constexpr,
         DP: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip
-        """Write the sums of a chunk for the chunks after it, which read those of the last chunk of a group from the group."""
+        """Write the sums of a chunk for later chunks. The last chunk of a group publishes the sums of the group instead."""
         write_record(
             records + (row * chunks + index).to(tl.int64) * (4 + (1 + GATED) * DP),
             reference, total, passes, keys, values, GATED, DP,
@@ -234,7 +234,7 @@ if triton is not None:
         ends, words, row, index, chunks, reference, total, keys, values, GATED: tl.constexpr, DP: tl.constexpr,
         GROUP: tl.constexpr,
     ):  # fmt: skip
-        """Write the sums over all chunks up to the last one of a group for the groups after it."""
+        """Write the sums over all chunks up to the last one of a group for later groups."""
         groups = (chunks + GROUP - 1) // GROUP
         write_record(
             ends + (row * groups + index // GROUP).to(tl.int64) * (4 + (1 + GATED) * DP),
@@ -244,7 +244,7 @@ if triton is not None:
 
     @triton.jit
     def join(reference, total, keys, values, slope, passes, own_reference, own_total, own_keys, own_values):
-        """What precedes a chunk and the chunk itself."""
+        """Sums before a chunk, joined with those of the chunk."""
         reference = tl.where(passes > 0, reference - slope, NOTHING)
         top = tl.maximum(tl.maximum(reference, own_reference), EMPTY)
         past, own = tl.exp(reference - top), tl.exp(own_reference - top)
@@ -256,7 +256,7 @@ if triton is not None:
         logs, carry_log, carry_total, local, segment, segment_before, slope, log_sink, SEGMENTS: tl.constexpr,
         NULL: tl.constexpr,
     ):  # fmt: skip
-        """Weights of a chunk's tokens `[queries, keys]` and of what precedes it `[queries]`, and logs of the totals."""
+        """Weights of the tokens of a chunk `[queries, keys]`, of all earlier tokens `[queries]`, and logs of the totals."""
         exponents = exponents_of(logs, local, local, segment, segment, slope, None, SEGMENTS)
         before = carry_log - slope * (local + 1).to(tl.float32)
         if SEGMENTS:
@@ -287,7 +287,7 @@ if triton is not None:
 
     @triton.jit
     def load_segments(segments, local, first, seq):
-        """Segments of tokens by place; those before the row belong to its first one."""
+        """Segments of tokens by place. Tokens before the row are in its first segment."""
         t = tl.minimum(tl.maximum(first + local, 0), seq - 1)
         return tl.load(segments + t)
 
@@ -332,7 +332,7 @@ if triton is not None:
         D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, GATED: tl.constexpr, NORMALIZE: tl.constexpr,
         WEIGHT: tl.constexpr,
     ):  # fmt: skip
-        """Log weights, rotated keys and values of tokens before a chunk, of the state where they precede the row."""
+        """Log weights, rotated keys and values of tokens before a chunk. Those before the row come from the initial state."""
         here = first + local >= 0
         logs, _, k, v = load_tokens(
             base, cos, sin, mask, local, here, stride, part, scale, D, DP, N, GATED, NORMALIZE, WEIGHT
