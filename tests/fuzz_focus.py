@@ -13,6 +13,7 @@ import torch
 from modeling_heptapod import LeapConfig, LeapForCausalLM, MultiGridConfig, MultiGridForCausalLM
 from modeling_heptapod.leap import focus_cpu, focus_operator
 from modeling_heptapod.leap.focus import FocusSettings, FocusState, focus_mixing
+from modeling_heptapod.leap.focus_functions import OUTPUT_GATES, WEIGHT_FUNCTIONS
 from modeling_heptapod.leap.focus_recurrent import pack_state, packed_shape
 
 
@@ -24,11 +25,11 @@ def draw(rng):
     """Arguments of a valid call: `qfkv`, settings and keyword arguments of `focus_mixing`."""
     batch, heads, dim = rng.randint(1, 3), rng.randint(1, 3), rng.choice(HEAD_DIMS)
     seq = rng.choice((1, 2, 3, rng.randint(4, 60), rng.randint(120, 135), rng.randint(200, 300)))
-    gate = rng.choice(("sigmoid", "gelu", "none"))
+    gate = rng.choice([name for name, kind in OUTPUT_GATES.items() if kind.kernel is not None])
     settings = FocusSettings(
         scale=rng.choice((0.1, 0.5, 10 / dim)),
         normalize=rng.random() < 0.5,
-        weight_function=rng.choice(("elu", "exp")),
+        weight_function=rng.choice([name for name, kind in WEIGHT_FUNCTIONS.items() if kind.kernel is not None]),
         output_gate=gate,
         window=rng.choice((None, 1, 2, rng.randint(3, 63), 64)),
         sink_weight=rng.choice((0.0, 0.0, 1e-6, 0.7)),

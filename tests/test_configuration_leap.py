@@ -83,7 +83,7 @@ TYPE_ERRORS = {
 
 VALUE_ERRORS = {
     "unknown mixer": ({"mixer": "attention"}, "`mixer`.*focus.*additive.*attention"),
-    "unknown weight function": ({"weight_function": "softplus"}, "`weight_function`.*softplus"),
+    "unknown weight function": ({"weight_function": "square"}, "`weight_function`.*elu.*exp.*square"),
     "unknown gate": ({"output_gate": "relu"}, "`output_gate`.*relu"),
     "unknown positions": ({"position_embedding_type": "sinusoidal"}, "`position_embedding_type`.*sinusoidal"),
     "no vocabulary": ({"vocab_size": 0}, "`vocab_size`"),

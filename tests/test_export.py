@@ -40,6 +40,7 @@ AUTO_MAPS = {
 # The modules that a family's export consists of, and nothing else.
 CODE = {
     "leap": {
+        "additive_mixer.py",
         "auto_mapping.py",
         "cache_checks.py",
         "cache_mixins.py",
@@ -54,6 +55,10 @@ CODE = {
         "focus_recurrent.py",
         "focus_tiles.py",
         "focus_triton.py",
+        "focus_triton_backward.py",
+        "focus_triton_forward.py",
+        "focus_triton_parts.py",
+        "leap_mixing.py",
         "losses.py",
         "mixing_rows.py",
         "model_inputs.py",
@@ -117,8 +122,8 @@ CODE = {
         "windowed_attention.py",
     },
 }
-CODE["multigrid"] = {  # a core is LEAP's mixer
-    *CODE["leap"],
+CODE["multigrid"] = {  # a core is LEAP's mixing step
+    *CODE["leap"] - {"additive_mixer.py", "modeling_leap.py"},
     "configuration_multigrid.py",
     "eager_attention.py",
     "generation_multigrid.py",

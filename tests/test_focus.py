@@ -22,6 +22,7 @@ from modeling_heptapod.leap.focus import (
     rotate,
     standardize,
 )
+from modeling_heptapod.leap.focus_functions import OUTPUT_GATES, WEIGHT_FUNCTIONS
 from modeling_heptapod.leap.focus_recurrent import (
     gate_output,
     pack_state,
@@ -36,13 +37,14 @@ WINDOWS = [None, 1, 2, 4, 16, 17, 64, 65, 66, 100, 1000]
 HEADS, DIM = 2, 4
 SCALE = 0.7
 
+# Whatever the tables of the operator hold: the others are compared with the defaults, which "plain" has.
+KINDS = {name: {"weight_function": name} for name in WEIGHT_FUNCTIONS if name != "elu"}
+KINDS |= {"no gate" if name == "none" else name: {"output_gate": name} for name in OUTPUT_GATES if name != "sigmoid"}
 # Every option alone, then several at once.
 OPTIONS = {
     "plain": {},
-    "exp": {"weight_function": "exp"},
+    **KINDS,
     "normalize": {"normalize": True},
-    "gelu": {"output_gate": "gelu"},
-    "no gate": {"output_gate": "none"},
     "null": {"sink_weight": 0.4},
     "alibi_slopes": {"alibi_slopes": True},
     "rotary": {"rotary": True},
@@ -431,10 +433,10 @@ def step(qfkv, settings, packed, alibi_slopes=None, rotary=None):
         packed = window.packed
     if settings.output_gate == "none":
         return means[:, 0], packed
-    return gate_output(parts[:, 0], means[:, 0], means[:, 1], settings)[0], packed
+    return gate_output(parts[:, 0], means[:, 0], means[:, 1], settings), packed
 
 
-STEP_OPTIONS = ["plain", "exp", "normalize", "gelu", "no gate", "null", "alibi_slopes", "rotary", "all", "all of exp"]
+STEP_OPTIONS = ["plain", *KINDS, "normalize", "null", "alibi_slopes", "rotary", "all", "all of exp"]
 
 
 @pytest.mark.parametrize("option", STEP_OPTIONS)
@@ -462,7 +464,7 @@ def test_steps_equal_the_parallel_form(window, option):
         torch.testing.assert_close(unpacked.values, final.values, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("weight_function", ["elu", "exp"])
+@pytest.mark.parametrize("weight_function", WEIGHT_FUNCTIONS)
 @pytest.mark.parametrize("rescale", [1, 10, 30, 300])
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("window", [None, 5])
@@ -585,7 +587,7 @@ def test_a_huge_token_is_forgotten_when_its_window_ends():
         torch.testing.assert_close(means[:, window + 3 :, 0], plain[:, 4:], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("weight_function", ["elu", "exp"])
+@pytest.mark.parametrize("weight_function", WEIGHT_FUNCTIONS)
 def test_extreme_inputs_of_the_whole_step(weight_function):
     for window in (None, 4, 70):
         settings = FocusSettings(scale=1.0, weight_function=weight_function, window=window)
@@ -792,13 +794,30 @@ def test_attention_matrix_rows_are_weights():
             torch.testing.assert_close(means[:, 4:], expected[:, 4:])  # what pads see does not matter
 
 
+@pytest.mark.parametrize("name", WEIGHT_FUNCTIONS)
+def test_the_columns_of_a_weight_function_agree(name):
+    function, logits = WEIGHT_FUNCTIONS[name], torch.linspace(-20, 20, 81, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(function.log(logits).sum(), logits)
+    logits = logits.detach()
+    torch.testing.assert_close(function.slope(logits), slope)
+    torch.testing.assert_close(function.weight(logits), function.log(logits).exp())
+
+
+@pytest.mark.parametrize("name", [name for name in OUTPUT_GATES if name != "none"])
+def test_the_columns_of_a_gate_agree(name):
+    gate, alignment = OUTPUT_GATES[name], torch.linspace(-20, 20, 81, dtype=torch.float64, requires_grad=True)
+    value = gate.value(alignment)
+    (slope,) = torch.autograd.grad(value.sum(), alignment)
+    torch.testing.assert_close(gate.slope(alignment.detach(), value.detach()), slope)
+
+
 def test_random_cases():
     """Whatever the tables above leave out: thirty draws of everything at once."""
     draw = random.Random(0)
     for _ in range(30):
         options = {
-            "weight_function": draw.choice(["elu", "exp"]),
-            "output_gate": draw.choice(["sigmoid", "gelu", "none"]),
+            "weight_function": draw.choice(list(WEIGHT_FUNCTIONS)),
+            "output_gate": draw.choice(list(OUTPUT_GATES)),
             "normalize": draw.random() < 0.5,
             "sink_weight": draw.choice([0.0, 1e-5, 2.0]),
             **{name: draw.random() < 0.5 for name in ("alibi_slopes", "padding", "segments")},

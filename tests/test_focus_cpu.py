@@ -1,17 +1,18 @@
 """The compiled mixing step against the loop in float64: values, states, gradients, single tokens; and life without it."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
 from modeling_heptapod.leap import focus, focus_cpu, focus_operator
-from modeling_heptapod.leap.configuration_leap import _CHOICES
 from modeling_heptapod.leap.focus import FocusSettings, FocusState, focus_mixing, naive_focus_mixing
+from modeling_heptapod.leap.focus_cpu_source import SOURCE
 from modeling_heptapod.leap.focus_functions import OUTPUT_GATES, WEIGHT_FUNCTIONS, WeightFunction
 from modeling_heptapod.leap.focus_recurrent import pack_state
-from tests.test_focus import OPTIONS, check_state, relative_rms, settings_for
+from tests.test_focus import KINDS, OPTIONS, check_state, relative_rms, settings_for
 from tests.tiny_leap import tiny_leap
 
 
@@ -107,7 +108,7 @@ def test_rotary_positions_of_one_row_serve_the_batch():
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("option", ["plain", "exp", "null", "alibi_slopes", "rotary", "no gate", "padding"])
+@pytest.mark.parametrize("option", ["plain", *KINDS, "null", "alibi_slopes", "rotary", "padding"])
 def test_any_split_in_chunks_equals_the_whole(window, option):
     qfkv, kwargs = make_inputs(2, 200, **OPTIONS[option])
     settings = settings_for(window, **OPTIONS[option])
@@ -521,25 +522,28 @@ def test_c_refuses_what_it_does_not_know(field):
     mixing = focus_cpu.NativeMixing(torch.zeros(2, 10, 4, HEADS, 4), settings_for(4))
     mixing.blank = type(mixing.blank).from_buffer_copy(mixing.blank)
     setattr(mixing.blank, field, 99 if field != "past" and field != "batch" else -1)
-    with pytest.raises(ValueError, match="C source does not know"):
+    with pytest.raises(ValueError, match="C source lacks"):
         mixing.forward(torch.zeros(2, 10, 4, HEADS, 4), False)
+
+
+def test_c_numbers_kinds_as_the_tables_do():
+    """A number that C takes for another kind is silently wrong."""
+    source = re.sub(r"/\*.*?\*/", "", SOURCE)
+    for table, last in ((WEIGHT_FUNCTIONS, "WEIGHT_FUNCTIONS"), (OUTPUT_GATES, "GATES")):
+        (names,) = (found.split(", ") for found in re.findall(r"enum \{ (.*) \};", source) if found.endswith(last))
+        numbers = {kind.kernel: name.upper() for name, kind in table.items() if kind.kernel is not None}
+        assert names == [numbers[number].replace("NONE", "NO_GATE") for number in range(len(numbers))] + [last]
 
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_kinds_are_in_one_table(window, monkeypatch):
     """A weight function without a number in the kernels runs in torch; one that is in no table is refused."""
-    assert _CHOICES["weight_function"] == tuple(WEIGHT_FUNCTIONS) and set(_CHOICES["output_gate"]) == set(OUTPUT_GATES)
-    with pytest.raises(ValueError, match="`weight_function` must be one of .*'elu', 'exp'.*, got 'softplus'"):
-        settings_for(4, weight_function="softplus")
-    softplus = WeightFunction(
-        lambda x: torch.nn.functional.softplus(x).log(),
-        torch.nn.functional.softplus,
-        lambda grad, x: grad * torch.sigmoid(x) / torch.nn.functional.softplus(x),
-        None,
-    )
-    monkeypatch.setitem(WEIGHT_FUNCTIONS, "softplus", softplus)
+    with pytest.raises(ValueError, match="`weight_function` must be one of .*'elu'.*, got 'square'"):
+        settings_for(4, weight_function="square")
+    square = WeightFunction(lambda x: (1 + x * x).log(), lambda x: 2 * x / (1 + x * x), lambda x: 1 + x * x)
+    monkeypatch.setitem(WEIGHT_FUNCTIONS, "square", square)
     qfkv, weight = make_inputs(2, 40)[0], torch.randn(2, 40, HEADS, 4)
-    settings = settings_for(window, weight_function="softplus")
+    settings = settings_for(window, weight_function="square")
     assert not focus_cpu.is_supported(qfkv, settings)
     out, _, grad = with_gradient(lambda x: focus_mixing(x, settings), qfkv, weight)
     expected, _, expected_grad = with_gradient(lambda x: naive_focus_mixing(x, settings), qfkv, weight)

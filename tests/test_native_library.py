@@ -99,7 +99,7 @@ def test_what_others_may_write_to_is_refused(compiler, folder, what):
     path = build(compiler)
     for mode in (0o770, 0o702):
         (folder if what == "folder" else path).chmod(mode)
-        with pytest.raises(PermissionError, match="others may write to .*chmod go-w"):
+        with pytest.raises(PermissionError, match="writable by other users.*chmod go-w"):
             build(compiler)
 
 
@@ -200,7 +200,7 @@ BROKEN = {
     "a file for a folder": "Not a directory",
     "a read-only file system": "Read-only file system",
     "no home": "home directory",
-    "a folder of others": "others may write to",
+    "a folder of others": "writable by other users",
 }
 
 

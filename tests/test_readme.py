@@ -176,11 +176,11 @@ INSTALL = [command for command in commands("docs/getting_started.md") if command
 
 
 def test_the_wheel_is_the_whole_package(installed):
-    modules, shipped = (
-        {path.relative_to(folder) for path in (folder / "modeling_heptapod").rglob("*.py")}
+    sources, shipped = (
+        {path.relative_to(folder) for path in (folder / "modeling_heptapod").rglob("*.[cp]*") if path.suffix != ".pyc"}
         for folder in (ROOT, installed)
     )
-    assert shipped == modules
+    assert shipped == sources and "focus_cpu_source.c" in {path.name for path in shipped}
     assert not (installed / "training").exists() and not (installed / "tests").exists()
 
 

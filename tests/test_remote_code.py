@@ -64,6 +64,33 @@ def test_a_file_is_read_once_until_it_changes(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "rows.py").read_text(encoding="utf-8") == "x = 2\n"
 
 
+def test_c_source_becomes_a_module(tmp_path):
+    """Transformers loads Python files only. What was saved is saved again as it is."""
+    source = '/* \\d {"x"} */\nint one = 1;\n'
+    tree(tmp_path, a__model="from .kernel import SOURCE\n", a__kernel="SOURCE = None\n")
+    (tmp_path / "a" / "kernel.c").write_text(source, encoding="utf-8")
+    write_code([tmp_path / "a" / "model.py"], tmp_path / "out")
+    write_code([tmp_path / "out" / "model.py"], tmp_path / "again")
+    written = (tmp_path / "out" / "kernel.py").read_text(encoding="utf-8")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.py", "kernel.py"}
+    assert (tmp_path / "again" / "kernel.py").read_text(encoding="utf-8") == written
+    names = {}
+    exec(written, names)
+    assert names["SOURCE"] == source
+    for wrong in ('char *x = """";\n', "int one = 1; \\"):
+        (tmp_path / "a" / "kernel.c").write_text(wrong, encoding="utf-8")
+        with pytest.raises(ValueError, match="kernel.c must not contain three double quotes"):
+            write_code([tmp_path / "a" / "model.py"], tmp_path / "out")
+
+
+def test_the_c_source_of_a_saved_folder_is_that_of_the_package(tmp_path):
+    LeapConfig().save_pretrained(tmp_path)
+    write_code([tmp_path / "focus_cpu_source.py"], tmp_path / "again")
+    names = {}
+    exec((tmp_path / "again" / "focus_cpu_source.py").read_text(encoding="utf-8"), names)
+    assert names["SOURCE"] == (PACKAGE / "leap" / "focus_cpu_source.c").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("line", ["from . import rows", "from ..a import rows"])
 def test_imports_of_packages_are_refused(line, tmp_path):
     tree(tmp_path, a__model=f"x = 1\n{line}\n", a__rows="", a____init__="")

@@ -44,4 +44,40 @@ def _check(name, value):
         raise ValueError(f"`{name}` must be at most {LARGEST}, got {value}.")
 
 
-__all__ = ["check_numbers"]
+def check_fields(config, choices: dict[str, tuple[str, ...]], at_least_one: tuple[str, ...]) -> None:
+    """Raise a `ValueError` for an unknown option, a size below 1, heads that do not divide the width, and bad dropouts.
+
+    Args:
+        config (`PreTrainedConfig`): with `hidden_size`, `num_attention_heads`, `hidden_dropout` and `attention_dropout`.
+        choices (`dict[str, tuple[str, ...]]`): names of fields to their possible values.
+        at_least_one (`tuple[str, ...]`): names of sizes.
+    """
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            raise ValueError(f"`{name}` must be one of {known}, got {getattr(config, name)!r}.")
+    for name in at_least_one:
+        if getattr(config, name) < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {getattr(config, name)}.")
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"`hidden_size` ({config.hidden_size}) must be a multiple of `num_attention_heads` "
+            f"({config.num_attention_heads})."
+        )
+    for name in ("hidden_dropout", "attention_dropout"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"`{name}` must be in [0, 1), got {getattr(config, name)}.")
+
+
+def check_window_sizes(config) -> None:
+    """Raise a `ValueError` unless `window_sizes` has an entry for each layer, `None` or at least 1."""
+    windows = config.window_sizes
+    if len(windows) != config.num_hidden_layers:
+        raise ValueError(
+            f"`window_sizes` must have one entry for each of the {config.num_hidden_layers} layers, got {len(windows)}: "
+            f"{windows}."
+        )
+    if any(window is not None and window < 1 for window in windows):
+        raise ValueError(f"`window_sizes` must be at least 1 or None (global), got {windows}.")
+
+
+__all__ = ["check_fields", "check_numbers", "check_window_sizes"]

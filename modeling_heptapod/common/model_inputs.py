@@ -25,6 +25,12 @@ def is_torch_func_active() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def is_eager(x: torch.Tensor) -> bool:
+    """Whether native code can read the memory of a tensor: it is no subclass, and nothing is being compiled or traced."""
+    plain = type(x) in (torch.Tensor, nn.Parameter)
+    return plain and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
 def check_ids(name: str, ids: Any) -> None:
     """Raise a `TypeError` unless `ids` is a tensor of integers."""
     kind = getattr(ids, "dtype", type(ids).__name__)
@@ -204,6 +210,7 @@ __all__ = [
     "embed_text",
     "has_dynamic_shapes",
     "is_dynamic",
+    "is_eager",
     "is_torch_func_active",
     "mask_of_new_tokens",
     "token_mask",

@@ -1,7 +1,7 @@
-"""C source, compiled once a machine and loaded; nothing is loaded that another user could have written.
+"""C source, compiled once per machine and loaded. Files that another user could have written are never loaded.
 
-Libraries are kept in `$XDG_CACHE_HOME/heptapod` (`~/.cache/heptapod`), one for each source, set of flags, compiler and kind of
-CPU. A file's name ends in the checksum of its contents: one that was cut short or changed is built again.
+Libraries are cached in `$XDG_CACHE_HOME/heptapod` (`~/.cache/heptapod`), one for each source, set of flags, compiler and kind of
+CPU. A file name ends in the checksum of the contents, so truncated and modified files are compiled again.
 """
 
 import ctypes
@@ -20,17 +20,17 @@ from pathlib import Path
 
 
 _COMPILE_SECONDS = 180
-_ASK_SECONDS = 20  # a compiler about itself
-_STALE_SECONDS = 3600  # what a compile that was killed left behind
+_ASK_SECONDS = 20  # for the macros of a compiler
+_STALE_SECONDS = 3600  # age of folders that killed compilations left
 _SCRATCH = "build-"
 
 
 class BuildError(RuntimeError):
-    """There is no library, and why."""
+    """The reason for which a library could not be compiled."""
 
 
 def find_compiler() -> str:
-    """Path of `$CC`, `cc`, `gcc` or `clang`. Raises a `BuildError` where there is none."""
+    """Path of `$CC`, `cc`, `gcc` or `clang`. Raises a `BuildError` if there is none."""
     names = (os.environ.get("CC") or "cc", "gcc", "clang")
     compiler = next(filter(None, map(shutil.which, names)), None)
     if compiler is None or os.name != "posix":
@@ -39,7 +39,7 @@ def find_compiler() -> str:
 
 
 def load_library(path: Path) -> ctypes.CDLL:
-    """The library of `compile_library`. Raises an `OSError`, and removes the file, where the system cannot load it."""
+    """Load a library of `compile_library`. Raises an `OSError`, and removes the file, if the system cannot load it."""
     try:
         return ctypes.CDLL(str(path))
     except OSError:
@@ -48,28 +48,28 @@ def load_library(path: Path) -> ctypes.CDLL:
 
 
 def compile_library(compiler: str, name: str, source: str, flags: list[str]) -> Path:
-    """Compile C source for this CPU, unless that was done before.
+    """Compile C source for this CPU, unless the library is cached.
 
     Args:
         compiler (`str`): path of the C compiler.
-        name (`str`): what the file's name begins with.
+        name (`str`): beginning of the file name.
         source (`str`): the C source.
-        flags (`list[str]`): for the compiler.
+        flags (`list[str]`): flags for the compiler.
 
     Returns:
-        `Path`: of the library.
+        `Path`: path of the library.
 
     Raises:
-        BuildError: where the compiler fails, is killed or takes too long.
-        OSError: where the folder cannot be written to, or belongs to others or may be written to by others.
-        RuntimeError: where there is no home directory.
+        BuildError: if the compiler fails, is killed or takes too long.
+        OSError: if the folder is not writable, belongs to another user or is writable by other users.
+        RuntimeError: if there is no home directory.
     """
     tuning, macros = _for_this_cpu(compiler)
     about = (source, *flags, *tuning, macros, platform.system(), platform.machine(), *platform.libc_ver())
     stem = f"{name}_{hashlib.sha256(chr(10).join(about).encode()).hexdigest()[:16]}"
     folder = _folder()
     for path in folder.glob(f"{stem}_*.so"):
-        with suppress(FileNotFoundError):  # another process has just removed it
+        with suppress(FileNotFoundError):  # another process removed it
             if path.name == _file_name(stem, _own_file(path)):
                 return path
             path.unlink()
@@ -81,8 +81,8 @@ def compile_library(compiler: str, name: str, source: str, flags: list[str]) -> 
         built.chmod(0o600)
         _to_disk(built)
         path = folder / _file_name(stem, built.read_bytes())
-        os.replace(built, path)  # whole or not at all, whoever else is compiling
-    with suppress(OSError):  # not every file system can do this with a folder
+        os.replace(built, path)  # atomic, also with other processes compiling
+    with suppress(OSError):  # not all file systems support this for folders
         _to_disk(folder)
     return path
 
@@ -92,36 +92,36 @@ def _file_name(stem, contents):
 
 
 def _folder():
-    """Where libraries are, this user's alone."""
+    """The folder of the libraries, which only this user can write to."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     folder = Path(base if os.path.isabs(base) else Path.home() / ".cache") / "heptapod"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_owner(folder, folder.stat())
     if os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):
-        raise PermissionError(f"nothing may be executed from {folder}, its file system says")
+        raise PermissionError(f"the file system of {folder} is mounted without permission to execute files")
     return folder
 
 
 def _own_file(path):
-    """Contents of a file of this user's alone."""
+    """Contents of a file that only this user can write to."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with open(descriptor, "rb") as file:
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode):
-            raise PermissionError(f"{path} is no file")
+            raise PermissionError(f"{path} is not a file")
         _check_owner(path, about)
         return file.read()
 
 
 def _check_owner(path, about):
     if about.st_uid != os.geteuid():
-        raise PermissionError(f"{path} belongs to another user, who could put other code there")
+        raise PermissionError(f"{path} belongs to another user, who could replace the code")
     if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(f"others may write to {path}, and put other code there: `chmod go-w {path}`")
+        raise PermissionError(f"{path} is writable by other users, who could replace the code: `chmod go-w {path}`")
 
 
 def _clean(folder):
-    """Remove what compiles left behind that were killed."""
+    """Remove folders that killed compilations left."""
     for scratch in folder.glob(f"{_SCRATCH}*"):
         with suppress(OSError):
             if time.time() - scratch.stat().st_mtime > _STALE_SECONDS:
@@ -130,17 +130,17 @@ def _clean(folder):
 
 @cache
 def _for_this_cpu(compiler):
-    """Flags for this very CPU, and the macros that the compiler defines with them: its version, what the CPU can do."""
+    """Flags for the CPU of this machine, and the macros that the compiler defines with them: version and CPU features."""
     x86 = platform.machine() in ("x86_64", "AMD64")
     for tuning in (["-march=native"] if x86 else ["-mcpu=native"], []):
-        with suppress(BuildError):  # native is not known everywhere
+        with suppress(BuildError):  # not all compilers support native
             macros = _run([compiler, *tuning, "-dM", "-E", "-x", "c", os.devnull], _ASK_SECONDS)
             return tuning + ["-mprefer-vector-width=512"] * ("__AVX512F__" in macros), macros
-    raise BuildError(f"{compiler} is no C compiler that says what it defines (-dM -E)")
+    raise BuildError(f"{compiler} is not a C compiler that lists its macros (-dM -E)")
 
 
 def _run(command, seconds, scratch=None):
-    """Output of a command, which is ended after `seconds`, and whatever it started with it."""
+    """Output of a command, which is killed after `seconds` with all processes that it started."""
     environment = {**os.environ, "LC_ALL": "C"}
     if scratch is not None:
         environment["TMPDIR"] = scratch

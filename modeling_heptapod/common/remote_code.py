@@ -1,7 +1,7 @@
-"""Saved folders hold the code of their classes, and load with `trust_remote_code=True` where this package is not installed.
+"""Saved folders with the code of their classes, which load with `trust_remote_code=True` where this package is not installed.
 
-Here the code lies in folders, one for each family; Transformers loads it from one folder, whose modules import each other
-as `from .name import`. So relative imports are followed from the modules that a folder names and written anew.
+The package has a folder for each family. Transformers loads code from a single folder, whose modules import each other as
+`from .name import`, and loads Python files only. So relative imports are followed and rewritten, and C sources become modules.
 """
 
 import ast
@@ -16,12 +16,14 @@ from typing import ClassVar
 def write_code(modules: Iterable[Path], folder: str | Path) -> None:
     """Write modules, and those that they import relatively, side by side into a folder.
 
+    A module with a C file of the same name beside it is written as this file's text, in the constant `SOURCE`.
+
     Args:
         modules (`Iterable[Path]`): files to begin with.
-        folder (`str` or `Path`): is made where it is not there.
+        folder (`str` or `Path`): created if needed.
 
     Raises:
-        ValueError: for two modules of one name, and for a relative import of a package.
+        ValueError: for two modules of one name, for a relative import of a package, and for C that no raw string can hold.
     """
     waiting, flat, sources = list(modules), {}, {}
     while waiting:
@@ -31,6 +33,9 @@ def write_code(modules: Iterable[Path], folder: str | Path) -> None:
         if path.name in flat:
             raise ValueError(f"{flat[path.name]} and {path} would be one file in a saved folder: rename one of them")
         flat[path.name] = path
+        if path.with_suffix(".c").is_file():
+            sources[path.name] = _as_module(path.with_suffix(".c"))
+            continue
         sources[path.name], imported = _flatten(path, path.stat().st_mtime_ns)
         waiting += imported
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -38,11 +43,19 @@ def write_code(modules: Iterable[Path], folder: str | Path) -> None:
         Path(folder, name).write_text(source, encoding="utf-8")
 
 
+def _as_module(path):
+    """Python source that holds C source."""
+    source = path.read_text(encoding="utf-8")
+    if '"""' in source or source.endswith(("\\", '"')):
+        raise ValueError(f"{path} must not contain three double quotes, nor end in a backslash or a double quote")
+    return f'"""C source, saved from `{path.name}`."""\n\nSOURCE = r"""{source}"""\n\n__all__ = ["SOURCE"]\n'
+
+
 @lru_cache(maxsize=256)
 def _flatten(path, modified):
-    """Source with `from .name import` in place of each relative import, and the files of what is imported so.
+    """The source with `from .name import` for each relative import, and the files that are imported.
 
-    `modified`, the file's time of change, is what tells a file that was edited from the one that was read.
+    `modified` is the file's modification time. It keeps an edited file from being taken from the cache.
     """
     source = path.read_text(encoding="utf-8")
     lines, imported = source.splitlines(keepends=True), []
@@ -60,36 +73,38 @@ def _flatten(path, modified):
 
 
 class CustomCodeMixin:
-    """Before `PreTrainedConfig` or `ProcessorMixin`: what is saved has the code of its family with it.
+    """Mixin for `PreTrainedConfig` and `ProcessorMixin` that saves the code of their family with them.
 
-    Models need nothing of their own: they save their config.
+    Models need no mixin, because they save their config.
 
     Attributes:
-        _auto_classes (`dict[str, str]`): from the name of an Auto class to `"module.Class"`, with modules in the folder of
-            the class itself.
+        _auto_classes (`dict[str, str]`): names of Auto classes to `"module.Class"`. The modules are in the folder of the
+            class itself.
     """
 
     _auto_classes: ClassVar[dict[str, str]]
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As Transformers' own, with the code; with `trust_remote_code=True` every Auto class loads the folder.
+        """Save as Transformers does, and the code with it, so that Auto classes load the folder with `trust_remote_code=True`.
 
         Args:
             save_directory (`str` or `os.PathLike`): folder to write to.
-            kwargs: as there.
+            kwargs: passed to Transformers' method.
         """
         ours = {reference.partition(".")[0] for reference in self._auto_classes.values()}
         given = getattr(self, "auto_map", None) or {}
-        # Also classes that a user has registered; what is said of ours is of the folder that they were loaded from.
+        # Classes that a user registered stay; entries for ours point to the folder that they were loaded from.
         others = {name: given[name] for name in given if _module_of(given[name]) not in ours}
         self.auto_map = {**self._auto_classes, **others}
         here = Path(sys.modules[_defining(type(self)).__module__].__file__).parent
         files = (here / f"{name}.py" for name in sorted(ours))
-        write_code([file for file in files if file.is_file()], save_directory)  # loaded as code, a config comes alone
+        write_code(
+            [file for file in files if file.is_file()], save_directory
+        )  # remote code of a config comes without the models
         super().save_pretrained(save_directory, **kwargs)
 
     def _get_files_timestamps(self, working_dir):
-        """As Transformers' own, by which it knows what to push: the code has been written already, and counts as changed."""
+        """Timestamps of the files that `push_to_hub` compares, without the code, which is always pushed."""
         times = super()._get_files_timestamps(working_dir)
         return {name: time for name, time in times.items() if not name.endswith(".py")}
 
@@ -99,7 +114,7 @@ def _module_of(reference):
 
 
 def _defining(cls):
-    """The class of a family, of which `cls` may be a subclass somewhere else."""
+    """The class of a family that `cls` is or inherits from."""
     return next(base for base in cls.__mro__ if "_auto_classes" in vars(base))
 
 

@@ -6,18 +6,27 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring
 
-from ..common.config_checks import check_numbers
+from ..common.config_checks import check_fields, check_numbers, check_window_sizes
 from ..common.remote_code import CustomCodeMixin
 from ..common.renamed_fields import RenamedFieldsMixin
+from .focus_functions import OUTPUT_GATES, WEIGHT_FUNCTIONS
 
 
 _CHOICES = {
     "mixer": ("focus", "additive"),
-    "weight_function": ("elu", "exp"),
-    "output_gate": ("sigmoid", "gelu", "none"),
+    "weight_function": tuple(WEIGHT_FUNCTIONS),
+    "output_gate": tuple(OUTPUT_GATES),
     "position_embedding_type": ("absolute", "rotary", "alibi", "none"),
 }
-# Rotary variants whose frequencies never change with the length seen: a recurrent state cannot be rotated again.
+_AT_LEAST_ONE = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+# Rotary variants whose frequencies do not depend on the length, because a recurrent state cannot be rotated again.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
@@ -26,35 +35,35 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 class LeapConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
     r"""
     mixer (`str`, *optional*, defaults to `"focus"`):
-        What stands in place of attention: `"focus"` (LEAP's gated running means) or `"additive"` (Fastformer's two
-        rounds of additive attention, arXiv 2108.09084).
+        Token mixer in place of attention: `"focus"` (LEAP's gated running means) or `"additive"` (Fastformer's two rounds
+        of additive attention, arXiv 2108.09084).
     weight_function (`str`, *optional*, defaults to `"elu"`):
-        From focus logits to positive weights: `"elu"` (`elu(x) + 1`) or `"exp"` (softmax weights).
+        Function from focus logits to positive weights: `"elu"` (`elu(x) + 1`) or `"exp"` (softmax weights).
     rescale (`float`, *optional*, defaults to 10.0):
         Standardise queries, focus, keys and values over the head dimension and multiply dot products by
-        `rescale / head_dim`. `None` leaves them as they are and multiplies by `head_dim ** -0.5`.
+        `rescale / head_dim`. With `None` nothing is standardised, and the factor is `head_dim ** -0.5`.
     output_gate (`str`, *optional*):
-        Gate on each head's output: `"sigmoid"` (default of the focus mixer), `"gelu"` or `"none"` (no queries; the
-        only value the additive mixer knows, whose queries are pooled instead).
+        Gate on each head's output: `"sigmoid"` (default of the focus mixer), `"gelu"` or `"none"` (no queries; the only
+        value for the additive mixer, which pools its queries instead).
     window_sizes (`list`, *optional*):
-        Window of each layer in tokens, `None` in the list for a global layer. When not given, the prototype's
-        schedule: `[None, 4, 8, 16]` repeated.
+        Window of each layer in tokens, `None` in the list for a global layer. Defaults to the schedule of the prototype,
+        `[None, 4, 8, 16]` repeated.
     position_embedding_type (`str`, *optional*):
         `"rotary"` (default of the focus mixer; rotates queries and keys), `"absolute"` (default of the additive mixer;
-        bounded by `max_position_embeddings`), `"alibi"` (each head's weights fall off with distance, with ALiBi's
-        slopes, arXiv 2108.12409) or `"none"`.
+        limited to `max_position_embeddings`), `"alibi"` (weights decrease with distance, by a slope for each head, arXiv
+        2108.12409) or `"none"`.
     sink_weight (`float`, *optional*, defaults to 0.0):
-        Weight of one more token of value zero in every window. The prototype's `1e-5` in its denominators is exactly
-        this.
+        Weight of an additional token of value zero in every window. It equals the `1e-5` in the denominators of the
+        prototype.
     is_causal (`bool`, *optional*, defaults to `True`):
-        Whether a position sees only its past. `LeapForMaskedLM` sets it to `False`.
+        Whether a position sees only itself and its past. `LeapForMaskedLM` sets it to `False`.
     hidden_dropout (`float`, *optional*, defaults to 0.0):
-        Dropout on embeddings and on the feed-forward's output.
+        Dropout on embeddings and on the output of feed-forward layers.
     attention_dropout (`float`, *optional*, defaults to 0.0):
-        Dropout on queries, focus and values and on whole focus logits, where the prototype has it. The additive mixer
-        has it on its pooled queries and keys.
+        Dropout on queries, focus, values and focus logits, as in the prototype. In the additive mixer, dropout on pooled
+        queries and keys.
     initializer_range (`float`, *optional*):
-        Standard deviation of initial weights, `hidden_size ** -0.5` when not given.
+        Standard deviation of initial weights. Defaults to `hidden_size ** -0.5`.
 
     Example:
 
@@ -117,65 +126,42 @@ class LeapConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Part of `@strict`-powered validation. Raises `ValueError` for values that make no model."""
+        """Part of `@strict`-powered validation. Raises `ValueError` for values that define no model."""
         check_numbers(self)
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "max_position_embeddings",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
-                f"({self.num_attention_heads})."
-            )
+        check_fields(self, _CHOICES, _AT_LEAST_ONE)
         if self.rescale is not None and (self.rescale <= 0 or self.head_dim < 2):
             raise ValueError(
                 f"`rescale` must be positive and needs a head dimension of at least 2, got rescale={self.rescale}, "
                 f"head_dim={self.head_dim}."
             )
-        if len(self.window_sizes) != self.num_hidden_layers:
-            raise ValueError(
-                f"`window_sizes` must have one entry for each of the {self.num_hidden_layers} layers, got "
-                f"{len(self.window_sizes)}: {self.window_sizes}."
-            )
-        if any(window is not None and window < 1 for window in self.window_sizes):
-            raise ValueError(f"`window_sizes` must be at least 1 or None (global), got {self.window_sizes}.")
+        check_window_sizes(self)
         if self.sink_weight < 0:
             raise ValueError(f"`sink_weight` must not be negative, got {self.sink_weight}.")
-        for name in ("hidden_dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
         if self.mixer == "additive" and self.output_gate != "none":
             raise ValueError(f"`output_gate` must be 'none' with mixer='additive', got {self.output_gate!r}.")
         if self.position_embedding_type == "rotary":
-            if self.output_gate == "none":
-                raise ValueError(
-                    "`position_embedding_type`='rotary' rotates queries and keys, but there are none with "
-                    f"mixer={self.mixer!r} and output_gate='none'; use 'absolute', 'alibi' or 'none'."
-                )
-            if self.head_dim % 2:
-                raise ValueError(f"Rotary positions need an even head dimension, got head_dim={self.head_dim}.")
-            rope_parameters = self.rope_parameters or {}
-            if rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
-                raise ValueError(
-                    "`rope_parameters['partial_rotary_factor']` must be 1 (every channel turns), got "
-                    f"{rope_parameters['partial_rotary_factor']}."
-                )
-            rope_type = rope_parameters.get("rope_type", "default")
-            if rope_type not in _ROPE_TYPES:
-                raise ValueError(
-                    f"`rope_parameters['rope_type']` must be one of {_ROPE_TYPES} (a recurrent state cannot follow "
-                    f"frequencies that change with length), got {rope_type!r}."
-                )
+            self._check_rotary()
+
+    def _check_rotary(self):
+        if self.output_gate == "none":
+            raise ValueError(
+                "`position_embedding_type`='rotary' rotates queries and keys, but there are none with "
+                f"mixer={self.mixer!r} and output_gate='none'; use 'absolute', 'alibi' or 'none'."
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"Rotary positions need an even head dimension, got head_dim={self.head_dim}.")
+        rope_parameters = self.rope_parameters or {}
+        if rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(
+                "`rope_parameters['partial_rotary_factor']` must be 1 (all channels are rotated), got "
+                f"{rope_parameters['partial_rotary_factor']}."
+            )
+        rope_type = rope_parameters.get("rope_type", "default")
+        if rope_type not in _ROPE_TYPES:
+            raise ValueError(
+                f"`rope_parameters['rope_type']` must be one of {_ROPE_TYPES} (a recurrent state cannot follow "
+                f"frequencies that change with length), got {rope_type!r}."
+            )
 
     @property
     def head_dim(self) -> int:
@@ -184,12 +170,12 @@ class LeapConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """One entry per layer; transformers builds the layers of a cache from it."""
+        """One entry per layer, from which transformers builds the layers of a cache."""
         return ["linear_attention"] * self.num_hidden_layers
 
     @property
     def number_of_conv_states(self) -> int:
-        """States a cache layer holds: the additive mixer pools twice."""
+        """Number of states in a cache layer: two for the additive mixer, which pools twice."""
         return 2 if self.mixer == "additive" else 1
 
 

@@ -1,21 +1,21 @@
 """The focus operator: windowed, positively weighted running means instead of attention.
 
-For every head, token `j` owns a focus logit `s_j = scale * (f_j . k_j)`, which makes its log weight `l_j` through a
-weight function (`exp`: `l = s`; `elu`: `l = log(elu(s) + 1)`). Position `i` sees, over its window,
+In every head, token `j` has a focus logit `s_j = scale * (f_j . k_j)`. A weight function maps it to a log weight `l_j`
+(`exp`: `l = s`; `elu`: `l = log(elu(s) + 1)`). Position `i` averages over its window:
 
     P_ij = exp(l_j - alibi_slopes * |i - j|) / (sink_weight + sum_j' exp(l_j' - alibi_slopes * |i - j'|))
     kbar_i = sum_j P_ij k_j,    vbar_i = sum_j P_ij v_j,    out_i = gate(scale * q_i . kbar_i) * vbar_i
 
-The window is `(i - w, i]` (causal) or `(i - w, i + w)` (bidirectional); without one it is everything allowed. The method
-is that of the prototype `leap-transformer`, after Fastformer (arXiv 2108.09084) and "Transformers are RNNs" (arXiv
-2006.16236); its logits do not depend on the query, which is what makes linear time and a constant-size state possible.
+The window is `(i - w, i]` (causal) or `(i - w, i + w)` (bidirectional). A global mean is over all positions that causality
+allows. The method is that of the prototype `leap-transformer`, after Fastformer (arXiv 2108.09084) and "Transformers are
+RNNs" (arXiv 2006.16236). Logits do not depend on the query, so time is linear and the state has a constant size.
 
-Read in this order: `naive_focus_mean` and `naive_focus_mixing` (the specification), then `focus_mixing` (what the model
-calls). It checks its inputs and takes `focus_operator.py`, which runs one of three forms: torch in tiles (`focus_tiles.py`,
+Read in this order: `naive_focus_mean` and `naive_focus_mixing` (the specification), then `focus_mixing`, which models call.
+`focus_mixing` checks its inputs and calls `focus_operator.py`, which runs one of three forms: torch in tiles (`focus_tiles.py`,
 `running_mean.py`), C for CPUs (`focus_cpu.py`), Triton for GPUs (`focus_triton.py`). The recurrent form is in `focus_recurrent.py`.
 
-Numerics: everything is accumulated in float32 (float64 for float64 inputs) in log-weight space relative to a maximum
-that is actually present, so that no exponent is positive and no prefix sums are ever subtracted from each other.
+Numerics: sums are in float32 (float64 for float64 inputs), relative to the largest log weight among those that are summed.
+No exponent is positive, and prefix sums are never subtracted from each other.
 """
 
 import math
@@ -55,16 +55,16 @@ def naive_focus_mean(
     """Weighted means by a loop over positions: the executable specification of `focus_mean`.
 
     Args:
-        log_weights (`torch.Tensor` of shape `[batch, seq, heads]`): `-inf` leaves a token out.
-        values (`torch.Tensor` of shape `[batch, seq, heads, channels]`).
-        window (`int`, *optional*): `None` is global.
+        log_weights (`torch.Tensor` of shape `[batch, seq, heads]`): `-inf` for tokens to leave out.
+        values (`torch.Tensor` of shape `[batch, seq, heads, channels]`): values to average.
+        window (`int`, *optional*): window size, `None` for global means.
         alibi_slopes (`torch.Tensor` of shape `[heads]`, *optional*): subtracted from the log weight per token of distance.
-        sink_weight (`float`): weight of one more token of value zero.
+        sink_weight (`float`): weight of an additional token of value zero.
         causal (`bool`): whether a position sees only itself and its past.
-        segment_ids (`torch.Tensor` of shape `[batch, seq]`, *optional*): each run of equal ids sees itself only.
+        segment_ids (`torch.Tensor` of shape `[batch, seq]`, *optional*): each run of equal ids is a sequence of its own.
 
     Returns:
-        `torch.Tensor` of shape `[batch, seq, heads, channels]`; zero where nothing is seen.
+        `torch.Tensor` of shape `[batch, seq, heads, channels]`: the means, zero for windows without tokens.
     """
     segment_ids = _runs(segment_ids)
     seq = log_weights.shape[1]
@@ -98,26 +98,50 @@ def naive_focus_mixing(
 ) -> torch.Tensor:
     """The mixing step in plain differentiable operations: the executable specification of `focus_mixing`.
 
-    `means` may be any function of the arguments of `naive_focus_mean`.
+    `means` is any function of the arguments of `naive_focus_mean`.
     """
+    mask = None
     if padding_mask is not None:
-        qfkv = torch.where(padding_mask.bool()[..., None, None, None], qfkv, 0.0)
-    parts = [standardize(part) if settings.normalize else part for part in qfkv.unbind(2)]
-    f, k, v = parts[-3:]
-    logs = log_weight(settings.scale * (f * k).sum(-1), settings.weight_function)
-    if padding_mask is not None:
-        logs = logs.masked_fill(~padding_mask.bool()[..., None], -math.inf)
+        mask = padding_mask.bool()
+        qfkv = torch.where(mask[..., None, None, None], qfkv, 0.0)
 
-    def mean(values):
+    def mean(logs, values):
         return means(logs, values, settings.window, alibi_slopes, settings.sink_weight, settings.causal, segment_ids)
 
+    return mix_with_means(qfkv, settings, mean, rotary, mask)[0]
+
+
+def mix_with_means(
+    qfkv: torch.Tensor,
+    settings: FocusSettings,
+    means: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    padding_mask: torch.BoolTensor | None = None,
+    dropout: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The mixing step around any function of means.
+
+    Args:
+        qfkv, settings, rotary, padding_mask: as in `focus_mixing`.
+        means (`Callable`): log weights `[batch, seq, heads]` and values `[batch, seq, heads, channels]` -> means of values.
+        dropout (`Callable`): applied to focus, values, focus logits and queries.
+
+    Returns:
+        Output `[batch, seq, heads, head_dim]`, log weights and gates, both `[batch, seq, heads]`.
+    """
+    parts = (standardize(qfkv) if settings.normalize else qfkv).unbind(2)
+    f, k, v = dropout(parts[-3]), parts[-2], dropout(parts[-1])
+    logs = log_weight(dropout(settings.scale * (f * k).sum(-1)), settings.weight_function)
+    if padding_mask is not None:
+        logs = logs.masked_fill(~padding_mask[..., None], -math.inf)
     if settings.output_gate == "none":
-        return mean(v)
-    q = parts[0]
+        return means(logs, v), logs, torch.ones_like(logs)
+    q = dropout(parts[0])
     if rotary is not None:
         q, k = (rotate(x, *rotary) for x in (q, k))
-    alignment = settings.scale * (q * mean(k)).sum(-1, keepdim=True)
-    return gate_value(alignment, settings.output_gate) * mean(v)
+    kbar, vbar = means(logs, torch.cat((k, v), dim=-1)).chunk(2, dim=-1)
+    gate = gate_value(settings.scale * (q * kbar).sum(-1), settings.output_gate)
+    return gate.unsqueeze(-1) * vbar, logs, gate
 
 
 def focus_mixing(
@@ -137,17 +161,17 @@ def focus_mixing(
         settings (`FocusSettings`): see there.
         alibi_slopes (`torch.Tensor` of shape `[heads]`, *optional*): subtracted from log weights per token of distance.
         rotary (`tuple` of cos and sin `[1 or batch, seq, head_dim]`, *optional*): positions of queries and keys.
-        padding_mask (`torch.Tensor` of shape `[batch, seq]`, *optional*): zero or `False` at pads, which weigh nothing
-            and are taken for zeros, whatever they hold. They count in windows and as steps of the ALiBi bias where they are:
-            models lay rows out before.
+        padding_mask (`torch.Tensor` of shape `[batch, seq]`, *optional*): zero or `False` at pads, which have no weight
+            and are replaced by zeros. They take places in windows and steps of the ALiBi bias, so models move them behind
+            the real tokens first (`mixing_rows.py`).
         segment_ids (`torch.LongTensor` of shape `[batch, seq]`, *optional*): packed rows; each run of equal ids is a
             sequence of its own.
-        initial_state (`FocusState`, *optional*): what came before (causal only). No gradient flows into it.
+        initial_state (`FocusState`, *optional*): state before the first token (causal only). No gradient flows into it.
 
     Returns:
-        The output `[batch, seq, heads, head_dim]` in the dtype of `qfkv`, and the `FocusState` after the last token
-        (`None` when bidirectional, and where `torch.export` leaves sizes open or `torch.func` is at work: then time is
-        quadratic, too).
+        The output `[batch, seq, heads, head_dim]` in the dtype of `qfkv`, and the `FocusState` after the last token. There is
+        no state when bidirectional, in `torch.export` with dynamic sizes, and under `torch.func`. In the last two cases time
+        is quadratic.
 
     Raises:
         TypeError, ValueError: for inputs of another dtype or shape, or a state in a bidirectional step.
@@ -190,17 +214,17 @@ def focus_mean(
     segment_ids: torch.Tensor | None = None,
     initial_state: FocusState | None = None,
 ) -> tuple[torch.Tensor, FocusState | None]:
-    """Weighted means alone, without the arithmetic around them.
+    """Weighted means alone, without the gate.
 
     Args:
-        log_weights (`torch.Tensor` of shape `[batch, seq, heads]`).
-        values (`torch.Tensor` of shape `[batch, seq, heads, channels]`).
-        settings (`FocusSettings`): of which `window`, `sink_weight` and `causal` matter.
-        alibi_slopes, padding_mask, segment_ids, state: as in `focus_mixing`.
+        log_weights (`torch.Tensor` of shape `[batch, seq, heads]`): `-inf` for tokens to leave out.
+        values (`torch.Tensor` of shape `[batch, seq, heads, channels]`): values to average.
+        settings (`FocusSettings`): only `window`, `sink_weight` and `causal` are read.
+        alibi_slopes, padding_mask, segment_ids, initial_state: as in `focus_mixing`.
 
     Returns:
         Means of shape `[batch, seq, heads, channels]` in the dtype of `values`, and the `FocusState` after the last
-        token (`None` where `focus_mixing` has none).
+        token, or `None` as in `focus_mixing`.
 
     Raises:
         TypeError, ValueError: for inputs of another dtype or shape, or a state in a bidirectional step.
@@ -229,18 +253,18 @@ def token_state(
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     padding_mask: torch.Tensor | None = None,
 ) -> FocusState:
-    """Log weights and values of tokens, as a windowed state holds them; the arguments are those of `focus_mixing`."""
+    """Log weights and values of tokens, as in a windowed state. The arguments are those of `focus_mixing`."""
     qfkv, mask = _blank_pads(qfkv, padding_mask)
     return FocusState(*Block(qfkv, settings, None, rotary, mask, None).tokens[:2])
 
 
 def _must_be_plain(x):
-    """Whether plain operations are needed: where an export leaves sizes open, and under `torch.func.grad` and `vmap`."""
+    """Whether plain operations are required: in an export with dynamic sizes, and under `torch.func.grad` and `vmap`."""
     return has_dynamic_shapes(x) or is_torch_func_active()
 
 
 def _blank_pads(qfkv, padding_mask):
-    """Zeros at pads: a weight of 0 would not keep a NaN out of a sum. And the mask as booleans."""
+    """`qfkv` with zeros at pads, because a weight of 0 times NaN is NaN, and the mask as booleans."""
     if padding_mask is None:
         return qfkv, None
     mask = padding_mask.bool()
@@ -261,7 +285,7 @@ def _check_inputs(name, tensor, shape, settings, initial_state):
 
 
 def _check_companions(tensor, shape, settings, alibi_slopes, padding_mask, segment_ids, initial_state):
-    """Check what comes with `tensor`, by the shape `[batch, seq, heads, channels]` of the means."""
+    """Check the tensors given with `tensor` against the shape `[batch, seq, heads, channels]` of the means."""
     batch, seq, heads, channels = shape
     if alibi_slopes is not None:
         _check_tensor("alibi_slopes", alibi_slopes, tensor, (heads,), floating=True)
@@ -295,7 +319,7 @@ def _check_tensor(name, tensor, like, shape, floating=None):
 
 
 def _means_by_matrix(logs, values, window, alibi_slopes, sink_weight, causal, segment_ids):
-    """What `naive_focus_mean` computes, as one product, quadratic in length."""
+    """The result of `naive_focus_mean` as one matrix product, quadratic in length."""
     settings = FocusSettings(scale=1.0, window=window, sink_weight=sink_weight, causal=causal)
     place, runs = torch.arange(logs.shape[1], device=logs.device), _runs(segment_ids)
     weights = _weight_matrix(logs.transpose(1, 2), settings, alibi_slopes, place, place, runs, runs)
@@ -309,16 +333,16 @@ def attention_matrix(
     segment_ids: torch.Tensor | None = None,
     positions: torch.LongTensor | None = None,
 ) -> torch.Tensor:
-    """The weights `P` of the module's docstring as a matrix: quadratic in length, for looking at.
+    """The weights `P` of the module's docstring as a matrix, for inspection. Quadratic in length.
 
     Args:
         log_weights (`torch.Tensor` of shape `[batch, heads, seq]`): `-inf` at pads, which take no place in windows and no
             step of the ALiBi bias.
         settings, alibi_slopes, segment_ids: as in `focus_mixing`.
-        positions (`torch.LongTensor` of shape `[rows]`, *optional*): the rows to make; all when not given.
+        positions (`torch.LongTensor` of shape `[rows]`, *optional*): positions whose rows to compute, all when not given.
 
     Returns:
-        `torch.Tensor` of shape `[batch, heads, rows, seq]`: row `i` holds the weights with which position `i` sees.
+        `torch.Tensor` of shape `[batch, heads, rows, seq]`: row `i` holds the weights of all tokens at position `i`.
     """
     place = (log_weights[:, :1] != -math.inf).long().cumsum(-1)  # [batch, 1, seq]
     runs = _runs(segment_ids)
@@ -342,5 +366,5 @@ def _weight_matrix(log_weights, settings, alibi_slopes, here, place, own_runs, r
     if settings.sink_weight:
         logits = nn.functional.pad(logits, (0, 1), value=math.log(settings.sink_weight))
     weights = torch.softmax(logits, dim=-1)
-    weights = torch.where((logits == -math.inf).all(-1, keepdim=True), 0.0, weights)  # a pad may see nothing at all
+    weights = torch.where((logits == -math.inf).all(-1, keepdim=True), 0.0, weights)  # a pad may have an empty window
     return weights[..., :-1] if settings.sink_weight else weights

@@ -1,8 +1,8 @@
-"""The mixing step and its recurrent form on CPUs: compiles the C source once a machine, and calls it.
+"""The mixing step and its recurrent form on CPUs, in C that is compiled on first use.
 
-A C compiler (`$CC`, `cc`, `gcc` or `clang`) is wanted but not needed: without one, or with the environment variable
-`HEPTAPOD_NATIVE=0`, everything runs in torch, and more slowly. `native_library.py` keeps what was compiled. Nothing is handed
-to C before its shape, dtype, device and memory were looked at.
+Without a C compiler (`$CC`, `cc`, `gcc` or `clang`), or with the environment variable `HEPTAPOD_NATIVE=0`, everything runs in
+torch, which is slower. `native_library.py` caches compiled libraries. Shape, dtype, device and memory of every tensor are
+checked before it is passed to C.
 """
 
 import ctypes
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from ..common.model_inputs import is_eager
 from ..common.native_library import compile_library, find_compiler, load_library
 from .focus_cpu_source import SOURCE
 
@@ -23,7 +24,7 @@ _BLOCK, _WIDEST = 128, 64  # of the source
 _NO_MEMORY = 1  # what a call returns
 _MOST_DIM = 1024  # a head's rows must fit on a thread's stack
 _FLAGS = "-O3 -fopenmp-simd -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros -ffp-contract=fast -shared -fPIC -pthread".split()
-_PARALLEL = 512  # rows of heads below which a second thread costs more than it saves
+_PARALLEL = 512  # tokens times heads below which a second thread costs more than it saves
 _INTEGERS = "batch seq heads parts window past kept bf16 normalize weight gate bounded rotary_stride threads".split()
 _POINTERS = (
     "input out alibi_slopes cos sin mask segments past_logs past_values final_logs final_values carries grad_out grad_in state"
@@ -43,12 +44,12 @@ class _Mixing(ctypes.Structure):
     ]
 
 
-_missing = None  # why there is no library, once that is known
+_missing = None  # the reason for which there is no library, after the first attempt
 
 
 @cache
 def _library(head_dim):
-    """The source compiled for one size of heads, `None` where there is no way to have it."""
+    """The source compiled for one head dimension, `None` if it cannot be compiled or loaded."""
     global _missing
     if _missing is not None or os.environ.get("HEPTAPOD_NATIVE", "1") == "0":
         return None
@@ -57,7 +58,7 @@ def _library(head_dim):
     except (OSError, RuntimeError) as error:
         _missing = str(error) or type(error).__name__
         logger.warning(
-            f"LEAP's mixing runs in torch, which is slower, since its C source was not compiled: {_missing}."
+            f"LEAP's mixing runs in torch, which is slower, because its C source was not compiled: {_missing}."
         )
         return None
     for name in ("focus_forward", "focus_backward", "focus_recurrent"):
@@ -66,37 +67,30 @@ def _library(head_dim):
 
 
 def _compiled(compiler: str, head_dim: int) -> Path:
-    """Path of the library, compiled now unless it was before."""
+    """Path of the library, which is compiled if it is not cached."""
     return compile_library(compiler, "focus", SOURCE, [*_FLAGS, f"-DHEAD_DIM={head_dim}"])
 
 
 def is_supported(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> bool:
     """Whether the compiled source runs this mixing step in eager mode."""
-    return (
-        type(qfkv) in (torch.Tensor, torch.nn.Parameter)  # not one of tracing, which has no memory
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and takes(qfkv, settings, rotary)
-    )
+    return is_eager(qfkv) and takes(qfkv, settings, rotary)
 
 
 def takes(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> bool:
-    """Whether the compiled source can take this mixing step: causal, on a CPU, float32 or bfloat16, windows up to 64."""
+    """Whether the C source supports this mixing step: causal, on a CPU, float32 or bfloat16, windows up to 64."""
     return (
         qfkv.device.type == "cpu"
         and qfkv.dtype in (torch.float32, torch.bfloat16)
-        and settings.causal
-        and None not in settings.kernels
-        and (settings.window is None or settings.window <= _WIDEST)
+        and settings.have_kernels(_WIDEST)
         and 1 < qfkv.shape[-1] <= _MOST_DIM
         and (rotary is None or rotary[0].dtype == torch.float32)
-        and _library(int(qfkv.shape[-1])) is not None  # a library is for one size, which a graph might leave open
+        and _library(int(qfkv.shape[-1])) is not None  # `int` fixes a size that is dynamic in a graph
     )
 
 
 @lru_cache(maxsize=256)
 def _blank(shape, dtype, settings, past, rotary_rows, threads):
-    """A `Mixing` without its pointers, and what these must point to: kept, because a single token feels the time they take."""
+    """A `Mixing` without its pointers, and the shapes and dtypes of these. Cached to save time in single steps."""
     batch, seq, parts, heads, dim = shape
     channels, weight, gate = dim if parts == 3 else 2 * dim, *settings.kernels
     blank = _Mixing(
@@ -138,7 +132,7 @@ def _blank(shape, dtype, settings, past, rotary_rows, threads):
 
 
 def _address(name, tensor, shape, dtype):
-    """Where a tensor's memory begins, if it is what C will take it for."""
+    """The address of a tensor's memory, after a check of shape, dtype and layout."""
     fits = tensor.shape == shape and tensor.dtype == dtype and tensor.device.type == "cpu"
     if not fits or tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.is_neg():
         raise ValueError(
@@ -156,7 +150,7 @@ def _dense(tensor, dtype=None):
 
 
 class NativeMixing:
-    """One mixing step on the compiled source: `forward`, then perhaps `backward`.
+    """One mixing step in C: `forward`, then optionally `backward`.
 
     Args:
         qfkv, settings, alibi_slopes, padding_mask, segments: as in `focus_mixing`, `segments` numbered by runs.
@@ -166,7 +160,7 @@ class NativeMixing:
 
     def __init__(self, qfkv, settings, alibi_slopes=None, rotary=None, padding_mask=None, segments=None, past=None):
         self.windowed, self.library = settings.window is not None, _library(qfkv.shape[-1])
-        self.carries = None  # of the forward pass, for the backward pass
+        self.carries = None  # kept by the forward pass for the backward pass
         self.given, tokens, rows = {}, 0, 0
         if alibi_slopes is not None:
             self.given["alibi_slopes"] = _dense(alibi_slopes, torch.float32)
@@ -184,11 +178,11 @@ class NativeMixing:
         self.blank, self.expected = _blank(qfkv.shape, qfkv.dtype, settings, tokens, rows, threads)
 
     def call(self, name: str, **tensors: torch.Tensor) -> None:
-        """Call a function of the library with what was given and what `tensors` adds.
+        """Call a function of the library with the tensors of the constructor and `tensors`.
 
         Raises:
-            ValueError: for a tensor that is not what the source takes it for, and kinds that it does not know.
-            MemoryError: where there is none for one block of tokens.
+            ValueError: for a tensor of another shape, dtype, device or layout, and for options that the source lacks.
+            MemoryError: if there is no memory for one block of tokens.
         """
         mixing = _Mixing.from_buffer_copy(self.blank)
         if self.carries is not None:
@@ -197,15 +191,13 @@ class NativeMixing:
             setattr(mixing, field, _address(field, tensor, *self.expected[field]))
         status = getattr(self.library, name)(mixing)
         if status == _NO_MEMORY:
-            raise MemoryError("The mixing step found no memory for one block of tokens.")
+            raise MemoryError("There is no memory for one block of tokens of the mixing step.")
         if status:
-            raise ValueError(
-                "The C source does not know the weight function, the gate or the sizes of this mixing step."
-            )
+            raise ValueError("The C source lacks the weight function, the gate or the sizes of this mixing step.")
 
     @staticmethod
     def new_carries(qfkv: torch.Tensor, window: int | None) -> torch.Tensor | None:
-        """Memory for what the forward pass keeps of global means, for the backward pass; `None` where it keeps nothing."""
+        """Memory for the sums of global means that the backward pass needs, `None` for windows."""
         if window is not None:
             return None
         batch, seq, parts, heads, dim = qfkv.shape
@@ -229,7 +221,7 @@ class NativeMixing:
     def backward(self, qfkv: torch.Tensor, grad_out: torch.Tensor) -> torch.Tensor:
         """Gradient of `qfkv` from that of the output."""
         if not self.windowed and self.carries is None:
-            raise RuntimeError("The backward pass needs a forward pass that was told of it.")
+            raise RuntimeError("The backward pass needs a forward pass with `for_backward=True`.")
         qfkv, grad_out = _dense(qfkv), _dense(grad_out, qfkv.dtype)
         grad = torch.empty_like(qfkv)
         self.call("focus_backward", input=qfkv, grad_out=grad_out, grad_in=grad)
@@ -239,20 +231,20 @@ class NativeMixing:
 def step(
     qfkv: torch.Tensor, settings, alibi_slopes: torch.Tensor | None, rotary: tuple | None, packed: torch.Tensor
 ) -> torch.Tensor | None:
-    """The mixing step of one more token, which also enters the packed state, in place.
+    """The mixing step of one more token, which is added to the packed state in place.
 
     Args:
         qfkv, settings, alibi_slopes, rotary: as in `focus_mixing`, for one token.
         packed (`torch.Tensor`): of `pack_state`, float32.
 
     Returns:
-        Output `[batch, 1, heads, head_dim]` in the dtype of `qfkv`; `None`, and nothing done, where the compiled source
-        can't take the step.
+        Output `[batch, 1, heads, head_dim]` in the dtype of `qfkv`, or `None`, with the state unchanged, if the C source does
+        not support the step.
     """
     if not is_supported(qfkv, settings, rotary) or packed.dtype != torch.float32 or not packed.is_contiguous():
         return None
     if settings.window is not None and packed.dim() == 3 and packed.shape[-1] > max(settings.window - 1, 1):
-        return None  # a cache that keeps more than it needs, to roll back
+        return None  # a cache that keeps more tokens than a window, to roll back
     if qfkv.shape[1] != 1:
         raise ValueError(f"`qfkv` must hold one token, got {qfkv.shape[1]}.")
     out = qfkv.new_empty(qfkv.shape[0], 1, *qfkv.shape[3:])

@@ -1,9 +1,7 @@
-"""The settings of the focus operator and its elementwise operations.
+"""Settings of the focus operator and its elementwise operations.
 
-Weight functions and query gates stand in one table each for torch, its backward pass, C and Triton.
-
-A new kind is an entry here, with its derivative, and a name in `LeapConfig`. While it has no number in the kernels
-(`kernel=None`) it runs in torch.
+`WEIGHT_FUNCTIONS` and `OUTPUT_GATES` list the options that exist. All forms of the operator, `LeapConfig` and the tests read
+them. A new option is one entry with its derivative. It runs in torch as long as it has no kernels (`kernel=None`).
 """
 
 import math
@@ -19,40 +17,44 @@ NORM_EPS = 1e-5  # added to the standard deviation, as in the prototype
 
 
 class WeightFunction(NamedTuple):
-    """The positive weight of a focus logit.
+    """A function from focus logits to positive weights.
 
     Attributes:
-        log (`Callable`): logits -> logs of their weights.
-        weight (`Callable`): logits -> weights, of logits that are not large.
-        backward (`Callable`): gradient of the logs, logits -> gradient of the logits.
-        kernel (`int`, *optional*): its number in the kernels.
+        log (`Callable`): logits -> log weights.
+        slope (`Callable`): logits -> derivatives of `log`.
+        weight (`Callable`): logits -> weights. Called for single tokens, where logits are bounded.
+        kernel (`int`, *optional*): its number in the C source and the Triton kernels, `None` if they lack it.
     """
 
     log: Callable
+    slope: Callable
     weight: Callable
-    backward: Callable
-    kernel: int | None
+    kernel: int | None = None
 
 
 class OutputGate(NamedTuple):
-    """What `scale * q . kbar` opens.
+    """A function from alignments `scale * q . kbar` to gates on the output.
 
     Attributes:
-        open (`Callable`, *optional*): alignments -> gates; `None` where there is no query.
-        slope (`Callable`, *optional*): alignments, gates -> derivatives.
-        kernel (`int`, *optional*): its number in the kernels.
+        value (`Callable`, *optional*): alignments -> gates. `None` for an operator without queries.
+        slope (`Callable`, *optional*): alignments, gates -> derivatives of `value`.
+        kernel (`int`, *optional*): its number in the C source and the Triton kernels, `None` if they lack it.
     """
 
-    open: Callable | None
+    value: Callable | None
     slope: Callable | None
-    kernel: int | None
+    kernel: int | None = None
 
 
 def _elu_log(logits):
     return torch.where(logits < 0, logits, torch.log1p(logits.clamp_min(0)))
 
 
-def _elu_weight(logits):  # elu(x) + 1, which has no precision below zero when taken as written
+def _elu_slope(logits):
+    return 1 / (1 + logits.clamp_min(0))
+
+
+def _elu_weight(logits):  # elu(x) + 1, which loses precision below zero when computed as written
     return logits.clamp_max(0).exp_().add_(logits.clamp_min(0))
 
 
@@ -62,31 +64,31 @@ def _gelu_slope(alignment, gate):
 
 
 WEIGHT_FUNCTIONS = {
-    "elu": WeightFunction(_elu_log, _elu_weight, lambda grad, logits: grad / (1 + logits.clamp_min(0)), 1),
-    "exp": WeightFunction(lambda logits: logits, torch.exp, lambda grad, logits: grad, 0),
+    "elu": WeightFunction(_elu_log, _elu_slope, _elu_weight, kernel=1),
+    "exp": WeightFunction(lambda logits: logits, torch.ones_like, torch.exp, kernel=0),
 }
 OUTPUT_GATES = {
-    "none": OutputGate(None, None, 0),
-    "sigmoid": OutputGate(torch.sigmoid, lambda alignment, gate: gate * (1 - gate), 1),
-    "gelu": OutputGate(nn.functional.gelu, _gelu_slope, 2),
+    "sigmoid": OutputGate(torch.sigmoid, lambda alignment, gate: gate * (1 - gate), kernel=1),
+    "gelu": OutputGate(nn.functional.gelu, _gelu_slope, kernel=2),
+    "none": OutputGate(None, None, kernel=0),
 }
 
 
 @dataclass(frozen=True)
 class FocusSettings:
-    """What distinguishes one mixing step from another; see `focus.py` for the symbols.
+    """Settings of a mixing step; `focus.py` defines the symbols.
 
     Attributes:
         scale (`float`): factor of both dot products.
         normalize (`bool`): standardise q, f, k and v over the head dimension first (the prototype's `rescale`).
-        weight_function (`str`): `"elu"` or `"exp"`.
-        output_gate (`str`): `"sigmoid"`, `"gelu"` or `"none"`; with `"none"` there is no q and `out = vbar`.
-        window (`int`, *optional*): window size; `None` is global.
-        sink_weight (`float`): weight of one more token of value zero in every window.
+        weight_function (`str`): key of `WEIGHT_FUNCTIONS`.
+        output_gate (`str`): key of `OUTPUT_GATES`. With `"none"` there is no q and `out = vbar`.
+        window (`int`, *optional*): window size, `None` for a global mean.
+        sink_weight (`float`): weight of an additional token of value zero in every window.
         causal (`bool`): whether a position sees only itself and its past.
 
     Raises:
-        ValueError: for kinds that are not in the tables above, and numbers that mean nothing.
+        ValueError: for options that are not in these tables, and for numbers out of range.
     """
 
     scale: float
@@ -101,8 +103,7 @@ class FocusSettings:
         for name, known in (("weight_function", WEIGHT_FUNCTIONS), ("output_gate", OUTPUT_GATES)):
             if getattr(self, name) not in known:
                 raise ValueError(
-                    f"`{name}` must be one of {list(known)}, got {getattr(self, name)!r}; a new one is an entry of the table "
-                    "in focus_functions.py."
+                    f"`{name}` must be one of {list(known)}, got {getattr(self, name)!r}; focus_functions.py lists them."
                 )
         if self.window is not None and (type(self.window) is not int or self.window < 1):
             raise ValueError(f"`window` must be an integer of at least 1, or None, got {self.window!r}.")
@@ -113,22 +114,27 @@ class FocusSettings:
 
     @property
     def kernels(self) -> tuple[int | None, int | None]:
-        """Numbers of weight function and gate in the kernels, `None` for what is in torch only."""
+        """Numbers of the weight function and the gate in the kernels, `None` for those in torch only."""
         return WEIGHT_FUNCTIONS[self.weight_function].kernel, OUTPUT_GATES[self.output_gate].kernel
 
+    def have_kernels(self, widest: int) -> bool:
+        """Whether there are kernels for these settings, whose windows hold at most `widest` tokens."""
+        fits = self.window is None or self.window <= widest
+        return self.causal and fits and None not in self.kernels
+
     def bounded(self, head_dim: int) -> bool:
-        """Whether no focus logit can leave +-30: dot products of standardised vectors stay below `head_dim`."""
+        """Whether focus logits stay within +-30. Dot products of standardised vectors are below `head_dim`."""
         return self.normalize and self.scale * head_dim <= 30
 
 
 def log_weight(logits: torch.Tensor, weight_function: str) -> torch.Tensor:
-    """Log of the positive weight that a focus logit stands for, elementwise."""
+    """Log weights of focus logits, elementwise."""
     return WEIGHT_FUNCTIONS[weight_function].log(logits)
 
 
 def gate_value(alignment: torch.Tensor, output_gate: str) -> torch.Tensor:
-    """The gate of an alignment `scale * q . kbar`, elementwise."""
-    return OUTPUT_GATES[output_gate].open(alignment)
+    """Gates of alignments `scale * q . kbar`, elementwise."""
+    return OUTPUT_GATES[output_gate].value(alignment)
 
 
 def standardize(x: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """The mixing step and the means alone as one differentiable call each, in eager mode and in the graphs of `torch.compile`.
 
-Eager mode takes autograd functions. A graph takes the registered operators `heptapod::focus_mixing` and `heptapod::focus_mean`,
-so that it keeps the kernels and serves all lengths: C on CPUs, Triton on GPUs, torch elsewhere. What `torch.export` makes has to
-run without this package and so holds plain operations.
+Eager mode uses autograd functions. A graph uses the registered operators `heptapod::focus_mixing` and `heptapod::focus_mean`,
+so it runs the kernels (C on CPUs, Triton on GPUs, torch elsewhere) at all lengths. Programs of `torch.export` run without
+this package, so they contain plain operations.
 """
 
 from functools import wraps
@@ -33,7 +33,7 @@ def focus_mixing_step(
     segments: torch.Tensor | None,
     past: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The mixing step of checked inputs; the arguments are those of `TiledMixing`, the results those of its `forward`."""
+    """The mixing step of checked inputs. The arguments are those of `TiledMixing`, the results those of its `forward`."""
     tensors = alibi_slopes, *(rotary or (None, None)), padding_mask, segments
     if not _in_graph():
         return _FocusMixing.apply(qfkv, settings, *tensors, *(past or (None, None)))
@@ -64,12 +64,12 @@ def _in_graph():
 
 
 def _kept(past, for_backward):
-    """A cache may hold the past, and be written over before the backward pass reads it."""
+    """A copy of the past for the backward pass, because a cache may overwrite it before."""
     return tuple(x.clone() for x in past) if past is not None and for_backward else past
 
 
 def _in_full_precision(function):
-    """Run outside autocast, which would hand float32 sums to bf16 products."""
+    """Run outside autocast, which would compute products of float32 sums in bf16."""
 
     @wraps(function)
     def wrapper(*args):
@@ -92,7 +92,7 @@ def _choose_mixing(qfkv, settings, rotary):
 
 
 class _FocusMixing(torch.autograd.Function):
-    """The mixing step. Between forward and backward it holds its input and one carry a block, nothing else."""
+    """The mixing step. It saves its input and one carry per block for the backward pass."""
 
     @staticmethod
     @_in_full_precision
@@ -116,7 +116,7 @@ class _FocusMixing(torch.autograd.Function):
 
 
 class _FocusMean(torch.autograd.Function):
-    """Means alone. Between forward and backward it holds inputs, outputs and the logs of the summed weights."""
+    """Means alone. It saves inputs, outputs and the logs of the summed weights for the backward pass."""
 
     @staticmethod
     @_in_full_precision
@@ -154,7 +154,7 @@ def _mean_backward(grad_out, logs, values, out, log_total, settings, alibi_slope
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Operators of a graph: each with the shapes that it gives, and its backward pass as an operator of its own
+# Operators of a graph: each with the shapes of its results, and with its backward pass as another operator
 # ---------------------------------------------------------------------------------------------------------------------
 
 _SETTINGS = "scale normalize weight_function output_gate window sink_weight causal".split()
@@ -165,7 +165,7 @@ def _values(settings):
 
 
 def _form(qfkv, settings, rotary):
-    """Which form of the mixing step runs on this machine, also for tensors without memory, which stand for it in a graph."""
+    """The form of the mixing step on this machine, also for the tensors without memory that graphs are built with."""
     if triton_takes(qfkv, settings, rotary):
         return TritonMixing
     return NativeMixing if native_takes(qfkv, settings, rotary) else TiledMixing
@@ -178,7 +178,7 @@ def _mixing(qfkv, alibi_slopes, cos, sin, padding_mask, segments, past_logs, pas
 
 
 def _state_like(values, batch, heads, channels, seq, past_logs, window, causal):
-    """Memory for log weights and values of a state, in the dtype of `values` or wider; empty where there is none."""
+    """Memory for log weights and values of a state, in the dtype of `values` or wider. Empty if there is no state."""
     dtype = torch.promote_types(values.dtype, torch.float32)
     if not causal:
         return values.new_empty(0, dtype=dtype), values.new_empty(0, dtype=dtype)
@@ -189,7 +189,7 @@ def _state_like(values, batch, heads, channels, seq, past_logs, window, causal):
 
 
 def _present(tensors, like):
-    """A graph has no optional results."""
+    """Results as tensors, because those of an operator cannot be optional."""
     return tuple(like.new_empty(0) if x is None else x.contiguous() for x in tensors)
 
 
@@ -215,7 +215,7 @@ def _mixing_operator(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     values = scale, normalize, weight_function, output_gate, window, sink_weight, causal
     mixing = _mixing(qfkv, alibi_slopes, cos, sin, padding_mask, segments, past_logs, past_values, *values)
-    # Carries of tiles are no tensor: their backward pass finds them again.
+    # Carries of tiles are not a tensor, so their backward pass computes them again.
     out, *state = mixing.forward(qfkv, for_backward and not isinstance(mixing, TiledMixing))
     return out, *_present((*state, mixing.carries), qfkv)
 
@@ -227,7 +227,7 @@ def _(qfkv, alibi_slopes, cos, sin, padding_mask, segments, past_logs, past_valu
     window = None if values["window"] is None else int(values["window"])
     settings = FocusSettings(
         **{**values, "window": window, "scale": 1.0, "sink_weight": 0.0}
-    )  # of these a graph may have any
+    )  # shapes do not depend on these two, which may be dynamic in a graph
     batch, seq, parts, heads, dim = qfkv.shape
     state = _state_like(qfkv, batch, heads, dim if parts == 3 else 2 * dim, seq, past_logs, window, settings.causal)
     form = _form(qfkv, settings, None if cos is None else (cos, sin))

@@ -1,7 +1,7 @@
 """The recurrent form of the focus operator: one token from a state of constant size.
 
-`pack_state` and `unpack_state` go between the state that `focus_mixing` leaves and the tensor that a cache holds, after
-`state_of_rows` where there are pads or packed rows; a token passes `prepare_step`, then `step_global_mean` or
+`pack_state` and `unpack_state` convert between the state of `focus_mixing` and the tensor in a cache. `state_of_rows` comes
+first for rows with pads or packed sequences. A token is processed by `prepare_step`, then `step_global_mean` or
 `step_window_mean`, then `gate_output`.
 """
 
@@ -29,11 +29,11 @@ def state_of_rows(
     """The state after the last real token of each row, of its sequence alone.
 
     Args:
-        state (`FocusState`): what the mixing step left after the last of `seq` tokens.
-        past (`FocusState`, *optional*): what came before the first; not together with `segment_ids`.
+        state (`FocusState`): state of the mixing step after the last of `seq` tokens.
+        past (`FocusState`, *optional*): state before the first token. Not together with `segment_ids`.
         settings, alibi_slopes, segment_ids: as in `focus_mixing`; pads behind the last real token are in its segment.
-        lengths (`torch.LongTensor` of shape `[batch]`, *optional*): real tokens of each row, pads behind them. `None`
-            where the last token of each row that has any is real.
+        lengths (`torch.LongTensor` of shape `[batch]`, *optional*): number of real tokens of each row, which pads follow.
+            `None` if the last token of each row with any real token is real.
         tokens (`Callable`): places `[batch, count]` -> log weights and values of the tokens there, as `token_state` does.
     """
     if settings.window is None:
@@ -63,19 +63,21 @@ def state_of_rows(
 def pack_state(
     state: FocusState, settings: FocusSettings, head_dim: int, seen_tokens: int | torch.Tensor
 ) -> torch.Tensor:
-    """One tensor, float32 or wider, for a cache to hold, laid out for the steps below; `parts` are keys and values, or values alone.
+    """The state as one tensor for a cache, float32 or wider, in the layout of the steps below.
+
+    `parts` are keys and values, or values alone.
 
     Global: `[batch, heads * (2 + parts * head_dim)]`: a reference log weight `m`, the sum of weights `z = sum exp(l - m)`
-    and the means of each part. Where log weights are bounded `m` is 0, else it is chosen so that `z` is about the number
-    of tokens: a sum of that size still feels one more.
+    and the means of each part. If log weights are bounded, `m` is 0. Otherwise `z` is about the number of tokens, so that
+    one more token is not lost to rounding.
     Windowed: `[batch, heads * (1 + parts * head_dim), past]`: log weights and parts of the last `past = max(window - 1,
-    1)` tokens, oldest first, a log weight of `-inf` where there is none.
+    1)` tokens, oldest first, with a log weight of `-inf` for missing tokens.
     """
     logs, values = state.log_weights, state.values
     if settings.window is None:
         reference = torch.zeros_like(logs)
         if not settings.bounded(head_dim):
-            if not isinstance(seen_tokens, torch.Tensor):  # `as_tensor` would fix a length that a graph leaves open
+            if not isinstance(seen_tokens, torch.Tensor):  # `as_tensor` would fix a length that is dynamic in a graph
                 seen_tokens = logs.new_full((), seen_tokens)
             reference = logs - seen_tokens.to(logs).log()
         parts = values.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # [batch, parts, heads, head_dim]
@@ -88,7 +90,7 @@ def pack_state(
 
 
 def packed_shape(window: int | None, heads: int, parts: int, head_dim: int) -> tuple[int, ...]:
-    """Shape of what `pack_state` gives, without the batch."""
+    """Shape of the result of `pack_state`, without the batch."""
     if window is None:
         return (heads * (2 + parts * head_dim),)
     return heads * (1 + parts * head_dim), max(window - 1, 1)
@@ -112,12 +114,12 @@ def step_global_mean(
     settings: FocusSettings,
     alibi_slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Take one token into a packed global state, in place. Few operations: this is what a generated token waits for.
+    """Add one token to a packed global state in place, in few operations, which each generated token waits for.
 
     Args:
         logits (`torch.Tensor` of shape `[batch, heads]`): focus logits of the token.
         token (`torch.Tensor` of shape `[batch, parts, heads, head_dim]`): its key and value, or its value alone.
-        packed (`torch.Tensor`): of `pack_state`; changed in place.
+        packed (`torch.Tensor`): result of `pack_state`, changed in place.
         settings, alibi_slopes: as in `focus_mixing`.
 
     Returns:
@@ -152,12 +154,12 @@ def step_window_mean(
     settings: FocusSettings,
     alibi_slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Take one token into a packed window.
+    """Add one token to a packed window.
 
     Args:
         logits, token, settings, alibi_slopes: as in `step_global_mean`.
-        push (`Callable`): appends a packed token `[batch, size, 1]` to the state and returns both, as a cache's
-            `update_conv_state` does.
+        push (`Callable`): appends a packed token `[batch, size, 1]` to the state and returns both, as `update_conv_state`
+            of a cache does.
 
     Returns:
         `torch.Tensor` of shape `[batch, parts, heads, head_dim]`: the means, the new token included.
@@ -180,7 +182,7 @@ def step_window_mean(
 def prepare_step(
     qfkv: torch.Tensor, settings: FocusSettings, rotary: tuple[torch.Tensor, torch.Tensor] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Parts and focus logits of one token as the mixing step has them, in float32; `qfkv` may be overwritten.
+    """Standardised and rotated parts of one token and its focus logits, in float32. `qfkv` may be overwritten.
 
     Args:
         qfkv, rotary: as in `focus_mixing`, for one token.
@@ -200,9 +202,7 @@ def prepare_step(
     return parts, logits
 
 
-def gate_output(
-    query: torch.Tensor, kbar: torch.Tensor, vbar: torch.Tensor, settings: FocusSettings
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gate means of values by queries and means of keys, all `[..., head_dim]`: output, and gate `[...]`."""
+def gate_output(query: torch.Tensor, kbar: torch.Tensor, vbar: torch.Tensor, settings: FocusSettings) -> torch.Tensor:
+    """Means of values, gated by queries and means of keys; all are `[..., head_dim]`."""
     gate = gate_value((query * kbar).sum(-1).mul_(settings.scale), settings.output_gate)
-    return gate.unsqueeze(-1) * vbar, gate
+    return gate.unsqueeze(-1) * vbar

@@ -1,7 +1,7 @@
-"""The mixing step and its means in torch, tile by tile: what runs where there are no kernels.
+"""The mixing step and its means in torch, tile by tile. It runs where there are no kernels.
 
-`TiledMixing` is the whole mixing step, recomputed in its backward pass; `means` and `means_backward` are the means alone. The
-arithmetic of one tile is in `running_mean.py`, what the step computes is written down in `focus.py`.
+`TiledMixing` is the whole mixing step, recomputed in its backward pass. `means` and `means_backward` are the means alone. The
+arithmetic of one tile is in `running_mean.py`, the specification in `focus.py`.
 """
 
 import math
@@ -12,7 +12,7 @@ from .focus_functions import NORM_EPS, OUTPUT_GATES, WEIGHT_FUNCTIONS, gate_valu
 from .running_mean import EMPTY, FocusState, two_sided_mean, weighted_mean
 
 
-_CPU_BLOCK = 2048  # tokens whose temporaries stay in the cache of a core
+_CPU_BLOCK = 2048  # tokens whose temporaries fit into the cache of a core
 
 
 def means(logs, values, settings, alibi_slopes, segments, carry):
@@ -40,8 +40,8 @@ def means_backward(grads, log_total, logs, values, settings, alibi_slopes, segme
         grads (`torch.Tensor` of shape `[batch, heads, n, channels + 1]`): `grad_means`, and `inner` in the last channel.
 
     Returns:
-        `grad_logs [batch, heads, n]`, `grad_values [batch, heads, n, channels]` still to be multiplied by a factor
-        `[batch, heads, n, 1]`, this factor, and the carry.
+        `grad_logs [batch, heads, n]`, `grad_values [batch, heads, n, channels]` without a factor `[batch, heads, n, 1]`,
+        this factor, and the carry.
     """
     channels = values.shape[-1]
     reverse_logs = torch.where(log_total <= EMPTY / 2, -math.inf, -log_total)  # NaN stays
@@ -57,7 +57,7 @@ def means_backward(grads, log_total, logs, values, settings, alibi_slopes, segme
 
 
 def _leave_state(logs, values, settings, segments, running, carry, reverse=False):
-    """What these tokens leave to the following ones (to the preceding ones when `reverse`)."""
+    """The state after these tokens (before them when `reverse`)."""
     if settings.window is None:
         end = 0 if reverse else -1
         return FocusState(*(x[:, :, end].clone() for x in running), None if segments is None else segments[:, end])
@@ -73,7 +73,7 @@ def _leave_state(logs, values, settings, segments, running, carry, reverse=False
 
 
 def enter_state(state, settings, segments):
-    """A state from outside belongs to the first segment."""
+    """An initial state, with the segment of the first token."""
     if state is None or segments is None:
         return state
     first = segments[:, :1]
@@ -81,7 +81,7 @@ def enter_state(state, settings, segments):
 
 
 def standardize_forward(x):
-    """`standardize` through the layer norm kernel, and what its backward needs."""
+    """`standardize` by the layer norm kernel, and the statistics for its backward pass."""
     size = x.shape[-1]
     y, mean, rstd = torch.native_layer_norm(x, [size], None, None, 1e-30)
     # From the biased deviation 1 / rstd to the unbiased one plus epsilon, relative to the former.
@@ -90,7 +90,7 @@ def standardize_forward(x):
 
 
 def _standardize_backward(grad, stats):
-    """Gradient of `standardize` by the layer norm kernel; its row factors make it exact, epsilon included."""
+    """Gradient of `standardize` by the layer norm kernel, exact by factors for each row, epsilon included."""
     x, mean, rstd, divisor = stats
     size = x.shape[-1]
     root = (math.sqrt(size / (size - 1)) / divisor).sqrt()
@@ -100,7 +100,7 @@ def _standardize_backward(grad, stats):
 
 
 class Block:
-    """One block of the mixing step: the arithmetic before and after the means, forward and backward."""
+    """One block of the mixing step, forward and backward: the arithmetic around the means."""
 
     def __init__(self, raw, settings, alibi_slopes, rotary, padding_mask, segments):
         self.settings, self.rotary = settings, rotary
@@ -151,7 +151,7 @@ class Block:
         grad_logs, grad_values, factor, carry = means_backward(grad_means, self.log_total, *self.tokens, carry)
 
         grad_logits = grad_logs.transpose(1, 2) * scale  # [batch, n, heads]
-        grad_logits = WEIGHT_FUNCTIONS[settings.weight_function].backward(grad_logits, self.logits).unsqueeze(-1)
+        grad_logits = (grad_logits * WEIGHT_FUNCTIONS[settings.weight_function].slope(self.logits)).unsqueeze(-1)
         grad_values, factor = grad_values.transpose(1, 2), factor.transpose(1, 2)
         batch, n, heads, head_dim = self.v.shape
         grads = grad_values.new_empty(batch, n, 3 if settings.output_gate == "none" else 4, heads, head_dim)
@@ -171,7 +171,7 @@ class Block:
 
 
 def _block_ranges(batch, seq, settings, device):
-    """Ranges of rows and, inside them, of tokens: small enough for a core's cache, in order of time."""
+    """Ranges of rows and of tokens, in order of time, that fit into the cache of a core."""
     block = _CPU_BLOCK if device.type == "cpu" and not torch.compiler.is_compiling() else batch * seq
     if settings.window is not None:
         block = max(block, 4 * settings.window)
@@ -182,7 +182,7 @@ def _block_ranges(batch, seq, settings, device):
 
 
 class TiledMixing:
-    """One mixing step in torch: `forward`, then perhaps `backward`, which holds its input and one carry a block.
+    """One mixing step in torch: `forward`, then optionally `backward`. It keeps its input and one carry per block.
 
     Args:
         qfkv, settings, alibi_slopes, padding_mask, segments: as in `focus_mixing`, `segments` numbered by runs.
@@ -194,11 +194,11 @@ class TiledMixing:
         self.settings, self.alibi_slopes, self.rotary = settings, alibi_slopes, rotary
         self.padding_mask, self.segments, self.past = padding_mask, segments, past
         self.rows, self.times = _block_ranges(*qfkv.shape[:2], settings, qfkv.device)
-        self.carries = None  # of the forward pass, for the backward pass
+        self.carries = None  # kept by the forward pass for the backward pass
 
     @staticmethod
     def new_carries(qfkv: torch.Tensor, window: int | None) -> None:
-        """No memory: the backward pass finds the carries again where it has none."""
+        """No memory: the backward pass computes missing carries again."""
         return None
 
     def forward(

@@ -1,4 +1,4 @@
-"""The rows of one forward pass as LEAP's mixers get them: pads weigh nothing in a mean, but must not take places either."""
+"""Rows of one forward pass for LEAP's mixers: pads have no weight in a mean, and must take no places in windows."""
 
 from dataclasses import dataclass, replace
 
@@ -11,15 +11,15 @@ from ..common.token_layout import TokenLayout, pad_layout
 
 @dataclass
 class MixingRows:
-    """What mixers need to know of pads, packed sequences and positions.
+    """Pads, packed sequences and positions of the rows of a forward pass.
 
     Attributes:
         padding_mask (`torch.BoolTensor` of shape `[batch, seq]`, *optional*): which tokens are real.
         segment_ids (`torch.LongTensor` of shape `[batch, seq]`, *optional*): packed sequence of each token.
         rotary (`tuple[torch.Tensor, torch.Tensor]`, *optional*): cosines and sines `[1 or batch, seq, head_dim]`.
-        layout (`TokenLayout`, *optional*): how the attributes above are laid out, and mixers are to lay out their input.
-        lengths (`torch.LongTensor` of shape `[batch]`, *optional*): real tokens of each row, where pads behind them must
-            not enter the state.
+        layout (`TokenLayout`, *optional*): layout of the attributes above, in which mixers bring their input.
+        lengths (`torch.LongTensor` of shape `[batch]`, *optional*): number of real tokens of each row, if pads follow them
+            that must not enter the state.
     """
 
     padding_mask: torch.Tensor | None = None
@@ -29,7 +29,7 @@ class MixingRows:
     lengths: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "MixingRows":
-        """The same on another device: where layers are spread over devices, accelerate asks it of their arguments."""
+        """A copy on another device. accelerate moves arguments of layers on several devices by this method."""
         rotary = None if self.rotary is None else tuple(part.to(device) for part in self.rotary)
         names = ("padding_mask", "segment_ids", "layout", "lengths")
         moved = {name: getattr(self, name).to(device) for name in names if getattr(self, name) is not None}
@@ -43,13 +43,13 @@ def lay_out(
     has_initial_state: bool,
     output_final_state: bool,
 ) -> MixingRows:
-    """Rows in which no pad stands between real tokens, between them and the state before, or leaves a trace in the next.
+    """Rows with all pads behind the real tokens, if pads would otherwise affect means or states.
 
     Args:
         mask (`torch.BoolTensor` of shape `[batch, seq]`, *optional*): which tokens are real.
         segment_ids, rotary: as attributes of `MixingRows`, in the order of the input.
-        has_initial_state (`bool`): whether a state comes before the first token.
-        output_final_state (`bool`): whether one is taken after the last.
+        has_initial_state (`bool`): whether there is a state before the first token.
+        output_final_state (`bool`): whether the state after the last token is used.
     """
     if mask is None or not (is_tracing(mask) or _pads_matter(mask, has_initial_state, output_final_state)):
         return MixingRows(mask, segment_ids, rotary)

@@ -1,7 +1,7 @@
 """Caches for models whose layers are all recurrent.
 
-Stock caches hold the states of such layers already (`LinearAttentionLayer`), but cannot say how many tokens they have
-seen, which `generate` and position embeddings need. These subclasses count; the layers stay transformers' own.
+The caches of transformers hold the states of such layers (`LinearAttentionLayer`), but not the number of tokens seen, which
+`generate` and position embeddings need. These subclasses count tokens; the layers are those of transformers.
 """
 
 import torch
@@ -14,16 +14,16 @@ from .focus_recurrent import packed_shape
 
 
 def mixing_states(window: int | None, heads: int, parts: int, head_dim: int, number: int = 1) -> LayerStates:
-    """What a layer of running means keeps, `number` of them: see `pack_state` in `focus_recurrent.py`."""
+    """The `number` states of a layer of running means, see `pack_state` in `focus_recurrent.py`."""
     kind, shape = "recurrent_states" if window is None else "conv_states", packed_shape(window, heads, parts, head_dim)
     return LayerStates("linear_attention", {(kind, place): shape for place in range(number)}, precise=True)
 
 
 class _RecurrentCacheMixin(CountingCacheMixin):
-    """What both caches change in the stock ones."""
+    """Differences to the caches of transformers that both caches share."""
 
     def update_recurrent_state(self, recurrent_states, layer_idx, state_idx=0, **kwargs):
-        """As the stock method; also marks the state as present, which stock layers leave to their conv state."""
+        """As in transformers, which marks a state as present only with its conv state; this method does so, too."""
         states = super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
         self.layers[layer_idx].has_previous_state[state_idx] = True
         return states
@@ -37,7 +37,7 @@ class RecurrentCache(_RecurrentCacheMixin, DynamicCache):
         offloading, offload_only_non_sliding (`bool`): as in `DynamicCache`.
     """
 
-    # Counts in Python, so each step would be another graph; `StaticRecurrentCache` is for compiled steps.
+    # The count is a Python number, so each compiled step would be another graph. `StaticRecurrentCache` has one graph.
     is_compileable = False
 
     def __init__(self, config, **kwargs):
@@ -45,22 +45,22 @@ class RecurrentCache(_RecurrentCacheMixin, DynamicCache):
         self.seen_tokens = 0
 
     def advance(self, tokens: int, device: torch.device) -> None:
-        """Count `tokens` more; a model calls it once a forward pass, after its last layer."""
+        """Count `tokens` more. A model calls it once per forward pass, after its last layer."""
         self.seen_tokens += tokens
 
     def reset(self) -> None:
-        """Empty the cache, as before its first token: of another batch, too."""
+        """Empty the cache, also for another batch size."""
         super().reset()
         self.drop_states()
         self.seen_tokens = 0
 
 
 class StaticRecurrentCache(_RecurrentCacheMixin, StaticCache):
-    """The same for compiled steps: the count is a tensor changed in place, so that one graph serves every step.
+    """Static cache for compiled steps: the count is a tensor changed in place, so that all steps share one graph.
 
     Args:
         config (`PreTrainedConfig`): as in `RecurrentCache`.
-        max_cache_len (`int`, *optional*): taken because `generate` passes it; recurrent states have no length.
+        max_cache_len (`int`, *optional*): accepted because `generate` passes it; recurrent states have no length.
         offloading, offload_only_non_sliding (`bool`): as in `StaticCache`.
     """
 
@@ -85,7 +85,7 @@ class StaticRecurrentCache(_RecurrentCacheMixin, StaticCache):
             torch._dynamo.mark_static_address(self.next_positions)
 
     def reset(self) -> None:
-        """Forget everything, keep the memory that compiled steps know."""
+        """Empty the cache, but keep the memory that compiled steps read."""
         super().reset()
         self.seen_tokens.zero_()
 

@@ -1,9 +1,9 @@
-"""Weighted running means in tiles: the arithmetic core of the focus operator, forward and, reversed, backward.
+"""Weighted running means in tiles: the core of the focus operator, forward and, in reverse, backward.
 
-Means over the past of every position, or over a window of it, with weights given by their logs. A tile's weights form a
-dense triangle or band, applied as a batched product; what lies before a tile enters as one more token, whose log weight
-is the log of the summed weights and whose value is their mean. So nothing is subtracted, and no exponent is positive.
-Read bottom-up from `two_sided_mean` and `weighted_mean`. All of this runs inside autograd functions.
+Means over the past of every position, or over a window of it, with weights given by their logs. The weights of a tile form a
+dense triangle or band, applied as a batched product. All that precedes a tile is one more token, whose log weight is the log
+of the summed weights and whose value is their mean. So nothing is subtracted, and no exponent is positive. Read bottom-up
+from `two_sided_mean` and `weighted_mean`. All functions run inside autograd functions.
 """
 
 import math
@@ -13,20 +13,20 @@ import torch
 from torch import nn
 
 
-# Stand for log(0): finite, so that no difference is NaN; what is out of reach loses even against an empty sum.
+# In place of log(0), and finite, so that no difference is NaN. A weight out of reach is 0 even relative to an empty sum.
 EMPTY = -1e29
 _OUT_OF_REACH = -1e30
 _TILE = 16  # tokens whose weights form one dense triangle
 _DENSE = 160  # sequences up to this length need no second level
-_WIDEST_BAND = 65  # wider windows are put together from running means of their two halves
+_WIDEST_BAND = 65  # wider windows are merged from running means of their two halves
 
 
 class FocusState(NamedTuple):
-    """What the past of a sequence leaves behind for its future, in float32.
+    """State of the means after a token, in float32.
 
     Global: `log_weights` `[batch, heads]` is the log of the summed weights, `values` `[batch, heads, channels]` their
-    mean. Windowed: the last `window - 1` tokens, `[batch, heads, past]` and `[batch, heads, past, channels]`, where a
-    log weight of `-inf` marks an empty place. `segments` (`[batch]` or `[batch, past]`) are their segment ids.
+    mean. Windowed: the last `window - 1` tokens, `[batch, heads, past]` and `[batch, heads, past, channels]`, with a log
+    weight of `-inf` for missing tokens. `segments` (`[batch]` or `[batch, past]`) are their segment ids.
     """
 
     log_weights: torch.Tensor
@@ -72,7 +72,7 @@ def same_segment(segments_a, segments_b):
 def _running_mean(logs, values, alibi_slopes, segments, carry, reverse):
     """Inclusive running means. `logs [batch, heads, n]`, `values [batch, heads, n, channels]`, `alibi_slopes [heads]`.
 
-    `carry` is what lies before the first token (after the last when `reverse`), one step away from it.
+    `carry` is the state before the first token (after the last when `reverse`), one step away from it.
     """
     batch, heads, n, channels = values.shape
     tile = n if n <= _DENSE and carry is None else _TILE
@@ -98,50 +98,60 @@ def _running_mean(logs, values, alibi_slopes, segments, carry, reverse):
     means = means.view(batch, heads, tiles, tile, channels)
 
     if tiles > 1 or carry is not None:
-        end, step = (0, slice(1, None)) if reverse else (-1, slice(None, -1))
-        tile_logs, tile_means = log_total[..., end], means[..., end, :]
-        tile_segments = None if segments is None else segments[..., end]
-        if carry is not None:
-            pairs = [(carry.log_weights.unsqueeze(2), tile_logs), (carry.values.unsqueeze(2), tile_means)]
-            if segments is not None:
-                pairs.append((carry.segments.unsqueeze(1), tile_segments))
-            joined = [torch.cat(pair[::-1] if reverse else pair, dim=2 if pair[0].ndim > 2 else 1) for pair in pairs]
-            tile_logs, tile_means = joined[:2]
-            tile_segments = joined[2] if segments is not None else None
-        tile_slopes = None if alibi_slopes is None else alibi_slopes * tile
-        before_logs, before_means = _running_mean(tile_logs, tile_means, tile_slopes, tile_segments, None, reverse)
-        shape = (batch, heads, tiles)
-        if carry is None:  # the first tile has nothing before it
-            empty = before_logs.new_full((batch, heads, 1), _OUT_OF_REACH)
-            nothing = before_means.new_zeros(batch, heads, 1, channels)
-            parts = (before_logs[:, :, step], empty), (before_means[:, :, step], nothing)
-            before_logs, before_means = (torch.cat(p if reverse else p[::-1], dim=2) for p in parts)
-            if segments is not None:
-                parts = (tile_segments[:, step], tile_segments[:, -1:] if reverse else tile_segments[:, :1])
-                tile_segments = torch.cat(parts if reverse else parts[::-1], dim=1)
-        else:
-            before_logs, before_means = before_logs[:, :, step], before_means[:, :, step]
-            tile_segments = None if segments is None else tile_segments[:, step]
-        before_logs = before_logs.view(*shape, 1)
+        before = _means_before_tiles(log_total, means, alibi_slopes, segments, carry, reverse)
+        before_logs = before.log_weights.unsqueeze(-1)
         if alibi_slopes is not None:
             before_logs = before_logs - alibi_slopes.view(heads, 1, 1) * (tile - place if reverse else place + 1)
         if segments is not None:
-            connected = (segments == tile_segments.unsqueeze(-1)).unsqueeze(1)
+            connected = (segments == before.segments.unsqueeze(-1)).unsqueeze(1)
             before_logs = torch.where(connected, before_logs, _OUT_OF_REACH)
-        log_total, means = _merge(before_logs, before_means.unsqueeze(3), log_total, means)
+        log_total, means = _merge(before_logs, before.values.unsqueeze(3), log_total, means)
 
     log_total, means = log_total.view(batch, heads, -1), means.view(batch, heads, -1, channels)
     kept = slice(padding, None) if reverse else slice(0, n)
     return log_total[:, :, kept], means[:, :, kept]
 
 
+def _means_before_tiles(log_total, means, alibi_slopes, segments, carry, reverse):
+    """Means over all that precedes each tile (follows it when `reverse`), `[batch, heads, tiles]` and `[..., channels]`.
+
+    `log_total [batch, heads, tiles, tile]` and `means` are the running means within tiles. The last one of each tile is
+    the mean of the tile, and a running mean over these is the result, shifted by one tile.
+    """
+    batch, heads, _, tile, channels = means.shape
+    end, step = (0, slice(1, None)) if reverse else (-1, slice(None, -1))
+    logs, values = log_total[..., end], means[..., end, :]
+    segments = None if segments is None else segments[..., end]
+    if carry is not None:
+        pairs = [(carry.log_weights.unsqueeze(2), logs), (carry.values.unsqueeze(2), values)]
+        if segments is not None:
+            pairs.append((carry.segments.unsqueeze(1), segments))
+        joined = [torch.cat(pair[::-1] if reverse else pair, dim=2 if pair[0].ndim > 2 else 1) for pair in pairs]
+        logs, values = joined[:2]
+        segments = joined[2] if segments is not None else None
+    tile_slopes = None if alibi_slopes is None else alibi_slopes * tile
+    logs, values = (x[:, :, step] for x in _running_mean(logs, values, tile_slopes, segments, None, reverse))
+    if carry is not None:
+        return FocusState(logs, values, None if segments is None else segments[:, step])
+    # Nothing precedes the first tile.
+    parts = (
+        (logs, logs.new_full((batch, heads, 1), _OUT_OF_REACH)),
+        (values, values.new_zeros(batch, heads, 1, channels)),
+    )
+    logs, values = (torch.cat(part if reverse else part[::-1], dim=2) for part in parts)
+    if segments is not None:
+        part = segments[:, step], segments[:, -1:] if reverse else segments[:, :1]
+        segments = torch.cat(part if reverse else part[::-1], dim=1)
+    return FocusState(logs, values, segments)
+
+
 def _band_mean(logs, values, window, alibi_slopes, segments, reverse):
-    """Means over narrow windows. The inputs carry one tile of past in front (of future at the end when `reverse`)."""
+    """Means over narrow windows. The inputs begin with one tile of past (end with one of future when `reverse`)."""
     batch, heads, length, channels = values.shape
     tile = _band_tile(window)
-    tiles = length // tile  # of each head, the one of past included
+    tiles = length // tile  # per head, with that of the past
     pairs = batch * heads * tiles - 1
-    # Neighbouring tiles overlap in memory as they stand; pairs that span two heads are computed and not used.
+    # Pairs of neighbouring tiles are views of the same memory. Pairs that span two heads are computed, but not used.
     logs = logs.contiguous().view(-1).as_strided((pairs, 2 * tile), (tile, 1))
     values = values.contiguous().view(-1).as_strided((pairs, 2 * tile, channels), (tile * channels, channels, 1))
 
@@ -168,10 +178,10 @@ def _band_tile(window):
 
 
 def _wide_mean(logs, values, window, alibi_slopes, segments):
-    """Causal means over wide windows, inputs with their past in front: a suffix of one block and a prefix of the next.
+    """Causal means over wide windows, each a suffix of one block and a prefix of the next. The inputs begin with the past.
 
-    Blocks are as long as the window (van Herk's and Gil-Werman's running maximum, applied to means): nothing is
-    subtracted, and the work does not depend on the window.
+    Blocks are as long as the window, as in van Herk's and Gil-Werman's running maximum. Nothing is subtracted, and the work
+    does not depend on the window.
     """
     batch, heads, length, _ = values.shape
     place = torch.arange(length, device=logs.device)
@@ -204,7 +214,7 @@ def weighted_mean(logs, values, window, alibi_slopes, segments, carry=None, reve
     Args:
         logs (`torch.Tensor` of shape `[batch, heads, n]`), values (`[batch, heads, n, channels]`).
         window (`int`, *optional*), alibi_slopes (`[heads]`, *optional*), segments (`[batch, n]`, *optional*).
-        carry (`FocusState`, *optional*): what lies before the first token (after the last when `reverse`).
+        carry (`FocusState`, *optional*): state before the first token (after the last when `reverse`).
 
     Returns:
         Log of the summed weights `[batch, heads, n]` and means `[batch, heads, n, channels]`.
@@ -242,7 +252,7 @@ def weighted_mean(logs, values, window, alibi_slopes, segments, carry=None, reve
 
 
 def _no_tokens(logs, values, segments, count, neighbour):
-    """`count` tokens of no weight, in the segment of the token at index `neighbour`."""
+    """`count` tokens without weight, in the segment of the token at index `neighbour`."""
     batch, heads, _, channels = values.shape
     return FocusState(
         logs.new_full((batch, heads, count), -math.inf),

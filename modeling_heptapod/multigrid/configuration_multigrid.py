@@ -6,12 +6,21 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring
 
-from ..common.config_checks import check_numbers
+from ..common.config_checks import check_fields, check_numbers, check_window_sizes
 from ..common.remote_code import CustomCodeMixin
 from ..common.renamed_fields import RenamedFieldsMixin
 
 
 _CHOICES = {"core": ("transformer", "leap", "lstm"), "axis_order": ("parallel", "factored")}
+_AT_LEAST_ONE = (
+    "vocab_size",
+    "hidden_size",
+    "axis_hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
 
 
 @auto_docstring(checkpoint="heptapod/multigrid-tiny")
@@ -125,25 +134,7 @@ class MultiGridConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation. Raises `ValueError` for values that make no model."""
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "axis_hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "max_position_embeddings",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
-                f"({self.num_attention_heads})."
-            )
+        check_fields(self, _CHOICES, _AT_LEAST_ONE)
         if self.axis_hidden_size % self.head_dim or self.axis_hidden_size > self.hidden_size:
             raise ValueError(
                 f"`axis_hidden_size` must be a multiple of the head dimension {self.head_dim} and at most `hidden_size` "
@@ -152,9 +143,6 @@ class MultiGridConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
         self._validate_axes()
         if not 0 <= self.main_loss_weight <= 1:
             raise ValueError(f"`main_loss_weight` must be in [0, 1], got {self.main_loss_weight}.")
-        for name in ("hidden_dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
         if self.attention_dropout and self.core != "transformer":
             raise ValueError(f"`attention_dropout` needs core='transformer', got core={self.core!r}.")
         if self.core == "leap":
@@ -181,13 +169,7 @@ class MultiGridConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
     def _validate_leap(self):
         if self.head_dim % 2:
             raise ValueError(f"core='leap' turns pairs of channels, but `head_dim` is {self.head_dim}.")
-        if len(self.window_sizes) != self.num_hidden_layers:
-            raise ValueError(
-                f"`window_sizes` must have one entry for each of the {self.num_hidden_layers} layers, got "
-                f"{self.window_sizes}."
-            )
-        if any(window is not None and window < 1 for window in self.window_sizes):
-            raise ValueError(f"`window_sizes` must be at least 1 or None (global), got {self.window_sizes}.")
+        check_window_sizes(self)
 
     @property
     def num_axes(self) -> int:

@@ -18,8 +18,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..common.eager_attention import eager_attention
 from ..common.model_inputs import has_dynamic_shapes
 from ..leap.configuration_leap import LeapConfig
+from ..leap.leap_mixing import FocusMixing
 from ..leap.mixing_rows import MixingRows
-from ..leap.modeling_leap import LeapMixer
 
 
 _BATCHED_ROWS = 256  # below this, putting the weights side by side costs more than a batched product saves
@@ -230,22 +230,15 @@ class _LeapCrossMixing(nn.Module):
         self.o_proj = nn.Linear(inner, width)
 
 
-def _as_projected(x):
-    return x
-
-
 class LeapCore(_Core):
-    """LEAP's mixer on the heads of all streams; a reading takes its queries from the reader, all else from the other."""
+    """LEAP's mixing step on the heads of all streams; a reading takes its queries from the reader, all else from the other."""
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
         axes, axis_heads = config.num_axes, config.axis_num_attention_heads
         is_cross = layer_idx >= config.num_hidden_layers
         heads = 2 * axes * axis_heads if is_cross else config.num_attention_heads + axes * axis_heads
-        self.mixer = LeapMixer(leap_config(config, heads), layer_idx)
-        # Streams have projections of their own; a module of this name would be taken for one of them by adapters.
-        del self.mixer.qfkv_proj
-        self.mixer.qfkv_proj = _as_projected
+        self.mixer = FocusMixing(leap_config(config, heads), layer_idx)
 
     @staticmethod
     def self_mixer(width: int) -> nn.Module:
@@ -261,11 +254,7 @@ class LeapCore(_Core):
         parts = [self._project(group) for group in groups]
         joined = torch.cat([join_heads(part) for part in parts], dim=3)  # [batch, seq, 4, heads, head_dim]
         out, _ = self.mixer(
-            joined.flatten(2),
-            past_key_values=cache,
-            rows=plan.mixing_rows,
-            is_causal=True,
-            single_step=plan.single_step,
+            joined.flatten(2), past_key_values=cache, rows=plan.mixing_rows, single_step=plan.single_step
         )
         outs = split_heads(out.unflatten(-1, (-1, self.config.head_dim)), groups, [part.shape[4] for part in parts])
         for i, group in enumerate(groups):

@@ -13,7 +13,7 @@ import torch
 from modeling_heptapod.leap import focus_operator, focus_triton
 from modeling_heptapod.leap.focus import FocusSettings, FocusState, focus_mixing, naive_focus_mixing
 from modeling_heptapod.leap.focus_recurrent import pack_state
-from tests.test_focus import OPTIONS, check_state, relative_rms, settings_for
+from tests.test_focus import KINDS, OPTIONS, check_state, relative_rms, settings_for
 from tests.test_focus_cpu import HEADS, in_float64, make_inputs, with_gradient
 
 
@@ -116,7 +116,7 @@ def test_many_groups_of_chunks(window, monkeypatch):
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("option", ["plain", "null", "rotary", "no gate", "padding"])
+@pytest.mark.parametrize("option", ["plain", *KINDS, "null", "rotary", "padding"])
 def test_any_split_in_chunks_equals_the_whole(window, option):
     qfkv, kwargs = make_inputs(1, 200, **OPTIONS[option])
     settings = settings_for(window, **OPTIONS[option])
