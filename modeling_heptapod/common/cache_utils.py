@@ -31,6 +31,11 @@ class CountingCacheMixin(CacheVersionsMixin):
         """Real tokens of the sequence of each row, `[batch]`, or one number for all rows."""
         return self.seen_tokens if self.next_positions is None else self.next_positions
 
+    @property
+    def rows_differ(self) -> bool:
+        """Whether rows hold different numbers of real tokens, or may do so."""
+        return self.next_positions is not None
+
     def follow(self, next_positions: torch.Tensor) -> None:
         """Remember `next_positions [batch]`; a model calls it once a forward pass in which rows differ."""
         self.next_positions = next_positions

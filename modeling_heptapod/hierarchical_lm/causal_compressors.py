@@ -4,6 +4,8 @@ import torch
 from torch import nn
 
 from .configuration_hierarchical_lm import HierarchicalLMConfig
+from .hierarchical_cache import HierarchicalCache
+from .stream_plan import HierarchicalLMContext
 
 
 class ConvCompressor(nn.Module):
@@ -58,4 +60,44 @@ def make_compressor(config: HierarchicalLMConfig, hierarchy: int) -> nn.Module:
     return kind(config, hierarchy)
 
 
-__all__ = ["AttentionCompressor", "ConvCompressor", "make_compressor"]
+def compress(
+    compressors: nn.ModuleList,
+    config: HierarchicalLMConfig,
+    embeds: torch.Tensor,
+    context: HierarchicalLMContext,
+    cache: HierarchicalCache | None,
+) -> list[torch.Tensor]:
+    """The streams `[batch, steps, width]` of all hierarchies, from embeddings `[batch, slots, hidden_size]` as laid out."""
+    factors = config.compression_factors
+    back = max(factors) - 1  # embeddings before the first new one that compressors read
+    joined = embeds
+    if back:
+        before = None if cache is None else cache.read_conv(-1)
+        # One more than is read, so that no window spans the whole row: a compiler would specialise on such lengths.
+        unread = int(before is None)
+        if before is None:
+            before = embeds.new_zeros(embeds.shape[0], unread + back, embeds.shape[2])
+        joined = torch.cat((before, embeds), dim=1)
+        if cache is not None:
+            cache.write_conv(context.last_of(joined[:, unread:], back), -1)
+    streams = []
+    for factor, width, plan, compressor in zip(factors, config.hidden_sizes, context.streams, compressors):
+        if plan.steps == 0:
+            streams.append(embeds.new_zeros(embeds.shape[0], 0, width))
+            continue
+        if factor == 1:
+            streams.append(compressor(embeds).to(embeds.dtype))
+            continue
+        first, stride = (plan.pick.start, plan.stride) if isinstance(plan.pick, slice) else (0, 1)
+        windows = joined[:, unread + back - factor + 1 + first :].unfold(1, factor, stride).transpose(2, 3)
+        if stride < plan.stride:
+            windows = torch.stack([plan.at_steps(x) for x in windows.unbind(2)], dim=2)
+        exists = None
+        if isinstance(compressor, AttentionCompressor):
+            taps = torch.arange(1 - factor, 1, device=embeds.device)
+            exists = (plan.token_positions.unsqueeze(-1) + taps) >= 0
+        streams.append(compressor(windows, exists).to(embeds.dtype))  # autocast must not make bf16 streams
+    return streams
+
+
+__all__ = ["AttentionCompressor", "ConvCompressor", "compress", "make_compressor"]

@@ -49,6 +49,22 @@ class _HeadCounts(list):
         )
 
 
+_AT_LEAST_ONE = (
+    "vocab_size",
+    "hidden_sizes",
+    "hidden_size",
+    "num_hidden_layers",
+    "max_position_embeddings",
+    "prophet_codebook_size",
+    "prophet_codebook_dim",
+    "prophet_num_codebooks",
+    "next_latent_rollouts",
+    "dynamics_num_layers",
+    "num_attention_heads",
+    "head_dim",
+)
+
+
 @auto_docstring(checkpoint="heptapod/hierarchical_lm-tiny")
 @strict
 class HierarchicalLMConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
@@ -252,31 +268,22 @@ class HierarchicalLMConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig
             given = getattr(self, name)
             if not set(given if isinstance(given, list) else [given]) <= set(choices):
                 raise ValueError(f"`{name}` must be one of {choices}, got {given!r}.")
-        for factor, stride in zip(factors, self.strides):
+        for name in _AT_LEAST_ONE:
+            value = getattr(self, name)
+            if min(value if isinstance(value, list) else [value]) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        self._validate_streams()
+        self._validate_prediction()
+        self._validate_losses()
+        self._validate_rotary()
+
+    def _validate_streams(self):
+        for factor, stride in zip(self.compression_factors, self.strides):
             if not _is_power_of_two(stride) or factor % stride:
                 raise ValueError(
                     "`strides` must be powers of two that divide their compression factor, got stride "
                     f"{stride} at factor {factor}."
                 )
-        for name in (
-            "vocab_size",
-            "hidden_sizes",
-            "hidden_size",
-            "num_hidden_layers",
-            "max_position_embeddings",
-            "prophet_codebook_size",
-            "prophet_codebook_dim",
-            "prophet_num_codebooks",
-            "next_latent_rollouts",
-            "dynamics_num_layers",
-            "num_attention_heads",
-            "head_dim",
-        ):
-            value = getattr(self, name)
-            if min(value if isinstance(value, list) else [value]) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        if any(x % 2 for x in self.head_dim):
-            raise ValueError(f"Rotary positions need an even `head_dim`, got {self.head_dim}.")
         if any(int(size * mult) < 1 for size, mult in zip(self.hidden_sizes, self.mlp_ratio)):
             raise ValueError(
                 f"`mlp_ratio` must make at least one channel of {self.hidden_sizes}, got {self.mlp_ratio}."
@@ -285,21 +292,24 @@ class HierarchicalLMConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig
             raise ValueError(
                 f"`window_sizes` must be at least 0 (no attention) or None (all), got {self.window_sizes}."
             )
-        if any(x == "attention" and factor == 2 for x, factor in zip(self.compressor, factors)):
-            raise ValueError(f"`compressor`='attention' needs factors of at least 4, got {factors}.")
+        if any(x == "attention" and factor == 2 for x, factor in zip(self.compressor, self.compression_factors)):
+            raise ValueError(f"`compressor`='attention' needs factors of at least 4, got {self.compression_factors}.")
+
+    def _validate_rotary(self):
+        if any(x % 2 for x in self.head_dim):
+            raise ValueError(f"Rotary positions need an even `head_dim`, got {self.head_dim}.")
         if self.xpos_scale_base <= 0:
             raise ValueError(f"`xpos_scale_base` must be positive, got {self.xpos_scale_base}.")
-        self._validate_prediction()
-        self._validate_losses()
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if rope_type not in _ROPE_TYPES:
             raise ValueError(
                 f"`rope_parameters['rope_type']` must be one of {_ROPE_TYPES} (cached keys cannot follow frequencies "
                 f"that change with length), got {rope_type!r}."
             )
-
         if (self.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError("`rope_parameters['partial_rotary_factor']` must be 1: all channels of a head turn.")
+            raise ValueError(
+                "`rope_parameters['partial_rotary_factor']` must be 1: all channels of a head are rotated."
+            )
 
     def validate_rope(self):
         """The stock validation, which knows one head dimension only."""

@@ -3,12 +3,15 @@
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..common.eager_attention import eager_attention
+from ..common.transformers_versions import with_cache_argument
 from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .hierarchical_cache import HierarchicalCache
-from .stream_plan import StreamPlan
+from .hierarchy_merges import ConcatMerge, CrossAttentionMerge
+from .stream_plan import HierarchicalLMContext, StreamPlan
 from .windowed_attention import step_attention, windowed_attention
 
 
@@ -133,4 +136,78 @@ class HierarchicalLMBlock(nn.Module):
         return torch.cat((kept, earlier), dim=-1)
 
 
-__all__ = ["HierarchicalLMAttention", "HierarchicalLMBlock", "HierarchicalLMMLP"]
+class HierarchicalLMLayer(GradientCheckpointingLayer):
+    """A block for each stream, then their merge."""
+
+    def __init__(self, config: HierarchicalLMConfig, layer_idx: int):
+        super().__init__()
+        self.owners = _attention_owners(config)
+        self.blocks = nn.ModuleList(
+            HierarchicalLMBlock(config, layer_idx, h, owner == h) for h, owner in enumerate(self.owners)
+        )
+        self.merge = None
+        if config.num_hierarchies > 1:
+            self.merge = (ConcatMerge if config.merge == "concat" else CrossAttentionMerge)(config)
+
+    @with_cache_argument
+    def forward(
+        self,
+        *streams: torch.Tensor,
+        context: HierarchicalLMContext,
+        past_key_values: HierarchicalCache | None = None,
+        ablate_merge: bool = False,
+    ) -> tuple[torch.Tensor, ...]:
+        """Streams `[batch, steps, width]` after this layer, then attentions with `context.output_attentions`."""
+        cache, plans, attentions = past_key_values, context.streams, []
+        streams = list(streams)
+        for h, (block, plan) in enumerate(zip(self.blocks, plans)):
+            if plan.steps == 0:
+                continue
+            attention = None if self.owners[h] in (None, h) else self.blocks[self.owners[h]].self_attn
+            streams[h], weights = block(streams[h], plan, cache, attention)
+            if weights is not None:
+                attentions.append(weights)
+        if self.merge is None:
+            return (*streams, *attentions)
+        to_read = [
+            steps_to_read(x, plan, cache, block.cache_idx) for x, plan, block in zip(streams, plans, self.blocks)
+        ]
+        if not ablate_merge:
+            for h, pooled in self.merge(to_read, plans).items():
+                if plans[h].steps:
+                    streams[h] = streams[h] + plans[h].at_steps(pooled)
+        return (*streams, *attentions)
+
+
+def _attention_owners(config):
+    """Index of the hierarchy whose block holds the attention of each hierarchy, `None` where there is no attention."""
+    owners, first_of = [], {}
+    for h, window in enumerate(config.window_sizes):
+        shape = (config.hidden_sizes[h], config.num_attention_heads[h], config.head_dim[h])
+        shape = shape if config.shared_attention else h
+        owners.append(None if window == 0 else first_of.setdefault(shape, h))
+    return owners
+
+
+def steps_to_read(
+    x: torch.Tensor, plan: StreamPlan, cache: HierarchicalCache | None, layer_idx: int, state_idx: int = 0
+) -> torch.Tensor:
+    """The steps of a stream that tokens read, from new steps `[batch, steps, width]`. The cache keeps the last one."""
+    if plan.stride == 1 or cache is None:
+        return x
+    last = cache.read_recurrent(layer_idx, state_idx)
+    if last is None:
+        last = x.new_zeros(x.shape[0], 1, x.shape[2])
+    if plan.steps:
+        seen = x if plan.counts is None else torch.cat((last, x), dim=1)
+        cache.write_recurrent(plan.last_of(seen, 1), layer_idx, state_idx)
+    return plan.to_read(x, last)
+
+
+__all__ = [
+    "HierarchicalLMAttention",
+    "HierarchicalLMBlock",
+    "HierarchicalLMLayer",
+    "HierarchicalLMMLP",
+    "steps_to_read",
+]

@@ -52,6 +52,15 @@ class HierarchicalCache(CountingCacheMixin, DynamicCache):
         self.seen_tokens += tokens
         self.row_lengths = row_lengths
 
+    def lengths(self) -> list[int]:
+        """Real tokens of each row, or of all rows if there is one entry."""
+        return self.row_lengths
+
+    @property
+    def rows_differ(self) -> bool:
+        """Whether a row holds fewer real tokens than tokens seen."""
+        return min(self.row_lengths) < self.seen_tokens
+
     def steps_cached(self, hierarchy: int) -> int:
         """How many keys there are of a hierarchy, missing ones at the front of short rows included."""
         layer = self.layers[hierarchy]

@@ -1,12 +1,13 @@
 """What one forward pass of the hierarchical LM does to the stream of one hierarchy, and the way between tokens and steps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from ..common.forward_context import ForwardContext
 from ..common.model_inputs import has_dynamic_shapes, is_dynamic
-from ..common.token_layout import TokenLayout
+from ..common.token_layout import TokenLayout, packed_layout, pad_layout
 from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .hierarchical_cache import HierarchicalCache
 from .windowed_attention import first_key, visible
@@ -106,61 +107,98 @@ def gather_steps(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass
-class Pass:
-    """What the plans of all hierarchies share: embeddings as laid out, real tokens of each row before and in this pass."""
+class HierarchicalLMContext(ForwardContext):
+    """What all layers of one forward pass read about its rows. Positions are those of each hierarchy's steps, in `streams`.
 
-    embeds: torch.Tensor
-    past: list[int]
-    new: list[int]
-    rows: TokenLayout | None
-    cache: HierarchicalCache | None
-    fresh: bool
-    output_attentions: bool
+    Attributes:
+        layout (`TokenLayout`, *optional*): how padded or packed rows are laid out in the streams.
+        new_lengths (`list[int]`): real new tokens of each row; like `past_lengths` one number where all rows have as many.
+        is_first (`bool`): whether no cached tokens come before the new ones.
+        streams (`list[StreamPlan]`): what happens to the stream of each hierarchy.
+    """
 
-    def last_of(self, x, number):
+    layout: TokenLayout | None = None
+    new_lengths: list[int] = field(default_factory=list)
+    is_first: bool = True
+    streams: list[StreamPlan] = field(default_factory=list)
+
+    def lay_out(self, embeds: torch.Tensor, cache: HierarchicalCache | None, factor: int) -> torch.Tensor:
+        """Set the layout and the lengths of the rows.
+
+        Args:
+            embeds (`torch.Tensor` of shape `[batch, seq, width]`): embeddings of the new tokens.
+            cache (`HierarchicalCache`, *optional*): cache that the pass continues or fills.
+            factor (`int`): coarsest compression factor.
+
+        Returns:
+            The embeddings as they are laid out, `[batch, slots, width]`.
+        """
+        batch, seq, _ = embeds.shape
+        mask = self.padding_mask
+        # Without a cache one number stands for all rows, and a compiled program serves batches of any size.
+        past = [0] if self.is_first else self.past_lengths
+        if self.segment_ids is not None:
+            self.layout = packed_layout(self.segment_ids, mask, factor)
+        elif mask is not None:
+            self.layout = pad_layout(mask)
+        if mask is None or cache is None:
+            self.new_lengths = [seq] * len(past)
+        else:
+            self.new_lengths = mask.sum(1).tolist()
+            past = past * batch if len(past) == 1 else past
+        self.past_lengths = past
+        return embeds if self.layout is None else self.layout.align(embeds)
+
+    def last_of(self, x: torch.Tensor, number: int) -> torch.Tensor:
         """The last `number` of `[batch, number + tokens, width]`, as `StreamPlan.last_of`."""
-        tokens = self.embeds.shape[1]
-        counts = None if min(self.new) == tokens else torch.tensor(self.new, device=x.device)
-        return StreamPlan(1, 1, None, False, tokens, self.fresh, tokens, counts=counts).last_of(x, number)
+        tokens = x.shape[1] - number
+        counts = None if min(self.new_lengths) == tokens else torch.tensor(self.new_lengths, device=x.device)
+        return StreamPlan(1, 1, None, False, tokens, self.is_first, tokens, counts=counts).last_of(x, number)
 
 
 def make_plan(
-    config: HierarchicalLMConfig, hierarchy: int, pass_: Pass, rotary_emb: nn.Module, dtype: torch.dtype
+    config: HierarchicalLMConfig,
+    hierarchy: int,
+    context: HierarchicalLMContext,
+    embeds: torch.Tensor,
+    cache: HierarchicalCache | None,
+    rotary_emb: nn.Module,
+    dtype: torch.dtype,
 ) -> StreamPlan:
-    """The plan for one hierarchy. Its cosines and sines, of `rotary_emb`, come in `dtype`.
+    """The plan of one hierarchy.
+
+    Args:
+        config (`HierarchicalLMConfig`): of the model.
+        hierarchy (`int`): index of the hierarchy.
+        context (`HierarchicalLMContext`): of the forward pass, laid out.
+        embeds (`torch.Tensor` of shape `[batch, slots, width]`): embeddings as they are laid out.
+        cache (`HierarchicalCache`, *optional*): cache that the pass continues or fills.
+        rotary_emb (`nn.Module`): rotary embedding of the hierarchy.
+        dtype (`torch.dtype`): of the cosines and sines.
 
     Raises:
         ValueError: with xPos, for more steps than `dtype` can hold the decay of.
     """
-    cache, device = pass_.cache, pass_.embeds.device
     stride, dilation = config.strides[hierarchy], config.dilations[hierarchy]
     window = config.window_sizes[hierarchy]
     block = config.window_type == "block" and window is not None
-    tokens, past = pass_.embeds.shape[1], pass_.past
+    tokens, past, device = embeds.shape[1], context.past_lengths, embeds.device
     before = [-(-x // stride) for x in past]  # steps of each row so far
     steps = max(-(-(x + tokens) // stride) - k for x, k in zip(past, before))
-    plan = StreamPlan(stride, dilation, window, block, steps, pass_.fresh, tokens)
-    one_start = min(past) == max(past)
+    plan = StreamPlan(stride, dilation, window, block, steps, context.is_first, tokens)
     if stride > 1:
-        if one_start:
-            plan.pick = slice(before[0] * stride - past[0], None, stride)
-            if not pass_.fresh and tokens > 1:
-                plan.spread = (past[0] + torch.arange(tokens, device=device)) // stride - (before[0] - 1)
-        else:
-            starts, firsts = (torch.tensor(x, device=device).unsqueeze(1) for x in (past, before))
-            pick = (firsts + torch.arange(steps, device=device)) * stride - starts
-            plan.pick = pick.clamp_max(tokens - 1)
-            plan.spread = (starts + torch.arange(tokens, device=device)) // stride - (firsts - 1)
+        _pick_tokens(plan, past, before, device)
     if steps == 0:
         return plan
-    new = [-(-(x + more) // stride) - k for x, more, k in zip(past, pass_.new, before)]
+    new = [-(-(x + more) // stride) - k for x, more, k in zip(past, context.new_lengths, before)]
     if cache is not None and min(new) < steps:
         plan.counts = torch.tensor(new, device=device)
+    one_start = min(past) == max(past)
     first = torch.tensor(before[:1] if one_start else before, device=device).unsqueeze(1)
     positions = first + torch.arange(steps, device=device)
-    if pass_.rows is not None and pass_.rows.segments is not None:
-        positions = plan.positions = pass_.rows.positions[:, ::stride] // stride
-        plan.segments = pass_.rows.segments[:, ::stride]
+    if context.layout is not None and context.layout.segments is not None:
+        positions = plan.positions = context.layout.positions[:, ::stride] // stride
+        plan.segments = context.layout.segments[:, ::stride]
         plan.shift_mask = (positions >= dilation).unsqueeze(-1)
     plan.token_positions = positions * stride
     if window == 0:
@@ -174,12 +212,35 @@ def make_plan(
         length = cached + max(new)
         places = torch.arange(length, device=device) + plan.counts.unsqueeze(1) - max(new)
         plan.order = places.clamp_min(0)
-    plan.output_attentions = pass_.output_attentions
-    if plan.output_attentions or has_dynamic_shapes(pass_.embeds) or (steps > 1 and not pass_.fresh):
+    plan.output_attentions = context.output_attentions
+    _add_mask(plan, positions, first, before, cached, has_dynamic_shapes(embeds))
+    return plan
+
+
+def _pick_tokens(plan, past, before, device):
+    """Set `pick` and `spread`, for `past` tokens and `before` steps of each row so far."""
+    stride, steps, tokens = plan.stride, plan.steps, plan.tokens
+    if min(past) == max(past):
+        plan.pick = slice(before[0] * stride - past[0], None, stride)
+        if not plan.fresh and tokens > 1:
+            plan.spread = (past[0] + torch.arange(tokens, device=device)) // stride - (before[0] - 1)
+        return
+    starts, firsts = (torch.tensor(x, device=device).unsqueeze(1) for x in (past, before))
+    pick = (firsts + torch.arange(steps, device=device)) * stride - starts
+    plan.pick = pick.clamp_max(tokens - 1)
+    plan.spread = (starts + torch.arange(tokens, device=device)) // stride - (firsts - 1)
+
+
+def _add_mask(plan, positions, first, before, cached, has_dynamic_shapes):
+    """Set `mask` and `keys_seen`, where windows of whole sequences do not say everything."""
+    steps, window, dilation, block = plan.steps, plan.window, plan.dilation, plan.block
+    device = positions.device
+    if plan.output_attentions or has_dynamic_shapes or (steps > 1 and not plan.fresh):
         if cached:
             positions = first - cached + torch.arange(cached + steps, device=device)
         plan.mask = visible(positions, steps, window, dilation, block, plan.segments).unsqueeze(1)
-    elif not pass_.fresh:
+    elif not plan.fresh:
+        one_start = len(first) == 1
         plan.keys_seen = window
         if block:
             plan.keys_seen = 2 * window if not one_start else window + before[0] // dilation % window + 1
@@ -187,7 +248,6 @@ def make_plan(
         if min(before) - cached + read < 0 or (block and not one_start):
             positions = first - cached + torch.arange(read, cached + 1, dilation, device=device)
             plan.mask = visible(positions, 1, window, dilation, block).unsqueeze(1)
-    return plan
 
 
 def _rotary(config, hierarchy, positions, newest, steps, cache, rotary_emb, dtype):
@@ -234,4 +294,4 @@ def _center(config, hierarchy, newest, steps, decay, cache, dtype):
     return center
 
 
-__all__ = ["Pass", "StreamPlan", "gather_steps", "make_plan"]
+__all__ = ["HierarchicalLMContext", "StreamPlan", "gather_steps", "make_plan"]

@@ -152,37 +152,32 @@ def windowed_attention(
     shortest = _SHORTEST_CHUNK if length_is_dynamic else min(_SHORTEST_CHUNK, phase_length)
     chunk = window if block and segments is None else max(reach - 1, shortest)
     chunks = phase_length // chunk + 2 if length_is_dynamic else -(-phase_length // chunk)
-    after = chunks * chunk - phase_length
     query = _cut(_pad(query, 0, chunks * chunk * dilation), chunks, dilation)
     key, value = (
         _cut(_pad(x, chunk * dilation, chunks * chunk * dilation), chunks + 1, dilation) for x in (key, value)
     )
     key, value = (torch.cat((x[:-1], x[1:]), dim=-2) for x in (key, value))
-    if segments is None:
-        positions = torch.arange(-chunk, chunks * chunk, device=query.device)
-        mask = visible(_look_back(positions, chunk), chunk, window, block=block).unsqueeze(
-            1
-        )  # one of each chunk, for all
-        query, key, value = (x.flatten(1, 3) for x in (query, key, value))
-    else:
-        # Steps after the end see each other; keys before the beginning are none.
-        positions = nn.functional.pad(nn.functional.pad(positions, (0, after)), (chunk, 0), value=-1)
-        positions, segments = (
-            _look_back(x, chunk) for x in (positions, nn.functional.pad(segments, (chunk, after), value=-1))
-        )
-        mask = (
-            visible(positions, chunk, window, block=block, segments=segments)
-            .transpose(0, 1)
-            .flatten(0, 1)
-            .unsqueeze(1)
-        )
-        query, key, value = (x.flatten(1, 2).flatten(0, 1) for x in (query, key, value))
-    out = attend(query, key, value, mask, False)
-    if segments is None:
+    if segments is None:  # the mask of a chunk is the same for all rows
+        places = _look_back(torch.arange(-chunk, chunks * chunk, device=query.device), chunk)
+        mask = visible(places, chunk, window, block=block).unsqueeze(1)
+        out = attend(*(x.flatten(1, 3) for x in (query, key, value)), mask, False)
         out = out.unflatten(2, (batch, dilation, heads)).permute(2, 0, 1, 3, 4, 5)
     else:
+        mask = _mask_of_packed_chunks(positions, segments, chunk, chunks, window, block)
+        out = attend(*(x.flatten(1, 2).flatten(0, 1) for x in (query, key, value)), mask, False)
         out = out.unflatten(0, (chunks, batch, dilation)).permute(1, 0, 3, 2, 4, 5)
     return out.reshape(batch, -1, heads, channels)[:, :length]
+
+
+def _mask_of_packed_chunks(positions, segments, chunk, chunks, window, block):
+    """Mask `[chunks * rows, 1, chunk, 2 * chunk]`, from positions and segments `[rows, phase_length]`."""
+    # Steps after the end attend to each other; there are no keys before the beginning.
+    after = chunks * chunk - positions.shape[1]
+    positions = nn.functional.pad(nn.functional.pad(positions, (0, after)), (chunk, 0), value=-1)
+    segments = nn.functional.pad(segments, (chunk, after), value=-1)
+    positions, segments = (_look_back(x, chunk) for x in (positions, segments))
+    mask = visible(positions, chunk, window, block=block, segments=segments)
+    return mask.transpose(0, 1).flatten(0, 1).unsqueeze(1)
 
 
 def step_attention(

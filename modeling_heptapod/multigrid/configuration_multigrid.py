@@ -12,6 +12,15 @@ from ..common.renamed_fields import RenamedFieldsMixin
 
 
 _CHOICES = {"core": ("transformer", "leap", "lstm"), "axis_order": ("parallel", "factored")}
+_AT_LEAST_ONE = (
+    "vocab_size",
+    "hidden_size",
+    "axis_hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
 
 
 @auto_docstring(checkpoint="heptapod/multigrid-tiny")
@@ -128,15 +137,7 @@ class MultiGridConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "axis_hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "max_position_embeddings",
-        ):
+        for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.hidden_size % self.num_attention_heads:
@@ -155,12 +156,7 @@ class MultiGridConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
-        if self.attention_dropout and self.core != "transformer":
-            raise ValueError(f"`attention_dropout` needs core='transformer', got core={self.core!r}.")
-        if self.core == "leap":
-            self._validate_leap()
-        elif self.window_sizes is not None:
-            raise ValueError(f"`window_sizes` needs core='leap', got core={self.core!r}.")
+        self._validate_core()
 
     def _validate_axes(self):
         names = self.axis_names
@@ -177,6 +173,14 @@ class MultiGridConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
             raise ValueError(f"`axis_vocab_sizes` must be at least 1, got {self.axis_vocab_sizes}.")
         if not all(weight >= 0 for weight in self.axis_shares):
             raise ValueError(f"`axis_weights` must not be negative, got {self.axis_weights}.")
+
+    def _validate_core(self):
+        if self.attention_dropout and self.core != "transformer":
+            raise ValueError(f"`attention_dropout` needs core='transformer', got core={self.core!r}.")
+        if self.core == "leap":
+            self._validate_leap()
+        elif self.window_sizes is not None:
+            raise ValueError(f"`window_sizes` needs core='leap', got core={self.core!r}.")
 
     def _validate_leap(self):
         if self.head_dim % 2:

@@ -16,8 +16,7 @@ When an axis id of position `t + 1` is known:
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import wraps
-from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers.generation import (
@@ -29,8 +28,8 @@ from transformers.generation import (
 )
 
 from ..common.model_inputs import check_ids
-from ..common.processing_utils import special_token_ids
 from ..common.transformers_versions import CACHE, OldCacheNameMixin, with_cache_argument
+from .axis_state import AxisState, Sources
 
 
 AXIS_SOURCES = ("predicted", "annotated", "forced")
@@ -59,151 +58,6 @@ class MultiGridGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
     """
 
     axis_sequences: torch.LongTensor | None = None
-
-
-@dataclass(frozen=True)
-class _Sources:
-    """Where the axis ids of each axis come from, and who annotates."""
-
-    of_axes: tuple[str, ...]
-    processor: Any = None
-    annotators: tuple = ()  # those of the annotated axes, in their order
-
-    def places(self, source: str) -> list[int]:
-        return [place for place, name in enumerate(self.of_axes) if name == source]
-
-
-class _Reading(NamedTuple):
-    """What annotators know of a row: tokens that complete no character yet, and the state of each. Beams share it."""
-
-    pending: tuple
-    states: tuple
-
-
-class _AxisState:
-    """The axis ids of all rows during one call of `generate`.
-
-    Between two forward passes: `choose` adds the axis ids of a position, then the loop adds the main tokens, then
-    `follow` finds out which rows have moved where, and lets annotators read the new tokens.
-
-    Args:
-        sources (`_Sources`): where axis ids come from.
-        tokens (`torch.LongTensor` of shape `[rows, length]`): the prompts; nothing where they are embeddings.
-        mask (`torch.Tensor` of shape `[rows, length]`, *optional*): which tokens are no pads.
-        axis_ids (`torch.LongTensor` of shape `[rows, axes, prompt]`): of the prompts.
-        forced (`torch.LongTensor` of shape `[rows, forced axes, steps]`, *optional*): what the caller wants.
-        past (`int`): cached tokens before the first of `axis_ids`.
-        beams (`int`): rows of one prompt that change places with each other.
-        temperature (`float`, *optional*): predicted axis ids are drawn at this temperature, `None`: the likeliest.
-    """
-
-    def __init__(self, sources, tokens, mask, axis_ids, forced, past=0, beams=1, temperature=None):
-        self.sources, self.tokens, self.axis_ids, self.forced = sources, tokens, axis_ids, forced
-        self.past, self.beams, self.temperature = past, beams, temperature
-        self.prompt_length, self.prompt_axis_ids = tokens.shape[1], axis_ids
-        self.finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-        self.chosen = []  # of each step, [rows, axes]
-        self.annotated = sources.places("annotated")
-        self.special_tokens = special_token_ids(sources.processor.tokenizer) if self.annotated else set()
-        self.readings = self.prompt_readings = self._read_prompts(mask)
-
-    def at(self, first: int, length: int) -> torch.LongTensor:
-        """Axis ids of `length` tokens, the first of which has `first` tokens before it: `[rows, axes, length]`."""
-        first -= self.past
-        return self.axis_ids[..., first : first + length]
-
-    def choose(self, axis_logits: tuple[torch.Tensor, ...]) -> torch.LongTensor:
-        """Axis ids of the next position from logits `[rows, axis vocabulary]` of each axis: `[rows, axes]`."""
-        self.writes_pads = self.finished.clone()
-        forced = self.sources.places("forced")
-        chosen = []
-        for axis, logits in enumerate(axis_logits):
-            if axis in forced:
-                chosen.append(self.forced[:, forced.index(axis), len(self.chosen)])
-            elif self.temperature is None:
-                chosen.append(logits.argmax(-1))
-            else:
-                chances = (logits.float() / self.temperature).softmax(-1)
-                chosen.append(torch.multinomial(chances, 1).squeeze(-1))
-        chosen = torch.stack([ids.to(self.tokens.device) for ids in chosen], dim=1)
-        self.chosen.append(chosen.masked_fill(self.writes_pads.unsqueeze(1), 0))
-        self.axis_ids = torch.cat((self.axis_ids, self.chosen[-1].unsqueeze(-1)), dim=-1)
-        return self.chosen[-1]
-
-    def follow(self, tokens: torch.LongTensor) -> None:
-        """Take in sequences that are one token longer, `[rows, length]`, in whatever order beams have brought them."""
-        if self.beams > 1:
-            parents = self._parents(tokens[:, :-1])
-            self.axis_ids = self.axis_ids[parents]
-            self.readings = [self.readings[row] for row in parents.tolist()]
-        self.tokens = tokens
-        if self.annotated:
-            self.readings = list(self.readings)
-            for row in (~self.writes_pads).nonzero().flatten().tolist():
-                ids, self.readings[row] = self.read(self.readings[row], int(tokens[row, -1]))
-                self.axis_ids[row, self.annotated, -1] = self.axis_ids.new_tensor(ids)
-
-    def of_rows(self, sequences: torch.LongTensor) -> torch.LongTensor:
-        """Tracks of the finished `sequences [rows, length]` of a search without beams, `[rows, axes, length]`."""
-        if sequences.shape[1] > self.tokens.shape[1]:
-            self.follow(sequences)
-        first = self.prompt_axis_ids.shape[-1] - self.prompt_length  # prompts of embeddings are in no sequence
-        return self.axis_ids[..., first : first + sequences.shape[1]]
-
-    def of_beams(self, sequences: torch.LongTensor, beam_indices: torch.LongTensor, per_prompt: int):
-        """Tracks of finished hypotheses, `[rows, axes, length]`.
-
-        Args:
-            sequences (`torch.LongTensor` of shape `[rows, length]`): the best `per_prompt` of each prompt.
-            beam_indices (`torch.LongTensor` of shape `[rows, steps]`): which row each token was written by, -1: none.
-            per_prompt (`int`): hypotheses returned for each prompt.
-        """
-        steps = torch.arange(beam_indices.shape[1], device=sequences.device)
-        first_rows = torch.arange(len(sequences), device=sequences.device) // per_prompt * self.beams
-        written = torch.stack(self.chosen[: len(steps)])[steps, beam_indices.clamp_min(0).long()]
-        written = written.masked_fill((beam_indices < 0).unsqueeze(-1), 0).transpose(1, 2)
-        for row, first_row in enumerate(first_rows.tolist() if self.annotated else ()):
-            reading = self.prompt_readings[first_row]
-            for step in range(int((beam_indices[row] >= 0).sum())):
-                ids, reading = self.read(reading, int(sequences[row, self.prompt_length + step]))
-                written[row, self.annotated, step] = written.new_tensor(ids)
-        prompts = self.prompt_axis_ids[first_rows][..., self.prompt_axis_ids.shape[-1] - self.prompt_length :]
-        return torch.cat((prompts, written), dim=-1)
-
-    def _parents(self, tokens):
-        """For each row the first of the same prompt that has written the same so far."""
-        prompts = len(tokens) // self.beams
-        new, old = (x[:, self.prompt_length :].unflatten(0, (prompts, self.beams)) for x in (tokens, self.tokens))
-        same = (new.unsqueeze(2) == old.unsqueeze(1)).all(-1)
-        first_rows = torch.arange(0, len(tokens), self.beams, device=tokens.device).unsqueeze(1)
-        return (same.int().argmax(-1) + first_rows).flatten()
-
-    def _read_prompts(self, mask):
-        start = _Reading((), tuple(axis.start() for axis in self.sources.annotators))
-        if not self.annotated:
-            return [start] * len(self.tokens)
-        known = {}  # beams share their prompt
-        readings = []
-        for row, tokens in enumerate(self.tokens):
-            tokens = tuple((tokens if mask is None else tokens[mask[row].bool()]).tolist())
-            if tokens not in known:
-                reading = start
-                for token in tokens:
-                    _, reading = self.read(reading, token)
-                known[tokens] = reading
-            readings.append(known[tokens])
-        return readings
-
-    def read(self, reading, token):
-        """Axis ids of the annotated axes for one more token, and what is known after it; special tokens have id 0."""
-        if token in self.special_tokens:
-            return [0] * len(self.annotated), reading
-        characters, pending = self.sources.processor.new_characters(reading.pending, token)
-        steps = [axis.step(state, characters) for axis, state in zip(self.sources.annotators, reading.states)]
-        for axis, (axis_id, _) in zip(self.sources.annotators, steps):
-            if not (isinstance(axis_id, Integral) and 0 <= axis_id < len(axis.vocabulary)):
-                raise ValueError(f"axis {axis.name!r} must give ids in [0, {len(axis.vocabulary)}), got {axis_id!r}.")
-        return [axis_id for axis_id, _ in steps], _Reading(pending, tuple(state for _, state in steps))
 
 
 class _NotesFinishedRows(StoppingCriteriaList):
@@ -308,8 +162,8 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         inputs_embeds: torch.FloatTensor | None = None,
         axis_ids: torch.LongTensor | None = None,
         is_first_iteration: bool | None = False,
-        axis_state: _AxisState | None = None,
-        axis_sources: _Sources | None = None,
+        axis_state: AxisState | None = None,
+        axis_sources: Sources | None = None,
         forced_axis_ids: torch.LongTensor | None = None,
         **kwargs,
     ):
@@ -374,7 +228,7 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
             )
         return super()._assisted_decoding(*args, **kwargs)
 
-    def _axis_sources(self, axis_source, processor, forced_axis_ids) -> _Sources:
+    def _axis_sources(self, axis_source, processor, forced_axis_ids) -> Sources:
         names = list(self.config.axis_names)
         by_name = dict.fromkeys(names, axis_source) if isinstance(axis_source, str) else axis_source
         if not isinstance(by_name, dict):
@@ -396,7 +250,7 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         if forced_axis_ids is not None:
             check_ids("forced_axis_ids", forced_axis_ids)
         annotators = tuple(self._annotator(name, processor) for name in names if by_name.get(name) == "annotated")
-        return _Sources(of_axes, processor, annotators)
+        return Sources(of_axes, processor, annotators)
 
     def _annotator(self, name, processor):
         if processor is None:
@@ -418,7 +272,7 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
             )
         return axis
 
-    def _start_axis_state(self, input_ids, generation_config, model_kwargs, beams=1) -> _AxisState | None:
+    def _start_axis_state(self, input_ids, generation_config, model_kwargs, beams=1) -> AxisState | None:
         """Take what `generate` was told about axis ids out of `model_kwargs`."""
         sources, forced, axis_ids = (
             model_kwargs.pop(x, None) for x in ("axis_sources", "forced_axis_ids", "axis_ids")
@@ -455,7 +309,7 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         if generation_config.do_sample:
             temperature = 1.0 if generation_config.temperature is None else generation_config.temperature
         device = input_ids.device
-        return _AxisState(
+        return AxisState(
             sources,
             input_ids,
             mask,
@@ -476,8 +330,8 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
             )
         axes = tuple(self._annotator(name, processor) for name in names)
         axis_ids = tokens.new_zeros(len(tokens), len(names), tokens.shape[1])
-        reader = _AxisState(
-            _Sources(("annotated",) * len(names), processor, axes), tokens[:, :0], None, axis_ids[..., :0], None
+        reader = AxisState(
+            Sources(("annotated",) * len(names), processor, axes), tokens[:, :0], None, axis_ids[..., :0], None
         )
         for row, reading in enumerate(reader.readings):
             places = range(tokens.shape[1]) if mask is None else mask[row].nonzero().flatten().tolist()
@@ -491,7 +345,7 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         """How `generate` itself tells whole sequences from new tokens after a cache."""
         return mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", -1)
 
-    def _check_forced(self, sources: _Sources, forced: torch.LongTensor, rows: int, steps: int) -> torch.LongTensor:
+    def _check_forced(self, sources: Sources, forced: torch.LongTensor, rows: int, steps: int) -> torch.LongTensor:
         places: Sequence[int] = sources.places("forced")
         names = [self.config.axis_names[place] for place in places]
         if forced.dim() != 3 or forced.shape[0] != rows or forced.shape[1] not in (len(places), len(sources.of_axes)):

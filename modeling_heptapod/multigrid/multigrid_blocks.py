@@ -16,10 +16,12 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..common.model_inputs import check_ids
 from ..common.transformers_versions import with_cache_argument
 from .configuration_multigrid import MultiGridConfig
 from .multigrid_cache import MultiGridCache
-from .multigrid_cores import CORES, Group, MixingPlan, grouped_linear, grouped_norm
+from .multigrid_context import MultiGridContext
+from .multigrid_cores import CORES, Group, grouped_linear, grouped_norm
 
 
 class MultiGridMLP(nn.Module):
@@ -99,27 +101,27 @@ class MultiGridLayer(GradientCheckpointingLayer):
         self,
         main: torch.Tensor,
         meta: torch.Tensor | None = None,
-        plan: MixingPlan | None = None,
+        context: MultiGridContext | None = None,
         past_key_values: MultiGridCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """`main [batch, seq, hidden_size]` and `meta [axes, batch, seq, axis_hidden_size]` after this layer, and attentions."""
         streams = [([self.self_block], main.unsqueeze(0), None)]
         if meta is not None:
             streams.append((self.axis_self_blocks, meta, None))
-        (main, *rest), weights = self._run(self.core, streams, plan, past_key_values)
+        (main, *rest), weights = self._run(self.core, streams, context, past_key_values)
         main = main[0]
         if meta is None:
             return main, None, weights
         meta = rest[0]
         mains = main.expand(len(meta), *main.shape)
         readings = [(self.main_cross_blocks, mains, meta), (self.axis_cross_blocks, meta, mains)]
-        (read, meta), _ = self._run(self.cross_core, readings, plan, past_key_values)
+        (read, meta), _ = self._run(self.cross_core, readings, context, past_key_values)
         # One after the other, so that an axis that changes nothing changes no rounding either.
         for change, share in zip(read - main, self.config.axis_shares):
             main = torch.add(main, change, alpha=share)
         return main, meta, weights
 
-    def _run(self, core, streams, plan, cache):
+    def _run(self, core, streams, context, cache):
         """Blocks of several groups of streams, given as (blocks, own, other)."""
         groups = []
         for blocks, own, other in streams:
@@ -127,7 +129,7 @@ class MultiGridLayer(GradientCheckpointingLayer):
             if other is not None:
                 other = grouped_norm([block.key_value_layernorm for block in blocks], other)
             groups.append(Group([block.mixer for block in blocks], own, other))
-        mixed, weights = core.mix(groups, plan, cache)
+        mixed, weights = core.mix(groups, context, cache)
         results = []
         for (blocks, own, _), out in zip(streams, mixed):
             x = own + self._dropout(out)
@@ -165,4 +167,48 @@ class NextAxesBlock(nn.Module):
         return hidden_states + grouped_mlp([self.mlp], self.norm(hidden_states).unsqueeze(0))[0]
 
 
-__all__ = ["MultiGridBlock", "MultiGridLayer", "MultiGridMLP", "NextAxesBlock", "grouped_mlp"]
+def shift_axis_ids(
+    axis_ids: torch.LongTensor,
+    next_axis_ids: torch.LongTensor | None,
+    mask: torch.BoolTensor | None,
+    segments: torch.LongTensor | None,
+) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    """Axis ids of the real token after each position, for the factored order.
+
+    Args:
+        axis_ids (`torch.LongTensor` of shape `[batch, axes, seq]`): of the tokens.
+        next_axis_ids (`torch.LongTensor` of shape `[batch, axes]`, *optional*): of the token after the last position.
+        mask (`torch.BoolTensor` of shape `[batch, seq]`, *optional*): which tokens are real.
+        segments (`torch.LongTensor` of shape `[batch, seq]`, *optional*): packed sequence of each token.
+
+    Returns:
+        The ids `[batch, axes, seq]`, and where they are known `[batch, seq]`: not at the end of a packed sequence, nor at the
+        last real token without `next_axis_ids`.
+
+    Raises:
+        TypeError, ValueError: for `next_axis_ids` of another dtype or shape.
+    """
+    batch, axes, seq = axis_ids.shape
+    known = torch.ones(batch, seq + 1, dtype=torch.bool, device=axis_ids.device)
+    if next_axis_ids is None:
+        next_axis_ids = torch.zeros_like(axis_ids[:, :, 0])
+        known[:, -1] = False
+    else:
+        check_ids("next_axis_ids", next_axis_ids)
+        if list(next_axis_ids.shape) != [batch, axes]:
+            expected = [batch, axes]
+            raise ValueError(f"`next_axis_ids` must be [batch, axes] = {expected}, got {list(next_axis_ids.shape)}.")
+    axis_ids = torch.cat((axis_ids, next_axis_ids.unsqueeze(-1)), dim=2)
+    following = torch.arange(1, seq + 1, device=axis_ids.device).expand(batch, -1)
+    if mask is not None:  # the nearest one that is real, or what comes after the row
+        places = torch.where(mask, following - 1, seq)[:, 1:]
+        places = nn.functional.pad(places, (0, 1), value=seq)
+        following = places.flip(1).cummin(1).values.flip(1)
+    known = known.gather(1, following)
+    if segments is not None:
+        segments = nn.functional.pad(segments, (0, 1), mode="replicate")
+        known = known & (segments.gather(1, following) == segments[:, :-1])
+    return axis_ids.gather(2, following.unsqueeze(1).expand(-1, axes, -1)), known
+
+
+__all__ = ["MultiGridBlock", "MultiGridLayer", "MultiGridMLP", "NextAxesBlock", "grouped_mlp", "shift_axis_ids"]

@@ -1,13 +1,11 @@
-"""How positions mix in MultiGrid: attention, LEAP's running means, or an LSTM, for all streams of a layer at once.
+"""The mixers of MultiGrid: attention, LEAP's running means, or an LSTM, for all streams of a layer at once.
 
-A core makes the weights of one mixer (`self_mixer`, `cross_mixer`) and runs many of them (`mix`). Streams of equal width come
-stacked, `[streams, batch, seq, width]`, in a `Group` with one mixer each. Weights stay plain `nn.Linear` leaves, which
-adapters and quantisation know; `grouped_linear` takes them together where nothing has replaced them.
+A core makes the weights of one mixer (`self_mixer`, `cross_mixer`) and runs many of them (`mix`). Streams of equal width are
+stacked in a `Group`, `[streams, batch, seq, width]`, with one mixer each. Weights are plain `nn.Linear` modules, so that
+adapters and quantisation find them. `grouped_linear` multiplies several at once where none was replaced.
 """
 
-import copy
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -18,8 +16,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..common.eager_attention import eager_attention
 from ..common.model_inputs import has_dynamic_shapes
 from ..leap.configuration_leap import LeapConfig
-from ..leap.mixing_rows import MixingRows
 from ..leap.modeling_leap import LeapMixer
+from .multigrid_context import MultiGridContext
 
 
 _BATCHED_ROWS = 256  # below this, putting the weights side by side costs more than a batched product saves
@@ -37,32 +35,6 @@ class Group(NamedTuple):
     mixers: list[nn.Module]
     own: torch.Tensor
     other: torch.Tensor | None = None
-
-
-@dataclass
-class MixingPlan:
-    """What all layers of one forward pass need to know about its rows.
-
-    Attributes:
-        attention_mask (`torch.BoolTensor` of shape `[1 or batch, 1, seq, keys]`, *optional*): what each token sees, where
-            that is not just its past (core "transformer").
-        mixing_rows (`MixingRows`, *optional*): pads, packed sequences and positions (core "leap").
-        lstm_rows (`LSTMRows`, *optional*): how pads and packed sequences are laid out (core "lstm").
-        single_step (`bool`): one real token after cached ones, without gradients.
-        output_attentions (`bool`): whether to return attention weights.
-    """
-
-    attention_mask: torch.Tensor | None = None
-    mixing_rows: MixingRows | None = None
-    lstm_rows: "LSTMRows | None" = None
-    single_step: bool = False
-    output_attentions: bool = False
-
-    def to(self, device: torch.device) -> "MixingPlan":
-        """The same on another device: where layers are spread over devices, accelerate asks it of their arguments."""
-        names = ("attention_mask", "mixing_rows", "lstm_rows")
-        moved = {name: getattr(self, name).to(device) for name in names if getattr(self, name) is not None}
-        return replace(self, **moved)
 
 
 def _is_plain(linear):
@@ -122,10 +94,14 @@ class _Core(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
 
-    def mix(self, groups: list[Group], plan: MixingPlan, cache) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """What each stream is to add to itself, `[streams, batch, seq, width]` for each group, and attention weights.
+    def mix(
+        self, groups: list[Group], context: MultiGridContext, cache
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Mix the streams of all groups.
 
-        The weights, `[batch, all heads, seq, keys]`, are given where the plan asks for them and the core has any.
+        Returns:
+            What is added to each stream, `[streams, batch, seq, width]` for each group, and attention weights
+            `[batch, all heads, seq, keys]` with `context.output_attentions` and core "transformer", else `None`.
         """
         raise NotImplementedError
 
@@ -146,7 +122,7 @@ class _CrossAttention(nn.Module):
 
 
 class TransformerCore(_Core):
-    """Causal attention. Streams are folded into the batch, or, where there is a cache, into the heads."""
+    """Causal attention. The heads of all streams are those of one attention."""
 
     is_causal = True
 
@@ -160,17 +136,25 @@ class TransformerCore(_Core):
         """Weights of attention of one stream to another one, over `inner` channels."""
         return _CrossAttention(width, other_width, inner)
 
-    def mix(self, groups, plan, cache):
+    def mix(self, groups, context, cache):
         parts = [self._project(group) for group in groups]
-        if cache is None and not plan.output_attentions:
-            outs, weights = [self._attend_in_batch(*part, plan) for part in parts], None
-        else:
-            query, key, value = (torch.cat([join_heads(x) for x in xs], dim=2).transpose(1, 2) for xs in zip(*parts))
-            if cache is not None:
-                key, value = cache.update(key, value, self.layer_idx)
-            out, weights = self._attend(query, key, value, plan)
-            outs = split_heads(out, groups, [part[0].shape[3] for part in parts])
-        return [grouped_linear([m.o_proj for m in group.mixers], out) for group, out in zip(groups, outs)], weights
+        query, key, value = (torch.cat([join_heads(x) for x in xs], dim=2).transpose(1, 2) for xs in zip(*parts))
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        out, weights = (eager_attention if context.output_attentions else attention)(
+            self,
+            query,
+            key,
+            value,
+            context.attention_mask,
+            scaling=self.config.head_dim**-0.5,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            **(context.flash_kwargs or {}),
+        )
+        outs = split_heads(out, groups, [part[0].shape[3] for part in parts])
+        outs = [grouped_linear([m.o_proj for m in group.mixers], out) for group, out in zip(groups, outs)]
+        return outs, weights if context.output_attentions else None
 
     def _project(self, group):
         """Queries, keys and values `[streams, batch, seq, heads, head_dim]`."""
@@ -181,29 +165,6 @@ class TransformerCore(_Core):
         query = grouped_linear([m.q_proj for m in group.mixers], group.own).unflatten(-1, (-1, head_dim))
         key_value = grouped_linear([m.kv_proj for m in group.mixers], group.other)
         return query, *key_value.unflatten(-1, (2, -1, head_dim)).unbind(3)
-
-    def _attend_in_batch(self, query, key, value, plan):
-        streams, batch = query.shape[:2]
-        mask = plan.attention_mask
-        if mask is not None and mask.shape[0] > 1:
-            mask = mask.repeat(streams, 1, 1, 1)
-        query, key, value = (x.flatten(0, 1).transpose(1, 2) for x in (query, key, value))
-        out = self._attention()(self, query, key, value, mask, **self._options(query, mask))[0]
-        return out.unflatten(0, (streams, batch)).flatten(3)
-
-    def _attend(self, query, key, value, plan):
-        attention = eager_attention if plan.output_attentions else self._attention()
-        return attention(self, query, key, value, plan.attention_mask, **self._options(query, plan.attention_mask))
-
-    def _attention(self):
-        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-
-    def _options(self, query, mask):
-        return {
-            "scaling": self.config.head_dim**-0.5,
-            "dropout": self.config.attention_dropout if self.training else 0.0,
-            "is_causal": mask is None,
-        }
 
 
 def leap_config(config, heads: int) -> LeapConfig:
@@ -257,15 +218,15 @@ class LeapCore(_Core):
         """Weights of the same step of one stream over another one, over `inner` channels."""
         return _LeapCrossMixing(width, other_width, inner)
 
-    def mix(self, groups, plan, cache):
+    def mix(self, groups, context, cache):
         parts = [self._project(group) for group in groups]
         joined = torch.cat([join_heads(part) for part in parts], dim=3)  # [batch, seq, 4, heads, head_dim]
         out, _ = self.mixer(
             joined.flatten(2),
             past_key_values=cache,
-            rows=plan.mixing_rows,
+            rows=context.mixing_rows,
             is_causal=True,
-            single_step=plan.single_step,
+            single_step=context.single_step,
         )
         outs = split_heads(out.unflatten(-1, (-1, self.config.head_dim)), groups, [part.shape[4] for part in parts])
         for i, group in enumerate(groups):
@@ -298,63 +259,6 @@ class _LSTMCrossMixing(nn.Module):
         self.o_proj = nn.Linear(inner, width)
 
 
-class LSTMRows:
-    """Padded and packed rows taken apart: every sequence becomes a row of its own, without pads.
-
-    Args:
-        padding_mask (`torch.BoolTensor` of shape `[batch, seq]`, *optional*): which tokens are real.
-        segment_ids (`torch.LongTensor` of shape `[batch, seq]`, *optional*): packed sequence of each token. Equal values
-            that do not touch are different sequences.
-    """
-
-    def __init__(self, padding_mask: torch.Tensor | None, segment_ids: torch.Tensor | None):
-        batch, seq = (padding_mask if segment_ids is None else segment_ids).shape
-        if segment_ids is None:
-            runs = torch.zeros(batch, seq, dtype=torch.long, device=padding_mask.device)
-        else:
-            runs = nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0)).long().cumsum(1)
-        device = runs.device
-        if padding_mask is None:
-            self.tokens = torch.arange(batch * seq, device=device)  # real ones, in a flat batch
-        else:
-            self.tokens = padding_mask.flatten().nonzero().squeeze(1)
-        rows = torch.arange(batch, device=device).unsqueeze(1)
-        names = (rows * seq + runs).flatten()[self.tokens]
-        _, self.sequence, counts = names.unique_consecutive(return_inverse=True, return_counts=True)
-        starts = counts.cumsum(0) - counts
-        self.place = torch.arange(len(self.tokens), device=device) - starts[self.sequence]
-        self.lengths = counts.tolist()
-        self.row = self.tokens[starts] // seq  # of each sequence
-        last = torch.searchsorted(self.row, rows.squeeze(1), right=True) - 1
-        self.last = last.clamp_min(0)  # sequence of each row
-        self.has_tokens = (last >= 0) & (torch.bincount(self.row, minlength=batch) > 0)
-
-    def to(self, device: torch.device) -> "LSTMRows":
-        """The same on another device."""
-        moved = copy.copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor):
-                setattr(moved, name, value.to(device))
-        return moved
-
-    def run(self, lstm: nn.LSTM, x: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]):
-        """As the LSTM itself, `x [batch, seq, width]` and `state` of two `[1, batch, width]`; pads give zeros."""
-        out = x.new_zeros(x.shape[0] * x.shape[1], lstm.hidden_size)
-        if not self.lengths:
-            return out.unflatten(0, x.shape[:2]), state
-        take = self.tokens.new_zeros(len(self.lengths), max(self.lengths))
-        take[self.sequence, self.place] = self.tokens
-        rows = nn.utils.rnn.pack_padded_sequence(
-            x.flatten(0, 1)[take], torch.tensor(self.lengths), batch_first=True, enforce_sorted=False
-        )
-        rows, final = lstm(rows, tuple(part[:, self.row] for part in state))
-        rows, _ = nn.utils.rnn.pad_packed_sequence(rows, batch_first=True)
-        out = out.index_copy(0, self.tokens, rows[self.sequence, self.place])
-        has_tokens = self.has_tokens.unsqueeze(-1)
-        final = tuple(torch.where(has_tokens, new[:, self.last], old) for new, old in zip(final, state))
-        return out.unflatten(0, x.shape[:2]), final
-
-
 def _differentiable(lstm, x):
     """cuDNN has the gradients of an LSTM in training mode only."""
     if x.is_cuda and torch.is_grad_enabled() and not lstm.training:
@@ -378,7 +282,7 @@ class LSTMCore(_Core):
         """Weights of the gate of one stream on another one, of `inner` channels."""
         return _LSTMCrossMixing(width, other_width, inner)
 
-    def mix(self, groups, plan, cache):
+    def mix(self, groups, context, cache):
         if groups[0].other is not None:
             return [self._read(group) for group in groups], None
         outs, states, offset = [], [], 0
@@ -394,7 +298,7 @@ class LSTMCore(_Core):
                     state = past[:, :, offset : offset + width].to(x.dtype).permute(1, 0, 2).unsqueeze(1)
                     state = state.clone(memory_format=torch.contiguous_format)
                 offset += width
-                run = mixer.lstm if plan.lstm_rows is None else partial(plan.lstm_rows.run, mixer.lstm)
+                run = mixer.lstm if context.lstm_rows is None else partial(context.lstm_rows.run, mixer.lstm)
                 with _differentiable(mixer.lstm, x):
                     out, state = run(x, tuple(state.unbind(0)))
                 parts.append(out)
@@ -417,8 +321,6 @@ CORES = {"transformer": TransformerCore, "leap": LeapCore, "lstm": LSTMCore}
 __all__ = [
     "CORES",
     "Group",
-    "LSTMRows",
-    "MixingPlan",
     "grouped_linear",
     "grouped_norm",
     "leap_config",

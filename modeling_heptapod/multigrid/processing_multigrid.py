@@ -110,18 +110,7 @@ class MultiGridProcessor(CustomCodeMixin, ProcessorMixin):
         if return_offsets_mapping:
             data["offset_mapping"] = encoded["offset_mapping"]
         if self.axes:
-            # Those that the tokenizer has put around the text, and pads.
-            is_text = [np.array(mask) == 0 for mask in encoded["special_tokens_mask"]]
-            if truncation:  # A token at the cut may hold a part of a character, hence the whole text.
-                whole = self._tokenize(texts, add_special_tokens=False, **split)
-                tokens = list(zip(whole["input_ids"], whole["offset_mapping"]))
-            else:
-                columns = zip(encoded["input_ids"], encoded["offset_mapping"], is_text)
-                tokens = [(np.array(ids)[here], np.array(pairs)[here]) for ids, pairs, here in columns]
-            data["axis_ids"] = [
-                self._lay(each, np.isin(ids, special), pairs, here)
-                for each, (ids, pairs), here in zip(texts, tokens, is_text)
-            ]
+            data["axis_ids"] = self._annotate_rows(texts, encoded, special, truncation, split)
         if return_tensors is not None:
             data = _as_integers(data)
         return BatchFeature(data, tensor_type=return_tensors)
@@ -236,6 +225,21 @@ class MultiGridProcessor(CustomCodeMixin, ProcessorMixin):
 
     def _decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _annotate_rows(self, texts, encoded, special, truncation, split):
+        """Axis ids of tokenized texts, `[axes, tokens]` each."""
+        # Not the special tokens that the tokenizer puts around a text, nor pads.
+        is_text = [np.array(mask) == 0 for mask in encoded["special_tokens_mask"]]
+        if truncation:  # A token at the cut may hold a part of a character, hence the whole text.
+            whole = self._tokenize(texts, add_special_tokens=False, **split)
+            tokens = list(zip(whole["input_ids"], whole["offset_mapping"]))
+        else:
+            columns = zip(encoded["input_ids"], encoded["offset_mapping"], is_text)
+            tokens = [(np.array(ids)[here], np.array(pairs)[here]) for ids, pairs, here in columns]
+        return [
+            self._lay(each, np.isin(ids, special), pairs, here)
+            for each, (ids, pairs), here in zip(texts, tokens, is_text)
+        ]
 
     def _lay(self, text, is_special, offsets, is_text):
         """The ids of a text at its tokens, as many as there are places; 0 elsewhere and at special tokens."""
