@@ -1,4 +1,4 @@
-"""Compressors of the hierarchical LM: a step of a coarse stream from the last embeddings, as many as its factor."""
+"""Compressors of the hierarchical LM: each step of a coarse stream is made of the last `factor` token embeddings."""
 
 import torch
 from torch import nn
@@ -18,12 +18,12 @@ class ConvCompressor(nn.Module):
         self.conv_out = nn.Linear(4 * width, config.hidden_sizes[hierarchy])
 
     def forward(self, windows: torch.Tensor, exists: torch.Tensor | None) -> torch.Tensor:
-        """`windows [batch, steps, factor, hidden_size]`, oldest first, zero where there is none -> `[batch, steps, width]`."""
+        """Steps `[batch, steps, width]` from `windows [batch, steps, factor, hidden_size]`, oldest first, zero before the text."""
         return self.conv_out(nn.functional.silu(self.conv_in(windows.flatten(2))))
 
 
 class AttentionCompressor(nn.Module):
-    """Self-attention over the last `factor` embeddings, of which the last one's output is read."""
+    """Self-attention over the last `factor` embeddings. Only the output of the last one is computed."""
 
     def __init__(self, config: HierarchicalLMConfig, hierarchy: int):
         super().__init__()
@@ -34,10 +34,10 @@ class AttentionCompressor(nn.Module):
         self.k_proj = nn.Linear(width, inner, bias=False)
         self.v_proj = nn.Linear(width, inner, bias=False)
         self.o_proj = nn.Linear(inner, config.hidden_sizes[hierarchy], bias=False)
-        self.tap_embed = nn.Parameter(torch.empty(self.factor, inner))  # of the places in the block, for keys
+        self.tap_embed = nn.Parameter(torch.empty(self.factor, inner))  # embeddings of places in the window, for keys
 
     def forward(self, windows: torch.Tensor, exists: torch.Tensor | None) -> torch.Tensor:
-        """As the convolution's; `exists [1 or batch, steps, factor]` says where there is an embedding."""
+        """As `ConvCompressor.forward`. `exists [1 or batch, steps, factor]` is `False` before the text."""
         heads = (self.num_heads, self.head_dim)
         query = self.q_proj(windows[:, :, -1]).unflatten(-1, heads)
         blocks, windows = windows.shape[1:3], windows.flatten(1, 2)  # adapters take three dimensions
@@ -51,7 +51,7 @@ class AttentionCompressor(nn.Module):
 
 
 def make_compressor(config: HierarchicalLMConfig, hierarchy: int) -> nn.Module:
-    """The compressor of a hierarchy; at factor 1 what brings embeddings to its width, if anything."""
+    """The compressor of a hierarchy; at factor 1 a projection to its width, or the identity where widths are equal."""
     if config.compression_factors[hierarchy] == 1:
         if config.hidden_sizes[hierarchy] == config.hidden_size:
             return nn.Identity()

@@ -1,4 +1,4 @@
-"""One stream of the hierarchical LM in one layer: token shift, windowed attention with rotary positions, feed-forward."""
+"""Layers of the hierarchical LM: a block for each stream (token shift, windowed attention, feed-forward), then a merge."""
 
 import torch
 from torch import nn
@@ -16,16 +16,16 @@ from .windowed_attention import step_attention, windowed_attention
 
 
 def _rotate(x, rotary):
-    """Half-split rotary positions of `x [batch, steps, 2, heads, head_dim]`, queries and keys at once.
+    """Rotary positions of queries and keys `x [batch, steps, 2, heads, head_dim]`, in the half-split layout.
 
-    `rotary` is cosines and signed sines `[1 or batch, steps, 1 or 2, 1, head_dim]`, times what xPos adds.
+    `rotary` holds cosines and signed sines `[1 or batch, steps, 1 or 2, 1, head_dim]`, scaled by xPos.
     """
     cos, sin = rotary
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class HierarchicalLMAttention(nn.Module):
-    """Causal attention of one stream, or of several of equal width."""
+    """Causal attention of one stream, or of several with equal width."""
 
     def __init__(self, config: HierarchicalLMConfig, hierarchy: int):
         super().__init__()
@@ -79,9 +79,9 @@ class HierarchicalLMMLP(nn.Module):
 
 
 class HierarchicalLMBlock(nn.Module):
-    """Pre-norm block of one stream: attention (unless its window is 0) and feed-forward, both behind a token shift.
+    """Pre-norm block of one stream: attention (unless its window is 0) and feed-forward, each after a token shift.
 
-    `attention` is the module of another block where weights are shared, `None` for a block's own.
+    `attention` in the forward pass is the module of another block where weights are shared.
     """
 
     def __init__(self, config: HierarchicalLMConfig, layer_idx: int, hierarchy: int, has_own_attention: bool):
@@ -118,7 +118,7 @@ class HierarchicalLMBlock(nn.Module):
         return hidden_states + self.mlp(shifted), weights
 
     def _token_shift(self, x, plan, cache, state_idx):
-        """The second half of the channels, from one (dilated) step before (RWKV's token shift)."""
+        """RWKV's token shift: the second half of the channels comes from the step before, `dilation` steps back."""
         steps, width = x.shape[1:]
         kept, moved = x.split((width + 1) // 2, dim=-1) if width > 1 else (x, x[..., :0])
         past = None if cache is None else cache.read_conv(self.cache_idx, state_idx)

@@ -1,11 +1,11 @@
-"""The hierarchical LM: streams of the same text at several resolutions, each a decoder of its own, merged in every layer.
+"""The hierarchical LM: decoders of the same text at several resolutions, which are merged in every layer.
 
-Read bottom-up: layer, model, head. Blocks are in `hierarchical_block.py`, what a pass does to each stream in `stream_plan.py`,
-pads and packed rows in `token_layout.py`, losses beside cross-entropy in `auxiliary_losses.py`. The prototype is
-`simple-hierarchical-transformer` on PyPI; compression with strides is that of Hourglass (arXiv 2110.13711).
+Model and head. Layers are in `hierarchical_block.py`, the context of a forward pass in `stream_plan.py`, pads and packed rows
+in `token_layout.py`, auxiliary losses in `auxiliary_losses.py`. The prototype is `simple-hierarchical-transformer` on PyPI.
+Compression with strides follows Hourglass (arXiv 2110.13711).
 
-A stream of factor `c` and stride `s` has a step for every `s`-th token: step `k` is made of tokens up to `k * s`, and a
-token reads the last step that is made of nothing later than itself. Attention and token shift in it jump `c / s` steps.
+A stream with factor `c` and stride `s` has a step for every `s`-th token. Step `k` is made of tokens up to `k * s`. A token
+reads the last step that is made of no later tokens. Attention and token shift have a dilation of `c / s` steps.
 """
 
 import math
@@ -61,18 +61,18 @@ logger = logging.get_logger(__name__)
 class HierarchicalLMModelOutput(ModelOutput):
     r"""
     last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, prediction_size)`):
-        What the head predicts from: the normalised stream of the predicting hierarchy, or of all side by side.
+        Input of the head: the normalised stream of the predicting hierarchy, or all streams concatenated.
     past_key_values (`HierarchicalCache`, *optional*):
-        What further tokens need of these.
+        Cache for further tokens.
     hidden_states (`tuple`, *optional*):
-        The stream of the predicting hierarchy before the first and after each layer, the last as `last_hidden_state`.
+        The stream of the predicting hierarchy before the first layer and after each, the last as `last_hidden_state`.
     attentions (`tuple`, *optional*):
-        `[batch_size, heads, steps, steps]` of each layer's hierarchies with attention, layer after layer.
+        `[batch_size, heads, steps, steps]` of each hierarchy with attention, layer after layer.
     hierarchy_hidden_states (`tuple`, *optional*):
-        The normalised stream of every hierarchy: one step for every `stride`-th token of a sequence, counted from its own
-        beginning, so that padded and packed rows are arranged as `token_layout` says.
+        The normalised stream of every hierarchy, one step for every `stride`-th token of a sequence. Padded and packed rows
+        are arranged by `token_layout`.
     token_layout (`TokenLayout`, *optional*):
-        Comes with `hierarchy_hidden_states` where rows are padded or packed.
+        Given with `hierarchy_hidden_states` for padded or packed rows.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -85,7 +85,7 @@ class HierarchicalLMModelOutput(ModelOutput):
 
 @auto_docstring(
     custom_intro="""
-    Output of the language model, with each loss by its name.
+    Output of the language model, with each loss by name.
     """
 )
 @dataclass
@@ -93,11 +93,11 @@ class HierarchicalLMModelOutput(ModelOutput):
 class HierarchicalLMCausalLMOutput(ModelOutput):
     r"""
     loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
-        `ce_loss` and the others times their weights.
+        Sum of `ce_loss` and the other losses times their weights.
     logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
         Scores of the next token.
     past_key_values (`HierarchicalCache`, *optional*):
-        What further tokens need of these.
+        Cache for further tokens.
     hidden_states (`tuple`, *optional*):
         As from the base model.
     attentions (`tuple`, *optional*):
@@ -109,13 +109,13 @@ class HierarchicalLMCausalLMOutput(ModelOutput):
     ce_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
         Cross-entropy of the next token.
     reconstruction_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
-        Cross-entropy of the tokens that a step was made of. Like the next two without its weight, `None` at weight 0.
+        Cross-entropy of the tokens that a step was made of. Like the next two without its weight, and `None` at weight 0.
     prophet_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
-        Cross-entropy of the next tokens, as many as the factor.
+        Cross-entropy of the next `c` tokens, with compression factor `c`.
     quantized_prophet_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
-        The same with codes for tokens.
+        Cross-entropy of the codes of the next `c` tokens.
     next_latent_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
-        Distance to the next latent, with the weights of the hierarchies.
+        Distance to the next latent, with the weights of hierarchies.
     """
 
     loss: torch.FloatTensor | None = None
@@ -148,7 +148,7 @@ class HierarchicalLMPreTrainedModel(AutoMappingMixin, CustomCacheMixin, PreTrain
         super().__init__(config, *args, **kwargs)
 
     def _cache_layers(self, cache):
-        """See `CustomCacheMixin._cache_layers`: hierarchies within layers, then what compressors and the head look back at."""
+        """See `CustomCacheMixin._cache_layers`: hierarchies within layers, then the layer of compressors and head."""
         config, hierarchies, layer, last = self.config, range(self.config.num_hierarchies), [], {}
         for h, kind in zip(hierarchies, config.cache_layer_types):
             width, window = config.hidden_sizes[h], None
@@ -219,7 +219,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         output_hierarchy_hidden_states (`bool`, *optional*, defaults to `False`):
             Whether to also return the normalised stream of every hierarchy.
         ablate_merge (`bool`, *optional*, defaults to `False`):
-            Leave out what hierarchies tell each other.
+            Whether to leave out the merges of hierarchies.
         seq_idx (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Index of the packed sequence each token belongs to.
         cu_seq_lens_q (`torch.LongTensor` of shape `(num_sequences + 1,)`, *optional*):
@@ -326,16 +326,16 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
 
 
 def _warn_of_forgotten_losses(config):
-    """Clients such as trl make the loss themselves, of the base model's states."""
+    """Warn clients such as trl, which compute the loss themselves from the states of the base model."""
     if AuxiliaryLosses.wanted(config):
         logger.warning_once(
             "The config gives weights to losses beside cross-entropy (`*_loss_weight`), but this training step computes none of "
-            "them: they come with the loss that HierarchicalLMForCausalLM makes of `labels`, without `past_key_values`."
+            "them: HierarchicalLMForCausalLM computes them with `labels` and without `past_key_values`."
         )
 
 
 def _restore(x, context, hierarchy):
-    """A stream in the order of the input; one with a stride stays as it is laid out."""
+    """A stream in the order of the input. A stream with a stride is not rearranged."""
     layout, stride = context.layout, context.streams[hierarchy].stride
     return x if layout is None or stride > 1 else layout.restore(x)
 
@@ -357,7 +357,7 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, OldCacheNameMixin
         self.post_init()
 
     def _freeze_unread(self):
-        """What neither the head nor a loss reads takes no gradient, for which data parallel training would wait."""
+        """Freeze weights that neither the head nor a loss reads. Data parallel training would wait for their gradients."""
         config, merge = self.config, self.model.layers[-1].merge
         read = [] if self.auxiliary_losses is None else self.auxiliary_losses.hierarchies_read
         for h in range(config.num_hierarchies):
@@ -391,7 +391,7 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, OldCacheNameMixin
         output_hierarchy_hidden_states (`bool`, *optional*, defaults to `False`):
             Whether to also return the normalised stream of every hierarchy.
         ablate_merge (`bool`, *optional*, defaults to `False`):
-            Leave out what hierarchies tell each other.
+            Whether to leave out the merges of hierarchies.
         seq_idx (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Index of the packed sequence each token belongs to.
         cu_seq_lens_q (`torch.LongTensor` of shape `(num_sequences + 1,)`, *optional*):
@@ -399,7 +399,7 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, OldCacheNameMixin
         """
         of_loss = pop_kwargs(kwargs, "num_items_in_batch", "shift_labels")
         if self.auxiliary_losses is not None:
-            require_labels(labels, of_loss.get("num_items_in_batch"), "they make losses of the coarse streams")
+            require_labels(labels, of_loss.get("num_items_in_batch"), "the losses of coarse streams need them")
         predictive = self.auxiliary_losses is not None and labels is not None and past_key_values is None
         if predictive:
             inputs_embeds = self.model.embed(input_ids, inputs_embeds)
@@ -444,7 +444,7 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, OldCacheNameMixin
     def _auxiliary_losses(
         self, outputs, embeds, input_ids, labels, num_items_in_batch=None, shift_labels=None, **kwargs
     ):
-        """Losses beside cross-entropy, by name; with accumulated gradients, this batch's share of them. 0 without targets."""
+        """Auxiliary losses by name, 0 without targets. With gradient accumulation, the share of this batch."""
         rows, mask, segments = outputs.token_layout, None, None
         if rows is not None:
             mask, segments = rows.real, rows.segments
@@ -458,7 +458,7 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, OldCacheNameMixin
         )
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
-        """As `PreTrainedModel`'s; the heads of losses that tell tokens follow."""
+        """As `PreTrainedModel.resize_token_embeddings`. The heads of losses that predict tokens are resized, too."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         if self.auxiliary_losses is not None:
             self.auxiliary_losses.resize_vocabulary(self.config.vocab_size)

@@ -1,4 +1,4 @@
-"""What one forward pass of the hierarchical LM does to the stream of one hierarchy, and the way between tokens and steps."""
+"""The context of a forward pass of the hierarchical LM, with a plan for the stream of each hierarchy."""
 
 from dataclasses import dataclass, field
 
@@ -13,9 +13,9 @@ from .hierarchical_cache import HierarchicalCache
 from .windowed_attention import first_key, visible
 
 
-# xPos multiplies queries and keys by powers of a base of at least 0.4 / 1.4, with the distance to a centre over
-# `xpos_scale_base` as exponent. 30 of these on both sides make products, of masked keys too, within the range of float32
-# and bfloat16; float16 holds the factors of 8.
+# xPos multiplies queries and keys by powers of a base of at least 0.4 / 1.4. The exponent is the distance to a centre divided
+# by `xpos_scale_base`. With exponents up to 30, products, of masked keys too, are in the range of float32 and bfloat16; up to 8
+# the factors are in that of float16.
 _FARTHEST_FROM_CENTER = 30
 _FARTHEST_FROM_CENTER_IN_FLOAT16 = 8
 
@@ -26,24 +26,23 @@ class StreamPlan:
 
     Attributes:
         stride, dilation (`int`), window (`int`, *optional*), block (`bool`): of the hierarchy.
-        steps (`int`): new ones, of the row that has most of them.
-        fresh (`bool`): whether they are the first.
-        tokens (`int`): new ones.
+        steps (`int`): number of new steps, of the row with the most.
+        fresh (`bool`): whether they are the first steps.
+        tokens (`int`): number of new tokens.
         rotary (`tuple[torch.Tensor, torch.Tensor]`, *optional*): of the new steps, see `_rotate` in `hierarchical_block.py`.
-        pick (`slice` or `torch.LongTensor` of shape `[batch, steps]`): the token that each step comes with, at strides
-            above 1.
-        spread (`torch.LongTensor` of shape `[tokens]` or `[batch, tokens]`, *optional*): the step each token reads, 0 for
-            the last cached one and from 1 on for new ones.
-        counts (`torch.LongTensor` of shape `[batch]`, *optional*): new steps of each row, where not all have as many.
+        pick (`slice` or `torch.LongTensor` of shape `[batch, steps]`): index of the token of each step, at strides above 1.
+        spread (`torch.LongTensor` of shape `[tokens]` or `[batch, tokens]`, *optional*): step that each token reads: 0 for
+            the last cached one, from 1 on for new ones.
+        counts (`torch.LongTensor` of shape `[batch]`, *optional*): new steps of each row, where their numbers differ.
         order (`torch.LongTensor` of shape `[batch, length]`, *optional*): which cached and new steps to keep then.
         positions, segments (`torch.LongTensor` of shape `[batch, steps]`, *optional*): of packed rows.
-        shift_mask (`torch.BoolTensor` of shape `[batch, steps, 1]`, *optional*): steps of packed rows that have another one
-            to look back at.
-        keys_seen (`int`, *optional*): how many keys a single step reads, `None` for all.
-        mask (`torch.BoolTensor` of shape `[1 or batch, 1, queries, keys]`, *optional*): where neither windows of whole
-            sequences nor a single step's say everything.
-        token_positions (`torch.LongTensor` of shape `[1 or batch, steps]`, *optional*): of the token each step comes with.
-        output_attentions (`bool`): whether to return attentions, which takes the mask.
+        shift_mask (`torch.BoolTensor` of shape `[batch, steps, 1]`, *optional*): which steps of packed rows have a step
+            before them for the token shift.
+        keys_seen (`int`, *optional*): number of keys in the window of a single step, `None` for all.
+        mask (`torch.BoolTensor` of shape `[1 or batch, 1, queries, keys]`, *optional*): attention mask, where it does not
+            follow from the window.
+        token_positions (`torch.LongTensor` of shape `[1 or batch, steps]`, *optional*): position of the token of each step.
+        output_attentions (`bool`): whether to return attention weights, which needs the mask.
     """
 
     stride: int
@@ -67,13 +66,13 @@ class StreamPlan:
     output_attentions: bool = False
 
     def at_steps(self, x: torch.Tensor) -> torch.Tensor:
-        """`[batch, tokens, width]` -> `[batch, steps, width]`: the tokens that steps come with."""
+        """`[batch, tokens, width]` -> `[batch, steps, width]`: the token of each step."""
         if self.stride == 1:
             return x
         return x[:, self.pick] if isinstance(self.pick, slice) else gather_steps(x, self.pick)
 
     def to_read(self, x: torch.Tensor, last: torch.Tensor | None) -> torch.Tensor:
-        """`[batch, steps, width]` and `last [batch, 1, width]`, the step before -> the steps that tokens read."""
+        """The steps that tokens read, from new steps `x [batch, steps, width]` and the step before, `last [batch, 1, width]`."""
         if self.stride == 1 or self.fresh:
             return x
         if self.tokens == 1 and self.spread is None:
@@ -81,11 +80,11 @@ class StreamPlan:
         return torch.cat((last, x), dim=1)
 
     def at_tokens(self, x: torch.Tensor) -> torch.Tensor:
-        """What `to_read` gave, or any function of each of its steps -> `[batch, tokens, width]`: what each token reads."""
+        """`[batch, tokens, width]`, the step that each token reads, from the output of `to_read`."""
         if self.stride == 1:
             return x
         if self.fresh:
-            if is_dynamic(self.tokens):  # one step more than tokens read, so that their number is never compared
+            if is_dynamic(self.tokens):  # one step more than is read, so that lengths are not compared
                 x = nn.functional.pad(x, (0, 0, 0, 1))
             return x.repeat_interleave(self.stride, dim=1)[:, : self.tokens]
         if self.spread is None:
@@ -93,12 +92,12 @@ class StreamPlan:
         return x[:, self.spread] if self.spread.dim() == 1 else gather_steps(x, self.spread)
 
     def last_of(self, x: torch.Tensor, number: int) -> torch.Tensor:
-        """The last `number` of cached and new steps, of `[batch, number + steps, width]`, as a state to keep."""
+        """The last `number` of cached and new steps `[batch, number + steps, width]`, as a state for a cache."""
         if self.counts is not None:
             places = self.counts.unsqueeze(1) + torch.arange(number, device=x.device)
             return gather_steps(x, places)
         last = x[:, x.shape[1] - number :]
-        return last.clone() if self.fresh or x.shape[1] > 2 * number else last  # no long row is kept alive for its end
+        return last.clone() if self.fresh or x.shape[1] > 2 * number else last  # a copy, so that a long row is freed
 
 
 def gather_steps(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -232,7 +231,7 @@ def _pick_tokens(plan, past, before, device):
 
 
 def _add_mask(plan, positions, first, before, cached, has_dynamic_shapes):
-    """Set `mask` and `keys_seen`, where windows of whole sequences do not say everything."""
+    """Set `mask` or `keys_seen` where attention is not that of whole sequences to themselves."""
     steps, window, dilation, block = plan.steps, plan.window, plan.dilation, plan.block
     device = positions.device
     if plan.output_attentions or has_dynamic_shapes or (steps > 1 and not plan.fresh):
@@ -251,7 +250,7 @@ def _add_mask(plan, positions, first, before, cached, has_dynamic_shapes):
 
 
 def _rotary(config, hierarchy, positions, newest, steps, cache, rotary_emb, dtype):
-    """Cosines and signed sines of positions `[1 or batch, steps]` within a phase, with what xPos adds."""
+    """Cosines and signed sines of positions `[1 or batch, steps]` in a phase, scaled by xPos."""
     head_dim = config.head_dim[hierarchy]
     cos, sin = rotary_emb(positions.new_zeros((), dtype=torch.float32), positions)
     sin = torch.cat((-sin[..., : head_dim // 2], sin[..., head_dim // 2 :]), dim=-1)
@@ -268,7 +267,7 @@ def _rotary(config, hierarchy, positions, newest, steps, cache, rotary_emb, dtyp
 
 
 def _center(config, hierarchy, newest, steps, decay, cache, dtype):
-    """The position from which decay is counted; it follows the newest one, and cached keys follow it."""
+    """The position from which decay is counted. It moves with the newest position, and cached keys are scaled to it."""
     base = config.xpos_scale_base
     device = decay.device.type
     if torch.is_autocast_enabled(device):

@@ -1,4 +1,4 @@
-"""The axis ids of one call of `generate`: where they come from, and those of all rows so far."""
+"""The axis ids of one call of `generate`: their sources, and the ids of all rows so far."""
 
 from dataclasses import dataclass
 from numbers import Integral
@@ -11,18 +11,18 @@ from ..common.processing_utils import special_token_ids
 
 @dataclass(frozen=True)
 class Sources:
-    """Where the axis ids of each axis come from, and who annotates."""
+    """Source of the ids of each axis, and the axes that annotate."""
 
     of_axes: tuple[str, ...]
     processor: Any = None
-    annotators: tuple = ()  # those of the annotated axes, in their order
+    annotators: tuple = ()  # of the annotated axes, in order
 
     def places(self, source: str) -> list[int]:
         return [place for place, name in enumerate(self.of_axes) if name == source]
 
 
 class _Reading(NamedTuple):
-    """What annotators know of a row: tokens that complete no character yet, and the state of each. Beams share it."""
+    """Tokens of a row that complete no character yet, and the state of each annotator. Beams share it."""
 
     pending: tuple
     states: tuple
@@ -31,18 +31,18 @@ class _Reading(NamedTuple):
 class AxisState:
     """The axis ids of all rows during one call of `generate`.
 
-    Between two forward passes: `choose` adds the axis ids of a position, then the loop adds the main tokens, then
-    `follow` finds out which rows have moved where, and lets annotators read the new tokens.
+    Between two forward passes `choose` adds the axis ids of a position, then the decoding loop adds the main tokens, then
+    `follow` reorders rows as beams were reordered, and annotates the new tokens.
 
     Args:
-        sources (`Sources`): where axis ids come from.
-        tokens (`torch.LongTensor` of shape `[rows, length]`): the prompts; nothing where they are embeddings.
-        mask (`torch.Tensor` of shape `[rows, length]`, *optional*): which tokens are no pads.
+        sources (`Sources`): sources of the axis ids.
+        tokens (`torch.LongTensor` of shape `[rows, length]`): tokens of the prompts, of length 0 for embeddings.
+        mask (`torch.Tensor` of shape `[rows, length]`, *optional*): which tokens are real.
         axis_ids (`torch.LongTensor` of shape `[rows, axes, prompt]`): of the prompts.
-        forced (`torch.LongTensor` of shape `[rows, forced axes, steps]`, *optional*): what the caller wants.
-        past (`int`): cached tokens before the first of `axis_ids`.
-        beams (`int`): rows of one prompt that change places with each other.
-        temperature (`float`, *optional*): predicted axis ids are drawn at this temperature, `None`: the likeliest.
+        forced (`torch.LongTensor` of shape `[rows, forced axes, steps]`, *optional*): ids given by the caller.
+        past (`int`): number of cached tokens before the first of `axis_ids`.
+        beams (`int`): number of rows of each prompt.
+        temperature (`float`, *optional*): at which predicted axis ids are sampled. `None` for the likeliest ids.
     """
 
     def __init__(self, sources, tokens, mask, axis_ids, forced, past=0, beams=1, temperature=None):
@@ -79,7 +79,7 @@ class AxisState:
         return self.chosen[-1]
 
     def follow(self, tokens: torch.LongTensor) -> None:
-        """Take in sequences that are one token longer, `[rows, length]`, in whatever order beams have brought them."""
+        """Continue with sequences `[rows, length]` that are one token longer, in the order of the beams."""
         if self.beams > 1:
             parents = self._parents(tokens[:, :-1])
             self.axis_ids = self.axis_ids[parents]
@@ -92,19 +92,19 @@ class AxisState:
                 self.axis_ids[row, self.annotated, -1] = self.axis_ids.new_tensor(ids)
 
     def of_rows(self, sequences: torch.LongTensor) -> torch.LongTensor:
-        """Tracks of the finished `sequences [rows, length]` of a search without beams, `[rows, axes, length]`."""
+        """Axis ids `[rows, axes, length]` of finished `sequences [rows, length]` without beams."""
         if sequences.shape[1] > self.tokens.shape[1]:
             self.follow(sequences)
-        first = self.prompt_axis_ids.shape[-1] - self.prompt_length  # prompts of embeddings are in no sequence
+        first = self.prompt_axis_ids.shape[-1] - self.prompt_length  # sequences do not contain prompts of embeddings
         return self.axis_ids[..., first : first + sequences.shape[1]]
 
     def of_beams(self, sequences: torch.LongTensor, beam_indices: torch.LongTensor, per_prompt: int):
-        """Tracks of finished hypotheses, `[rows, axes, length]`.
+        """Axis ids `[rows, axes, length]` of finished hypotheses.
 
         Args:
-            sequences (`torch.LongTensor` of shape `[rows, length]`): the best `per_prompt` of each prompt.
-            beam_indices (`torch.LongTensor` of shape `[rows, steps]`): which row each token was written by, -1: none.
-            per_prompt (`int`): hypotheses returned for each prompt.
+            sequences (`torch.LongTensor` of shape `[rows, length]`): the best `per_prompt` hypotheses of each prompt.
+            beam_indices (`torch.LongTensor` of shape `[rows, steps]`): row that generated each token, -1 after the end.
+            per_prompt (`int`): number of hypotheses of each prompt.
         """
         steps = torch.arange(beam_indices.shape[1], device=sequences.device)
         first_rows = torch.arange(len(sequences), device=sequences.device) // per_prompt * self.beams
@@ -119,7 +119,7 @@ class AxisState:
         return torch.cat((prompts, written), dim=-1)
 
     def _parents(self, tokens):
-        """For each row the first of the same prompt that has written the same so far."""
+        """For each row the first row of the same prompt with the same tokens so far."""
         prompts = len(tokens) // self.beams
         new, old = (x[:, self.prompt_length :].unflatten(0, (prompts, self.beams)) for x in (tokens, self.tokens))
         same = (new.unsqueeze(2) == old.unsqueeze(1)).all(-1)
@@ -143,7 +143,7 @@ class AxisState:
         return readings
 
     def read(self, reading, token):
-        """Axis ids of the annotated axes for one more token, and what is known after it; special tokens have id 0."""
+        """Ids of the annotated axes for one more token, 0 for special tokens, and the reading after it."""
         if token in self.special_tokens:
             return [0] * len(self.annotated), reading
         characters, pending = self.sources.processor.new_characters(reading.pending, token)

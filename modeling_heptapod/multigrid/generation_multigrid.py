@@ -1,16 +1,16 @@
-"""`generate` for MultiGrid: every new token comes with its axis ids, predicted, annotated from the text, or forced.
+"""`generate` for MultiGrid: every new token has axis ids that are predicted, annotated from the text, or forced.
 
-Read top-down: the outputs, the axis ids of one call, the mixin. The decoding loops are transformers' own. They call
-`prepare_inputs_for_generation` before each forward pass and `_update_model_kwargs_for_generation` after it; axis ids
-enter and leave through these two. Nothing is kept on the module: the state of a call is in its model kwargs.
+The decoding loops are transformers' own. They call `prepare_inputs_for_generation` before each forward pass and
+`_update_model_kwargs_for_generation` after it, which pass axis ids on. The state of a call, in `axis_state.py`, is in its
+model kwargs.
 
-When an axis id of position `t + 1` is known:
+When the axis id of position `t + 1` is known:
 
     source       parallel order                           factored order
     predicted    with the main token of t + 1             before the main token of t + 1, which is conditioned on it
-    forced       the same                                 the same: the caller's choice steers this very token
-    annotated    after it, by rule from the text          a guess of the model's conditions the main token and is then
-                                                          replaced by what the rule says of the text
+    forced       the same                                 the same: the main token is conditioned on the given id
+    annotated    after it, by rule from the text          the main token is conditioned on a predicted id, which the
+                                                          annotation then replaces
 """
 
 from collections.abc import Sequence
@@ -37,11 +37,11 @@ AXIS_SOURCES = ("predicted", "annotated", "forced")
 
 @dataclass
 class MultiGridGenerateOutput(GenerateDecoderOnlyOutput):
-    """What `generate` returns with `return_dict_in_generate=True` and without beams: the stock output, and the axis ids.
+    """Output of `generate` with `return_dict_in_generate=True`, without beams.
 
     Args:
         axis_sequences (`torch.LongTensor` of shape `[batch, axes, length]`):
-            Axis ids of every token of `sequences`, axes in the order of `config.axis_names`; 0 at the pads behind a
+            Axis ids of every token of `sequences`, with axes in the order of `config.axis_names`, and 0 at pads after a
             finished row.
     """
 
@@ -50,18 +50,18 @@ class MultiGridGenerateOutput(GenerateDecoderOnlyOutput):
 
 @dataclass
 class MultiGridGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
-    """The same with beams.
+    """Output of `generate` with `return_dict_in_generate=True`, with beams.
 
     Args:
         axis_sequences (`torch.LongTensor` of shape `[batch, axes, length]`):
-            As in [`MultiGridGenerateOutput`]: the axis ids of the hypotheses that are returned.
+            As in [`MultiGridGenerateOutput`], of the returned hypotheses.
     """
 
     axis_sequences: torch.LongTensor | None = None
 
 
 class _NotesFinishedRows(StoppingCriteriaList):
-    """Stopping criteria that also record which rows are filled with padding from now on."""
+    """Stopping criteria that also record which rows are finished and continue with padding."""
 
     def __init__(self, criteria, axis_state):
         super().__init__(criteria)
@@ -76,7 +76,7 @@ class _NotesFinishedRows(StoppingCriteriaList):
 
 
 def _with_axis_state(loop):
-    """A custom decoding loop (`custom_generate`) with the state of the axes among its model kwargs."""
+    """A custom decoding loop (`custom_generate`) with the state of the axes in its model kwargs."""
 
     @wraps(loop)  # `generate` reads the signature
     def loop_with_axes(model, input_ids, *, stopping_criteria, generation_config, **kwargs):
@@ -89,7 +89,7 @@ def _with_axis_state(loop):
 
 
 class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
-    """`generate` with axes. Without any it is transformers' own."""
+    """`generate` with axes. Without axes it is transformers' own."""
 
     def generate(
         self,
@@ -101,40 +101,41 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         forced_axis_ids: torch.LongTensor | None = None,
         **kwargs,
     ):
-        """As [`GenerationMixin.generate`], with axis ids beside the text.
+        """As [`GenerationMixin.generate`], with axis ids.
 
         Args:
             inputs, generation_config, args, kwargs:
-                As there. `axis_ids` (`torch.LongTensor` of shape `[batch, axes, prompt]`) are those of the prompt; a
-                [`MultiGridProcessor`] returns them with the `input_ids`. Where there are axes they are required, or
-                `processor`, which then annotates the prompt: a pipeline hands over nothing but `input_ids`.
+                As there. `axis_ids` (`torch.LongTensor` of shape `[batch, axes, prompt]`) are those of the prompt, which a
+                [`MultiGridProcessor`] returns with the `input_ids`. With axes they are required, or `processor`, which then
+                annotates the prompt, as for pipelines, which pass `input_ids` only.
             axis_source (`str` or `dict[str, str]`, *optional*, defaults to `"predicted"`):
-                Where axis ids come from, for all axes or by the axis's name (`"predicted"` where one is left out):
+                Source of the axis ids, for all axes or by name (`"predicted"` where a name is missing):
 
-                - `"predicted"`: the model. The likeliest one; with `do_sample=True` drawn at `temperature` (the other
-                  warpers are about main tokens), before the main token.
-                - `"annotated"`: the axis's rule, from the text written so far. Needs `processor`, and a causal axis.
-                - `"forced"`: `forced_axis_ids`. In the parallel order a forced axis id reaches the main stream with
-                  its own position, so it steers what comes after it; in the factored order it steers its own token.
+                - `"predicted"`: by the model. The likeliest id, or with `do_sample=True` one sampled at `temperature`. Other
+                  logits processors apply to main tokens only.
+                - `"annotated"`: by the rule of the axis, from the text so far. Needs `processor`, and a causal axis.
+                - `"forced"`: from `forced_axis_ids`. In the parallel order the main stream reads a forced id at its position,
+                  so it affects later tokens. In the factored order it also affects the token at its position.
             processor ([`MultiGridProcessor`], *optional*):
-                Its tokenizer turns tokens into characters, its axes annotate what is written, and the prompt where
-                `axis_ids` are not given.
+                Its tokenizer decodes tokens, and its axes annotate the new text, and the prompt where `axis_ids` are not
+                given.
             forced_axis_ids (`torch.LongTensor` of shape `[batch, forced axes or all axes, steps]`, *optional*):
-                Axis ids of the tokens to come, at least as many as are generated. Of all axes, only the forced ones are
+                Axis ids of the new tokens, at least as many as are generated. With all axes given, only the forced ones are
                 read.
             custom_generate (`Callable` or `str`, *optional*):
-                As there. A custom loop finds the axis ids among its keyword arguments and passes them on with these to
-                `prepare_inputs_for_generation` and `_update_model_kwargs_for_generation`, whose order is that of the stock
-                loops: inputs, forward pass, update, and then the logits.
+                As there. A custom loop gets the axis ids in its keyword arguments and passes these on to
+                `prepare_inputs_for_generation` and `_update_model_kwargs_for_generation`. It must call them in the order of
+                the stock loops: inputs, forward pass, update, and then read the logits.
 
         Returns:
             `sequences`, or with `return_dict_in_generate=True` a [`MultiGridGenerateOutput`] or
-            [`MultiGridGenerateBeamOutput`], which have `axis_sequences` beside them. Scores are those of main tokens.
+            [`MultiGridGenerateBeamOutput`] with `axis_sequences`. Scores are those of main tokens.
 
         Raises:
-            TypeError: for a `axis_source`, `axis_ids` or `forced_axis_ids` of another type.
-            ValueError: for a `guidance_scale` or assisted decoding, unknown axes or sources, a missing `processor` or `axis_ids`, an axis that is not causal and
-                annotated, forced ids of a wrong shape, too short, or with ids outside an axis's vocabulary.
+            TypeError: for an `axis_source`, `axis_ids` or `forced_axis_ids` of another type.
+            ValueError: for a `guidance_scale`, assisted decoding, unknown axes or sources, a missing `processor` or `axis_ids`,
+                an annotated axis that is not causal, and forced ids of a wrong shape, of too few tokens, or outside of the
+                vocabulary of their axis.
         """
         sources = self._axis_sources(axis_source, processor, forced_axis_ids)
         if kwargs.get("axis_ids") is not None:
@@ -167,7 +168,7 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         forced_axis_ids: torch.LongTensor | None = None,
         **kwargs,
     ):
-        """As the stock method, with the axis ids of the tokens that the forward pass is given."""
+        """As the stock method, with the axis ids of the tokens of the next forward pass."""
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -244,7 +245,7 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         of_axes = tuple(by_name.get(name, "predicted") for name in names)
         if ("forced" in of_axes) != (forced_axis_ids is not None):
             raise ValueError(
-                "`forced_axis_ids` and a `axis_source` of 'forced' belong together, got "
+                "`forced_axis_ids` need an `axis_source` of 'forced' and vice versa, got "
                 f"axis_source={axis_source!r} and {'no' if forced_axis_ids is None else 'some'} `forced_axis_ids`."
             )
         if forced_axis_ids is not None:
@@ -273,7 +274,7 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         return axis
 
     def _start_axis_state(self, input_ids, generation_config, model_kwargs, beams=1) -> AxisState | None:
-        """Take what `generate` was told about axis ids out of `model_kwargs`."""
+        """The state of a call. Arguments about axis ids are removed from `model_kwargs`."""
         sources, forced, axis_ids = (
             model_kwargs.pop(x, None) for x in ("axis_sources", "forced_axis_ids", "axis_ids")
         )
@@ -281,8 +282,8 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
             return None
         if generation_config.guidance_scale not in (None, 1):
             raise ValueError(
-                f"`guidance_scale` must be 1 with axes, got {generation_config.guidance_scale}: what the model would say "
-                "without the prompt is asked for without axis ids."
+                f"`guidance_scale` must be 1 with axes, got {generation_config.guidance_scale}: the pass without the "
+                "prompt has no axis ids."
             )
         embeds, cache, mask = (model_kwargs.get(x) for x in ("inputs_embeds", CACHE, "attention_mask"))
         rows, length = (input_ids if embeds is None else embeds).shape[:2]
@@ -321,7 +322,7 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         )
 
     def _annotate_prompts(self, processor, tokens, mask) -> torch.LongTensor:
-        """What the axes of `processor` say of prompts `[rows, length]`: `[rows, axes, length]`, 0 at pads."""
+        """Axis ids `[rows, axes, length]` of prompts `[rows, length]` by the axes of `processor`, 0 at pads."""
         names = self.config.axis_names
         ahead = [axis.name for axis in processor.axes if axis.name in names and not axis.causal]
         if ahead:
@@ -342,7 +343,7 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
 
     @staticmethod
     def _mask_length(mask, generation_config):
-        """How `generate` itself tells whole sequences from new tokens after a cache."""
+        """Length by which `generate` distinguishes whole sequences from new tokens after a cache."""
         return mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", -1)
 
     def _check_forced(self, sources: Sources, forced: torch.LongTensor, rows: int, steps: int) -> torch.LongTensor:
@@ -355,7 +356,7 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
             )
         if forced.shape[2] < steps:
             raise ValueError(
-                f"`forced_axis_ids` must say an axis id for each of the {steps} tokens that may be generated, got "
+                f"`forced_axis_ids` must have an id for each of the {steps} tokens that may be generated, got "
                 f"{forced.shape[2]}."
             )
         if forced.shape[1] != len(places):

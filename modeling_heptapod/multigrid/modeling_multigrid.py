@@ -1,8 +1,8 @@
-"""MultiGrid: a text and axes aligned with it token for token, each a decoder of its own, reading each other in every layer.
+"""MultiGrid: decoders of a text and of axes aligned with its tokens, which read each other in every layer.
 
-Read bottom-up: model, head. Layers are in `multigrid_blocks.py`, how positions mix in `multigrid_cores.py`, adding and removing
-axes in `multigrid_growth.py`. The prototype is the Metadata-Enhanced-Transformer notebook, on nanoGPT; without axes this is
-GPT-2.
+Model and head. Layers are in `multigrid_blocks.py`, mixers in `multigrid_cores.py`, the context of a forward pass in
+`multigrid_context.py`, adding and removing axes in `multigrid_growth.py`. The prototype is the Metadata-Enhanced-Transformer
+notebook, on nanoGPT. Without axes MultiGrid is GPT-2.
 """
 
 from dataclasses import dataclass
@@ -55,12 +55,12 @@ class MultiGridModelOutput(ModelOutput):
     last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
         The main stream, normalised.
     past_key_values (`MultiGridCache`, *optional*):
-        What further tokens need of these.
+        Cache for further tokens.
     hidden_states (`tuple`, *optional*):
-        The main stream before the first and after each layer, the last as `last_hidden_state`.
+        The main stream before the first layer and after each, the last as `last_hidden_state`.
     attentions (`tuple`, *optional*):
-        Of each layer, what the streams see of themselves, `[batch_size, heads, sequence_length, keys]`: heads of the main
-        stream first, then of each axis (`core="transformer"` only).
+        Weights of self-attention in each layer, `[batch_size, heads, sequence_length, keys]`: heads of the main stream, then
+        of each axis (`core="transformer"` only).
     axis_hidden_states (`torch.FloatTensor` of shape `(batch_size, axes, sequence_length, axis_hidden_size)`, *optional*):
         The axis streams, normalised.
     """
@@ -84,9 +84,9 @@ class MultiGridCausalLMOutput(ModelOutput):
     loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
         `main_loss_weight * main_loss + (1 - main_loss_weight) * mean of axis_losses`; the main loss without axes.
     logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
-        Scores of the next main token; in the factored order, given the next axis ids.
+        Scores of the next main token. In the factored order, given the next axis ids.
     past_key_values (`MultiGridCache`, *optional*):
-        What further tokens need of these.
+        Cache for further tokens.
     hidden_states (`tuple`, *optional*):
         As from the base model.
     attentions (`tuple`, *optional*):
@@ -94,12 +94,12 @@ class MultiGridCausalLMOutput(ModelOutput):
     main_hidden_states (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
         In the factored order: the main stream before the next axis ids are known, for `main_logits`.
     axis_logits (`tuple`, *optional*):
-        Of each axis, scores of its next token, `[batch_size, sequence_length, axis_vocab_sizes[a]]`.
+        Scores of the next id of each axis, `[batch_size, sequence_length, axis_vocab_sizes[a]]`.
     main_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
-        Cross-entropy of the next main token. In the factored order the code length of the text is the sum of this and of
-        `axis_losses`, this alone is not.
+        Cross-entropy of the next main token. In the factored order the code length of the text is the sum of this and all
+        `axis_losses`.
     axis_losses (`tuple`, *optional*):
-        Cross-entropy of the next token of each axis, in the order of `axis_names`.
+        Cross-entropy of the next id of each axis, in the order of `axis_names`.
     """
 
     loss: torch.FloatTensor | None = None
@@ -129,10 +129,10 @@ class MultiGridPreTrainedModel(AutoMappingMixin, CustomCacheMixin, PreTrainedMod
     def __init__(self, config: MultiGridConfig, *args, **kwargs):
         config.complete()
         super().__init__(config, *args, **kwargs)
-        self._is_stateful = config.core != "transformer"  # a recurrent state cannot be rolled back
+        self._is_stateful = config.core != "transformer"  # recurrent states cannot be cropped
 
     def _cache_layers(self, cache):
-        """See `CustomCacheMixin._cache_layers`: each stream's own past, then, with axes, what streams read of each other."""
+        """See `CustomCacheMixin._cache_layers`: layers of the self blocks, then, with axes, of the cross blocks."""
         config, layers = self.config, []
         axes, head_dim = config.num_axes, config.head_dim
         own = config.num_attention_heads + axes * config.axis_num_attention_heads
@@ -140,7 +140,7 @@ class MultiGridPreTrainedModel(AutoMappingMixin, CustomCacheMixin, PreTrainedMod
             if config.core == "leap":
                 layers += [mixing_states(window, heads, 2, head_dim) for window in config.window_sizes]
                 continue
-            if config.core == "lstm":  # whose readings keep nothing
+            if config.core == "lstm":  # whose cross blocks have no state
                 shapes = {} if layers else {("recurrent_states", 0): (2, own * head_dim)}
                 states = LayerStates("linear_attention", shapes, precise=True)
             else:
@@ -162,7 +162,7 @@ class MultiGridModel(MultiGridPreTrainedModel):
             self.rotary_emb = LlamaRotaryEmbedding(leap_config(config, config.num_attention_heads))
         elif config.core == "transformer":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-            self.axis_embed_positions = None  # streams of equal width share their positions
+            self.axis_embed_positions = None  # streams of equal width share the table
             if config.num_axes and config.axis_hidden_size != config.hidden_size:
                 self.axis_embed_positions = nn.Embedding(config.max_position_embeddings, config.axis_hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -193,7 +193,7 @@ class MultiGridModel(MultiGridPreTrainedModel):
     ) -> MultiGridModelOutput:
         r"""
         axis_ids (`torch.LongTensor` of shape `(batch_size, axes, sequence_length)`, *optional*):
-            Token of each axis at each position, in the order of `config.axis_names`; needed when there are any.
+            Token of each axis at each position, in the order of `config.axis_names`. Required with axes.
         seq_idx (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Index of the packed sequence each token belongs to.
         cu_seq_lens_q (`torch.LongTensor` of shape `(num_sequences + 1,)`, *optional*):
@@ -235,11 +235,11 @@ class MultiGridModel(MultiGridPreTrainedModel):
         )
 
     def embed(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None) -> torch.FloatTensor:
-        """The main axis's embeddings `[batch, seq, hidden_size]`. Raises `TypeError` and `ValueError` for bad input."""
+        """Embeddings `[batch, seq, hidden_size]` of the main axis. Raises `TypeError` and `ValueError` for bad input."""
         return embed_text(self.embed_tokens, input_ids, inputs_embeds, self.config.hidden_size)
 
     def embed_axes(self, axis_ids: torch.LongTensor | None, shape: tuple[int, int]) -> torch.FloatTensor | None:
-        """The axes' embeddings `[axes, batch, seq, axis_hidden_size]`, `None` without axes.
+        """Embeddings `[axes, batch, seq, axis_hidden_size]` of the axes, `None` without axes.
 
         Args:
             axis_ids (`torch.LongTensor` of shape `[batch, axes, seq]`, *optional*).
@@ -269,7 +269,7 @@ class MultiGridModel(MultiGridPreTrainedModel):
     def _add_positions(self, main, meta, position_ids, may_be_out):
         limit = self.config.max_position_embeddings
         remedy = "Cores 'leap' and 'lstm' have no such bound."
-        if may_be_out and position_ids.device.type != "cpu":  # a CPU looks itself
+        if may_be_out and position_ids.device.type != "cpu":  # on a CPU the embedding checks
             check_position_range(position_ids, limit, remedy)
         try:
             main = main + self.embed_positions(position_ids)
@@ -323,13 +323,13 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
     ) -> MultiGridCausalLMOutput:
         r"""
         axis_ids (`torch.LongTensor` of shape `(batch_size, axes, sequence_length)`, *optional*):
-            Token of each axis at each position, in the order of `config.axis_names`; needed when there are any.
+            Token of each axis at each position, in the order of `config.axis_names`. Required with axes.
         axis_targets (`torch.LongTensor` of shape `(batch_size, axes, sequence_length)`, *optional*):
-            What `labels` are, of the axes, or `shift_labels`, where those are given. When not given: `axis_ids`, ignored
-            wherever the main targets are -100.
+            Targets of the axes, aligned like `labels`, or like `shift_labels` where those are given. Defaults to `axis_ids`,
+            ignored where the main targets are -100.
         next_axis_ids (`torch.LongTensor` of shape `(batch_size, axes)`, *optional*):
-            In the factored order: the axis ids that follow the last position. Without them its logits are those of a
-            model that knows nothing of them.
+            In the factored order, the axis ids after the last position. Without them the logits there are not conditioned on
+            axis ids.
         seq_idx (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Index of the packed sequence each token belongs to.
         cu_seq_lens_q (`torch.LongTensor` of shape `(num_sequences + 1,)`, *optional*):
@@ -402,9 +402,8 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
 
         Args:
             main_hidden_states (`torch.Tensor` of shape `[batch, seq, hidden_size]`): of a forward pass's output.
-            next_axis_ids (`torch.LongTensor` of shape `[batch, axes, seq]`): what follows each position.
-            known (`torch.BoolTensor` of shape `[1 or batch, seq]`, *optional*): where it is known at all; everywhere when
-                not given.
+            next_axis_ids (`torch.LongTensor` of shape `[batch, axes, seq]`): axis ids after each position.
+            known (`torch.BoolTensor` of shape `[1 or batch, seq]`, *optional*): where it is known. Defaults to everywhere.
 
         Returns:
             `torch.Tensor` of shape `[batch, seq, vocab_size]`.
@@ -427,9 +426,9 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
         return self.lm_head(self.next_axes(main_hidden_states, embeds, known))
 
     def _losses(self, logits, axis_logits, labels, axis_ids, axis_targets, shift_labels=None, **kwargs):
-        """The loss and its parts; `num_items_in_batch` counts main tokens, and is the same for all of them.
+        """The loss and its parts. `num_items_in_batch` counts main tokens, for all parts.
 
-        `shift_labels` are aligned with the logits; then so are `axis_targets`.
+        `shift_labels` are aligned with the logits, and then so are `axis_targets`.
         """
 
         def loss(logits, targets, vocab_size):

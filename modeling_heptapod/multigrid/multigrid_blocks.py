@@ -1,13 +1,13 @@
-"""The layers of MultiGrid: blocks of equal shape together.
+"""The layers of MultiGrid. Blocks of equal shape are computed together.
 
-One layer of the main stream and `A` axis streams is `1 + 3 A` blocks, each mixing and feed-forward behind a norm:
+One layer of the main stream and `A` axis streams has `1 + 3 A` pre-norm blocks of a mixer and a feed-forward:
 
-    x       <- self_block(x)                            every stream, from its own past
+    x       <- self_block(x)                            every stream reads its own past
     main_a  <- main_cross_blocks[a](main, meta_a)       the main stream reads axis a
     meta_a  <- axis_cross_blocks[a](meta_a, main)       at the same time, axis a reads the main stream
     main    <- main + sum_a axis_weights[a] * (main_a - main)
 
-Position `t` of any stream reads positions up to `t` only, its own, or another's after the self blocks.
+Position `t` of a stream reads positions up to `t` only, of itself or of another stream after its self block.
 """
 
 import torch
@@ -34,17 +34,17 @@ class MultiGridMLP(nn.Module):
 
 
 def grouped_mlp(mlps: list[MultiGridMLP], x: torch.Tensor) -> torch.Tensor:
-    """One feed-forward for each stream `[streams, batch, seq, width]`."""
+    """Feed-forwards of all streams `[streams, batch, seq, width]`."""
     x = grouped_linear([mlp.up_proj for mlp in mlps], x)
     return grouped_linear([mlp.down_proj for mlp in mlps], mlps[0].act_fn(x))
 
 
 class MultiGridBlock(nn.Module):
-    """Weights of one pre-norm block: mixer and feed-forward of a stream that mixes its own past or reads another one.
+    """Weights of one pre-norm block: mixer and feed-forward of a stream that reads its own past or another stream.
 
     Args:
         config (`MultiGridConfig`): of the model.
-        is_axis (`bool`): whether the stream that is changed is an axis stream.
+        is_axis (`bool`): whether the block changes an axis stream.
         is_cross (`bool`): whether it reads a stream of the other kind.
     """
 
@@ -68,7 +68,7 @@ class MultiGridBlock(nn.Module):
             self.mlp = MultiGridMLP(config, width, inner)
 
     def close(self):
-        """Let the block change nothing: what it adds to its stream becomes zero, and learns."""
+        """Initialise output projections to zero, so that the block starts as a no-op."""
         for linear in (self.mixer.o_proj, None if self.mlp is None else self.mlp.down_proj):
             if linear is not None:
                 init.zeros_(linear.weight)
@@ -76,7 +76,7 @@ class MultiGridBlock(nn.Module):
 
 
 class MultiGridLayer(GradientCheckpointingLayer):
-    """`1 + 3 A` blocks, those of equal shape together."""
+    """The `1 + 3 A` blocks of one layer with `A` axes."""
 
     def __init__(self, config: MultiGridConfig, layer_idx: int):
         super().__init__()
@@ -91,7 +91,7 @@ class MultiGridLayer(GradientCheckpointingLayer):
         self.make_cores()
 
     def make_cores(self):
-        """What runs the mixers; it holds no weights, but knows how many there are."""
+        """Make the cores that run the mixers. They have no weights, and depend on the number of axes."""
         core, layers = CORES[self.config.core], self.config.num_hidden_layers
         self.core = core(self.config, self.layer_idx)
         self.cross_core = core(self.config, layers + self.layer_idx) if self.config.num_axes else None
@@ -116,13 +116,13 @@ class MultiGridLayer(GradientCheckpointingLayer):
         mains = main.expand(len(meta), *main.shape)
         readings = [(self.main_cross_blocks, mains, meta), (self.axis_cross_blocks, meta, mains)]
         (read, meta), _ = self._run(self.cross_core, readings, context, past_key_values)
-        # One after the other, so that an axis that changes nothing changes no rounding either.
+        # One after the other, so that an axis without an effect does not change rounding.
         for change, share in zip(read - main, self.config.axis_shares):
             main = torch.add(main, change, alpha=share)
         return main, meta, weights
 
     def _run(self, core, streams, context, cache):
-        """Blocks of several groups of streams, given as (blocks, own, other)."""
+        """Run the blocks of several groups of streams, given as (blocks, own, other)."""
         groups = []
         for blocks, own, other in streams:
             own = grouped_norm([block.input_layernorm for block in blocks], own)
@@ -144,7 +144,7 @@ class MultiGridLayer(GradientCheckpointingLayer):
 
 
 class NextAxesBlock(nn.Module):
-    """The factored order: what the main stream learns of the next axis ids before it predicts, and a feed-forward."""
+    """Conditioning of the main stream on the next axis ids in the factored order, and a feed-forward."""
 
     def __init__(self, config: MultiGridConfig):
         super().__init__()
@@ -157,9 +157,9 @@ class NextAxesBlock(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, next_embeds: list[torch.Tensor], known: torch.Tensor | None
     ) -> torch.Tensor:
-        """`hidden_states [batch, seq, hidden_size]`, changed by the embeddings `[batch, seq, axis_hidden_size]` of each axis.
+        """Add embeddings `[batch, seq, axis_hidden_size]` of each axis to `hidden_states [batch, seq, hidden_size]`.
 
-        `known [1 or batch, seq]` says at which positions there are any; `None` for all.
+        `known [1 or batch, seq]` is `False` where there are none; `None` means known everywhere.
         """
         for proj, embeds in zip(self.projs, next_embeds):
             change = proj(embeds)

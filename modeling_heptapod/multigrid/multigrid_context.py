@@ -168,7 +168,7 @@ def _whole_mask(past_mask, mask, main, past):
 
 
 class LSTMRows:
-    """Padded and packed rows taken apart: every sequence becomes a row of its own, without pads.
+    """Padded and packed rows as one row for each sequence, without pads.
 
     Args:
         padding_mask (`torch.BoolTensor` of shape `[batch, seq]`, *optional*): which tokens are real.
@@ -207,7 +207,7 @@ class LSTMRows:
         return moved
 
     def run(self, lstm: nn.LSTM, x: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]):
-        """As the LSTM itself, `x [batch, seq, width]` and `state` of two `[1, batch, width]`; pads give zeros."""
+        """Run `lstm` on `x [batch, seq, width]` from `state`, two tensors `[1, batch, width]`. Outputs at pads are zero."""
         out = x.new_zeros(x.shape[0] * x.shape[1], lstm.hidden_size)
         if not self.lengths:
             return out.unflatten(0, x.shape[:2]), state

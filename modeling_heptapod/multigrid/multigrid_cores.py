@@ -20,16 +20,17 @@ from ..leap.modeling_leap import LeapMixer
 from .multigrid_context import MultiGridContext
 
 
-_BATCHED_ROWS = 256  # below this, putting the weights side by side costs more than a batched product saves
+_BATCHED_ROWS = 256  # with fewer rows, stacking the weights costs more than a batched product saves
 
 
 class Group(NamedTuple):
     """Mixers of equal shape and their normalised streams.
 
     Attributes:
-        mixers (`list[nn.Module]`): one a stream.
-        own (`torch.Tensor` of shape `[streams, batch, seq, width]`): the streams that mix their past, or that read.
-        other (`torch.Tensor` of shape `[streams, batch, seq, other_width]`, *optional*): the streams that are read.
+        mixers (`list[nn.Module]`): one for each stream.
+        own (`torch.Tensor` of shape `[streams, batch, seq, width]`): the streams that are changed.
+        other (`torch.Tensor` of shape `[streams, batch, seq, other_width]`, *optional*): the streams they read, in cross
+            blocks.
     """
 
     mixers: list[nn.Module]
@@ -38,16 +39,17 @@ class Group(NamedTuple):
 
 
 def _is_plain(linear):
-    """Whether a leaf is what it was built as: no adapter, hook, quantised or sharded weight."""
+    """Whether a linear layer has no adapter, no hook, and no quantised or sharded weight."""
     hooked = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    hooked = hooked or "forward" in vars(linear)  # accelerate, and others, put a function of their own in its place
+    hooked = hooked or "forward" in vars(linear)  # replaced by accelerate and others
     return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not hooked
 
 
 def grouped_linear(linears: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
     """One linear layer for each stream: `[streams, batch, seq, in] -> [streams, batch, seq, out]`.
 
-    In training one batched product; in inference one product each, whose results do not depend on the number of streams to the last bit.
+    In training one batched product. In inference one product each, with results that do not depend on the number of streams
+    to the last bit.
     """
     if len(linears) == 1:
         return linears[0](x[0]).unsqueeze(0)
@@ -76,17 +78,17 @@ def join_heads(x: torch.Tensor) -> torch.Tensor:
 
 
 def split_heads(x: torch.Tensor, groups: list[Group], heads: list[int]) -> list[torch.Tensor]:
-    """The heads of all groups side by side, `[batch, seq, heads, head_dim]`, back as `[streams, batch, seq, width]`."""
+    """Concatenated heads of all groups `[batch, seq, heads, head_dim]` -> `[streams, batch, seq, width]` for each group."""
     parts = x.split([len(group.mixers) * count for group, count in zip(groups, heads)], dim=2)
     return [part.unflatten(2, (-1, count)).movedim(2, 0).flatten(3) for part, count in zip(parts, heads)]
 
 
 class _Core(nn.Module):
-    """What cores have in common.
+    """Base class of cores.
 
     Args:
         config (`MultiGridConfig`): of the model.
-        layer_idx (`int`): layer of the cache that holds the past.
+        layer_idx (`int`): index of its layer in the cache.
     """
 
     def __init__(self, config, layer_idx: int):
@@ -128,12 +130,12 @@ class TransformerCore(_Core):
 
     @staticmethod
     def self_mixer(width: int) -> nn.Module:
-        """Weights of attention of a stream to itself."""
+        """Weights of self-attention of a stream."""
         return _SelfAttention(width)
 
     @staticmethod
     def cross_mixer(width: int, other_width: int, inner: int) -> nn.Module:
-        """Weights of attention of one stream to another one, over `inner` channels."""
+        """Weights of cross-attention of a stream to another one, over `inner` channels."""
         return _CrossAttention(width, other_width, inner)
 
     def mix(self, groups, context, cache):
@@ -168,7 +170,7 @@ class TransformerCore(_Core):
 
 
 def leap_config(config, heads: int) -> LeapConfig:
-    """LEAP's own defaults for `heads` heads, in the layers of a MultiGrid and then in their readings."""
+    """Config of LEAP's mixers with `heads` heads: its defaults, for the self blocks of all layers, then their cross blocks."""
     return LeapConfig(
         hidden_size=heads * config.head_dim,
         num_attention_heads=heads,
@@ -196,7 +198,7 @@ def _as_projected(x):
 
 
 class LeapCore(_Core):
-    """LEAP's mixer on the heads of all streams; a reading takes its queries from the reader, all else from the other."""
+    """LEAP's mixer on the heads of all streams. In cross blocks all parts but the queries are of the other stream."""
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
@@ -210,12 +212,12 @@ class LeapCore(_Core):
 
     @staticmethod
     def self_mixer(width: int) -> nn.Module:
-        """Weights of LEAP's mixing step of a stream."""
+        """Weights of LEAP's mixer of a stream."""
         return _LeapSelfMixing(width)
 
     @staticmethod
     def cross_mixer(width: int, other_width: int, inner: int) -> nn.Module:
-        """Weights of the same step of one stream over another one, over `inner` channels."""
+        """Weights of LEAP's mixer of a stream that reads another one, over `inner` channels."""
         return _LeapCrossMixing(width, other_width, inner)
 
     def mix(self, groups, context, cache):
@@ -260,16 +262,16 @@ class _LSTMCrossMixing(nn.Module):
 
 
 def _differentiable(lstm, x):
-    """cuDNN has the gradients of an LSTM in training mode only."""
+    """A context without cuDNN where it has no gradients: it computes those of an LSTM in training mode only."""
     if x.is_cuda and torch.is_grad_enabled() and not lstm.training:
         return torch.backends.cudnn.flags(enabled=False)
     return nullcontext()
 
 
 class LSTMCore(_Core):
-    """An LSTM in each stream, one after the other (recurrences of different weights have no batched form).
+    """An LSTM in each stream, one after the other, since recurrences with different weights have no batched form.
 
-    What a stream has in mind of its past is in its state, so another stream reads it at the same position, through a gate.
+    The state of a stream holds its past, so a cross block reads the other stream at the same position only, through a gate.
     """
 
     @staticmethod
@@ -279,7 +281,7 @@ class LSTMCore(_Core):
 
     @staticmethod
     def cross_mixer(width: int, other_width: int, inner: int) -> nn.Module:
-        """Weights of the gate of one stream on another one, of `inner` channels."""
+        """Weights of the gate of a stream that reads another one, of `inner` channels."""
         return _LSTMCrossMixing(width, other_width, inner)
 
     def mix(self, groups, context, cache):
@@ -294,7 +296,7 @@ class LSTMCore(_Core):
                 if past is None:
                     state = x.new_zeros(2, 1, batch, width)
                 else:
-                    # A copy: the cache is overwritten, while gradients may need what it held.
+                    # A copy, since the cache is overwritten and gradients may need its values.
                     state = past[:, :, offset : offset + width].to(x.dtype).permute(1, 0, 2).unsqueeze(1)
                     state = state.clone(memory_format=torch.contiguous_format)
                 offset += width
