@@ -280,6 +280,7 @@ def test_attention_forgets_which_of_its_last_tokens_were_pads():
     mask[1, :2], mask[1, 6:] = 0, 0
     _, cache = run(model, grid, last=9, use_cache=True, attention_mask=mask)
     cache.crop(-4)
+    assert cache.lengths().tolist() == [5, 3]
     logits, _ = run(model, grid, 5, 11, past_key_values=cache)
     assert_same([x[1:] for x in logits], [x[1:, 3:] for x in run(model, grid, 2, 11)[0]])
 
