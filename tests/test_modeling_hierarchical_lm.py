@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -316,6 +317,19 @@ def test_asking_for_attentions_changes_nothing(variant):
             cache = step.past_key_values
             states.append(step.logits)
     torch.testing.assert_close(torch.cat(states, dim=1), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_the_context_of_layers_goes_to_their_device():
+    """As accelerate sends the arguments of layers that are spread over devices."""
+    model, contexts = tiny_hierarchical_lm(**VARIANTS["stride"]), []
+    hook = model.model.layers[0].register_forward_pre_hook(
+        lambda *args: contexts.append(args[2]["context"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(random_ids(2, 9), attention_mask=(torch.arange(9) > torch.tensor([[2], [-1]])).long())
+    hook.remove()
+    plans = send_to_device({"context": contexts[0]}, "meta")["context"].streams
+    assert len(plans) > 1 and all(plan.token_positions.is_meta and plan.rotary[0].is_meta for plan in plans)
 
 
 @pytest.mark.parametrize("variant", ["two", "stride", "blocks", "cross"])

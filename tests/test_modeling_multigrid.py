@@ -4,7 +4,10 @@ import pytest
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, masking_utils
+from transformers import modeling_flash_attention_utils as flash_utils
+from transformers.integrations import flex_attention as flex_integration
 
 from modeling_heptapod import MultiGridCache, MultiGridForCausalLM
 from modeling_heptapod.multigrid import multigrid_blocks
@@ -95,6 +98,82 @@ def test_eager_attention_of_one_more_token():
         cache = model(grid["input_ids"][:, :-1], grid["axis_ids"][..., :-1], use_cache=True).past_key_values
         more = model(grid["input_ids"][:, -1:], grid["axis_ids"][..., -1:], past_key_values=cache)
     torch.testing.assert_close(more.logits[:, -1], expected, rtol=1e-4, atol=1e-5)
+
+
+def use_flex_attention(model, monkeypatch):
+    """Flex attention without its compiler."""
+    monkeypatch.setattr(masking_utils, "create_block_mask", lambda _compile, **kwargs: create_block_mask(**kwargs))
+    monkeypatch.setattr(
+        flex_integration,
+        "compile_friendly_flex_attention",
+        lambda *x, training, **kwargs: flex_attention(*x, **kwargs),
+    )
+    model.set_attn_implementation("flex_attention")
+
+
+def use_flash_attention(model, monkeypatch):
+    """Transformers' flash attention, with kernels of torch for the two that the package `flash_attn` has."""
+
+    def kernel(query, key, value, causal, softmax_scale):  # [batch, length, heads, head_dim], aligned at the end
+        queries, keys = query.shape[1], key.shape[1]
+        mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries) if causal else None
+        parts = (x.transpose(1, 2) for x in (query, key, value))
+        return nn.functional.scaled_dot_product_attention(*parts, mask, scale=softmax_scale).transpose(1, 2)
+
+    def kernel_of_sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **kwargs):
+        lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+        assert (max(lengths_q), max(lengths_k)) == (max_seqlen_q, max_seqlen_k)
+        sequences = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k))
+        return torch.cat([kernel(*(x.unsqueeze(0) for x in each), **kwargs)[0] for each in sequences])
+
+    def kernel_options(is_causal, softmax_scale, **kwargs):
+        return {
+            "causal": is_causal,
+            "softmax_scale": softmax_scale,
+            **{name: x for name, x in kwargs.items() if name.startswith("max_seqlen")},
+        }
+
+    pad, unpad = flash_utils._pad_input, flash_utils._unpad_input
+    loaded = ((kernel, kernel_of_sequences, None, pad, unpad), (kernel_options, None))
+    monkeypatch.setattr(flash_utils, "lazy_import_flash_attention", lambda *args: loaded)
+    model.config._attn_implementation = "flash_attention_2"  # setting it by method needs the package
+
+
+@pytest.mark.parametrize("use_attention", [use_flex_attention, use_flash_attention])
+@pytest.mark.parametrize("variant", ["plain", "light", "factored"])
+def test_every_attention_implementation_is_the_same(variant, use_attention, monkeypatch):
+    """Of whole rows, padded and packed ones, and of chunks and single tokens after cached ones."""
+    model = tiny_multigrid(**VARIANTS[variant]).double()
+    assert model._supports_flash_attn and model._supports_flex_attn
+    grid, place = random_grid(model, 3, 21), torch.arange(21)
+    mask = (place >= torch.tensor([[0], [4], [9]])).long()
+    packed = {"seq_idx": (place >= torch.tensor([[6], [13], [20]])).long()}
+
+    def logits_of_real_tokens():
+        logits = [run(model, grid, use_cache=False)[0], run(model, grid, use_cache=False, **packed)[0]]
+        for with_pads in (False, True):
+            cache = None
+            for first, last in ((0, 12), (12, 17), (17, 18)):
+                pads = {"attention_mask": mask[:, :last]} if with_pads else {}
+                more, cache = run(model, grid, first, last, past_key_values=cache, use_cache=True, **pads)
+                logits.append([x[mask[:, first:last].bool()] for x in more])
+        return logits
+
+    expected = logits_of_real_tokens()
+    use_attention(model, monkeypatch)
+    for logits, others in zip(logits_of_real_tokens(), expected, strict=True):
+        assert_same(logits, others, tolerance=1e-9)
+    with torch.no_grad():
+        attentions = model(**grid, output_attentions=True, attention_mask=mask).attentions
+    assert attentions[0].shape == (3, 2 + len(grid["axis_ids"][0]) * model.config.axis_num_attention_heads, 21, 21)
+
+
+def test_packed_rows_with_pads_are_an_error_with_flash_attention(monkeypatch):
+    model = tiny_multigrid()
+    use_flash_attention(model, monkeypatch)
+    rows = {"attention_mask": torch.tensor([[0, 1, 1, 1]]), "seq_idx": torch.tensor([[0, 0, 1, 1]])}
+    with pytest.raises(ValueError, match="`attention_mask` must be 1 everywhere in packed rows with flash attention"):
+        model(**random_grid(model, 1, 4), **rows)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -201,6 +280,7 @@ def test_attention_forgets_which_of_its_last_tokens_were_pads():
     mask[1, :2], mask[1, 6:] = 0, 0
     _, cache = run(model, grid, last=9, use_cache=True, attention_mask=mask)
     cache.crop(-4)
+    assert cache.lengths().tolist() == [5, 3]
     logits, _ = run(model, grid, 5, 11, past_key_values=cache)
     assert_same([x[1:] for x in logits], [x[1:, 3:] for x in run(model, grid, 2, 11)[0]])
 
@@ -755,13 +835,13 @@ def test_leaves_that_were_replaced_or_hooked_are_called():
 @pytest.mark.parametrize("core", ["transformer", "leap", "lstm"])
 def test_what_layers_are_told_goes_to_their_device(core):
     """As accelerate sends the arguments of layers that are spread over devices."""
-    model, plans = tiny_multigrid(**TWO_AXES, core=core), []
+    model, contexts = tiny_multigrid(**TWO_AXES, core=core), []
     hook = model.model.layers[0].register_forward_pre_hook(
-        lambda *args: plans.append(args[2]["plan"]), with_kwargs=True
+        lambda *args: contexts.append(args[2]["context"]), with_kwargs=True
     )
     run(model, random_grid(model, 2, 9), attention_mask=(torch.arange(9) > torch.tensor([[2], [-1]])).long())
     hook.remove()
-    moved = send_to_device({"plan": plans[0]}, "meta")["plan"]
+    moved = send_to_device({"context": contexts[0]}, "meta")["context"]
 
     def tensors(x):
         if isinstance(x, torch.Tensor):
@@ -769,7 +849,7 @@ def test_what_layers_are_told_goes_to_their_device(core):
         parts = x if isinstance(x, tuple) else vars(x).values() if hasattr(x, "__dict__") else ()
         return [tensor for part in parts for tensor in tensors(part)]
 
-    assert len(tensors(moved)) == len(tensors(plans[0])) > 0
+    assert len(tensors(moved)) == len(tensors(contexts[0])) > 0
     assert all(tensor.is_meta for tensor in tensors(moved))
 
 

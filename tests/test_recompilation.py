@@ -100,6 +100,18 @@ def test_multigrid(variant, train):
     assert compilations(model, lambda length: tiny_multigrid.random_grid(model, 2, length), train) == 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("train", [False, True], ids=["no-grad", "training"])
+def test_multigrid_with_packed_rows(train):
+    model = tiny_multigrid.tiny_multigrid(**MULTIGRID["axes"])
+
+    def packed(length):
+        position_ids = torch.cat((torch.arange(5), torch.arange(length - 5))).expand(2, -1)
+        return {**tiny_multigrid.random_grid(model, 2, length), "position_ids": position_ids}
+
+    assert compilations(model, packed, train) == 2
+
+
 @pytest.mark.parametrize("train", [False, True], ids=["no-grad", "training"])
 @pytest.mark.parametrize(
     "variant",

@@ -35,6 +35,11 @@ class CountingCacheMixin(CacheVersionsMixin, Cache):
         """Number of real tokens of each row's sequence, `[batch]`, or one number for all rows."""
         return self.seen_tokens if self.next_positions is None else self.next_positions
 
+    @property
+    def rows_differ(self) -> bool:
+        """Whether rows hold different numbers of real tokens, or may do so."""
+        return self.next_positions is not None
+
     def follow(self, next_positions: torch.Tensor) -> None:
         """Set `next_positions [batch]`; called once per forward pass whose rows differ."""
         self.next_positions = next_positions

@@ -88,8 +88,8 @@ def check_position_ids(position_ids: torch.Tensor | None, batch: int, seq: int) 
     if position_ids is None:
         return
     check_ids("position_ids", position_ids)
-    shape = position_ids.shape
-    if len(shape) != 2 or shape[0] not in (1, batch) or shape[1] != seq:
+    shape = position_ids.shape  # `in` has no answer for sizes that a compiler leaves open
+    if len(shape) != 2 or (shape[0] != 1 and shape[0] != batch) or shape[1] != seq:
         raise ValueError(f"`position_ids` must be [1 or {batch}, {seq}], got {list(shape)}.")
 
 

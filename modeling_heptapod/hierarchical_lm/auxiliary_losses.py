@@ -1,13 +1,13 @@
-"""What a hierarchy learns beside the next token: losses on its own streams.
+"""Auxiliary losses of the hierarchical LM, on the streams of single hierarchies. A step of factor `c` predicts
 
-- reconstruction: a coarse token says which `c` tokens it was made of (prototype `simple-hierarchical-transformer` 0.4.0),
-- prophet: it says which `c` tokens come next (ProphetNet, arXiv 2001.04063; the prototype until 0.1.2),
-- quantized prophet: it says into which cells of a frozen random quantiser the next block of `c` tokens falls
-  (BEST-RQ, arXiv 2202.01855; the prototype until 0.1.2),
-- next latent: it says what it will be one step later, given what it reads on the way (arXiv 2511.05963).
+- reconstruction: the `c` tokens it was made of (prototype `simple-hierarchical-transformer` 0.4.0),
+- prophet: the next `c` tokens (ProphetNet, arXiv 2001.04063; the prototype until 0.1.2),
+- quantized prophet: the codes of the next block of `c` tokens by a frozen random quantiser (BEST-RQ, arXiv 2202.01855; the
+  prototype until 0.1.2),
+- next latent: the state of the next step, given a summary of the tokens between (arXiv 2511.05963).
 
-Rows are aligned: element `i` of the stream of a hierarchy of factor `c` and stride `s` belongs to token `i * s`, the last
-of the `c` tokens it was made of. No loss reaches from one packed sequence into another, or to a pad.
+Element `i` of the stream of a hierarchy with factor `c` and stride `s` belongs to token `i * s`, the last of the `c` tokens it
+was made of. Targets are in the same packed sequence, and are not pads.
 """
 
 from itertools import pairwise
@@ -20,14 +20,14 @@ from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .linear_cross_entropy import linear_cross_entropy
 
 
-_IGNORE_INDEX = -100  # the target that does not count
+_IGNORE_INDEX = -100  # target that is ignored
 _COSINE_SHARE = 0.9  # of "mse_and_cosine", as in the prototype
 
 
 class AuxiliaryLosses(nn.Module):
-    """All losses of the config whose weight is not 0. Its modules are kept by compression factor: `prophet["4"]`.
+    """All losses with a weight in the config. Modules are named by compression factor: `prophet["4"]`.
 
-    A subclass may override `make_summarizer`; a model takes it as its class attribute `auxiliary_losses_class`.
+    A subclass may override `make_summarizer`. A model uses the class in its attribute `auxiliary_losses_class`.
     """
 
     def __init__(self, config: HierarchicalLMConfig):
@@ -52,7 +52,7 @@ class AuxiliaryLosses(nn.Module):
 
     @property
     def hierarchies_read(self) -> list[int]:
-        """Places of the hierarchies whose streams any loss is made of."""
+        """Indices of the hierarchies whose streams a loss reads."""
         config = self.config
         coarse = config.reconstruction_loss_weight, config.prophet_loss_weight, config.quantized_prophet_loss_weight
         return [
@@ -63,20 +63,20 @@ class AuxiliaryLosses(nn.Module):
 
     @staticmethod
     def wanted(config: HierarchicalLMConfig) -> bool:
-        """Whether any loss is switched on."""
+        """Whether any loss has a weight."""
         weights = config.reconstruction_loss_weight, config.prophet_loss_weight, config.quantized_prophet_loss_weight
         return any((*weights, *config.next_latent_loss_weight))
 
     def make_summarizer(self, h: int) -> nn.Module:
-        """The module that tells hierarchy `h` what it reads between two steps, for the next-latent loss.
+        """The module that summarises the tokens of each step of hierarchy `h`, for the next-latent loss.
 
-        It is called with token embeddings `[batch, seq, hidden_size]` and `owners` (see `forward`) and must return
-        `[batch, ceil(seq / strides[h]), hidden_sizes[h]]`, element `i` made of tokens up to `i * strides[h]` only.
+        It is called with token embeddings `[batch, seq, hidden_size]` and `owners` (see `_owners`) and returns
+        `[batch, ceil(seq / strides[h]), hidden_sizes[h]]`. Element `i` may depend on tokens up to `i * strides[h]` only.
         """
         return ChunkSummarizer(self.config, h)
 
     def resize_vocabulary(self, size: int) -> None:
-        """Make the heads that tell tokens fit a vocabulary of another size. What new tokens get is random."""
+        """Resize the heads that predict tokens to a vocabulary of `size`. Weights of new tokens are random."""
         for name in ("reconstruction", "prophet"):
             for factor, head in getattr(self, name, {}).items():
                 weight = head.weight.detach().unflatten(0, (int(factor), -1))
@@ -100,17 +100,17 @@ class AuxiliaryLosses(nn.Module):
         segments: torch.Tensor | None = None,
         scale: torch.Tensor | float | None = None,
     ) -> dict[str, torch.Tensor]:
-        """The losses by name, without their weights (those of single hierarchies in the next-latent loss are inside).
+        """The losses by name, without their weights. The next-latent loss contains those of single hierarchies.
 
         Args:
-            streams (`list`): per hierarchy the final normalised states `[batch, ceil(seq / stride), width]`.
-            token_embeddings (`torch.Tensor` of shape `(batch, seq, hidden_size)`): the embeddings before compression.
+            streams (`list`): final normalised states `[batch, ceil(seq / stride), width]` of each hierarchy.
+            token_embeddings (`torch.Tensor` of shape `(batch, seq, hidden_size)`): embeddings before compression.
             input_ids (`torch.LongTensor` of shape `(batch, seq)`): may be `None` where no loss predicts tokens.
-            mask (`torch.BoolTensor` of shape `(batch, seq)`, *optional*): which tokens are no pads.
+            mask (`torch.BoolTensor` of shape `(batch, seq)`, *optional*): which tokens are real.
             segments (`torch.LongTensor` of shape `(batch, seq)`, *optional*): number of the packed sequence of each
                 token. Each begins at a multiple of the largest factor.
-            scale (`torch.Tensor` or `float`, *optional*): multiplies each loss; with accumulated gradients, this
-                batch's share of all items of the step.
+            scale (`torch.Tensor` or `float`, *optional*): factor of each loss; with gradient accumulation the share of this
+                batch in all items of the step.
 
         Raises:
             ValueError: without `input_ids` where a loss predicts tokens, or for streams of a wrong number or length.
@@ -163,7 +163,7 @@ class AuxiliaryLosses(nn.Module):
 
 
 class PredictionHead(nn.Module):
-    """The weight `[outputs, width]` of predictions that are made piece by piece: no layer that is called, so no `nn.Linear`."""
+    """The weight `[outputs, width]` for `linear_cross_entropy`. It is not called as a layer, so it is no `nn.Linear`."""
 
     def __init__(self, width: int, outputs: int):
         super().__init__()
@@ -171,7 +171,7 @@ class PredictionHead(nn.Module):
 
 
 class QuantizedProphet(nn.Module):
-    """Predicts the codes of the next block: that of the `c` tokens after the one the stream's element belongs to."""
+    """Prediction of the codes of the next block, the `c` tokens after the token of a step."""
 
     def __init__(self, config: HierarchicalLMConfig, h: int):
         super().__init__()
@@ -188,7 +188,7 @@ class QuantizedProphet(nn.Module):
     def forward(
         self, stream: torch.Tensor, token_embeddings: torch.Tensor, owners: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """A scalar, mean over codes and over the elements `[batch, n, width]` that have a block before them."""
+        """A scalar, the mean over codes and over steps `[batch, n, width]` with a whole block after them."""
         following = token_embeddings.detach()[:, 1:]
         codes = self.quantizer(following, self.factor, self.stride)
         if owners is not None:
@@ -200,14 +200,14 @@ class QuantizedProphet(nn.Module):
 
 
 class RandomProjectionQuantizer(nn.Module):
-    """Codes of blocks of vectors: project the block at random, take the nearest of random codes by angle.
+    """Codes of blocks of vectors: a random projection of the block, then the nearest of random codes by angle.
 
-    Nothing of it is ever trained. A block's mean over its channels is left out by projections that sum to 0, its scale
-    by measuring angles: what the paper's normalisation of the input is for.
+    It has no trained weights. Projections sum to 0, which removes the mean of a block, and angles do not depend on its scale;
+    the paper normalises its input instead.
 
     Args:
         width (`int`): channels of a whole block.
-        codebook_dim, codebook_size, num_codebooks (`int`): each codebook has a projection of its own.
+        codebook_dim, codebook_size, num_codebooks (`int`): each codebook has its own projection.
     """
 
     def __init__(self, width: int, codebook_dim: int, codebook_size: int, num_codebooks: int = 1):
@@ -225,8 +225,8 @@ class RandomProjectionQuantizer(nn.Module):
 
     @torch.no_grad()
     def forward(self, vectors: torch.Tensor, block: int, stride: int) -> torch.Tensor:
-        """Codes `[batch, n, num_codebooks]` of blocks that begin at `0, stride, ...` and lie wholly in
-        `vectors` `[batch, seq, width / block]`."""
+        """Codes `[batch, n, num_codebooks]` of all whole blocks of `vectors [batch, seq, width / block]` that begin at
+        `0, stride, ...`."""
         batch, seq, width = vectors.shape
         num_codebooks, _, codebook_dim = self.codebooks.shape
         if seq < block:
@@ -239,10 +239,10 @@ class RandomProjectionQuantizer(nn.Module):
 
 
 class NextLatent(nn.Module):
-    """Predicts a stream's next latents from its present one, step by step, given summaries of what it reads.
+    """Prediction of the next latents of a stream from the present one, step by step, given summaries of the tokens.
 
-    Targets carry no gradient. Later steps count less where earlier ones failed (`next_latent_dynamic_weights`). An
-    element counts where all `next_latent_rollouts` steps lie in its sequence.
+    Targets have no gradient. Later steps count less where earlier ones have high losses (`next_latent_dynamic_weights`). An
+    element counts where all `next_latent_rollouts` steps are in its sequence.
     """
 
     def __init__(self, config: HierarchicalLMConfig, h: int, summarizer: nn.Module):
@@ -260,7 +260,7 @@ class NextLatent(nn.Module):
     def forward(
         self, stream: torch.Tensor, token_embeddings: torch.Tensor, owners: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """A scalar, mean over elements of `stream` `[batch, n, width]`; 0 where nothing has enough successors.
+        """A scalar, the mean over elements of `stream [batch, n, width]`; 0 where none has enough successors.
 
         Raises:
             ValueError: for a summarizer that returns another shape than the stream's.
@@ -309,7 +309,7 @@ class NextLatent(nn.Module):
 
 
 class ChunkSummarizer(nn.Module):
-    """Mean of the embeddings that an element was made of: the last `c` tokens, fewer where the sequence begins."""
+    """Mean of the last `c` token embeddings, of fewer at the beginning of a sequence."""
 
     def __init__(self, config: HierarchicalLMConfig, h: int):
         super().__init__()
@@ -337,7 +337,7 @@ class ChunkSummarizer(nn.Module):
 
 
 class ZeroInitLinear(nn.Linear):
-    """A linear layer that starts at zero: a class of its own, since transformers initialises by classes."""
+    """A linear layer initialised to zero. It is a class since transformers initialises weights by class."""
 
     def reset_parameters(self):
         self.init_weights()
@@ -349,7 +349,7 @@ class ZeroInitLinear(nn.Linear):
 
 
 class LatentDynamics(nn.Module):
-    """One step of a latent, `latent + MLP(LayerNorm([latent, summary]))`, which starts as no change."""
+    """One step of a latent, `latent + MLP(LayerNorm([latent, summary]))`. It is initialised to the identity."""
 
     def __init__(self, config: HierarchicalLMConfig, h: int):
         super().__init__()
@@ -368,7 +368,7 @@ class LatentDynamics(nn.Module):
 
 
 def _owners(mask, segments):
-    """Number of the sequence that each token belongs to, `[batch, seq]`, -1 at pads; `None` where rows are whole."""
+    """Index of the sequence of each token, `[batch, seq]`, -1 at pads; `None` for whole rows."""
     if mask is None:
         return segments
     return torch.where(mask, mask.long() if segments is None else segments, -1)
@@ -376,7 +376,7 @@ def _owners(mask, segments):
 
 def _block_targets(input_ids, owners, offsets, stride):
     """Tokens at `offsets` from every `stride`-th token, `[batch, n, offsets]`; -100 outside of its sequence."""
-    # With one more than is read, windows never are all there is: a compiler would ask of each length.
+    # One more than is read, so that no window spans the whole row: a compiler would specialise on such lengths.
     before, after = max(0, -offsets[0]) + 1, max(0, offsets[-1])
 
     def around(x, outside):

@@ -39,14 +39,30 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class _HeadCounts(list):
-    """Heads of each hierarchy; a clear error where one divides by them, as peft's prefix tuning does by a number of heads."""
+    """Heads of each hierarchy. Raises a `TypeError` when a number is divided by it, as peft's prefix tuning does."""
 
     def __rfloordiv__(self, number):
         raise TypeError(
             f"`num_attention_heads` of a hierarchical LM must be read as a list, {list(self)}, a number for each hierarchy, got a "
-            f"division of {number} by it. Prefix tuning, which makes keys and values to put before a text, does not work with "
-            "this model; prompt tuning does."
+            f"division of {number} by it. Prefix tuning adds keys and values before a text and does not work with this model; "
+            "prompt tuning does."
         )
+
+
+_AT_LEAST_ONE = (
+    "vocab_size",
+    "hidden_sizes",
+    "hidden_size",
+    "num_hidden_layers",
+    "max_position_embeddings",
+    "prophet_codebook_size",
+    "prophet_codebook_dim",
+    "prophet_num_codebooks",
+    "next_latent_rollouts",
+    "dynamics_num_layers",
+    "num_attention_heads",
+    "head_dim",
+)
 
 
 @auto_docstring(checkpoint="heptapod/hierarchical_lm-tiny")
@@ -54,54 +70,55 @@ class _HeadCounts(list):
 class HierarchicalLMConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
     r"""
     compression_factors (`int` or `list[int]`, *optional*, defaults to 1):
-        Compression factor of each hierarchy: unique powers of two. 1 alone is a plain decoder. The fields below that say
-        "of each hierarchy" take one value for all, or a list in this order; the config keeps lists.
+        Compression factor of each hierarchy: unique powers of two. 1 alone is a plain decoder. A field below with the words
+        "of each hierarchy" takes one value for all, or a list in this order. The config holds lists.
     strides (`int` or `list[int]`, *optional*, defaults to 1):
-        Of each hierarchy: how many tokens one of its steps is apart from the next, a power of two that divides its factor.
-        At 1 a hierarchy of factor `c` has as many steps as tokens, of which each attends to every `c`-th; at `c` it has
-        `c` times fewer (Hourglass, arXiv 2110.13711).
+        Tokens from one step to the next of each hierarchy, a power of two that divides its factor. With stride 1 a hierarchy
+        of factor `c` has as many steps as tokens, and each step attends to every `c`-th one before it. With stride `c` it has
+        `c` times fewer steps (Hourglass, arXiv 2110.13711).
     hidden_size (`int`, *optional*):
-        Width of the token embeddings, that of the widest hierarchy when not given.
+        Width of the token embeddings. Defaults to that of the widest hierarchy.
     hidden_sizes (`int` or `list[int]`, *optional*):
-        Width of each hierarchy, `hidden_size` when not given (256 when neither is).
+        Width of each hierarchy. Defaults to `hidden_size`, or 256 when that is not given either.
     head_dim (`int` or `list[int]`, *optional*, defaults to 64):
         Channels of one attention head, of each hierarchy.
     mlp_ratio (`float` or `list[float]`, *optional*, defaults to 4):
-        Width of the feed-forward over that of the stream, of each hierarchy.
+        Width of the feed-forward divided by that of the stream, of each hierarchy.
     window_sizes (`str`, `int` or `list`, *optional*, defaults to `"auto"`):
-        How many steps of `c` tokens, its own included, a step of each hierarchy of factor `c` attends to. `None` for all, 0 for no attention
-        at all, `"auto"` for half of `max_position_embeddings` at each resolution.
+        Number of steps of `c` tokens, its own included, that a step of each hierarchy of factor `c` attends to. `None` for
+        all steps, 0 for no attention, `"auto"` for half of `max_position_embeddings` tokens.
     window_type (`str`, *optional*, defaults to `"sliding"`):
-        `"sliding"`, or `"block"`: windows are blocks of that many steps, and a step attends to its own block up to itself
-        and to the whole one before it.
+        `"sliding"` or `"block"`. With `"block"` the steps are divided into blocks of that size, and a step attends to its own
+        block up to itself and to the whole block before it.
     attention_norm (`str` or `list[str]`, *optional*, defaults to `"rms_norm"`):
-        Norm before the attention of each hierarchy: `"rms_norm"` or `"layer_norm"` (the prototype's windowed ones).
+        Norm before the attention of each hierarchy: `"rms_norm"` or `"layer_norm"` (the prototype's choice with windows).
     use_xpos (`bool` or `list[bool]`, *optional*, defaults to `True`):
-        Whether the rotary positions of each hierarchy also decay with distance (xPos, arXiv 2212.10554).
+        Whether attention of each hierarchy also decays with distance (xPos, arXiv 2212.10554).
     xpos_scale_base (`int`, *optional*, defaults to 512):
-        Distance over which xPos decays by its base.
+        Distance over which xPos decays by its base, once.
     shared_attention (`bool`, *optional*, defaults to `False`):
-        Hierarchies of equal width, heads and head_dim share the attention weights of a layer.
+        Whether hierarchies with equal width, heads and `head_dim` share the attention weights of a layer.
     compressor (`str` or `list[str]`, *optional*, defaults to `"conv"`):
-        How each hierarchy makes one of the last `c` token embeddings: `"conv"`, or `"attention"` over them (factors of at
-        least 4). A hierarchy of factor 1 needs none.
+        How each hierarchy compresses the last `c` token embeddings into one: `"conv"`, or `"attention"` over them (factors of
+        at least 4). Not used at factor 1.
     predict_hierarchy (`int`, *optional*):
-        Factor of the hierarchy that predicts, the finest when not given.
+        Factor of the hierarchy that predicts. Defaults to the finest.
     predict_from_all (`bool`, *optional*, defaults to `False`):
-        Predict from all hierarchies, side by side.
+        Whether to predict from the concatenation of all hierarchies.
     merge (`str`, *optional*, defaults to `"concat"`):
-        How hierarchies inform each other at the end of each layer: `"concat"` (side by side through a feed-forward) or
-        `"cross_attention"` (over the hierarchies at the same time step).
+        How hierarchies are merged at the end of each layer: `"concat"` (concatenated, through a feed-forward) or
+        `"cross_attention"` (over the hierarchies at the same token).
     merge_into (`str`, *optional*, defaults to `"predicting"`):
-        Which hierarchies receive: `"predicting"` or `"all"`.
+        Which hierarchies the merge changes: `"predicting"` or `"all"`.
     merge_direction (`str`, *optional*, defaults to `"full"`):
-        What cross attention sees: `"full"` for all hierarchies, `"coarse_to_fine"` for itself and coarser ones.
+        What cross-attention of a hierarchy reads: `"full"` for all hierarchies, `"coarse_to_fine"` for itself and coarser
+        ones.
     layer_norm_eps (`float`, *optional*, defaults to 1e-5):
         Epsilon of the norms of embeddings and outputs, and of `attention_norm="layer_norm"`.
     reconstruction_loss_weight (`float`, *optional*, defaults to 0.0):
-        Weight of the loss of telling the last `c` tokens from a compressed one.
+        Weight of the loss of reconstructing the last `c` tokens from their compression.
     prophet_loss_weight (`float`, *optional*, defaults to 0.0):
-        Weight of the loss of telling the next `c` tokens (ProphetNet, arXiv 2001.04063).
+        Weight of the loss of predicting the next `c` tokens (ProphetNet, arXiv 2001.04063).
     quantized_prophet_loss_weight (`float`, *optional*, defaults to 0.0):
         Weight of the same loss on the next `c` tokens as codes of a random-projection quantizer (arXiv 2202.01855).
     prophet_codebook_size (`int`, *optional*, defaults to 1024):
@@ -111,23 +128,23 @@ class HierarchicalLMConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig
     prophet_num_codebooks (`int`, *optional*, defaults to 16):
         Codebooks of this quantizer.
     next_latent_loss_weight (`float` or `list[float]`, *optional*, defaults to 0.0):
-        Weight of the loss of telling each hierarchy's next latent (arXiv 2511.05963), of each hierarchy.
+        Weight of the loss of predicting the next latent (arXiv 2511.05963), of each hierarchy.
     next_latent_loss_type (`str`, *optional*, defaults to `"mse_and_cosine"`):
-        `"mse"`, `"cosine"`, `"mse_and_cosine"` (a tenth of the first, nine of the second) or `"smooth_l1"`.
+        `"mse"`, `"cosine"`, `"mse_and_cosine"` (0.1 times the first plus 0.9 times the second) or `"smooth_l1"`.
     next_latent_rollouts (`int`, *optional*, defaults to 1):
-        How many latents ahead.
+        Number of latents that are predicted ahead.
     next_latent_rollout_weights (`list[float]`, *optional*):
-        Weight of each of them, equal when not given.
+        Weight of each of them. Defaults to equal weights.
     next_latent_dynamic_weights (`bool`, *optional*, defaults to `True`):
-        Weigh later rollouts down by what the earlier ones have lost.
+        Whether to reduce the weight of a rollout by the losses of earlier ones.
     next_latent_dynamic_decay (`float`, *optional*, defaults to 1.0):
-        How fast: a rollout's weight is `exp(-decay * loss so far)`.
+        Rate of this reduction: the weight is multiplied by `exp(-decay * loss so far)`.
     detach_summaries (`bool`, *optional*, defaults to `True`):
-        No gradient from this loss to the token embeddings.
+        Whether to stop the gradient of this loss at the token embeddings.
     dynamics_hidden_size (`int`, *optional*):
-        Width of the network that tells the next latent, the hierarchy's own when not given.
+        Width of the network that predicts the next latent. Defaults to the width of the hierarchy.
     dynamics_num_layers (`int`, *optional*, defaults to 3):
-        Its linear layers.
+        Number of linear layers of this network.
 
     Example:
 
@@ -210,7 +227,7 @@ class HierarchicalLMConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig
         super().__post_init__(**kwargs)
 
     def complete(self) -> None:
-        """Make lists of values that were set since, one by one, as `from_pretrained` sets what it overrides, and check all.
+        """Fill in what depends on values set after construction, as `from_pretrained` sets overrides, and check all values.
 
         A model calls it before it is built. Raises what the constructor raises.
         """
@@ -252,31 +269,22 @@ class HierarchicalLMConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig
             given = getattr(self, name)
             if not set(given if isinstance(given, list) else [given]) <= set(choices):
                 raise ValueError(f"`{name}` must be one of {choices}, got {given!r}.")
-        for factor, stride in zip(factors, self.strides):
+        for name in _AT_LEAST_ONE:
+            value = getattr(self, name)
+            if min(value if isinstance(value, list) else [value]) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        self._validate_streams()
+        self._validate_prediction()
+        self._validate_losses()
+        self._validate_rotary()
+
+    def _validate_streams(self):
+        for factor, stride in zip(self.compression_factors, self.strides):
             if not _is_power_of_two(stride) or factor % stride:
                 raise ValueError(
                     "`strides` must be powers of two that divide their compression factor, got stride "
                     f"{stride} at factor {factor}."
                 )
-        for name in (
-            "vocab_size",
-            "hidden_sizes",
-            "hidden_size",
-            "num_hidden_layers",
-            "max_position_embeddings",
-            "prophet_codebook_size",
-            "prophet_codebook_dim",
-            "prophet_num_codebooks",
-            "next_latent_rollouts",
-            "dynamics_num_layers",
-            "num_attention_heads",
-            "head_dim",
-        ):
-            value = getattr(self, name)
-            if min(value if isinstance(value, list) else [value]) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        if any(x % 2 for x in self.head_dim):
-            raise ValueError(f"Rotary positions need an even `head_dim`, got {self.head_dim}.")
         if any(int(size * mult) < 1 for size, mult in zip(self.hidden_sizes, self.mlp_ratio)):
             raise ValueError(
                 f"`mlp_ratio` must make at least one channel of {self.hidden_sizes}, got {self.mlp_ratio}."
@@ -285,36 +293,39 @@ class HierarchicalLMConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig
             raise ValueError(
                 f"`window_sizes` must be at least 0 (no attention) or None (all), got {self.window_sizes}."
             )
-        if any(x == "attention" and factor == 2 for x, factor in zip(self.compressor, factors)):
-            raise ValueError(f"`compressor`='attention' needs factors of at least 4, got {factors}.")
+        if any(x == "attention" and factor == 2 for x, factor in zip(self.compressor, self.compression_factors)):
+            raise ValueError(f"`compressor`='attention' needs factors of at least 4, got {self.compression_factors}.")
+
+    def _validate_rotary(self):
+        if any(x % 2 for x in self.head_dim):
+            raise ValueError(f"Rotary positions need an even `head_dim`, got {self.head_dim}.")
         if self.xpos_scale_base <= 0:
             raise ValueError(f"`xpos_scale_base` must be positive, got {self.xpos_scale_base}.")
-        self._validate_prediction()
-        self._validate_losses()
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if rope_type not in _ROPE_TYPES:
             raise ValueError(
                 f"`rope_parameters['rope_type']` must be one of {_ROPE_TYPES} (cached keys cannot follow frequencies "
                 f"that change with length), got {rope_type!r}."
             )
-
         if (self.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError("`rope_parameters['partial_rotary_factor']` must be 1: all channels of a head turn.")
+            raise ValueError(
+                "`rope_parameters['partial_rotary_factor']` must be 1: all channels of a head are rotated."
+            )
 
     def validate_rope(self):
-        """The stock validation, which knows one head dimension only."""
+        """As `PreTrainedConfig.validate_rope`, which expects a single head dimension."""
         PreTrainedConfig.validate_rope(self.of_hierarchy(0))
 
     def to_dict(self):
-        """As `PreTrainedConfig`'s, with one `head_dim` where hierarchies agree: `Trainer` reads a checkpoint's config as
-        one of no family before it resumes, and cannot validate a list."""
+        """As `PreTrainedConfig.to_dict`, with an integer `head_dim` where hierarchies agree. `Trainer` reads the config of a
+        checkpoint as a `PreTrainedConfig` before it resumes, which cannot validate a list."""
         output = super().to_dict()
         if isinstance(output["head_dim"], list) and len(set(output["head_dim"])) == 1:
             output["head_dim"] = output["head_dim"][0]
         return output
 
     def of_hierarchy(self, index: int) -> "HierarchicalLMConfig":
-        """A copy whose `num_attention_heads` and `head_dim` are the integers of one hierarchy, as stock code reads them."""
+        """A copy with the `num_attention_heads` and `head_dim` of one hierarchy as integers, which transformers expects."""
         config = copy.copy(self)
         config.num_attention_heads = self.num_attention_heads[index]
         config.head_dim = self.head_dim[index]
@@ -336,7 +347,7 @@ class HierarchicalLMConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig
             if not self.predict_from_all:
                 raise ValueError(
                     "`merge_direction`='coarse_to_fine' needs the finest hierarchy to predict, or `predict_from_all`: finer "
-                    f"ones than `predict_hierarchy`={self.predict_hierarchy} would be read by nothing."
+                    f"ones than `predict_hierarchy`={self.predict_hierarchy} would not be read."
                 )
         if self.tie_word_embeddings and self.prediction_size != self.hidden_size:
             raise ValueError(
@@ -368,17 +379,17 @@ class HierarchicalLMConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig
 
     @property
     def num_hierarchies(self) -> int:
-        """How many streams there are."""
+        """Number of hierarchies."""
         return len(self.compression_factors)
 
     @property
     def predict_index(self) -> int:
-        """Place of the predicting hierarchy in `compression_factors`."""
+        """Index of the predicting hierarchy in `compression_factors`."""
         return self.compression_factors.index(self.predict_hierarchy)
 
     @property
     def prediction_size(self) -> int:
-        """Width of what the head sees."""
+        """Width of the input of the head."""
         return sum(self.hidden_sizes) if self.predict_from_all else self.hidden_sizes[self.predict_index]
 
     @property
@@ -388,18 +399,18 @@ class HierarchicalLMConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig
 
     @property
     def dilations(self) -> list[int]:
-        """How many steps of its own stream each hierarchy's attention and token shift jump."""
+        """Distance, in steps of each hierarchy, between the steps that its attention and token shift read."""
         return [factor // stride for factor, stride in zip(self.compression_factors, self.strides)]
 
     @property
     def kept_steps(self) -> list[int | None]:
-        """How many steps, its own included, a cache must hold for the next one of each hierarchy; `None` for all."""
+        """Number of steps of each hierarchy that a cache holds for the next one, that one included. `None` for all."""
         reach = [x if x is None or self.window_type == "sliding" else 2 * x for x in self.window_sizes]
         return [None if x is None else max(x - 1, 0) * step + 1 for x, step in zip(reach, self.dilations)]
 
     @property
     def cache_layer_types(self) -> list[str]:
-        """Types of cache layers, by transformers' names: hierarchies within layers, then one for the compressors."""
+        """Types of the cache layers, by transformers' names: hierarchies within layers, then one for the compressors."""
         of_hierarchy = {None: "hybrid", 0: "conv"}
         layer = [of_hierarchy.get(window, "hybrid_sliding") for window in self.window_sizes]
         return layer * self.num_hidden_layers + ["conv"]

@@ -1,28 +1,31 @@
-"""One stream of the hierarchical LM in one layer: token shift, windowed attention with rotary positions, feed-forward."""
+"""Layers of the hierarchical LM: a block for each stream (token shift, windowed attention, feed-forward), then a merge."""
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..common.eager_attention import eager_attention
+from ..common.transformers_versions import with_cache_argument
 from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .hierarchical_cache import HierarchicalCache
-from .stream_plan import StreamPlan
+from .hierarchy_merges import ConcatMerge, CrossAttentionMerge
+from .stream_plan import HierarchicalLMContext, StreamPlan
 from .windowed_attention import step_attention, windowed_attention
 
 
 def _rotate(x, rotary):
-    """Half-split rotary positions of `x [batch, steps, 2, heads, head_dim]`, queries and keys at once.
+    """Rotary positions of queries and keys `x [batch, steps, 2, heads, head_dim]`, in the half-split layout.
 
-    `rotary` is cosines and signed sines `[1 or batch, steps, 1 or 2, 1, head_dim]`, times what xPos adds.
+    `rotary` holds cosines and signed sines `[1 or batch, steps, 1 or 2, 1, head_dim]`, scaled by xPos.
     """
     cos, sin = rotary
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class HierarchicalLMAttention(nn.Module):
-    """Causal attention of one stream, or of several of equal width."""
+    """Causal attention of one stream, or of several with equal width."""
 
     def __init__(self, config: HierarchicalLMConfig, hierarchy: int):
         super().__init__()
@@ -76,9 +79,9 @@ class HierarchicalLMMLP(nn.Module):
 
 
 class HierarchicalLMBlock(nn.Module):
-    """Pre-norm block of one stream: attention (unless its window is 0) and feed-forward, both behind a token shift.
+    """Pre-norm block of one stream: attention (unless its window is 0) and feed-forward, each after a token shift.
 
-    `attention` is the module of another block where weights are shared, `None` for a block's own.
+    `attention` in the forward pass is the module of another block where weights are shared.
     """
 
     def __init__(self, config: HierarchicalLMConfig, layer_idx: int, hierarchy: int, has_own_attention: bool):
@@ -115,7 +118,7 @@ class HierarchicalLMBlock(nn.Module):
         return hidden_states + self.mlp(shifted), weights
 
     def _token_shift(self, x, plan, cache, state_idx):
-        """The second half of the channels, from one (dilated) step before (RWKV's token shift)."""
+        """RWKV's token shift: the second half of the channels comes from the step before, `dilation` steps back."""
         steps, width = x.shape[1:]
         kept, moved = x.split((width + 1) // 2, dim=-1) if width > 1 else (x, x[..., :0])
         past = None if cache is None else cache.read_conv(self.cache_idx, state_idx)
@@ -133,4 +136,78 @@ class HierarchicalLMBlock(nn.Module):
         return torch.cat((kept, earlier), dim=-1)
 
 
-__all__ = ["HierarchicalLMAttention", "HierarchicalLMBlock", "HierarchicalLMMLP"]
+class HierarchicalLMLayer(GradientCheckpointingLayer):
+    """A block for each stream, then their merge."""
+
+    def __init__(self, config: HierarchicalLMConfig, layer_idx: int):
+        super().__init__()
+        self.owners = _attention_owners(config)
+        self.blocks = nn.ModuleList(
+            HierarchicalLMBlock(config, layer_idx, h, owner == h) for h, owner in enumerate(self.owners)
+        )
+        self.merge = None
+        if config.num_hierarchies > 1:
+            self.merge = (ConcatMerge if config.merge == "concat" else CrossAttentionMerge)(config)
+
+    @with_cache_argument
+    def forward(
+        self,
+        *streams: torch.Tensor,
+        context: HierarchicalLMContext,
+        past_key_values: HierarchicalCache | None = None,
+        ablate_merge: bool = False,
+    ) -> tuple[torch.Tensor, ...]:
+        """Streams `[batch, steps, width]` after this layer, then attentions with `context.output_attentions`."""
+        cache, plans, attentions = past_key_values, context.streams, []
+        streams = list(streams)
+        for h, (block, plan) in enumerate(zip(self.blocks, plans)):
+            if plan.steps == 0:
+                continue
+            attention = None if self.owners[h] in (None, h) else self.blocks[self.owners[h]].self_attn
+            streams[h], weights = block(streams[h], plan, cache, attention)
+            if weights is not None:
+                attentions.append(weights)
+        if self.merge is None:
+            return (*streams, *attentions)
+        to_read = [
+            steps_to_read(x, plan, cache, block.cache_idx) for x, plan, block in zip(streams, plans, self.blocks)
+        ]
+        if not ablate_merge:
+            for h, pooled in self.merge(to_read, plans).items():
+                if plans[h].steps:
+                    streams[h] = streams[h] + plans[h].at_steps(pooled)
+        return (*streams, *attentions)
+
+
+def _attention_owners(config):
+    """Index of the hierarchy whose block holds the attention of each hierarchy, `None` where there is no attention."""
+    owners, first_of = [], {}
+    for h, window in enumerate(config.window_sizes):
+        shape = (config.hidden_sizes[h], config.num_attention_heads[h], config.head_dim[h])
+        shape = shape if config.shared_attention else h
+        owners.append(None if window == 0 else first_of.setdefault(shape, h))
+    return owners
+
+
+def steps_to_read(
+    x: torch.Tensor, plan: StreamPlan, cache: HierarchicalCache | None, layer_idx: int, state_idx: int = 0
+) -> torch.Tensor:
+    """The steps of a stream that tokens read, from new steps `[batch, steps, width]`. The cache keeps the last one."""
+    if plan.stride == 1 or cache is None:
+        return x
+    last = cache.read_recurrent(layer_idx, state_idx)
+    if last is None:
+        last = x.new_zeros(x.shape[0], 1, x.shape[2])
+    if plan.steps:
+        seen = x if plan.counts is None else torch.cat((last, x), dim=1)
+        cache.write_recurrent(plan.last_of(seen, 1), layer_idx, state_idx)
+    return plan.to_read(x, last)
+
+
+__all__ = [
+    "HierarchicalLMAttention",
+    "HierarchicalLMBlock",
+    "HierarchicalLMLayer",
+    "HierarchicalLMMLP",
+    "steps_to_read",
+]

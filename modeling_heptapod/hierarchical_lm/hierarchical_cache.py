@@ -1,13 +1,13 @@
-"""The cache of the hierarchical LM: transformers' own layers, one for each hierarchy of each layer and one for the compressors.
+"""The cache of the hierarchical LM, made of transformers' layers: one for each hierarchy of each layer, one for the compressors.
 
-    hybrid, hybrid_sliding    keys and values; conv states 0 and 1: what the token shifts before attention and feed-forward
-                              look back at; recurrent state 0: the last step of a strided hierarchy before it is merged
+    hybrid, hybrid_sliding    keys and values; conv states 0 and 1: past steps for the token shifts before attention and
+                              feed-forward; recurrent state 0: the last step of a strided hierarchy before it is merged
     conv                      the same without keys and values, for hierarchies without attention
-    conv (the last one)       conv state 0: the embeddings that compressors look back at; recurrent states: the last output
-                              of each strided hierarchy
+    conv (the last one)       conv state 0: past embeddings for the compressors; recurrent states: the last output of each
+                              strided hierarchy
 
-Rows are aligned at their ends: what a row has not seen yet is missing at the front. Keys and values are written in place
-into memory with room to spare, so that a token costs what a window holds, not what copying it would.
+Rows are aligned at their ends: shorter rows lack entries at the front. Keys and values are written in place into memory with
+room to spare, so that a token does not copy the window.
 """
 
 import torch
@@ -24,11 +24,12 @@ class HierarchicalCache(CountingCacheMixin, DynamicCache):
 
     Attributes:
         seen_tokens (`int`): tokens seen, pads included.
-        row_lengths (`list[int]`, *optional*): real tokens of each row, or of all if there is one; `None` before the first.
-        centers (`list[int]`): of each hierarchy, the position from which cached keys count their decay (xPos).
+        row_lengths (`list[int]`, *optional*): real tokens of each row, or of all rows if there is one entry; `None` before
+            the first token.
+        centers (`list[int]`): position of each hierarchy from which the decay of cached keys is counted (xPos).
     """
 
-    # Keys, lengths and strides change in Python from step to step, so each would be another graph.
+    # Keys, lengths and strides change in Python at each step, which would compile a graph for each.
     is_compileable = False
 
     def __init__(self, config):
@@ -48,12 +49,21 @@ class HierarchicalCache(CountingCacheMixin, DynamicCache):
         self._room = {}
 
     def advance(self, tokens: int, row_lengths: list[int]) -> None:
-        """Count `tokens` more; a model calls it once a forward pass, after its last layer."""
+        """Count `tokens` more. A model calls it once in a forward pass, after its last layer."""
         self.seen_tokens += tokens
         self.row_lengths = row_lengths
 
+    def lengths(self) -> list[int]:
+        """Real tokens of each row, or of all rows if there is one entry."""
+        return self.row_lengths
+
+    @property
+    def rows_differ(self) -> bool:
+        """Whether a row holds fewer real tokens than tokens seen."""
+        return min(self.row_lengths) < self.seen_tokens
+
     def steps_cached(self, hierarchy: int) -> int:
-        """How many keys there are of a hierarchy, missing ones at the front of short rows included."""
+        """Number of cached keys of a hierarchy. Missing ones at the front of short rows count."""
         layer = self.layers[hierarchy]
         return layer.keys.shape[2] if getattr(layer, "is_initialized", False) and layer.keys.dim() == 4 else 0
 
@@ -66,10 +76,10 @@ class HierarchicalCache(CountingCacheMixin, DynamicCache):
             layer_idx (`int`): of a layer with keys and values.
             key, value (`torch.Tensor` of shape `[batch, heads, steps, channels]`).
             order (`torch.LongTensor` of shape `[batch, length]`, *optional*): which of the cached and new steps to keep,
-                where rows have not all got as many.
+                where rows have different numbers of new steps.
 
         Returns:
-            Keys and values of all steps, cached and new, without `order`: `[batch, heads, length, channels]`.
+            Keys and values of all cached and new steps `[batch, heads, length, channels]`, not reordered.
         """
         layer = self.layers[layer_idx]
         if not layer.is_initialized:
@@ -92,7 +102,7 @@ class HierarchicalCache(CountingCacheMixin, DynamicCache):
 
     def _append_in_place(self, layer, layer_idx, key, value, keep):
         length, steps = layer.keys.shape[2], key.shape[2]
-        if not length:  # a prompt: what leaves the window, and the queries beside the keys, are not kept alive
+        if not length:  # a prompt: a copy, so that steps outside of the window, and queries, are freed
             first = 0 if keep is None else max(steps - keep, 0)
             memory = [x[:, :, first:].clone() for x in (key, value)]
             layer.keys, layer.values = memory
@@ -104,7 +114,7 @@ class HierarchicalCache(CountingCacheMixin, DynamicCache):
             return tuple(full)
         memory, end, view = self._room.get(layer_idx, (None, 0, None))
         if view is not layer.keys or end + steps > memory[0].shape[2]:
-            # Twice the room once it is full; no more than is needed where a batch was reordered, which takes a copy anyway.
+            # Twice the room once it is full; only what is needed after a batch was reordered, which makes a copy anyway.
             room = (length + steps) * (2 if view is layer.keys else 1)
             memory = [x.new_empty(*x.shape[:2], room, x.shape[3]) for x in (key, value)]
             memory[0][:, :, :length].copy_(layer.keys)
@@ -131,7 +141,7 @@ class HierarchicalCache(CountingCacheMixin, DynamicCache):
         return self.layers[layer_idx].conv_states[state_idx]
 
     def write_conv(self, state: torch.Tensor, layer_idx: int, state_idx: int = 0) -> None:
-        """Put `state [batch, ...]` in place of the last one."""
+        """Replace the state by `state [batch, ...]`."""
         layer = self.layers[layer_idx]
         if not layer.is_conv_states_initialized[state_idx]:
             layer.lazy_initialization(conv_states=state, state_idx=state_idx)
@@ -143,7 +153,7 @@ class HierarchicalCache(CountingCacheMixin, DynamicCache):
         return self.layers[layer_idx].recurrent_states[state_idx]
 
     def write_recurrent(self, state: torch.Tensor, layer_idx: int, state_idx: int = 0) -> None:
-        """Put `state [batch, ...]` in place of the last one."""
+        """Replace the state by `state [batch, ...]`."""
         layer = self.layers[layer_idx]
         if not layer.is_recurrent_states_initialized[state_idx]:
             layer.lazy_initialization(recurrent_states=state, state_idx=state_idx)
@@ -151,15 +161,15 @@ class HierarchicalCache(CountingCacheMixin, DynamicCache):
         layer.recurrent_states[state_idx] = state
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Reorder the rows for beam search; there may be more or fewer than before."""
+        """Reorder the rows for beam search. Their number may change."""
         super().reorder_cache(beam_idx)
         if self.row_lengths is not None:
-            equal = len(set(self.row_lengths)) == 1  # then rows need not be known, which would stop a device
+            equal = len(set(self.row_lengths)) == 1  # then `beam_idx` is not read, which would synchronize the device
             rows = [0] * len(beam_idx) if equal else beam_idx.tolist()
             self.row_lengths = [self.row_lengths[row] for row in rows]
 
     def reset(self) -> None:
-        """Empty the cache, as before its first token: of another batch, too."""
+        """Empty the cache. The next batch may have another size."""
         super().reset()
         self.drop_states()
         self.seen_tokens, self.row_lengths, self._room = 0, None, {}

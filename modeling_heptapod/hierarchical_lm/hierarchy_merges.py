@@ -1,4 +1,4 @@
-"""Merges of the hierarchical LM: what the streams of a layer tell each other at every token."""
+"""Merges of the streams of all hierarchies at the end of a layer, token by token."""
 
 import torch
 from torch import nn
@@ -8,9 +8,9 @@ from .stream_plan import StreamPlan
 
 
 class ConcatMerge(nn.Module):
-    """All streams side by side, behind an RMSNorm without gain, through a feed-forward into the predicting one or all.
+    """Concatenation of all streams, an RMSNorm without gain, and a feed-forward into the predicting stream or all.
 
-    The first linear map reads each stream at its own resolution and the norm is applied behind it, which is the same
+    The first linear layer reads each stream at its own resolution. The norm is applied to its output, with the same result
     for less work: `norm([x, y]) @ [U, V] = (x @ U + y @ V) / rms([x, y])`.
     """
 
@@ -26,7 +26,7 @@ class ConcatMerge(nn.Module):
         self.down_proj = nn.Linear(inner, sum(self.sizes))
 
     def forward(self, streams: list[torch.Tensor], plans: list[StreamPlan]) -> dict[int, torch.Tensor]:
-        """From the steps of all streams that tokens read, what each receiving one is to add per token, by its place."""
+        """What each receiving stream adds at each token, by its index, from the steps of all streams that tokens read."""
         up, squares = 0.0, 0.0
         for x, proj, plan in zip(streams, self.up_projs, plans):
             wide = torch.promote_types(x.dtype, torch.float32)
@@ -38,7 +38,7 @@ class ConcatMerge(nn.Module):
 
 
 class CrossAttentionMerge(nn.Module):
-    """Attention over the streams at the same time step; each has projections of its own to a common width."""
+    """Attention over the streams at the same token. Each stream has its own projections to a common width."""
 
     def __init__(self, config: HierarchicalLMConfig):
         super().__init__()
@@ -71,7 +71,7 @@ class CrossAttentionMerge(nn.Module):
         )
 
     def forward(self, streams: list[torch.Tensor], plans: list[StreamPlan]) -> dict[int, torch.Tensor]:
-        """From the steps of all streams that tokens read, what each receiving one is to add per token, by its place."""
+        """What each receiving stream adds at each token, by its index, from the steps of all streams that tokens read."""
         streams = [plan.at_tokens(x) for x, plan in zip(streams, plans)]
         normed = {name: norm(streams[int(name)]) for name, norm in self.norms.items()}
         heads = (self.num_heads, self.head_dim)

@@ -1,12 +1,12 @@
-"""Cross-entropy of several predictions from each hidden state, without ever holding all their logits.
+"""Cross-entropy of several predictions from each hidden state, without all their logits in memory.
 
-A hidden state of a coarse token predicts all `k` tokens of its block, each over the whole vocabulary:
+A hidden state of a coarse stream predicts all `k` tokens of a block:
 
     logits[n, i] = weight[i * vocab : (i + 1) * vocab] @ hidden[n]        loss = mean over targets of -log softmax
 
-`k * vocab` logits a state is more than a training step wants to keep. The fast path takes them in pieces of
-`_PIECE` numbers and, while a piece is there, also adds what it contributes to both gradients: softmax minus one-hot.
-What is kept for the backward pass is the gradients themselves, which are as large as `hidden` and `weight`.
+`k * vocab` logits for each state take too much memory. The fast path computes them in pieces of `_PIECE` numbers, and adds the
+contribution of each piece to both gradients, softmax minus one-hot. It saves these gradients for the backward pass, which
+have the sizes of `hidden` and `weight`.
 """
 
 import torch
@@ -15,12 +15,12 @@ from ..common.model_inputs import is_dynamic
 from ..common.operator_namespace import operator_namespace
 
 
-_IGNORE_INDEX = -100  # the target that does not count
-_PIECE = 1 << 22  # logits held at a time
+_IGNORE_INDEX = -100  # target that is ignored
+_PIECE = 1 << 22  # logits in memory at a time
 
 
 def naive_linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """What `linear_cross_entropy` computes, one prediction after the other."""
+    """The definition of `linear_cross_entropy`, one prediction after the other."""
     num_targets = targets.shape[1]
     vocab = weight.shape[0] // num_targets
     total, count = hidden.new_zeros(()), 0
@@ -36,12 +36,12 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: to
     """Mean cross-entropy of `targets.shape[1]` linear predictions of each hidden state.
 
     Args:
-        hidden (`torch.Tensor` of shape `(n, width)`): what predicts.
-        weight (`torch.Tensor` of shape `(k * vocab, width)`): `k` linear layers, one under the other.
-        targets (`torch.LongTensor` of shape `(n, k)`): -100 where there is nothing to predict.
+        hidden (`torch.Tensor` of shape `(n, width)`): hidden states.
+        weight (`torch.Tensor` of shape `(k * vocab, width)`): weights of `k` linear layers, concatenated.
+        targets (`torch.LongTensor` of shape `(n, k)`): -100 where there is no target.
 
     Returns:
-        A scalar in at least float32; 0 where no target counts. It can be differentiated once.
+        A scalar in at least float32; 0 without targets. It can be differentiated once.
 
     Raises:
         ValueError: for shapes that do not fit each other.
@@ -62,7 +62,7 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: to
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, dtype, differentiate):
-        # Compiled, the loop over pieces would be another one for each number of states.
+        # A compiler would unroll the loop over pieces for each number of states.
         in_pieces = _in_pieces_as_one if is_dynamic(hidden.shape[0]) else _in_pieces
         with torch.autocast(hidden.device.type, enabled=False):
             loss, grad_hidden, grad_weight = in_pieces(
@@ -87,7 +87,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _in_pieces(hidden, weight, targets, for_hidden, for_weight):
-    """The mean loss and its gradients (empty where not wanted); sums in at least float32."""
+    """The mean loss and its gradients, empty where not needed. Sums are in at least float32."""
     states, num_targets = targets.shape
     vocab = weight.shape[0] // num_targets
     precise = torch.promote_types(hidden.dtype, torch.float32)
@@ -125,7 +125,7 @@ def _in_pieces(hidden, weight, targets, for_hidden, for_weight):
 def _in_pieces_as_one(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, for_hidden: bool, for_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`_in_pieces` as one operator, into which compilers do not look."""
+    """`_in_pieces` as one operator, which compilers do not trace."""
     return _in_pieces(hidden, weight, targets, for_hidden, for_weight)
 
 

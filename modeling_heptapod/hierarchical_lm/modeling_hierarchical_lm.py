@@ -1,11 +1,11 @@
-"""The hierarchical LM: streams of the same text at several resolutions, each a decoder of its own, merged in every layer.
+"""The hierarchical LM: decoders of the same text at several resolutions, which are merged in every layer.
 
-Read bottom-up: layer, model, head. Blocks are in `hierarchical_block.py`, what a pass does to each stream in `stream_plan.py`,
-pads and packed rows in `token_layout.py`, losses beside cross-entropy in `auxiliary_losses.py`. The prototype is
-`simple-hierarchical-transformer` on PyPI; compression with strides is that of Hourglass (arXiv 2110.13711).
+Model and head. Layers are in `hierarchical_block.py`, the context of a forward pass in `stream_plan.py`, pads and packed rows
+in `token_layout.py`, auxiliary losses in `auxiliary_losses.py`. The prototype is `simple-hierarchical-transformer` on PyPI.
+Compression with strides follows Hourglass (arXiv 2110.13711).
 
-A stream of factor `c` and stride `s` has a step for every `s`-th token: step `k` is made of tokens up to `k * s`, and a
-token reads the last step that is made of nothing later than itself. Attention and token shift in it jump `c / s` steps.
+A stream with factor `c` and stride `s` has a step for every `s`-th token. Step `k` is made of tokens up to `k * s`. A token
+reads the last step that is made of no later tokens. Attention and token shift have a dilation of `c / s` steps.
 """
 
 import math
@@ -16,7 +16,6 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
@@ -28,15 +27,10 @@ from ..common.cache_checks import LayerStates
 from ..common.cache_mixins import CustomCacheMixin
 from ..common.losses import IGNORE_INDEX, at_least_one, causal_lm_loss, require_labels
 from ..common.model_inputs import (
-    check_past_mask,
-    check_position_ids,
     embed_text,
     has_dynamic_shapes,
-    mask_of_new_tokens,
-    token_mask,
 )
-from ..common.packing import segment_ids
-from ..common.token_layout import TokenLayout, packed_layout, pad_layout
+from ..common.token_layout import TokenLayout
 from ..common.transformers_versions import (
     CACHE,
     OldCacheNameMixin,
@@ -46,12 +40,12 @@ from ..common.transformers_versions import (
 )
 from ..common.unused_kwargs import pop_kwargs, reject_unused_kwargs
 from .auxiliary_losses import AuxiliaryLosses, PredictionHead, RandomProjectionQuantizer, ZeroInitLinear
-from .causal_compressors import AttentionCompressor, make_compressor
+from .causal_compressors import AttentionCompressor, compress, make_compressor
 from .configuration_hierarchical_lm import HierarchicalLMConfig
-from .hierarchical_block import HierarchicalLMBlock
+from .hierarchical_block import HierarchicalLMLayer, steps_to_read
 from .hierarchical_cache import HierarchicalCache
 from .hierarchy_merges import ConcatMerge, CrossAttentionMerge
-from .stream_plan import Pass, StreamPlan, make_plan
+from .stream_plan import HierarchicalLMContext, make_plan
 
 
 logger = logging.get_logger(__name__)
@@ -67,18 +61,18 @@ logger = logging.get_logger(__name__)
 class HierarchicalLMModelOutput(ModelOutput):
     r"""
     last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, prediction_size)`):
-        What the head predicts from: the normalised stream of the predicting hierarchy, or of all side by side.
+        Input of the head: the normalised stream of the predicting hierarchy, or all streams concatenated.
     past_key_values (`HierarchicalCache`, *optional*):
-        What further tokens need of these.
+        Cache for further tokens.
     hidden_states (`tuple`, *optional*):
-        The stream of the predicting hierarchy before the first and after each layer, the last as `last_hidden_state`.
+        The stream of the predicting hierarchy before the first layer and after each, the last as `last_hidden_state`.
     attentions (`tuple`, *optional*):
-        `[batch_size, heads, steps, steps]` of each layer's hierarchies with attention, layer after layer.
+        `[batch_size, heads, steps, steps]` of each hierarchy with attention, layer after layer.
     hierarchy_hidden_states (`tuple`, *optional*):
-        The normalised stream of every hierarchy: one step for every `stride`-th token of a sequence, counted from its own
-        beginning, so that padded and packed rows are arranged as `token_layout` says.
+        The normalised stream of every hierarchy, one step for every `stride`-th token of a sequence. Padded and packed rows
+        are arranged by `token_layout`.
     token_layout (`TokenLayout`, *optional*):
-        Comes with `hierarchy_hidden_states` where rows are padded or packed.
+        Given with `hierarchy_hidden_states` for padded or packed rows.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -91,7 +85,7 @@ class HierarchicalLMModelOutput(ModelOutput):
 
 @auto_docstring(
     custom_intro="""
-    Output of the language model, with each loss by its name.
+    Output of the language model, with each loss by name.
     """
 )
 @dataclass
@@ -99,11 +93,11 @@ class HierarchicalLMModelOutput(ModelOutput):
 class HierarchicalLMCausalLMOutput(ModelOutput):
     r"""
     loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
-        `ce_loss` and the others times their weights.
+        Sum of `ce_loss` and the other losses times their weights.
     logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
         Scores of the next token.
     past_key_values (`HierarchicalCache`, *optional*):
-        What further tokens need of these.
+        Cache for further tokens.
     hidden_states (`tuple`, *optional*):
         As from the base model.
     attentions (`tuple`, *optional*):
@@ -115,13 +109,13 @@ class HierarchicalLMCausalLMOutput(ModelOutput):
     ce_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
         Cross-entropy of the next token.
     reconstruction_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
-        Cross-entropy of the tokens that a step was made of. Like the next two without its weight, `None` at weight 0.
+        Cross-entropy of the tokens that a step was made of. Like the next two without its weight, and `None` at weight 0.
     prophet_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
-        Cross-entropy of the next tokens, as many as the factor.
+        Cross-entropy of the next `c` tokens, with compression factor `c`.
     quantized_prophet_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
-        The same with codes for tokens.
+        Cross-entropy of the codes of the next `c` tokens.
     next_latent_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
-        Distance to the next latent, with the weights of the hierarchies.
+        Distance to the next latent, with the weights of hierarchies.
     """
 
     loss: torch.FloatTensor | None = None
@@ -136,70 +130,6 @@ class HierarchicalLMCausalLMOutput(ModelOutput):
     prophet_loss: torch.FloatTensor | None = None
     quantized_prophet_loss: torch.FloatTensor | None = None
     next_latent_loss: torch.FloatTensor | None = None
-
-
-class HierarchicalLMLayer(GradientCheckpointingLayer):
-    """A block for each stream, then what they tell each other."""
-
-    def __init__(self, config: HierarchicalLMConfig, layer_idx: int):
-        super().__init__()
-        self.owners = _attention_owners(config)
-        self.blocks = nn.ModuleList(
-            HierarchicalLMBlock(config, layer_idx, h, owner == h) for h, owner in enumerate(self.owners)
-        )
-        self.merge = None
-        if config.num_hierarchies > 1:
-            self.merge = (ConcatMerge if config.merge == "concat" else CrossAttentionMerge)(config)
-
-    @with_cache_argument
-    def forward(
-        self,
-        *streams: torch.Tensor,
-        plans: list[StreamPlan],
-        past_key_values: HierarchicalCache | None = None,
-        ablate_merge: bool = False,
-    ) -> tuple[torch.Tensor, ...]:
-        """Streams `[batch, steps, width]` after this layer, then the attentions of those whose plans ask for them."""
-        cache, attentions = past_key_values, []
-        streams = list(streams)
-        for h, (block, plan) in enumerate(zip(self.blocks, plans)):
-            if plan.steps == 0:
-                continue
-            attention = None if self.owners[h] in (None, h) else self.blocks[self.owners[h]].self_attn
-            streams[h], weights = block(streams[h], plan, cache, attention)
-            if weights is not None:
-                attentions.append(weights)
-        if self.merge is None:
-            return (*streams, *attentions)
-        to_read = [_to_read(x, plan, cache, block.cache_idx) for x, plan, block in zip(streams, plans, self.blocks)]
-        if not ablate_merge:
-            for h, pooled in self.merge(to_read, plans).items():
-                if plans[h].steps:
-                    streams[h] = streams[h] + plans[h].at_steps(pooled)
-        return (*streams, *attentions)
-
-
-def _attention_owners(config):
-    """Which hierarchy's block holds the attention weights of each hierarchy, `None` where there is no attention."""
-    owners, first_of = [], {}
-    for h, window in enumerate(config.window_sizes):
-        shape = (config.hidden_sizes[h], config.num_attention_heads[h], config.head_dim[h])
-        shape = shape if config.shared_attention else h
-        owners.append(None if window == 0 else first_of.setdefault(shape, h))
-    return owners
-
-
-def _to_read(x, plan, cache, layer_idx, state_idx=0):
-    """The steps of a stream that tokens read; the last one stays in the cache for tokens to come."""
-    if plan.stride == 1 or cache is None:
-        return x
-    last = cache.read_recurrent(layer_idx, state_idx)
-    if last is None:
-        last = x.new_zeros(x.shape[0], 1, x.shape[2])
-    if plan.steps:
-        seen = x if plan.counts is None else torch.cat((last, x), dim=1)
-        cache.write_recurrent(plan.last_of(seen, 1), layer_idx, state_idx)
-    return plan.to_read(x, last)
 
 
 @auto_docstring
@@ -218,7 +148,7 @@ class HierarchicalLMPreTrainedModel(AutoMappingMixin, CustomCacheMixin, PreTrain
         super().__init__(config, *args, **kwargs)
 
     def _cache_layers(self, cache):
-        """See `CustomCacheMixin._cache_layers`: hierarchies within layers, then what compressors and the head look back at."""
+        """See `CustomCacheMixin._cache_layers`: hierarchies within layers, then the layer of compressors and head."""
         config, hierarchies, layer, last = self.config, range(self.config.num_hierarchies), [], {}
         for h, kind in zip(hierarchies, config.cache_layer_types):
             width, window = config.hidden_sizes[h], None
@@ -289,7 +219,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         output_hierarchy_hidden_states (`bool`, *optional*, defaults to `False`):
             Whether to also return the normalised stream of every hierarchy.
         ablate_merge (`bool`, *optional*, defaults to `False`):
-            Leave out what hierarchies tell each other.
+            Whether to leave out the merges of hierarchies.
         seq_idx (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Index of the packed sequence each token belongs to.
         cu_seq_lens_q (`torch.LongTensor` of shape `(num_sequences + 1,)`, *optional*):
@@ -300,145 +230,114 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         if self.training and torch.is_grad_enabled() and not output_hierarchy_hidden_states:
             _warn_of_forgotten_losses(config)
         inputs_embeds = self.embed(input_ids, inputs_embeds)
-        batch, seq, _ = inputs_embeds.shape
+        length = inputs_embeds.shape[1]
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        if past_key_values is not None:
-            self.check_cache(past_key_values, inputs_embeds)
-        cache = past_key_values
-        if cache is None and self.starts_cache(use_cache):
-            cache = HierarchicalCache(config)
-        check_position_ids(position_ids, batch, seq)
-
-        # Where no row is told from another one stands for all, however many a compiler leaves open.
-        fresh = cache is None or cache.seen_tokens == 0
-        past = [0] if fresh else cache.row_lengths
-        mask = token_mask(attention_mask, inputs_embeds, 0 if fresh else cache.seen_tokens)
-        if not fresh and (mask is not None or min(past) < cache.seen_tokens):
-            check_past_mask(attention_mask, seq, past)
-        mask = mask_of_new_tokens(mask, seq)
-        segments = segment_ids(inputs_embeds, mask, position_ids, seq_idx, cu_seq_lens_q, None if fresh else past)
-        rows, length = None, None
-        if (
-            has_dynamic_shapes(inputs_embeds)
-            and cache is None
-            and not (output_attentions or output_hierarchy_hidden_states)
-        ):
-            length = seq
-            inputs_embeds, mask, segments = self._with_empty_slots(inputs_embeds, mask, segments)
-            seq = inputs_embeds.shape[1]
-        if segments is not None:
-            if past_key_values is not None:
-                raise ValueError(f"`{CACHE}` cannot be filled by packed rows: a cache row is one sequence.")
-            cache, past = None, [0]
-            rows = packed_layout(segments, mask, max(config.compression_factors))
-        elif mask is not None:
-            rows = pad_layout(mask)
-        if mask is None or cache is None:
-            new = [seq] * len(past)
-        else:
-            new = mask.sum(1).tolist()
-            past = past * batch if len(past) == 1 else past
-        embeds = inputs_embeds if rows is None else rows.align(inputs_embeds)
-
-        pass_ = Pass(embeds, past, new, rows, cache, fresh, bool(output_attentions))
-        plans = [
-            make_plan(config, h, pass_, self.rotary_emb[h], self.embed_tokens.weight.dtype)
-            for h in range(config.num_hierarchies)
+        rows = (attention_mask, position_ids, seq_idx, cu_seq_lens_q)
+        context, cache = self._make_context(inputs_embeds, rows, past_key_values, use_cache)
+        context.output_attentions = bool(output_attentions)
+        any_length = has_dynamic_shapes(inputs_embeds) and cache is None
+        any_length = any_length and not (output_attentions or output_hierarchy_hidden_states)
+        if any_length:
+            inputs_embeds = self._add_empty_slots(inputs_embeds, context)
+        embeds = context.lay_out(inputs_embeds, cache, max(config.compression_factors))
+        dtype = self.embed_tokens.weight.dtype
+        context.streams = [
+            make_plan(config, h, context, embeds, cache, rotary_emb, dtype)
+            for h, rotary_emb in enumerate(self.rotary_emb)
         ]
-        streams = tuple(norm(x) for norm, x in zip(self.embed_norms, self._compress(embeds, plans, pass_)))
-        predicting, hidden_states, attentions = config.predict_index, [], []
-        for layer in self.layers:
-            if output_hidden_states:
-                hidden_states.append(_restore(rows, streams[predicting], plans[predicting]))
-            out = layer(*streams, plans=plans, ablate_merge=ablate_merge, **{CACHE: cache})
-            streams = out[: len(plans)]
-            attentions.extend(out[len(plans) :])
-        streams = tuple(norm(x) for norm, x in zip(self.norms, streams))
-        used = range(config.num_hierarchies) if config.predict_from_all else [predicting]
-        last = len(self.layers) * config.num_hierarchies
-        at_tokens = [plans[h].at_tokens(_to_read(streams[h], plans[h], cache, last, h)) for h in used]
-        last_hidden_state = at_tokens[0] if len(at_tokens) == 1 else torch.cat(at_tokens, dim=-1)
-        if rows is not None:
-            last_hidden_state = rows.restore(last_hidden_state)
-        if length is not None:
+        streams = compress(self.compressors, config, embeds, context, cache)
+        streams = tuple(norm(x) for norm, x in zip(self.embed_norms, streams))
+        streams, hidden_states, attentions = self._run_layers(
+            streams, context, cache, ablate_merge, output_hidden_states
+        )
+        last_hidden_state = self._predict_from(streams, context, cache)
+        if any_length:
+            stride = config.strides[config.predict_index]
             last_hidden_state = last_hidden_state[:, :length]
-            hidden_states = [x[:, : -(-length // plans[predicting].stride)] for x in hidden_states]
+            hidden_states = [x[:, : -(-length // stride)] for x in hidden_states]
         if cache is not None:
-            cache.advance(seq, [before + more for before, more in zip(past, new)])
+            cache.advance(length, [before + more for before, more in zip(context.past_lengths, context.new_lengths)])
         return HierarchicalLMModelOutput(
             last_hidden_state=last_hidden_state,
             **{CACHE: cache},
             hidden_states=(*hidden_states, last_hidden_state) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
             hierarchy_hidden_states=streams if output_hierarchy_hidden_states else None,
-            token_layout=rows if output_hierarchy_hidden_states else None,
+            token_layout=context.layout if output_hierarchy_hidden_states else None,
         )
+
+    def _make_context(self, inputs_embeds, rows, cache, use_cache):
+        """The context of a pass over rows described by `rows`, and the cache that the pass continues or fills."""
+        is_given = cache is not None
+        if is_given:
+            self.check_cache(cache, inputs_embeds)
+        elif self.starts_cache(use_cache):
+            cache = HierarchicalCache(self.config)
+        is_first = cache is None or cache.seen_tokens == 0
+        context = HierarchicalLMContext.from_inputs(inputs_embeds, *rows, None if is_first else cache)
+        context.is_first = is_first
+        if context.segment_ids is not None:
+            if is_given:
+                raise ValueError(f"`{CACHE}` cannot be filled by packed rows: a cache row is one sequence.")
+            cache = None
+        return context, cache
+
+    def _run_layers(self, streams, context, cache, ablate_merge, output_hidden_states):
+        """The normalised streams after the last layer, hidden states before each layer, and attentions."""
+        predicting, hidden_states, attentions = self.config.predict_index, [], []
+        for layer in self.layers:
+            if output_hidden_states:
+                hidden_states.append(_restore(streams[predicting], context, predicting))
+            out = layer(*streams, context=context, ablate_merge=ablate_merge, **{CACHE: cache})
+            streams = out[: len(context.streams)]
+            attentions.extend(out[len(context.streams) :])
+        return tuple(norm(x) for norm, x in zip(self.norms, streams)), hidden_states, attentions
+
+    def _predict_from(self, streams, context, cache):
+        """`[batch, seq, prediction_size]`, what the head reads at each token, in the order of the input."""
+        config = self.config
+        used = range(config.num_hierarchies) if config.predict_from_all else [config.predict_index]
+        last = len(self.layers) * config.num_hierarchies
+        plans = context.streams
+        at_tokens = [plans[h].at_tokens(steps_to_read(streams[h], plans[h], cache, last, h)) for h in used]
+        hidden_states = at_tokens[0] if len(at_tokens) == 1 else torch.cat(at_tokens, dim=-1)
+        return hidden_states if context.layout is None else context.layout.restore(hidden_states)
 
     def embed(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None) -> torch.FloatTensor:
         """The embeddings `[batch, seq, hidden_size]` of one or the other. Raises `TypeError` and `ValueError` for bad input."""
         return embed_text(self.embed_tokens, input_ids, inputs_embeds, self.config.hidden_size)
 
-    def _with_empty_slots(self, embeds, mask, segments):
-        """Rows whose length an export leaves open, longer by slots that no token sees: a multiple of all strides, two steps at least.
+    def _add_empty_slots(self, embeds, context):
+        """Embeddings, and masks in `context`, with masked slots at the end, for an export to programs of any length.
 
-        Otherwise the program would be for lengths alone whose last step is as full as that of the example.
+        The length becomes a multiple of all strides, at least two steps. Otherwise the program would be limited to lengths
+        whose last step is as full as that of the example.
         """
         multiple = math.lcm(*self.config.strides)
         seq = embeds.shape[1]
         more = (seq // multiple + 2) * multiple - seq
-        embeds = nn.functional.pad(embeds, (0, 0, 0, more))
-        mask = None if mask is None else nn.functional.pad(mask, (0, more), value=False)
-        if segments is not None:
-            segments = torch.cat((segments, segments[:, -1:].expand(-1, more)), dim=1)
-        return embeds, mask, segments
-
-    def _compress(self, embeds, plans, pass_):
-        """The streams `[batch, steps, width]` that the first layer gets, without their norm."""
-        factors = self.config.compression_factors
-        back = max(factors) - 1  # embeddings that compressors look back at
-        joined, cache = embeds, pass_.cache
-        if back:
-            before = None if cache is None else cache.read_conv(-1)
-            # With one more than is read, windows never are all there is: a compiler would ask of each length.
-            unread = int(before is None)
-            if before is None:
-                before = embeds.new_zeros(embeds.shape[0], unread + back, embeds.shape[2])
-            joined = torch.cat((before, embeds), dim=1)
-            if cache is not None:
-                cache.write_conv(pass_.last_of(joined[:, unread:], back), -1)
-        streams = []
-        for factor, width, plan, compressor in zip(factors, self.config.hidden_sizes, plans, self.compressors):
-            if plan.steps == 0:
-                streams.append(embeds.new_zeros(embeds.shape[0], 0, width))
-                continue
-            if factor == 1:
-                streams.append(compressor(embeds).to(embeds.dtype))
-                continue
-            first, stride = (plan.pick.start, plan.stride) if isinstance(plan.pick, slice) else (0, 1)
-            windows = joined[:, unread + back - factor + 1 + first :].unfold(1, factor, stride).transpose(2, 3)
-            if stride < plan.stride:
-                windows = torch.stack([plan.at_steps(x) for x in windows.unbind(2)], dim=2)
-            exists = None
-            if isinstance(compressor, AttentionCompressor):
-                taps = torch.arange(1 - factor, 1, device=embeds.device)
-                exists = (plan.token_positions.unsqueeze(-1) + taps) >= 0
-            streams.append(compressor(windows, exists).to(embeds.dtype))  # autocast must not make bf16 streams
-        return streams
+        if context.padding_mask is not None:
+            context.padding_mask = nn.functional.pad(context.padding_mask, (0, more), value=False)
+        if context.segment_ids is not None:
+            last = context.segment_ids[:, -1:].expand(-1, more)
+            context.segment_ids = torch.cat((context.segment_ids, last), dim=1)
+        return nn.functional.pad(embeds, (0, 0, 0, more))
 
 
 def _warn_of_forgotten_losses(config):
-    """Clients such as trl make the loss themselves, of the base model's states."""
+    """Warn clients such as trl, which compute the loss themselves from the states of the base model."""
     if AuxiliaryLosses.wanted(config):
         logger.warning_once(
             "The config gives weights to losses beside cross-entropy (`*_loss_weight`), but this training step computes none of "
-            "them: they come with the loss that HierarchicalLMForCausalLM makes of `labels`, without `past_key_values`."
+            "them: HierarchicalLMForCausalLM computes them with `labels` and without `past_key_values`."
         )
 
 
-def _restore(rows, x, plan):
-    """A stream in the order of the input; one with a stride stays as it is laid out."""
-    return x if rows is None or plan.stride > 1 else rows.restore(x)
+def _restore(x, context, hierarchy):
+    """A stream in the order of the input. A stream with a stride is not rearranged."""
+    layout, stride = context.layout, context.streams[hierarchy].stride
+    return x if layout is None or stride > 1 else layout.restore(x)
 
 
 @auto_docstring
@@ -458,7 +357,7 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, OldCacheNameMixin
         self.post_init()
 
     def _freeze_unread(self):
-        """What neither the head nor a loss reads takes no gradient, for which data parallel training would wait."""
+        """Freeze weights that neither the head nor a loss reads. Data parallel training would wait for their gradients."""
         config, merge = self.config, self.model.layers[-1].merge
         read = [] if self.auxiliary_losses is None else self.auxiliary_losses.hierarchies_read
         for h in range(config.num_hierarchies):
@@ -492,7 +391,7 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, OldCacheNameMixin
         output_hierarchy_hidden_states (`bool`, *optional*, defaults to `False`):
             Whether to also return the normalised stream of every hierarchy.
         ablate_merge (`bool`, *optional*, defaults to `False`):
-            Leave out what hierarchies tell each other.
+            Whether to leave out the merges of hierarchies.
         seq_idx (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Index of the packed sequence each token belongs to.
         cu_seq_lens_q (`torch.LongTensor` of shape `(num_sequences + 1,)`, *optional*):
@@ -500,7 +399,7 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, OldCacheNameMixin
         """
         of_loss = pop_kwargs(kwargs, "num_items_in_batch", "shift_labels")
         if self.auxiliary_losses is not None:
-            require_labels(labels, of_loss.get("num_items_in_batch"), "they make losses of the coarse streams")
+            require_labels(labels, of_loss.get("num_items_in_batch"), "the losses of coarse streams need them")
         predictive = self.auxiliary_losses is not None and labels is not None and past_key_values is None
         if predictive:
             inputs_embeds = self.model.embed(input_ids, inputs_embeds)
@@ -525,9 +424,7 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, OldCacheNameMixin
         if predictive:
             others = self._auxiliary_losses(outputs, inputs_embeds, input_ids, labels, **of_loss)
             for name, value in others.items():
-                # The next-latent loss has its weights, one for each hierarchy, inside.
-                weight = 1.0 if name == "next_latent" else getattr(self.config, f"{name}_loss_weight")
-                loss = loss + weight * value
+                loss = loss + self._loss_weight(name) * value
                 losses[f"{name}_loss"] = value
         return HierarchicalLMCausalLMOutput(
             loss=loss,
@@ -540,10 +437,14 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, OldCacheNameMixin
             **losses,
         )
 
+    def _loss_weight(self, name):
+        # The next-latent loss contains its weights, one for each hierarchy.
+        return 1.0 if name == "next_latent" else getattr(self.config, f"{name}_loss_weight")
+
     def _auxiliary_losses(
         self, outputs, embeds, input_ids, labels, num_items_in_batch=None, shift_labels=None, **kwargs
     ):
-        """Losses beside cross-entropy, by name; with accumulated gradients, this batch's share of them. 0 without targets."""
+        """Auxiliary losses by name, 0 without targets. With gradient accumulation, the share of this batch."""
         rows, mask, segments = outputs.token_layout, None, None
         if rows is not None:
             mask, segments = rows.real, rows.segments
@@ -557,7 +458,7 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, OldCacheNameMixin
         )
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
-        """As `PreTrainedModel`'s; the heads of losses that tell tokens follow."""
+        """As `PreTrainedModel.resize_token_embeddings`. The heads of losses that predict tokens are resized, too."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         if self.auxiliary_losses is not None:
             self.auxiliary_losses.resize_vocabulary(self.config.vocab_size)

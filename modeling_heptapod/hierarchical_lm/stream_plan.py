@@ -1,20 +1,21 @@
-"""What one forward pass of the hierarchical LM does to the stream of one hierarchy, and the way between tokens and steps."""
+"""The context of a forward pass of the hierarchical LM, with a plan for the stream of each hierarchy."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from ..common.forward_context import ForwardContext
 from ..common.model_inputs import has_dynamic_shapes, is_dynamic
-from ..common.token_layout import TokenLayout
+from ..common.token_layout import TokenLayout, packed_layout, pad_layout
 from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .hierarchical_cache import HierarchicalCache
 from .windowed_attention import first_key, visible
 
 
-# xPos multiplies queries and keys by powers of a base of at least 0.4 / 1.4, with the distance to a centre over
-# `xpos_scale_base` as exponent. 30 of these on both sides make products, of masked keys too, within the range of float32
-# and bfloat16; float16 holds the factors of 8.
+# xPos multiplies queries and keys by powers of a base of at least 0.4 / 1.4. The exponent is the distance to a centre divided
+# by `xpos_scale_base`. With exponents up to 30, products, of masked keys too, are in the range of float32 and bfloat16; up to 8
+# the factors are in that of float16.
 _FARTHEST_FROM_CENTER = 30
 _FARTHEST_FROM_CENTER_IN_FLOAT16 = 8
 
@@ -25,24 +26,23 @@ class StreamPlan:
 
     Attributes:
         stride, dilation (`int`), window (`int`, *optional*), block (`bool`): of the hierarchy.
-        steps (`int`): new ones, of the row that has most of them.
-        fresh (`bool`): whether they are the first.
-        tokens (`int`): new ones.
+        steps (`int`): number of new steps, of the row with the most.
+        fresh (`bool`): whether they are the first steps.
+        tokens (`int`): number of new tokens.
         rotary (`tuple[torch.Tensor, torch.Tensor]`, *optional*): of the new steps, see `_rotate` in `hierarchical_block.py`.
-        pick (`slice` or `torch.LongTensor` of shape `[batch, steps]`): the token that each step comes with, at strides
-            above 1.
-        spread (`torch.LongTensor` of shape `[tokens]` or `[batch, tokens]`, *optional*): the step each token reads, 0 for
-            the last cached one and from 1 on for new ones.
-        counts (`torch.LongTensor` of shape `[batch]`, *optional*): new steps of each row, where not all have as many.
+        pick (`slice` or `torch.LongTensor` of shape `[batch, steps]`): index of the token of each step, at strides above 1.
+        spread (`torch.LongTensor` of shape `[tokens]` or `[batch, tokens]`, *optional*): step that each token reads: 0 for
+            the last cached one, from 1 on for new ones.
+        counts (`torch.LongTensor` of shape `[batch]`, *optional*): new steps of each row, where their numbers differ.
         order (`torch.LongTensor` of shape `[batch, length]`, *optional*): which cached and new steps to keep then.
         positions, segments (`torch.LongTensor` of shape `[batch, steps]`, *optional*): of packed rows.
-        shift_mask (`torch.BoolTensor` of shape `[batch, steps, 1]`, *optional*): steps of packed rows that have another one
-            to look back at.
-        keys_seen (`int`, *optional*): how many keys a single step reads, `None` for all.
-        mask (`torch.BoolTensor` of shape `[1 or batch, 1, queries, keys]`, *optional*): where neither windows of whole
-            sequences nor a single step's say everything.
-        token_positions (`torch.LongTensor` of shape `[1 or batch, steps]`, *optional*): of the token each step comes with.
-        output_attentions (`bool`): whether to return attentions, which takes the mask.
+        shift_mask (`torch.BoolTensor` of shape `[batch, steps, 1]`, *optional*): which steps of packed rows have a step
+            before them for the token shift.
+        keys_seen (`int`, *optional*): number of keys in the window of a single step, `None` for all.
+        mask (`torch.BoolTensor` of shape `[1 or batch, 1, queries, keys]`, *optional*): attention mask, where it does not
+            follow from the window.
+        token_positions (`torch.LongTensor` of shape `[1 or batch, steps]`, *optional*): position of the token of each step.
+        output_attentions (`bool`): whether to return attention weights, which needs the mask.
     """
 
     stride: int
@@ -66,13 +66,13 @@ class StreamPlan:
     output_attentions: bool = False
 
     def at_steps(self, x: torch.Tensor) -> torch.Tensor:
-        """`[batch, tokens, width]` -> `[batch, steps, width]`: the tokens that steps come with."""
+        """`[batch, tokens, width]` -> `[batch, steps, width]`: the token of each step."""
         if self.stride == 1:
             return x
         return x[:, self.pick] if isinstance(self.pick, slice) else gather_steps(x, self.pick)
 
     def to_read(self, x: torch.Tensor, last: torch.Tensor | None) -> torch.Tensor:
-        """`[batch, steps, width]` and `last [batch, 1, width]`, the step before -> the steps that tokens read."""
+        """The steps that tokens read, from new steps `x [batch, steps, width]` and the step before, `last [batch, 1, width]`."""
         if self.stride == 1 or self.fresh:
             return x
         if self.tokens == 1 and self.spread is None:
@@ -80,11 +80,11 @@ class StreamPlan:
         return torch.cat((last, x), dim=1)
 
     def at_tokens(self, x: torch.Tensor) -> torch.Tensor:
-        """What `to_read` gave, or any function of each of its steps -> `[batch, tokens, width]`: what each token reads."""
+        """`[batch, tokens, width]`, the step that each token reads, from the output of `to_read`."""
         if self.stride == 1:
             return x
         if self.fresh:
-            if is_dynamic(self.tokens):  # one step more than tokens read, so that their number is never compared
+            if is_dynamic(self.tokens):  # one step more than is read, so that lengths are not compared
                 x = nn.functional.pad(x, (0, 0, 0, 1))
             return x.repeat_interleave(self.stride, dim=1)[:, : self.tokens]
         if self.spread is None:
@@ -92,12 +92,12 @@ class StreamPlan:
         return x[:, self.spread] if self.spread.dim() == 1 else gather_steps(x, self.spread)
 
     def last_of(self, x: torch.Tensor, number: int) -> torch.Tensor:
-        """The last `number` of cached and new steps, of `[batch, number + steps, width]`, as a state to keep."""
+        """The last `number` of cached and new steps `[batch, number + steps, width]`, as a state for a cache."""
         if self.counts is not None:
             places = self.counts.unsqueeze(1) + torch.arange(number, device=x.device)
             return gather_steps(x, places)
         last = x[:, x.shape[1] - number :]
-        return last.clone() if self.fresh or x.shape[1] > 2 * number else last  # no long row is kept alive for its end
+        return last.clone() if self.fresh or x.shape[1] > 2 * number else last  # a copy, so that a long row is freed
 
 
 def gather_steps(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -106,61 +106,98 @@ def gather_steps(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass
-class Pass:
-    """What the plans of all hierarchies share: embeddings as laid out, real tokens of each row before and in this pass."""
+class HierarchicalLMContext(ForwardContext):
+    """What all layers of one forward pass read about its rows. Positions are those of each hierarchy's steps, in `streams`.
 
-    embeds: torch.Tensor
-    past: list[int]
-    new: list[int]
-    rows: TokenLayout | None
-    cache: HierarchicalCache | None
-    fresh: bool
-    output_attentions: bool
+    Attributes:
+        layout (`TokenLayout`, *optional*): how padded or packed rows are laid out in the streams.
+        new_lengths (`list[int]`): real new tokens of each row; like `past_lengths` one number where all rows have as many.
+        is_first (`bool`): whether no cached tokens come before the new ones.
+        streams (`list[StreamPlan]`): what happens to the stream of each hierarchy.
+    """
 
-    def last_of(self, x, number):
+    layout: TokenLayout | None = None
+    new_lengths: list[int] = field(default_factory=list)
+    is_first: bool = True
+    streams: list[StreamPlan] = field(default_factory=list)
+
+    def lay_out(self, embeds: torch.Tensor, cache: HierarchicalCache | None, factor: int) -> torch.Tensor:
+        """Set the layout and the lengths of the rows.
+
+        Args:
+            embeds (`torch.Tensor` of shape `[batch, seq, width]`): embeddings of the new tokens.
+            cache (`HierarchicalCache`, *optional*): cache that the pass continues or fills.
+            factor (`int`): coarsest compression factor.
+
+        Returns:
+            The embeddings as they are laid out, `[batch, slots, width]`.
+        """
+        batch, seq, _ = embeds.shape
+        mask = self.padding_mask
+        # Without a cache one number stands for all rows, and a compiled program serves batches of any size.
+        past = [0] if self.is_first else self.past_lengths
+        if self.segment_ids is not None:
+            self.layout = packed_layout(self.segment_ids, mask, factor)
+        elif mask is not None:
+            self.layout = pad_layout(mask)
+        if mask is None or cache is None:
+            self.new_lengths = [seq] * len(past)
+        else:
+            self.new_lengths = mask.sum(1).tolist()
+            past = past * batch if len(past) == 1 else past
+        self.past_lengths = past
+        return embeds if self.layout is None else self.layout.align(embeds)
+
+    def last_of(self, x: torch.Tensor, number: int) -> torch.Tensor:
         """The last `number` of `[batch, number + tokens, width]`, as `StreamPlan.last_of`."""
-        tokens = self.embeds.shape[1]
-        counts = None if min(self.new) == tokens else torch.tensor(self.new, device=x.device)
-        return StreamPlan(1, 1, None, False, tokens, self.fresh, tokens, counts=counts).last_of(x, number)
+        tokens = x.shape[1] - number
+        counts = None if min(self.new_lengths) == tokens else torch.tensor(self.new_lengths, device=x.device)
+        return StreamPlan(1, 1, None, False, tokens, self.is_first, tokens, counts=counts).last_of(x, number)
 
 
 def make_plan(
-    config: HierarchicalLMConfig, hierarchy: int, pass_: Pass, rotary_emb: nn.Module, dtype: torch.dtype
+    config: HierarchicalLMConfig,
+    hierarchy: int,
+    context: HierarchicalLMContext,
+    embeds: torch.Tensor,
+    cache: HierarchicalCache | None,
+    rotary_emb: nn.Module,
+    dtype: torch.dtype,
 ) -> StreamPlan:
-    """The plan for one hierarchy. Its cosines and sines, of `rotary_emb`, come in `dtype`.
+    """The plan of one hierarchy.
+
+    Args:
+        config (`HierarchicalLMConfig`): of the model.
+        hierarchy (`int`): index of the hierarchy.
+        context (`HierarchicalLMContext`): of the forward pass, laid out.
+        embeds (`torch.Tensor` of shape `[batch, slots, width]`): embeddings as they are laid out.
+        cache (`HierarchicalCache`, *optional*): cache that the pass continues or fills.
+        rotary_emb (`nn.Module`): rotary embedding of the hierarchy.
+        dtype (`torch.dtype`): of the cosines and sines.
 
     Raises:
         ValueError: with xPos, for more steps than `dtype` can hold the decay of.
     """
-    cache, device = pass_.cache, pass_.embeds.device
     stride, dilation = config.strides[hierarchy], config.dilations[hierarchy]
     window = config.window_sizes[hierarchy]
     block = config.window_type == "block" and window is not None
-    tokens, past = pass_.embeds.shape[1], pass_.past
+    tokens, past, device = embeds.shape[1], context.past_lengths, embeds.device
     before = [-(-x // stride) for x in past]  # steps of each row so far
     steps = max(-(-(x + tokens) // stride) - k for x, k in zip(past, before))
-    plan = StreamPlan(stride, dilation, window, block, steps, pass_.fresh, tokens)
-    one_start = min(past) == max(past)
+    plan = StreamPlan(stride, dilation, window, block, steps, context.is_first, tokens)
     if stride > 1:
-        if one_start:
-            plan.pick = slice(before[0] * stride - past[0], None, stride)
-            if not pass_.fresh and tokens > 1:
-                plan.spread = (past[0] + torch.arange(tokens, device=device)) // stride - (before[0] - 1)
-        else:
-            starts, firsts = (torch.tensor(x, device=device).unsqueeze(1) for x in (past, before))
-            pick = (firsts + torch.arange(steps, device=device)) * stride - starts
-            plan.pick = pick.clamp_max(tokens - 1)
-            plan.spread = (starts + torch.arange(tokens, device=device)) // stride - (firsts - 1)
+        _pick_tokens(plan, past, before, device)
     if steps == 0:
         return plan
-    new = [-(-(x + more) // stride) - k for x, more, k in zip(past, pass_.new, before)]
+    new = [-(-(x + more) // stride) - k for x, more, k in zip(past, context.new_lengths, before)]
     if cache is not None and min(new) < steps:
         plan.counts = torch.tensor(new, device=device)
+    one_start = min(past) == max(past)
     first = torch.tensor(before[:1] if one_start else before, device=device).unsqueeze(1)
     positions = first + torch.arange(steps, device=device)
-    if pass_.rows is not None and pass_.rows.segments is not None:
-        positions = plan.positions = pass_.rows.positions[:, ::stride] // stride
-        plan.segments = pass_.rows.segments[:, ::stride]
+    if context.layout is not None and context.layout.segments is not None:
+        positions = plan.positions = context.layout.positions[:, ::stride] // stride
+        plan.segments = context.layout.segments[:, ::stride]
         plan.shift_mask = (positions >= dilation).unsqueeze(-1)
     plan.token_positions = positions * stride
     if window == 0:
@@ -174,12 +211,35 @@ def make_plan(
         length = cached + max(new)
         places = torch.arange(length, device=device) + plan.counts.unsqueeze(1) - max(new)
         plan.order = places.clamp_min(0)
-    plan.output_attentions = pass_.output_attentions
-    if plan.output_attentions or has_dynamic_shapes(pass_.embeds) or (steps > 1 and not pass_.fresh):
+    plan.output_attentions = context.output_attentions
+    _add_mask(plan, positions, first, before, cached, has_dynamic_shapes(embeds))
+    return plan
+
+
+def _pick_tokens(plan, past, before, device):
+    """Set `pick` and `spread`, for `past` tokens and `before` steps of each row so far."""
+    stride, steps, tokens = plan.stride, plan.steps, plan.tokens
+    if min(past) == max(past):
+        plan.pick = slice(before[0] * stride - past[0], None, stride)
+        if not plan.fresh and tokens > 1:
+            plan.spread = (past[0] + torch.arange(tokens, device=device)) // stride - (before[0] - 1)
+        return
+    starts, firsts = (torch.tensor(x, device=device).unsqueeze(1) for x in (past, before))
+    pick = (firsts + torch.arange(steps, device=device)) * stride - starts
+    plan.pick = pick.clamp_max(tokens - 1)
+    plan.spread = (starts + torch.arange(tokens, device=device)) // stride - (firsts - 1)
+
+
+def _add_mask(plan, positions, first, before, cached, has_dynamic_shapes):
+    """Set `mask` or `keys_seen` where attention is not that of whole sequences to themselves."""
+    steps, window, dilation, block = plan.steps, plan.window, plan.dilation, plan.block
+    device = positions.device
+    if plan.output_attentions or has_dynamic_shapes or (steps > 1 and not plan.fresh):
         if cached:
             positions = first - cached + torch.arange(cached + steps, device=device)
         plan.mask = visible(positions, steps, window, dilation, block, plan.segments).unsqueeze(1)
-    elif not pass_.fresh:
+    elif not plan.fresh:
+        one_start = len(first) == 1
         plan.keys_seen = window
         if block:
             plan.keys_seen = 2 * window if not one_start else window + before[0] // dilation % window + 1
@@ -187,11 +247,10 @@ def make_plan(
         if min(before) - cached + read < 0 or (block and not one_start):
             positions = first - cached + torch.arange(read, cached + 1, dilation, device=device)
             plan.mask = visible(positions, 1, window, dilation, block).unsqueeze(1)
-    return plan
 
 
 def _rotary(config, hierarchy, positions, newest, steps, cache, rotary_emb, dtype):
-    """Cosines and signed sines of positions `[1 or batch, steps]` within a phase, with what xPos adds."""
+    """Cosines and signed sines of positions `[1 or batch, steps]` in a phase, scaled by xPos."""
     head_dim = config.head_dim[hierarchy]
     cos, sin = rotary_emb(positions.new_zeros((), dtype=torch.float32), positions)
     sin = torch.cat((-sin[..., : head_dim // 2], sin[..., head_dim // 2 :]), dim=-1)
@@ -208,7 +267,7 @@ def _rotary(config, hierarchy, positions, newest, steps, cache, rotary_emb, dtyp
 
 
 def _center(config, hierarchy, newest, steps, decay, cache, dtype):
-    """The position from which decay is counted; it follows the newest one, and cached keys follow it."""
+    """The position from which decay is counted. It moves with the newest position, and cached keys are scaled to it."""
     base = config.xpos_scale_base
     device = decay.device.type
     if torch.is_autocast_enabled(device):
@@ -234,4 +293,4 @@ def _center(config, hierarchy, newest, steps, decay, cache, dtype):
     return center
 
 
-__all__ = ["Pass", "StreamPlan", "gather_steps", "make_plan"]
+__all__ = ["HierarchicalLMContext", "StreamPlan", "gather_steps", "make_plan"]

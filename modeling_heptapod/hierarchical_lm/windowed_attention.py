@@ -1,16 +1,16 @@
 """Causal attention with a window and a dilation.
 
-A step at position `i` of its sequence attends to steps `j <= i` of the same sequence with `(i - j) % dilation == 0`: the
-sequence falls into `dilation` phases that never meet. Counted within a phase, `i' = i // dilation`, the window is
+A step at position `i` of its sequence attends to steps `j <= i` of the same sequence with `(i - j) % dilation == 0`. So the
+sequence consists of `dilation` independent phases. With the position `i' = i // dilation` in a phase, the window is
 
     none       every j'
     sliding    i' - j' < window
-    block      j' // window >= i' // window - 1        (its own block up to itself, and the whole one before it)
+    block      j' // window >= i' // window - 1        (its own block up to itself, and the whole block before it)
 
-`naive_windowed_attention` says this in loops. `windowed_attention` folds phases into the batch, so that a full window is
-plain causal attention, and cuts windows into chunks that look back at one chunk; `step_attention` is one step on cached
-keys, read with a stride; `visible` is the mask for everything else. All of them call an `attend` function, transformers'
-attention interface in the model, on `[batch, heads, length, channels]`.
+`naive_windowed_attention` is the definition in loops. `windowed_attention` folds phases into the batch, so that a full window
+is plain causal attention, and cuts other windows into chunks that attend to themselves and the chunk before. `step_attention`
+is for one step after cached keys, which are read with a stride. `visible` makes the mask for all other cases. All call an
+`attend` function on `[batch, heads, length, channels]`, in the model transformers' attention interface.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from torch import nn
 from ..common.model_inputs import is_dynamic
 
 
-# Chunks are at least this long: below, more of them cost more than the keys they would spare.
+# Minimum length of a chunk: with shorter ones, their number costs more than the keys they save.
 _SHORTEST_CHUNK = 32
 
 
@@ -35,13 +35,13 @@ def naive_windowed_attention(
     block: bool = False,
     segments: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The definition, in loops.
+    """The definition in loops.
 
     Args:
         query (`torch.Tensor` of shape `[batch, steps, heads, channels]`): of the last steps of the keys.
         key, value (`torch.Tensor` of shape `[batch, length, heads, channels]`): `length >= steps`.
-        positions (`torch.LongTensor` of shape `[batch, length]`): of each key in its sequence; below 0 there is none.
-        window (`int`, *optional*): at least 1; `None` for all.
+        positions (`torch.LongTensor` of shape `[batch, length]`): of each key in its sequence; below 0 where there is no key.
+        window (`int`, *optional*): at least 1; `None` for all keys.
         dilation (`int`): at least 1.
         block (`bool`): whether the window is of blocks.
         segments (`torch.LongTensor` of shape `[batch, length]`, *optional*): which sequence each key belongs to.
@@ -86,8 +86,8 @@ def visible(
     """Which keys each of the last `steps` steps attends to.
 
     Args:
-        positions (`torch.LongTensor` of shape `[..., length]`): of each key in its sequence; below 0 there is none.
-        steps (`int`): how many of the last keys are queries.
+        positions (`torch.LongTensor` of shape `[..., length]`): of each key in its sequence; below 0 where there is no key.
+        steps (`int`): number of queries, which belong to the last keys.
         window, dilation, block: see the top of this file.
         segments (`torch.LongTensor` of shape `[..., length]`, *optional*): which sequence each key belongs to.
 
@@ -132,14 +132,14 @@ def windowed_attention(
     """
     batch, length, heads, channels = query.shape
     phase_length = -(-length // dilation)
-    # Where lengths are open one program is for all of them: room that none fills and, in small windows, no case for short ones.
+    # With dynamic lengths one program serves all: empty steps at the end and, in small windows, no case for short texts.
     length_is_dynamic = segments is None and is_dynamic(length)
     reach = window if window is None or not block else 2 * window
     if length_is_dynamic and (window is not None or dilation > 1):
         phase_length = length // dilation + 2
     for_any_length = length_is_dynamic and window is not None and reach <= _SHORTEST_CHUNK
     if window is not None and not for_any_length and (window if block else reach) >= phase_length:
-        window = None  # every step sees all before it
+        window = None  # every step attends to all before it
     if segments is not None:
         positions, segments = (_fold_positions(x, dilation) for x in (positions // dilation, segments))
     if window is None:
@@ -152,37 +152,32 @@ def windowed_attention(
     shortest = _SHORTEST_CHUNK if length_is_dynamic else min(_SHORTEST_CHUNK, phase_length)
     chunk = window if block and segments is None else max(reach - 1, shortest)
     chunks = phase_length // chunk + 2 if length_is_dynamic else -(-phase_length // chunk)
-    after = chunks * chunk - phase_length
     query = _cut(_pad(query, 0, chunks * chunk * dilation), chunks, dilation)
     key, value = (
         _cut(_pad(x, chunk * dilation, chunks * chunk * dilation), chunks + 1, dilation) for x in (key, value)
     )
     key, value = (torch.cat((x[:-1], x[1:]), dim=-2) for x in (key, value))
-    if segments is None:
-        positions = torch.arange(-chunk, chunks * chunk, device=query.device)
-        mask = visible(_look_back(positions, chunk), chunk, window, block=block).unsqueeze(
-            1
-        )  # one of each chunk, for all
-        query, key, value = (x.flatten(1, 3) for x in (query, key, value))
-    else:
-        # Steps after the end see each other; keys before the beginning are none.
-        positions = nn.functional.pad(nn.functional.pad(positions, (0, after)), (chunk, 0), value=-1)
-        positions, segments = (
-            _look_back(x, chunk) for x in (positions, nn.functional.pad(segments, (chunk, after), value=-1))
-        )
-        mask = (
-            visible(positions, chunk, window, block=block, segments=segments)
-            .transpose(0, 1)
-            .flatten(0, 1)
-            .unsqueeze(1)
-        )
-        query, key, value = (x.flatten(1, 2).flatten(0, 1) for x in (query, key, value))
-    out = attend(query, key, value, mask, False)
-    if segments is None:
+    if segments is None:  # the mask of a chunk is the same for all rows
+        places = _look_back(torch.arange(-chunk, chunks * chunk, device=query.device), chunk)
+        mask = visible(places, chunk, window, block=block).unsqueeze(1)
+        out = attend(*(x.flatten(1, 3) for x in (query, key, value)), mask, False)
         out = out.unflatten(2, (batch, dilation, heads)).permute(2, 0, 1, 3, 4, 5)
     else:
+        mask = _mask_of_packed_chunks(positions, segments, chunk, chunks, window, block)
+        out = attend(*(x.flatten(1, 2).flatten(0, 1) for x in (query, key, value)), mask, False)
         out = out.unflatten(0, (chunks, batch, dilation)).permute(1, 0, 3, 2, 4, 5)
     return out.reshape(batch, -1, heads, channels)[:, :length]
+
+
+def _mask_of_packed_chunks(positions, segments, chunk, chunks, window, block):
+    """Mask `[chunks * rows, 1, chunk, 2 * chunk]`, from positions and segments `[rows, phase_length]`."""
+    # Steps after the end attend to each other; there are no keys before the beginning.
+    after = chunks * chunk - positions.shape[1]
+    positions = nn.functional.pad(nn.functional.pad(positions, (0, after)), (chunk, 0), value=-1)
+    segments = nn.functional.pad(segments, (chunk, after), value=-1)
+    positions, segments = (_look_back(x, chunk) for x in (positions, segments))
+    mask = visible(positions, chunk, window, block=block, segments=segments)
+    return mask.transpose(0, 1).flatten(0, 1).unsqueeze(1)
 
 
 def step_attention(
@@ -194,15 +189,15 @@ def step_attention(
     dilation: int = 1,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of one step to cached keys, of which it reads every `dilation`-th.
+    """Attention of one step to every `dilation`-th cached key.
 
     Args:
         attend (`Callable`): as for `windowed_attention`.
-        query (`torch.Tensor` of shape `[batch, heads, 1, channels]`): of the step that the last key belongs to.
+        query (`torch.Tensor` of shape `[batch, heads, 1, channels]`): of the step of the last key.
         key, value (`torch.Tensor` of shape `[batch, heads, length, channels]`).
-        keys_seen (`int`, *optional*): how many of them the window lets it see; `None` for all.
+        keys_seen (`int`, *optional*): number of keys in the window; `None` for all.
         dilation (`int`): at least 1.
-        mask (`torch.BoolTensor` of shape `[batch, 1, 1, keys]`, *optional*): which of the keys that are read exist.
+        mask (`torch.BoolTensor` of shape `[batch, 1, 1, keys]`, *optional*): which of the keys read exist.
 
     Returns:
         `torch.Tensor` of shape `[batch, 1, heads, channels]`.
@@ -214,7 +209,7 @@ def step_attention(
 
 
 def first_key(length: int, keys_seen: int | None, dilation: int) -> int:
-    """Place of the first key that a step reads from `length` cached ones, its own the last; the rest follow in strides."""
+    """Index of the first of `length` keys that a step reads. Its own key is the last; it reads every `dilation`-th."""
     first = (length - 1) % dilation
     return first if keys_seen is None else max(first, length - 1 - (keys_seen - 1) * dilation)
 
@@ -231,7 +226,7 @@ def _fold(x, dilation, phase_length):
 
 
 def _fold_positions(x, dilation):
-    """`[batch, length]` -> `[batch * dilation, phase_length]`; what is added at the end comes after everything."""
+    """`[batch, length]` -> `[batch * dilation, phase_length]`, padded by repeating the last entry."""
     missing = -x.shape[1] % dilation
     x = torch.cat((x, x[:, -1:].expand(-1, missing)), dim=1)
     return x.unflatten(1, (-1, dilation)).transpose(1, 2).flatten(0, 1)

@@ -1,8 +1,8 @@
-"""Axes: what stands beside the text, one id per token.
+"""Axes of a text: one id per token.
 
-An axis reads text from left to right. It is *causal* when the id of a token depends on nothing that comes after the
-token; then it can be continued while a model writes, and what a model gains from it is real. An axis that looks ahead
-tells a model what it has yet to predict. [`find_lookahead`] tells the two apart on any text.
+An axis reads text from left to right. It is *causal* when the id of a token does not depend on later text. A causal axis can
+annotate text while a model generates it, and a gain from it is real. An axis with lookahead leaks text that the model has yet
+to predict. [`find_lookahead`] finds lookahead on a given text.
 
     class Vowels(Axis):
         def __init__(self, name="vowels"):
@@ -16,7 +16,7 @@ tells a model what it has yet to predict. [`find_lookahead`] tells the two apart
                 state = int(character in "aeiou")
             return state, state
 
-Id 0 is what stands before the first character; special tokens and pads have it too.
+Id 0 is that of the empty text. Special tokens and pads have id 0, too.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -29,24 +29,23 @@ AXIS_CLASSES = {}  # every subclass of Axis that has been imported, by name
 
 
 class Axis:
-    """An id per token, from the text and where its tokens end.
+    """Base class of axes: an id per token, from the text and the ends of its tokens.
 
-    A subclass defines `start` and `step`, and `arguments` if its `__init__` takes more than `name`. Where stepping is
-    too slow for a corpus it may define `ids_after` as well; the ids must be the same.
+    A subclass defines `start` and `step`, and `arguments` if its `__init__` takes more than `name`. Where stepping is too slow
+    for a corpus it may define `ids_after` as well, with the same ids.
 
     Args:
-        name: what configs, losses and logs call it; a Python identifier.
-        vocabulary: what each id means.
+        name: name in configs, losses and logs; a Python identifier.
+        vocabulary: meaning of each id.
 
     Attributes:
-        causal (`bool`): whether an id depends on the past only.
+        causal (`bool`): whether an id depends on past text only.
         why_not_causal (`str`): the reason where it does not.
-        registry_names (`dict`): names by which `make_axis` finds the class, with arguments for its `__init__`; a subclass
-            has none of these.
+        registry_names (`dict`): names of the class for `make_axis`, with arguments for its `__init__`. They are not inherited.
 
     Raises:
-        ValueError: for a name that is no identifier or "main", which is the text's own, and an empty vocabulary or one
-            that repeats itself.
+        ValueError: for a name that is no identifier, for the name "main", which is that of the text, and for a vocabulary
+            that is empty or has repeated entries.
     """
 
     causal = True
@@ -71,7 +70,7 @@ class Axis:
         return f"{type(self).__name__}(name={self.name!r}, {len(self.vocabulary)} ids, causal={self.causal})"
 
     def start(self) -> Hashable:
-        """The state before any text; states are never changed in place, so several beams may share one.
+        """The state before any text. States are never changed in place, so beams may share them.
 
         Raises:
             ValueError: from an axis that is not causal.
@@ -80,15 +79,15 @@ class Axis:
         raise NotImplementedError(f"{type(self).__name__} must define `start`.")
 
     def step(self, state, characters: str) -> tuple[int, Hashable]:
-        """Read on.
+        """Read one more token.
 
         Args:
             state: from `start` or the last step.
-            characters: those that the new token completes; none for a token that is a part of a character.
+            characters: characters that the token completes, none for a token that is a part of a character.
 
         Returns:
-            The id of the new token, and the state after it. A step over several characters ends where steps over each
-            of them end.
+            The id of the token, and the state after it. A step over several characters gives what steps over each of them
+            give.
 
         Raises:
             ValueError: from an axis that is not causal.
@@ -97,7 +96,7 @@ class Axis:
         raise NotImplementedError(f"{type(self).__name__} must define `step`.")
 
     def ids_after(self, text: str) -> list[int]:
-        """The id after each number of characters, 0 to `len(text)`: the fold of `step`."""
+        """The id after each number of characters, 0 to `len(text)`, by `step`."""
         axis_id, state = self.step(self.start(), "")
         ids = [axis_id]
         for character in text:
@@ -110,14 +109,14 @@ class Axis:
 
         Args:
             text: the text.
-            offsets: `(start, end)` of each token in it, a list or `[tokens, 2]`, as fast tokenizers return them. Of
-                several tokens that share a character only the last one sees it. The last token is taken to complete
-                its characters: annotate first, truncate afterwards. Without offsets each character is a token.
+            offsets: `(start, end)` of each token, a list or `[tokens, 2]`, as fast tokenizers return them. Of several tokens
+                that share a character only the last one reads it. The last token completes its characters, so annotate
+                before truncation. Without offsets each character is a token.
 
         Raises:
-            TypeError: for what is no text.
-            ValueError: for offsets that do not lie in the text or run backwards, and where the axis's own code gives
-                ids that are outside of its vocabulary.
+            TypeError: unless `text` is a string.
+            ValueError: for offsets outside of the text or in wrong order, and where the code of the axis returns ids outside
+                of its vocabulary.
         """
         if not isinstance(text, str):
             raise TypeError(f"`text` must be a string, got {type(text).__name__}.")
@@ -128,7 +127,7 @@ class Axis:
         return [ids[length] for length in visible_lengths(offsets, len(text))]
 
     def _check_ids(self, ids: Sequence[int], number: int) -> None:
-        """Raise a `ValueError` unless `ids`, which this axis has given, are `number` ids of its vocabulary."""
+        """Raise a `ValueError` unless `ids` of this axis are `number` ids of its vocabulary."""
         array = np.asarray(ids)
         size = len(self.vocabulary)
         if array.shape != (number,) or array.dtype.kind not in "iub" or array.min() < 0 or array.max() >= size:
@@ -139,15 +138,15 @@ class Axis:
             )
 
     def arguments(self) -> dict:
-        """What `__init__` needs besides `name` to make this axis again, as JSON can hold it."""
+        """Arguments of `__init__` besides `name` that make this axis again, as values for JSON."""
         return {}
 
     def to_dict(self) -> dict:
-        """This axis as JSON can hold it; `make_axis` reads it."""
+        """This axis as values for JSON, which `make_axis` reads."""
         return {"class": type(self).__name__, "name": self.name, **self.arguments()}
 
     def __reduce__(self):
-        # Copies and pickles are made anew from the arguments: what an axis remembers to be fast stays behind.
+        # Copies and pickles are made from the arguments, without cached transitions.
         return _make_again, (type(self), {"name": self.name, **self.arguments()})
 
     def _refuse_if_not_causal(self):
@@ -160,10 +159,10 @@ def _make_again(axis_class, arguments):
 
 
 class ConstantAxis(Axis):
-    """Says nothing: a control with the cost of an axis and none of its content.
+    """A constant id: a control with the cost of an axis and without information.
 
     Args:
-        size: entries of its vocabulary, of which only the first is used.
+        size: entries of its vocabulary. Only the first is used.
     """
 
     registry_names = {"constant": {}}
@@ -185,14 +184,14 @@ class ConstantAxis(Axis):
 
 
 class RandomAxis(Axis):
-    """Says nothing, in many words: a control.
+    """A random id: a control without information.
 
-    The id is a hash of the seed and the whole text so far, so it is the same whenever the text is the same, and tells
-    neither what comes nor, as a random sequence that starts anew with each text would, how far the text has come.
+    The id is a hash of the seed and the whole text so far. It is the same for the same text, and says nothing about later
+    text or the position, as a random sequence that restarts with each text would.
 
     Args:
         size: number of ids.
-        seed: another seed, other ids.
+        seed: seed of the hash.
     """
 
     registry_names = {"random": {}}
@@ -232,18 +231,18 @@ def _numbers(name, size):
 
 
 def visible_lengths(offsets, length: int) -> list[int]:
-    """How many characters of a text are complete after each token.
+    """Number of complete characters of a text after each token.
 
     Args:
-        offsets: `(start, end)` of each token, `start == end` for one without text.
-        length: characters of the text.
+        offsets: `(start, end)` of each token, with `start == end` for a token without text.
+        length: number of characters of the text.
 
     Raises:
-        ValueError: for offsets that do not lie in the text or run backwards.
+        ValueError: for offsets outside of the text or in wrong order.
     """
     start, end = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
     has_text = start != end
-    # A character is complete when the next token with text begins behind it.
+    # A character is complete when the next token with text begins after it.
     following = np.append(np.where(has_text, start, length), length)[::-1]
     following = np.minimum.accumulate(following)[::-1][1:]
     wrong = has_text & ((start < 0) | (start > end) | (end > length) | (start > following))
@@ -253,24 +252,24 @@ def visible_lengths(offsets, length: int) -> list[int]:
             f"`offsets` must lie in the text of {length} characters and not run backwards, token {number} has "
             f"({start[number]}, {end[number]})."
         )
-    # A token without text sees what the one before it saw.
+    # After a token without text as many are complete as before it.
     return np.maximum.accumulate(np.where(has_text, np.minimum(end, following), 0)).tolist()
 
 
 def find_lookahead(axis: Axis, text: str, offsets=None, every: int = 1) -> int | None:
-    """Look for a token whose id depends on what comes after it.
+    """Find a token whose id depends on later text.
 
-    Annotates the text and prefixes of it; time grows with the square of the length.
+    Annotates the text and its prefixes. Time grows with the square of the length.
 
     Args:
         axis: the axis.
         text: the text.
-        offsets: of its tokens, as for `annotate`; without them each character is a token.
-        every: try every so many tokens only.
+        offsets: of its tokens, as for `annotate`. Without offsets each character is a token.
+        every: tries every `every`-th prefix only.
 
     Returns:
-        The smallest tried number of tokens whose annotation changes when the text goes on; `None` where there is none:
-        the axis is then causal on this text.
+        The smallest tried number of tokens whose annotation changes when the text continues. `None` where the axis is causal
+        on this text.
     """
     whole = axis.annotate(text, offsets)
     pairs = [(n, n + 1) for n in range(len(text))] if offsets is None else offsets
@@ -284,13 +283,13 @@ def find_lookahead(axis: Axis, text: str, offsets=None, every: int = 1) -> int |
 
 
 class Automaton:
-    """A function `(state, character) -> state` that remembers what it has computed, for axes at full text speed.
+    """A function `(state, character) -> state` that caches its transitions, so that axes annotate a corpus fast.
 
     Args:
-        start: the first state; states are hashable.
+        start: the first state. States are hashable.
         advance: `(state, character) -> state`.
         output: `state -> output`.
-        limit: how many transitions to remember before starting anew.
+        limit: number of cached transitions, after which the cache is emptied.
     """
 
     def __init__(self, start: Hashable, advance: Callable, output: Callable, limit: int = 200_000):
@@ -307,7 +306,7 @@ class Automaton:
         return outputs
 
     def step(self, state, characters: str) -> tuple:
-        """The output and the state after some more characters."""
+        """The output and the state after more characters."""
         node = self._node(state)
         for character in characters:
             node = node[character]
@@ -326,7 +325,7 @@ class Automaton:
 
 
 class _Node(dict):
-    """The next node for each character met so far."""
+    """The next node for each character read so far."""
 
     __slots__ = ("automaton", "output", "state")
 
@@ -334,7 +333,7 @@ class _Node(dict):
         super().__init__()
         self.automaton, self.state, self.output = automaton, state, automaton.output(state)
 
-    def __repr__(self):  # a dict's own would go through the whole graph
+    def __repr__(self):  # that of a dict would print the whole graph
         return f"_Node({self.state!r})"
 
     def __missing__(self, character):

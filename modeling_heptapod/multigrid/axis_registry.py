@@ -24,15 +24,15 @@ BUILTIN_AXES = (
 
 
 def make_axis(spec) -> Axis:
-    """An axis from what names or describes it.
+    """Make an axis from its name or description.
 
     Args:
-        spec: an axis, which is returned as it is; a dict from `to_dict`; a short name like `"affix"` or `"bracket"`; or
-            the path of a `.json` file that holds such a dict.
+        spec: an axis, which is returned unchanged, a dict from `to_dict`, a name like `"affix"` or `"bracket"`, or the path of a
+            `.json` file with such a dict.
 
     Raises:
-        ValueError: for a name that no imported class has; the module that defines a class of your own must be imported
-            before its axes are loaded; for arguments that its class does not take.
+        ValueError: for a name or class that is not known, and for arguments that the class does not take. The module of a
+            custom class must be imported before.
         TypeError: for anything else.
     """
     if isinstance(spec, Axis):

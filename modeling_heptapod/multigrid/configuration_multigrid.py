@@ -28,32 +28,31 @@ _AT_LEAST_ONE = (
 class MultiGridConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
     r"""
     axis_names (`list[str]`, *optional*, defaults to `[]`):
-        Names of the axes, in the order of `axis_ids`. Without any the model is a plain decoder (GPT-2).
+        Names of the axes, in the order of `axis_ids`. Without axes the model is a plain decoder (GPT-2).
     axis_vocab_sizes (`list[int]`, *optional*, defaults to `[]`):
         Size of each axis's vocabulary, in the same order.
     axis_hidden_size (`int`, *optional*):
-        Width of the axis streams, `hidden_size` when not given. Narrower streams are the light wiring: their feed-forwards,
-        and the attention with which they and the main stream read each other, shrink with them. A multiple of the head
-        dimension.
+        Width of the axis streams, a multiple of the head dimension. Defaults to `hidden_size`. With narrower streams their
+        feed-forwards and the cross blocks are smaller as well.
     cross_feed_forward (`bool`, *optional*, defaults to `True`):
-        Whether a stream that has read another one passes a feed-forward, as in the prototype. `False` is lighter.
+        Whether cross blocks have a feed-forward, as in the prototype.
     core (`str`, *optional*, defaults to `"transformer"`):
-        How positions mix: `"transformer"` (attention, learned positions), `"leap"` (LEAP's gated running means, rotary
-        positions) or `"lstm"` (no positions). The last two decode from a state of constant size and have no longest text.
+        Mixer: `"transformer"` (attention, learned positions), `"leap"` (LEAP's gated running means, rotary positions) or
+        `"lstm"` (no positions). The last two decode from a state of constant size and have no maximum length.
     axis_order (`str`, *optional*, defaults to `"parallel"`):
-        `"parallel"`: all axes of the next position are predicted from the past. `"factored"`: its axis ids first, then
-        the main token given them. Axis ids are a function of the text, so the code length of the text in the factored
-        order is the *sum* of main and meta losses; the main loss alone is no measure of it.
+        `"parallel"` predicts all axes of the next position from the past. `"factored"` predicts its axis ids first, then the
+        main token given them. Axis ids are a function of the text, so in the factored order the code length of the text is
+        the *sum* of the main loss and the losses of all axes.
     main_loss_weight (`float`, *optional*, defaults to 0.5):
-        `w` in the loss `w * main + (1 - w) * mean of the axes`. Without axes the loss is that of the main axis.
+        `w` in the loss `w * main + (1 - w) * mean of axes`. Without axes the loss is that of the main axis.
     axis_weights (`list[float]`, *optional*):
-        Share of each axis in what the main stream takes over from its readings, one over the number of axes each (the
-        prototype's mean) when not given.
+        Weight of each axis in the sum that the main stream adds from its cross blocks. Defaults to one over the number of axes
+        (the prototype's mean).
     window_sizes (`list`, *optional*):
-        With `core="leap"`: window of each layer in tokens, `None` in the list for a global layer. When not given,
-        `[None, 4, 8, 16]` repeated.
+        Window of each layer in tokens with `core="leap"`, `None` in the list for a global layer. Defaults to `[None, 4, 8, 16]`
+        repeated.
     hidden_dropout (`float`, *optional*, defaults to 0.0):
-        Dropout on embeddings and on what mixers and feed-forwards add to a stream.
+        Dropout on embeddings and on the outputs of mixers and feed-forwards.
     attention_dropout (`float`, *optional*, defaults to 0.0):
         Dropout on the weights of attention (`core="transformer"` only).
 
@@ -112,7 +111,7 @@ class MultiGridConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def complete(self) -> None:
-        """Fill in what depends on values that were set since, one by one, as `from_pretrained` sets what it overrides.
+        """Fill in what depends on values set after construction, as `from_pretrained` sets overrides.
 
         A model calls it before it is built. Raises what the constructor raises.
         """
@@ -143,12 +142,7 @@ class MultiGridConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
         self._validate_axes()
         if not 0 <= self.main_loss_weight <= 1:
             raise ValueError(f"`main_loss_weight` must be in [0, 1], got {self.main_loss_weight}.")
-        if self.attention_dropout and self.core != "transformer":
-            raise ValueError(f"`attention_dropout` needs core='transformer', got core={self.core!r}.")
-        if self.core == "leap":
-            self._validate_leap()
-        elif self.window_sizes is not None:
-            raise ValueError(f"`window_sizes` needs core='leap', got core={self.core!r}.")
+        self._validate_core()
 
     def _validate_axes(self):
         names = self.axis_names
@@ -166,6 +160,14 @@ class MultiGridConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
         if not all(weight >= 0 for weight in self.axis_shares):
             raise ValueError(f"`axis_weights` must not be negative, got {self.axis_weights}.")
 
+    def _validate_core(self):
+        if self.attention_dropout and self.core != "transformer":
+            raise ValueError(f"`attention_dropout` needs core='transformer', got core={self.core!r}.")
+        if self.core == "leap":
+            self._validate_leap()
+        elif self.window_sizes is not None:
+            raise ValueError(f"`window_sizes` needs core='leap', got core={self.core!r}.")
+
     def _validate_leap(self):
         if self.head_dim % 2:
             raise ValueError(f"core='leap' turns pairs of channels, but `head_dim` is {self.head_dim}.")
@@ -173,7 +175,7 @@ class MultiGridConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
 
     @property
     def num_axes(self) -> int:
-        """How many axes there are."""
+        """Number of axes."""
         return len(self.axis_names)
 
     @property
@@ -188,7 +190,7 @@ class MultiGridConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
 
     @property
     def axis_num_attention_heads(self) -> int:
-        """Heads of an axis stream, and of the main stream when it reads one."""
+        """Heads of an axis stream, and of cross blocks."""
         return self.axis_hidden_size // self.head_dim
 
     @property
@@ -198,12 +200,12 @@ class MultiGridConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """One entry per layer; transformers' names for layers of a cache."""
+        """Type of each layer, by transformers' names for layers of a cache."""
         return ["full_attention" if self.core == "transformer" else "linear_attention"] * self.num_hidden_layers
 
     @property
     def cache_layer_types(self) -> list[str]:
-        """Layers of a cache: all streams' own mixing in each layer, then, with axes, their readings of each other."""
+        """Types of the cache layers: of the self blocks of all layers, then, with axes, of the cross blocks."""
         return self.layer_types * (2 if self.num_axes else 1)
 
 

@@ -1,4 +1,4 @@
-"""A learned axis: a decision tree on the last few characters, as plain data."""
+"""A learned axis: a decision tree on the last characters, stored as plain data."""
 
 from collections.abc import Sequence
 
@@ -8,16 +8,16 @@ from .axes import Axis
 
 
 class DecisionTreeAxis(Axis):
-    """The leaf that the last characters lead to; `training/distill_axis.py` makes such trees from a trained model.
+    """The leaf of a decision tree on the last characters. `training/distill_axis.py` distills such trees from a model.
 
     Args:
-        nodes: the tree, from its root. An inner node is `[back, code, left, right]`: go to node `left` if the character
-            `back` places back (1 is the last one) has a code point of at most `code`, otherwise to node `right`; both
-            come after it. A character before the text has code point -1. A leaf is `[axis_id]`.
-        vocabulary: what each id means; id 0 is what stands before the first character.
+        nodes: the tree, with its root first. An inner node is `[back, code, left, right]`: the next node is `left` if the code
+            point of the character `back` places back (1 is the last one) is at most `code`, otherwise `right`. Both come
+            later in the list. The code point before the text is -1. A leaf is `[axis_id]`.
+        vocabulary: meaning of each id. Id 0 is that of the empty text.
 
     Raises:
-        ValueError: for nodes that do not make such a tree.
+        ValueError: for nodes that are no such tree.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class DecisionTreeAxis(Axis):
         return self._id_of(state), state
 
     def ids_after(self, text):
-        """All positions at once, a level of the tree at a time."""
+        """As the base class, for all positions at once, level by level of the tree."""
         codes = np.full(self.length + len(text), -1, dtype=np.int32)
         codes[self.length :] = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
         is_leaf = np.array([len(node) == 1 for node in self.nodes])
@@ -60,7 +60,7 @@ class DecisionTreeAxis(Axis):
         return {"nodes": [list(node) for node in self.nodes], "vocabulary": list(self.vocabulary)}
 
     def to_python(self) -> str:
-        """The source of a module that needs nothing: `axis_id(text)` and `annotate(text)`, the tree as `if` and `else`."""
+        """Source of a module without imports: `axis_id(text)` and `annotate(text)`, with the tree as `if` statements."""
         backs = sorted({node[0] for node in self.nodes if len(node) == 4}) or [1]
         names = ", ".join(f"c{back}" for back in backs)
         slices = ", ".join(f"text[-{back}:{1 - back if back > 1 else ''}]" for back in backs)
@@ -100,7 +100,7 @@ class DecisionTreeAxis(Axis):
         return node[0]
 
     def _sizes(self):
-        """How many lines the source of each node takes."""
+        """Number of lines of the source of each node."""
         sizes = [1] * len(self.nodes)
         for number in reversed(range(len(self.nodes))):
             if len(self.nodes[number]) == 4:
@@ -108,7 +108,7 @@ class DecisionTreeAxis(Axis):
         return sizes
 
     def _source(self, number, depth, sizes):
-        """The lines of a node and all below it. The smaller side is indented, for Python takes 100 levels at most."""
+        """Lines of a node and all below it. The smaller child is indented, since Python allows 100 levels."""
         lines, blank = [], "    " * depth
         while len(self.nodes[number]) == 4:
             back, code, left, right = self.nodes[number]

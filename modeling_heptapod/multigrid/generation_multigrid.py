@@ -1,23 +1,22 @@
-"""`generate` for MultiGrid: every new token comes with its axis ids, predicted, annotated from the text, or forced.
+"""`generate` for MultiGrid: every new token has axis ids that are predicted, annotated from the text, or forced.
 
-Read top-down: the outputs, the axis ids of one call, the mixin. The decoding loops are transformers' own. They call
-`prepare_inputs_for_generation` before each forward pass and `_update_model_kwargs_for_generation` after it; axis ids
-enter and leave through these two. Nothing is kept on the module: the state of a call is in its model kwargs.
+The decoding loops are transformers' own. They call `prepare_inputs_for_generation` before each forward pass and
+`_update_model_kwargs_for_generation` after it, which pass axis ids on. The state of a call, in `axis_state.py`, is in its
+model kwargs.
 
-When an axis id of position `t + 1` is known:
+When the axis id of position `t + 1` is known:
 
     source       parallel order                           factored order
     predicted    with the main token of t + 1             before the main token of t + 1, which is conditioned on it
-    forced       the same                                 the same: the caller's choice steers this very token
-    annotated    after it, by rule from the text          a guess of the model's conditions the main token and is then
-                                                          replaced by what the rule says of the text
+    forced       the same                                 the same: the main token is conditioned on the given id
+    annotated    after it, by rule from the text          the main token is conditioned on a predicted id, which the
+                                                          annotation then replaces
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import wraps
-from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers.generation import (
@@ -29,8 +28,8 @@ from transformers.generation import (
 )
 
 from ..common.model_inputs import check_ids
-from ..common.processing_utils import special_token_ids
 from ..common.transformers_versions import CACHE, OldCacheNameMixin, with_cache_argument
+from .axis_state import AxisState, Sources
 
 
 AXIS_SOURCES = ("predicted", "annotated", "forced")
@@ -38,11 +37,11 @@ AXIS_SOURCES = ("predicted", "annotated", "forced")
 
 @dataclass
 class MultiGridGenerateOutput(GenerateDecoderOnlyOutput):
-    """What `generate` returns with `return_dict_in_generate=True` and without beams: the stock output, and the axis ids.
+    """Output of `generate` with `return_dict_in_generate=True`, without beams.
 
     Args:
         axis_sequences (`torch.LongTensor` of shape `[batch, axes, length]`):
-            Axis ids of every token of `sequences`, axes in the order of `config.axis_names`; 0 at the pads behind a
+            Axis ids of every token of `sequences`, with axes in the order of `config.axis_names`, and 0 at pads after a
             finished row.
     """
 
@@ -51,163 +50,18 @@ class MultiGridGenerateOutput(GenerateDecoderOnlyOutput):
 
 @dataclass
 class MultiGridGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
-    """The same with beams.
+    """Output of `generate` with `return_dict_in_generate=True`, with beams.
 
     Args:
         axis_sequences (`torch.LongTensor` of shape `[batch, axes, length]`):
-            As in [`MultiGridGenerateOutput`]: the axis ids of the hypotheses that are returned.
+            As in [`MultiGridGenerateOutput`], of the returned hypotheses.
     """
 
     axis_sequences: torch.LongTensor | None = None
 
 
-@dataclass(frozen=True)
-class _Sources:
-    """Where the axis ids of each axis come from, and who annotates."""
-
-    of_axes: tuple[str, ...]
-    processor: Any = None
-    annotators: tuple = ()  # those of the annotated axes, in their order
-
-    def places(self, source: str) -> list[int]:
-        return [place for place, name in enumerate(self.of_axes) if name == source]
-
-
-class _Reading(NamedTuple):
-    """What annotators know of a row: tokens that complete no character yet, and the state of each. Beams share it."""
-
-    pending: tuple
-    states: tuple
-
-
-class _AxisState:
-    """The axis ids of all rows during one call of `generate`.
-
-    Between two forward passes: `choose` adds the axis ids of a position, then the loop adds the main tokens, then
-    `follow` finds out which rows have moved where, and lets annotators read the new tokens.
-
-    Args:
-        sources (`_Sources`): where axis ids come from.
-        tokens (`torch.LongTensor` of shape `[rows, length]`): the prompts; nothing where they are embeddings.
-        mask (`torch.Tensor` of shape `[rows, length]`, *optional*): which tokens are no pads.
-        axis_ids (`torch.LongTensor` of shape `[rows, axes, prompt]`): of the prompts.
-        forced (`torch.LongTensor` of shape `[rows, forced axes, steps]`, *optional*): what the caller wants.
-        past (`int`): cached tokens before the first of `axis_ids`.
-        beams (`int`): rows of one prompt that change places with each other.
-        temperature (`float`, *optional*): predicted axis ids are drawn at this temperature, `None`: the likeliest.
-    """
-
-    def __init__(self, sources, tokens, mask, axis_ids, forced, past=0, beams=1, temperature=None):
-        self.sources, self.tokens, self.axis_ids, self.forced = sources, tokens, axis_ids, forced
-        self.past, self.beams, self.temperature = past, beams, temperature
-        self.prompt_length, self.prompt_axis_ids = tokens.shape[1], axis_ids
-        self.finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-        self.chosen = []  # of each step, [rows, axes]
-        self.annotated = sources.places("annotated")
-        self.special_tokens = special_token_ids(sources.processor.tokenizer) if self.annotated else set()
-        self.readings = self.prompt_readings = self._read_prompts(mask)
-
-    def at(self, first: int, length: int) -> torch.LongTensor:
-        """Axis ids of `length` tokens, the first of which has `first` tokens before it: `[rows, axes, length]`."""
-        first -= self.past
-        return self.axis_ids[..., first : first + length]
-
-    def choose(self, axis_logits: tuple[torch.Tensor, ...]) -> torch.LongTensor:
-        """Axis ids of the next position from logits `[rows, axis vocabulary]` of each axis: `[rows, axes]`."""
-        self.writes_pads = self.finished.clone()
-        forced = self.sources.places("forced")
-        chosen = []
-        for axis, logits in enumerate(axis_logits):
-            if axis in forced:
-                chosen.append(self.forced[:, forced.index(axis), len(self.chosen)])
-            elif self.temperature is None:
-                chosen.append(logits.argmax(-1))
-            else:
-                chances = (logits.float() / self.temperature).softmax(-1)
-                chosen.append(torch.multinomial(chances, 1).squeeze(-1))
-        chosen = torch.stack([ids.to(self.tokens.device) for ids in chosen], dim=1)
-        self.chosen.append(chosen.masked_fill(self.writes_pads.unsqueeze(1), 0))
-        self.axis_ids = torch.cat((self.axis_ids, self.chosen[-1].unsqueeze(-1)), dim=-1)
-        return self.chosen[-1]
-
-    def follow(self, tokens: torch.LongTensor) -> None:
-        """Take in sequences that are one token longer, `[rows, length]`, in whatever order beams have brought them."""
-        if self.beams > 1:
-            parents = self._parents(tokens[:, :-1])
-            self.axis_ids = self.axis_ids[parents]
-            self.readings = [self.readings[row] for row in parents.tolist()]
-        self.tokens = tokens
-        if self.annotated:
-            self.readings = list(self.readings)
-            for row in (~self.writes_pads).nonzero().flatten().tolist():
-                ids, self.readings[row] = self.read(self.readings[row], int(tokens[row, -1]))
-                self.axis_ids[row, self.annotated, -1] = self.axis_ids.new_tensor(ids)
-
-    def of_rows(self, sequences: torch.LongTensor) -> torch.LongTensor:
-        """Tracks of the finished `sequences [rows, length]` of a search without beams, `[rows, axes, length]`."""
-        if sequences.shape[1] > self.tokens.shape[1]:
-            self.follow(sequences)
-        first = self.prompt_axis_ids.shape[-1] - self.prompt_length  # prompts of embeddings are in no sequence
-        return self.axis_ids[..., first : first + sequences.shape[1]]
-
-    def of_beams(self, sequences: torch.LongTensor, beam_indices: torch.LongTensor, per_prompt: int):
-        """Tracks of finished hypotheses, `[rows, axes, length]`.
-
-        Args:
-            sequences (`torch.LongTensor` of shape `[rows, length]`): the best `per_prompt` of each prompt.
-            beam_indices (`torch.LongTensor` of shape `[rows, steps]`): which row each token was written by, -1: none.
-            per_prompt (`int`): hypotheses returned for each prompt.
-        """
-        steps = torch.arange(beam_indices.shape[1], device=sequences.device)
-        first_rows = torch.arange(len(sequences), device=sequences.device) // per_prompt * self.beams
-        written = torch.stack(self.chosen[: len(steps)])[steps, beam_indices.clamp_min(0).long()]
-        written = written.masked_fill((beam_indices < 0).unsqueeze(-1), 0).transpose(1, 2)
-        for row, first_row in enumerate(first_rows.tolist() if self.annotated else ()):
-            reading = self.prompt_readings[first_row]
-            for step in range(int((beam_indices[row] >= 0).sum())):
-                ids, reading = self.read(reading, int(sequences[row, self.prompt_length + step]))
-                written[row, self.annotated, step] = written.new_tensor(ids)
-        prompts = self.prompt_axis_ids[first_rows][..., self.prompt_axis_ids.shape[-1] - self.prompt_length :]
-        return torch.cat((prompts, written), dim=-1)
-
-    def _parents(self, tokens):
-        """For each row the first of the same prompt that has written the same so far."""
-        prompts = len(tokens) // self.beams
-        new, old = (x[:, self.prompt_length :].unflatten(0, (prompts, self.beams)) for x in (tokens, self.tokens))
-        same = (new.unsqueeze(2) == old.unsqueeze(1)).all(-1)
-        first_rows = torch.arange(0, len(tokens), self.beams, device=tokens.device).unsqueeze(1)
-        return (same.int().argmax(-1) + first_rows).flatten()
-
-    def _read_prompts(self, mask):
-        start = _Reading((), tuple(axis.start() for axis in self.sources.annotators))
-        if not self.annotated:
-            return [start] * len(self.tokens)
-        known = {}  # beams share their prompt
-        readings = []
-        for row, tokens in enumerate(self.tokens):
-            tokens = tuple((tokens if mask is None else tokens[mask[row].bool()]).tolist())
-            if tokens not in known:
-                reading = start
-                for token in tokens:
-                    _, reading = self.read(reading, token)
-                known[tokens] = reading
-            readings.append(known[tokens])
-        return readings
-
-    def read(self, reading, token):
-        """Axis ids of the annotated axes for one more token, and what is known after it; special tokens have id 0."""
-        if token in self.special_tokens:
-            return [0] * len(self.annotated), reading
-        characters, pending = self.sources.processor.new_characters(reading.pending, token)
-        steps = [axis.step(state, characters) for axis, state in zip(self.sources.annotators, reading.states)]
-        for axis, (axis_id, _) in zip(self.sources.annotators, steps):
-            if not (isinstance(axis_id, Integral) and 0 <= axis_id < len(axis.vocabulary)):
-                raise ValueError(f"axis {axis.name!r} must give ids in [0, {len(axis.vocabulary)}), got {axis_id!r}.")
-        return [axis_id for axis_id, _ in steps], _Reading(pending, tuple(state for _, state in steps))
-
-
 class _NotesFinishedRows(StoppingCriteriaList):
-    """Stopping criteria that also record which rows are filled with padding from now on."""
+    """Stopping criteria that also record which rows are finished and continue with padding."""
 
     def __init__(self, criteria, axis_state):
         super().__init__(criteria)
@@ -222,7 +76,7 @@ class _NotesFinishedRows(StoppingCriteriaList):
 
 
 def _with_axis_state(loop):
-    """A custom decoding loop (`custom_generate`) with the state of the axes among its model kwargs."""
+    """A custom decoding loop (`custom_generate`) with the state of the axes in its model kwargs."""
 
     @wraps(loop)  # `generate` reads the signature
     def loop_with_axes(model, input_ids, *, stopping_criteria, generation_config, **kwargs):
@@ -235,7 +89,7 @@ def _with_axis_state(loop):
 
 
 class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
-    """`generate` with axes. Without any it is transformers' own."""
+    """`generate` with axes. Without axes it is transformers' own."""
 
     def generate(
         self,
@@ -247,40 +101,41 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         forced_axis_ids: torch.LongTensor | None = None,
         **kwargs,
     ):
-        """As [`GenerationMixin.generate`], with axis ids beside the text.
+        """As [`GenerationMixin.generate`], with axis ids.
 
         Args:
             inputs, generation_config, args, kwargs:
-                As there. `axis_ids` (`torch.LongTensor` of shape `[batch, axes, prompt]`) are those of the prompt; a
-                [`MultiGridProcessor`] returns them with the `input_ids`. Where there are axes they are required, or
-                `processor`, which then annotates the prompt: a pipeline hands over nothing but `input_ids`.
+                As there. `axis_ids` (`torch.LongTensor` of shape `[batch, axes, prompt]`) are those of the prompt, which a
+                [`MultiGridProcessor`] returns with the `input_ids`. With axes they are required, or `processor`, which then
+                annotates the prompt, as for pipelines, which pass `input_ids` only.
             axis_source (`str` or `dict[str, str]`, *optional*, defaults to `"predicted"`):
-                Where axis ids come from, for all axes or by the axis's name (`"predicted"` where one is left out):
+                Source of the axis ids, for all axes or by name (`"predicted"` where a name is missing):
 
-                - `"predicted"`: the model. The likeliest one; with `do_sample=True` drawn at `temperature` (the other
-                  warpers are about main tokens), before the main token.
-                - `"annotated"`: the axis's rule, from the text written so far. Needs `processor`, and a causal axis.
-                - `"forced"`: `forced_axis_ids`. In the parallel order a forced axis id reaches the main stream with
-                  its own position, so it steers what comes after it; in the factored order it steers its own token.
+                - `"predicted"`: by the model. The likeliest id, or with `do_sample=True` one sampled at `temperature`. Other
+                  logits processors apply to main tokens only.
+                - `"annotated"`: by the rule of the axis, from the text so far. Needs `processor`, and a causal axis.
+                - `"forced"`: from `forced_axis_ids`. In the parallel order the main stream reads a forced id at its position,
+                  so it affects later tokens. In the factored order it also affects the token at its position.
             processor ([`MultiGridProcessor`], *optional*):
-                Its tokenizer turns tokens into characters, its axes annotate what is written, and the prompt where
-                `axis_ids` are not given.
+                Its tokenizer decodes tokens, and its axes annotate the new text, and the prompt where `axis_ids` are not
+                given.
             forced_axis_ids (`torch.LongTensor` of shape `[batch, forced axes or all axes, steps]`, *optional*):
-                Axis ids of the tokens to come, at least as many as are generated. Of all axes, only the forced ones are
+                Axis ids of the new tokens, at least as many as are generated. With all axes given, only the forced ones are
                 read.
             custom_generate (`Callable` or `str`, *optional*):
-                As there. A custom loop finds the axis ids among its keyword arguments and passes them on with these to
-                `prepare_inputs_for_generation` and `_update_model_kwargs_for_generation`, whose order is that of the stock
-                loops: inputs, forward pass, update, and then the logits.
+                As there. A custom loop gets the axis ids in its keyword arguments and passes these on to
+                `prepare_inputs_for_generation` and `_update_model_kwargs_for_generation`. It must call them in the order of
+                the stock loops: inputs, forward pass, update, and then read the logits.
 
         Returns:
             `sequences`, or with `return_dict_in_generate=True` a [`MultiGridGenerateOutput`] or
-            [`MultiGridGenerateBeamOutput`], which have `axis_sequences` beside them. Scores are those of main tokens.
+            [`MultiGridGenerateBeamOutput`] with `axis_sequences`. Scores are those of main tokens.
 
         Raises:
-            TypeError: for a `axis_source`, `axis_ids` or `forced_axis_ids` of another type.
-            ValueError: for a `guidance_scale` or assisted decoding, unknown axes or sources, a missing `processor` or `axis_ids`, an axis that is not causal and
-                annotated, forced ids of a wrong shape, too short, or with ids outside an axis's vocabulary.
+            TypeError: for an `axis_source`, `axis_ids` or `forced_axis_ids` of another type.
+            ValueError: for a `guidance_scale`, assisted decoding, unknown axes or sources, a missing `processor` or `axis_ids`,
+                an annotated axis that is not causal, and forced ids of a wrong shape, of too few tokens, or outside of the
+                vocabulary of their axis.
         """
         sources = self._axis_sources(axis_source, processor, forced_axis_ids)
         if kwargs.get("axis_ids") is not None:
@@ -308,12 +163,12 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         inputs_embeds: torch.FloatTensor | None = None,
         axis_ids: torch.LongTensor | None = None,
         is_first_iteration: bool | None = False,
-        axis_state: _AxisState | None = None,
-        axis_sources: _Sources | None = None,
+        axis_state: AxisState | None = None,
+        axis_sources: Sources | None = None,
         forced_axis_ids: torch.LongTensor | None = None,
         **kwargs,
     ):
-        """As the stock method, with the axis ids of the tokens that the forward pass is given."""
+        """As the stock method, with the axis ids of the tokens of the next forward pass."""
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -374,7 +229,7 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
             )
         return super()._assisted_decoding(*args, **kwargs)
 
-    def _axis_sources(self, axis_source, processor, forced_axis_ids) -> _Sources:
+    def _axis_sources(self, axis_source, processor, forced_axis_ids) -> Sources:
         names = list(self.config.axis_names)
         by_name = dict.fromkeys(names, axis_source) if isinstance(axis_source, str) else axis_source
         if not isinstance(by_name, dict):
@@ -390,13 +245,13 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         of_axes = tuple(by_name.get(name, "predicted") for name in names)
         if ("forced" in of_axes) != (forced_axis_ids is not None):
             raise ValueError(
-                "`forced_axis_ids` and a `axis_source` of 'forced' belong together, got "
+                "`forced_axis_ids` need an `axis_source` of 'forced' and vice versa, got "
                 f"axis_source={axis_source!r} and {'no' if forced_axis_ids is None else 'some'} `forced_axis_ids`."
             )
         if forced_axis_ids is not None:
             check_ids("forced_axis_ids", forced_axis_ids)
         annotators = tuple(self._annotator(name, processor) for name in names if by_name.get(name) == "annotated")
-        return _Sources(of_axes, processor, annotators)
+        return Sources(of_axes, processor, annotators)
 
     def _annotator(self, name, processor):
         if processor is None:
@@ -418,8 +273,8 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
             )
         return axis
 
-    def _start_axis_state(self, input_ids, generation_config, model_kwargs, beams=1) -> _AxisState | None:
-        """Take what `generate` was told about axis ids out of `model_kwargs`."""
+    def _start_axis_state(self, input_ids, generation_config, model_kwargs, beams=1) -> AxisState | None:
+        """The state of a call. Arguments about axis ids are removed from `model_kwargs`."""
         sources, forced, axis_ids = (
             model_kwargs.pop(x, None) for x in ("axis_sources", "forced_axis_ids", "axis_ids")
         )
@@ -427,8 +282,8 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
             return None
         if generation_config.guidance_scale not in (None, 1):
             raise ValueError(
-                f"`guidance_scale` must be 1 with axes, got {generation_config.guidance_scale}: what the model would say "
-                "without the prompt is asked for without axis ids."
+                f"`guidance_scale` must be 1 with axes, got {generation_config.guidance_scale}: the pass without the "
+                "prompt has no axis ids."
             )
         embeds, cache, mask = (model_kwargs.get(x) for x in ("inputs_embeds", CACHE, "attention_mask"))
         rows, length = (input_ids if embeds is None else embeds).shape[:2]
@@ -455,7 +310,7 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         if generation_config.do_sample:
             temperature = 1.0 if generation_config.temperature is None else generation_config.temperature
         device = input_ids.device
-        return _AxisState(
+        return AxisState(
             sources,
             input_ids,
             mask,
@@ -467,7 +322,7 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         )
 
     def _annotate_prompts(self, processor, tokens, mask) -> torch.LongTensor:
-        """What the axes of `processor` say of prompts `[rows, length]`: `[rows, axes, length]`, 0 at pads."""
+        """Axis ids `[rows, axes, length]` of prompts `[rows, length]` by the axes of `processor`, 0 at pads."""
         names = self.config.axis_names
         ahead = [axis.name for axis in processor.axes if axis.name in names and not axis.causal]
         if ahead:
@@ -476,8 +331,8 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
             )
         axes = tuple(self._annotator(name, processor) for name in names)
         axis_ids = tokens.new_zeros(len(tokens), len(names), tokens.shape[1])
-        reader = _AxisState(
-            _Sources(("annotated",) * len(names), processor, axes), tokens[:, :0], None, axis_ids[..., :0], None
+        reader = AxisState(
+            Sources(("annotated",) * len(names), processor, axes), tokens[:, :0], None, axis_ids[..., :0], None
         )
         for row, reading in enumerate(reader.readings):
             places = range(tokens.shape[1]) if mask is None else mask[row].nonzero().flatten().tolist()
@@ -488,10 +343,10 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
 
     @staticmethod
     def _mask_length(mask, generation_config):
-        """How `generate` itself tells whole sequences from new tokens after a cache."""
+        """Length by which `generate` distinguishes whole sequences from new tokens after a cache."""
         return mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", -1)
 
-    def _check_forced(self, sources: _Sources, forced: torch.LongTensor, rows: int, steps: int) -> torch.LongTensor:
+    def _check_forced(self, sources: Sources, forced: torch.LongTensor, rows: int, steps: int) -> torch.LongTensor:
         places: Sequence[int] = sources.places("forced")
         names = [self.config.axis_names[place] for place in places]
         if forced.dim() != 3 or forced.shape[0] != rows or forced.shape[1] not in (len(places), len(sources.of_axes)):
@@ -501,7 +356,7 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
             )
         if forced.shape[2] < steps:
             raise ValueError(
-                f"`forced_axis_ids` must say an axis id for each of the {steps} tokens that may be generated, got "
+                f"`forced_axis_ids` must have an id for each of the {steps} tokens that may be generated, got "
                 f"{forced.shape[2]}."
             )
         if forced.shape[1] != len(places):

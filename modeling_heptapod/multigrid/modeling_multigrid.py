@@ -1,8 +1,8 @@
-"""MultiGrid: a text and axes aligned with it token for token, each a decoder of its own, reading each other in every layer.
+"""MultiGrid: decoders of a text and of axes aligned with its tokens, which read each other in every layer.
 
-Read bottom-up: model, head. Layers are in `multigrid_blocks.py`, how positions mix in `multigrid_cores.py`, adding and removing
-axes in `multigrid_growth.py`. The prototype is the Metadata-Enhanced-Transformer notebook, on nanoGPT; without axes this is
-GPT-2.
+Model and head. Layers are in `multigrid_blocks.py`, mixers in `multigrid_cores.py`, the context of a forward pass in
+`multigrid_context.py`, adding and removing axes in `multigrid_growth.py`. The prototype is the Metadata-Enhanced-Transformer
+notebook, on nanoGPT. Without axes MultiGrid is GPT-2.
 """
 
 from dataclasses import dataclass
@@ -24,27 +24,22 @@ from ..common.losses import IGNORE_INDEX, causal_lm_loss, check_labels, require_
 from ..common.model_inputs import (
     apply_mask_to_padding_states,
     check_ids,
-    check_past_mask,
-    check_position_ids,
     check_position_range,
-    count_positions,
     embed_ids,
     embed_text,
-    has_dynamic_shapes,
     mask_of_new_tokens,
     token_mask,
 )
-from ..common.packing import next_positions
 from ..common.packing import segment_ids as find_segments
 from ..common.transformers_versions import CACHE, slice_logits_to_keep, with_cache_argument, with_cache_field
 from ..common.unused_kwargs import pop_kwargs, reject_unused_kwargs
-from ..leap.mixing_rows import lay_out
 from ..leap.recurrent_cache import mixing_states
 from .configuration_multigrid import MultiGridConfig
 from .generation_multigrid import MultiGridGenerationMixin
-from .multigrid_blocks import MultiGridLayer, NextAxesBlock
+from .multigrid_blocks import MultiGridLayer, NextAxesBlock, shift_axis_ids
 from .multigrid_cache import MultiGridCache
-from .multigrid_cores import LSTMRows, MixingPlan, grouped_norm, leap_config
+from .multigrid_context import make_context
+from .multigrid_cores import grouped_norm, leap_config
 from .multigrid_growth import MultiGridGrowthMixin
 
 
@@ -60,12 +55,12 @@ class MultiGridModelOutput(ModelOutput):
     last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
         The main stream, normalised.
     past_key_values (`MultiGridCache`, *optional*):
-        What further tokens need of these.
+        Cache for further tokens.
     hidden_states (`tuple`, *optional*):
-        The main stream before the first and after each layer, the last as `last_hidden_state`.
+        The main stream before the first layer and after each, the last as `last_hidden_state`.
     attentions (`tuple`, *optional*):
-        Of each layer, what the streams see of themselves, `[batch_size, heads, sequence_length, keys]`: heads of the main
-        stream first, then of each axis (`core="transformer"` only).
+        Weights of self-attention in each layer, `[batch_size, heads, sequence_length, keys]`: heads of the main stream, then
+        of each axis (`core="transformer"` only).
     axis_hidden_states (`torch.FloatTensor` of shape `(batch_size, axes, sequence_length, axis_hidden_size)`, *optional*):
         The axis streams, normalised.
     """
@@ -89,9 +84,9 @@ class MultiGridCausalLMOutput(ModelOutput):
     loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
         `main_loss_weight * main_loss + (1 - main_loss_weight) * mean of axis_losses`; the main loss without axes.
     logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
-        Scores of the next main token; in the factored order, given the next axis ids.
+        Scores of the next main token. In the factored order, given the next axis ids.
     past_key_values (`MultiGridCache`, *optional*):
-        What further tokens need of these.
+        Cache for further tokens.
     hidden_states (`tuple`, *optional*):
         As from the base model.
     attentions (`tuple`, *optional*):
@@ -99,12 +94,12 @@ class MultiGridCausalLMOutput(ModelOutput):
     main_hidden_states (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
         In the factored order: the main stream before the next axis ids are known, for `main_logits`.
     axis_logits (`tuple`, *optional*):
-        Of each axis, scores of its next token, `[batch_size, sequence_length, axis_vocab_sizes[a]]`.
+        Scores of the next id of each axis, `[batch_size, sequence_length, axis_vocab_sizes[a]]`.
     main_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
-        Cross-entropy of the next main token. In the factored order the code length of the text is the sum of this and of
-        `axis_losses`, this alone is not.
+        Cross-entropy of the next main token. In the factored order the code length of the text is the sum of this and all
+        `axis_losses`.
     axis_losses (`tuple`, *optional*):
-        Cross-entropy of the next token of each axis, in the order of `axis_names`.
+        Cross-entropy of the next id of each axis, in the order of `axis_names`.
     """
 
     loss: torch.FloatTensor | None = None
@@ -126,16 +121,18 @@ class MultiGridPreTrainedModel(AutoMappingMixin, CustomCacheMixin, PreTrainedMod
     _no_split_modules = ["MultiGridLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
     _can_record_outputs = {"hidden_states": MultiGridLayer}
     _cache_classes = {"dynamic": MultiGridCache}
 
     def __init__(self, config: MultiGridConfig, *args, **kwargs):
         config.complete()
         super().__init__(config, *args, **kwargs)
-        self._is_stateful = config.core != "transformer"  # a recurrent state cannot be rolled back
+        self._is_stateful = config.core != "transformer"  # recurrent states cannot be cropped
 
     def _cache_layers(self, cache):
-        """See `CustomCacheMixin._cache_layers`: each stream's own past, then, with axes, what streams read of each other."""
+        """See `CustomCacheMixin._cache_layers`: layers of the self blocks, then, with axes, of the cross blocks."""
         config, layers = self.config, []
         axes, head_dim = config.num_axes, config.head_dim
         own = config.num_attention_heads + axes * config.axis_num_attention_heads
@@ -143,7 +140,7 @@ class MultiGridPreTrainedModel(AutoMappingMixin, CustomCacheMixin, PreTrainedMod
             if config.core == "leap":
                 layers += [mixing_states(window, heads, 2, head_dim) for window in config.window_sizes]
                 continue
-            if config.core == "lstm":  # whose readings keep nothing
+            if config.core == "lstm":  # whose cross blocks have no state
                 shapes = {} if layers else {("recurrent_states", 0): (2, own * head_dim)}
                 states = LayerStates("linear_attention", shapes, precise=True)
             else:
@@ -165,7 +162,7 @@ class MultiGridModel(MultiGridPreTrainedModel):
             self.rotary_emb = LlamaRotaryEmbedding(leap_config(config, config.num_attention_heads))
         elif config.core == "transformer":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-            self.axis_embed_positions = None  # streams of equal width share their positions
+            self.axis_embed_positions = None  # streams of equal width share the table
             if config.num_axes and config.axis_hidden_size != config.hidden_size:
                 self.axis_embed_positions = nn.Embedding(config.max_position_embeddings, config.axis_hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -196,7 +193,7 @@ class MultiGridModel(MultiGridPreTrainedModel):
     ) -> MultiGridModelOutput:
         r"""
         axis_ids (`torch.LongTensor` of shape `(batch_size, axes, sequence_length)`, *optional*):
-            Token of each axis at each position, in the order of `config.axis_names`; needed when there are any.
+            Token of each axis at each position, in the order of `config.axis_names`. Required with axes.
         seq_idx (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Index of the packed sequence each token belongs to.
         cu_seq_lens_q (`torch.LongTensor` of shape `(num_sequences + 1,)`, *optional*):
@@ -206,48 +203,30 @@ class MultiGridModel(MultiGridPreTrainedModel):
         config = self.config
         main = self.embed(input_ids, inputs_embeds)
         meta = self.embed_axes(axis_ids, main.shape[:2])
-        batch, seq, _ = main.shape
         asked, use_cache = use_cache, config.use_cache if use_cache is None else use_cache
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         if past_key_values is not None:
             self.check_cache(past_key_values, main)
         elif self.starts_cache(asked):
             past_key_values = MultiGridCache(config)
-        check_position_ids(position_ids, batch, seq)
-
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        mask, lengths = self._token_mask(attention_mask, main, past_key_values, past)
-        new_mask = mask_of_new_tokens(mask, seq)
-        main, meta = (
-            apply_mask_to_padding_states(main, new_mask),
-            None if meta is None else apply_mask_to_padding_states(meta, new_mask),
-        )
-        segments = find_segments(main, new_mask, position_ids, seq_idx, cu_seq_lens_q, lengths if past else None)
-        counted = position_ids is None
-        if counted and config.core != "lstm":
-            position_ids = count_positions(main, new_mask, segments, lengths)
+        rotary_emb = self.rotary_emb if config.core == "leap" else None
+        rows = (attention_mask, position_ids, seq_idx, cu_seq_lens_q)
+        context = make_context(config, main, *rows, past_key_values, bool(output_attentions), rotary_emb)
+        main = apply_mask_to_padding_states(main, context.padding_mask)
+        meta = None if meta is None else apply_mask_to_padding_states(meta, context.padding_mask)
         if config.core == "transformer":
-            main, meta = self._add_positions(
-                main, meta, position_ids, not counted or past + seq > config.max_position_embeddings
-            )
-            plan = MixingPlan(attention_mask=_visible(mask, segments, seq, past, main))
-        else:
-            plan = self._recurrent_plan(main, new_mask, segments, position_ids, past, past_key_values is not None)
-        plan.output_attentions = bool(output_attentions)
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            may_be_out = position_ids is not None or past + main.shape[1] > config.max_position_embeddings
+            main, meta = self._add_positions(main, meta, context.position_ids, may_be_out)
         main, meta = self.dropout(main), None if meta is None else self.dropout(meta)
 
         attentions = []
         for layer in self.layers:
-            main, meta, weights = layer(main, meta, plan=plan, **{CACHE: past_key_values})
+            main, meta, weights = layer(main, meta, context=context, **{CACHE: past_key_values})
             attentions.append(weights)
         if past_key_values is not None:
-            past_key_values.advance(seq, main.device)
-            if config.core == "transformer":
-                past_key_values.past_mask = mask
-            elif new_mask is not None or segments is not None or past_key_values.next_positions is not None:
-                past_key_values.follow(next_positions(segments, new_mask, seq, lengths))
-            if segments is not None and not is_tracing(segments):
-                past_key_values.packed = True
+            context.advance(past_key_values, main.shape[1], main.device)
+            past_key_values.past_mask = context.token_mask
         return MultiGridModelOutput(
             last_hidden_state=self.norm(main),
             **{CACHE: past_key_values if use_cache else None},
@@ -256,11 +235,11 @@ class MultiGridModel(MultiGridPreTrainedModel):
         )
 
     def embed(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None) -> torch.FloatTensor:
-        """The main axis's embeddings `[batch, seq, hidden_size]`. Raises `TypeError` and `ValueError` for bad input."""
+        """Embeddings `[batch, seq, hidden_size]` of the main axis. Raises `TypeError` and `ValueError` for bad input."""
         return embed_text(self.embed_tokens, input_ids, inputs_embeds, self.config.hidden_size)
 
     def embed_axes(self, axis_ids: torch.LongTensor | None, shape: tuple[int, int]) -> torch.FloatTensor | None:
-        """The axes' embeddings `[axes, batch, seq, axis_hidden_size]`, `None` without axes.
+        """Embeddings `[axes, batch, seq, axis_hidden_size]` of the axes, `None` without axes.
 
         Args:
             axis_ids (`torch.LongTensor` of shape `[batch, axes, seq]`, *optional*).
@@ -287,40 +266,10 @@ class MultiGridModel(MultiGridPreTrainedModel):
         tables = zip(self.axis_embed_tokens, axis_ids.unbind(1), names)
         return torch.stack([embed_ids(table, ids, f"`axis_ids` of axis {name!r}") for table, ids, name in tables])
 
-    def _token_mask(self, attention_mask, main, cache, past):
-        """Which tokens are real, `None` where all are, and real tokens of each row before these.
-
-        The mask is of the new tokens; of all tokens so far with core "transformer", whose past can still be masked.
-        """
-        seq = main.shape[1]
-        mask = token_mask(attention_mask, main, past)
-        if self.config.core != "transformer":
-            if past and not cache.packed and (mask is not None or cache.next_positions is not None):
-                check_past_mask(attention_mask, seq, cache.lengths())
-            return mask_of_new_tokens(mask, seq), cache.lengths() if past else 0
-        if past and cache.packed:
-            raise ValueError(
-                f"`{CACHE}` holds packed sequences, and with core='transformer' new tokens would see all of them: "
-                "continue from a cache of the last sequence alone."
-            )
-        if past and (mask is not None or cache.past_mask is not None):
-            covers_past = attention_mask is not None and attention_mask.shape[1] > seq
-            mask = _whole_mask(cache.past_mask, attention_mask if covers_past else mask, main, past)
-        return mask, past if mask is None else mask[:, :past].sum(1)
-
-    def _recurrent_plan(self, main, mask, segments, position_ids, past, output_final_state):
-        """What cores "leap" and "lstm" need to know of pads, packed sequences and positions."""
-        if self.config.core == "lstm":
-            return MixingPlan(lstm_rows=None if mask is None and segments is None else LSTMRows(mask, segments))
-        precise = main.to(torch.promote_types(main.dtype, torch.float32))
-        rows = lay_out(mask, segments, self.rotary_emb(precise, position_ids), past > 0, output_final_state)
-        single_step = main.shape[1] == 1 and past > 0 and mask is None and not torch.is_grad_enabled()
-        return MixingPlan(mixing_rows=rows, single_step=single_step)
-
     def _add_positions(self, main, meta, position_ids, may_be_out):
         limit = self.config.max_position_embeddings
         remedy = "Cores 'leap' and 'lstm' have no such bound."
-        if may_be_out and position_ids.device.type != "cpu":  # a CPU looks itself
+        if may_be_out and position_ids.device.type != "cpu":  # on a CPU the embedding checks
             check_position_range(position_ids, limit, remedy)
         try:
             main = main + self.embed_positions(position_ids)
@@ -331,64 +280,6 @@ class MultiGridModel(MultiGridPreTrainedModel):
             table = self.embed_positions if self.axis_embed_positions is None else self.axis_embed_positions
             meta = meta + table(position_ids)
         return main, meta
-
-
-def _whole_mask(past_mask, mask, main, past):
-    """Which of all tokens so far are real, from what a cache knows and a mask of all or of the new ones, or `None`."""
-    batch, seq, _ = main.shape
-    if past_mask is None:
-        past_mask = main.new_ones(batch, past, dtype=torch.bool)
-    if mask is None or mask.shape[1] == seq:
-        return torch.cat((past_mask, main.new_ones(batch, seq, dtype=torch.bool) if mask is None else mask), dim=1)
-    mask = mask.bool()
-    if not is_tracing(mask) and (mask[:, :past] & ~past_mask).any():
-        raise ValueError(
-            f"`attention_mask` keeps tokens that were pads when `{CACHE}` was filled: it must be 0 there, too."
-        )
-    return mask
-
-
-def _visible(mask, segments, seq, past, like):
-    """What each new token sees, `[1 or batch, 1, seq, past + seq]`; `None` where that is everything up to itself."""
-    if mask is None and segments is None and not has_dynamic_shapes(like) and (past == 0 or seq == 1):
-        return None
-    place = torch.arange(past + seq, device=like.device)
-    allowed = (place[None, :] <= place[past:, None]).unsqueeze(0)
-    if segments is not None:
-        runs = nn.functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0)).long().cumsum(-1)
-        allowed = allowed & (runs.unsqueeze(-1) == runs.unsqueeze(-2))
-    if mask is not None:
-        itself = place[None, :] == place[past:, None]  # so that a pad sees anything at all
-        allowed = allowed & (mask.unsqueeze(1) | itself)
-    return allowed.unsqueeze(1)
-
-
-def _next_axis_ids(axis_ids, next_axis_ids, mask, segments):
-    """The axis ids of the real token after each position `[batch, axes, seq]`, and where there are any `[batch, seq]`.
-
-    None follow the last real token, unless they are given, nor the end of a packed sequence.
-    """
-    batch, axes, seq = axis_ids.shape
-    known = torch.ones(batch, seq + 1, dtype=torch.bool, device=axis_ids.device)
-    if next_axis_ids is None:
-        next_axis_ids = torch.zeros_like(axis_ids[:, :, 0])
-        known[:, -1] = False
-    else:
-        check_ids("next_axis_ids", next_axis_ids)
-        if list(next_axis_ids.shape) != [batch, axes]:
-            expected = [batch, axes]
-            raise ValueError(f"`next_axis_ids` must be [batch, axes] = {expected}, got {list(next_axis_ids.shape)}.")
-    axis_ids = torch.cat((axis_ids, next_axis_ids.unsqueeze(-1)), dim=2)
-    following = torch.arange(1, seq + 1, device=axis_ids.device).expand(batch, -1)
-    if mask is not None:  # the nearest one that is real, or what comes after the row
-        places = torch.where(mask, following - 1, seq)[:, 1:]
-        places = nn.functional.pad(places, (0, 1), value=seq)
-        following = places.flip(1).cummin(1).values.flip(1)
-    known = known.gather(1, following)
-    if segments is not None:
-        segments = nn.functional.pad(segments, (0, 1), mode="replicate")
-        known = known & (segments.gather(1, following) == segments[:, :-1])
-    return axis_ids.gather(2, following.unsqueeze(1).expand(-1, axes, -1)), known
 
 
 @auto_docstring
@@ -432,13 +323,13 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
     ) -> MultiGridCausalLMOutput:
         r"""
         axis_ids (`torch.LongTensor` of shape `(batch_size, axes, sequence_length)`, *optional*):
-            Token of each axis at each position, in the order of `config.axis_names`; needed when there are any.
+            Token of each axis at each position, in the order of `config.axis_names`. Required with axes.
         axis_targets (`torch.LongTensor` of shape `(batch_size, axes, sequence_length)`, *optional*):
-            What `labels` are, of the axes, or `shift_labels`, where those are given. When not given: `axis_ids`, ignored
-            wherever the main targets are -100.
+            Targets of the axes, aligned like `labels`, or like `shift_labels` where those are given. Defaults to `axis_ids`,
+            ignored where the main targets are -100.
         next_axis_ids (`torch.LongTensor` of shape `(batch_size, axes)`, *optional*):
-            In the factored order: the axis ids that follow the last position. Without them its logits are those of a
-            model that knows nothing of them.
+            In the factored order, the axis ids after the last position. Without them the logits there are not conditioned on
+            axis ids.
         seq_idx (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Index of the packed sequence each token belongs to.
         cu_seq_lens_q (`torch.LongTensor` of shape `(num_sequences + 1,)`, *optional*):
@@ -465,24 +356,14 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
         )
         main = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         if self._is_factored:
-            states = outputs.last_hidden_state
-            past = 0 if past_key_values is None else past_key_values.get_seq_length() - states.shape[1]
-            mask = mask_of_new_tokens(token_mask(attention_mask, states, past), states.shape[1])
-            segments = None  # a pass that continues a cache has none
-            if past == 0:
-                segments = find_segments(states, mask, position_ids, seq_idx, cu_seq_lens_q)
-            next_ids, known = _next_axis_ids(axis_ids, next_axis_ids, mask, segments)
+            rows = (attention_mask, position_ids, seq_idx, cu_seq_lens_q)
+            next_ids, known = self._next_axis_ids(axis_ids, next_axis_ids, outputs, past_key_values, *rows)
             next_ids = slice_logits_to_keep(next_ids.transpose(1, 2), logits_to_keep).transpose(1, 2)
             known = slice_logits_to_keep(known.unsqueeze(-1), logits_to_keep).squeeze(-1)
             logits = self.main_logits(main, next_ids, known)
         else:
             logits = self.lm_head(main)
-        axis_logits = None
-        if self.config.num_axes:
-            states = outputs.axis_hidden_states.unbind(1)
-            axis_logits = tuple(
-                head(slice_logits_to_keep(x, logits_to_keep)) for head, x in zip(self.axis_lm_heads, states)
-            )
+        axis_logits = self._axis_logits(outputs.axis_hidden_states, logits_to_keep)
         losses = {}
         if labels is not None:
             losses = self._losses(logits, axis_logits, labels, axis_ids, axis_targets, **of_loss)
@@ -496,6 +377,24 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
             **losses,
         )
 
+    def _axis_logits(self, axis_hidden_states, logits_to_keep):
+        if axis_hidden_states is None:
+            return None
+        states = axis_hidden_states.unbind(1)
+        return tuple(head(slice_logits_to_keep(x, logits_to_keep)) for head, x in zip(self.axis_lm_heads, states))
+
+    def _next_axis_ids(
+        self, axis_ids, next_axis_ids, outputs, cache, attention_mask, position_ids, seq_idx, cu_seq_lens_q
+    ):
+        """What `shift_axis_ids` returns, for rows with pads or packed sequences."""
+        states = outputs.last_hidden_state
+        past = 0 if cache is None else cache.get_seq_length() - states.shape[1]
+        mask = mask_of_new_tokens(token_mask(attention_mask, states, past), states.shape[1])
+        segments = None  # a pass that continues a cache has none
+        if past == 0:
+            segments = find_segments(states, mask, position_ids, seq_idx, cu_seq_lens_q)
+        return shift_axis_ids(axis_ids, next_axis_ids, mask, segments)
+
     def main_logits(
         self, main_hidden_states: torch.Tensor, next_axis_ids: torch.LongTensor, known: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -503,9 +402,8 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
 
         Args:
             main_hidden_states (`torch.Tensor` of shape `[batch, seq, hidden_size]`): of a forward pass's output.
-            next_axis_ids (`torch.LongTensor` of shape `[batch, axes, seq]`): what follows each position.
-            known (`torch.BoolTensor` of shape `[1 or batch, seq]`, *optional*): where it is known at all; everywhere when
-                not given.
+            next_axis_ids (`torch.LongTensor` of shape `[batch, axes, seq]`): axis ids after each position.
+            known (`torch.BoolTensor` of shape `[1 or batch, seq]`, *optional*): where it is known. Defaults to everywhere.
 
         Returns:
             `torch.Tensor` of shape `[batch, seq, vocab_size]`.
@@ -528,9 +426,9 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
         return self.lm_head(self.next_axes(main_hidden_states, embeds, known))
 
     def _losses(self, logits, axis_logits, labels, axis_ids, axis_targets, shift_labels=None, **kwargs):
-        """The loss and its parts; `num_items_in_batch` counts main tokens, and is the same for all of them.
+        """The loss and its parts. `num_items_in_batch` counts main tokens, for all parts.
 
-        `shift_labels` are aligned with the logits; then so are `axis_targets`.
+        `shift_labels` are aligned with the logits, and then so are `axis_targets`.
         """
 
         def loss(logits, targets, vocab_size):

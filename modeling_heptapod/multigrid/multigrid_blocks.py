@@ -1,13 +1,13 @@
-"""The layers of MultiGrid: blocks of equal shape together.
+"""The layers of MultiGrid. Blocks of equal shape are computed together.
 
-One layer of the main stream and `A` axis streams is `1 + 3 A` blocks, each mixing and feed-forward behind a norm:
+One layer of the main stream and `A` axis streams has `1 + 3 A` pre-norm blocks of a mixer and a feed-forward:
 
-    x       <- self_block(x)                            every stream, from its own past
+    x       <- self_block(x)                            every stream reads its own past
     main_a  <- main_cross_blocks[a](main, meta_a)       the main stream reads axis a
     meta_a  <- axis_cross_blocks[a](meta_a, main)       at the same time, axis a reads the main stream
     main    <- main + sum_a axis_weights[a] * (main_a - main)
 
-Position `t` of any stream reads positions up to `t` only, its own, or another's after the self blocks.
+Position `t` of a stream reads positions up to `t` only, of itself or of another stream after its self block.
 """
 
 import torch
@@ -16,10 +16,12 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..common.model_inputs import check_ids
 from ..common.transformers_versions import with_cache_argument
 from .configuration_multigrid import MultiGridConfig
 from .multigrid_cache import MultiGridCache
-from .multigrid_cores import CORES, Group, MixingPlan, grouped_linear, grouped_norm
+from .multigrid_context import MultiGridContext
+from .multigrid_cores import CORES, Group, grouped_linear, grouped_norm
 
 
 class MultiGridMLP(nn.Module):
@@ -32,17 +34,17 @@ class MultiGridMLP(nn.Module):
 
 
 def grouped_mlp(mlps: list[MultiGridMLP], x: torch.Tensor) -> torch.Tensor:
-    """One feed-forward for each stream `[streams, batch, seq, width]`."""
+    """Feed-forwards of all streams `[streams, batch, seq, width]`."""
     x = grouped_linear([mlp.up_proj for mlp in mlps], x)
     return grouped_linear([mlp.down_proj for mlp in mlps], mlps[0].act_fn(x))
 
 
 class MultiGridBlock(nn.Module):
-    """Weights of one pre-norm block: mixer and feed-forward of a stream that mixes its own past or reads another one.
+    """Weights of one pre-norm block: mixer and feed-forward of a stream that reads its own past or another stream.
 
     Args:
         config (`MultiGridConfig`): of the model.
-        is_axis (`bool`): whether the stream that is changed is an axis stream.
+        is_axis (`bool`): whether the block changes an axis stream.
         is_cross (`bool`): whether it reads a stream of the other kind.
     """
 
@@ -66,7 +68,7 @@ class MultiGridBlock(nn.Module):
             self.mlp = MultiGridMLP(config, width, inner)
 
     def close(self):
-        """Let the block change nothing: what it adds to its stream becomes zero, and learns."""
+        """Initialise output projections to zero, so that the block starts as a no-op."""
         for linear in (self.mixer.o_proj, None if self.mlp is None else self.mlp.down_proj):
             if linear is not None:
                 init.zeros_(linear.weight)
@@ -74,7 +76,7 @@ class MultiGridBlock(nn.Module):
 
 
 class MultiGridLayer(GradientCheckpointingLayer):
-    """`1 + 3 A` blocks, those of equal shape together."""
+    """The `1 + 3 A` blocks of one layer with `A` axes."""
 
     def __init__(self, config: MultiGridConfig, layer_idx: int):
         super().__init__()
@@ -89,7 +91,7 @@ class MultiGridLayer(GradientCheckpointingLayer):
         self.make_cores()
 
     def make_cores(self):
-        """What runs the mixers; it holds no weights, but knows how many there are."""
+        """Make the cores that run the mixers. They have no weights, and depend on the number of axes."""
         core, layers = CORES[self.config.core], self.config.num_hidden_layers
         self.core = core(self.config, self.layer_idx)
         self.cross_core = core(self.config, layers + self.layer_idx) if self.config.num_axes else None
@@ -99,35 +101,35 @@ class MultiGridLayer(GradientCheckpointingLayer):
         self,
         main: torch.Tensor,
         meta: torch.Tensor | None = None,
-        plan: MixingPlan | None = None,
+        context: MultiGridContext | None = None,
         past_key_values: MultiGridCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """`main [batch, seq, hidden_size]` and `meta [axes, batch, seq, axis_hidden_size]` after this layer, and attentions."""
         streams = [([self.self_block], main.unsqueeze(0), None)]
         if meta is not None:
             streams.append((self.axis_self_blocks, meta, None))
-        (main, *rest), weights = self._run(self.core, streams, plan, past_key_values)
+        (main, *rest), weights = self._run(self.core, streams, context, past_key_values)
         main = main[0]
         if meta is None:
             return main, None, weights
         meta = rest[0]
         mains = main.expand(len(meta), *main.shape)
         readings = [(self.main_cross_blocks, mains, meta), (self.axis_cross_blocks, meta, mains)]
-        (read, meta), _ = self._run(self.cross_core, readings, plan, past_key_values)
-        # One after the other, so that an axis that changes nothing changes no rounding either.
+        (read, meta), _ = self._run(self.cross_core, readings, context, past_key_values)
+        # One after the other, so that an axis without an effect does not change rounding.
         for change, share in zip(read - main, self.config.axis_shares):
             main = torch.add(main, change, alpha=share)
         return main, meta, weights
 
-    def _run(self, core, streams, plan, cache):
-        """Blocks of several groups of streams, given as (blocks, own, other)."""
+    def _run(self, core, streams, context, cache):
+        """Run the blocks of several groups of streams, given as (blocks, own, other)."""
         groups = []
         for blocks, own, other in streams:
             own = grouped_norm([block.input_layernorm for block in blocks], own)
             if other is not None:
                 other = grouped_norm([block.key_value_layernorm for block in blocks], other)
             groups.append(Group([block.mixer for block in blocks], own, other))
-        mixed, weights = core.mix(groups, plan, cache)
+        mixed, weights = core.mix(groups, context, cache)
         results = []
         for (blocks, own, _), out in zip(streams, mixed):
             x = own + self._dropout(out)
@@ -142,7 +144,7 @@ class MultiGridLayer(GradientCheckpointingLayer):
 
 
 class NextAxesBlock(nn.Module):
-    """The factored order: what the main stream learns of the next axis ids before it predicts, and a feed-forward."""
+    """Conditioning of the main stream on the next axis ids in the factored order, and a feed-forward."""
 
     def __init__(self, config: MultiGridConfig):
         super().__init__()
@@ -155,9 +157,9 @@ class NextAxesBlock(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, next_embeds: list[torch.Tensor], known: torch.Tensor | None
     ) -> torch.Tensor:
-        """`hidden_states [batch, seq, hidden_size]`, changed by the embeddings `[batch, seq, axis_hidden_size]` of each axis.
+        """Add embeddings `[batch, seq, axis_hidden_size]` of each axis to `hidden_states [batch, seq, hidden_size]`.
 
-        `known [1 or batch, seq]` says at which positions there are any; `None` for all.
+        `known [1 or batch, seq]` is `False` where there are none; `None` means known everywhere.
         """
         for proj, embeds in zip(self.projs, next_embeds):
             change = proj(embeds)
@@ -165,4 +167,48 @@ class NextAxesBlock(nn.Module):
         return hidden_states + grouped_mlp([self.mlp], self.norm(hidden_states).unsqueeze(0))[0]
 
 
-__all__ = ["MultiGridBlock", "MultiGridLayer", "MultiGridMLP", "NextAxesBlock", "grouped_mlp"]
+def shift_axis_ids(
+    axis_ids: torch.LongTensor,
+    next_axis_ids: torch.LongTensor | None,
+    mask: torch.BoolTensor | None,
+    segments: torch.LongTensor | None,
+) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    """Axis ids of the real token after each position, for the factored order.
+
+    Args:
+        axis_ids (`torch.LongTensor` of shape `[batch, axes, seq]`): of the tokens.
+        next_axis_ids (`torch.LongTensor` of shape `[batch, axes]`, *optional*): of the token after the last position.
+        mask (`torch.BoolTensor` of shape `[batch, seq]`, *optional*): which tokens are real.
+        segments (`torch.LongTensor` of shape `[batch, seq]`, *optional*): packed sequence of each token.
+
+    Returns:
+        The ids `[batch, axes, seq]`, and where they are known `[batch, seq]`: not at the end of a packed sequence, nor at the
+        last real token without `next_axis_ids`.
+
+    Raises:
+        TypeError, ValueError: for `next_axis_ids` of another dtype or shape.
+    """
+    batch, axes, seq = axis_ids.shape
+    known = torch.ones(batch, seq + 1, dtype=torch.bool, device=axis_ids.device)
+    if next_axis_ids is None:
+        next_axis_ids = torch.zeros_like(axis_ids[:, :, 0])
+        known[:, -1] = False
+    else:
+        check_ids("next_axis_ids", next_axis_ids)
+        if list(next_axis_ids.shape) != [batch, axes]:
+            expected = [batch, axes]
+            raise ValueError(f"`next_axis_ids` must be [batch, axes] = {expected}, got {list(next_axis_ids.shape)}.")
+    axis_ids = torch.cat((axis_ids, next_axis_ids.unsqueeze(-1)), dim=2)
+    following = torch.arange(1, seq + 1, device=axis_ids.device).expand(batch, -1)
+    if mask is not None:  # the nearest one that is real, or what comes after the row
+        places = torch.where(mask, following - 1, seq)[:, 1:]
+        places = nn.functional.pad(places, (0, 1), value=seq)
+        following = places.flip(1).cummin(1).values.flip(1)
+    known = known.gather(1, following)
+    if segments is not None:
+        segments = nn.functional.pad(segments, (0, 1), mode="replicate")
+        known = known & (segments.gather(1, following) == segments[:, :-1])
+    return axis_ids.gather(2, following.unsqueeze(1).expand(-1, axes, -1)), known
+
+
+__all__ = ["MultiGridBlock", "MultiGridLayer", "MultiGridMLP", "NextAxesBlock", "grouped_mlp", "shift_axis_ids"]

@@ -1,13 +1,11 @@
-"""How positions mix in MultiGrid: attention, LEAP's running means, or an LSTM, for all streams of a layer at once.
+"""The mixers of MultiGrid: attention, LEAP's running means, or an LSTM, for all streams of a layer at once.
 
-A core makes the weights of one mixer (`self_mixer`, `cross_mixer`) and runs many of them (`mix`). Streams of equal width come
-stacked, `[streams, batch, seq, width]`, in a `Group` with one mixer each. Weights stay plain `nn.Linear` leaves, which
-adapters and quantisation know; `grouped_linear` takes them together where nothing has replaced them.
+A core makes the weights of one mixer (`self_mixer`, `cross_mixer`) and runs many of them (`mix`). Streams of equal width are
+stacked in a `Group`, `[streams, batch, seq, width]`, with one mixer each. Weights are plain `nn.Linear` modules, so that
+adapters and quantisation find them. `grouped_linear` multiplies several at once where none was replaced.
 """
 
-import copy
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -19,19 +17,20 @@ from ..common.eager_attention import eager_attention
 from ..common.model_inputs import has_dynamic_shapes
 from ..leap.configuration_leap import LeapConfig
 from ..leap.leap_mixing import FocusMixing
-from ..leap.mixing_rows import MixingRows
+from .multigrid_context import MultiGridContext
 
 
-_BATCHED_ROWS = 256  # below this, putting the weights side by side costs more than a batched product saves
+_BATCHED_ROWS = 256  # with fewer rows, stacking the weights costs more than a batched product saves
 
 
 class Group(NamedTuple):
     """Mixers of equal shape and their normalised streams.
 
     Attributes:
-        mixers (`list[nn.Module]`): one a stream.
-        own (`torch.Tensor` of shape `[streams, batch, seq, width]`): the streams that mix their past, or that read.
-        other (`torch.Tensor` of shape `[streams, batch, seq, other_width]`, *optional*): the streams that are read.
+        mixers (`list[nn.Module]`): one for each stream.
+        own (`torch.Tensor` of shape `[streams, batch, seq, width]`): the streams that are changed.
+        other (`torch.Tensor` of shape `[streams, batch, seq, other_width]`, *optional*): the streams they read, in cross
+            blocks.
     """
 
     mixers: list[nn.Module]
@@ -39,43 +38,18 @@ class Group(NamedTuple):
     other: torch.Tensor | None = None
 
 
-@dataclass
-class MixingPlan:
-    """What all layers of one forward pass need to know about its rows.
-
-    Attributes:
-        attention_mask (`torch.BoolTensor` of shape `[1 or batch, 1, seq, keys]`, *optional*): what each token sees, where
-            that is not just its past (core "transformer").
-        mixing_rows (`MixingRows`, *optional*): pads, packed sequences and positions (core "leap").
-        lstm_rows (`LSTMRows`, *optional*): how pads and packed sequences are laid out (core "lstm").
-        single_step (`bool`): one real token after cached ones, without gradients.
-        output_attentions (`bool`): whether to return attention weights.
-    """
-
-    attention_mask: torch.Tensor | None = None
-    mixing_rows: MixingRows | None = None
-    lstm_rows: "LSTMRows | None" = None
-    single_step: bool = False
-    output_attentions: bool = False
-
-    def to(self, device: torch.device) -> "MixingPlan":
-        """The same on another device: where layers are spread over devices, accelerate asks it of their arguments."""
-        names = ("attention_mask", "mixing_rows", "lstm_rows")
-        moved = {name: getattr(self, name).to(device) for name in names if getattr(self, name) is not None}
-        return replace(self, **moved)
-
-
 def _is_plain(linear):
-    """Whether a leaf is what it was built as: no adapter, hook, quantised or sharded weight."""
+    """Whether a linear layer has no adapter, no hook, and no quantised or sharded weight."""
     hooked = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    hooked = hooked or "forward" in vars(linear)  # accelerate, and others, put a function of their own in its place
+    hooked = hooked or "forward" in vars(linear)  # replaced by accelerate and others
     return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not hooked
 
 
 def grouped_linear(linears: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
     """One linear layer for each stream: `[streams, batch, seq, in] -> [streams, batch, seq, out]`.
 
-    In training one batched product; in inference one product each, whose results do not depend on the number of streams to the last bit.
+    In training one batched product. In inference one product each, with results that do not depend on the number of streams
+    to the last bit.
     """
     if len(linears) == 1:
         return linears[0](x[0]).unsqueeze(0)
@@ -104,17 +78,17 @@ def join_heads(x: torch.Tensor) -> torch.Tensor:
 
 
 def split_heads(x: torch.Tensor, groups: list[Group], heads: list[int]) -> list[torch.Tensor]:
-    """The heads of all groups side by side, `[batch, seq, heads, head_dim]`, back as `[streams, batch, seq, width]`."""
+    """Concatenated heads of all groups `[batch, seq, heads, head_dim]` -> `[streams, batch, seq, width]` for each group."""
     parts = x.split([len(group.mixers) * count for group, count in zip(groups, heads)], dim=2)
     return [part.unflatten(2, (-1, count)).movedim(2, 0).flatten(3) for part, count in zip(parts, heads)]
 
 
 class _Core(nn.Module):
-    """What cores have in common.
+    """Base class of cores.
 
     Args:
         config (`MultiGridConfig`): of the model.
-        layer_idx (`int`): layer of the cache that holds the past.
+        layer_idx (`int`): index of its layer in the cache.
     """
 
     def __init__(self, config, layer_idx: int):
@@ -122,10 +96,14 @@ class _Core(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
 
-    def mix(self, groups: list[Group], plan: MixingPlan, cache) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """What each stream is to add to itself, `[streams, batch, seq, width]` for each group, and attention weights.
+    def mix(
+        self, groups: list[Group], context: MultiGridContext, cache
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Mix the streams of all groups.
 
-        The weights, `[batch, all heads, seq, keys]`, are given where the plan asks for them and the core has any.
+        Returns:
+            What is added to each stream, `[streams, batch, seq, width]` for each group, and attention weights
+            `[batch, all heads, seq, keys]` with `context.output_attentions` and core "transformer", else `None`.
         """
         raise NotImplementedError
 
@@ -146,31 +124,39 @@ class _CrossAttention(nn.Module):
 
 
 class TransformerCore(_Core):
-    """Causal attention. Streams are folded into the batch, or, where there is a cache, into the heads."""
+    """Causal attention. The heads of all streams are those of one attention."""
 
     is_causal = True
 
     @staticmethod
     def self_mixer(width: int) -> nn.Module:
-        """Weights of attention of a stream to itself."""
+        """Weights of self-attention of a stream."""
         return _SelfAttention(width)
 
     @staticmethod
     def cross_mixer(width: int, other_width: int, inner: int) -> nn.Module:
-        """Weights of attention of one stream to another one, over `inner` channels."""
+        """Weights of cross-attention of a stream to another one, over `inner` channels."""
         return _CrossAttention(width, other_width, inner)
 
-    def mix(self, groups, plan, cache):
+    def mix(self, groups, context, cache):
         parts = [self._project(group) for group in groups]
-        if cache is None and not plan.output_attentions:
-            outs, weights = [self._attend_in_batch(*part, plan) for part in parts], None
-        else:
-            query, key, value = (torch.cat([join_heads(x) for x in xs], dim=2).transpose(1, 2) for xs in zip(*parts))
-            if cache is not None:
-                key, value = cache.update(key, value, self.layer_idx)
-            out, weights = self._attend(query, key, value, plan)
-            outs = split_heads(out, groups, [part[0].shape[3] for part in parts])
-        return [grouped_linear([m.o_proj for m in group.mixers], out) for group, out in zip(groups, outs)], weights
+        query, key, value = (torch.cat([join_heads(x) for x in xs], dim=2).transpose(1, 2) for xs in zip(*parts))
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        out, weights = (eager_attention if context.output_attentions else attention)(
+            self,
+            query,
+            key,
+            value,
+            context.attention_mask,
+            scaling=self.config.head_dim**-0.5,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            **(context.flash_kwargs or {}),
+        )
+        outs = split_heads(out, groups, [part[0].shape[3] for part in parts])
+        outs = [grouped_linear([m.o_proj for m in group.mixers], out) for group, out in zip(groups, outs)]
+        return outs, weights if context.output_attentions else None
 
     def _project(self, group):
         """Queries, keys and values `[streams, batch, seq, heads, head_dim]`."""
@@ -182,32 +168,9 @@ class TransformerCore(_Core):
         key_value = grouped_linear([m.kv_proj for m in group.mixers], group.other)
         return query, *key_value.unflatten(-1, (2, -1, head_dim)).unbind(3)
 
-    def _attend_in_batch(self, query, key, value, plan):
-        streams, batch = query.shape[:2]
-        mask = plan.attention_mask
-        if mask is not None and mask.shape[0] > 1:
-            mask = mask.repeat(streams, 1, 1, 1)
-        query, key, value = (x.flatten(0, 1).transpose(1, 2) for x in (query, key, value))
-        out = self._attention()(self, query, key, value, mask, **self._options(query, mask))[0]
-        return out.unflatten(0, (streams, batch)).flatten(3)
-
-    def _attend(self, query, key, value, plan):
-        attention = eager_attention if plan.output_attentions else self._attention()
-        return attention(self, query, key, value, plan.attention_mask, **self._options(query, plan.attention_mask))
-
-    def _attention(self):
-        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-
-    def _options(self, query, mask):
-        return {
-            "scaling": self.config.head_dim**-0.5,
-            "dropout": self.config.attention_dropout if self.training else 0.0,
-            "is_causal": mask is None,
-        }
-
 
 def leap_config(config, heads: int) -> LeapConfig:
-    """LEAP's own defaults for `heads` heads, in the layers of a MultiGrid and then in their readings."""
+    """Config of LEAP's mixers with `heads` heads: its defaults, for the self blocks of all layers, then their cross blocks."""
     return LeapConfig(
         hidden_size=heads * config.head_dim,
         num_attention_heads=heads,
@@ -231,7 +194,7 @@ class _LeapCrossMixing(nn.Module):
 
 
 class LeapCore(_Core):
-    """LEAP's mixing step on the heads of all streams; a reading takes its queries from the reader, all else from the other."""
+    """LEAP's mixer on the heads of all streams. In cross blocks all parts but the queries are of the other stream."""
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
@@ -242,19 +205,19 @@ class LeapCore(_Core):
 
     @staticmethod
     def self_mixer(width: int) -> nn.Module:
-        """Weights of LEAP's mixing step of a stream."""
+        """Weights of LEAP's mixer of a stream."""
         return _LeapSelfMixing(width)
 
     @staticmethod
     def cross_mixer(width: int, other_width: int, inner: int) -> nn.Module:
-        """Weights of the same step of one stream over another one, over `inner` channels."""
+        """Weights of LEAP's mixer of a stream that reads another one, over `inner` channels."""
         return _LeapCrossMixing(width, other_width, inner)
 
-    def mix(self, groups, plan, cache):
+    def mix(self, groups, context, cache):
         parts = [self._project(group) for group in groups]
         joined = torch.cat([join_heads(part) for part in parts], dim=3)  # [batch, seq, 4, heads, head_dim]
         out, _ = self.mixer(
-            joined.flatten(2), past_key_values=cache, rows=plan.mixing_rows, single_step=plan.single_step
+            joined.flatten(2), past_key_values=cache, rows=context.mixing_rows, single_step=context.single_step
         )
         outs = split_heads(out.unflatten(-1, (-1, self.config.head_dim)), groups, [part.shape[4] for part in parts])
         for i, group in enumerate(groups):
@@ -287,74 +250,17 @@ class _LSTMCrossMixing(nn.Module):
         self.o_proj = nn.Linear(inner, width)
 
 
-class LSTMRows:
-    """Padded and packed rows taken apart: every sequence becomes a row of its own, without pads.
-
-    Args:
-        padding_mask (`torch.BoolTensor` of shape `[batch, seq]`, *optional*): which tokens are real.
-        segment_ids (`torch.LongTensor` of shape `[batch, seq]`, *optional*): packed sequence of each token. Equal values
-            that do not touch are different sequences.
-    """
-
-    def __init__(self, padding_mask: torch.Tensor | None, segment_ids: torch.Tensor | None):
-        batch, seq = (padding_mask if segment_ids is None else segment_ids).shape
-        if segment_ids is None:
-            runs = torch.zeros(batch, seq, dtype=torch.long, device=padding_mask.device)
-        else:
-            runs = nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0)).long().cumsum(1)
-        device = runs.device
-        if padding_mask is None:
-            self.tokens = torch.arange(batch * seq, device=device)  # real ones, in a flat batch
-        else:
-            self.tokens = padding_mask.flatten().nonzero().squeeze(1)
-        rows = torch.arange(batch, device=device).unsqueeze(1)
-        names = (rows * seq + runs).flatten()[self.tokens]
-        _, self.sequence, counts = names.unique_consecutive(return_inverse=True, return_counts=True)
-        starts = counts.cumsum(0) - counts
-        self.place = torch.arange(len(self.tokens), device=device) - starts[self.sequence]
-        self.lengths = counts.tolist()
-        self.row = self.tokens[starts] // seq  # of each sequence
-        last = torch.searchsorted(self.row, rows.squeeze(1), right=True) - 1
-        self.last = last.clamp_min(0)  # sequence of each row
-        self.has_tokens = (last >= 0) & (torch.bincount(self.row, minlength=batch) > 0)
-
-    def to(self, device: torch.device) -> "LSTMRows":
-        """The same on another device."""
-        moved = copy.copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor):
-                setattr(moved, name, value.to(device))
-        return moved
-
-    def run(self, lstm: nn.LSTM, x: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]):
-        """As the LSTM itself, `x [batch, seq, width]` and `state` of two `[1, batch, width]`; pads give zeros."""
-        out = x.new_zeros(x.shape[0] * x.shape[1], lstm.hidden_size)
-        if not self.lengths:
-            return out.unflatten(0, x.shape[:2]), state
-        take = self.tokens.new_zeros(len(self.lengths), max(self.lengths))
-        take[self.sequence, self.place] = self.tokens
-        rows = nn.utils.rnn.pack_padded_sequence(
-            x.flatten(0, 1)[take], torch.tensor(self.lengths), batch_first=True, enforce_sorted=False
-        )
-        rows, final = lstm(rows, tuple(part[:, self.row] for part in state))
-        rows, _ = nn.utils.rnn.pad_packed_sequence(rows, batch_first=True)
-        out = out.index_copy(0, self.tokens, rows[self.sequence, self.place])
-        has_tokens = self.has_tokens.unsqueeze(-1)
-        final = tuple(torch.where(has_tokens, new[:, self.last], old) for new, old in zip(final, state))
-        return out.unflatten(0, x.shape[:2]), final
-
-
 def _differentiable(lstm, x):
-    """cuDNN has the gradients of an LSTM in training mode only."""
+    """A context without cuDNN where it has no gradients: it computes those of an LSTM in training mode only."""
     if x.is_cuda and torch.is_grad_enabled() and not lstm.training:
         return torch.backends.cudnn.flags(enabled=False)
     return nullcontext()
 
 
 class LSTMCore(_Core):
-    """An LSTM in each stream, one after the other (recurrences of different weights have no batched form).
+    """An LSTM in each stream, one after the other, since recurrences with different weights have no batched form.
 
-    What a stream has in mind of its past is in its state, so another stream reads it at the same position, through a gate.
+    The state of a stream holds its past, so a cross block reads the other stream at the same position only, through a gate.
     """
 
     @staticmethod
@@ -364,10 +270,10 @@ class LSTMCore(_Core):
 
     @staticmethod
     def cross_mixer(width: int, other_width: int, inner: int) -> nn.Module:
-        """Weights of the gate of one stream on another one, of `inner` channels."""
+        """Weights of the gate of a stream that reads another one, of `inner` channels."""
         return _LSTMCrossMixing(width, other_width, inner)
 
-    def mix(self, groups, plan, cache):
+    def mix(self, groups, context, cache):
         if groups[0].other is not None:
             return [self._read(group) for group in groups], None
         outs, states, offset = [], [], 0
@@ -379,11 +285,11 @@ class LSTMCore(_Core):
                 if past is None:
                     state = x.new_zeros(2, 1, batch, width)
                 else:
-                    # A copy: the cache is overwritten, while gradients may need what it held.
+                    # A copy, since the cache is overwritten and gradients may need its values.
                     state = past[:, :, offset : offset + width].to(x.dtype).permute(1, 0, 2).unsqueeze(1)
                     state = state.clone(memory_format=torch.contiguous_format)
                 offset += width
-                run = mixer.lstm if plan.lstm_rows is None else partial(plan.lstm_rows.run, mixer.lstm)
+                run = mixer.lstm if context.lstm_rows is None else partial(context.lstm_rows.run, mixer.lstm)
                 with _differentiable(mixer.lstm, x):
                     out, state = run(x, tuple(state.unbind(0)))
                 parts.append(out)
@@ -406,8 +312,6 @@ CORES = {"transformer": TransformerCore, "leap": LeapCore, "lstm": LSTMCore}
 __all__ = [
     "CORES",
     "Group",
-    "LSTMRows",
-    "MixingPlan",
     "grouped_linear",
     "grouped_norm",
     "leap_config",

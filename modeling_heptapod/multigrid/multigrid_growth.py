@@ -1,4 +1,4 @@
-"""Axes that come and go: what a trained MultiGrid predicted stays, to the last bit."""
+"""Axes added to a trained MultiGrid and removed from it. Predictions stay the same to the last bit."""
 
 import copy
 
@@ -9,22 +9,22 @@ from .multigrid_blocks import MultiGridBlock, NextAxesBlock
 
 
 class MultiGridGrowthMixin:
-    """For [`MultiGridForCausalLM`]: adds and removes axes."""
+    """Mixin of [`MultiGridForCausalLM`] that adds and removes axes."""
 
     def add_axis(self, name: str, vocab_size: int, freeze_rest: bool = False) -> None:
-        """Attach one more axis, the last in `axis_ids`. Nothing that the model predicted before changes, to the last bit.
+        """Add an axis, the last in `axis_ids`. Predictions of the text and of other axes stay the same to the last bit.
 
-        What the main stream reads from the new axis starts at zero and learns. The other axes keep their weights in
-        `config.axis_weights`, the new one gets one over the number of axes. `config` is replaced by a copy. Make the
-        optimizer afterwards: one that exists does not know the new parameters.
+        What the main stream reads from the new axis is initialised to zero. The other axes keep their weights in
+        `config.axis_weights`, and the weight of the new one is one over the number of axes. `config` is replaced by a copy.
+        Create the optimizer afterwards, so that it has the new parameters.
 
         Args:
-            name (`str`): of the axis, not one of `config.axis_names`.
-            vocab_size (`int`): of the axis.
-            freeze_rest (`bool`): train only what is new; all that was there no longer requires gradients.
+            name (`str`): name of the axis, not one of `config.axis_names`.
+            vocab_size (`int`): size of its vocabulary.
+            freeze_rest (`bool`): whether to train the new weights only. All others no longer require gradients.
 
         Raises:
-            ValueError: for a name that is taken, "main" or no Python identifier, or a vocabulary of no size.
+            ValueError: for a name that is taken, "main" or no Python identifier, and for a vocabulary of less than one entry.
         """
         taken = [*self.config.axis_names, "main"]
         if not isinstance(name, str) or not name.isidentifier() or name in taken:
@@ -64,7 +64,7 @@ class MultiGridGrowthMixin:
                 parameter.requires_grad_(parameter not in before)
 
     def remove_axis(self, name: str) -> None:
-        """Take an axis off. Right after `add_axis` the model predicts what it did before, to the last bit.
+        """Remove an axis. Right after `add_axis` predictions are those before it, to the last bit.
 
         The other axes keep their weights in `config.axis_weights`. `config` is replaced by a copy.
 
@@ -95,14 +95,14 @@ class MultiGridGrowthMixin:
         self.train(self.training)
 
     def _set_config(self, config):
-        """For this model only: others may have been built from the same config."""
+        """Set the config of this model only. Others may share the old one."""
         old = self.config
         for module in self.modules():
             if getattr(module, "config", None) is old:
                 module.config = config
 
     def _like(self, module, neighbour):
-        """A new module, initialised, where and what its neighbour is."""
+        """`module`, initialised, with the device and dtype of `neighbour`."""
         module.apply(self._init_weights)
         weight = next(neighbour.parameters())
         return module.to(weight.device, weight.dtype)

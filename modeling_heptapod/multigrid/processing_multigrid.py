@@ -1,4 +1,4 @@
-"""Text to tokens and axis ids, for training and for writing on."""
+"""Text to tokens and axis ids, for training and generation."""
 
 from collections.abc import Sequence
 
@@ -16,18 +16,18 @@ UNFINISHED = "\ufffd"
 
 
 class MultiGridProcessor(CustomCodeMixin, ProcessorMixin):
-    """A tokenizer and the axes that stand beside its tokens.
+    """A tokenizer and the axes of its tokens.
 
     Args:
         tokenizer ([`PreTrainedTokenizerBase`]):
-            A fast one: it tells which characters each token covers.
+            A fast tokenizer, which returns the offsets of tokens.
         axes (`Sequence`, *optional*, defaults to `()`):
-            The axes in the order of the model's `axis_names`: [`Axis`] objects or what [`make_axis`] makes one of.
-            They are saved with the processor; those of a class of your own load after its module is imported.
-        chat_template (`str`, *optional*): for `apply_chat_template`, that of `tokenizer` when not given.
+            The axes in the order of the model's `axis_names`, as [`Axis`] objects or arguments of [`make_axis`]. They are
+            saved with the processor. To load an axis of a custom class, import its module before.
+        chat_template (`str`, *optional*): for `apply_chat_template`. Defaults to that of `tokenizer`.
 
     Raises:
-        ValueError: for a tokenizer that is not fast, and for axes that share a name or are unknown.
+        ValueError: for a tokenizer that is not fast, and for axes that are unknown or have equal names.
 
     Example:
 
@@ -70,25 +70,25 @@ class MultiGridProcessor(CustomCodeMixin, ProcessorMixin):
         """Tokenize and annotate one text or several.
 
         Args:
-            text: one text or a sequence of them.
+            text: a text or a sequence of texts.
             add_special_tokens, padding, truncation, max_length, pad_to_multiple_of, padding_side:
-                As for the tokenizer, on the tokenizer's sides when not given.
-            split_special_tokens: whether the name of a special token in a text is text as well, and not that token.
-                As the tokenizer is set when not given, which usually is `False`. `True` for texts of strangers.
-            return_special_tokens_mask: give `special_tokens_mask`, 1 at special tokens and pads, as well.
-            return_offsets_mapping: give `offset_mapping`, `(start, end)` of each token, as well; without tensors only.
+                As for the tokenizer.
+            split_special_tokens: whether to encode the names of special tokens in a text as text. Defaults to the setting of
+                the tokenizer, usually `False`. Use `True` for untrusted texts.
+            return_special_tokens_mask: whether to return `special_tokens_mask`, 1 at special tokens and pads.
+            return_offsets_mapping: whether to return `offset_mapping`, `(start, end)` of each token; only without tensors.
             return_tensors: `"pt"`, `"np"` or `None` for lists.
 
-        `text_kwargs` and `common_kwargs`, dicts of these, may stand for them, as in all processors.
+        These may also be given as the dicts `text_kwargs` and `common_kwargs`, as for all processors.
 
         Returns:
-            `input_ids` and `attention_mask [batch, tokens]`, and, if there are axes, `axis_ids [batch, axes, tokens]`;
-            int64. Axis ids of a text that is truncated are those of the whole text. Padding and special tokens have
-            id 0, and axes do not see their characters.
+            `input_ids` and `attention_mask [batch, tokens]`, and with axes `axis_ids [batch, axes, tokens]`, of int64. Axis ids
+            of a truncated text are those of the whole text. Pads and special tokens have id 0, and axes do not read their
+            characters.
 
         Raises:
-            TypeError: for what is no text, and for options that this processor does not have.
-            ValueError: for no text at all, and what the tokenizer and the axes raise.
+            TypeError: unless `text` is a string or a sequence of strings, and for unknown options.
+            ValueError: without any text, and what the tokenizer and the axes raise.
         """
         texts = list_of_texts(text)
         split = {} if split_special_tokens is None else {"split_special_tokens": split_special_tokens}
@@ -110,18 +110,7 @@ class MultiGridProcessor(CustomCodeMixin, ProcessorMixin):
         if return_offsets_mapping:
             data["offset_mapping"] = encoded["offset_mapping"]
         if self.axes:
-            # Those that the tokenizer has put around the text, and pads.
-            is_text = [np.array(mask) == 0 for mask in encoded["special_tokens_mask"]]
-            if truncation:  # A token at the cut may hold a part of a character, hence the whole text.
-                whole = self._tokenize(texts, add_special_tokens=False, **split)
-                tokens = list(zip(whole["input_ids"], whole["offset_mapping"]))
-            else:
-                columns = zip(encoded["input_ids"], encoded["offset_mapping"], is_text)
-                tokens = [(np.array(ids)[here], np.array(pairs)[here]) for ids, pairs, here in columns]
-            data["axis_ids"] = [
-                self._lay(each, np.isin(ids, special), pairs, here)
-                for each, (ids, pairs), here in zip(texts, tokens, is_text)
-            ]
+            data["axis_ids"] = self._annotate_rows(texts, encoded, special, truncation, split)
         if return_tensors is not None:
             data = _as_integers(data)
         return BatchFeature(data, tensor_type=return_tensors)
@@ -137,21 +126,20 @@ class MultiGridProcessor(CustomCodeMixin, ProcessorMixin):
         return_tensors: str | None = None,
         verbose: bool = True,
     ) -> BatchFeature:
-        """As the tokenizer's, with `axis_ids` and `labels`: `DataCollatorWithPadding(processor)` makes batches of rows
-        that [`~MultiGridProcessor.__call__`] has made, and `DataCollatorForLanguageModeling(processor, mlm=False)` gives
-        them labels.
+        """As the `pad` of the tokenizer, with `axis_ids` and `labels`. `DataCollatorWithPadding(processor)` makes batches from
+        outputs of [`~MultiGridProcessor.__call__`], and `DataCollatorForLanguageModeling(processor, mlm=False)` adds labels.
 
         Args:
-            encoded_inputs: rows `[{name: values}]`, or columns `{name: rows}`; `axis_ids` are `[axes, tokens]` each.
+            encoded_inputs: rows `[{name: values}]`, or columns `{name: rows}`, with `axis_ids [axes, tokens]` in each row.
             padding, max_length, pad_to_multiple_of, padding_side, return_attention_mask, return_tensors, verbose:
                 As for the tokenizer.
 
         Returns:
-            All columns, padded: `axis_ids` with 0, `labels` with -100, others as the tokenizer does.
+            All columns, padded: `axis_ids` with 0, `labels` with -100, others by the tokenizer.
 
         Raises:
-            TypeError: for what is neither rows nor columns.
-            ValueError: where `axis_ids` are missing or do not align with the tokens, and what the tokenizer raises.
+            TypeError: unless `encoded_inputs` are rows or columns.
+            ValueError: where `axis_ids` are missing or not aligned with the tokens, and what the tokenizer raises.
         """
         columns = columns_of(encoded_inputs)
         lengths = [len(ids) for ids in columns["input_ids"]]
@@ -186,21 +174,21 @@ class MultiGridProcessor(CustomCodeMixin, ProcessorMixin):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def annotate(self, text: str, offsets=None) -> list[list[int]]:
-        """The ids of each axis, `[axes][tokens]`; see [`Axis.annotate`]."""
+        """The ids of each axis, `[axes][tokens]`. See [`Axis.annotate`]."""
         return [axis.annotate(text, offsets) for axis in self.axes]
 
     def new_characters(self, pending: tuple, token_id: int) -> tuple[str, tuple]:
-        """Which characters one more token completes, for axes that are stepped while a model writes.
+        """Characters that one more token completes, for axes that annotate text during generation.
 
-        The rule is that of `Axis.annotate`: of several tokens that share a character the last one completes it. The
-        character U+FFFD, by which tokenizers show what is not complete, is completed by the token after it.
+        As in `Axis.annotate`, the last of several tokens that share a character completes it. The character U+FFFD, which
+        tokenizers return for incomplete characters, is completed by the token after it.
 
         Args:
-            pending: what the last call returned, `()` before the first token. It is never changed in place.
+            pending: state from the last call, `()` before the first token. It is not changed in place.
             token_id: the token.
 
         Returns:
-            The characters, none for special tokens, and what to give to the next call.
+            The characters, none for special tokens, and the state for the next call.
         """
         seen, ids = pending if pending else (0, ())
         ids = (*ids, int(token_id))
@@ -208,7 +196,7 @@ class MultiGridProcessor(CustomCodeMixin, ProcessorMixin):
         complete = text.rstrip(UNFINISHED)
         if len(complete) < len(text):
             return complete[seen:], (max(seen, len(complete)), ids)
-        # The next token is decoded behind this one: some tokenizers write the first token of a text differently.
+        # The next token is decoded after this one, since some tokenizers decode the first token of a text differently.
         return text[seen:], (len(self._decode(ids[-1:])), ids[-1:])
 
     @property
@@ -221,7 +209,7 @@ class MultiGridProcessor(CustomCodeMixin, ProcessorMixin):
 
     @property
     def pad_token_id(self) -> int | None:
-        """That of the tokenizer, which collators look for here."""
+        """The `pad_token_id` of the tokenizer, for collators."""
         return self.tokenizer.pad_token_id
 
     @property
@@ -237,10 +225,25 @@ class MultiGridProcessor(CustomCodeMixin, ProcessorMixin):
     def _decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def _annotate_rows(self, texts, encoded, special, truncation, split):
+        """Axis ids of tokenized texts, `[axes, tokens]` each."""
+        # Without pads and the special tokens that the tokenizer adds.
+        is_text = [np.array(mask) == 0 for mask in encoded["special_tokens_mask"]]
+        if truncation:  # the last token may hold a part of a character, so the whole text is annotated
+            whole = self._tokenize(texts, add_special_tokens=False, **split)
+            tokens = list(zip(whole["input_ids"], whole["offset_mapping"]))
+        else:
+            columns = zip(encoded["input_ids"], encoded["offset_mapping"], is_text)
+            tokens = [(np.array(ids)[here], np.array(pairs)[here]) for ids, pairs, here in columns]
+        return [
+            self._lay(each, np.isin(ids, special), pairs, here)
+            for each, (ids, pairs), here in zip(texts, tokens, is_text)
+        ]
+
     def _lay(self, text, is_special, offsets, is_text):
-        """The ids of a text at its tokens, as many as there are places; 0 elsewhere and at special tokens."""
+        """Axis ids `[axes, tokens]` of a text where `is_text`, 0 elsewhere and at special tokens."""
         offsets = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-        if is_special.any():  # their characters are no text, as in what `new_characters` reads
+        if is_special.any():  # their characters are not annotated, as in `new_characters`
             kept = np.ones(len(text), dtype=bool)
             for start, end in offsets[is_special]:
                 kept[start:end] = False
@@ -257,7 +260,7 @@ class MultiGridProcessor(CustomCodeMixin, ProcessorMixin):
 
 
 def _as_integers(data):
-    """Rows as arrays, of int64 where they hold integers or nothing: a tensor of nothing would be of floats."""
+    """Rows as arrays, of int64 for integers and for empty rows, which would be floats."""
     rows = {name: [np.asarray(row) for row in column] for name, column in data.items()}
     return {
         name: [row.astype(np.int64) if not row.size or row.dtype.kind in "iu" else row for row in column]

@@ -1,9 +1,9 @@
 """Axes of Python source: kind of token, innermost bracket, indentation, strings and comments.
 
-One lexer reads a character at a time and never looks ahead, so each id speaks of the token *so far*: `fo` is a name,
-`for` a keyword, `form` a name again; after `""` a string is closed, after one more quote a longer one is open. Where
-source is wrong the lexer goes on: it closes an unfinished string at the end of the line and leaves out a bracket that
-closes nothing. It follows the grammar of Python 3.12, in which a replacement field of an f-string may hold anything.
+A lexer reads a character at a time without lookahead, so each id is that of the token *so far*: `fo` is a name, `for` a
+keyword, `form` a name again. After `""` a string is closed, and after another quote a longer string is open. In invalid
+source the lexer continues: it closes an unfinished string at the end of the line and ignores a closing bracket without an
+open one. It follows the grammar of Python 3.12, in which a replacement field of an f-string may contain any expression.
 """
 
 from typing import NamedTuple
@@ -20,27 +20,27 @@ KEYWORDS = frozenset(
 )
 OPERATORS = frozenset("+-*/%@&|^~<>=!.,:;")
 OPENING = {")": "(", "]": "[", "}": "{"}
-# A tokenizer of Python's own gives up at these depths.
+# Limits of Python's own tokenizer.
 MAX_BRACKETS, MAX_INDENTS = 200, 100
 
 _PREFIXES = frozenset("r u b f t br rb fr rf tr rt".split())
-# A word is remembered only while it may become a keyword or the prefix of a string.
+# A word is stored only while it may become a keyword or the prefix of a string.
 _WORD_STARTS = {word[:length] for word in KEYWORDS for length in range(1, len(word) + 1)}
 _WORD_STARTS |= {first + second for first in ("", *"rRuUbBfFtT") for second in "rRuUbBfFtT"}
 _DIGITS, _HEX = frozenset("0123456789"), frozenset("0123456789abcdefABCDEF_")
 
 
 class LexerState(NamedTuple):
-    """Everything the lexer knows.
+    """State of the lexer.
 
     Attributes:
-        mode: `line` (nothing but blanks so far), `code`, `joined` (behind a backslash), `word`, `number`, `comment`,
+        mode: `line` (only blanks so far), `code`, `joined` (after a backslash), `word`, `number`, `comment`,
             `quote` (one quotation mark), `quotes` (two), `string`, `brace` (one brace in an f-string).
         kind: of the last character, one of `KINDS`.
-        word: of a word, itself while that matters; of a number, its form; of a string, what is being escaped.
+        word: a word, while it matters; the form of a number; in a string, an escape sequence so far.
         string: of the innermost string `(quotation marks, raw, formatted, in a format specification)`, else `None`.
-        ending: how many quotation marks of three have been read at the end.
-        brackets: open brackets, and the string around each replacement field: `(bracket, string)`.
+        ending: number of quotation marks of three read at the end.
+        brackets: open brackets, with the string around each replacement field: `(bracket, string)`.
         indents: columns of the open blocks.
         column: of leading blanks.
     """
@@ -67,7 +67,7 @@ def _read_line(state, character):
         return state._replace(kind="space", column=column)
     if character == "\n":
         return _newline(state)
-    if character != "#":  # a line with a comment only changes no blocks
+    if character != "#":  # a line with only a comment does not change blocks
         indents, column = state.indents, state.column
         if column > (indents[-1] if indents else 0):
             indents = (*indents, column)[:MAX_INDENTS]
@@ -78,7 +78,7 @@ def _read_line(state, character):
 
 
 def _read_code(state, character):
-    """A character that begins something new."""
+    """Read a character that begins a new token."""
     if character in " \t\f\r":
         return state._replace(mode="code", kind="space", word="")
     if character == "\n":
@@ -138,8 +138,8 @@ def _read_word(state, character):
 
 
 def _read_number(state, character):
-    """Forms: `0` a zero, `d` decimal, `x` hexadecimal, octal or binary, `.` behind the point, `e` an exponent's letter,
-    `E` the exponent, `j` at its end."""
+    """Forms: `0` a zero, `d` decimal, `x` hexadecimal, octal or binary, `.` after the point, `e` the letter of an exponent,
+    `E` an exponent, `j` the end of an imaginary number."""
     form, after = state.word, None
     if form == "x":
         after = "x" if character in _HEX else None
@@ -148,7 +148,7 @@ def _read_number(state, character):
     elif form == "e":
         if character in "+-":
             after = "E"
-        elif character.isidentifier():  # `1else`: the letter was no exponent
+        elif character.isidentifier():  # `1else`: the letter is no exponent
             return _read_word(_word(state, "e"), character)
     elif character in "jJ":
         after = "j" if form in "0d.E" else None
@@ -168,14 +168,14 @@ def _read_comment(state, character):
 
 
 def _read_quote(state, character):
-    """Behind the first quotation mark."""
+    """After the first quotation mark."""
     if character == state.string[0]:
         return state._replace(mode="quotes")
     return _read_string(state._replace(mode="string"), character)
 
 
 def _read_quotes(state, character):
-    """Behind two: an empty string, or the beginning of a longer one."""
+    """After two quotation marks: an empty string, or the beginning of a string with three."""
     mark, raw, formatted, _ = state.string
     if character == mark:
         return state._replace(mode="string", string=(mark * 3, raw, formatted, False))
@@ -190,7 +190,7 @@ def _read_string(state, character):
     if state.word == "\\N{" and character not in ("}", "\n", marks[0]):
         return here._replace(word="\\N{")
     if state.word == "\\" and not (formatted and character in "{}"):
-        if character == "\r":  # a line that goes on, with another system's line end
+        if character == "\r":  # a continued line with the line end `\r\n`
             return here._replace(word="\\")
         return here._replace(word="\\N" if formatted and not raw and character == "N" else "")
     if character == "\\":
@@ -209,12 +209,12 @@ def _read_string(state, character):
 
 
 def _leave_fields_of(state):
-    """A string that ends inside a format specification takes the replacement field along."""
+    """Close the replacement field where a string ends in a format specification."""
     return state._replace(brackets=state.brackets[:-1]) if state.string[3] else state
 
 
 def _read_brace(state, character):
-    """Behind a brace in an f-string: two of them are a character of the string."""
+    """After a brace in an f-string. Two of them are a character of the string."""
     bracket, string = state.brackets[-1]
     if character == "{" and bracket == "field" and not string[3]:
         return state._replace(mode="string", kind="string", string=string, brackets=state.brackets[:-1])
@@ -226,7 +226,7 @@ def _open(state, bracket, string):
 
 
 def _close(state, character):
-    """Close the nearest bracket that fits and all inside it; none beyond the replacement field that we are in."""
+    """Close the nearest matching bracket and all inside it, within the innermost replacement field."""
     closed = state._replace(mode="code", kind="close", word="", string=None)
     for depth in range(len(state.brackets) - 1, -1, -1):
         bracket, string = state.brackets[depth]
@@ -255,7 +255,7 @@ _STRING_IDS = {text: number for number, text in enumerate(STRINGS)}
 
 
 def _describe(state):
-    """What the axes say of a state: kind, bracket, number of open blocks, string."""
+    """Ids of the four axes: kind, bracket, number of open blocks, string."""
     if state.mode in ("quote", "string"):
         string = _STRING_IDS[state.string[0]]
     else:
@@ -268,7 +268,7 @@ LEXER = Automaton(LexerState(), advance, _describe)
 
 
 class _PythonAxis(Axis):
-    """One of the four things the lexer says."""
+    """Base class of the axes, each of which is one output of the lexer."""
 
     _place: int
 
@@ -285,7 +285,7 @@ class _PythonAxis(Axis):
 
 
 class PythonTokenKindAxis(_PythonAxis):
-    """Kind of the token so far: one of `KINDS`. Soft keywords (`match`, `case`, `type`) are names."""
+    """Kind of the token so far, one of `KINDS`. Soft keywords (`match`, `case`, `type`) are names."""
 
     registry_names = {"token_kind": {}}
     _place = 0
@@ -305,11 +305,11 @@ class PythonBracketAxis(_PythonAxis):
 
 
 class PythonIndentationAxis(_PythonAxis):
-    """In how many indented blocks the line is. A new line's blocks count from its first character that is not blank;
-    until then, on blank lines and in comments of their own, those of the line before do.
+    """Number of indented blocks around the line. It changes at the first character of a line that is not blank. Blank lines
+    and lines with only a comment do not change it.
 
     Args:
-        max_level: the highest id; deeper blocks share it.
+        max_level: the highest id, for this and deeper levels.
     """
 
     registry_names = {"indentation": {}}
@@ -332,7 +332,7 @@ class PythonIndentationAxis(_PythonAxis):
 
 
 class PythonStringAxis(_PythonAxis):
-    """Which quotation marks would end the string that the text is in, or that it is in a comment or in code."""
+    """Quotation marks of the string around the text, or `"comment"` or `"code"`."""
 
     registry_names = {"string": {}}
     _place = 3

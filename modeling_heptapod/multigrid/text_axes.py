@@ -1,4 +1,4 @@
-"""Axes of natural text: affixes and words by rule, parts of speech by NLTK's tagger, gold tags of a corpus."""
+"""Axes of natural language: affixes and words by rule, parts of speech by NLTK's tagger, gold tags of a corpus."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from .axes import Automaton, Axis
 
 
-# Frequent in English, and long enough to mean something; `-` says where the rest of the word stands.
+# Frequent affixes and words of English. `-` stands for the rest of the word.
 ENGLISH_AFFIXES = (
     *"anti- be- co- counter- de- dis- en- ex- extra- fore- im- in- inter- ir- mid- mis- non- out- over- post- pre- re-".split(),
     *"semi- sub- super- trans- un- under- up- with-".split(),
@@ -25,16 +25,16 @@ ENGLISH_AFFIXES = (
 class AffixAxis(Axis):
     """The longest affix or word of a list in the word so far.
 
-    At each letter the word is known up to this letter: a prefix `"un-"` is seen in a word that begins with it, from its
-    last letter on; a suffix `"-ing"` where the word so far ends with it and has more before it; a word `"the"` where
-    it is the word so far. The longest entry counts; of equal ones a word before a suffix before a prefix. Words are
-    runs of letters, upper case counts as lower case, what is no letter has id 0.
+    The id of a letter depends on the word up to this letter. A prefix `"un-"` matches from its last letter on in words that
+    begin with it, a suffix `"-ing"` where the word so far ends with it and is longer, a word `"the"` where it is the word
+    so far. The longest match counts; with equal lengths a word before a suffix before a prefix. Words are runs of letters,
+    in lower case. Other characters have id 0.
 
     Args:
-        entries: prefixes, suffixes and words; their ids count from 1.
+        entries: prefixes, suffixes and words, with ids from 1.
 
     Raises:
-        ValueError: for an entry without letters, with anything else in it, or in upper case, and for repeated ones.
+        ValueError: for entries that are not in lower case, have no letters or other characters, and for repeated ones.
     """
 
     registry_names = {"affix": {}}
@@ -90,13 +90,13 @@ class AffixAxis(Axis):
 
 
 class _WordSoFar(NamedTuple):
-    """As much of a word as the list can tell apart.
+    """The word so far, as far as it matters for the list.
 
     Attributes:
         head: the word, while it may become a prefix or a word of the list, else `None`.
         prefix: the longest prefix it begins with.
-        tail: the longest end of it that may become a suffix.
-        is_whole: whether that is all of it.
+        tail: its longest end that may become a suffix.
+        is_whole: whether `tail` is the whole word.
     """
 
     head: str | None = ""
@@ -120,22 +120,21 @@ _SENTENCE_ENDS = frozenset(".!?")
 class PartOfSpeechAxis(Axis):
     """Parts of speech of English, by NLTK's averaged perceptron.
 
-    With `alignment="previous_word"` a token has the tag of the last word that is finished before it ends. The tagger is
-    asked once, when a word ends, and without what it would like to know of the words to come; that costs it some
-    accuracy and makes the axis causal. With `alignment="word"` each letter has the tag of the word it is in, found from
-    the whole sentence: so it knows letters that are yet to come. This is how the prototype did it; what a model gains
-    from it is no gain. Blanks have id 0 then.
+    With `alignment="previous_word"` a token has the tag of the last word that is complete at its end. The tagger runs once, at
+    the end of a word, without its features of later words. So the axis is causal, and the tagger less accurate. With
+    `alignment="word"`, as in the prototype, each letter has the tag of its word, which the tagger finds from the whole
+    sentence, and blanks have id 0. These ids leak later text, so a gain from them is not real.
 
-    Words are runs of letters and digits with apostrophes inside; contractions count as two words (`do`, `n't`), every
-    other character as one. A sentence ends with `.`, `!` or `?`.
+    Words are runs of letters and digits with apostrophes inside. Contractions are two words (`do`, `n't`), every other
+    character is one. A sentence ends with `.`, `!` or `?`.
 
     Args:
         alignment: `"previous_word"` or `"word"`.
-        tagset: `"universal"` for 12 tags or `"penn"` for the tagger's own 45.
+        tagset: `"universal"` for 12 tags or `"penn"` for the 45 tags of the tagger.
 
     Raises:
         ValueError: for an unknown alignment or tag set.
-        ImportError, LookupError: when used, where NLTK or its data are missing.
+        ImportError, LookupError: when used without NLTK or its data.
     """
 
     registry_names = {
@@ -206,13 +205,13 @@ class PartOfSpeechAxis(Axis):
 
 
 class _Reading(NamedTuple):
-    """Where a reader of words is.
+    """State of the part-of-speech axis.
 
     Attributes:
         word: the word so far.
-        words: the two words before it, the nearer one last, as the tagger writes them.
+        words: the two words before it, the nearer one last, normalised by the tagger.
         tags: their tags.
-        axis_id: the id of the last finished word.
+        axis_id: the id of the last complete word.
     """
 
     word: str = ""
@@ -222,7 +221,7 @@ class _Reading(NamedTuple):
 
 
 def _pieces(word):
-    """What the tagger takes for words: `don't` is `do n't`, `dogs'` is `dogs '`."""
+    """Words of the tagger: `don't` is `do n't`, `dogs'` is `dogs '`."""
     word = word.replace("\u2019", "'")
     if word[-1] == "'":
         return [*_pieces(word[:-1]), "'"]
@@ -231,7 +230,7 @@ def _pieces(word):
 
 
 def _split(text):
-    """The words of a text, `(start, end, word)`."""
+    """The words of a text as `(start, end, word)`."""
     for match in re.finditer(rf"[^\W_]+(?:[{_APOSTROPHES}][^\W_]+)*|[^\w\s]|_", text):
         start = match.start()
         for word in _pieces(match.group()) if match.group()[0].isalnum() else [match.group()]:
@@ -241,7 +240,7 @@ def _split(text):
 
 @lru_cache(maxsize=2**18)
 def _tag_from_the_left(word, words, tags):
-    """The tag of a word when nothing is known of those after it."""
+    """The tag of a word, without features of later words."""
     tagger = _tagger()
     if word in tagger.tagdict:
         return tagger.tagdict[word]
@@ -261,14 +260,14 @@ def _universal(tag):
 
 
 def _from_nltk(data, load):
-    """What NLTK loads, or an error that says how to get it."""
+    """Result of `load(nltk)`. Raises errors with instructions where NLTK or its data are missing."""
     try:
         import nltk
         import nltk.corpus  # noqa: F401 (`load` reads both)
         import nltk.tag  # noqa: F401
     except ImportError as error:
         raise ImportError("this axis needs NLTK: `pip install nltk`.") from error
-    # NLTK looks at the variable once, when it is imported.
+    # NLTK reads the variable only when it is imported.
     folders = [folder for folder in os.environ.get("NLTK_DATA", "").split(os.pathsep) if folder]
     nltk.data.path[:0] = [folder for folder in folders if folder not in nltk.data.path]
     try:
@@ -281,11 +280,11 @@ def _from_nltk(data, load):
 
 
 class TaggedText(NamedTuple):
-    """A text and the words in it that have tags.
+    """A text with tagged words.
 
     Attributes:
         text: the text.
-        words: `(start, end, tag)` of each, in order.
+        words: `(start, end, tag)` of each tagged word, in order.
     """
 
     text: str
@@ -293,18 +292,18 @@ class TaggedText(NamedTuple):
 
 
 class GoldTagAxis(Axis):
-    """Tags that people gave to the words of a corpus; each character has the tag of its word.
+    """Gold tags of the words of a corpus. Each character has the tag of its word.
 
     Args:
         texts: the corpus, from [`read_conllu`] or [`read_nltk_tagged`]. It is not saved with a processor.
-        vocabulary: `"none"`, then all tags; those of `texts` when not given.
+        vocabulary: `"none"`, then all tags. Defaults to the tags of `texts`.
 
     Raises:
-        ValueError: for a tag that is not in the vocabulary; when used, for a text that is not in the corpus.
+        ValueError: for a tag that is not in the vocabulary, and when used, for a text that is not in the corpus.
     """
 
     causal = False
-    why_not_causal = "gold tags are known for texts of a corpus only, and whoever gave them saw the whole sentence."
+    why_not_causal = "gold tags exist for texts of a corpus only, and were given with the whole sentence in view."
 
     def __init__(self, name: str = "gold", texts: Sequence[TaggedText] = (), vocabulary: Sequence[str] | None = None):
         tags = sorted({tag for _, words in texts for _, _, tag in words})
@@ -331,17 +330,17 @@ class GoldTagAxis(Axis):
 
 
 def read_conllu(path: str | Path, tags: str = "upos") -> list[TaggedText]:
-    """The documents of a CoNLL-U file, one text each.
+    """Read the documents of a CoNLL-U file, one text each.
 
-    A word of several syntactic words has their tags, joined by `+`. Files of four columns (form, UPOS, XPOS, and 1 where
-    a blank follows) are read as well; `# sent_id = document-number` tells where a document of theirs begins.
+    A word of several syntactic words has their tags, joined by `+`. Files of four columns (form, UPOS, XPOS, and 1 before a
+    blank) are read as well. Their documents begin where the document in `# sent_id = document-number` changes.
 
     Args:
         path: the file.
         tags: `"upos"` or `"xpos"`.
 
     Raises:
-        ValueError: for other `tags`, and for a line that has neither ten nor four columns.
+        ValueError: for other `tags`, and for a line without ten or four columns.
     """
     if tags not in ("upos", "xpos"):
         raise ValueError(f"`tags` must be 'upos' or 'xpos', got {tags!r}.")
@@ -380,15 +379,15 @@ def read_conllu(path: str | Path, tags: str = "upos") -> list[TaggedText]:
 
 
 def read_nltk_tagged(corpus: str, fileids=None, tagset: str | None = None) -> list[TaggedText]:
-    """The files of one of NLTK's tagged corpora, one text each: words with blanks between, a sentence a line.
+    """Read the files of a tagged corpus of NLTK, one text each, with blanks between words and a sentence in each line.
 
     Args:
-        corpus: its name, like `"brown"`.
-        fileids: of these files only.
-        tagset: e.g. `"universal"`; the corpus' own when not given.
+        corpus: name of the corpus, like `"brown"`.
+        fileids: files to read. Defaults to all.
+        tagset: a tag set like `"universal"`. Defaults to that of the corpus.
 
     Raises:
-        ImportError, LookupError: where NLTK or the corpus are missing.
+        ImportError, LookupError: without NLTK or the corpus.
     """
 
     def load(nltk):
@@ -411,7 +410,7 @@ def _blank_follows(misc):
 
 
 class _Document:
-    """Words put together to a text."""
+    """A text that is joined from words."""
 
     def __init__(self):
         self.parts, self.words, self.length = [], [], 0
