@@ -20,14 +20,14 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 from hub_upload import CleanPushes
-from loading import check_family, check_name
+from loading import check_family, choose_source
 from provenance import write_figures
 from redaction import CommandLine
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
+from starting_model import read_config
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -35,8 +35,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-
-import modeling_heptapod  # noqa: F401  registers our families with the Auto classes
 
 
 HELD_OUT = 10  # one row in so many
@@ -52,7 +50,10 @@ class ClassificationArguments:
     )
     config_name: str | None = field(
         default=None,
-        metadata={"help": "Such a folder, of which the sizes and the tokenizer are taken, not the weights."},
+        metadata={"help": "A folder with config.json and without weights, as configs/leap-tiny: an untrained model."},
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "What `AutoTokenizer` loads, by default what the model is loaded from."}
     )
     text_column_name: str = field(default="text", metadata={"help": "The column that holds the text."})
     label_column_name: str = field(default="label", metadata={"help": "The column that holds the class."})
@@ -144,13 +145,8 @@ def main():
     args, training_args = CommandLine((ClassificationArguments, TrainingArguments)).parse()
     check_training_arguments(training_args)
     check_number("--max_seq_length", args.max_seq_length, least=1)
-    if (args.model_name_or_path is None) == (args.config_name is None):
-        raise ValueError(
-            f"one of --model_name_or_path (trained weights) and --config_name (untrained) must be given, got "
-            f"{args.model_name_or_path} and {args.config_name}"
-        )
-    source = args.config_name or args.model_name_or_path
-    check_name(source)
+    source = choose_source(args.model_name_or_path, args.config_name)
+    config = read_config("--config_name" if args.model_name_or_path is None else "--model_name_or_path", source)
     check_family(source, but=("hierarchical_lm", "heptapod", "multigrid"))
     check_can_write("--output_dir", training_args.output_dir)
     set_seed(training_args.seed)
@@ -160,7 +156,7 @@ def main():
     names = sorted(set(labels))
     (train_texts, test_texts), (train_labels, test_labels) = split(texts), split(labels)
     by_words = words_alone(train_texts, train_labels, test_texts)
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or source, trust_remote_code=False)
 
     def tokens(texts, labels):
         encoded = tokenizer(texts, truncation=True, max_length=args.max_seq_length)
@@ -170,7 +166,8 @@ def main():
     about = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     auto_class = AutoModelForSequenceClassification
     if args.model_name_or_path is None:
-        model = auto_class.from_config(AutoConfig.from_pretrained(source, trust_remote_code=False, **about))
+        config.update({**about, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id})
+        model = auto_class.from_config(config)
     else:
         model = auto_class.from_pretrained(source, trust_remote_code=False, **about)
 

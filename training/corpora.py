@@ -62,11 +62,11 @@ class DataArguments:
     max_validation_bytes: int | None = field(
         default=None, metadata={"help": "Evaluate on at most this many bytes of the held-out text."}
     )
-    tokenizer_name: str = field(
-        default="byte",
+    tokenizer_name: str | None = field(
+        default=None,
         metadata={
-            "help": "'byte' (ids 0 to 255 are the bytes), 'bpe' (trained here on the training text), or anything that "
-            "`AutoTokenizer` loads."
+            "help": "'byte' (ids 0 to 255 are the bytes, the default), 'bpe' (trained here on the training text), or anything "
+            "that `AutoTokenizer` loads. With --model_name_or_path the tokenizer of the model is used."
         },
     )
     vocab_size: int = field(default=4096, metadata={"help": "Size of the vocabulary of a 'bpe' tokenizer."})
@@ -98,8 +98,8 @@ class DataArguments:
     axes: list[str] | None = field(
         default=None,
         metadata={
-            "help": "The axes of a MultiGrid: names that `make_axis` knows, or JSON files with a spec. By default "
-            f"{' '.join(AXES)}."
+            "help": "The axes of a MultiGrid: names that `make_axis` knows, JSON files with a spec, or classes in Python files "
+            f"as my_axis.py:Vowels, which are saved beside the model. By default {' '.join(AXES)}."
         },
     )
 
@@ -139,10 +139,10 @@ def check_dataset_config(dataset: str, config: str | None) -> None:
         )
 
 
-def dataset_name(dataset: str) -> str:
-    """What figures call a corpus: of a path its last part alone, of an address no secrets."""
-    path = os.path.expanduser(dataset)
-    return os.path.basename(os.path.normpath(path)) if os.path.exists(path) else redact(dataset)
+def public_name(name: str) -> str:
+    """What figures call a corpus or a model: of a path its last part alone, of an address no secrets."""
+    path = os.path.expanduser(name)
+    return os.path.basename(os.path.normpath(path)) if os.path.exists(path) else redact(name)
 
 
 def load_texts(

@@ -20,21 +20,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from argument_checks import check_can_write_file, check_number, real, whole
-from corpora import annotate, dataset_name, encode, load_texts
+from corpora import annotate, encode, load_texts, public_name
 from diffusion_bound import MASK_SAMPLES, diffusion_bound
 from huggingface_hub import snapshot_download
-from loading import add_model_arguments, may_run_code, read_json
+from loading import add_model_arguments, load_processing_class, may_run_code, read_json
 from provenance import provenance, weights_digest, write_figures
 from redaction import Parser
 from tqdm.auto import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoProcessor,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 
 SPEED_ROUNDS = 3
@@ -61,8 +54,7 @@ def load_model(folder: str | Path, trust: bool | None = None) -> tuple[PreTraine
         raise ValueError(
             f"{folder} holds a {head}: only causal models and the grid's HeptapodForMaskedLM say what a text costs"
         )
-    has_processor = config.model_type in ("heptapod", "multigrid")
-    processing = (AutoProcessor if has_processor else AutoTokenizer).from_pretrained(folder, trust_remote_code=trust)
+    processing = load_processing_class(folder, config.model_type, trust)
     return auto_class.from_pretrained(folder, trust_remote_code=trust).eval(), processing
 
 
@@ -263,7 +255,7 @@ def evaluate(
     return {
         "model_type": model.config.model_type,
         "weights_sha256": weights_digest(folder),
-        "dataset": dataset_name(dataset),
+        "dataset": public_name(dataset),
         "held_out_bytes": len(text),
         "held_out_sha256": hashlib.sha256(text).hexdigest(),
         **measured,

@@ -35,19 +35,20 @@ import psutil
 import torch
 from accelerate.utils import broadcast_object_list
 from checkpoints import alone_in, check_begins_alone, check_same_run, damage_of, find_checkpoint, read_run, step_of
-from corpora import DataArguments, check_data_arguments, dataset_name, load_texts
+from corpora import DataArguments, check_data_arguments, load_texts, public_name
 from corpus_streaming import StreamedExamples, stream_texts
 from hub_upload import NOT_PUSHED
 from huggingface_hub import upload_folder
+from loading import choose_source
 from model_card import write_card
-from objectives import json_of, objective_for
+from objectives import json_of, objective_for, source_of
 from provenance import provenance, weights_digest, write_figures
 from redaction import CommandLine
 from sharding import ShardingTrainer
+from starting_model import load_trained, make_untrained, read_config, read_processing_class
 from stopping import Ending
 from token_counts import Reading
 from transformers import (
-    AutoConfig,
     EarlyStoppingCallback,
     PreTrainedConfig,
     PreTrainedModel,
@@ -59,7 +60,7 @@ from transformers import (
 )
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
-import modeling_heptapod  # noqa: F401  registers our families with the Auto classes
+from modeling_heptapod.multigrid.axis_registry import BUILTIN_AXES
 
 
 gc.freeze()  # nor is any of it ever garbage: another second
@@ -79,7 +80,23 @@ TIMED_SHARE = 0.1  # of --train_minutes, for finding out what fits into them
 class ModelArguments:
     """What to train, and for how long."""
 
-    config_name: str = field(metadata={"help": "A folder with config.json and generation_config.json, untrained."})
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "A folder that this script wrote, or a name on the Hub: its weights are trained further, with its "
+            "tokenizer or processor."
+        },
+    )
+    config_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "A folder with config.json and generation_config.json and without weights: an untrained model."
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run the axes that the name on the Hub in --model_name_or_path brings in files."},
+    )
     train_minutes: float | None = field(
         default=None,
         metadata={
@@ -135,6 +152,13 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
             f"torchrun started {started} processes, which would train on their own: without GPUs they need --use_cpu true"
         )
     check_training_arguments(args)
+    choose_source(model_args.model_name_or_path, model_args.config_name)
+    if model_args.model_name_or_path is not None:
+        for name, value in (("--tokenizer_name", data_args.tokenizer_name), ("--axes", data_args.axes)):
+            if value is not None:
+                raise ValueError(
+                    f"{name} {value}: with --model_name_or_path the tokenizer and the axes are those of the model"
+                )
     check_number("--train_minutes", model_args.train_minutes, above=0)
     check_number("--train_tokens", model_args.train_tokens, least=1)
     check_number("--early_stopping_patience", model_args.early_stopping_patience, least=1)
@@ -151,20 +175,6 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
     if model_args.early_stopping_patience is not None and not args.load_best_model_at_end:
         raise ValueError("--early_stopping_patience needs --load_best_model_at_end, and what that needs")
     check_can_write("--output_dir", args.output_dir)
-
-
-def read_config(config_name: str, **options) -> PreTrainedConfig:
-    """A configuration of one of our families.
-
-    Raises:
-        ValueError: naming `--config_name` where there is none.
-    """
-    try:
-        return AutoConfig.from_pretrained(config_name, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--config_name must be a folder with a config.json, as configs/leap-tiny, got {config_name}: {error}"
-        ) from error
 
 
 def check_resumable(checkpoint: str, config: PreTrainedConfig, args: TrainingArguments) -> None:
@@ -186,8 +196,8 @@ def check_resumable(checkpoint: str, config: PreTrainedConfig, args: TrainingArg
     }
     if differ:
         raise ValueError(
-            f"--resume_from_checkpoint {checkpoint} is of another model than --config_name, --tokenizer_name and --axes make; "
-            f"(its, theirs): {differ}"
+            f"--resume_from_checkpoint {checkpoint} is of another model than --model_name_or_path or --config_name, --tokenizer_name "
+            f"and --axes make; (its, theirs): {differ}"
         )
 
 
@@ -207,7 +217,7 @@ def settings_of(objective, texts, data_args: DataArguments, args: TrainingArgume
         "--dataset_name (SHA-256 of the training text)": digest_of(texts.train),
         "--dataset_name (SHA-256 of the held-out text)": digest_of(texts.validation),
         "--tokenizer_name (SHA-256)": digest_of([json_of(tokenizer)]),
-        "--axes (SHA-256)": axes and digest_of([json.dumps(axis.to_dict()) for axis in axes]),
+        "--axes (SHA-256)": axes and digest_of([_definition_of(axis) for axis in axes]),
         "--block_size": objective.about.get("block_size"),
         "--packing": data_args.packing,
         "--streaming": data_args.streaming,
@@ -218,6 +228,11 @@ def settings_of(objective, texts, data_args: DataArguments, args: TrainingArgume
         **{f"--{name}": given[name] for name in DECISIVE if name in given},
     }
     return json.loads(json.dumps(settings))  # as they are read again
+
+
+def _definition_of(axis):
+    """An axis of the package by its arguments, one of a class in a file of the user's by its code as well."""
+    return json.dumps(axis.to_dict()) if type(axis) in BUILTIN_AXES else source_of(axis)
 
 
 def digest_of(texts: list[str]) -> str:
@@ -471,7 +486,13 @@ def run_with(model_args: ModelArguments, data_args: DataArguments, training_args
     set_seed(training_args.seed)
 
     # Text -> tokens -> blocks or pages; the first process does it, the others find what it kept
-    config = read_config(model_args.config_name)
+    source, is_trained = (
+        choose_source(model_args.model_name_or_path, model_args.config_name),
+        model_args.config_name is None,
+    )
+    config = read_config("--model_name_or_path" if is_trained else "--config_name", source)
+    processing_class = read_processing_class(source, config, model_args.trust_remote_code) if is_trained else None
+    base_model = public_name(source) if is_trained else None
     with training_args.main_process_first(desc="reading the corpus"):
         streamed = None
         if data_args.streaming:
@@ -485,20 +506,13 @@ def run_with(model_args: ModelArguments, data_args: DataArguments, training_args
                 data_args.validation_split_percentage,
                 data_args.max_validation_bytes,
             )
-        objective = objective_for(config)(texts, data_args, config, streamed)
+        objective = objective_for(config)(texts, data_args, config, streamed, processing_class)
     eval_text = "".join(texts.validation).encode()
 
     training_args.label_names = objective.label_names
 
-    # A model from its configuration, untrained
-    config = read_config(model_args.config_name, **objective.config_options)
-    model = objective.auto_class.from_config(config)
-    if os.path.isfile(os.path.join(model_args.config_name, "generation_config.json")):
-        model.generation_config = type(model.generation_config).from_pretrained(model_args.config_name)
-    if any(Path(model_args.config_name).glob("*.safetensors")):
-        logger.warning(
-            f"--config_name {model_args.config_name} holds weights, which are left aside: training begins anew"
-        )
+    model = load_trained(source, objective) if is_trained else make_untrained(source, objective)
+    config = model.config
     parameters = model.num_parameters()
     head_dims = getattr(config, "head_dim", None)
     if training_args.save_strategy != "no" and isinstance(head_dims, list) and len(set(head_dims)) > 1:
@@ -519,7 +533,10 @@ def run_with(model_args: ModelArguments, data_args: DataArguments, training_args
     reading, tokens_per_example = Reading(examples, training_args), objective.about["tokens_per_example"]
     resumed_at, minutes, seconds_used = None, model_args.train_minutes, 0.0
     run = {
-        "settings": settings_of(objective, texts, data_args, training_args, reading.per_step),
+        "settings": {
+            "--model_name_or_path": base_model,
+            **settings_of(objective, texts, data_args, training_args, reading.per_step),
+        },
         "length": length_of(model_args, training_args),
         "processes": processes,
         "sharded": bool(training_args.fsdp),
@@ -593,8 +610,9 @@ def run_with(model_args: ModelArguments, data_args: DataArguments, training_args
         (reading.examples_in(last) - reading.examples_in(first)) * tokens_per_example if last > first else None
     )
     results = {
-        "dataset": dataset_name(data_args.dataset_name),
-        "tokenizer": data_args.tokenizer_name,
+        "dataset": public_name(data_args.dataset_name),
+        "base_model": base_model,
+        "tokenizer": base_model or data_args.tokenizer_name or "byte",
         **objective.about,
         "train_bytes": streamed.bytes_read if streamed else sum(len(text.encode()) for text in texts.train),
         "held_out_bytes": len(eval_text),

@@ -9,13 +9,14 @@ from transformers.processing_utils import ProcessorMixin
 from ..common.processing_utils import columns_of, list_of_texts, reads_text_only, special_token_ids
 from ..common.remote_code import CustomCodeMixin
 from .axes import Axis
+from .axis_files import AxisFilesMixin
 from .axis_registry import make_axis
 
 
 UNFINISHED = "\ufffd"
 
 
-class MultiGridProcessor(CustomCodeMixin, ProcessorMixin):
+class MultiGridProcessor(CustomCodeMixin, AxisFilesMixin, ProcessorMixin):
     """A tokenizer and the axes that stand beside its tokens.
 
     Args:
@@ -23,7 +24,8 @@ class MultiGridProcessor(CustomCodeMixin, ProcessorMixin):
             A fast one: it tells which characters each token covers.
         axes (`Sequence`, *optional*, defaults to `()`):
             The axes in the order of the model's `axis_names`: [`Axis`] objects or what [`make_axis`] makes one of.
-            They are saved with the processor; those of a class of your own load after its module is imported.
+            They are saved with the processor. Those of a class of your own load after its module is imported; the files
+            of classes from [`load_axis_class`] are saved as well, and load with `trust_remote_code=True`.
         chat_template (`str`, *optional*): for `apply_chat_template`, that of `tokenizer` when not given.
 
     Raises:

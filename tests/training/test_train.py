@@ -169,7 +169,7 @@ def test_a_new_run_does_not_mix_its_checkpoints_with_others(finished, monkeypatc
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments(finished[0].parent, "--max_steps", "1")])
     with pytest.raises(ValueError, match="--output_dir .* must be a folder that can be written to"):
         file = TrainingArguments(str(finished[0] / "config.json"), use_cpu=True)
-        train.check_arguments(train.ModelArguments(""), DataArguments(), file)
+        train.check_arguments(train.ModelArguments(config_name=""), DataArguments(), file)
     with pytest.raises(ValueError, match="--output_dir .* holds checkpoint-12 of another run"):
         train.main()
 
@@ -197,7 +197,7 @@ def test_a_checkpoint_of_another_model_is_not_resumed(finished, change, tmp_path
     with pytest.raises(ValueError, match=rf"--resume_from_checkpoint .* is of another model .*{next(iter(change))}"):
         train.check_resumable(str(finished[0] / "checkpoint-6"), config, PLAIN)
     with pytest.raises(ValueError, match=r"--config_name must be a folder with a config\.json, .* got .*nowhere"):
-        train.read_config(str(tmp_path / "nowhere"))
+        train.read_config("--config_name", str(tmp_path / "nowhere"))
 
 
 def test_training_learns_and_says_what(finished):

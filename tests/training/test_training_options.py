@@ -176,14 +176,16 @@ def arguments(tmp_path, **options):
 )
 def test_what_does_not_go_together_is_named(model, data, args, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        train.check_arguments(train.ModelArguments("", **model), DataArguments(**data), arguments(tmp_path, **args))
+        train.check_arguments(
+            train.ModelArguments(config_name="", **model), DataArguments(**data), arguments(tmp_path, **args)
+        )
 
 
 def test_processes_that_would_train_on_their_own_are_refused(tmp_path, monkeypatch):
     args = arguments(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="torchrun started 2 processes.*--use_cpu true"):
-        train.check_arguments(train.ModelArguments(""), DataArguments(), args)
+        train.check_arguments(train.ModelArguments(config_name=""), DataArguments(), args)
 
 
 @pytest.mark.parametrize("family", tiny_runs.FAMILIES)
