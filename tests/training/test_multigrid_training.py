@@ -17,6 +17,8 @@ import train
 from corpora import DataArguments, PackedBlocks, Texts, annotate, build_tokenizer, encode
 from named_losses import losses_by_name
 from objectives import AnnotatedTokens, choose_axes, objective_for
+from run_report import text_loss
+from run_settings import _definition_of
 from torch.nn.parallel import scatter_gather
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
@@ -173,9 +175,9 @@ def test_losses_by_name_of_several_devices(order, monkeypatch):
 
 def test_what_a_text_costs():
     entry = {"loss": 9.0, "main_loss": 2.0, "a_loss": 3.0}
-    assert train.text_loss(entry, ["main_loss"]) == 2
-    assert train.text_loss(entry, ["main_loss", "a_loss"]) == 5
-    assert train.text_loss({"loss": 9.0}, ["ce_loss"]) == train.text_loss({"loss": 9.0}, []) == 9
+    assert text_loss(entry, ["main_loss"]) == 2
+    assert text_loss(entry, ["main_loss", "a_loss"]) == 5
+    assert text_loss({"loss": 9.0}, ["ce_loss"]) == text_loss({"loss": 9.0}, []) == 9
 
 
 @pytest.mark.parametrize("is_factored", [False, True])
@@ -347,7 +349,7 @@ def test_files_without_the_axis_are_named(name, message, tmp_path, monkeypatch):
 def test_an_axis_is_known_by_its_arguments_and_one_of_ones_own_by_its_code_too(tmp_path):
     (tmp_path / "my_axis.py").write_text(VOWELS)
     (axis,) = choose_axes([f"{tmp_path}/my_axis.py:Vowels"])
-    assert "aeiou" in train._definition_of(axis) and train._definition_of(make_axis("bracket")) == json.dumps(
+    assert "aeiou" in _definition_of(axis) and _definition_of(make_axis("bracket")) == json.dumps(
         make_axis("bracket").to_dict()
     )
 
