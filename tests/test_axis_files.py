@@ -20,9 +20,10 @@ VOWELS = '''"""An axis of one's own; é."""
 from dataclasses import dataclass
 
 from modeling_heptapod import (
-    Automaton,  # noqa: F401
     Axis as Base,
+    find_lookahead,
 )
+from modeling_heptapod.multigrid.axes import Automaton
 
 
 @dataclass
@@ -96,7 +97,8 @@ def test_a_folder_with_an_axis_of_ones_own_loads_anywhere(vowels, tmp_path):
     source = (tmp_path / "saved" / "my_axis.py").read_text(encoding="utf-8")
     assert source == (tmp_path / "again" / "my_axis.py").read_text(encoding="utf-8")
     assert (
-        "from .axes import Automaton; from .axes import Axis as Base" in source and "modeling_heptapod" not in source
+        "from .axes import Axis as Base; from .axes import find_lookahead\nfrom .axes import Automaton\n" in source
+        and "modeling_heptapod" not in source
     )
 
 
@@ -131,6 +133,10 @@ def test_each_folder_has_its_own_class(tmp_path):
         assert processor.axes[0].annotate("axy") == ([1, 0, 0] if name == "one" else [0, 1, 1])
     changed = write(tmp_path / "one", VOWELS.replace('letters="aeiou"', 'letters="a"'))
     assert load_axis_class(changed, "Vowels")().annotate("ae") == [1, 0]
+    processor.save_pretrained(tmp_path / "before")  # of the class that was loaded before
+    assert (tmp_path / "before" / "my_axis.py").read_bytes() == (
+        tmp_path / "one" / "saved" / "my_axis.py"
+    ).read_bytes()
     assert load_axis_class(changed, "Vowels") is load_axis_class(changed, "Vowels") is AXIS_CLASSES["Vowels"]
 
 

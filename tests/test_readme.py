@@ -119,7 +119,8 @@ def outcomes(tmp_path_factory):
     """What the blocks of the fast pages print and raise: each on its own, all in one process, which imports once."""
     folder = tmp_path_factory.mktemp("pages")
     save_tiny_models(folder)
-    (folder / "configs").symlink_to(ROOT / "configs")
+    for name in ("configs", "training"):
+        (folder / name).symlink_to(ROOT / name)
     pages = {page: blocks(page) for page in PAGES if page not in SLOW}
     done = subprocess.run(
         [sys.executable, "-c", RUN_ALL],

@@ -9,7 +9,7 @@ given as well; `--help` lists them.
 from argument_checks import check_can_write, check_number, check_training_arguments, need
 
 
-need("finetune", "accelerate", "datasets", "sklearn")
+need("finetune", "accelerate", "datasets", "evaluate", "sklearn")
 
 import json
 import math
@@ -21,11 +21,11 @@ import numpy as np
 from datasets import Dataset
 from hub_upload import CleanPushes
 from loading import check_family, choose_source
+from metric_modules import load_metric
 from provenance import write_figures
 from redaction import CommandLine
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score
 from starting_model import read_config
 from transformers import (
     AutoModelForSequenceClassification,
@@ -126,19 +126,26 @@ def words_alone(texts: list[str], labels: list[str], held_out: list[str]) -> np.
 
 
 def scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy with its standard error, and the mean of the classes' F1."""
-    accuracy = float((predicted == labels).mean())
-    return {
-        "accuracy": accuracy,
-        "standard_error": math.sqrt(accuracy * (1 - accuracy) / len(labels)),
-        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
-    }
+    """Accuracy with its standard error, and the mean of the classes' F1: the metric `classification_scores`."""
+    return load_metric("classification_scores").compute(predictions=predicted, references=labels)
 
 
 def difference(predicted: np.ndarray, other: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     """By how much one accuracy is above another, and the standard error of that on the same rows."""
     gain = (predicted == labels).astype(float) - (other == labels)
     return float(gain.mean()), float(gain.std(ddof=1) / math.sqrt(len(gain)))
+
+
+def print_scores(results: dict) -> None:
+    """The scores of all, for the terminal."""
+    gain, error = results["above_words_alone"], results["above_words_alone_standard_error"]
+    print(
+        f"\n{results['held_out_rows']:,} held-out rows of {len(results['labels'])} classes, {results['train_seconds']:.0f} s on {results['rows']:,} others"
+    )
+    for name, score in results["scores"].items():
+        accuracy = f"{score['accuracy']:.3f} +- {score['standard_error']:.3f}"
+        print(f"  {name:<30} accuracy {accuracy}, macro F1 {score['macro_f1']:.3f}")
+    print(f"  above words alone, row by row: {gain:+.3f} +- {error:.3f}")
 
 
 def main():
@@ -204,13 +211,7 @@ def main():
         "scores": {name: scores(said, truth) for name, said in predicted.items()},
     }
     write_figures(Path(training_args.output_dir, "classification.json"), results)
-    print(
-        f"\n{len(test_texts):,} held-out rows of {len(names)} classes, {seconds:.0f} s on {len(train_texts):,} others"
-    )
-    for name, score in results["scores"].items():
-        accuracy = f"{score['accuracy']:.3f} +- {score['standard_error']:.3f}"
-        print(f"  {name:<30} accuracy {accuracy}, macro F1 {score['macro_f1']:.3f}")
-    print(f"  above words alone, row by row: {gain:+.3f} +- {error:.3f}")
+    print_scores(results)
 
 
 if __name__ == "__main__":

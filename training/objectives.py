@@ -28,6 +28,7 @@ from corpora import (
 from corpus_cache import Cache, default_folder
 from corpus_streaming import StreamedExamples
 from diffusion_bound import MASK_SAMPLES, diffusion_bound
+from metric_modules import bits_per_byte
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.utils import logging
@@ -47,11 +48,6 @@ def sum_nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none"
     )
     return nats.sum(-1)
-
-
-def bits_per_byte(nats: np.ndarray, num_bytes: int) -> float:
-    """All the nats of a text, over its bytes: independent of the tokenizer. End-of-sequence tokens cost, too."""
-    return float(nats.sum(dtype=np.float64)) / math.log(2) / num_bytes
 
 
 class NextTokens:
@@ -192,7 +188,7 @@ def choose_axes(names: Sequence) -> list:
     if ahead:
         raise ValueError(
             f"--axes {' '.join(ahead)}: looks ahead in the text, so a model that reads it has seen what it predicts, and "
-            "its bits per byte mean nothing; training/multigrid_experiment.py measures how much"
+            "its bits per byte mean nothing; training/experiments/multigrid_experiment.py measures how much"
         )
     return axes
 
@@ -390,7 +386,9 @@ class MaskedPages:
         return {
             "preprocess_logits_for_metrics": lambda logits, labels: labels.new_zeros(len(labels)),
             "compute_metrics": lambda output: {
-                "bits_per_byte": float(output.losses.mean()) * self.held_out_cells / self.held_out_bytes / math.log(2)
+                "bits_per_byte": bits_per_byte(
+                    [float(output.losses.mean()) * self.held_out_cells], self.held_out_bytes
+                )
             },
         }
 
@@ -399,11 +397,10 @@ class MaskedPages:
         pages = torch.from_numpy(self.eval_dataset.pages.astype(np.int64))
         with trainer.compute_loss_context_manager():  # in the precision of the training
             nats, error = diffusion_bound(trainer.model.eval(), pages, trainer.args.eval_batch_size)
-        bits = nats.sum() / math.log(2)
         return {
-            "bits_per_byte": bits / self.held_out_bytes,
+            "bits_per_byte": bits_per_byte(nats, self.held_out_bytes),
             "bits_per_byte_standard_error": error / math.log(2) / self.held_out_bytes,
-            "bits_per_cell": bits / self.held_out_cells,
+            "bits_per_cell": nats.sum() / math.log(2) / self.held_out_cells,
             "elbo_samples": MASK_SAMPLES,
         }
 

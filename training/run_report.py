@@ -1,4 +1,4 @@
-"""What is said of a run when it has ended: its curve, its figures beside those of others."""
+"""Figures of a finished run, its curve and its summary."""
 
 import bz2
 import hashlib
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArgumen
 
 
 def figures_of_corpus(corpus: Corpus) -> dict:
-    """Sizes of the text, and of what the model reads of it at once."""
+    """Sizes of the text and of an example."""
     held_out = corpus.held_out
     return {
         **corpus.objective.about,
@@ -26,7 +26,7 @@ def figures_of_corpus(corpus: Corpus) -> dict:
 def figures_of_training(
     trainer: Trainer, reading: Reading, tokens_per_example: int, speed: Speed, resumed_at: int | None
 ) -> dict:
-    """How far a run came, and how fast."""
+    """Steps and speed."""
     first, last = (resumed_at or 0) + 1, trainer.state.global_step
     later_tokens = (
         (reading.examples_in(last) - reading.examples_in(first)) * tokens_per_example if last > first else None
@@ -53,14 +53,14 @@ def figures_of_quality(history: list[dict], after: dict, held_out: bytes) -> dic
 
 
 def text_loss(entry: dict, names: list[str]) -> float:
-    """What the text costs by a log entry: of the losses that a model may add up, those named, or the only one."""
+    """Loss of the text in a log entry: the sum of the named losses, or `loss` where there are none."""
     return sum(entry[name] for name in names if name in entry) if set(names) & set(entry) else entry["loss"]
 
 
 def plot_curve(
     history: list[dict], results: dict, train_bits_per_nat: float, path: Path, text_losses: list[str]
 ) -> None:
-    """Bits per byte by step: of the training batches, and of the held-out text beside bz2's."""
+    """Draw bits per byte by step, of training batches and of held-out text, with the figure of bz2."""
     import matplotlib
 
     matplotlib.use("Agg")  # into a file, on machines without a screen as well
@@ -82,7 +82,7 @@ def plot_curve(
 
 
 def bits_before(history: list[dict]) -> float | None:
-    """Bits per byte of the untrained model, where `--eval_on_start` asked for them."""
+    """Bits per byte before training, with `--eval_on_start`."""
     return next(
         (entry["eval_bits_per_byte"] for entry in history if entry["step"] == 0 and "eval_loss" in entry), None
     )
@@ -102,21 +102,21 @@ def runs_beside(folder: Path, results: dict) -> dict[str, float]:
 
 
 def precision_of(args: TrainingArguments, model: PreTrainedModel) -> str:
-    """What products were computed in: that of autocast, else that of the weights."""
+    """Precision of matrix products: that of autocast, else that of the weights."""
     if args.bf16 or args.fp16:
         return f"{'bfloat16' if args.bf16 else 'float16'} autocast"
     return str(model.dtype).removeprefix("torch.")
 
 
 def step_of_weights(args: TrainingArguments, state: TrainerState) -> int:
-    """Which step the weights are of in the end: the last, or that of the best checkpoint, which not every best step has."""
+    """Step of the final weights: the last, or that of the best checkpoint. Not every best step has a checkpoint."""
     if args.load_best_model_at_end and state.best_model_checkpoint is not None:
         return int(step_of(Path(state.best_model_checkpoint)))
     return state.global_step
 
 
 def print_summary(folder: Path, results: dict) -> None:
-    """Bits per byte before and after, beside bz2's and those of other runs on the same bytes."""
+    """Print bits per byte before and after training, of bz2 and of other runs on the same bytes."""
     print(f"\n{folder}: {results['steps']} steps in {results['train_seconds']:.0f} s, {results['precision']}")
     print(f"bits per byte on {results['held_out_bytes']:,} held-out bytes")
     error = results.get("bits_per_byte_standard_error")

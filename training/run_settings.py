@@ -1,4 +1,4 @@
-"""What a run learns from, and all that decides what it computes, which is compared when it is resumed."""
+"""The data of a run, and the settings that decide what it computes, which are compared when it is resumed."""
 
 import hashlib
 import json
@@ -20,11 +20,11 @@ OF_SAVING |= {"bos_token_id", "eos_token_id", "pad_token_id"}  # which Trainer t
 
 @dataclass
 class Corpus:
-    """What a run learns from.
+    """The data of a run.
 
     Attributes:
-        texts (`Texts`): to train on and held out, as far as they are in memory.
-        streamed (`StreamedExamples` or `None`): what is read while it is trained on.
+        texts (`Texts`): training and held-out text in memory.
+        streamed (`StreamedExamples` or `None`): examples that are read during training.
         objective: of the model's family.
     """
 
@@ -34,17 +34,17 @@ class Corpus:
 
     @property
     def held_out(self) -> bytes:
-        """The text to measure on."""
+        """Held-out text."""
         return "".join(self.texts.validation).encode()
 
     @property
     def train_bytes(self) -> int:
-        """Bytes of the text to train on; of a stream, of what was read so far."""
+        """Bytes of the training text; for a stream, of the part that was read."""
         return self.streamed.bytes_read if self.streamed else sum(len(text.encode()) for text in self.texts.train)
 
 
 def check_resumable(checkpoint: str, config: PreTrainedConfig, args: TrainingArguments) -> None:
-    """A checkpoint goes on as the model that it was, or not at all.
+    """Check that a checkpoint holds the model that is to be trained.
 
     Raises:
         ValueError: naming `--resume_from_checkpoint` and the fields that differ.
@@ -78,7 +78,7 @@ DECISIVE = """
 def settings_of(
     corpus: Corpus, base_model: str | None, data_args: DataArguments, args: TrainingArguments, examples_per_step: int
 ) -> dict:
-    """All that decides what a run computes, beside its model and its length, by the options that say it."""
+    """Settings that decide what a run computes, beside its model and its length, by option."""
     objective, texts, given = corpus.objective, corpus.texts, args.to_dict()
     axes = getattr(objective.processing_class, "axes", None)
     tokenizer = getattr(objective.processing_class, "tokenizer", objective.processing_class)
@@ -101,7 +101,7 @@ def settings_of(
 
 
 def _definition_of(axis):
-    """An axis of the package by its arguments, one of a class in a file of the user's by its code as well."""
+    """Arguments of an axis, with the code of its class where that is not of the package."""
     return json.dumps(axis.to_dict()) if type(axis) in BUILTIN_AXES else source_of(axis)
 
 
@@ -115,7 +115,7 @@ def digest_of(texts: list[str]) -> str:
 
 
 def length_of(model_args, args: TrainingArguments) -> dict:
-    """The option that says how long to train, and what it says."""
+    """The option that decides the length of training, with its value."""
     if args.max_steps > 0:
         return {"--max_steps": args.max_steps}
     if model_args.train_tokens is not None:

@@ -15,7 +15,7 @@ gc.disable()  # until all is imported, which makes many objects and no garbage: 
 from argument_checks import check_can_write, check_number, check_training_arguments, need
 
 
-need("train", "accelerate", "matplotlib", "jinja2", "psutil")  # the last three only at the end, when all is trained
+need("train", "accelerate", "evaluate", "matplotlib", "jinja2", "psutil")  # the last three only when all is trained
 
 import copy
 import dataclasses
@@ -132,7 +132,7 @@ def choose_precision(model_args: ModelArguments, training_args: TrainingArgument
 
 
 def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
-    """What does not go together.
+    """Check that arguments fit together.
 
     Raises:
         ValueError: naming the arguments.
@@ -174,7 +174,7 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
 
 
 def choose_checkpoint(args: TrainingArguments) -> str | None:
-    """The checkpoint to resume, if any; the first process looks at the files, for all.
+    """Find the checkpoint to resume, if any. Only the first process reads the files.
 
     Raises:
         ValueError: naming `--resume_from_checkpoint` or `--output_dir`.
@@ -189,13 +189,13 @@ def choose_checkpoint(args: TrainingArguments) -> str | None:
 
 
 def patience_spent(checkpoint: str) -> int:
-    """How many evaluations before a checkpoint were no better than the best; 0 for a run that did not count them."""
+    """Number of evaluations before a checkpoint that were no better than the best; 0 for a run that did not count them."""
     saved = state_of(checkpoint)["stateful_callbacks"]
     return saved.get("EarlyStoppingCallback", {}).get("attributes", {}).get("early_stopping_patience_counter", 0)
 
 
 def steps_within(minutes: float, model: PreTrainedModel, args: TrainingArguments, train_dataset) -> int:
-    """How many optimizer steps fit into `minutes`, by timing a few on a copy of the model, which takes a tenth of them at most.
+    """Number of optimizer steps that fit into `minutes`. A few are timed on a copy of the model, in a tenth of the time at most.
 
     Known beforehand, the number of steps gives a learning-rate schedule that a resumed run repeats exactly.
     """
@@ -214,7 +214,7 @@ def steps_within(minutes: float, model: PreTrainedModel, args: TrainingArguments
 
 
 def set_use_cache(config: PreTrainedConfig, value: bool | None) -> None:
-    """What Trainer writes into every config, also of models without a cache, which have no such field: `None`."""
+    """Set `use_cache`, which `Trainer` writes into every config. `None` removes it, for models without a cache."""
     if value is not None:
         config.use_cache = value
     elif hasattr(config, "use_cache"):
@@ -222,7 +222,7 @@ def set_use_cache(config: PreTrainedConfig, value: bool | None) -> None:
 
 
 def choose_metrics(args: TrainingArguments) -> None:
-    """What evaluations give, and which of it finds the best checkpoint."""
+    """Choose what evaluations return and the metric of the best checkpoint."""
     args.include_for_metrics = ["loss"]
     if args.load_best_model_at_end and args.metric_for_best_model == "loss":
         args.metric_for_best_model = "bits_per_byte"
@@ -230,12 +230,12 @@ def choose_metrics(args: TrainingArguments) -> None:
 
 
 def base_model_of(model_args: ModelArguments) -> str | None:
-    """What figures call the model that is trained further; `None` for an untrained one."""
+    """Name of the model that is trained further, in figures. `None` for an untrained one."""
     return None if model_args.model_name_or_path is None else public_name(model_args.model_name_or_path)
 
 
 def read_corpus(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> Corpus:
-    """Text, and what the model learns from it; the first process does the work, the others find what it kept."""
+    """Read the text and prepare it. The first process does the work, and the others read its cache."""
     source, is_trained = model_args.model_name_or_path or model_args.config_name, model_args.config_name is None
     config = read_config("--model_name_or_path" if is_trained else "--config_name", source)
     processing_class = read_processing_class(source, config, model_args.trust_remote_code) if is_trained else None
@@ -256,7 +256,7 @@ def read_corpus(model_args: ModelArguments, data_args: DataArguments, args: Trai
 
 
 def make_model(model_args: ModelArguments, objective, args: TrainingArguments) -> PreTrainedModel:
-    """The model to train.
+    """Make or load the model to train.
 
     Raises:
         ValueError: naming the option for one that cannot be loaded, or that `Trainer` could not resume.
@@ -275,7 +275,7 @@ def make_model(model_args: ModelArguments, objective, args: TrainingArguments) -
 
 
 def examples_of(corpus: Corpus, args: TrainingArguments) -> int:
-    """How many examples an epoch has. A stream has no end, and no short steps.
+    """Number of examples of an epoch. For a stream, which has no end, that of one step.
 
     Raises:
         ValueError: naming `--dataloader_drop_last` where it leaves none.
@@ -291,13 +291,13 @@ def examples_of(corpus: Corpus, args: TrainingArguments) -> int:
 
 
 def resume(checkpoint: str, run: dict, config: PreTrainedConfig, args: TrainingArguments) -> tuple[int, float]:
-    """Set length and schedule to those of the run that a checkpoint is of.
+    """Set length and schedule to those of the run that saved a checkpoint.
 
     Returns:
-        Its step, and the seconds that it took to get there.
+        The step of the checkpoint, and the seconds of training before it.
 
     Raises:
-        ValueError: naming what differs from that run.
+        ValueError: naming the settings that differ from those of that run.
     """
     check_resumable(checkpoint, config, args)
     check_same_run(checkpoint, run, args.resume_from_checkpoint == "last")
@@ -314,7 +314,7 @@ def resume(checkpoint: str, run: dict, config: PreTrainedConfig, args: TrainingA
 def set_max_steps(
     model_args: ModelArguments, args: TrainingArguments, reading: Reading, objective, model: PreTrainedModel
 ) -> None:
-    """How many steps `--train_tokens` or `--train_minutes` are."""
+    """Set `--max_steps` from `--train_tokens` or `--train_minutes`."""
     if model_args.train_tokens is not None:
         tokens_per_example = objective.about["tokens_per_example"]
         args.max_steps = reading.steps_for(-(-model_args.train_tokens // tokens_per_example))
@@ -323,17 +323,17 @@ def set_max_steps(
 
 
 def early_stopping(patience: int | None, checkpoint: str | None) -> list[EarlyStoppingCallback]:
-    """What stops a run after evaluations that were no better than the best, if anything does."""
+    """Callback for `--early_stopping_patience`, in a list; none without it."""
     if patience is None:
         return []
     stopping = EarlyStoppingCallback(patience)
-    if checkpoint is not None:  # how many evaluations it has been patient for already
+    if checkpoint is not None:  # evaluations that were counted before
         stopping.early_stopping_patience_counter = patience_spent(checkpoint)
     return [stopping]
 
 
 def make_trainer(model: PreTrainedModel, objective, args: TrainingArguments, callbacks: list) -> ShardingTrainer:
-    """A trainer of this objective."""
+    """Make the trainer."""
     return ShardingTrainer(
         model=model,
         args=args,
@@ -346,13 +346,13 @@ def make_trainer(model: PreTrainedModel, objective, args: TrainingArguments, cal
 
 
 def train(trainer: ShardingTrainer, ending: Ending, checkpoint: str | None, ignore_keys: list[str] | None) -> float:
-    """Train to the end, and say why where that comes before the last step.
+    """Train, and print the reason where training ends before its last step.
 
     Returns:
-        The seconds that it took.
+        Seconds of training.
 
     Raises:
-        SystemExit: where a signal ended it.
+        SystemExit: after a signal.
     """
     args = trainer.args
     with ending.signals() if args.save_strategy != "no" else nullcontext():
@@ -376,9 +376,9 @@ def save_and_measure(trainer: ShardingTrainer, objective, use_cache: bool | None
     """Save model, code, tokenizer and generation config, then measure the model.
 
     Args:
-        trainer: that has trained it.
+        trainer: after training.
         objective: of the model.
-        use_cache: of its config before the training, which `Trainer` has changed.
+        use_cache: value in the config before training, which `Trainer` has changed.
 
     Returns:
         The precision of the training, and the figures.
@@ -394,7 +394,7 @@ def save_and_measure(trainer: ShardingTrainer, objective, use_cache: bool | None
 
 
 def write_results(trainer: ShardingTrainer, objective, results: dict) -> None:
-    """Write results, curve and card, and push them where `--push_to_hub` says so."""
+    """Write results, curve and card, and push them with `--push_to_hub`."""
     args, folder = trainer.args, Path(trainer.args.output_dir)
     write_figures(folder / "results.json", results)
     history, factor = trainer.state.log_history, objective.bits_per_byte_of_loss
@@ -420,7 +420,7 @@ def main():
 
 
 def run_with(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
-    """From text to a folder that is ready to be pushed."""
+    """Train from text, and write a folder that is ready to be pushed."""
     training_args = choose_precision(model_args, training_args)
     choose_metrics(training_args)
     checkpoint = choose_checkpoint(training_args)

@@ -1,4 +1,4 @@
-"""What goes on beside the steps of a run: samples, speed, and the best checkpoint of a run that is resumed."""
+"""Callbacks of a run: samples, speed, and the best checkpoint of a resumed run."""
 
 import json
 import math
@@ -16,15 +16,15 @@ logger = logging.get_logger(__name__)
 
 
 def state_of(checkpoint: str) -> dict:
-    """What `Trainer` saved of its state."""
+    """State of `Trainer` in a checkpoint."""
     return json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
 
 
 class BestCheckpoint(TrainerCallback):
-    """A resumed run whose best checkpoint is gone or damaged takes the best of those to come for it.
+    """Forgets the best checkpoint of a resumed run where it is gone or damaged, so that a later one is chosen.
 
     Args:
-        checkpoint: that is resumed, if any.
+        checkpoint: the one that is resumed, if any.
     """
 
     def __init__(self, checkpoint: str | None):

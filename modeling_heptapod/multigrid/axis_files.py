@@ -50,6 +50,7 @@ def load_axis_class(path: str | Path, class_name: str) -> type[Axis]:
         raise ValueError(f"{path} must define the class {class_name!r}")
     if not issubclass(found, Axis):
         raise ValueError(f"{class_name} in {path} must be a subclass of `Axis`")
+    found._source = source  # the file may change before a processor with it is saved
     return found
 
 
@@ -140,10 +141,11 @@ class AxisFilesMixin:
         if kwargs.get("trust_remote_code"):
             options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
             saved, _ = ProcessorMixin.get_processor_dict(pretrained_model_name_or_path, **options)
+            names = {spec["class"] for spec in saved.get("axes", ()) if isinstance(spec, dict) and "class" in spec}
             for class_name, reference in (saved.get("auto_map") or {}).items():
                 known = AXIS_CLASSES.get(class_name)
-                is_axis = any(class_name == spec.get("class") for spec in saved.get("axes", ()))
-                if is_axis and (known is None or known.__module__.rpartition(".")[0] == _FAMILY):
+                # A class that was imported otherwise is the one that is meant; of those from files each folder has its own.
+                if class_name in names and (known is None or known.__module__ in _sources):
                     file = f"{reference.rpartition('--')[2].partition('.')[0]}.py"
                     load_axis_class(cached_file(pretrained_model_name_or_path, file, **options), class_name)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -161,7 +163,7 @@ class AxisFilesMixin:
             if axis_class in BUILTIN_AXES or module.rpartition(".")[0] != _FAMILY:
                 continue
             stem, class_name = module.rpartition(".")[2], axis_class.__name__
-            source = _sources.get(module) or Path(sys.modules[module].__file__).read_text(encoding="utf-8")
+            source = vars(axis_class).get("_source") or Path(sys.modules[module].__file__).read_text(encoding="utf-8")
             Path(save_directory, f"{stem}.py").write_text(source, encoding="utf-8")
             code, line = entry.read_text(encoding="utf-8"), f"from .{stem} import {class_name}  # noqa: E402, F401\n"
             if line not in code:
