@@ -25,10 +25,7 @@ from redaction import redact
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils import logging
 
-
-logger = logging.get_logger(__name__)
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 MASK, BLANK = "<|mask|>", "<|blank|>"  # what a page needs besides, see HeptapodProcessor

@@ -60,14 +60,12 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.utils import is_torch_bf16_gpu_available, logging
+from transformers.utils import is_torch_bf16_gpu_available
 
 
 gc.freeze()  # nor is any of it ever garbage: another second
 gc.enable()
 
-
-logger = logging.get_logger(__name__)
 
 TIMED_SHARE = 0.1  # of --train_minutes, for finding out what fits into them
 
