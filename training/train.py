@@ -428,6 +428,7 @@ def run_with(model_args: ModelArguments, data_args: DataArguments, training_args
 
     # Text -> tokens -> blocks or pages -> model; how long to train
     corpus = read_corpus(model_args, data_args, training_args)
+    training_args.label_names = corpus.objective.label_names
     model = make_model(model_args, corpus.objective, training_args)
     parameters = model.num_parameters()  # before they are sharded
     reading = Reading(examples_of(corpus, training_args), training_args)
