@@ -24,8 +24,8 @@ Returns:
 Example:
 
     >>> metric = evaluate.load("training/metrics/bits_per_byte")
-    >>> metric.compute(predictions=[0.5, 2.0], num_bytes=3)
-    {'bits_per_byte': 1.202245867407469}
+    >>> metric.compute(predictions=[0.5, 2.0], num_bytes=4)
+    {'bits_per_byte': 0.9016844005556022}
 """
 
 
