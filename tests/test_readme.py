@@ -31,7 +31,7 @@ NOT_RUN = {
     "torchrun --standalone": "tests/training/test_distributed.py runs them",
     "torchrun --nnodes": "needs several machines, which the page says",
     "python -c": "needs a corpus that is not here, which the page says",
-    "python training/train.py": "the same",
+    "python training/train.py": "the same; tests/training/test_multigrid_training.py trains with an axis from a file",
     "python training/classify.py": "the same; tests/training/test_classify.py runs the script",
     ".venv/bin/python training/demo_app.py": "serves until it is stopped; tests/training/test_demo_app.py visits it",
 }
@@ -119,7 +119,8 @@ def outcomes(tmp_path_factory):
     """What the blocks of the fast pages print and raise: each on its own, all in one process, which imports once."""
     folder = tmp_path_factory.mktemp("pages")
     save_tiny_models(folder)
-    (folder / "configs").symlink_to(ROOT / "configs")
+    for name in ("configs", "training"):
+        (folder / name).symlink_to(ROOT / name)
     pages = {page: blocks(page) for page in PAGES if page not in SLOW}
     done = subprocess.run(
         [sys.executable, "-c", RUN_ALL],
@@ -241,7 +242,8 @@ def test_commands_run_as_printed(tmp_path):
     (tmp_path / "hub_cards").mkdir()
     (tmp_path / "path" / "to").mkdir(parents=True)
     text = "".join(f"Line {number} of a text of one's own.\n" for number in range(900))
-    (tmp_path / "path" / "to" / "text").write_text(text, encoding="utf-8")
+    for path in (tmp_path / "path" / "to" / "text", tmp_path / "my.txt"):
+        path.write_text(text, encoding="utf-8")
     printed = {}
     for page in PAGES:
         for command in commands(page):
@@ -252,7 +254,8 @@ def test_commands_run_as_printed(tmp_path):
     assert "bits per byte with a sliding window" in found and "|stdlib_next_line" in found
     assert "nothing was pushed to me/leap-tiny" in found
     assert (tmp_path / "hub_cards" / "leap-tiny.md").is_file()
-    assert (tmp_path / "outputs" / "mine" / "model.safetensors").is_file()
+    for name in ("mine", "tuned"):
+        assert (tmp_path / "outputs" / name / "model.safetensors").is_file()
 
 
 def left_out(command):

@@ -9,7 +9,7 @@ given as well; `--help` lists them.
 from argument_checks import check_can_write, check_number, check_training_arguments, need
 
 
-need("finetune", "accelerate", "datasets", "sklearn")
+need("finetune", "accelerate", "datasets", "evaluate", "sklearn")
 
 import json
 import math
@@ -20,14 +20,14 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 from hub_upload import CleanPushes
-from loading import check_family, check_name
+from loading import check_family, choose_source
+from metric_modules import load_metric
 from provenance import write_figures
 from redaction import CommandLine
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score
+from starting_model import read_config
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -35,8 +35,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-
-import modeling_heptapod  # noqa: F401  registers our families with the Auto classes
 
 
 HELD_OUT = 10  # one row in so many
@@ -52,7 +50,10 @@ class ClassificationArguments:
     )
     config_name: str | None = field(
         default=None,
-        metadata={"help": "Such a folder, of which the sizes and the tokenizer are taken, not the weights."},
+        metadata={"help": "A folder with config.json and without weights, as configs/leap-tiny: an untrained model."},
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "What `AutoTokenizer` loads, by default what the model is loaded from."}
     )
     text_column_name: str = field(default="text", metadata={"help": "The column that holds the text."})
     label_column_name: str = field(default="label", metadata={"help": "The column that holds the class."})
@@ -125,13 +126,8 @@ def words_alone(texts: list[str], labels: list[str], held_out: list[str]) -> np.
 
 
 def scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy with its standard error, and the mean of the classes' F1."""
-    accuracy = float((predicted == labels).mean())
-    return {
-        "accuracy": accuracy,
-        "standard_error": math.sqrt(accuracy * (1 - accuracy) / len(labels)),
-        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
-    }
+    """Accuracy with its standard error, and the mean of the classes' F1: the metric `classification_scores`."""
+    return load_metric("classification_scores").compute(predictions=predicted, references=labels)
 
 
 def difference(predicted: np.ndarray, other: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
@@ -140,17 +136,24 @@ def difference(predicted: np.ndarray, other: np.ndarray, labels: np.ndarray) -> 
     return float(gain.mean()), float(gain.std(ddof=1) / math.sqrt(len(gain)))
 
 
+def print_scores(results: dict) -> None:
+    """The scores of all, for the terminal."""
+    gain, error = results["above_words_alone"], results["above_words_alone_standard_error"]
+    print(
+        f"\n{results['held_out_rows']:,} held-out rows of {len(results['labels'])} classes, {results['train_seconds']:.0f} s on {results['rows']:,} others"
+    )
+    for name, score in results["scores"].items():
+        accuracy = f"{score['accuracy']:.3f} +- {score['standard_error']:.3f}"
+        print(f"  {name:<30} accuracy {accuracy}, macro F1 {score['macro_f1']:.3f}")
+    print(f"  above words alone, row by row: {gain:+.3f} +- {error:.3f}")
+
+
 def main():
     args, training_args = CommandLine((ClassificationArguments, TrainingArguments)).parse()
     check_training_arguments(training_args)
     check_number("--max_seq_length", args.max_seq_length, least=1)
-    if (args.model_name_or_path is None) == (args.config_name is None):
-        raise ValueError(
-            f"one of --model_name_or_path (trained weights) and --config_name (untrained) must be given, got "
-            f"{args.model_name_or_path} and {args.config_name}"
-        )
-    source = args.config_name or args.model_name_or_path
-    check_name(source)
+    source = choose_source(args.model_name_or_path, args.config_name)
+    config = read_config("--config_name" if args.model_name_or_path is None else "--model_name_or_path", source)
     check_family(source, but=("hierarchical_lm", "heptapod", "multigrid"))
     check_can_write("--output_dir", training_args.output_dir)
     set_seed(training_args.seed)
@@ -160,7 +163,7 @@ def main():
     names = sorted(set(labels))
     (train_texts, test_texts), (train_labels, test_labels) = split(texts), split(labels)
     by_words = words_alone(train_texts, train_labels, test_texts)
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or source, trust_remote_code=False)
 
     def tokens(texts, labels):
         encoded = tokenizer(texts, truncation=True, max_length=args.max_seq_length)
@@ -170,7 +173,8 @@ def main():
     about = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     auto_class = AutoModelForSequenceClassification
     if args.model_name_or_path is None:
-        model = auto_class.from_config(AutoConfig.from_pretrained(source, trust_remote_code=False, **about))
+        config.update({**about, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id})
+        model = auto_class.from_config(config)
     else:
         model = auto_class.from_pretrained(source, trust_remote_code=False, **about)
 
@@ -207,13 +211,7 @@ def main():
         "scores": {name: scores(said, truth) for name, said in predicted.items()},
     }
     write_figures(Path(training_args.output_dir, "classification.json"), results)
-    print(
-        f"\n{len(test_texts):,} held-out rows of {len(names)} classes, {seconds:.0f} s on {len(train_texts):,} others"
-    )
-    for name, score in results["scores"].items():
-        accuracy = f"{score['accuracy']:.3f} +- {score['standard_error']:.3f}"
-        print(f"  {name:<30} accuracy {accuracy}, macro F1 {score['macro_f1']:.3f}")
-    print(f"  above words alone, row by row: {gain:+.3f} +- {error:.3f}")
+    print_scores(results)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ The default corpus is the source of the Python standard library, which every mac
 megabytes of real text, without a download.
 """
 
-import bz2
-import gzip
 import hashlib
 import json
 import os
@@ -22,23 +20,18 @@ import numpy as np
 import torch
 from argument_checks import check_number
 from corpus_cache import default_folder
+from corpus_files import read_file, read_folder
 from redaction import redact
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils import logging
 
-
-logger = logging.get_logger(__name__)
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 MASK, BLANK = "<|mask|>", "<|blank|>"  # what a page needs besides, see HeptapodProcessor
 
 BLOCK_SIZE = 1024
 AXES = ["token_kind", "bracket", "indentation", "string"]
-
-# Other people's code, the library's tests and its generated documentation are not its source text.
-NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "_bundled", "pydoc_data", "__pycache__"}
 
 
 @dataclass
@@ -62,11 +55,11 @@ class DataArguments:
     max_validation_bytes: int | None = field(
         default=None, metadata={"help": "Evaluate on at most this many bytes of the held-out text."}
     )
-    tokenizer_name: str = field(
-        default="byte",
+    tokenizer_name: str | None = field(
+        default=None,
         metadata={
-            "help": "'byte' (ids 0 to 255 are the bytes), 'bpe' (trained here on the training text), or anything that "
-            "`AutoTokenizer` loads."
+            "help": "'byte' (ids 0 to 255 are the bytes, the default), 'bpe' (trained here on the training text), or anything "
+            "that `AutoTokenizer` loads. With --model_name_or_path the tokenizer of the model is used."
         },
     )
     vocab_size: int = field(default=4096, metadata={"help": "Size of the vocabulary of a 'bpe' tokenizer."})
@@ -98,8 +91,8 @@ class DataArguments:
     axes: list[str] | None = field(
         default=None,
         metadata={
-            "help": "The axes of a MultiGrid: names that `make_axis` knows, or JSON files with a spec. By default "
-            f"{' '.join(AXES)}."
+            "help": "The axes of a MultiGrid: names that `make_axis` knows, JSON files with a spec, or classes in Python files "
+            f"as my_axis.py:Vowels, which are saved beside the model. By default {' '.join(AXES)}."
         },
     )
 
@@ -139,10 +132,10 @@ def check_dataset_config(dataset: str, config: str | None) -> None:
         )
 
 
-def dataset_name(dataset: str) -> str:
-    """What figures call a corpus: of a path its last part alone, of an address no secrets."""
-    path = os.path.expanduser(dataset)
-    return os.path.basename(os.path.normpath(path)) if os.path.exists(path) else redact(dataset)
+def public_name(name: str) -> str:
+    """What figures call a corpus or a model: of a path its last part alone, of an address no secrets."""
+    path = os.path.expanduser(name)
+    return os.path.basename(os.path.normpath(path)) if os.path.exists(path) else redact(name)
 
 
 def load_texts(
@@ -169,11 +162,11 @@ def load_texts(
     path = Path(dataset).expanduser()
     check_dataset_config(dataset, dataset_config)
     if dataset == "stdlib":
-        texts = _split(_read_folder(Path(sysconfig.get_path("stdlib")), dataset), held_out)
+        texts = _split(read_folder(Path(sysconfig.get_path("stdlib")), dataset), held_out)
     elif path.is_dir():
-        texts = _split(_read_folder(path, dataset), held_out)
+        texts = _split(read_folder(path, dataset), held_out)
     elif path.is_file():
-        text = _read_file(path)
+        text = read_file(path)
         if text is None:
             raise ValueError(f"--dataset_name {dataset} is not text: it is not UTF-8, or it holds zero bytes")
         texts = Texts([text], [])
@@ -202,59 +195,6 @@ def hash_of(name: str) -> float:
     """A number in [0, 1) that depends on the name alone."""
     name = name.encode(errors="surrogateescape")  # of files whose names are not UTF-8
     return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") / 2**64
-
-
-def _is_stdlib_source(path: Path) -> bool:
-    # _sysconfigdata holds the paths of the machine that built this Python
-    return path.suffix == ".py" and not NOT_STDLIB & set(path.parts) and not path.name.startswith("_sysconfigdata")
-
-
-def _is_visible(path: Path) -> bool:
-    return not any(part.startswith(".") for part in path.parts)
-
-
-def _read_file(path: Path) -> str | None:
-    """The text of one file, unpacked, with its line ends as they are; None if it is not UTF-8 text."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"--dataset_name: {path} cannot be read: {error}") from error
-    unpack = {".gz": gzip.decompress, ".bz2": bz2.decompress}.get(path.suffix, bytes)
-    try:
-        text = unpack(data).decode("utf-8")
-    except (OSError, EOFError, ValueError):  # what gzip, bz2 and decode raise for other content
-        return None
-    return None if "\0" in text else text
-
-
-def folder_files(folder: Path, is_stdlib: bool) -> list[str]:
-    """Relative paths of the files below a folder that may be text, sorted: all that are visible, or the library's source."""
-    wanted, left_out = (_is_stdlib_source, NOT_STDLIB) if is_stdlib else (_is_visible, set())
-    names = []
-    for where, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name not in left_out]  # not even looked into
-        here = Path(where).relative_to(folder)
-        linked = [name for name in folders if os.path.islink(os.path.join(where, name)) and _is_visible(here / name)]
-        if linked and not is_stdlib:  # they may lead in circles, or to a text that is there already
-            logger.warning(f"--dataset_name {folder}: links to folders are left out, e.g. {here / linked[0]}")
-        names += [here / name for name in files if wanted(here / name) and (folder / here / name).is_file()]
-    return [name.as_posix() for name in sorted(names)]
-
-
-def _read_folder(folder: Path, dataset: str) -> dict[str, str]:
-    """All text files below a folder, as {relative path: text}, sorted by path; empty files are left out."""
-    names = folder_files(folder, dataset == "stdlib")
-    texts = {name: _read_file(folder / name) for name in tqdm(names, desc="Reading", unit=" files", disable=None)}
-    skipped = [name for name, text in texts.items() if text is None]
-    if skipped and len(skipped) == len(texts):
-        raise ValueError(
-            f"--dataset_name {dataset} is not text: none of its {len(skipped)} files is UTF-8, e.g. {skipped[0]}"
-        )
-    if skipped:
-        logger.warning(
-            f"--dataset_name {dataset}: left out {len(skipped)} files that are not UTF-8 text, e.g. {skipped[0]}"
-        )
-    return {name: text for name, text in texts.items() if text}
 
 
 def _load_named(dataset: str, config: str | None, text_column: str, held_out: Callable[[str], bool]) -> Texts:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from corpora import DataArguments, Texts, check_dataset_config, check_held_out, first_bytes, folder_files, hash_of
+from corpora import DataArguments, Texts, check_dataset_config, check_held_out, first_bytes, hash_of
+from corpus_files import folder_files
 from transformers.utils import logging
 
 

@@ -10,6 +10,11 @@ Nothing of this repository's package is imported: the folder brings its own code
 to `evaluation.json` in the folder, from where the model card takes them.
 """
 
+from argument_checks import check_can_write_file, check_number, need, real, whole
+
+
+need("eval", "evaluate")
+
 import hashlib
 import math
 import os
@@ -19,22 +24,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from argument_checks import check_can_write_file, check_number, real, whole
-from corpora import annotate, dataset_name, encode, load_texts
+from corpora import annotate, encode, load_texts, public_name
 from diffusion_bound import MASK_SAMPLES, diffusion_bound
 from huggingface_hub import snapshot_download
-from loading import add_model_arguments, may_run_code, read_json
+from loading import add_model_arguments, load_processing_class, may_run_code, read_json
+from metric_modules import bits_per_byte
 from provenance import provenance, weights_digest, write_figures
 from redaction import Parser
 from tqdm.auto import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoProcessor,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 
 SPEED_ROUNDS = 3
@@ -61,8 +59,7 @@ def load_model(folder: str | Path, trust: bool | None = None) -> tuple[PreTraine
         raise ValueError(
             f"{folder} holds a {head}: only causal models and the grid's HeptapodForMaskedLM say what a text costs"
         )
-    has_processor = config.model_type in ("heptapod", "multigrid")
-    processing = (AutoProcessor if has_processor else AutoTokenizer).from_pretrained(folder, trust_remote_code=trust)
+    processing = load_processing_class(folder, config.model_type, trust)
     return auto_class.from_pretrained(folder, trust_remote_code=trust).eval(), processing
 
 
@@ -157,7 +154,7 @@ def measure_causal(model, processing, texts, num_bytes, window, stride, batch_si
     error = error_over_text(np.add.reduceat(text, edges), sizes)
     to_bits_per_byte = 1 / math.log(2) / num_bytes
     return {
-        "sliding_window_bits_per_byte": text.sum() * to_bits_per_byte,
+        "sliding_window_bits_per_byte": bits_per_byte(text, num_bytes),
         "standard_error_over_text": None if error is None else error * to_bits_per_byte,
         "window": window,
         "stride": stride,
@@ -165,7 +162,7 @@ def measure_causal(model, processing, texts, num_bytes, window, stride, batch_si
         "tokens": len(text),
         "text_pays_for_axes": pays_for_axes,
         "losses": {
-            name: {"nats_per_token": row.mean(), "bits_per_byte": row.sum() * to_bits_per_byte}
+            name: {"nats_per_token": row.mean(), "bits_per_byte": bits_per_byte(row, num_bytes)}
             for name, row in zip(["text", *(axis.name for axis in axes)], nats)
         },
         "generation": generation_speed(model, stream, meta, prompt=max(window // 4, 1), new=max(window // 2, 1)),
@@ -179,7 +176,7 @@ def measure_grid(model, processor, texts, num_bytes, batch_size) -> dict:
     over_text = error_over_text(nats, np.ones(len(nats)))
     to_bits_per_byte = 1 / math.log(2) / num_bytes
     return {
-        "bound_bits_per_byte": nats.sum() * to_bits_per_byte,
+        "bound_bits_per_byte": bits_per_byte(nats, num_bytes),
         "bound_standard_error": error * to_bits_per_byte,
         "standard_error_over_text": None if over_text is None else over_text * to_bits_per_byte,
         "mask_samples": MASK_SAMPLES,
@@ -263,7 +260,7 @@ def evaluate(
     return {
         "model_type": model.config.model_type,
         "weights_sha256": weights_digest(folder),
-        "dataset": dataset_name(dataset),
+        "dataset": public_name(dataset),
         "held_out_bytes": len(text),
         "held_out_sha256": hashlib.sha256(text).hexdigest(),
         **measured,
@@ -276,6 +273,27 @@ def _window_of_training(folder):
         return read_json(folder / "results.json").get("block_size")
     except FileNotFoundError:
         return None
+
+
+def print_figures(name: str, results: dict) -> None:
+    """The figures with their errors, for the terminal."""
+    print(f"{name} on {results['held_out_bytes']:,} held-out bytes of {results['dataset']}")
+    over_text = results["standard_error_over_text"]
+    over_text = "" if over_text is None else f", +- {over_text:.3f} over text"
+    if "page" in results:
+        print(
+            f"  at most {results['bound_bits_per_byte']:.3f} bits per byte (the negative ELBO; "
+            f"+- {results['bound_standard_error']:.3f} by the draw of masks{over_text})"
+        )
+    else:
+        print(
+            f"  {results['sliding_window_bits_per_byte']:.3f} bits per byte with a sliding window of "
+            f"{results['window']} tokens, stride {results['stride']}{over_text}"
+        )
+        for track, loss in results["losses"].items():
+            print(f"  {track}: {loss['nats_per_token']:.3f} nats per token, {loss['bits_per_byte']:.3f} bits per byte")
+    speed = results["generation"]["tokens_per_second"]
+    print(f"  writes {speed:,.0f} tokens per second on {results['device']}, {results['threads']} threads")
 
 
 def main():
@@ -323,23 +341,7 @@ def main():
     )
     write_figures(output, results)
 
-    print(f"{args.model} on {results['held_out_bytes']:,} held-out bytes of {results['dataset']}")
-    over_text = results["standard_error_over_text"]
-    over_text = "" if over_text is None else f", +- {over_text:.3f} over text"
-    if "page" in results:
-        print(
-            f"  at most {results['bound_bits_per_byte']:.3f} bits per byte (the negative ELBO; "
-            f"+- {results['bound_standard_error']:.3f} by the draw of masks{over_text})"
-        )
-    else:
-        print(
-            f"  {results['sliding_window_bits_per_byte']:.3f} bits per byte with a sliding window of "
-            f"{results['window']} tokens, stride {results['stride']}{over_text}"
-        )
-        for name, loss in results["losses"].items():
-            print(f"  {name}: {loss['nats_per_token']:.3f} nats per token, {loss['bits_per_byte']:.3f} bits per byte")
-    speed = results["generation"]["tokens_per_second"]
-    print(f"  writes {speed:,.0f} tokens per second on {results['device']}, {results['threads']} threads")
+    print_figures(args.model, results)
     print(f"written: {output}")
 
 

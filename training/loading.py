@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import PreTrainedConfig
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig
 
 
 DEMO = re.compile(r"outputs/(leap|hierarchical_lm|heptapod|multigrid)-tiny/?")
@@ -19,6 +19,7 @@ SHOWN_BY = {
     "heptapod": "infill.py",
     "multigrid": "sample_axes.py",
 }
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 TRUST_HELP = "run the code that a name on the Hub brings, on this machine; a folder that train.py wrote needs no such permission"
 
 
@@ -125,6 +126,36 @@ def check_name(name: str) -> None:
         or name.startswith(("outputs/", "./", "../"))
     ):
         check_folder(name)
+
+
+def choose_source(model_name_or_path: str | None, config_name: str | None) -> str:
+    """The folder or name of the model to train: `model_name_or_path` has weights, `config_name` has none.
+
+    Raises:
+        ValueError: unless exactly one of them is given, where there is no such model, and for a configuration with weights.
+    """
+    if (model_name_or_path is None) == (config_name is None):
+        raise ValueError(
+            "one of --model_name_or_path (trained weights) and --config_name (untrained) must be given, got "
+            f"{model_name_or_path} and {config_name}"
+        )
+    if config_name is None:
+        check_name(model_name_or_path)
+        return model_name_or_path
+    folder = Path(config_name)
+    weights = sorted(path.name for pattern in WEIGHTS for path in folder.glob(pattern))
+    if weights:
+        raise ValueError(
+            f"--config_name {config_name} must be a folder without weights, got {', '.join(weights)}: "
+            "--model_name_or_path trains them further"
+        )
+    return config_name
+
+
+def load_processing_class(name: str | Path, model_type: str, trust_remote_code: bool):
+    """The tokenizer of a saved model, or its processor in families that have one."""
+    auto_class = AutoProcessor if model_type in ("heptapod", "multigrid") else AutoTokenizer
+    return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 def may_run_code(name: str, trust_remote_code: bool = False, **options) -> bool:

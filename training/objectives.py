@@ -6,7 +6,7 @@ An objective holds the data sets and what the trainer must know of them; `object
 import inspect
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import corpora
@@ -28,11 +28,13 @@ from corpora import (
 from corpus_cache import Cache, default_folder
 from corpus_streaming import StreamedExamples
 from diffusion_bound import MASK_SAMPLES, diffusion_bound
+from metric_modules import bits_per_byte
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from modeling_heptapod import HeptapodProcessor, MultiGridProcessor, make_axis
+from modeling_heptapod.multigrid.axis_files import load_axis_class
 
 
 logger = logging.get_logger(__name__)
@@ -48,16 +50,11 @@ def sum_nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return nats.sum(-1)
 
 
-def bits_per_byte(nats: np.ndarray, num_bytes: int) -> float:
-    """All the nats of a text, over its bytes: independent of the tokenizer. End-of-sequence tokens cost, too."""
-    return float(nats.sum(dtype=np.float64)) / math.log(2) / num_bytes
-
-
 class NextTokens:
     """Texts as one stream, cut into blocks; each token is predicted from those before it in its block.
 
     Attributes:
-        processing_class: what turns text into inputs, saved beside the model.
+        processing_class: what turns text into inputs, saved beside the model; made here where none is given.
         config_options (`dict`): fields of the config that follow from the data.
         train_dataset, eval_dataset: of `Trainer`.
         label_names, ignore_keys: what evaluation keeps of inputs and drops of outputs, of `Trainer`; `None`: its default.
@@ -76,10 +73,13 @@ class NextTokens:
         data_args: DataArguments,
         config: PreTrainedConfig,
         streamed: StreamedExamples | None = None,
+        processing_class=None,
     ):
         self.cache = _cache(data_args)
-        tokenizer = _tokenizer(texts, data_args, self.cache)
-        self.processing_class = tokenizer
+        if processing_class is None:
+            processing_class = _tokenizer(texts, data_args, self.cache)
+        self.processing_class = processing_class
+        tokenizer = self.tokenizer
         self.block_size = BLOCK_SIZE if data_args.block_size is None else data_args.block_size
         self.isolate_at = tokenizer.eos_token_id if data_args.packing == "isolated" else None
         self._read_config(data_args, config)
@@ -167,29 +167,40 @@ class NextTokens:
         return {"bits_per_byte": trainer.evaluate(ignore_keys=self.ignore_keys)["eval_bits_per_byte"]}
 
 
-def choose_axes(names: list[str]) -> list:
-    """The annotators that `--axes` names.
+def choose_axes(names: Sequence) -> list:
+    """The annotators that `--axes` names, or those of a processor.
 
     Raises:
         ValueError: naming `--axes` for an unknown axis, a file that describes none, one that needs what is not on this machine,
             the same one twice, or one that looks ahead.
     """
+    given = f"--axes {' '.join(map(str, names))}"
     try:
-        axes = [make_axis(name) for name in names]
+        axes = [_read_axis(name) for name in names]
         for axis in axes:
             # With the corpus in the cache, NLTK and its data would not be missed before the first sample.
             axis.annotate("A few words.\n")
     except (ImportError, LookupError, OSError, TypeError, ValueError) as error:
-        raise ValueError(f"--axes {' '.join(names)}: {error}") from error
+        raise ValueError(f"{given}: {error}") from error
     if len({axis.name for axis in axes}) < len(axes):
-        raise ValueError(f"--axes {' '.join(names)}: two axes have the same name")
+        raise ValueError(f"{given}: two axes have the same name")
     ahead = [axis.name for axis in axes if not axis.causal]
     if ahead:
         raise ValueError(
             f"--axes {' '.join(ahead)}: looks ahead in the text, so a model that reads it has seen what it predicts, and "
-            "its bits per byte mean nothing; training/multigrid_experiment.py measures how much"
+            "its bits per byte mean nothing; training/experiments/multigrid_experiment.py measures how much"
         )
     return axes
+
+
+def _read_axis(name):
+    """An axis of the package by what `make_axis` takes, or one of a class in a file, `my_axis.py:Vowels`."""
+    path, _, class_name = name.rpartition(":") if isinstance(name, str) else ("", "", "")
+    if path.endswith(".py"):
+        return load_axis_class(path, class_name)()
+    if str(name).endswith(".py"):
+        raise ValueError(f"the class in {name} must be named as well, as {name}:Vowels")
+    return make_axis(name)
 
 
 class AnnotatedTokens(NextTokens):
@@ -200,8 +211,11 @@ class AnnotatedTokens(NextTokens):
     """
 
     def _read_config(self, data_args, config):
-        axes = choose_axes(AXES if data_args.axes is None else data_args.axes)
-        self.processing_class = MultiGridProcessor(self.processing_class, axes)
+        if isinstance(self.processing_class, MultiGridProcessor):
+            axes = choose_axes(self.processing_class.axes)
+        else:
+            axes = choose_axes(AXES if data_args.axes is None else data_args.axes)
+            self.processing_class = MultiGridProcessor(self.processing_class, axes)
         names = [axis.name for axis in axes]
         self.is_factored = config.axis_order == "factored"
         self.text_losses = ["main_loss", *(f"{name}_loss" for name in names if self.is_factored)]
@@ -209,8 +223,8 @@ class AnnotatedTokens(NextTokens):
         self.label_names = ["labels", "axis_ids"]
         self.ignore_keys = [key for key in config.keys_to_ignore_at_inference if key != "axis_logits"]
 
-    def __init__(self, texts, data_args, config, streamed=None):
-        super().__init__(texts, data_args, config, streamed)
+    def __init__(self, texts, data_args, config, streamed=None, processing_class=None):
+        super().__init__(texts, data_args, config, streamed, processing_class)
         self.about["axes"] = dict(zip(self.config_options["axis_names"], self.config_options["axis_vocab_sizes"]))
 
     def _axis_options(self):
@@ -222,7 +236,7 @@ class AnnotatedTokens(NextTokens):
 
     def _columns(self, texts, desc):
         axes, is_isolated = self.processing_class.axes, self.isolate_at is not None
-        made_of = ["axes", str(is_isolated), json_of(self.tokenizer), *map(_source_of, axes), *texts]
+        made_of = ["axes", str(is_isolated), json_of(self.tokenizer), *map(source_of, axes), *texts]
         meta = self.cache.array(
             made_of, lambda: annotate(texts, self.tokenizer, axes, f"Annotating {desc}", is_isolated)
         )
@@ -258,7 +272,7 @@ def _cache(data_args):
 
 def _tokenizer(texts, data_args, cache, for_pages=False):
     """As `build_tokenizer` makes it; one that is trained here is trained once."""
-    name, size = data_args.tokenizer_name, data_args.vocab_size
+    name, size = data_args.tokenizer_name or "byte", data_args.vocab_size
     if name != "bpe":
         return build_tokenizer(name, texts.train, size, for_pages)
     trained = cache.text(
@@ -273,7 +287,7 @@ def json_of(tokenizer) -> str:
     return tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
 
 
-def _source_of(axis):
+def source_of(axis) -> str:
     """All that the ids of an axis depend on: its arguments and the code of its class."""
     files = {inspect.getfile(kind) for kind in type(axis).__mro__ if kind is not object}
     return json.dumps(axis.to_dict()) + "".join(Path(file).read_text(encoding="utf-8") for file in sorted(files))
@@ -318,15 +332,17 @@ class MaskedPages:
         data_args: DataArguments,
         config: PreTrainedConfig,
         streamed: StreamedExamples | None = None,
+        processing_class: HeptapodProcessor | None = None,
     ):
-        if config.grid_size is None:
-            raise ValueError("--config_name: its `grid_size` must be the height and width of a page, got None")
         _warn_of_unused(config, axes=data_args.axes, block_size=data_args.block_size)
-        height, width = config.grid_size
         self.cache = _cache(data_args)
-        tokenizer = _tokenizer(texts, data_args, self.cache, for_pages=True)
-        processor = HeptapodProcessor(tokenizer, height, width)
-        self.processing_class = processor
+        if processing_class is None:
+            if config.grid_size is None:
+                raise ValueError("--config_name: its `grid_size` must be the height and width of a page, got None")
+            tokenizer = _tokenizer(texts, data_args, self.cache, for_pages=True)
+            processing_class = HeptapodProcessor(tokenizer, *config.grid_size)
+        self.processing_class = processing_class
+        tokenizer, height, width = processing_class.tokenizer, processing_class.height, processing_class.width
         self.config_options = {
             "vocab_size": len(tokenizer),
             "mask_token_id": tokenizer.mask_token_id,
@@ -370,7 +386,9 @@ class MaskedPages:
         return {
             "preprocess_logits_for_metrics": lambda logits, labels: labels.new_zeros(len(labels)),
             "compute_metrics": lambda output: {
-                "bits_per_byte": float(output.losses.mean()) * self.held_out_cells / self.held_out_bytes / math.log(2)
+                "bits_per_byte": bits_per_byte(
+                    [float(output.losses.mean()) * self.held_out_cells], self.held_out_bytes
+                )
             },
         }
 
@@ -379,11 +397,10 @@ class MaskedPages:
         pages = torch.from_numpy(self.eval_dataset.pages.astype(np.int64))
         with trainer.compute_loss_context_manager():  # in the precision of the training
             nats, error = diffusion_bound(trainer.model.eval(), pages, trainer.args.eval_batch_size)
-        bits = nats.sum() / math.log(2)
         return {
-            "bits_per_byte": bits / self.held_out_bytes,
+            "bits_per_byte": bits_per_byte(nats, self.held_out_bytes),
             "bits_per_byte_standard_error": error / math.log(2) / self.held_out_bytes,
-            "bits_per_cell": bits / self.held_out_cells,
+            "bits_per_cell": nats.sum() / math.log(2) / self.held_out_cells,
             "elbo_samples": MASK_SAMPLES,
         }
 

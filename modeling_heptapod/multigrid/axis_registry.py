@@ -56,7 +56,7 @@ def make_axis(spec) -> Axis:
     if class_name not in AXIS_CLASSES:
         raise ValueError(
             f"axis {spec.get('name')!r} is of class {class_name!r}, which is not one of {sorted(AXIS_CLASSES)}; import "
-            "the module that defines it first."
+            "the module that defines it first, or load with `trust_remote_code=True` the folder that holds it."
         )
     try:
         return AXIS_CLASSES[class_name](**arguments)

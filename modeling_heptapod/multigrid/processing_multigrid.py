@@ -9,13 +9,14 @@ from transformers.processing_utils import ProcessorMixin
 from ..common.processing_utils import columns_of, list_of_texts, reads_text_only, special_token_ids
 from ..common.remote_code import CustomCodeMixin
 from .axes import Axis
+from .axis_files import AxisFilesMixin
 from .axis_registry import make_axis
 
 
 UNFINISHED = "\ufffd"
 
 
-class MultiGridProcessor(CustomCodeMixin, ProcessorMixin):
+class MultiGridProcessor(CustomCodeMixin, AxisFilesMixin, ProcessorMixin):
     """A tokenizer and the axes of its tokens.
 
     Args:
@@ -23,7 +24,8 @@ class MultiGridProcessor(CustomCodeMixin, ProcessorMixin):
             A fast tokenizer, which returns the offsets of tokens.
         axes (`Sequence`, *optional*, defaults to `()`):
             The axes in the order of the model's `axis_names`, as [`Axis`] objects or arguments of [`make_axis`]. They are
-            saved with the processor. To load an axis of a custom class, import its module before.
+            saved with the processor. To load an axis of a custom class, import its module before; the files of classes from
+            [`load_axis_class`] are saved as well, and load with `trust_remote_code=True`.
         chat_template (`str`, *optional*): for `apply_chat_template`. Defaults to that of `tokenizer`.
 
     Raises:

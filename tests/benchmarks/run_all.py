@@ -20,6 +20,7 @@ import torch
 
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 NAMES = (
     "focus_accuracy",
     "mixing_memory",
@@ -65,9 +66,15 @@ def device() -> dict:
     return {"cpu": model, "cores": os.cpu_count(), "units": units, "gpu": gpu}
 
 
+def script_of(name: str) -> Path:
+    """The file of a benchmark, here or among the experiments, which train models for their figures."""
+    here = HERE / f"{name}.py"
+    return here if here.is_file() else ROOT / "training" / "experiments" / f"{name}.py"
+
+
 def run(name: str, quick: bool) -> dict | None:
     """Run one benchmark, showing what it prints. Returns the JSON of its last line, `None` where it failed."""
-    command = [sys.executable, str(HERE / f"{name}.py"), *(["--quick"] if quick else [])]
+    command = [sys.executable, str(script_of(name)), *(["--quick"] if quick else [])]
     last = ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
@@ -100,12 +107,12 @@ def main():
         if not arguments.quick:
             date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
             huge_pages = result["settings"]["THP_MEM_ALLOC_ENABLE"] == "1"
-            command = "THP_MEM_ALLOC_ENABLE=1 " * huge_pages + f"python tests/benchmarks/{name}.py"
+            command = "THP_MEM_ALLOC_ENABLE=1 " * huge_pages + f"python {script_of(name).relative_to(ROOT)}"
             full = {"name": name, "command": command, "date": date, **about, **result}
             path = HERE / "results" / f"{name}{'_huge_pages' * huge_pages}.json"
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(full, indent=1) + "\n")
-            print(f"written: {path.relative_to(HERE.parents[1])}")
+            print(f"written: {path.relative_to(ROOT)}")
     if missed and not arguments.quick:
         print("\nTargets missed:", *missed, sep="\n  ")
     if failed:

@@ -50,7 +50,7 @@ NUMBERS = {
         "--layer": ["x"],
     },
     "demo_app.py": {"--port": ["0", "-1", "70000"]},
-    "multigrid_experiment.py": {"--seeds": ["1", "0"], "--jobs": ["0", "-1"]},
+    "experiments/multigrid_experiment.py": {"--seeds": ["1", "0"], "--jobs": ["0", "-1"]},
 }
 
 # Runs a script with wrong options again and again, and shows how each ended.
@@ -90,7 +90,7 @@ def outcomes(script, cases, cwd):
 def test_every_number_of_every_script_is_checked_before_any_work(script, tmp_path):
     """In a folder where there is no model: work would end with another message."""
     names = [(name, value) for name, values in NUMBERS[script].items() for value in values]
-    is_positional = script not in ("demo_app.py", "multigrid_experiment.py")
+    is_positional = script not in ("demo_app.py", "experiments/multigrid_experiment.py")
     cases = [[*(["outputs/leap-tiny"] if is_positional else []), name, value] for name, value in names]
     for (name, value), (code, shown) in zip(names, outcomes(script, cases, tmp_path), strict=True):
         assert code == 2 and f"argument {name}: must be" in shown and value in shown, (name, value, shown)
@@ -294,15 +294,16 @@ def test_missing_packages_are_named_with_their_extra(monkeypatch):
 
 # What each script needs that transformers does not bring, and the extra that does.
 NEEDS = {
-    "train": ("train", ["accelerate", "matplotlib", "jinja2", "psutil"]),
-    "classify": ("finetune", ["accelerate", "datasets", "sklearn"]),
+    "train": ("train", ["accelerate", "evaluate", "matplotlib", "jinja2", "psutil"]),
+    "classify": ("finetune", ["accelerate", "datasets", "evaluate", "sklearn"]),
+    "evaluate_model": ("eval", ["evaluate"]),
     "publish": ("eval", ["jinja2"]),
     "model_card": ("eval", ["jinja2"]),
     "infill": ("plots", ["matplotlib", "PIL"]),
     "denoising_animation": ("plots", ["matplotlib", "PIL"]),
     "export_onnx": ("deploy", ["onnx", "onnxruntime", "onnxscript"]),
     "distill_axis": ("axes", ["sklearn"]),
-    "multigrid_experiment": ("axes", ["nltk", "scipy", "sklearn"]),
+    "experiments/multigrid_experiment": ("axes", ["nltk", "scipy", "sklearn"]),
     "demo_app": ("app", ["gradio", "matplotlib", "PIL"]),
 }
 
@@ -315,7 +316,9 @@ def test_scripts_say_what_they_need_before_they_begin(script, monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
     source = (SCRIPTS / f"{script}.py").read_text(encoding="utf-8")
     with pytest.raises(ImportError, match=f"{', '.join(modules)}, which the extra `{extra}` brings"):
-        exec(compile(source, f"{script}.py", "exec"), {"__name__": script, "__doc__": "one\nline"})
+        exec(
+            compile(source, f"{script}.py", "exec"), {"__name__": script, "__file__": __file__, "__doc__": "one\nline"}
+        )
 
 
 def test_the_extras_bring_what_scripts_ask_for():
@@ -329,7 +332,11 @@ def test_the_extras_bring_what_scripts_ask_for():
         assert all(packages.get(module, module) in brought for module in modules), (extra, modules, brought)
 
 
-PRINTING = sorted(path.stem for path in SCRIPTS.glob("*.py") if "def main(" in path.read_text(encoding="utf-8"))
+PRINTING = sorted(
+    path.relative_to(SCRIPTS).with_suffix("").as_posix()
+    for path in [*SCRIPTS.glob("*.py"), SCRIPTS / "experiments" / "multigrid_experiment.py"]
+    if "def main(" in path.read_text(encoding="utf-8")
+)
 
 
 @pytest.mark.parametrize("script", PRINTING)
@@ -341,7 +348,7 @@ def test_text_that_the_terminal_cannot_show_ends_no_script(script, monkeypatch):
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
     with pytest.raises(SystemExit) as ended:
-        importlib.import_module(script).main()
+        importlib.import_module(script.rpartition("/")[2]).main()
     print("caf\xe9 \ufffd")
     terminal.flush()
     assert ended.value.code == 0 and terminal.buffer.getvalue().endswith(rb"caf\xe9 \ufffd" + b"\n")

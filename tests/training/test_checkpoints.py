@@ -15,6 +15,8 @@ import checkpoints
 import pytest
 import train
 from checkpoints import CHECKSUMS, RUN, alone_in, check_begins_alone, check_same_run, damage_of, find_checkpoint
+from run_settings import Corpus, settings_of
+from training_callbacks import BestCheckpoint
 from transformers import TrainerState
 
 from tests.training import kills, tiny_runs
@@ -178,8 +180,8 @@ def test_a_best_checkpoint_is_taken_where_it_is_whole(harm, folder, caplog):
         shutil.rmtree(folder / "checkpoint-2")
     elif harm in HARMS:
         HARMS[harm][0](folder / "checkpoint-2")
-    train.BestCheckpoint(None).on_train_begin(args, state, None)
-    train.BestCheckpoint(str(folder / "checkpoint-4")).on_train_begin(args, state, None)
+    BestCheckpoint(None).on_train_begin(args, state, None)
+    BestCheckpoint(str(folder / "checkpoint-4")).on_train_begin(args, state, None)
     best = (state.best_global_step, state.best_metric, state.best_model_checkpoint)
     if harm is None:
         assert best == (3, 1.5, str(folder / "checkpoint-2")) and not caplog.text
@@ -304,7 +306,7 @@ def test_settings_are_what_decides_the_weights(tmp_path):
         data_args = train.DataArguments(**{"block_size": 32, "cache_dir": "none", **data})
         texts = texts or tiny_runs.texts()
         objective = train.objective_for(tiny_runs.config_of("leap"))(texts, data_args, tiny_runs.config_of("leap"))
-        return train.settings_of(objective, texts, data_args, args, examples_per_step=8)
+        return settings_of(Corpus(texts, None, objective), None, data_args, args, examples_per_step=8)
 
     plain, texts = settings(), tiny_runs.texts()
     texts.train[1] += "x"

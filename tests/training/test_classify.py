@@ -76,6 +76,8 @@ def test_order_is_learned_that_words_alone_do_not_tell(tmp_path):
 def test_what_is_trained_and_on_what(option, tmp_path, monkeypatch):
     write_rows(tmp_path / "rows.jsonl", 40)
     trained, seen = save_model(tmp_path / "model"), []
+    if option == "--config_name":
+        (tmp_path / "model" / "model.safetensors").unlink()
 
     class Watched(classify.CleanTrainer):
         def train(self):
@@ -89,6 +91,7 @@ def test_what_is_trained_and_on_what(option, tmp_path, monkeypatch):
     classify.main()
     assert {len(row) for row in seen[0]} == {7}
     left = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert left.config.vocab_size == 258 and left.config.num_labels == 2
     has_trained = torch.equal(left.model.embed_tokens.weight, trained.model.embed_tokens.weight)
     assert has_trained == (option == "--model_name_or_path")
 
@@ -99,6 +102,19 @@ def test_weights_or_a_configuration_are_given(options, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     with pytest.raises(ValueError, match="one of --model_name_or_path .* and --config_name .* must be given, got"):
         classify.main()
+
+
+def test_an_untrained_classifier_takes_the_tokenizer_that_is_named(tmp_path, monkeypatch):
+    write_rows(tmp_path / "rows.jsonl", 40)
+    save_model(tmp_path / "model")
+    command = (
+        f"classify.py --config_name {ROOT}/configs/leap-tiny --tokenizer_name {tmp_path}/model --use_cpu --max_steps 1"
+    )
+    command += f" --text_column_name line --label_column_name way --train_file {tmp_path}/rows.jsonl --report_to none"
+    monkeypatch.setattr(sys, "argv", f"{command} --output_dir {tmp_path}/out".split())
+    classify.main()
+    config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config
+    assert (config.vocab_size, config.pad_token_id, config.num_labels) == (258, 257, 2)
 
 
 def test_every_tenth_row_is_held_out():

@@ -13,22 +13,8 @@ import gradio
 import pytest
 import torch
 from corpora import build_tokenizer
-from demo_app import (
-    ALL_SHOWN,
-    HOLE,
-    Loaded,
-    _shown,
-    build_app,
-    describe,
-    fill,
-    is_own,
-    launch,
-    lay_out,
-    load,
-    look,
-    saved_folders,
-    write,
-)
+from demo_app import _shown, build_app, is_own, launch, saved_folders
+from demo_models import ALL_SHOWN, HOLE, Loaded, describe, fill, lay_out, load, look, write
 from demo_views import CSS, LINES_SHOWN, TOKENS_SHOWN, ink_on, show_page, show_tracks, show_weights, step_colours
 from sample_axes import characters_to_show
 from token_text import readable

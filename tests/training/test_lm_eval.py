@@ -10,7 +10,8 @@ from pathlib import Path
 
 import evaluate_model
 import pytest
-from corpora import NOT_STDLIB, annotate, encode, hash_of
+from corpora import annotate, encode, hash_of
+from corpus_files import NOT_STDLIB
 
 from tests.saved_models import save_tiny
 

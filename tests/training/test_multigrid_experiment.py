@@ -18,6 +18,7 @@ from modeling_heptapod import make_axis
 
 pytest.importorskip("sklearn", reason="the extra `axes` is not installed")
 
+import experiment_texts
 import multigrid_experiment as experiment
 import multigrid_report as report
 
@@ -30,28 +31,30 @@ SETTINGS = {**experiment.SETTINGS, **experiment.QUICK, "steps": 4, "evaluations"
 
 def test_a_book_is_prepared():
     book = "THE  Fée's\r\ntale_\n\n\n  [1] \u201cIt was,\u201d she\u2014said: 'no!'  \n\n***\n\nEnd."
-    assert experiment.prepare(book) == "the fee's tale\n1 it was, she said: 'no!'\nend."
-    assert experiment.middle("abcdef", 2) == "cd" and experiment.middle("ab", 5) == "ab"
+    assert experiment_texts.prepare(book) == "the fee's tale\n1 it was, she said: 'no!'\nend."
+    assert experiment_texts.middle("abcdef", 2) == "cd" and experiment_texts.middle("ab", 5) == "ab"
 
 
-@pytest.mark.skipif(not (experiment.SHARED / "fairy_tales").is_dir(), reason="../shared/data/fairy_tales is not here")
+@pytest.mark.skipif(
+    not (experiment_texts.SHARED / "fairy_tales").is_dir(), reason="../shared/data/fairy_tales is not here"
+)
 def test_fairy_tales_are_split_by_books():
-    train, held_out = experiment.fairy_tales(180_000, 20_000)
+    train, held_out = experiment_texts.fairy_tales(180_000, 20_000)
     assert len(train) == 18 and len(held_out) == 2  # the validation book is in neither
     assert {len(text) for text in train} == {10_000} == {len(text) for text in held_out}
     assert set("".join(train + held_out)) <= set("abcdefghijklmnopqrstuvwxyz0123456789 .,;:!?'\"()-\n")
-    book = (experiment.SHARED / "fairy_tales" / "ozaki_japanese.txt").read_text(encoding="utf-8")
-    assert held_out[1] in experiment.prepare(book)
+    book = (experiment_texts.SHARED / "fairy_tales" / "ozaki_japanese.txt").read_text(encoding="utf-8")
+    assert held_out[1] in experiment_texts.prepare(book)
 
 
 def test_python_source_is_ascii_and_of_the_size_asked_for(monkeypatch):
     files = [f"# {letter}\n" * 10 for letter in "abcdéf"]
-    monkeypatch.setattr(experiment, "load_texts", lambda dataset: Texts(files[:5], files[5:]))
-    train, held_out = experiment.python_source(150, 25)
+    monkeypatch.setattr(experiment_texts, "load_texts", lambda dataset: Texts(files[:5], files[5:]))
+    train, held_out = experiment_texts.python_source(150, 25)
     assert list(map(len, train)) == [40, 40, 40, 30] and held_out == [files[5][:25]]
     assert {text[2] for text in train} == set("abcd")
-    monkeypatch.setattr(experiment, "load_texts", lambda dataset: Texts(files[4::-1], files[5:]))
-    assert experiment.python_source(150, 25)[0] == train  # their order is of their own
+    monkeypatch.setattr(experiment_texts, "load_texts", lambda dataset: Texts(files[4::-1], files[5:]))
+    assert experiment_texts.python_source(150, 25)[0] == train  # their order is of their own
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,8 @@ import train
 from corpora import DataArguments, PackedBlocks, Texts, annotate, build_tokenizer, encode
 from named_losses import losses_by_name
 from objectives import AnnotatedTokens, choose_axes, objective_for
+from run_report import text_loss
+from run_settings import _definition_of
 from torch.nn.parallel import scatter_gather
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
@@ -36,6 +38,10 @@ CONFIG = {
     "max_position_embeddings": 64,
 }
 AXES = ["token_kind", "bracket"]
+ALONE = (
+    "import runpy, sys\nsys.modules['modeling_heptapod'] = None\nsys.argv = sys.argv[1:]\n"
+    "sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0])\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+)
 TEXTS = ["f(x) # é\n", "ab = [1,\n 'cd']\n"]
 
 
@@ -169,9 +175,9 @@ def test_losses_by_name_of_several_devices(order, monkeypatch):
 
 def test_what_a_text_costs():
     entry = {"loss": 9.0, "main_loss": 2.0, "a_loss": 3.0}
-    assert train.text_loss(entry, ["main_loss"]) == 2
-    assert train.text_loss(entry, ["main_loss", "a_loss"]) == 5
-    assert train.text_loss({"loss": 9.0}, ["ce_loss"]) == train.text_loss({"loss": 9.0}, []) == 9
+    assert text_loss(entry, ["main_loss"]) == 2
+    assert text_loss(entry, ["main_loss", "a_loss"]) == 5
+    assert text_loss({"loss": 9.0}, ["ce_loss"]) == text_loss({"loss": 9.0}, []) == 9
 
 
 @pytest.mark.parametrize("is_factored", [False, True])
@@ -271,10 +277,7 @@ def test_the_folder_gives_tokenizer_and_axes_back(trained):
 
 def test_it_writes_with_its_tracks_without_the_package(trained):
     folder, _ = trained
-    (folder / "alone.py").write_text(
-        "import runpy, sys\nsys.modules['modeling_heptapod'] = None\nsys.argv = sys.argv[1:]\n"
-        "sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0])\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
+    (folder / "alone.py").write_text(ALONE)
     prompt = ("--prompt", "def parse(", "--max_new_tokens", "20")
     process = run("alone.py", SCRIPTS / "sample_axes.py", "out", *prompt, cwd=folder)
     assert process.returncode == 0, process.stderr
@@ -284,6 +287,71 @@ def test_it_writes_with_its_tracks_without_the_package(trained):
         assert f"{axis}: 100% of the axis ids" in annotated
     kind = next(line for line in annotated.splitlines() if line.startswith("token_kind"))
     assert kind.split(None, 1)[1].startswith("aak aaaaap")  # `de` is a name, `def` a keyword, `(` opens
+
+
+VOWELS = """from modeling_heptapod import Axis
+
+class Vowels(Axis):
+    def __init__(self, name="vowels"):
+        super().__init__(name, ("no", "yes"))
+
+    def start(self):
+        return 0
+
+    def step(self, state, characters):
+        for character in characters:
+            state = int(character in "aeiou")
+        return state, state
+"""
+
+
+def test_an_axis_of_ones_own_is_trained_saved_and_trained_further(tmp_path, monkeypatch):
+    """And at the end a text is written where this package is not installed."""
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "my_axis.py").write_text(VOWELS)
+    monkeypatch.chdir(tmp_path)
+    common = f"--dataset_name {argparse.__file__} --block_size 32 --max_steps 1 --per_device_train_batch_size 2 --report_to none"
+    common += " --max_validation_bytes 99 --use_cpu true --disable_tqdm true --save_strategy no --cache_dir none"
+    for options in (
+        "--config_name config --axes bracket my_axis.py:Vowels --output_dir first",
+        "--model_name_or_path first --output_dir second",
+    ):
+        monkeypatch.setattr(sys, "argv", ["train.py", *options.split(), *common.split()])
+        train.main()
+        (tmp_path / "my_axis.py").unlink(missing_ok=True)
+    (tmp_path / "alone.py").write_text(ALONE)
+    shown = run(
+        "alone.py", SCRIPTS / "sample_axes.py", "second", "--prompt", "a vowel", "--max_new_tokens", "9", cwd=tmp_path
+    )
+    assert shown.returncode == 0, shown.stderr
+    track = next(line for line in shown.stdout.split("annotated")[1].splitlines() if line.startswith("vowels"))
+    assert track.split(None, 1)[1].startswith("ynnynyn")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("my_axis.py", "the class in my_axis.py must be named as well, as my_axis.py:Vowels"),
+        ("nowhere.py:Vowels", "there is no file nowhere.py"),
+        ("my_axis.py:Consonants", "my_axis.py must define the class 'Consonants'"),
+        ("my_axis.py:Needy", "missing 1 required positional argument: 'what'"),
+    ],
+)
+def test_files_without_the_axis_are_named(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    more = "class Needy(Vowels):\n    def __init__(self, what):\n        super().__init__()\n"
+    (tmp_path / "my_axis.py").write_text(VOWELS + more)
+    with pytest.raises(ValueError, match=f"--axes {name}: .*{message}"):
+        choose_axes([name])
+
+
+def test_an_axis_is_known_by_its_arguments_and_one_of_ones_own_by_its_code_too(tmp_path):
+    (tmp_path / "my_axis.py").write_text(VOWELS)
+    (axis,) = choose_axes([f"{tmp_path}/my_axis.py:Vowels"])
+    assert "aeiou" in _definition_of(axis) and _definition_of(make_axis("bracket")) == json.dumps(
+        make_axis("bracket").to_dict()
+    )
 
 
 def test_tracks_stand_below_their_characters():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import train
-from corpora import dataset_name
+from corpora import public_name
 from hub_upload import NOT_PUSHED
 from model_card import write_card
 from provenance import write_figures
@@ -115,7 +115,7 @@ def test_no_error_of_any_script_shows_a_secret(monkeypatch, capsys):
     shown = capsys.readouterr().err
     assert "argument --seed" in shown and "does not exist" in shown and TOKEN not in shown
     assert f"unrecognized arguments: --token {HIDDEN} --api_key={HIDDEN}" in shown
-    assert dataset_name(ADDRESS) == f"https://{HIDDEN}@host/x?token={HIDDEN}"
+    assert public_name(ADDRESS) == f"https://{HIDDEN}@host/x?token={HIDDEN}"
 
 
 def test_figures_are_written_without_secrets_and_without_nan(tmp_path, monkeypatch):
@@ -138,8 +138,8 @@ def test_of_a_path_only_its_last_part_is_named(tmp_path, monkeypatch):
     (tmp_path / "private").mkdir()
     (tmp_path / "private" / "corpus.txt").write_text("")
     for dataset in ("~/private/corpus.txt", str(tmp_path / "private" / "corpus.txt")):
-        assert dataset_name(dataset) == "corpus.txt"
-    assert dataset_name("~/other/corpus.txt") == "~/other/corpus.txt"
+        assert public_name(dataset) == "corpus.txt"
+    assert public_name("~/other/corpus.txt") == "~/other/corpus.txt"
 
 
 def test_a_card_shows_no_token_of_its_figures(tmp_path):

@@ -25,10 +25,12 @@ import sample
 import sample_axes
 import torch
 import train
+import training_callbacks
 from corpora import build_tokenizer, encode
 from corpus_streaming import StreamedExamples
 from page_score import baselines, score_pages
 from provenance import weights_digest
+from run_report import bits_before, last_sample, precision_of, step_of_weights, text_loss
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -65,7 +67,7 @@ def in_process(main, *arguments, **patches):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
         for name, value in patches.items():
-            patch.setattr(train, name, value)
+            patch.setattr(training_callbacks if name == "time" else train, name, value)
         main()
     return printed.getvalue()
 
@@ -218,7 +220,7 @@ def test_the_curve_is_in_bits_per_byte(learned):
     predicted = len(ids_of(folder, trained_on)) - 1
     assert factor == pytest.approx(predicted / len(trained_on.encode()) / math.log(2))
     entry = next(entry for entry in history if "loss" in entry)
-    assert train.text_loss(entry, names) == entry["loss"]
+    assert text_loss(entry, names) == entry["loss"]
 
 
 def test_the_curve_draws_what_was_logged(tmp_path, monkeypatch):
@@ -238,10 +240,10 @@ def test_the_curve_draws_what_was_logged(tmp_path, monkeypatch):
 
 
 def test_the_seconds_to_the_first_step_begin_with_the_process(capsys, monkeypatch):
-    monkeypatch.setattr(train.psutil, "Process", lambda: SimpleNamespace(create_time=lambda: 1000.0))
+    monkeypatch.setattr(training_callbacks.psutil, "Process", lambda: SimpleNamespace(create_time=lambda: 1000.0))
     clock = SimpleNamespace(time=iter([1012.3456, 1020.0]).__next__, perf_counter=lambda: 0.0)
-    monkeypatch.setattr(train, "time", clock)
-    speed, state = train.Speed(), SimpleNamespace(is_world_process_zero=True)
+    monkeypatch.setattr(training_callbacks, "time", clock)
+    speed, state = training_callbacks.Speed(), SimpleNamespace(is_world_process_zero=True)
     for _ in range(2):
         speed.on_step_begin(None, state, None)
         speed.on_step_end(None, state, None)
@@ -323,11 +325,11 @@ def test_the_step_that_the_weights_are_of(climbed):
 def test_the_step_that_the_weights_are_of_was_saved():
     """The best evaluation may be of a step that was not."""
     args, state = SimpleNamespace(load_best_model_at_end=True), TrainerState(global_step=40, best_global_step=30)
-    assert train.step_of_weights(args, state) == 40
+    assert step_of_weights(args, state) == 40
     state.best_model_checkpoint = "out/checkpoint-20"
-    assert train.step_of_weights(args, state) == 20
+    assert step_of_weights(args, state) == 20
     args.load_best_model_at_end = False
-    assert train.step_of_weights(args, state) == 40
+    assert step_of_weights(args, state) == 40
 
 
 @pytest.mark.parametrize(
@@ -341,16 +343,16 @@ def test_the_step_that_the_weights_are_of_was_saved():
 )
 def test_the_precision_is_that_of_the_products(options, dtype, expected):
     args = SimpleNamespace(**{"bf16": False, "fp16": False, **options})
-    assert train.precision_of(args, SimpleNamespace(dtype=dtype)) == expected
+    assert precision_of(args, SimpleNamespace(dtype=dtype)) == expected
 
 
 def test_figures_before_training_are_of_step_zero():
     later = {"step": 5, "eval_bits_per_byte": 2.0, "eval_loss": 1.0}
     start = {"step": 0, "eval_bits_per_byte": 8.0, "eval_loss": 5.0}
-    assert train.bits_before([later]) is None
-    assert train.bits_before([{"step": 0, "sample": "text"}, start, later]) == 8.0
+    assert bits_before([later]) is None
+    assert bits_before([{"step": 0, "sample": "text"}, start, later]) == 8.0
     log = [{"step": 0, "sample": "first"}, start, {"step": 7, "sample": "last"}, later]
-    assert train.last_sample(log) == {"step": 7, "text": "last"} and train.last_sample([start]) is None
+    assert last_sample(log) == {"step": 7, "text": "last"} and last_sample([start]) is None
 
 
 # --- evaluate_model.py -------------------------------------------------------------------------------------------------

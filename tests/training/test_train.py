@@ -17,9 +17,12 @@ import numpy as np
 import pytest
 import torch
 import train
+import training_callbacks
 from accelerate.data_loader import BatchSamplerShard
 from corpora import DataArguments, PackedBlocks
 from objectives import objective_for
+from run_report import runs_beside
+from run_settings import check_resumable
 from token_counts import Reading
 from torch.utils.data import BatchSampler
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerState, TrainingArguments
@@ -169,7 +172,7 @@ def test_a_new_run_does_not_mix_its_checkpoints_with_others(finished, monkeypatc
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments(finished[0].parent, "--max_steps", "1")])
     with pytest.raises(ValueError, match="--output_dir .* must be a folder that can be written to"):
         file = TrainingArguments(str(finished[0] / "config.json"), use_cpu=True)
-        train.check_arguments(train.ModelArguments(""), DataArguments(), file)
+        train.check_arguments(train.ModelArguments(config_name=""), DataArguments(), file)
     with pytest.raises(ValueError, match="--output_dir .* holds checkpoint-12 of another run"):
         train.main()
 
@@ -182,10 +185,10 @@ def test_what_deepspeed_casts_is_resumed(tmp_path):
     config = AutoConfig.for_model("leap")
     (tmp_path / "config.json").write_text(json.dumps({**json.loads(config.to_json_string()), "dtype": "bfloat16"}))
     for options in ({"bf16": True, "fp16": False}, {"bf16": False, "fp16": True}):
-        train.check_resumable(str(tmp_path), config, SimpleNamespace(deepspeed_plugin=object(), **options))
+        check_resumable(str(tmp_path), config, SimpleNamespace(deepspeed_plugin=object(), **options))
     for args in (PLAIN, SimpleNamespace(deepspeed_plugin=object(), bf16=False, fp16=False)):
         with pytest.raises(ValueError, match="is of another model .*'dtype': .'bfloat16', 'float32'"):
-            train.check_resumable(str(tmp_path), config, args)
+            check_resumable(str(tmp_path), config, args)
 
 
 @pytest.mark.parametrize(
@@ -195,9 +198,9 @@ def test_a_checkpoint_of_another_model_is_not_resumed(finished, change, tmp_path
     config = {name: value for name, value in CONFIG.items() if name != "window_sizes"} | {"vocab_size": 300} | change
     config = AutoConfig.for_model(**config)
     with pytest.raises(ValueError, match=rf"--resume_from_checkpoint .* is of another model .*{next(iter(change))}"):
-        train.check_resumable(str(finished[0] / "checkpoint-6"), config, PLAIN)
+        check_resumable(str(finished[0] / "checkpoint-6"), config, PLAIN)
     with pytest.raises(ValueError, match=r"--config_name must be a folder with a config\.json, .* got .*nowhere"):
-        train.read_config(str(tmp_path / "nowhere"))
+        train.read_config("--config_name", str(tmp_path / "nowhere"))
 
 
 def test_training_learns_and_says_what(finished):
@@ -301,7 +304,7 @@ def test_runs_beside_are_those_on_the_same_bytes(tmp_path):
     (tmp_path / "j" / "results.json").mkdir(parents=True)
     (tmp_path / "k").mkdir()
     (tmp_path / "k" / "results.json").write_bytes(b"\xff")
-    assert train.runs_beside(tmp_path / "ours", {"held_out_sha256": "a"}) == {"same": 2.0}
+    assert runs_beside(tmp_path / "ours", {"held_out_sha256": "a"}) == {"same": 2.0}
 
 
 def test_bf16_falls_back_where_the_cpu_has_no_matrix_units(tmp_path, monkeypatch):
@@ -444,8 +447,8 @@ def test_a_batch_that_is_never_full_is_not_dropped_without_a_word(tmp_path, monk
 
 def test_the_speed_is_that_of_the_steps_after_the_first(monkeypatch):
     ticks, clock = iter([0, 5, 10, 11, 20, 23]), itertools.count(time.time()).__next__
-    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: next(ticks), time=clock))
-    speed, state, found = train.Speed(), TrainerState(), []
+    monkeypatch.setattr(training_callbacks, "time", SimpleNamespace(perf_counter=lambda: next(ticks), time=clock))
+    speed, state, found = training_callbacks.Speed(), TrainerState(), []
     for _ in range(3):
         speed.on_step_begin(None, state, None)
         speed.on_step_end(None, state, None)

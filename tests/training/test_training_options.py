@@ -15,6 +15,7 @@ from corpora import DataArguments, PackedBlocks, Texts, annotate, build_tokenize
 from corpus_cache import Cache
 from corpus_streaming import StreamedExamples, StreamedTexts, stream_texts
 from objectives import objective_for
+from training_callbacks import Samples
 from transformers import TrainingArguments
 
 from modeling_heptapod import make_axis
@@ -134,7 +135,7 @@ def test_samples_are_in_the_log_and_change_nothing(family, tmp_path, capsys):
     plain = losses(family, tmp_path)
     with tiny_runs.masks_of_pages():
         run = tiny_runs.trainer(family, tmp_path, eval_strategy="steps", eval_steps=2)
-        run.add_callback(train.Samples(run.objective.sample))
+        run.add_callback(Samples(run.objective.sample))
         run.train(ignore_keys_for_eval=run.objective.ignore_keys)
     assert tiny_runs.losses(run) == plain
     samples = [entry for entry in run.state.log_history if "sample" in entry]
@@ -145,7 +146,7 @@ def test_samples_are_in_the_log_and_change_nothing(family, tmp_path, capsys):
     assert capsys.readouterr().out.count("--- a sample at step") == 2
     run.model.train()
     numbers = torch.manual_seed(5).get_state()
-    train.Samples(run.objective.sample).on_evaluate(run.args, run.state, None, run.model)
+    Samples(run.objective.sample).on_evaluate(run.args, run.state, None, run.model)
     assert torch.equal(torch.get_rng_state(), numbers) and run.model.training
 
 
@@ -176,14 +177,16 @@ def arguments(tmp_path, **options):
 )
 def test_what_does_not_go_together_is_named(model, data, args, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        train.check_arguments(train.ModelArguments("", **model), DataArguments(**data), arguments(tmp_path, **args))
+        train.check_arguments(
+            train.ModelArguments(config_name="", **model), DataArguments(**data), arguments(tmp_path, **args)
+        )
 
 
 def test_processes_that_would_train_on_their_own_are_refused(tmp_path, monkeypatch):
     args = arguments(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="torchrun started 2 processes.*--use_cpu true"):
-        train.check_arguments(train.ModelArguments(""), DataArguments(), args)
+        train.check_arguments(train.ModelArguments(config_name=""), DataArguments(), args)
 
 
 @pytest.mark.parametrize("family", tiny_runs.FAMILIES)

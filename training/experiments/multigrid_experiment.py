@@ -1,8 +1,8 @@
 """What do axes gain? The prototype's experiment again, with its leak, its controls and plain decoders of equal size.
 
-    python training/multigrid_experiment.py --jobs 2                       # everything, about 40 minutes of two cores
-    python training/multigrid_experiment.py --corpus python --seeds 5      # one corpus; finished runs are not repeated
-    python training/multigrid_experiment.py --quick                        # tiny: shows that it works, measures nothing
+    python training/experiments/multigrid_experiment.py --jobs 2                       # everything, 40 minutes of two cores
+    python training/experiments/multigrid_experiment.py --corpus python --seeds 5      # one corpus; finished runs are kept
+    python training/experiments/multigrid_experiment.py --quick                        # tiny: works, measures nothing
 
 Every model reads the same blocks of characters in an order that the seed decides, none of them twice, at a constant learning
 rate; what is measured is an average of its last weights, so that every point of a curve is one to compare at. Corpora:
@@ -20,6 +20,13 @@ has axes that see no more than the model does.
 A finished run is kept in `outputs/multigrid_experiment/`, so that an experiment that was cut off goes on with the next.
 """
 
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "training")]
+
 from argument_checks import need, whole
 
 
@@ -33,35 +40,27 @@ import multiprocessing
 import os
 import platform
 import re
-import sys
 import tempfile
 import time
-import unicodedata
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import transformers
-from corpora import PackedBlocks, annotate, build_tokenizer, encode, load_texts
+from corpora import PackedBlocks, annotate, build_tokenizer, encode
 from distill_axis import distill
+from experiment_texts import SHARED, TEXTS
 from multigrid_report import draw, report_on
 from objectives import sum_nats
 from redaction import Parser
 
 from modeling_heptapod import MultiGridConfig, MultiGridForCausalLM, make_axis
-
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 from tests.benchmarks.run_all import commit, device
 
 
-SHARED = ROOT.parent / "shared" / "data"
 KEPT = ROOT / "outputs" / "multigrid_experiment"
 RESULTS = ROOT / "tests" / "benchmarks" / "results"
-HELD_OUT_BOOKS, UNUSED_BOOKS = ("jacobs_more_celtic", "ozaki_japanese"), ("lang_crimson",)
 
 SETTINGS = {
     "hidden_size": 48,
@@ -132,46 +131,6 @@ SETTINGS_OF = {"python_wide": {"hidden_size": 96, "learning_rate": 2.5e-3}}
 
 
 # Texts
-
-
-def prepare(book: str) -> str:
-    """A book in the characters of the experiment, a paragraph a line."""
-    book = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFKD", book)).lower()
-    paragraphs = (re.sub(r"[^a-z0-9.,;:!?'\"()-]+", " ", text).strip() for text in re.split(r"\n\s*\n", book))
-    return "\n".join(paragraph for paragraph in paragraphs if paragraph)
-
-
-def middle(text: str, size: int) -> str:
-    start = max(0, (len(text) - size) // 2)
-    return text[start : start + size]
-
-
-def fairy_tales(train_size: int, held_out_size: int) -> tuple[list[str], list[str]]:
-    """An equal share of the middle of each book, to train on and held out."""
-    books = {path.stem: path for path in sorted((SHARED / "fairy_tales").glob("*.txt"))}
-    held_out = [books.pop(name) for name in HELD_OUT_BOOKS]
-    train = [path for name, path in books.items() if name not in UNUSED_BOOKS]
-    return tuple(
-        [middle(prepare(path.read_text(encoding="utf-8")), -(-size // len(paths))) for path in paths]
-        for paths, size in ((train, train_size), (held_out, held_out_size))
-    )
-
-
-def python_source(train_size: int, held_out_size: int) -> tuple[list[str], list[str]]:
-    """Files in an order that depends on their content alone, until there is enough."""
-    texts = load_texts("stdlib")
-    parts = []
-    for files, size in ((texts.train, train_size), (texts.validation, held_out_size)):
-        files = sorted(filter(str.isascii, files), key=lambda text: hashlib.sha256(text.encode()).digest())
-        part = []
-        while size > 0:
-            part.append(files.pop(0)[:size])
-            size -= len(part[-1])
-        parts.append(part)
-    return tuple(parts)
-
-
-TEXTS = {"fairy_tales": fairy_tales, "python": python_source, "python_wide": python_source}
 
 
 class Axis(NamedTuple):
@@ -500,7 +459,7 @@ def main():
         report = {
             "name": "multigrid_experiment",
             "title": "What axes gain",
-            "command": " ".join(["python", "training/multigrid_experiment.py", *sys.argv[1:]]),
+            "command": " ".join(["python", "training/experiments/multigrid_experiment.py", *sys.argv[1:]]),
             "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
             "commit": commit(),
             "device": device(),

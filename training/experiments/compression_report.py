@@ -10,8 +10,14 @@ A finished model's figures are kept in `outputs/compression_report/`, so that a 
 import hashlib
 import json
 import math
+import sys
 import time
 from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "tests" / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
 
 import harness
 import matplotlib
@@ -28,10 +34,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-ROOT = Path(__file__).resolve().parents[2]
 CORPUS = ROOT.parent / "shared" / "data" / "enwik8_head.xml"
 KEPT = ROOT / "outputs" / "compression_report"
-PLOT = Path(__file__).resolve().parent / "results" / "compression_report.png"
+PLOT = BENCHMARKS / "results" / "compression_report.png"
 VOCABULARY = 258
 WINDOW = 64
 FULL = "full attention"
