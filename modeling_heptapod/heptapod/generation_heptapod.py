@@ -117,7 +117,7 @@ class _TokenDraw:
             processed.append(page_scores)
         scores = torch.cat(processed)
         if not (scores > -torch.inf).any(-1).all():
-            raise ValueError("`logits_processor` excludes all tokens of a cell.")
+            raise ValueError("`logits_processor` leaves a cell without any token.")
         return scores
 
 
