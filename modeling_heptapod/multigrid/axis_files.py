@@ -45,6 +45,7 @@ def load_axis_class(path: str | Path, class_name: str) -> type[Axis]:
     source, name = _with_relative_imports(path), f"{_FAMILY}.{path.stem}"
     if _sources.get(name) != source:
         _run(path, source, name)
+    sys.modules[name].__file__ = str(path)  # the same code may lie elsewhere now
     found = getattr(sys.modules[name], class_name, None)
     if not isinstance(found, type) or found.__module__ != name:
         raise ValueError(f"{path} must define the class {class_name!r}")
