@@ -169,8 +169,8 @@ def _run_tests(tree, job):
 
 def _is_of_another_tree(name, module, tree):
     """Whether a module has the name of one in the copy and is not that one: an installed version, for example."""
-    top, file = name.partition(".")[0], getattr(module, "__file__", None)
-    ours = (tree / top / "__init__.py").is_file() or (tree / f"{top}.py").is_file()
+    path, file = tree.joinpath(*name.split(".")), getattr(module, "__file__", None)
+    ours = (path / "__init__.py").is_file() or path.with_suffix(".py").is_file()
     return ours and file is not None and not Path(file).resolve().is_relative_to(tree)
 
 
