@@ -137,6 +137,7 @@ def work(corpus, tmp_path, monkeypatch):
     return work
 
 
+@pytest.mark.slow
 def test_a_run_gives_its_curve_and_is_not_repeated(work, monkeypatch):
     task = experiment.Task("python", "token kind", 1)
     figures = experiment.run(task)
