@@ -293,6 +293,11 @@ def test_equal_seconds_are_those_that_both_have():
     assert report.gain_at_equal_seconds(slow, fast) == pytest.approx(0.0)
     assert report.gain_at_equal_seconds(fast, slow) == pytest.approx(0.0)
     assert report.gain_at_equal_seconds(a_run("b", 0, [4.0, 1.5, 1.0], 10.0), fast) == pytest.approx(0.5)
+    # When the fast one ends, one that is 1,000 times as slow has read 10 tokens, and was first measured after 100.
+    slowest = a_run("slowest", 0, [4.0, 2.0, 1.0], seconds=1000.0)
+    assert report.gain_at_equal_seconds(slowest, fast) is None is report.gain_at_equal_seconds(fast, slowest)
+    assert report.compare([slowest], [fast])["gain_at_equal_seconds"] is None
+    assert report.says(None) == "cannot be compared, since the slower run was not measured so early"
 
 
 def test_runs_are_compared_seed_by_seed():
@@ -406,6 +411,11 @@ def test_rows_and_pictures(tmp_path):
     for corpus in ("fairy_tales", "python"):
         report.draw(corpus, runs, result["rows"], tmp_path / f"{corpus}.png")
         assert (tmp_path / f"{corpus}.png").read_bytes().startswith(b"\x89PNG")
+    early = [
+        {**row, "gain at equal time": None, "equal time +-": None} if "gain +-" in row else row
+        for row in result["rows"]
+    ]
+    report.draw("python", runs, early, tmp_path / "early.png")  # as where a run was not measured so early
 
 
 # The whole
