@@ -322,6 +322,7 @@ torch.save(results, folder + "/results.pt")
 """
 
 
+@pytest.mark.slow
 def test_adapters_load_onto_exports_where_the_package_is_not(tmp_path):
     jobs = [("leap-masked", "AutoModelForMaskedLM"), ("leap-classification", "AutoModelForSequenceClassification")]
     jobs += [(name, "AutoModelForCausalLM") for name in ("leap-causal", "hierarchical-concat", "multigrid-leap")]

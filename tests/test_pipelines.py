@@ -247,6 +247,7 @@ print(json.dumps(tokens))
 """
 
 
+@pytest.mark.slow
 def test_folders_bring_their_own_code(tmp_path):
     """The same pipelines in a process that cannot import this package."""
     folders, expected = {}, {}

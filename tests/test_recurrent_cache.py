@@ -111,6 +111,7 @@ def test_steps_that_return_attentions_equal_steps_that_do_not(variant):
     assert outputs.attentions[0].shape == (2, model.config.num_attention_heads, 1, 2)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_4096_tokens_one_at_a_time():
     model = tiny_leap()

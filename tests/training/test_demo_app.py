@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from html import unescape
 from itertools import pairwise
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from demo_models import ALL_SHOWN, HOLE, Loaded, describe, fill, lay_out, load, 
 from demo_views import CSS, LINES_SHOWN, TOKENS_SHOWN, ink_on, show_page, show_tracks, show_weights, step_colours
 from sample_axes import characters_to_show
 from token_text import readable
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TextIteratorStreamer
 
 from modeling_heptapod import HeptapodProcessor, MultiGridProcessor
 from tests.tiny_heptapod import tiny_heptapod
@@ -630,10 +631,17 @@ def test_text_can_be_read_in_a_browser(page, folders, scheme):
 
 
 @pytest.mark.slow
-def test_long_texts_in_a_browser(page, folders):
+def test_long_texts_in_a_browser(page, folders, monkeypatch):
     """The end is in sight while text is written, unless one has scrolled away from it; no block grows without bound."""
     from playwright.sync_api import expect
 
+    put = TextIteratorStreamer.put
+
+    def put_slowly(streamer, value):
+        time.sleep(0.02)  # a browser on a busy machine is not to see the text complete at once
+        put(streamer, value)
+
+    monkeypatch.setattr(TextIteratorStreamer, "put", put_slowly)
     page, _ = page
     expect(page.locator("#about")).to_contain_text("LeapForCausalLM")
     prompt = PROMPT * 60

@@ -237,6 +237,7 @@ def test_bad_arguments_are_named(model, tokenizer, arguments, message):
         distill(model, tokenizer, **{"texts": TEXTS, "held_out_texts": HELD_OUT, **SMALL, **arguments})
 
 
+@pytest.mark.slow
 def test_from_a_saved_model_to_files(model, tokenizer, tmp_path):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

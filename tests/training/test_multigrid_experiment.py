@@ -140,6 +140,7 @@ def work(corpus, tmp_path, monkeypatch):
     return work
 
 
+@pytest.mark.slow
 def test_a_run_gives_its_curve_and_is_not_repeated(work, monkeypatch):
     task = experiment.Task("python", "token kind", 1)
     figures = experiment.run(task)
@@ -295,6 +296,11 @@ def test_equal_seconds_are_those_that_both_have():
     assert report.gain_at_equal_seconds(slow, fast) == pytest.approx(0.0)
     assert report.gain_at_equal_seconds(fast, slow) == pytest.approx(0.0)
     assert report.gain_at_equal_seconds(a_run("b", 0, [4.0, 1.5, 1.0], 10.0), fast) == pytest.approx(0.5)
+    # When the fast one ends, one that is 1,000 times as slow has read 10 tokens, and was first measured after 100.
+    slowest = a_run("slowest", 0, [4.0, 2.0, 1.0], seconds=1000.0)
+    assert report.gain_at_equal_seconds(slowest, fast) is None is report.gain_at_equal_seconds(fast, slowest)
+    assert report.compare([slowest], [fast])["gain_at_equal_seconds"] is None
+    assert report.says(None) == "cannot be compared, since the slower run was not measured so early"
 
 
 def test_runs_are_compared_seed_by_seed():
@@ -420,6 +426,11 @@ def test_rows_and_pictures(tmp_path, monkeypatch):
             inside = [box for box in boxes if axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1]
             assert all(left.x1 <= right.x0 for left, right in pairwise(sorted(inside, key=lambda box: box.x0)))
             assert figure.bbox.containsx(axes.xaxis.label.get_window_extent().x1)  # not cut off
+    early = [
+        {**row, "gain at equal time": None, "equal time +-": None} if "gain +-" in row else row
+        for row in result["rows"]
+    ]
+    report.draw("python", runs, early, tmp_path / "early.png")  # as where a run was not measured so early
 
 
 # The whole

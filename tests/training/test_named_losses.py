@@ -226,6 +226,7 @@ def run(*command, cwd):
     return subprocess.run([sys.executable, *command], cwd=cwd, env=env, text=True, capture_output=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_a_hierarchical_lm_through_train_and_sample(tmp_path):
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 99}))

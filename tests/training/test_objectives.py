@@ -187,6 +187,7 @@ def losses(out):
     return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
 
 
+@pytest.mark.slow
 def test_a_grid_is_trained_resumed_and_fills_a_page(tmp_path):
     (tmp_path / "first").mkdir()
     (tmp_path / "second").mkdir()

@@ -198,6 +198,7 @@ def test_a_pinned_revision_gives_the_older_weights(hub, published, loaded):
         assert f'pushed: me/leap, revision="{commit.oid}"' in published[1]
 
 
+@pytest.mark.slow
 def test_a_pinned_revision_is_evaluated(hub, published, tmp_path):
     folder, first = published[0], hub.repos["me/leap"].commits[1].oid
     options = ("--dataset_name", CORPUS, "--max_validation_bytes", "50", "--max_length", "8")
@@ -248,6 +249,7 @@ def test_a_dry_run_shows_files_and_pushes_nothing(hub, published):
     assert total == f"{sum(sizes):>13,}  bytes in {len(sizes)} files"
 
 
+@pytest.mark.slow
 def test_publishing_again_in_other_files_leaves_no_old_weights(hub, published, tmp_path):
     save_with_results("leap", tmp_path / "leap")
     evaluate_here(tmp_path / "leap")

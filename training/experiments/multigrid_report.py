@@ -78,19 +78,26 @@ def tokens_per_second(run: dict) -> float:
     return run["tokens_per_step"] / run["step_seconds"]
 
 
-def gain_at_equal_seconds(run: dict, other: dict) -> float:
-    """Of a run over another after equal seconds of training: as many as both have, which one of them ends with."""
+def gain_at_equal_seconds(run: dict, other: dict) -> float | None:
+    """Of a run over another after equal seconds of training: as many as both have, which one of them ends with.
+
+    `None` where the slower one has not come to the first point of its curve by then.
+    """
     seconds = min(each["curve"][-1]["tokens"] / tokens_per_second(each) for each in (run, other))
-    return bits_at(other, seconds * tokens_per_second(other)) - bits_at(run, seconds * tokens_per_second(run))
+    tokens = [seconds * tokens_per_second(each) for each in (run, other)]
+    if any(count < each["curve"][0]["tokens"] for count, each in zip(tokens, (run, other))):
+        return None
+    return bits_at(other, tokens[1]) - bits_at(run, tokens[0])
 
 
 def compare(runs: list[dict], others: list[dict]) -> dict:
     """A model against another, run by run of the same seed."""
     pairs = [(run, next(each for each in others if each["seed"] == run["seed"])) for run in runs]
+    at_equal_seconds = [gain_at_equal_seconds(run, other) for run, other in pairs]
     shares = [tokens_until(run, final(other)) / other["curve"][-1]["tokens"] for run, other in pairs]
     return {
         "gain": interval([final(other) - final(run) for run, other in pairs]),
-        "gain_at_equal_seconds": interval([gain_at_equal_seconds(run, other) for run, other in pairs]),
+        "gain_at_equal_seconds": None if None in at_equal_seconds else interval(at_equal_seconds),
         "share_of_tokens": interval(shares) if all(map(math.isfinite, shares)) else None,
     }
 
@@ -165,7 +172,7 @@ def row_of(corpus: str, model: str, models: dict, against: dict) -> dict:
     result = against.get((model, runs[0]["rival"]))
     if result is not None:
         row["gain over equal parameters"], row["gain +-"] = result["gain"]
-        row["gain at equal time"], row["equal time +-"] = result["gain_at_equal_seconds"]
+        row["gain at equal time"], row["equal time +-"] = result["gain_at_equal_seconds"] or (None, None)
         row["share of its text needed"] = result["share_of_tokens"] and result["share_of_tokens"][0]
     return {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in row.items()}
 
@@ -181,8 +188,10 @@ def causal_grids(models: dict, against: dict) -> list[str]:
     return sorted(grids, key=lambda model: -against[model, best_plain(model, models)]["gain"][0])
 
 
-def says(gain: tuple[float, float]) -> str:
+def says(gain: tuple[float, float] | None) -> str:
     """A gain in words: one whose interval holds 0 is none."""
+    if gain is None:
+        return "cannot be compared, since the slower run was not measured so early"
     mean, half = gain
     if not abs(mean) > half:
         return f"neither gains nor loses ({mean:+.3f} +- {half:.3f})"
