@@ -440,7 +440,7 @@ def test_prefix_tuning_is_refused(name):
 @pytest.mark.parametrize("task_type", ["FEATURE_EXTRACTION", "SEQ_CLS", "TOKEN_CLS"])
 @pytest.mark.parametrize("method", [PrefixTuningConfig, PromptTuningConfig, PromptEncoderConfig])
 def test_a_page_has_no_cell_for_virtual_tokens(method, task_type):
-    with pytest.raises(ValueError, match=r"Prompt learning .* no cell for them"):
+    with pytest.raises(ValueError, match=r"Prompt learning .* no cells for them"):
         get_peft_model(CASES["grid"].model(), method(task_type=task_type, num_virtual_tokens=3))
 
 

@@ -12,6 +12,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 import modeling_heptapod
+from modeling_heptapod.common.auto_mapping import enter_name
 
 
 ROOT = Path(__file__).parent.parent
@@ -168,9 +169,32 @@ for config_name in ("HeptapodConfig", "MultiGridConfig"):
 
 def test_registration_keeps_names_from_saved_folders(monkeypatch):
     names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    monkeypatch.setitem(names, "leap", "OtherLeapForCausalLM")
-    modeling_heptapod._register("leap", "LeapConfig", MODEL_FOR_CAUSAL_LM="LeapForCausalLM")
-    assert names["leap"] == "LeapForCausalLM" and names.pop("OtherLeapForCausalLM") == "OtherLeapForCausalLM"
+    monkeypatch.setitem(names, "leap", "OtherLeapForCausalLM")  # of a folder with its own code, loaded before
+    monkeypatch.delitem(names, "LeapForCausalLM", raising=False)
+    enter_name("AutoModelForCausalLM", "leap", "LeapForCausalLM")
+    assert names["leap"] == "OtherLeapForCausalLM" and names.pop("LeapForCausalLM") == "LeapForCausalLM"
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_a_config_class_of_the_same_name_is_not_ours(name):
+    """The prototype of LEAP has a `LeapConfig`, too: registering it, and asking for its model, must not give ours."""
+
+    class Model:
+        @classmethod
+        def _from_config(cls, config, **kwargs):
+            return cls()
+
+    theirs = type(name, (transformers.PreTrainedConfig,), {"model_type": "foreign"})
+    Model.config_class = theirs
+    for auto_class in AUTO[name]:
+        auto = getattr(transformers, auto_class)
+        with pytest.raises(ValueError, match="Unrecognized configuration class"):
+            auto.from_config(theirs())
+        auto.register(theirs, Model)
+        try:
+            assert isinstance(auto.from_config(theirs()), Model)
+        finally:
+            del auto._model_mapping._extra_content[theirs]
 
 
 def test_star_import():

@@ -743,7 +743,7 @@ def test_collators_for_language_modeling():
 
 def test_a_mask_token_that_goes_unnoticed_does_not_count(monkeypatch):
     """As on devices that are not asked what they hold: it must not cost what no token may cost."""
-    monkeypatch.setattr(module, "_may_be_looked_at", lambda ids: False)
+    monkeypatch.setattr(module, "values_are_readable", lambda ids: False)
     model, page = tiny_heptapod(), random_page(2, 4, 5)
     labels = page.clone()
     labels[0, 1], labels[1, :, 3] = MASK, MASK

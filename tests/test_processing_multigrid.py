@@ -380,7 +380,7 @@ def test_saved_and_loaded(processor, tmp_path):
 
 
 def test_an_axis_of_ones_own(by_bytes, tmp_path):
-    class Vowels(Axis):
+    class ChosenLetters(Axis):
         def __init__(self, name="vowels", letters="aeiou"):
             super().__init__(name, ("no", "yes"))
             self.letters = letters
@@ -396,11 +396,11 @@ def test_an_axis_of_ones_own(by_bytes, tmp_path):
         def arguments(self):
             return {"letters": self.letters}
 
-    MultiGridProcessor(by_bytes.tokenizer, [Vowels(letters="yo")]).save_pretrained(tmp_path)
+    MultiGridProcessor(by_bytes.tokenizer, [ChosenLetters(letters="yo")]).save_pretrained(tmp_path)
     assert MultiGridProcessor.from_pretrained(tmp_path)("you")["axis_ids"] == [[[1, 1, 0]]]
     config = (tmp_path / "processor_config.json").read_text(encoding="utf-8")
-    (tmp_path / "processor_config.json").write_text(config.replace("Vowels", "Consonants"))
-    with pytest.raises(ValueError, match="'vowels' is of class 'Consonants'.*import the module that defines it"):
+    (tmp_path / "processor_config.json").write_text(config.replace("ChosenLetters", "NoSuchLetters"))
+    with pytest.raises(ValueError, match="'vowels' is of class 'NoSuchLetters'.*import the module that defines it"):
         MultiGridProcessor.from_pretrained(tmp_path)
 
 

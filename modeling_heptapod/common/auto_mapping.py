@@ -1,4 +1,4 @@
-"""Entries in the tables of model names of transformers' Auto classes."""
+"""Names of our classes in the tables in which clients look up what a model does."""
 
 from typing import Any, ClassVar
 
@@ -13,12 +13,24 @@ _TABLES: dict[str, dict[str, Any]] = {
 }
 
 
-class AutoMappingMixin:
-    """Base of a family's `PreTrainedModel`, placed first: enters each of its classes, and each subclass, in the tables.
+def enter_name(auto_class: str, model_type: str, name: str) -> None:
+    """Enter the name of a class in the table of an Auto class.
 
-    Clients look up there by class name what a model does. Without an entry `Trainer` does not shift labels for label
-    smoothing, pipelines report an unsupported model, model cards name no task, and `lm_eval` guesses.
+    Without an entry `Trainer` does not shift labels for label smoothing, pipelines report an unsupported model, model
+    cards name no task, and `lm_eval` guesses.
+
+    Args:
+        auto_class (`str`): name of the Auto class that the model is registered with.
+        model_type (`str`): model type of its config.
+        name (`str`): name of the class.
     """
+    names = _TABLES.get(auto_class, {})
+    if name not in names.values():
+        names[name if model_type in names else model_type] = name  # a subclass does not replace its parent
+
+
+class AutoMappingMixin:
+    """Base of a family's `PreTrainedModel`, placed first: enters the name of each of its classes and their subclasses."""
 
     config_class: ClassVar[Any]
 
@@ -26,13 +38,9 @@ class AutoMappingMixin:
         super().__init_subclass__(**kwargs)
         bases = {base.__name__ for base in cls.__mro__}
         for auto_class, reference in cls.config_class._auto_classes.items():
-            if reference.partition(".")[2] not in bases:
-                continue
-            # Also for subclasses made by hand or by FSDP2, and for code loaded from a saved folder.
-            names, model_type = _TABLES.get(auto_class, {}), cls.config_class.model_type
-            if cls.__name__ not in names.values():
-                # A subclass does not replace its parent.
-                names[cls.__name__ if model_type in names else model_type] = cls.__name__
+            if reference.partition(".")[2] in bases:
+                # Also for subclasses made by hand or by FSDP2, and for code loaded from a saved folder.
+                enter_name(auto_class, cls.config_class.model_type, cls.__name__)
 
 
-__all__ = ["AutoMappingMixin"]
+__all__ = ["AutoMappingMixin", "enter_name"]
