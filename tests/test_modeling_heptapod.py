@@ -31,6 +31,7 @@ from modeling_heptapod.heptapod.masked_diffusion import (
     sample_mask,
     token_nll,
 )
+from tests.attention_kernels import use_flash_attention, use_flex_attention
 from tests.reference.heptapod import HeptapodDescription, heptapod_logits, window
 from tests.tiny_heptapod import MASK, PAD, VARIANTS, random_page, tiny_config, tiny_heptapod
 
@@ -1172,19 +1173,17 @@ def test_registered_attention_functions(variant, heads, registered):
         assert all(kwargs == {"dropout": 0.0, "scaling": 8**-0.5} for _, _, kwargs in registered)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("use_attention", [use_flex_attention, use_flash_attention])
 @pytest.mark.parametrize("padded", [False, True])
-def test_flex_attention_equals_sdpa(padded):
-    torch.use_deterministic_algorithms(False)
-    torch._dynamo.reset()
-    model, page, real = tiny_heptapod(**VARIANTS["split"]), random_page(2, 17, 18), part_of_page(17, 18)
+def test_every_attention_implementation_is_the_same(padded, use_attention, monkeypatch):
+    model, page, real = tiny_heptapod(**VARIANTS["split"]).double(), random_page(2, 17, 18), part_of_page(17, 18)
+    assert model._supports_flash_attn and model._supports_flex_attn
     kwargs = {"attention_mask": real.long()} if padded else {}
-    with torch.no_grad():
-        expected = model(page, **kwargs).logits
-        model.set_attn_implementation("flex_attention")
-        logits = model(page, **kwargs).logits
     kept = real if padded else torch.ones_like(real)
-    torch.testing.assert_close(logits[kept], expected[kept], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        expected = model(page, **kwargs).logits[kept]
+        use_attention(model, monkeypatch)
+        torch.testing.assert_close(model(page, **kwargs).logits[kept], expected, rtol=1e-9, atol=1e-9)
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------

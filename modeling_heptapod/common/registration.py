@@ -39,7 +39,7 @@ def register_models(package: Any, config_class: Any) -> None:
         if auto_class != "AutoConfig":
             name = reference.partition(".")[2]
             model = _LazyModel(package, config_class, name)
-            getattr(transformers, auto_class).register(config_class, model, exist_ok=True)
+            getattr(transformers, auto_class).register(config_class, model)
             enter_name(auto_class, model_type, name)
 
 
