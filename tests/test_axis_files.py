@@ -155,10 +155,11 @@ def test_a_class_from_a_file_is_a_class_like_others(vowels):
         (
             VOWELS,
             "python_axes.py",
-            "must be named like a Python module, and like none of this package, got 'python_axes'",
+            "must be named like a Python module, and like none of this package, got 'python_axes.py'",
         ),
-        (VOWELS, "losses.py", "like none of this package, got 'losses'"),
+        (VOWELS, "losses.py", "like none of this package, got 'losses.py'"),
         (VOWELS, "my-axis.py", "must be named like a Python module"),
+        (VOWELS, "my_axis.txt", "must be named like a Python module.* got 'my_axis.txt'"),
         (VOWELS.replace("Vowels", "Consonants"), "other.py", "must define the class 'Vowels'"),
         ("from modeling_heptapod import AffixAxis as Vowels", "other.py", "must define the class 'Vowels'"),
         ("class Vowels: pass", "other.py", "Vowels in .*other.py must be a subclass of `Axis`"),
@@ -181,3 +182,9 @@ def test_files_that_hold_no_axis_are_named(source, name, message, tmp_path):
     assert AXIS_CLASSES["AffixAxis"] is before["AffixAxis"] is AffixAxis
     with pytest.raises(ValueError, match="there is no file .*nowhere.py"):
         load_axis_class(tmp_path / "nowhere.py", "Vowels")
+
+
+def test_a_tree_from_a_file_can_be_written_as_python(tmp_path):
+    """Its class is given no attribute that a built-in axis has for something else."""
+    source = "from modeling_heptapod import DecisionTreeAxis\n\n\nclass Leaf(DecisionTreeAxis):\n    pass\n"
+    assert "return 0" in load_axis_class(write(tmp_path, source, "leaf.py"), "Leaf")().to_python()

@@ -20,12 +20,13 @@ Id 0 is that of the empty text. Special tokens and pads have id 0, too.
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 
 
 LARGEST_VOCABULARY = 1_000_000
-AXIS_CLASSES = {}  # every subclass of Axis that has been imported, by name
+AXIS_CLASSES: dict[str, type["Axis"]] = {}  # every subclass of Axis that has been imported, by name
 
 
 class Axis:
@@ -48,9 +49,10 @@ class Axis:
             that is empty or has repeated entries.
     """
 
-    causal = True
+    causal: bool = True
     why_not_causal = ""
-    registry_names = {}
+    _code: ClassVar[str]  # of a file from `load_axis_class`
+    registry_names: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __init__(self, name: str, vocabulary: Sequence[str]):
         if not isinstance(name, str) or not name.isidentifier():
@@ -294,7 +296,8 @@ class Automaton:
 
     def __init__(self, start: Hashable, advance: Callable, output: Callable, limit: int = 200_000):
         self.start, self.advance, self.output, self.limit = start, advance, output, limit
-        self._nodes, self._remembered = {}, 0
+        self._nodes: dict[Hashable, _Node] = {}
+        self._remembered = 0
 
     def trace(self, text: str) -> list:
         """The output after each number of characters, 0 to `len(text)`."""

@@ -4,6 +4,7 @@ A saved file imports from the modules beside it (`from .axes import Axis`) in pl
 """
 
 import ast
+import inspect
 import sys
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
@@ -19,7 +20,7 @@ from .axis_registry import BUILTIN_AXES
 _FAMILY, _HERE = __name__.rpartition(".")[0], Path(__file__).parent
 _PACKAGE = "modeling_heptapod"
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
-_sources = {}  # of the files that were loaded here, by the names of their modules
+_sources: dict[str, str] = {}  # of the files that were loaded here, by the names of their modules
 
 
 def load_axis_class(path: str | Path, class_name: str) -> type[Axis]:
@@ -38,9 +39,9 @@ def load_axis_class(path: str | Path, class_name: str) -> type[Axis]:
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     is_taken = path.resolve().parent != _HERE and path.stem in _module_names()
-    if not path.stem.isidentifier() or is_taken:
+    if path.suffix != ".py" or not path.stem.isidentifier() or is_taken:
         raise ValueError(
-            f"{path} must be named like a Python module, and like none of this package, got {path.stem!r}"
+            f"{path} must be named like a Python module, and like none of this package, got {path.name!r}"
         )
     source, name = _with_relative_imports(path), f"{_FAMILY}.{path.stem}"
     if _sources.get(name) != source:
@@ -51,7 +52,7 @@ def load_axis_class(path: str | Path, class_name: str) -> type[Axis]:
         raise ValueError(f"{path} must define the class {class_name!r}")
     if not issubclass(found, Axis):
         raise ValueError(f"{class_name} in {path} must be a subclass of `Axis`")
-    found._source = source  # the file may change before a processor with it is saved
+    found._code = source  # the file may change before a processor with it is saved
     return found
 
 
@@ -62,6 +63,7 @@ def _module_names():
 
 def _run(path, source, name):
     spec = spec_from_file_location(name, path)
+    assert spec is not None  # for type checkers
     module, before, known = module_from_spec(spec), dict(AXIS_CLASSES), sys.modules.get(name)
     sys.modules[name] = module
     try:
@@ -87,21 +89,17 @@ def _with_relative_imports(path):
     except SyntaxError as error:
         raise ValueError(f"{path} cannot be imported: {error!r}") from error
     lines = source.split("\n")  # not `splitlines`, which also ends lines at characters that Python does not
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
     # From the end, so that the places of those before stay as they are.
-    for node in sorted(
-        filter(_is_import, ast.walk(tree)), key=lambda node: (node.lineno, node.col_offset), reverse=True
-    ):
+    for node in sorted(imports, key=lambda node: (node.lineno, node.col_offset), reverse=True):
         written = _relative(node, path)
         if written is None:
             continue
+        assert node.end_lineno is not None and node.end_col_offset is not None  # for type checkers
         first, last = node.lineno - 1, node.end_lineno - 1
         before, after = lines[first].encode()[: node.col_offset], lines[last].encode()[node.end_col_offset :]
         lines[first : last + 1] = [before.decode() + written + after.decode()]
     return "\n".join(lines)
-
-
-def _is_import(node):
-    return isinstance(node, (ast.Import, ast.ImportFrom))
 
 
 def _relative(node, path):
@@ -128,8 +126,11 @@ def _relative(node, path):
     return "; ".join(statements)
 
 
-class AxisFilesMixin:
-    """Between [`CustomCodeMixin`] and `ProcessorMixin`: a processor is saved with the files of its axes."""
+class AxisFilesMixin(ProcessorMixin):
+    """A processor that is saved with the files of its axes. Subclasses put [`CustomCodeMixin`] before it."""
+
+    axes: tuple[Axis, ...]
+    auto_map: dict[str, str]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -148,15 +149,17 @@ class AxisFilesMixin:
                 # A class that was imported otherwise is the one that is meant; of those from files each folder has its own.
                 if class_name in names and (known is None or known.__module__ in _sources):
                     file = f"{reference.rpartition('--')[2].partition('.')[0]}.py"
-                    load_axis_class(cached_file(pretrained_model_name_or_path, file, **options), class_name)
+                    path = cached_file(pretrained_model_name_or_path, file, **options)
+                    assert path is not None  # for type checkers
+                    load_axis_class(path, class_name)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """As Transformers' own, with the files of axes from [`load_axis_class`], which the processor's module imports.
 
         Args:
             save_directory (`str` or `os.PathLike`): folder to write to.
-            kwargs: as there.
+            push_to_hub, kwargs: as there.
         """
         entry = Path(save_directory, "processing_multigrid.py")
         for axis_class in dict.fromkeys(map(type, self.axes)):
@@ -164,13 +167,13 @@ class AxisFilesMixin:
             if axis_class in BUILTIN_AXES or module.rpartition(".")[0] != _FAMILY:
                 continue
             stem, class_name = module.rpartition(".")[2], axis_class.__name__
-            source = vars(axis_class).get("_source") or Path(sys.modules[module].__file__).read_text(encoding="utf-8")
+            source = vars(axis_class).get("_code") or Path(inspect.getfile(axis_class)).read_text(encoding="utf-8")
             Path(save_directory, f"{stem}.py").write_text(source, encoding="utf-8")
             code, line = entry.read_text(encoding="utf-8"), f"from .{stem} import {class_name}  # noqa: E402, F401\n"
             if line not in code:
                 entry.write_text(code + line, encoding="utf-8")
             self.auto_map[class_name] = f"{stem}.{class_name}"
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
 
 __all__ = ["AxisFilesMixin", "load_axis_class"]

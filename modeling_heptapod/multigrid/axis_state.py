@@ -55,30 +55,30 @@ class AxisState:
         self.special_tokens = special_token_ids(sources.processor.tokenizer) if self.annotated else set()
         self.readings = self.prompt_readings = self._read_prompts(mask)
 
-    def at(self, first: int, length: int) -> torch.LongTensor:
+    def at(self, first: int, length: int) -> torch.Tensor:
         """Axis ids of `length` tokens, the first of which has `first` tokens before it: `[rows, axes, length]`."""
         first -= self.past
         return self.axis_ids[..., first : first + length]
 
-    def choose(self, axis_logits: tuple[torch.Tensor, ...]) -> torch.LongTensor:
+    def choose(self, axis_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Axis ids of the next position from logits `[rows, axis vocabulary]` of each axis: `[rows, axes]`."""
         self.writes_pads = self.finished.clone()
         forced = self.sources.places("forced")
-        chosen = []
+        ids = []
         for axis, logits in enumerate(axis_logits):
             if axis in forced:
-                chosen.append(self.forced[:, forced.index(axis), len(self.chosen)])
+                ids.append(self.forced[:, forced.index(axis), len(self.chosen)])
             elif self.temperature is None:
-                chosen.append(logits.argmax(-1))
+                ids.append(logits.argmax(-1))
             else:
                 chances = (logits.float() / self.temperature).softmax(-1)
-                chosen.append(torch.multinomial(chances, 1).squeeze(-1))
-        chosen = torch.stack([ids.to(self.tokens.device) for ids in chosen], dim=1)
+                ids.append(torch.multinomial(chances, 1).squeeze(-1))
+        chosen = torch.stack([of_axis.to(self.tokens.device) for of_axis in ids], dim=1)
         self.chosen.append(chosen.masked_fill(self.writes_pads.unsqueeze(1), 0))
         self.axis_ids = torch.cat((self.axis_ids, self.chosen[-1].unsqueeze(-1)), dim=-1)
         return self.chosen[-1]
 
-    def follow(self, tokens: torch.LongTensor) -> None:
+    def follow(self, tokens: torch.Tensor) -> None:
         """Continue with sequences `[rows, length]` that are one token longer, in the order of the beams."""
         if self.beams > 1:
             parents = self._parents(tokens[:, :-1])
@@ -91,14 +91,14 @@ class AxisState:
                 ids, self.readings[row] = self.read(self.readings[row], int(tokens[row, -1]))
                 self.axis_ids[row, self.annotated, -1] = self.axis_ids.new_tensor(ids)
 
-    def of_rows(self, sequences: torch.LongTensor) -> torch.LongTensor:
+    def of_rows(self, sequences: torch.Tensor) -> torch.Tensor:
         """Axis ids `[rows, axes, length]` of finished `sequences [rows, length]` without beams."""
         if sequences.shape[1] > self.tokens.shape[1]:
             self.follow(sequences)
         first = self.prompt_axis_ids.shape[-1] - self.prompt_length  # sequences do not contain prompts of embeddings
         return self.axis_ids[..., first : first + sequences.shape[1]]
 
-    def of_beams(self, sequences: torch.LongTensor, beam_indices: torch.LongTensor, per_prompt: int):
+    def of_beams(self, sequences: torch.Tensor, beam_indices: torch.Tensor, per_prompt: int):
         """Axis ids `[rows, axes, length]` of finished hypotheses.
 
         Args:
@@ -149,7 +149,7 @@ class AxisState:
         characters, pending = self.sources.processor.new_characters(reading.pending, token)
         steps = [axis.step(state, characters) for axis, state in zip(self.sources.annotators, reading.states)]
         for axis, (axis_id, _) in zip(self.sources.annotators, steps):
-            if not (isinstance(axis_id, Integral) and 0 <= axis_id < len(axis.vocabulary)):
+            if not (isinstance(axis_id, Integral) and 0 <= int(axis_id) < len(axis.vocabulary)):
                 raise ValueError(f"axis {axis.name!r} must give ids in [0, {len(axis.vocabulary)}), got {axis_id!r}.")
         return [axis_id for axis_id, _ in steps], _Reading(pending, tuple(state for _, state in steps))
 

@@ -1,6 +1,6 @@
 """MultiGrid configuration."""
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -21,6 +21,18 @@ _AT_LEAST_ONE = (
     "intermediate_size",
     "max_position_embeddings",
 )
+_Given = TypeVar("_Given")
+_Read = TypeVar("_Read")
+
+
+class _Field(Generic[_Given, _Read]):
+    """A field, for type checkers, that accepts other types than it has after `_fill_in`."""
+
+    if TYPE_CHECKING:
+
+        def __get__(self, config: object, owner: type | None = None) -> _Read: ...
+
+        def __set__(self, config: object, value: _Given) -> None: ...
 
 
 @auto_docstring(checkpoint="heptapod/multigrid-tiny")
@@ -81,11 +93,21 @@ class MultiGridConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
     ]
 
     vocab_size: int = 32000
-    axis_names: list[str] | tuple[str, ...] | None = None
-    axis_vocab_sizes: list[int] | tuple[int, ...] | None = None
     hidden_size: int = 256
-    axis_hidden_size: int | None = None
-    intermediate_size: int | None = None
+    if TYPE_CHECKING:  # types as given and, after `_fill_in`, as read
+        axis_names: _Field[list[str] | tuple[str, ...] | None, list[str]] = _Field()
+        axis_vocab_sizes: _Field[list[int] | tuple[int, ...] | None, list[int]] = _Field()
+        axis_hidden_size: _Field[int | None, int] = _Field()
+        axis_weights: _Field[list[float] | tuple[float, ...] | None, list[float] | None] = _Field()
+        intermediate_size: _Field[int | None, int] = _Field()
+        window_sizes: _Field[list[int | None] | tuple[int | None, ...] | None, list[int | None]] = _Field()
+    else:
+        axis_names: list[str] | tuple[str, ...] | None = None
+        axis_vocab_sizes: list[int] | tuple[int, ...] | None = None
+        axis_hidden_size: int | None = None
+        axis_weights: list[float | int] | tuple[float | int, ...] | None = None
+        intermediate_size: int | None = None
+        window_sizes: list[int | None] | tuple[int | None, ...] | None = None
     num_hidden_layers: int = 6
     num_attention_heads: int = 4
     hidden_act: str = "gelu_new"
@@ -93,8 +115,6 @@ class MultiGridConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
     axis_order: str = "parallel"
     cross_feed_forward: bool = True
     main_loss_weight: float | int = 0.5
-    axis_weights: list[float | int] | tuple[float | int, ...] | None = None
-    window_sizes: list[int | None] | tuple[int | None, ...] | None = None
     max_position_embeddings: int = 1024
     layer_norm_eps: float = 1e-5
     hidden_dropout: float | int = 0.0

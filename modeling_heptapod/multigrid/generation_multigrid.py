@@ -13,7 +13,7 @@ When the axis id of position `t + 1` is known:
                                                           annotation then replaces
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -30,6 +30,7 @@ from transformers.generation import (
 from ..common.model_inputs import check_ids
 from ..common.transformers_versions import CACHE, OldCacheNameMixin, with_cache_argument
 from .axis_state import AxisState, Sources
+from .configuration_multigrid import MultiGridConfig
 
 
 AXIS_SOURCES = ("predicted", "annotated", "forced")
@@ -45,7 +46,7 @@ class MultiGridGenerateOutput(GenerateDecoderOnlyOutput):
             finished row.
     """
 
-    axis_sequences: torch.LongTensor | None = None
+    axis_sequences: torch.Tensor | None = None
 
 
 @dataclass
@@ -57,7 +58,7 @@ class MultiGridGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
             As in [`MultiGridGenerateOutput`], of the returned hypotheses.
     """
 
-    axis_sequences: torch.LongTensor | None = None
+    axis_sequences: torch.Tensor | None = None
 
 
 class _NotesFinishedRows(StoppingCriteriaList):
@@ -91,6 +92,10 @@ def _with_axis_state(loop):
 class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
     """`generate` with axes. Without axes it is transformers' own."""
 
+    # Of the model. Transformers' annotation of `self`, a protocol that no model fulfils, needs the ignored errors below.
+    config: MultiGridConfig
+    main_logits: Callable[..., torch.Tensor]
+
     def generate(
         self,
         inputs: torch.Tensor | None = None,
@@ -98,7 +103,7 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         *args,
         axis_source: str | dict[str, str] = "predicted",
         processor: Any = None,
-        forced_axis_ids: torch.LongTensor | None = None,
+        forced_axis_ids: torch.Tensor | None = None,
         **kwargs,
     ):
         """As [`GenerationMixin.generate`], with axis ids.
@@ -151,21 +156,21 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
             axis_ids = kwargs.pop("axis_ids", None)
             if axis_ids is not None and axis_ids.numel():
                 raise ValueError(f"`axis_ids` of shape {list(axis_ids.shape)} were given, but the model has no axes.")
-        return super().generate(inputs, generation_config, *args, **kwargs)
+        return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
     @with_cache_argument
     def prepare_inputs_for_generation(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
         past_key_values=None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        axis_ids: torch.LongTensor | None = None,
+        axis_ids: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
         axis_state: AxisState | None = None,
         axis_sources: Sources | None = None,
-        forced_axis_ids: torch.LongTensor | None = None,
+        forced_axis_ids: torch.Tensor | None = None,
         **kwargs,
     ):
         """As the stock method, with the axis ids of the tokens of the next forward pass."""
@@ -197,28 +202,30 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
                 outputs.logits = self.main_logits(hidden, next_axis_ids.unsqueeze(-1).to(hidden.device))
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
-    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs):
         axis_state = self._start_axis_state(input_ids, generation_config, kwargs)
-        if axis_state is None:
-            return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
-        stopping_criteria = _NotesFinishedRows(stopping_criteria, axis_state)
-        out = super()._sample(
-            input_ids, logits_processor, stopping_criteria, generation_config, axis_state=axis_state, **kwargs
+        if axis_state is not None:
+            stopping_criteria = _NotesFinishedRows(stopping_criteria, axis_state)
+            kwargs["axis_state"] = axis_state
+        out = super()._sample(  # type: ignore[misc]
+            input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs
         )
-        if isinstance(out, torch.Tensor):
+        if axis_state is None or isinstance(out, torch.Tensor):
             return out
         return MultiGridGenerateOutput(**out, axis_sequences=axis_state.of_rows(out.sequences))
 
-    def _beam_search(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+    def _beam_search(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs):
         axis_state = self._start_axis_state(input_ids, generation_config, kwargs, beams=generation_config.num_beams)
-        if axis_state is None:
-            return super()._beam_search(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
-        out = super()._beam_search(
-            input_ids, logits_processor, stopping_criteria, generation_config, axis_state=axis_state, **kwargs
+        if axis_state is not None:
+            kwargs["axis_state"] = axis_state
+        out = super()._beam_search(  # type: ignore[misc]
+            input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs
         )
-        if isinstance(out, torch.Tensor):
+        if axis_state is None or isinstance(out, torch.Tensor):
             return out
-        axis_sequences = axis_state.of_beams(out.sequences, out.beam_indices, generation_config.num_return_sequences)
+        axis_sequences = axis_state.of_beams(
+            out.sequences, out["beam_indices"], generation_config.num_return_sequences
+        )
         return MultiGridGenerateBeamOutput(**out, axis_sequences=axis_sequences)
 
     def _assisted_decoding(self, *args, **kwargs):
@@ -227,7 +234,7 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
                 "Assisted decoding is not supported with axes: drafted tokens come without their axis ids. Leave "
                 "`assistant_model` and `prompt_lookup_num_tokens` out."
             )
-        return super()._assisted_decoding(*args, **kwargs)
+        return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
 
     def _axis_sources(self, axis_source, processor, forced_axis_ids) -> Sources:
         names = list(self.config.axis_names)
@@ -321,7 +328,7 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
             temperature=temperature,
         )
 
-    def _annotate_prompts(self, processor, tokens, mask) -> torch.LongTensor:
+    def _annotate_prompts(self, processor, tokens, mask) -> torch.Tensor:
         """Axis ids `[rows, axes, length]` of prompts `[rows, length]` by the axes of `processor`, 0 at pads."""
         names = self.config.axis_names
         ahead = [axis.name for axis in processor.axes if axis.name in names and not axis.causal]
@@ -346,7 +353,7 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         """Length by which `generate` distinguishes whole sequences from new tokens after a cache."""
         return mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", -1)
 
-    def _check_forced(self, sources: Sources, forced: torch.LongTensor, rows: int, steps: int) -> torch.LongTensor:
+    def _check_forced(self, sources: Sources, forced: torch.Tensor, rows: int, steps: int) -> torch.Tensor:
         places: Sequence[int] = sources.places("forced")
         names = [self.config.axis_names[place] for place in places]
         if forced.dim() != 3 or forced.shape[0] != rows or forced.shape[1] not in (len(places), len(sources.of_axes)):

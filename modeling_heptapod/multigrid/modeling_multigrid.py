@@ -9,11 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils import ModelOutput, auto_docstring, can_return_tuple
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
@@ -65,11 +63,11 @@ class MultiGridModelOutput(ModelOutput):
         The axis streams, normalised.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    axis_hidden_states: torch.FloatTensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: MultiGridCache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    axis_hidden_states: torch.Tensor | None = None
 
 
 @auto_docstring(
@@ -102,15 +100,15 @@ class MultiGridCausalLMOutput(ModelOutput):
         Cross-entropy of the next id of each axis, in the order of `axis_names`.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    main_hidden_states: torch.FloatTensor | None = None
-    axis_logits: tuple[torch.FloatTensor, ...] | None = None
-    main_loss: torch.FloatTensor | None = None
-    axis_losses: tuple[torch.FloatTensor, ...] | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: MultiGridCache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    main_hidden_states: torch.Tensor | None = None
+    axis_logits: tuple[torch.Tensor, ...] | None = None
+    main_loss: torch.Tensor | None = None
+    axis_losses: tuple[torch.Tensor, ...] | None = None
 
 
 @auto_docstring
@@ -141,8 +139,9 @@ class MultiGridPreTrainedModel(AutoMappingMixin, CustomCacheMixin, PreTrainedMod
                 layers += [mixing_states(window, heads, 2, head_dim) for window in config.window_sizes]
                 continue
             if config.core == "lstm":  # whose cross blocks have no state
-                shapes = {} if layers else {("recurrent_states", 0): (2, own * head_dim)}
-                states = LayerStates("linear_attention", shapes, precise=True)
+                states = LayerStates("linear_attention", {}, precise=True)
+                if not layers:
+                    states.shapes["recurrent_states", 0] = (2, own * head_dim)
             else:
                 shape = (heads, cache.seen_tokens, head_dim)
                 states = LayerStates("full_attention", {("keys", None): shape, ("values", None): shape})
@@ -159,7 +158,8 @@ class MultiGridModel(MultiGridPreTrainedModel):
             nn.Embedding(size, config.axis_hidden_size) for size in config.axis_vocab_sizes
         )
         if config.core == "leap":
-            self.rotary_emb = LlamaRotaryEmbedding(leap_config(config, config.num_attention_heads))
+            heads = leap_config(config, config.num_attention_heads)
+            self.rotary_emb = LlamaRotaryEmbedding(heads)  # type: ignore[arg-type]  # reads what it shares with Llama's
         elif config.core == "transformer":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
             self.axis_embed_positions = None  # streams of equal width share the table
@@ -179,17 +179,17 @@ class MultiGridModel(MultiGridPreTrainedModel):
     @with_cache_argument
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        axis_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        axis_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: MultiGridCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
-        seq_idx: torch.LongTensor | None = None,
-        cu_seq_lens_q: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        seq_idx: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        **kwargs,
     ) -> MultiGridModelOutput:
         r"""
         axis_ids (`torch.LongTensor` of shape `(batch_size, axes, sequence_length)`, *optional*):
@@ -229,16 +229,16 @@ class MultiGridModel(MultiGridPreTrainedModel):
             past_key_values.past_mask = context.token_mask
         return MultiGridModelOutput(
             last_hidden_state=self.norm(main),
-            **{CACHE: past_key_values if use_cache else None},
+            **{CACHE: past_key_values if use_cache else None},  # type: ignore[arg-type]
             attentions=tuple(attentions) if output_attentions and attentions[0] is not None else None,
             axis_hidden_states=None if meta is None else grouped_norm(list(self.axis_norms), meta).transpose(0, 1),
         )
 
-    def embed(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None) -> torch.FloatTensor:
+    def embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Embeddings `[batch, seq, hidden_size]` of the main axis. Raises `TypeError` and `ValueError` for bad input."""
         return embed_text(self.embed_tokens, input_ids, inputs_embeds, self.config.hidden_size)
 
-    def embed_axes(self, axis_ids: torch.LongTensor | None, shape: tuple[int, int]) -> torch.FloatTensor | None:
+    def embed_axes(self, axis_ids: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
         """Embeddings `[axes, batch, seq, axis_hidden_size]` of the axes, `None` without axes.
 
         Args:
@@ -264,7 +264,9 @@ class MultiGridModel(MultiGridPreTrainedModel):
         if not names:
             return None
         tables = zip(self.axis_embed_tokens, axis_ids.unbind(1), names)
-        return torch.stack([embed_ids(table, ids, f"`axis_ids` of axis {name!r}") for table, ids, name in tables])
+        return torch.stack(
+            [embed_ids(table, ids, f"`axis_ids` of axis {name!r}") for table, ids, name in tables]  # type: ignore[arg-type]
+        )
 
     def _add_positions(self, main, meta, position_ids, may_be_out):
         limit = self.config.max_position_embeddings
@@ -293,33 +295,30 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
         self.axis_lm_heads = nn.ModuleList(
             nn.Linear(config.axis_hidden_size, size, bias=False) for size in config.axis_vocab_sizes
         )
-        self.next_axes = NextAxesBlock(config) if self._is_factored else None
+        is_factored = config.axis_order == "factored" and config.num_axes > 0
+        self.next_axes = NextAxesBlock(config) if is_factored else None
         self.loss_type, self.loss_function = "ForCausalLM", causal_lm_loss
         self.post_init()
-
-    @property
-    def _is_factored(self):
-        return self.config.axis_order == "factored" and self.config.num_axes > 0
 
     @can_return_tuple
     @auto_docstring
     @with_cache_argument
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        axis_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        axis_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        axis_targets: torch.LongTensor | None = None,
-        next_axis_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: MultiGridCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        axis_targets: torch.Tensor | None = None,
+        next_axis_ids: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        seq_idx: torch.LongTensor | None = None,
-        cu_seq_lens_q: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        seq_idx: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        **kwargs,
     ) -> MultiGridCausalLMOutput:
         r"""
         axis_ids (`torch.LongTensor` of shape `(batch_size, axes, sequence_length)`, *optional*):
@@ -336,7 +335,7 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
             Boundaries of the sequences packed into one row.
         """
         of_loss = pop_kwargs(kwargs, "num_items_in_batch", "shift_labels")
-        if next_axis_ids is not None and not self._is_factored:
+        if next_axis_ids is not None and self.next_axes is None:
             raise ValueError(
                 "`next_axis_ids` are for axis_order='factored' and at least one axis; this model has neither."
             )
@@ -355,7 +354,7 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
             **kwargs,
         )
         main = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        if self._is_factored:
+        if self.next_axes is not None:
             rows = (attention_mask, position_ids, seq_idx, cu_seq_lens_q)
             next_ids, known = self._next_axis_ids(axis_ids, next_axis_ids, outputs, past_key_values, *rows)
             next_ids = slice_logits_to_keep(next_ids.transpose(1, 2), logits_to_keep).transpose(1, 2)
@@ -372,7 +371,7 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
             **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            main_hidden_states=main if self._is_factored else None,
+            main_hidden_states=None if self.next_axes is None else main,
             axis_logits=axis_logits,
             **losses,
         )
@@ -396,7 +395,7 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
         return shift_axis_ids(axis_ids, next_axis_ids, mask, segments)
 
     def main_logits(
-        self, main_hidden_states: torch.Tensor, next_axis_ids: torch.LongTensor, known: torch.Tensor | None = None
+        self, main_hidden_states: torch.Tensor, next_axis_ids: torch.Tensor, known: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Scores of the next main token given the next axis ids, in the factored order.
 
@@ -411,7 +410,7 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
         Raises:
             ValueError: in the parallel order, and for ids of another shape or outside of an axis's vocabulary.
         """
-        if not self._is_factored:
+        if self.next_axes is None:
             raise ValueError(
                 "`main_logits` is for axis_order='factored' and at least one axis; this model has neither."
             )

@@ -10,6 +10,8 @@ One layer of the main stream and `A` axis streams has `1 + 3 A` pre-norm blocks 
 Position `t` of a stream reads positions up to `t` only, of itself or of another stream after its self block.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -69,10 +71,12 @@ class MultiGridBlock(nn.Module):
 
     def close(self):
         """Initialise output projections to zero, so that the block starts as a no-op."""
-        for linear in (self.mixer.o_proj, None if self.mlp is None else self.mlp.down_proj):
-            if linear is not None:
-                init.zeros_(linear.weight)
-                init.zeros_(linear.bias)
+        outputs = [self.mixer.get_submodule("o_proj")]
+        if self.mlp is not None:
+            outputs.append(self.mlp.down_proj)
+        for linear in outputs:
+            for parameter in linear.parameters():
+                init.zeros_(parameter)
 
 
 class MultiGridLayer(GradientCheckpointingLayer):
@@ -105,7 +109,7 @@ class MultiGridLayer(GradientCheckpointingLayer):
         past_key_values: MultiGridCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """`main [batch, seq, hidden_size]` and `meta [axes, batch, seq, axis_hidden_size]` after this layer, and attentions."""
-        streams = [([self.self_block], main.unsqueeze(0), None)]
+        streams: list[tuple[Iterable[nn.Module], torch.Tensor, None]] = [([self.self_block], main.unsqueeze(0), None)]
         if meta is not None:
             streams.append((self.axis_self_blocks, meta, None))
         (main, *rest), weights = self._run(self.core, streams, context, past_key_values)
@@ -168,11 +172,11 @@ class NextAxesBlock(nn.Module):
 
 
 def shift_axis_ids(
-    axis_ids: torch.LongTensor,
-    next_axis_ids: torch.LongTensor | None,
-    mask: torch.BoolTensor | None,
-    segments: torch.LongTensor | None,
-) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    axis_ids: torch.Tensor,
+    next_axis_ids: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    segments: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Axis ids of the real token after each position, for the factored order.
 
     Args:

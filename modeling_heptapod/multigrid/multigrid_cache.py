@@ -34,7 +34,7 @@ class MultiGridCache(RecurrentCache):
         super().reset()
         self.past_mask = None
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder the rows for beam search. Their number may change."""
         super().reorder_cache(beam_idx)
         if self.past_mask is not None:

@@ -110,6 +110,7 @@ def make_context(
     if config.core == "transformer":
         _add_causal_mask(context, config, embeds, cache if past else None)
         return context
+    assert rotary_emb is not None  # for type checkers
     precise = embeds.to(torch.promote_types(embeds.dtype, torch.float32))
     rotary = rotary_emb(precise, context.position_ids)
     context.mixing_rows = lay_out(mask, segments, rotary, past > 0, cache is not None)
@@ -149,7 +150,8 @@ def _flash_kwargs(segments):
     first = torch.arange(len(segments), device=segments.device).unsqueeze(1) * segments.shape[1]
     lengths = (first + segments).flatten().unique_consecutive(return_counts=True)[1]
     ends, longest = nn.functional.pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max())
-    return FlashAttentionKwargs(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=longest, max_length_k=longest)
+    # Flash attention takes int32, while its annotation is of int64.
+    return FlashAttentionKwargs(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=longest, max_length_k=longest)  # type: ignore[typeddict-item]
 
 
 def _whole_mask(past_mask, mask, main, past):
@@ -177,12 +179,12 @@ class LSTMRows:
     """
 
     def __init__(self, padding_mask: torch.Tensor | None, segment_ids: torch.Tensor | None):
-        batch, seq = (padding_mask if segment_ids is None else segment_ids).shape
         if segment_ids is None:
-            runs = torch.zeros(batch, seq, dtype=torch.long, device=padding_mask.device)
+            assert padding_mask is not None  # for type checkers: one of both is given
+            runs = torch.zeros_like(padding_mask, dtype=torch.long)
         else:
             runs = nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0)).long().cumsum(1)
-        device = runs.device
+        (batch, seq), device = runs.shape, runs.device
         if padding_mask is None:
             self.tokens = torch.arange(batch * seq, device=device)  # real ones, in a flat batch
         else:
@@ -213,11 +215,11 @@ class LSTMRows:
             return out.unflatten(0, x.shape[:2]), state
         take = self.tokens.new_zeros(len(self.lengths), max(self.lengths))
         take[self.sequence, self.place] = self.tokens
-        rows = nn.utils.rnn.pack_padded_sequence(
+        packed = nn.utils.rnn.pack_padded_sequence(
             x.flatten(0, 1)[take], torch.tensor(self.lengths), batch_first=True, enforce_sorted=False
         )
-        rows, final = lstm(rows, tuple(part[:, self.row] for part in state))
-        rows, _ = nn.utils.rnn.pad_packed_sequence(rows, batch_first=True)
+        packed, final = lstm(packed, tuple(part[:, self.row] for part in state))
+        rows, _ = nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)
         out = out.index_copy(0, self.tokens, rows[self.sequence, self.place])
         has_tokens = self.has_tokens.unsqueeze(-1)
         final = tuple(torch.where(has_tokens, new[:, self.last], old) for new, old in zip(final, state))

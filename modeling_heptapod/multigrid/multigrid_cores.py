@@ -7,7 +7,7 @@ adapters and quantisation find them. `grouped_linear` multiplies several at once
 
 from contextlib import nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +17,8 @@ from ..common.eager_attention import eager_attention
 from ..common.model_inputs import has_dynamic_shapes
 from ..leap.configuration_leap import LeapConfig
 from ..leap.leap_mixing import FocusMixing
+from .configuration_multigrid import MultiGridConfig
+from .multigrid_cache import MultiGridCache
 from .multigrid_context import MultiGridContext
 
 
@@ -45,7 +47,7 @@ def _is_plain(linear):
     return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not hooked
 
 
-def grouped_linear(linears: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
+def grouped_linear(linears: list[nn.Linear], x: torch.Tensor) -> torch.Tensor:
     """One linear layer for each stream: `[streams, batch, seq, in] -> [streams, batch, seq, out]`.
 
     In training one batched product. In inference one product each, with results that do not depend on the number of streams
@@ -89,15 +91,23 @@ class _Core(nn.Module):
     Args:
         config (`MultiGridConfig`): of the model.
         layer_idx (`int`): index of its layer in the cache.
+
+    Attributes:
+        self_mixer (`type`): weights with which a stream reads its own past, made from its width.
+        cross_mixer (`type`): weights with which a stream reads another one, made from both widths and the number of
+            channels between them.
     """
 
-    def __init__(self, config, layer_idx: int):
+    self_mixer: ClassVar[type[nn.Module]]
+    cross_mixer: ClassVar[type[nn.Module]]
+
+    def __init__(self, config: MultiGridConfig, layer_idx: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
 
     def mix(
-        self, groups: list[Group], context: MultiGridContext, cache
+        self, groups: list[Group], context: MultiGridContext, cache: MultiGridCache | None
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """Mix the streams of all groups.
 
@@ -126,17 +136,8 @@ class _CrossAttention(nn.Module):
 class TransformerCore(_Core):
     """Causal attention. The heads of all streams are those of one attention."""
 
+    self_mixer, cross_mixer = _SelfAttention, _CrossAttention
     is_causal = True
-
-    @staticmethod
-    def self_mixer(width: int) -> nn.Module:
-        """Weights of self-attention of a stream."""
-        return _SelfAttention(width)
-
-    @staticmethod
-    def cross_mixer(width: int, other_width: int, inner: int) -> nn.Module:
-        """Weights of cross-attention of a stream to another one, over `inner` channels."""
-        return _CrossAttention(width, other_width, inner)
 
     def mix(self, groups, context, cache):
         parts = [self._project(group) for group in groups]
@@ -169,7 +170,7 @@ class TransformerCore(_Core):
         return query, *key_value.unflatten(-1, (2, -1, head_dim)).unbind(3)
 
 
-def leap_config(config, heads: int) -> LeapConfig:
+def leap_config(config: MultiGridConfig, heads: int) -> LeapConfig:
     """Config of LEAP's mixers with `heads` heads: its defaults, for the self blocks of all layers, then their cross blocks."""
     return LeapConfig(
         hidden_size=heads * config.head_dim,
@@ -196,22 +197,14 @@ class _LeapCrossMixing(nn.Module):
 class LeapCore(_Core):
     """LEAP's mixer on the heads of all streams. In cross blocks all parts but the queries are of the other stream."""
 
+    self_mixer, cross_mixer = _LeapSelfMixing, _LeapCrossMixing
+
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
         axes, axis_heads = config.num_axes, config.axis_num_attention_heads
         is_cross = layer_idx >= config.num_hidden_layers
         heads = 2 * axes * axis_heads if is_cross else config.num_attention_heads + axes * axis_heads
         self.mixer = FocusMixing(leap_config(config, heads), layer_idx)
-
-    @staticmethod
-    def self_mixer(width: int) -> nn.Module:
-        """Weights of LEAP's mixer of a stream."""
-        return _LeapSelfMixing(width)
-
-    @staticmethod
-    def cross_mixer(width: int, other_width: int, inner: int) -> nn.Module:
-        """Weights of LEAP's mixer of a stream that reads another one, over `inner` channels."""
-        return _LeapCrossMixing(width, other_width, inner)
 
     def mix(self, groups, context, cache):
         parts = [self._project(group) for group in groups]
@@ -263,15 +256,7 @@ class LSTMCore(_Core):
     The state of a stream holds its past, so a cross block reads the other stream at the same position only, through a gate.
     """
 
-    @staticmethod
-    def self_mixer(width: int) -> nn.Module:
-        """Weights of the LSTM of a stream."""
-        return _LSTMSelfMixing(width)
-
-    @staticmethod
-    def cross_mixer(width: int, other_width: int, inner: int) -> nn.Module:
-        """Weights of the gate of a stream that reads another one, of `inner` channels."""
-        return _LSTMCrossMixing(width, other_width, inner)
+    self_mixer, cross_mixer = _LSTMSelfMixing, _LSTMCrossMixing
 
     def mix(self, groups, context, cache):
         if groups[0].other is not None:
@@ -307,7 +292,7 @@ class LSTMCore(_Core):
         return grouped_linear([m.o_proj for m in group.mixers], gate * value)
 
 
-CORES = {"transformer": TransformerCore, "leap": LeapCore, "lstm": LSTMCore}
+CORES: dict[str, type[_Core]] = {"transformer": TransformerCore, "leap": LeapCore, "lstm": LSTMCore}
 
 __all__ = [
     "CORES",

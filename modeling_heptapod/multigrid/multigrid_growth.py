@@ -1,15 +1,24 @@
 """Axes added to a trained MultiGrid and removed from it. Predictions stay the same to the last bit."""
 
 import copy
+from typing import Any
 
 from torch import nn
 from transformers import initialization as init
+from transformers.modeling_utils import PreTrainedModel
 
+from .configuration_multigrid import MultiGridConfig
 from .multigrid_blocks import MultiGridBlock, NextAxesBlock
 
 
-class MultiGridGrowthMixin:
+class MultiGridGrowthMixin(PreTrainedModel):
     """Mixin of [`MultiGridForCausalLM`] that adds and removes axes."""
+
+    config: MultiGridConfig
+    model: Any
+    lm_head: nn.Linear
+    axis_lm_heads: nn.ModuleList
+    next_axes: NextAxesBlock | None
 
     def add_axis(self, name: str, vocab_size: int, freeze_rest: bool = False) -> None:
         """Add an axis, the last in `axis_ids`. Predictions of the text and of other axes stay the same to the last bit.
@@ -49,15 +58,14 @@ class MultiGridGrowthMixin:
         if config.num_axes == 1 and config.core == "transformer" and config.axis_hidden_size != config.hidden_size:
             table = nn.Embedding(config.max_position_embeddings, config.axis_hidden_size)
             base.axis_embed_positions = self._like(table, base.embed_positions)
-        if self._is_factored and self.next_axes is None:
-            self.next_axes = self._like(NextAxesBlock(config), self.lm_head)
-            init.zeros_(self.next_axes.mlp.down_proj.weight)
-        elif self._is_factored:
-            self._append(
-                self.next_axes.projs, nn.Linear(config.axis_hidden_size, config.hidden_size, bias=False), self.lm_head
-            )
-        if self._is_factored:
-            init.zeros_(self.next_axes.projs[-1].weight)
+        if config.axis_order == "factored":
+            if self.next_axes is None:
+                self.next_axes = self._like(NextAxesBlock(config), self.lm_head)
+                init.zeros_(self.next_axes.mlp.down_proj.weight)
+            else:
+                proj = nn.Linear(config.axis_hidden_size, config.hidden_size, bias=False)
+                self._append(self.next_axes.projs, proj, self.lm_head)
+            init.zeros_(self.next_axes.projs[-1].get_parameter("weight"))
         self.train(self.training)
         if freeze_rest:
             for parameter in self.parameters():

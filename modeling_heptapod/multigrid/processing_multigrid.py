@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import ProcessorMixin
 
 from ..common.processing_utils import columns_of, list_of_texts, reads_text_only, special_token_ids
 from ..common.remote_code import CustomCodeMixin
@@ -16,7 +15,7 @@ from .axis_registry import make_axis
 UNFINISHED = "\ufffd"
 
 
-class MultiGridProcessor(CustomCodeMixin, AxisFilesMixin, ProcessorMixin):
+class MultiGridProcessor(CustomCodeMixin, AxisFilesMixin):
     """A tokenizer and the axes of its tokens.
 
     Args:
@@ -145,8 +144,8 @@ class MultiGridProcessor(CustomCodeMixin, AxisFilesMixin, ProcessorMixin):
         """
         columns = columns_of(encoded_inputs)
         lengths = [len(ids) for ids in columns["input_ids"]]
-        tracks = {"axis_ids": columns.pop("axis_ids", None), "labels": columns.pop("labels", None)}
-        if tracks["axis_ids"] is None and self.axes:
+        axis_ids, labels = columns.pop("axis_ids", None), columns.pop("labels", None)
+        if axis_ids is None and self.axes:
             raise ValueError(f"`encoded_inputs` must have `axis_ids` of the axes {self.axis_names}.")
         padded = self.tokenizer.pad(
             columns,
@@ -159,11 +158,11 @@ class MultiGridProcessor(CustomCodeMixin, AxisFilesMixin, ProcessorMixin):
         )
         data = dict(padded)
         side = self.tokenizer.padding_side if padding_side is None else padding_side
-        for name, filler, shape in (("axis_ids", 0, [len(self.axes)]), ("labels", -100, [])):
-            if tracks[name] is None:
+        for name, rows, filler, shape in (("axis_ids", axis_ids, 0, [len(self.axes)]), ("labels", labels, -100, [])):
+            if rows is None:
                 continue
             data[name] = []
-            for row, length, ids in zip(tracks[name], lengths, data["input_ids"]):
+            for row, length, ids in zip(rows, lengths, data["input_ids"]):
                 row = np.asarray(row, dtype=np.int64)
                 if list(row.shape) != [*shape, length]:
                     raise ValueError(
@@ -255,9 +254,9 @@ class MultiGridProcessor(CustomCodeMixin, AxisFilesMixin, ProcessorMixin):
         annotated[:, is_special] = 0
         places = is_text.nonzero()[0]
         right = self.tokenizer.truncation_side == "right"
-        kept = slice(len(places)) if right else slice(len(offsets) - len(places), None)
+        first = 0 if right else len(offsets) - len(places)
         ids = np.zeros((len(self.axes), len(is_text)), dtype=np.int64)
-        ids[:, places] = annotated[:, kept]
+        ids[:, places] = annotated[:, first : first + len(places)]
         return ids.tolist()
 
 

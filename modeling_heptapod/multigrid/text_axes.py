@@ -42,7 +42,9 @@ class AffixAxis(Axis):
     def __init__(self, name: str = "affix", entries: Sequence[str] = ENGLISH_AFFIXES):
         entries = tuple(entries)
         super().__init__(name, ("none", *entries))
-        self._words, self._prefixes, self._suffixes = {}, {}, {}
+        self._words: dict[str, int] = {}
+        self._prefixes: dict[str, int] = {}
+        self._suffixes: dict[str, int] = {}
         for axis_id, entry in enumerate(entries, start=1):
             letters = entry.strip("-")
             if (
