@@ -18,12 +18,15 @@ from modeling_heptapod import (
     Axis,
     ConstantAxis,
     DecisionTreeAxis,
+    GoldTagAxis,
     MultiGridProcessor,
+    PartOfSpeechAxis,
     RandomAxis,
     find_lookahead,
     make_axis,
 )
 from modeling_heptapod.multigrid.axes import Automaton, visible_lengths
+from modeling_heptapod.multigrid.axis_registry import BUILTIN_AXES
 from tests.tiny_multigrid import tiny_multigrid
 
 
@@ -36,7 +39,8 @@ TREE = {
     "nodes": [[1, 96, 1, 4], [3, -1, 2, 3], [1], [2], [2, 0x2000, 5, 6], [3], [0]],
     "vocabulary": ["none", "a", "b", "c"],
 }
-BY_RULE = ["constant", "random", "affix", "token_kind", "bracket", "indentation", "string", TREE]
+ON_DATA = (PartOfSpeechAxis, GoldTagAxis)
+BY_RULE = [*(name for axis in BUILTIN_AXES if axis not in ON_DATA for name in axis.registry_names), TREE]
 ENGLISH = """\
 There was once an undone king's daughter, who'd been told: "Don't go into the wood!" She was (it is said) unhappy,
 and her brother's 'friends' weren't helpful. -- Nevertheless, Mr. Fox's beautiful, well-kept house stood there...
@@ -78,6 +82,10 @@ def offsets_of(text, kind):
     """`kind` byte: several tokens share a character; bpe: tokens of several characters, and of parts of two."""
     tokenizer = build_tokenizer(kind, [text + "é€" * 40], vocab_size=300)
     return tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+
+
+def test_every_axis_is_tested(axes):
+    assert {*map(type, axes), *ON_DATA} == set(BUILTIN_AXES) and len(axes) > 7
 
 
 # ---- causality

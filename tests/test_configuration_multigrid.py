@@ -1,5 +1,6 @@
 """Values that make no MultiGrid are named; the others survive a round trip."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -8,6 +9,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_heptapod import MultiGridConfig
+from modeling_heptapod.multigrid.configuration_multigrid import AXIS_ORDERS, CORE_LAYER_TYPES
+from modeling_heptapod.multigrid.multigrid_cores import CORES
+from tests.tiny_multigrid import VARIANTS, tiny_config
 
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -31,6 +35,21 @@ def test_what_follows_from_axes():
     assert config.axis_weights is None and config.axis_shares == [1 / 3] * 3
     assert config.cache_layer_types == ["full_attention"] * 4 and len(config.layer_types) == 2
     assert MultiGridConfig(**TWO, axis_weights=(0.25, 1)).axis_shares == [0.25, 1]
+
+
+@pytest.mark.parametrize("field, known", [("core", tuple(CORE_LAYER_TYPES)), ("axis_order", AXIS_ORDERS)])
+def test_unknown_options_are_named_with_the_known_ones(field, known):
+    for value in known:
+        assert getattr(MultiGridConfig(**TWO, **{field: value}), field) == value
+    with pytest.raises((ValueError, StrictDataclassError)) as error:
+        MultiGridConfig(**TWO, **{field: "mamba"})
+    assert f"`{field}` must be one of {known}, got 'mamba'" in str(error.value)
+
+
+def test_every_core_has_code_and_is_tested_in_both_orders():
+    assert tuple(CORES) == tuple(CORE_LAYER_TYPES)
+    tested = {(config.core, config.axis_order) for config in (tiny_config(**x) for x in VARIANTS.values())}
+    assert tested == set(itertools.product(CORE_LAYER_TYPES, AXIS_ORDERS))
 
 
 def test_narrow_meta_streams():

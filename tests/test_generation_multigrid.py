@@ -9,6 +9,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_heptapod import MultiGridCache, MultiGridProcessor
+from modeling_heptapod.multigrid.configuration_multigrid import AXIS_ORDERS
 from tests.tiny import a_loop_of_ones_own
 from tests.tiny_multigrid import TWO_AXES, VARIANTS, random_grid, random_ids, tiny_multigrid
 
@@ -20,7 +21,7 @@ WITH_AXES = [name for name, options in VARIANTS.items() if "axis_names" in optio
 # For what takes longer: one of a kind, the others among the slow tests.
 ONE_OF_A_KIND = ("light", "factored", "leap", "lstm-factored")
 MOST_SLOWLY = [x if x in ONE_OF_A_KIND else pytest.param(x, marks=pytest.mark.slow) for x in WITH_AXES]
-BOTH_ORDERS = pytest.mark.parametrize("order", ["parallel", "factored"])
+BOTH_ORDERS = pytest.mark.parametrize("order", AXIS_ORDERS)
 
 
 def two_axes(order="parallel", **overrides):

@@ -941,7 +941,7 @@ def test_other_bad_inputs_are_named():
         model(**grid, next_axis_ids=torch.full((2, 2), 7))
     with pytest.raises(ValueError, match=r"next_axis_ids.*\[2, 2, 1\]"):
         model.main_logits(torch.zeros(2, 1, 16), torch.zeros(2, 2, dtype=torch.long))
-    with pytest.raises(ValueError, match="`next_axis_ids` are for axis_order='factored'"):
+    with pytest.raises(ValueError, match="`next_axis_ids` need axis_order='factored'"):
         tiny_multigrid(**TWO_AXES)(**grid, next_axis_ids=torch.zeros(2, 2, dtype=torch.long))
     with pytest.raises(ValueError, match="factored"):
         tiny_multigrid(**TWO_AXES).main_logits(torch.zeros(2, 1, 16), torch.zeros(2, 2, 1, dtype=torch.long))

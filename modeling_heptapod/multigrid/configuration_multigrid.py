@@ -11,7 +11,11 @@ from ..common.remote_code import CustomCodeMixin
 from ..common.renamed_fields import RenamedFieldsMixin
 
 
-_CHOICES = {"core": ("transformer", "leap", "lstm"), "axis_order": ("parallel", "factored")}
+# Cores by name, with transformers' name for the type of their cache layers. Their code is in `CORES` in `multigrid_cores.py`.
+CORE_LAYER_TYPES = {"transformer": "full_attention", "leap": "linear_attention", "lstm": "linear_attention"}
+AXIS_ORDERS = ("parallel", "factored")
+
+_CHOICES = {"core": tuple(CORE_LAYER_TYPES), "axis_order": AXIS_ORDERS}
 _AT_LEAST_ONE = (
     "vocab_size",
     "hidden_size",
@@ -221,7 +225,8 @@ class MultiGridConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         """Type of each layer, by transformers' names for layers of a cache."""
-        return ["full_attention" if self.core == "transformer" else "linear_attention"] * self.num_hidden_layers
+        kind = CORE_LAYER_TYPES.get(self.core, "")  # also read before an unknown core raises an error
+        return [kind] * self.num_hidden_layers
 
     @property
     def cache_layer_types(self) -> list[str]:
@@ -229,4 +234,4 @@ class MultiGridConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
         return self.layer_types * (2 if self.num_axes else 1)
 
 
-__all__ = ["MultiGridConfig"]
+__all__ = ["AXIS_ORDERS", "CORE_LAYER_TYPES", "MultiGridConfig"]

@@ -16,7 +16,6 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from ..common.auto_mapping import AutoMappingMixin
-from ..common.cache_checks import LayerStates
 from ..common.cache_mixins import CustomCacheMixin
 from ..common.losses import IGNORE_INDEX, causal_lm_loss, check_labels, require_labels
 from ..common.model_inputs import (
@@ -31,7 +30,6 @@ from ..common.model_inputs import (
 from ..common.packing import segment_ids as find_segments
 from ..common.transformers_versions import CACHE, slice_logits_to_keep, with_cache_argument, with_cache_field
 from ..common.unused_kwargs import pop_kwargs, reject_unused_kwargs
-from ..leap.recurrent_cache import mixing_states
 from .configuration_multigrid import MultiGridConfig
 from .generation_multigrid import MultiGridGenerationMixin
 from .multigrid_blocks import MultiGridLayer, NextAxesBlock, shift_axis_ids
@@ -131,22 +129,9 @@ class MultiGridPreTrainedModel(AutoMappingMixin, CustomCacheMixin, PreTrainedMod
 
     def _cache_layers(self, cache):
         """See `CustomCacheMixin._cache_layers`: layers of the self blocks, then, with axes, of the cross blocks."""
-        config, layers = self.config, []
-        axes, head_dim = config.num_axes, config.head_dim
-        own = config.num_attention_heads + axes * config.axis_num_attention_heads
-        for heads in (own, 2 * axes * config.axis_num_attention_heads)[: 2 if axes else 1]:
-            if config.core == "leap":
-                layers += [mixing_states(window, heads, 2, head_dim) for window in config.window_sizes]
-                continue
-            if config.core == "lstm":  # whose cross blocks have no state
-                states = LayerStates("linear_attention", {}, precise=True)
-                if not layers:
-                    states.shapes["recurrent_states", 0] = (2, own * head_dim)
-            else:
-                shape = (heads, cache.seen_tokens, head_dim)
-                states = LayerStates("full_attention", {("keys", None): shape, ("values", None): shape})
-            layers += [states] * config.num_hidden_layers
-        return layers
+        layers = self.base_model.layers
+        cores = [*(layer.core for layer in layers), *(layer.cross_core for layer in layers if self.config.num_axes)]
+        return [core.cache_states(cache.seen_tokens) for core in cores]
 
 
 @auto_docstring
@@ -336,9 +321,7 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
         """
         of_loss = pop_kwargs(kwargs, "num_items_in_batch", "shift_labels")
         if next_axis_ids is not None and self.next_axes is None:
-            raise ValueError(
-                "`next_axis_ids` are for axis_order='factored' and at least one axis; this model has neither."
-            )
+            raise ValueError("`next_axis_ids` need axis_order='factored' and at least one axis.")
         if self.config.num_axes:
             require_labels(labels, of_loss.get("num_items_in_batch"), "the axes learn with them")
         outputs = self.model(
@@ -354,14 +337,14 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
             **kwargs,
         )
         main = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        if self.next_axes is not None:
+        if self.next_axes is None:
+            logits = self.lm_head(main)
+        else:
             rows = (attention_mask, position_ids, seq_idx, cu_seq_lens_q)
             next_ids, known = self._next_axis_ids(axis_ids, next_axis_ids, outputs, past_key_values, *rows)
             next_ids = slice_logits_to_keep(next_ids.transpose(1, 2), logits_to_keep).transpose(1, 2)
             known = slice_logits_to_keep(known.unsqueeze(-1), logits_to_keep).squeeze(-1)
             logits = self.main_logits(main, next_ids, known)
-        else:
-            logits = self.lm_head(main)
         axis_logits = self._axis_logits(outputs.axis_hidden_states, logits_to_keep)
         losses = {}
         if labels is not None:
@@ -411,9 +394,7 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
             ValueError: in the parallel order, and for ids of another shape or outside of an axis's vocabulary.
         """
         if self.next_axes is None:
-            raise ValueError(
-                "`main_logits` is for axis_order='factored' and at least one axis; this model has neither."
-            )
+            raise ValueError("`main_logits` needs axis_order='factored' and at least one axis.")
         names = self.config.axis_names
         expected = [main_hidden_states.shape[0], len(names), main_hidden_states.shape[1]]
         if list(next_axis_ids.shape) != expected:

@@ -13,10 +13,12 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..common.cache_checks import LayerStates
 from ..common.eager_attention import eager_attention
 from ..common.model_inputs import has_dynamic_shapes
 from ..leap.configuration_leap import LeapConfig
 from ..leap.leap_mixing import FocusMixing
+from ..leap.recurrent_cache import mixing_states
 from .configuration_multigrid import MultiGridConfig
 from .multigrid_cache import MultiGridCache
 from .multigrid_context import MultiGridContext
@@ -105,6 +107,9 @@ class _Core(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        self.is_cross = layer_idx >= config.num_hidden_layers
+        axis_heads = config.num_axes * config.axis_num_attention_heads
+        self.num_heads = 2 * axis_heads if self.is_cross else config.num_attention_heads + axis_heads
 
     def mix(
         self, groups: list[Group], context: MultiGridContext, cache: MultiGridCache | None
@@ -115,6 +120,10 @@ class _Core(nn.Module):
             What is added to each stream, `[streams, batch, seq, width]` for each group, and attention weights
             `[batch, all heads, seq, keys]` with `context.output_attentions` and core "transformer", else `None`.
         """
+        raise NotImplementedError
+
+    def cache_states(self, seen_tokens: int) -> LayerStates:
+        """States of its layer of a cache that has seen so many tokens."""
         raise NotImplementedError
 
 
@@ -159,6 +168,10 @@ class TransformerCore(_Core):
         outs = [grouped_linear([m.o_proj for m in group.mixers], out) for group, out in zip(groups, outs)]
         return outs, weights if context.output_attentions else None
 
+    def cache_states(self, seen_tokens):
+        shape = (self.num_heads, seen_tokens, self.config.head_dim)
+        return LayerStates("full_attention", {("keys", None): shape, ("values", None): shape})
+
     def _project(self, group):
         """Queries, keys and values `[streams, batch, seq, heads, head_dim]`."""
         head_dim = self.config.head_dim
@@ -201,10 +214,7 @@ class LeapCore(_Core):
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
-        axes, axis_heads = config.num_axes, config.axis_num_attention_heads
-        is_cross = layer_idx >= config.num_hidden_layers
-        heads = 2 * axes * axis_heads if is_cross else config.num_attention_heads + axes * axis_heads
-        self.mixer = FocusMixing(leap_config(config, heads), layer_idx)
+        self.mixer = FocusMixing(leap_config(config, self.num_heads), layer_idx)
 
     def mix(self, groups, context, cache):
         parts = [self._project(group) for group in groups]
@@ -217,6 +227,10 @@ class LeapCore(_Core):
             if group.other is not None:
                 outs[i] = grouped_linear([m.o_proj for m in group.mixers], outs[i])
         return outs, None
+
+    def cache_states(self, seen_tokens):
+        window = self.config.window_sizes[self.layer_idx % self.config.num_hidden_layers]
+        return mixing_states(window, self.num_heads, 2, self.config.head_dim)
 
     def _project(self, group):
         """Queries, focus, keys and values `[streams, batch, seq, 4, heads, head_dim]`."""
@@ -259,7 +273,7 @@ class LSTMCore(_Core):
     self_mixer, cross_mixer = _LSTMSelfMixing, _LSTMCrossMixing
 
     def mix(self, groups, context, cache):
-        if groups[0].other is not None:
+        if self.is_cross:
             return [self._read(group) for group in groups], None
         outs, states, offset = [], [], 0
         past = None if cache is None else cache.get_recurrent_state(self.layer_idx)
@@ -285,6 +299,12 @@ class LSTMCore(_Core):
             state = torch.cat(states, dim=-1).transpose(0, 1).to(precise)  # [batch, 2, width of all]
             cache.update_recurrent_state(state, self.layer_idx)
         return outs, None
+
+    def cache_states(self, seen_tokens):
+        states = LayerStates("linear_attention", {}, precise=True)
+        if not self.is_cross:  # cross blocks have none
+            states.shapes["recurrent_states", 0] = (2, self.num_heads * self.config.head_dim)
+        return states
 
     def _read(self, group):
         gate = torch.sigmoid(grouped_linear([m.gate_proj for m in group.mixers], group.own))

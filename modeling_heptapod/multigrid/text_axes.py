@@ -112,7 +112,9 @@ PENN_TAGS = tuple(
     "VBG VBN VBP VBZ WDT WP WP$ WRB ``".split()
 )
 UNIVERSAL_TAGS = tuple(". ADJ ADP ADV CONJ DET NOUN NUM PRON PRT VERB X".split())
+TAGSETS = {"universal": UNIVERSAL_TAGS, "penn": PENN_TAGS}
 ALIGNMENTS = ("previous_word", "word")
+TAG_COLUMNS = {"upos": 3, "xpos": 4}  # of CoNLL-U
 
 _APOSTROPHES = "'\u2019"
 _CONTRACTION = re.compile(r"(.+)(n't|'(?:s|re|ve|ll|d|m))", re.IGNORECASE)
@@ -151,9 +153,9 @@ class PartOfSpeechAxis(Axis):
     def __init__(self, name: str = "part_of_speech", alignment: str = "previous_word", tagset: str = "universal"):
         if alignment not in ALIGNMENTS:
             raise ValueError(f"`alignment` must be one of {ALIGNMENTS}, got {alignment!r}.")
-        if tagset not in ("universal", "penn"):
-            raise ValueError(f"`tagset` must be 'universal' or 'penn', got {tagset!r}.")
-        super().__init__(name, ("none", *(UNIVERSAL_TAGS if tagset == "universal" else PENN_TAGS)))
+        if tagset not in tuple(TAGSETS):
+            raise ValueError(f"`tagset` must be one of {tuple(TAGSETS)}, got {tagset!r}.")
+        super().__init__(name, ("none", *TAGSETS[tagset]))
         self.alignment, self.tagset, self.causal = alignment, tagset, alignment == "previous_word"
 
     def start(self):
@@ -344,8 +346,8 @@ def read_conllu(path: str | Path, tags: str = "upos") -> list[TaggedText]:
     Raises:
         ValueError: for other `tags`, and for a line without ten or four columns.
     """
-    if tags not in ("upos", "xpos"):
-        raise ValueError(f"`tags` must be 'upos' or 'xpos', got {tags!r}.")
+    if tags not in tuple(TAG_COLUMNS):
+        raise ValueError(f"`tags` must be one of {tuple(TAG_COLUMNS)}, got {tags!r}.")
     documents, document, name, joined = [], _Document(), None, {}
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         cells = line.split("\t")
@@ -357,10 +359,9 @@ def read_conllu(path: str | Path, tags: str = "upos") -> list[TaggedText]:
                 document = _Document()
             name = new_name
         elif len(cells) == 4:
-            form, upos, xpos, blank = cells
-            document.add(form, upos if tags == "upos" else xpos, blank == "1")
+            document.add(cells[0], cells[TAG_COLUMNS[tags] - 2], cells[3] == "1")
         elif len(cells) == 10:
-            index, form, tag = cells[0], cells[1], cells[3 if tags == "upos" else 4]
+            index, form, tag = cells[0], cells[1], cells[TAG_COLUMNS[tags]]
             if "-" in index:
                 joined = {
                     "form": form,
