@@ -1,11 +1,32 @@
-"""Checks of numbers, shared by all configurations."""
+"""Checks and types of fields, shared by all configurations."""
 
 import dataclasses
 import math
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 
 LARGEST = 2**31 - 1  # native code and index arithmetic use 32 bits
 MOST_LAYERS = 65_536
+
+_Given = TypeVar("_Given")
+_Read = TypeVar("_Read")
+
+
+class Field(Generic[_Given, _Read]):
+    """A field that is given as one type and read as another, once the config has filled it in. At run time it has the first."""
+
+    if TYPE_CHECKING:
+
+        def __init__(self, default: _Given) -> None: ...
+        def __get__(self, config: object, owner: type | None = None) -> _Read: ...
+        def __set__(self, config: object, value: _Given) -> None: ...
+    else:
+
+        def __class_getitem__(cls, types):
+            return types[0]
+
+        def __new__(cls, default):
+            return default
 
 
 def check_numbers(config) -> None:
@@ -80,4 +101,4 @@ def check_window_sizes(config) -> None:
         raise ValueError(f"`window_sizes` must be at least 1 or None (global), got {windows}.")
 
 
-__all__ = ["check_fields", "check_numbers", "check_window_sizes"]
+__all__ = ["Field", "check_fields", "check_numbers", "check_window_sizes"]

@@ -20,6 +20,7 @@ Id 0 is that of the empty text. Special tokens and pads have id 0, too.
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -149,15 +150,11 @@ class Axis:
 
     def __reduce__(self):
         # Copies and pickles are made from the arguments, without cached transitions.
-        return _make_again, (type(self), {"name": self.name, **self.arguments()})
+        return partial(type(self), name=self.name, **self.arguments()), ()
 
     def _refuse_if_not_causal(self):
         if not self.causal:
             raise ValueError(f"axis {self.name!r} cannot be continued while text is written: {self.why_not_causal}")
-
-
-def _make_again(axis_class, arguments):
-    return axis_class(**arguments)
 
 
 class ConstantAxis(Axis):

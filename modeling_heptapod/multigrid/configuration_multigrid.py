@@ -1,12 +1,12 @@
 """MultiGrid configuration."""
 
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring
 
-from ..common.config_checks import check_fields, check_numbers, check_window_sizes
+from ..common.config_checks import Field, check_fields, check_numbers, check_window_sizes
 from ..common.remote_code import CustomCodeMixin
 from ..common.renamed_fields import RenamedFieldsMixin
 
@@ -25,18 +25,6 @@ _AT_LEAST_ONE = (
     "intermediate_size",
     "max_position_embeddings",
 )
-_Given = TypeVar("_Given")
-_Read = TypeVar("_Read")
-
-
-class _Field(Generic[_Given, _Read]):
-    """A field, for type checkers, that accepts other types than it has after `_fill_in`."""
-
-    if TYPE_CHECKING:
-
-        def __get__(self, config: object, owner: type | None = None) -> _Read: ...
-
-        def __set__(self, config: object, value: _Given) -> None: ...
 
 
 @auto_docstring(checkpoint="heptapod/multigrid-tiny")
@@ -97,21 +85,11 @@ class MultiGridConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
     ]
 
     vocab_size: int = 32000
+    axis_names: Field[list[str] | tuple[str, ...] | None, list[str]] = Field(None)
+    axis_vocab_sizes: Field[list[int] | tuple[int, ...] | None, list[int]] = Field(None)
     hidden_size: int = 256
-    if TYPE_CHECKING:  # types as given and, after `_fill_in`, as read
-        axis_names: _Field[list[str] | tuple[str, ...] | None, list[str]] = _Field()
-        axis_vocab_sizes: _Field[list[int] | tuple[int, ...] | None, list[int]] = _Field()
-        axis_hidden_size: _Field[int | None, int] = _Field()
-        axis_weights: _Field[list[float] | tuple[float, ...] | None, list[float] | None] = _Field()
-        intermediate_size: _Field[int | None, int] = _Field()
-        window_sizes: _Field[list[int | None] | tuple[int | None, ...] | None, list[int | None]] = _Field()
-    else:
-        axis_names: list[str] | tuple[str, ...] | None = None
-        axis_vocab_sizes: list[int] | tuple[int, ...] | None = None
-        axis_hidden_size: int | None = None
-        axis_weights: list[float | int] | tuple[float | int, ...] | None = None
-        intermediate_size: int | None = None
-        window_sizes: list[int | None] | tuple[int | None, ...] | None = None
+    axis_hidden_size: Field[int | None, int] = Field(None)
+    intermediate_size: Field[int | None, int] = Field(None)
     num_hidden_layers: int = 6
     num_attention_heads: int = 4
     hidden_act: str = "gelu_new"
@@ -119,6 +97,8 @@ class MultiGridConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
     axis_order: str = "parallel"
     cross_feed_forward: bool = True
     main_loss_weight: float | int = 0.5
+    axis_weights: Field[list[float | int] | tuple[float | int, ...] | None, list[float] | None] = Field(None)
+    window_sizes: Field[list[int | None] | tuple[int | None, ...] | None, list[int | None]] = Field(None)
     max_position_embeddings: int = 1024
     layer_norm_eps: float = 1e-5
     hidden_dropout: float | int = 0.0
@@ -188,14 +168,11 @@ class MultiGridConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
         if self.attention_dropout and self.core != "transformer":
             raise ValueError(f"`attention_dropout` needs core='transformer', got core={self.core!r}.")
         if self.core == "leap":
-            self._validate_leap()
+            if self.head_dim % 2:
+                raise ValueError(f"core='leap' turns pairs of channels, but `head_dim` is {self.head_dim}.")
+            check_window_sizes(self)
         elif self.window_sizes is not None:
             raise ValueError(f"`window_sizes` needs core='leap', got core={self.core!r}.")
-
-    def _validate_leap(self):
-        if self.head_dim % 2:
-            raise ValueError(f"core='leap' turns pairs of channels, but `head_dim` is {self.head_dim}.")
-        check_window_sizes(self)
 
     @property
     def num_axes(self) -> int:
