@@ -46,7 +46,10 @@ def make_axis(spec) -> Axis:
             for name, arguments in vars(axis_class).get("registry_names", {}).items()
         }
         if spec not in registry_names:
-            raise ValueError(f"axis {spec!r} is neither a .json file nor one of {sorted(registry_names)}.")
+            raise ValueError(
+                f"axis {spec!r} is neither a .json file nor one of {sorted(registry_names)}; `load_axis_class` loads a class "
+                "from a file."
+            )
         axis_class, arguments = registry_names[spec]
         return axis_class(**arguments)
     if not isinstance(spec, dict) or not isinstance(spec.get("class"), str):
