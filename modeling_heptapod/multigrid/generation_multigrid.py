@@ -125,8 +125,7 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
                 Its tokenizer decodes tokens, and its axes annotate the new text, and the prompt where `axis_ids` are not
                 given.
             forced_axis_ids (`torch.LongTensor` of shape `[batch, forced axes or all axes, steps]`, *optional*):
-                Axis ids of the new tokens, at least as many as are generated. With all axes given, only the forced ones are
-                read.
+                Axis ids of the new tokens, at least as many as are generated. Of all axes the forced ones are read.
             custom_generate (`Callable` or `str`, *optional*):
                 As there. A custom loop gets the axis ids in its keyword arguments and passes these on to
                 `prepare_inputs_for_generation` and `_update_model_kwargs_for_generation`. It must call them in the order of
@@ -305,7 +304,9 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
                 "processor returns them with the `input_ids`; or pass `processor`, which annotates a prompt of tokens."
             )
         annotated = sources.places("annotated")
-        whole = embeds is not None or past == 0 or length == self._mask_length(mask, generation_config)
+        # Length by which `generate` distinguishes whole sequences from new tokens after a cache.
+        whole_length = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+        whole = embeds is not None or past == 0 or length == whole_length
         if annotated and (embeds is not None or not whole):
             raise ValueError(
                 f"Axes {[self.config.axis_names[a] for a in annotated]} cannot be annotated: the text from its beginning "
@@ -347,11 +348,6 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
                 ids, reading = reader.read(reading, int(tokens[row, place]))
                 axis_ids[row, :, place] = axis_ids.new_tensor(ids)
         return axis_ids
-
-    @staticmethod
-    def _mask_length(mask, generation_config):
-        """Length by which `generate` distinguishes whole sequences from new tokens after a cache."""
-        return mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", -1)
 
     def _check_forced(self, sources: Sources, forced: torch.Tensor, rows: int, steps: int) -> torch.Tensor:
         places: Sequence[int] = sources.places("forced")

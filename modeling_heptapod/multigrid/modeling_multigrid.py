@@ -309,11 +309,9 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
         axis_ids (`torch.LongTensor` of shape `(batch_size, axes, sequence_length)`, *optional*):
             Token of each axis at each position, in the order of `config.axis_names`. Required with axes.
         axis_targets (`torch.LongTensor` of shape `(batch_size, axes, sequence_length)`, *optional*):
-            Targets of the axes, aligned like `labels`, or like `shift_labels` where those are given. Defaults to `axis_ids`,
-            ignored where the main targets are -100.
+            Targets of the axes, aligned like `labels` or `shift_labels`. Defaults to `axis_ids`, ignored where those are -100.
         next_axis_ids (`torch.LongTensor` of shape `(batch_size, axes)`, *optional*):
-            In the factored order, the axis ids after the last position. Without them the logits there are not conditioned on
-            axis ids.
+            In the factored order, the axis ids after the last position, on which the logits there are conditioned.
         seq_idx (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Index of the packed sequence each token belongs to.
         cu_seq_lens_q (`torch.LongTensor` of shape `(num_sequences + 1,)`, *optional*):
@@ -322,33 +320,28 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
         of_loss = pop_kwargs(kwargs, "num_items_in_batch", "shift_labels")
         if next_axis_ids is not None and self.next_axes is None:
             raise ValueError("`next_axis_ids` need axis_order='factored' and at least one axis.")
-        if self.config.num_axes:
-            require_labels(labels, of_loss.get("num_items_in_batch"), "the axes learn with them")
+        rows = {"position_ids": position_ids, "seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q}
         outputs = self.model(
             input_ids=input_ids,
             axis_ids=axis_ids,
             attention_mask=attention_mask,
-            position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            seq_idx=seq_idx,
-            cu_seq_lens_q=cu_seq_lens_q,
+            **rows,
             **kwargs,
         )
         main = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         if self.next_axes is None:
             logits = self.lm_head(main)
         else:
-            rows = (attention_mask, position_ids, seq_idx, cu_seq_lens_q)
-            next_ids, known = self._next_axis_ids(axis_ids, next_axis_ids, outputs, past_key_values, *rows)
-            next_ids = slice_logits_to_keep(next_ids.transpose(1, 2), logits_to_keep).transpose(1, 2)
-            known = slice_logits_to_keep(known.unsqueeze(-1), logits_to_keep).squeeze(-1)
-            logits = self.main_logits(main, next_ids, known)
+            states, cache = outputs.last_hidden_state, past_key_values
+            following = self._next_axis_ids(
+                axis_ids, next_axis_ids, states, cache, logits_to_keep, attention_mask, **rows
+            )
+            logits = self.main_logits(main, *following)
         axis_logits = self._axis_logits(outputs.axis_hidden_states, logits_to_keep)
-        losses = {}
-        if labels is not None:
-            losses = self._losses(logits, axis_logits, labels, axis_ids, axis_targets, **of_loss)
+        losses = self._losses(logits, axis_logits, labels, axis_ids, axis_targets, **of_loss)
         return MultiGridCausalLMOutput(
             logits=logits,
             **{CACHE: outputs.get(CACHE)},
@@ -366,16 +359,26 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
         return tuple(head(slice_logits_to_keep(x, logits_to_keep)) for head, x in zip(self.axis_lm_heads, states))
 
     def _next_axis_ids(
-        self, axis_ids, next_axis_ids, outputs, cache, attention_mask, position_ids, seq_idx, cu_seq_lens_q
+        self,
+        axis_ids,
+        next_axis_ids,
+        states,
+        cache,
+        logits_to_keep,
+        attention_mask,
+        position_ids,
+        seq_idx,
+        cu_seq_lens_q,
     ):
-        """What `shift_axis_ids` returns, for rows with pads or packed sequences."""
-        states = outputs.last_hidden_state
+        """What `shift_axis_ids` returns for the rows of a pass, at the positions of the logits."""
         past = 0 if cache is None else cache.get_seq_length() - states.shape[1]
         mask = mask_of_new_tokens(token_mask(attention_mask, states, past), states.shape[1])
         segments = None  # a pass that continues a cache has none
         if past == 0:
             segments = find_segments(states, mask, position_ids, seq_idx, cu_seq_lens_q)
-        return shift_axis_ids(axis_ids, next_axis_ids, mask, segments)
+        next_ids, known = shift_axis_ids(axis_ids, next_axis_ids, mask, segments)
+        next_ids = slice_logits_to_keep(next_ids.transpose(1, 2), logits_to_keep).transpose(1, 2)
+        return next_ids, slice_logits_to_keep(known.unsqueeze(-1), logits_to_keep).squeeze(-1)
 
     def main_logits(
         self, main_hidden_states: torch.Tensor, next_axis_ids: torch.Tensor, known: torch.Tensor | None = None
@@ -406,10 +409,14 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
         return self.lm_head(self.next_axes(main_hidden_states, embeds, known))
 
     def _losses(self, logits, axis_logits, labels, axis_ids, axis_targets, shift_labels=None, **kwargs):
-        """The loss and its parts. `num_items_in_batch` counts main tokens, for all parts.
+        """The loss and its parts, none without labels. `num_items_in_batch` counts main tokens, for all parts.
 
         `shift_labels` are aligned with the logits, and then so are `axis_targets`.
         """
+        if axis_logits is not None:
+            require_labels(labels, kwargs.get("num_items_in_batch"), "the axes learn with them")
+        if labels is None:
+            return {}
 
         def loss(logits, targets, vocab_size):
             shifted = None if shift_labels is None else targets.contiguous()

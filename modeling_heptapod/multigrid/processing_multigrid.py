@@ -112,9 +112,7 @@ class MultiGridProcessor(CustomCodeMixin, AxisFilesMixin):
             data["offset_mapping"] = encoded["offset_mapping"]
         if self.axes:
             data["axis_ids"] = self._annotate_rows(texts, encoded, special, truncation, split)
-        if return_tensors is not None:
-            data = _as_integers(data)
-        return BatchFeature(data, tensor_type=return_tensors)
+        return _batch(data, return_tensors)
 
     def pad(
         self,
@@ -170,9 +168,7 @@ class MultiGridProcessor(CustomCodeMixin, AxisFilesMixin):
                     )
                 room = (len(ids) - length, 0) if side == "left" else (0, len(ids) - length)
                 data[name].append(np.pad(row, [(0, 0)] * len(shape) + [room], constant_values=filler).tolist())
-        if return_tensors is not None:
-            data = _as_integers(data)
-        return BatchFeature(data, tensor_type=return_tensors)
+        return _batch(data, return_tensors)
 
     def annotate(self, text: str, offsets=None) -> list[list[int]]:
         """The ids of each axis, `[axes][tokens]`. See [`Axis.annotate`]."""
@@ -260,13 +256,15 @@ class MultiGridProcessor(CustomCodeMixin, AxisFilesMixin):
         return ids.tolist()
 
 
-def _as_integers(data):
-    """Rows as arrays, of int64 for integers and for empty rows, which would be floats."""
-    rows = {name: [np.asarray(row) for row in column] for name, column in data.items()}
-    return {
-        name: [row.astype(np.int64) if not row.size or row.dtype.kind in "iu" else row for row in column]
-        for name, column in rows.items()
-    }
+def _batch(data, return_tensors):
+    """Columns as a batch, with tensors of int64 for integers and for empty rows, which would be floats."""
+    if return_tensors is not None:
+        arrays = {name: [np.asarray(row) for row in rows] for name, rows in data.items()}
+        data = {
+            name: [row.astype(np.int64) if not row.size or row.dtype.kind in "iu" else row for row in rows]
+            for name, rows in arrays.items()
+        }
+    return BatchFeature(data, tensor_type=return_tensors)
 
 
 __all__ = ["MultiGridProcessor"]

@@ -47,11 +47,8 @@ class AffixAxis(Axis):
         self._suffixes: dict[str, int] = {}
         for axis_id, entry in enumerate(entries, start=1):
             letters = entry.strip("-")
-            if (
-                not letters.isalpha()
-                or letters != letters.lower()
-                or entry not in (letters, f"{letters}-", f"-{letters}")
-            ):
+            is_entry = entry in (letters, f"{letters}-", f"-{letters}")
+            if not (is_entry and letters.isalpha() and letters == letters.lower()):
                 raise ValueError(f"`entries` must be like 'un-', '-ing' or 'the' and in lower case, got {entry!r}.")
             kind = self._words if entry == letters else self._prefixes if entry[-1] == "-" else self._suffixes
             kind[letters] = axis_id
