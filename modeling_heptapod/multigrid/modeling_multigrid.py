@@ -336,10 +336,10 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
             logits = self.lm_head(main)
         else:
             states, cache = outputs.last_hidden_state, past_key_values
-            following = self._next_axis_ids(
+            shifted = self._next_axis_ids(
                 axis_ids, next_axis_ids, states, cache, logits_to_keep, attention_mask, **rows
             )
-            logits = self.main_logits(main, *following)
+            logits = self.main_logits(main, *shifted)
         axis_logits = self._axis_logits(outputs.axis_hidden_states, logits_to_keep)
         losses = self._losses(logits, axis_logits, labels, axis_ids, axis_targets, **of_loss)
         return MultiGridCausalLMOutput(
@@ -358,24 +358,12 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
         states = axis_hidden_states.unbind(1)
         return tuple(head(slice_logits_to_keep(x, logits_to_keep)) for head, x in zip(self.axis_lm_heads, states))
 
-    def _next_axis_ids(
-        self,
-        axis_ids,
-        next_axis_ids,
-        states,
-        cache,
-        logits_to_keep,
-        attention_mask,
-        position_ids,
-        seq_idx,
-        cu_seq_lens_q,
-    ):
+    def _next_axis_ids(self, axis_ids, next_axis_ids, states, cache, logits_to_keep, attention_mask, **rows):
         """What `shift_axis_ids` returns for the rows of a pass, at the positions of the logits."""
         past = 0 if cache is None else cache.get_seq_length() - states.shape[1]
         mask = mask_of_new_tokens(token_mask(attention_mask, states, past), states.shape[1])
-        segments = None  # a pass that continues a cache has none
-        if past == 0:
-            segments = find_segments(states, mask, position_ids, seq_idx, cu_seq_lens_q)
+        # A pass that continues a cache has no packed sequences.
+        segments = find_segments(states, mask, **rows) if past == 0 else None
         next_ids, known = shift_axis_ids(axis_ids, next_axis_ids, mask, segments)
         next_ids = slice_logits_to_keep(next_ids.transpose(1, 2), logits_to_keep).transpose(1, 2)
         return next_ids, slice_logits_to_keep(known.unsqueeze(-1), logits_to_keep).squeeze(-1)
