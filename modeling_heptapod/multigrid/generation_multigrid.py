@@ -13,7 +13,7 @@ When the axis id of position `t + 1` is known:
                                                           annotation then replaces
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -350,7 +350,7 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         return axis_ids
 
     def _check_forced(self, sources: Sources, forced: torch.Tensor, rows: int, steps: int) -> torch.Tensor:
-        places: Sequence[int] = sources.places("forced")
+        places = sources.places("forced")
         names = [self.config.axis_names[place] for place in places]
         if forced.dim() != 3 or forced.shape[0] != rows or forced.shape[1] not in (len(places), len(sources.of_axes)):
             raise ValueError(

@@ -314,10 +314,4 @@ class LSTMCore(_Core):
 
 CORES: dict[str, type[_Core]] = {"transformer": TransformerCore, "leap": LeapCore, "lstm": LSTMCore}
 
-__all__ = [
-    "CORES",
-    "Group",
-    "grouped_linear",
-    "grouped_norm",
-    "leap_config",
-]
+__all__ = ["CORES", "Group", "grouped_linear", "grouped_norm", "leap_config"]
