@@ -31,7 +31,7 @@ class CountingCacheMixin(CacheVersionsMixin, Cache):
         """Length and offset of a mask over all seen tokens and `query_length` new ones."""
         return self.seen_tokens + query_length, 0
 
-    def lengths(self) -> int | torch.Tensor:
+    def lengths(self) -> int | list[int] | torch.Tensor:
         """Number of real tokens of each row's sequence, `[batch]`, or one number for all rows."""
         return self.seen_tokens if self.next_positions is None else self.next_positions
 

@@ -1,7 +1,7 @@
 """The context of a forward pass: what every layer reads about its rows, made once by the model."""
 
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers.utils.import_utils import is_tracing
@@ -10,6 +10,9 @@ from .cache_utils import CountingCacheMixin
 from .model_inputs import check_past_mask, check_position_ids, mask_of_new_tokens, token_mask
 from .packing import next_positions
 from .packing import segment_ids as find_segments
+
+
+_Context = TypeVar("_Context", bound="ForwardContext")
 
 
 @dataclass
@@ -35,14 +38,14 @@ class ForwardContext:
 
     @classmethod
     def from_inputs(
-        cls,
+        cls: type[_Context],
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
         cache: CountingCacheMixin | None = None,
-    ) -> "ForwardContext":
+    ) -> _Context:
         """Check the inputs that describe the rows, and make the context from them.
 
         Args:

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from ..common.losses import IGNORE_INDEX
 from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .linear_cross_entropy import linear_cross_entropy
 
 
-_IGNORE_INDEX = -100  # target that is ignored
 _COSINE_SHARE = 0.9  # of "mse_and_cosine", as in the prototype
 
 
@@ -121,7 +121,7 @@ class AuxiliaryLosses(nn.Module):
         if [list(stream.shape) for stream in streams] != expected:
             raise ValueError(f"`streams` must be {expected}, got {[list(stream.shape) for stream in streams]}.")
         owners = _owners(mask, segments)
-        losses = {}
+        losses, zero = {}, streams[0].new_zeros((), dtype=torch.float32)
         for name in ("reconstruction", "prophet"):
             if hasattr(self, name):
                 if input_ids is None:
@@ -129,13 +129,16 @@ class AuxiliaryLosses(nn.Module):
                 losses[name] = self._token_loss(name, streams, input_ids, owners)
         if hasattr(self, "quantized_prophet"):
             losses["quantized_prophet"] = sum(
-                self.quantized_prophet[str(c)](streams[h], token_embeddings, owners)
-                for h, c in enumerate(config.compression_factors)
-                if c > 1
+                (
+                    self.quantized_prophet[str(c)](streams[h], token_embeddings, owners)
+                    for h, c in enumerate(config.compression_factors)
+                    if c > 1
+                ),
+                zero,
             )
         if hasattr(self, "next_latent"):
             each = self.next_latent_losses(streams, token_embeddings, owners)
-            losses["next_latent"] = sum(self.next_latent_weights[h] * loss for h, loss in each.items())
+            losses["next_latent"] = sum((self.next_latent_weights[h] * loss for h, loss in each.items()), zero)
         if scale is not None:
             losses = {name: loss * scale for name, loss in losses.items()}
         return losses
@@ -194,7 +197,7 @@ class QuantizedProphet(nn.Module):
         if owners is not None:
             last = owners[:, self.factor :: self.stride]  # of the last token of each block
             first = owners[:, : owners.shape[1] - self.factor : self.stride]
-            codes = codes.masked_fill(((last != first) | (last < 0)).unsqueeze(-1), _IGNORE_INDEX)
+            codes = codes.masked_fill(((last != first) | (last < 0)).unsqueeze(-1), IGNORE_INDEX)
         stream = stream[:, : codes.shape[1]]
         return linear_cross_entropy(stream.flatten(0, 1), self.head.weight, codes.flatten(0, 1))
 
@@ -209,6 +212,9 @@ class RandomProjectionQuantizer(nn.Module):
         width (`int`): channels of a whole block.
         codebook_dim, codebook_size, num_codebooks (`int`): each codebook has its own projection.
     """
+
+    projection: torch.Tensor
+    codebooks: torch.Tensor
 
     def __init__(self, width: int, codebook_dim: int, codebook_size: int, num_codebooks: int = 1):
         super().__init__()
@@ -273,19 +279,16 @@ class NextLatent(nn.Module):
                 f"A summarizer must return {list(stream.shape)}, as its stream is, got {list(summaries.shape)}."
             )
         latent, targets = stream[:, :elements], stream.detach()
-        total = past = None
+        precise = torch.promote_types(stream.dtype, torch.float32)
+        total = past = stream.new_zeros(stream.shape[0], elements, dtype=precise)
         for step, rollout_weight in enumerate(self.rollout_weights, start=1):
             latent = self.dynamics(latent, summaries[:, step : step + elements])
             error = self._error(latent, targets[:, step : step + elements])
             weighted = rollout_weight * error
             if self.dynamic_weights:
-                seen = error.detach()
-                if past is None:
-                    past = seen
-                else:
-                    weighted = weighted * torch.exp(-self.dynamic_decay * past)
-                    past = past + seen
-            total = weighted if total is None else total + weighted
+                weighted = weighted * torch.exp(-self.dynamic_decay * past)
+                past = past + error.detach()
+            total = total + weighted
         if owners is None:
             return total.sum() / max(1, total.numel())
         owners = owners[:, :: self.stride]
@@ -298,14 +301,13 @@ class NextLatent(nn.Module):
         predicted, target = predicted.to(precise), target.to(precise)
         if self.loss_type == "smooth_l1":
             return nn.functional.smooth_l1_loss(predicted, target, reduction="none").mean(-1)
-        squares = cosine = 0.0
-        if self.loss_type != "cosine":
-            squares = (predicted - target).square().mean(-1)
-        if self.loss_type != "mse":
-            cosine = 1 - nn.functional.cosine_similarity(predicted, target, dim=-1)
-        if self.loss_type == "mse_and_cosine":
-            return (1 - _COSINE_SHARE) * squares + _COSINE_SHARE * cosine
-        return squares + cosine
+        squares = (predicted - target).square().mean(-1)
+        if self.loss_type == "mse":
+            return squares
+        cosine = 1 - nn.functional.cosine_similarity(predicted, target, dim=-1)
+        if self.loss_type == "cosine":
+            return cosine
+        return (1 - _COSINE_SHARE) * squares + _COSINE_SHARE * cosine
 
 
 class ChunkSummarizer(nn.Module):
@@ -383,8 +385,8 @@ def _block_targets(input_ids, owners, offsets, stride):
         padded = nn.functional.pad(x, (before, after), value=outside)
         return padded[:, before + offsets[0] :].unfold(1, len(offsets), stride)
 
-    targets = around(input_ids, _IGNORE_INDEX)
+    targets = around(input_ids, IGNORE_INDEX)
     if owners is not None:
         own = owners[:, ::stride].unsqueeze(-1)
-        targets = targets.masked_fill((around(owners, -1) != own) | (own < 0), _IGNORE_INDEX)
+        targets = targets.masked_fill((around(owners, -1) != own) | (own < 0), IGNORE_INDEX)
     return targets

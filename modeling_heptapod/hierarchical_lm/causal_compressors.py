@@ -36,7 +36,7 @@ class AttentionCompressor(nn.Module):
         self.o_proj = nn.Linear(inner, config.hidden_sizes[hierarchy], bias=False)
         self.tap_embed = nn.Parameter(torch.empty(self.factor, inner))  # embeddings of places in the window, for keys
 
-    def forward(self, windows: torch.Tensor, exists: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, windows: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
         """As `ConvCompressor.forward`. `exists [1 or batch, steps, factor]` is `False` before the text."""
         heads = (self.num_heads, self.head_dim)
         query = self.q_proj(windows[:, :, -1]).unflatten(-1, heads)
@@ -94,6 +94,7 @@ def compress(
             windows = torch.stack([plan.at_steps(x) for x in windows.unbind(2)], dim=2)
         exists = None
         if isinstance(compressor, AttentionCompressor):
+            assert plan.token_positions is not None  # for type checkers
             taps = torch.arange(1 - factor, 1, device=embeds.device)
             exists = (plan.token_positions.unsqueeze(-1) + taps) >= 0
         streams.append(compressor(windows, exists).to(embeds.dtype))  # autocast must not make bf16 streams

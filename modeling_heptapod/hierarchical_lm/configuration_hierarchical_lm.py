@@ -1,7 +1,7 @@
 """Hierarchical LM configuration."""
 
 import copy
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -34,21 +34,6 @@ _PER_HIERARCHY = (
     "compressor",
     "next_latent_loss_weight",
 )
-# Rotary variants whose frequencies never change with the length seen: cached keys are not rotated again.
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-
-
-class _HeadCounts(list):
-    """Heads of each hierarchy. Raises a `TypeError` when a number is divided by it, as peft's prefix tuning does."""
-
-    def __rfloordiv__(self, number):
-        raise TypeError(
-            f"`num_attention_heads` of a hierarchical LM must be read as a list, {list(self)}, a number for each hierarchy, got a "
-            f"division of {number} by it. Prefix tuning adds keys and values before a text and does not work with this model; "
-            "prompt tuning does."
-        )
-
-
 _AT_LEAST_ONE = (
     "vocab_size",
     "hidden_sizes",
@@ -63,6 +48,44 @@ _AT_LEAST_ONE = (
     "num_attention_heads",
     "head_dim",
 )
+# Rotary variants whose frequencies never change with the length seen: cached keys are not rotated again.
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+_Integers = int | list[int] | tuple[int, ...]
+_Numbers = int | float | list[int | float] | tuple[int | float, ...]
+_Names = str | list[str] | tuple[str, ...]
+_Windows = str | int | list[int | None] | tuple[int | None, ...] | None
+
+_Given = TypeVar("_Given")
+_Read = TypeVar("_Read")
+
+
+class _Field(Generic[_Given, _Read]):
+    """A field that is given as one type and, after `_fill_in`, read as another. At runtime it has the type given."""
+
+    if TYPE_CHECKING:
+
+        def __init__(self, default: _Given) -> None: ...
+        def __get__(self, config: object, owner: type | None = None) -> _Read: ...
+        def __set__(self, config: object, value: _Given) -> None: ...
+    else:
+
+        def __class_getitem__(cls, types):
+            return types[0]
+
+        def __new__(cls, default):
+            return default
+
+
+class _HeadCounts(list):
+    """Heads of each hierarchy. Raises a `TypeError` when a number is divided by it, as peft's prefix tuning does."""
+
+    def __rfloordiv__(self, number):
+        raise TypeError(
+            f"`num_attention_heads` of a hierarchical LM must be read as a list, {list(self)}, a number for each hierarchy, got a "
+            f"division of {number} by it. Prefix tuning adds keys and values before a text and does not work with this model; "
+            "prompt tuning does."
+        )
 
 
 @auto_docstring(checkpoint="heptapod/hierarchical_lm-tiny")
@@ -175,24 +198,24 @@ class HierarchicalLMConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig
     ]
 
     vocab_size: int = 32000
-    compression_factors: int | list[int] | tuple[int, ...] = 1
-    strides: int | list[int] | tuple[int, ...] = 1
-    hidden_size: int | None = None
-    hidden_sizes: int | list[int] | tuple[int, ...] | None = None
+    compression_factors: _Field[_Integers, list[int]] = _Field(1)
+    strides: _Field[_Integers, list[int]] = _Field(1)
+    hidden_size: _Field[int | None, int] = _Field(None)
+    hidden_sizes: _Field[_Integers | None, list[int]] = _Field(None)
     num_hidden_layers: int = 6
-    num_attention_heads: int | list[int] | tuple[int, ...] = 8
-    head_dim: int | list[int] | tuple[int, ...] = 64
-    mlp_ratio: int | float | list[int | float] | tuple[int | float, ...] = 4
+    num_attention_heads: _Field[_Integers, list[int]] = _Field(8)
+    head_dim: _Field[_Integers, list[int]] = _Field(64)
+    mlp_ratio: _Field[_Numbers, list[int | float]] = _Field(4)
     hidden_act: str = "gelu"
-    window_sizes: str | int | list[int | None] | tuple[int | None, ...] | None = "auto"
+    window_sizes: _Field[_Windows, list[int | None]] = _Field("auto")
     window_type: str = "sliding"
-    attention_norm: str | list[str] | tuple[str, ...] = "rms_norm"
-    use_xpos: bool | list[bool] | tuple[bool, ...] = True
+    attention_norm: _Field[_Names, list[str]] = _Field("rms_norm")
+    use_xpos: _Field[bool | list[bool] | tuple[bool, ...], list[bool]] = _Field(True)
     xpos_scale_base: int | float = 512
     rope_parameters: dict | None = None
     shared_attention: bool = False
-    compressor: str | list[str] | tuple[str, ...] = "conv"
-    predict_hierarchy: int | None = None
+    compressor: _Field[_Names, list[str]] = _Field("conv")
+    predict_hierarchy: _Field[int | None, int] = _Field(None)
     predict_from_all: bool = False
     merge: str = "concat"
     merge_into: str = "predicting"
@@ -212,7 +235,7 @@ class HierarchicalLMConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig
     prophet_codebook_size: int = 1024
     prophet_codebook_dim: int = 64
     prophet_num_codebooks: int = 16
-    next_latent_loss_weight: float | int | list[float | int] | tuple[float | int, ...] = 0.0
+    next_latent_loss_weight: _Field[_Numbers, list[int | float]] = _Field(0.0)
     next_latent_loss_type: str = "mse_and_cosine"
     next_latent_rollouts: int = 1
     next_latent_rollout_weights: list[float | int] | tuple[float | int, ...] | None = None

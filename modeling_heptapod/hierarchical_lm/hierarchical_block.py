@@ -142,9 +142,9 @@ class HierarchicalLMLayer(GradientCheckpointingLayer):
     def __init__(self, config: HierarchicalLMConfig, layer_idx: int):
         super().__init__()
         self.owners = _attention_owners(config)
-        self.blocks = nn.ModuleList(
-            HierarchicalLMBlock(config, layer_idx, h, owner == h) for h, owner in enumerate(self.owners)
-        )
+        blocks = [HierarchicalLMBlock(config, layer_idx, h, owner == h) for h, owner in enumerate(self.owners)]
+        self.cache_indices = [block.cache_idx for block in blocks]
+        self.blocks = nn.ModuleList(blocks)
         self.merge = None
         if config.num_hierarchies > 1:
             self.merge = (ConcatMerge if config.merge == "concat" else CrossAttentionMerge)(config)
@@ -158,34 +158,33 @@ class HierarchicalLMLayer(GradientCheckpointingLayer):
         ablate_merge: bool = False,
     ) -> tuple[torch.Tensor, ...]:
         """Streams `[batch, steps, width]` after this layer, then attentions with `context.output_attentions`."""
-        cache, plans, attentions = past_key_values, context.streams, []
-        streams = list(streams)
+        cache, plans, out, attentions = past_key_values, context.streams, list(streams), []
         for h, (block, plan) in enumerate(zip(self.blocks, plans)):
             if plan.steps == 0:
                 continue
-            attention = None if self.owners[h] in (None, h) else self.blocks[self.owners[h]].self_attn
-            streams[h], weights = block(streams[h], plan, cache, attention)
+            owner = self.owners[h]
+            attention = None if owner is None or owner == h else self.blocks[owner].self_attn
+            out[h], weights = block(out[h], plan, cache, attention)
             if weights is not None:
                 attentions.append(weights)
         if self.merge is None:
-            return (*streams, *attentions)
-        to_read = [
-            steps_to_read(x, plan, cache, block.cache_idx) for x, plan, block in zip(streams, plans, self.blocks)
-        ]
+            return (*out, *attentions)
+        to_read = [steps_to_read(x, plan, cache, i) for x, plan, i in zip(out, plans, self.cache_indices)]
         if not ablate_merge:
             for h, pooled in self.merge(to_read, plans).items():
                 if plans[h].steps:
-                    streams[h] = streams[h] + plans[h].at_steps(pooled)
-        return (*streams, *attentions)
+                    out[h] = out[h] + plans[h].at_steps(pooled)
+        return (*out, *attentions)
 
 
-def _attention_owners(config):
+def _attention_owners(config: HierarchicalLMConfig) -> list[int | None]:
     """Index of the hierarchy whose block holds the attention of each hierarchy, `None` where there is no attention."""
-    owners, first_of = [], {}
+    owners: list[int | None] = []
+    first_of: dict[tuple[int, ...], int] = {}
     for h, window in enumerate(config.window_sizes):
         shape = (config.hidden_sizes[h], config.num_attention_heads[h], config.head_dim[h])
-        shape = shape if config.shared_attention else h
-        owners.append(None if window == 0 else first_of.setdefault(shape, h))
+        key = shape if config.shared_attention else (h,)
+        owners.append(None if window == 0 else first_of.setdefault(key, h))
     return owners
 
 

@@ -24,8 +24,7 @@ class HierarchicalCache(CountingCacheMixin, DynamicCache):
 
     Attributes:
         seen_tokens (`int`): tokens seen, pads included.
-        row_lengths (`list[int]`, *optional*): real tokens of each row, or of all rows if there is one entry; `None` before
-            the first token.
+        row_lengths (`list[int]`): real tokens of each row, or of all rows if there is one entry.
         centers (`list[int]`): position of each hierarchy from which the decay of cached keys is counted (xPos).
     """
 
@@ -45,7 +44,7 @@ class HierarchicalCache(CountingCacheMixin, DynamicCache):
         self.num_hierarchies = hierarchies
         self.centers = [0] * hierarchies
         self.seen_tokens = 0
-        self.row_lengths = None
+        self.row_lengths = [0]
         self._room = {}
 
     def advance(self, tokens: int, row_lengths: list[int]) -> None:
@@ -90,15 +89,15 @@ class HierarchicalCache(CountingCacheMixin, DynamicCache):
             layer.cumulative_length += key.shape[2]
         if order is None and not (torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)):
             return self._append_in_place(layer, layer_idx, key, value, keep)
-        full = [torch.cat(pair, dim=2) for pair in ((layer.keys, key), (layer.values, value))]
-        kept = full
+        full = torch.cat((layer.keys, key), dim=2), torch.cat((layer.values, value), dim=2)
+        kept = list(full)
         if order is not None:
             order = order[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
             kept = [x.gather(2, order) for x in full]
         if keep is not None:
             kept = [x[:, :, max(x.shape[2] - keep, 0) :] for x in kept]
         layer.keys, layer.values = kept
-        return tuple(full)
+        return full
 
     def _append_in_place(self, layer, layer_idx, key, value, keep):
         length, steps = layer.keys.shape[2], key.shape[2]
@@ -160,19 +159,18 @@ class HierarchicalCache(CountingCacheMixin, DynamicCache):
             layer.device = state.device
         layer.recurrent_states[state_idx] = state
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder the rows for beam search. Their number may change."""
         super().reorder_cache(beam_idx)
-        if self.row_lengths is not None:
-            equal = len(set(self.row_lengths)) == 1  # then `beam_idx` is not read, which would synchronize the device
-            rows = [0] * len(beam_idx) if equal else beam_idx.tolist()
-            self.row_lengths = [self.row_lengths[row] for row in rows]
+        equal = len(set(self.row_lengths)) == 1  # then `beam_idx` is not read, which would synchronize the device
+        rows = [0] * len(beam_idx) if equal else beam_idx.tolist()
+        self.row_lengths = [self.row_lengths[row] for row in rows]
 
     def reset(self) -> None:
         """Empty the cache. The next batch may have another size."""
         super().reset()
         self.drop_states()
-        self.seen_tokens, self.row_lengths, self._room = 0, None, {}
+        self.seen_tokens, self.row_lengths, self._room = 0, [0], {}
 
 
 __all__ = ["HierarchicalCache"]

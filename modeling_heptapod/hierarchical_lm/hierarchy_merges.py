@@ -1,5 +1,7 @@
 """Merges of the streams of all hierarchies at the end of a layer, token by token."""
 
+from functools import reduce
+
 import torch
 from torch import nn
 
@@ -27,14 +29,17 @@ class ConcatMerge(nn.Module):
 
     def forward(self, streams: list[torch.Tensor], plans: list[StreamPlan]) -> dict[int, torch.Tensor]:
         """What each receiving stream adds at each token, by its index, from the steps of all streams that tokens read."""
-        up, squares = 0.0, 0.0
-        for x, proj, plan in zip(streams, self.up_projs, plans):
-            wide = torch.promote_types(x.dtype, torch.float32)
-            squares = squares + plan.at_tokens(torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square())
-            up = up + plan.at_tokens(proj(x))
+        up = reduce(torch.add, (plan.at_tokens(proj(x)) for x, proj, plan in zip(streams, self.up_projs, plans)))
+        squares = reduce(torch.add, (plan.at_tokens(_squared_norm(x)) for x, plan in zip(streams, plans)))
         inverse_rms = torch.rsqrt(squares / self.width + self.eps).to(up.dtype)
         hidden_states = nn.functional.silu(torch.addcmul(self.up_bias, up, inverse_rms))
         return dict(zip(self.receivers, self.down_proj(hidden_states).split(self.sizes, dim=-1)))
+
+
+def _squared_norm(x):
+    """Squared length `[..., 1]` of vectors `[..., width]`, in at least float32."""
+    precise = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise).square()
 
 
 class CrossAttentionMerge(nn.Module):

@@ -7,15 +7,18 @@ A hidden state of a coarse stream predicts all `k` tokens of a block:
 `k * vocab` logits for each state take too much memory. The fast path computes them in pieces of `_PIECE` numbers, and adds the
 contribution of each piece to both gradients, softmax minus one-hot. It saves these gradients for the backward pass, which
 have the sizes of `hidden` and `weight`.
+
+`torch.nn.functional.linear_cross_entropy`, which torch has from 2.13 on, is not used: in chunks it takes one target for each
+state, and it rounds the loss of bfloat16 inputs to bfloat16 (1% off, here 5e-6).
 """
 
 import torch
 
+from ..common.losses import IGNORE_INDEX
 from ..common.model_inputs import is_dynamic
 from ..common.operator_namespace import operator_namespace
 
 
-_IGNORE_INDEX = -100  # target that is ignored
 _PIECE = 1 << 22  # logits in memory at a time
 
 
@@ -26,7 +29,7 @@ def naive_linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targe
     total, count = hidden.new_zeros(()), 0
     for state, row in zip(hidden, targets.tolist()):
         for i, target in enumerate(row):
-            if target != _IGNORE_INDEX:
+            if target != IGNORE_INDEX:
                 logits = weight[i * vocab : (i + 1) * vocab] @ state
                 total, count = total + logits.logsumexp(0) - logits[target], count + 1
     return total / max(count, 1)
@@ -91,7 +94,7 @@ def _in_pieces(hidden, weight, targets, for_hidden, for_weight):
     states, num_targets = targets.shape
     vocab = weight.shape[0] // num_targets
     precise = torch.promote_types(hidden.dtype, torch.float32)
-    counts = targets != _IGNORE_INDEX
+    counts = targets != IGNORE_INDEX
     share = 1 / counts.sum().clamp_min(1).to(precise)
     places = targets.clamp_min(0).unsqueeze(-1)
     loss = hidden.new_zeros((), dtype=precise)

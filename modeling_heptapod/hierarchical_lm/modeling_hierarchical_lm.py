@@ -26,10 +26,7 @@ from ..common.auto_mapping import AutoMappingMixin
 from ..common.cache_checks import LayerStates
 from ..common.cache_mixins import CustomCacheMixin
 from ..common.losses import IGNORE_INDEX, at_least_one, causal_lm_loss, require_labels
-from ..common.model_inputs import (
-    embed_text,
-    has_dynamic_shapes,
-)
+from ..common.model_inputs import embed_text, has_dynamic_shapes
 from ..common.token_layout import TokenLayout
 from ..common.transformers_versions import (
     CACHE,
@@ -149,7 +146,9 @@ class HierarchicalLMPreTrainedModel(AutoMappingMixin, CustomCacheMixin, PreTrain
 
     def _cache_layers(self, cache):
         """See `CustomCacheMixin._cache_layers`: hierarchies within layers, then the layer of compressors and head."""
-        config, hierarchies, layer, last = self.config, range(self.config.num_hierarchies), [], {}
+        config, hierarchies, layer = self.config, range(self.config.num_hierarchies), []
+        shapes: dict[tuple[str, int | None], tuple[int | None, ...]]
+        last: dict[tuple[str, int | None], tuple[int | None, ...]] = {}
         for h, kind in zip(hierarchies, config.cache_layer_types):
             width, window = config.hidden_sizes[h], None
             shift, keys = (config.dilations[h], width // 2), (config.num_attention_heads[h], None, config.head_dim[h])
@@ -186,7 +185,10 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         super().__init__(config)
         hierarchies = range(config.num_hierarchies)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.rotary_emb = nn.ModuleList(LlamaRotaryEmbedding(config.of_hierarchy(h)) for h in hierarchies)
+        self.rotary_emb = nn.ModuleList(
+            LlamaRotaryEmbedding(config.of_hierarchy(h))  # type: ignore[arg-type]  # reads the fields it shares with Llama's
+            for h in hierarchies
+        )
         self.compressors = nn.ModuleList(make_compressor(config, h) for h in hierarchies)
         self.embed_norms = nn.ModuleList(
             nn.LayerNorm(width, eps=config.layer_norm_eps) for width in config.hidden_sizes
@@ -199,7 +201,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
     @capture_outputs
     @auto_docstring
     @with_cache_argument
-    def forward(
+    def forward(  # type: ignore[misc]  # `TransformersKwargs` lists some of these arguments, too
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -229,33 +231,25 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         config = self.config
         if self.training and torch.is_grad_enabled() and not output_hierarchy_hidden_states:
             _warn_of_forgotten_losses(config)
-        inputs_embeds = self.embed(input_ids, inputs_embeds)
-        length = inputs_embeds.shape[1]
+        embeds = self.embed(input_ids, inputs_embeds)
+        length = embeds.shape[1]
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         rows = (attention_mask, position_ids, seq_idx, cu_seq_lens_q)
-        context, cache = self._make_context(inputs_embeds, rows, past_key_values, use_cache)
+        context, cache = self._make_context(embeds, *rows, past_key_values, use_cache)
         context.output_attentions = bool(output_attentions)
-        any_length = has_dynamic_shapes(inputs_embeds) and cache is None
+        any_length = has_dynamic_shapes(embeds) and cache is None
         any_length = any_length and not (output_attentions or output_hierarchy_hidden_states)
         if any_length:
-            inputs_embeds = self._add_empty_slots(inputs_embeds, context)
-        embeds = context.lay_out(inputs_embeds, cache, max(config.compression_factors))
-        dtype = self.embed_tokens.weight.dtype
-        context.streams = [
-            make_plan(config, h, context, embeds, cache, rotary_emb, dtype)
-            for h, rotary_emb in enumerate(self.rotary_emb)
-        ]
-        streams = compress(self.compressors, config, embeds, context, cache)
-        streams = tuple(norm(x) for norm, x in zip(self.embed_norms, streams))
+            embeds = self._add_empty_slots(embeds, context)
+        streams = self._make_streams(embeds, context, cache)
         streams, hidden_states, attentions = self._run_layers(
             streams, context, cache, ablate_merge, output_hidden_states
         )
         last_hidden_state = self._predict_from(streams, context, cache)
         if any_length:
-            stride = config.strides[config.predict_index]
             last_hidden_state = last_hidden_state[:, :length]
-            hidden_states = [x[:, : -(-length // stride)] for x in hidden_states]
+            hidden_states = [x[:, : -(-length // config.strides[config.predict_index])] for x in hidden_states]
         if cache is not None:
             cache.advance(length, [before + more for before, more in zip(context.past_lengths, context.new_lengths)])
         return HierarchicalLMModelOutput(
@@ -267,21 +261,37 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
             token_layout=context.layout if output_hierarchy_hidden_states else None,
         )
 
-    def _make_context(self, inputs_embeds, rows, cache, use_cache):
-        """The context of a pass over rows described by `rows`, and the cache that the pass continues or fills."""
+    def _make_context(
+        self, embeds, attention_mask, position_ids, seq_idx, cu_seq_lens_q, cache, use_cache
+    ) -> tuple[HierarchicalLMContext, HierarchicalCache | None]:
+        """The context of a pass, and the cache that the pass continues or fills."""
         is_given = cache is not None
         if is_given:
-            self.check_cache(cache, inputs_embeds)
+            self.check_cache(cache, embeds)
         elif self.starts_cache(use_cache):
             cache = HierarchicalCache(self.config)
         is_first = cache is None or cache.seen_tokens == 0
-        context = HierarchicalLMContext.from_inputs(inputs_embeds, *rows, None if is_first else cache)
+        continued = None if is_first else cache
+        context = HierarchicalLMContext.from_inputs(
+            embeds, attention_mask, position_ids, seq_idx, cu_seq_lens_q, continued
+        )
         context.is_first = is_first
         if context.segment_ids is not None:
             if is_given:
                 raise ValueError(f"`{CACHE}` cannot be filled by packed rows: a cache row is one sequence.")
             cache = None
         return context, cache
+
+    def _make_streams(self, embeds, context, cache):
+        """The streams before the first layer, from embeddings `[batch, slots, hidden_size]`, and their plans in `context`."""
+        config, dtype = self.config, self.embed_tokens.weight.dtype
+        embeds = context.lay_out(embeds, cache, max(config.compression_factors))
+        context.streams = [
+            make_plan(config, h, context, embeds, cache, rotary_emb, dtype)
+            for h, rotary_emb in enumerate(self.rotary_emb)
+        ]
+        streams = compress(self.compressors, config, embeds, context, cache)
+        return [norm(x) for norm, x in zip(self.embed_norms, streams)]
 
     def _run_layers(self, streams, context, cache, ablate_merge, output_hidden_states):
         """The normalised streams after the last layer, hidden states before each layer, and attentions."""
@@ -304,7 +314,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         hidden_states = at_tokens[0] if len(at_tokens) == 1 else torch.cat(at_tokens, dim=-1)
         return hidden_states if context.layout is None else context.layout.restore(hidden_states)
 
-    def embed(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None) -> torch.FloatTensor:
+    def embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """The embeddings `[batch, seq, hidden_size]` of one or the other. Raises `TypeError` and `ValueError` for bad input."""
         return embed_text(self.embed_tokens, input_ids, inputs_embeds, self.config.hidden_size)
 
@@ -371,7 +381,7 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, OldCacheNameMixin
     @can_return_tuple
     @auto_docstring
     @with_cache_argument
-    def forward(
+    def forward(  # type: ignore[misc]  # `TransformersKwargs` lists some of these arguments, too
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -400,34 +410,26 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, OldCacheNameMixin
         of_loss = pop_kwargs(kwargs, "num_items_in_batch", "shift_labels")
         if self.auxiliary_losses is not None:
             require_labels(labels, of_loss.get("num_items_in_batch"), "the losses of coarse streams need them")
-        predictive = self.auxiliary_losses is not None and labels is not None and past_key_values is None
-        if predictive:
-            inputs_embeds = self.model.embed(input_ids, inputs_embeds)
+        auxiliary = self.auxiliary_losses if labels is not None and past_key_values is None else None
+        embeds = inputs_embeds if auxiliary is None else self.model.embed(input_ids, inputs_embeds)
         outputs = self.model(
-            input_ids=None if predictive else input_ids,
+            input_ids=input_ids if auxiliary is None else None,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=embeds,
             use_cache=use_cache,
-            output_hierarchy_hidden_states=output_hierarchy_hidden_states or predictive,
+            output_hierarchy_hidden_states=output_hierarchy_hidden_states or auxiliary is not None,
             ablate_merge=ablate_merge,
             seq_idx=seq_idx,
             cu_seq_lens_q=cu_seq_lens_q,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss, losses = None, {}
+        losses = {}
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss)
-            losses["ce_loss"] = loss
-        if predictive:
-            others = self._auxiliary_losses(outputs, inputs_embeds, input_ids, labels, **of_loss)
-            for name, value in others.items():
-                loss = loss + self._loss_weight(name) * value
-                losses[f"{name}_loss"] = value
+            losses = self._losses(auxiliary, outputs, logits, embeds, input_ids, labels, of_loss)
         return HierarchicalLMCausalLMOutput(
-            loss=loss,
             logits=logits,
             **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
@@ -437,14 +439,21 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, OldCacheNameMixin
             **losses,
         )
 
-    def _loss_weight(self, name):
-        # The next-latent loss contains its weights, one for each hierarchy.
-        return 1.0 if name == "next_latent" else getattr(self.config, f"{name}_loss_weight")
+    def _losses(self, auxiliary, outputs, logits, embeds, input_ids, labels, of_loss):
+        """The loss and its parts, by field of the output. `auxiliary`: `self.auxiliary_losses` where they count."""
+        loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss)
+        losses = {"ce_loss": loss}
+        if auxiliary is not None:
+            inputs = self._auxiliary_inputs(outputs, embeds, input_ids, labels, **of_loss)
+            for name, value in auxiliary(*inputs).items():
+                # The next-latent loss contains its weights, one for each hierarchy.
+                weight = 1.0 if name == "next_latent" else getattr(self.config, f"{name}_loss_weight")
+                loss = loss + weight * value
+                losses[f"{name}_loss"] = value
+        return {"loss": loss, **losses}
 
-    def _auxiliary_losses(
-        self, outputs, embeds, input_ids, labels, num_items_in_batch=None, shift_labels=None, **kwargs
-    ):
-        """Auxiliary losses by name, 0 without targets. With gradient accumulation, the share of this batch."""
+    def _auxiliary_inputs(self, outputs, embeds, input_ids, labels, num_items_in_batch=None, shift_labels=None):
+        """Arguments of the auxiliary losses. With gradient accumulation their scale is the share of this batch."""
         rows, mask, segments = outputs.token_layout, None, None
         if rows is not None:
             mask, segments = rows.real, rows.segments
@@ -453,9 +462,7 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, OldCacheNameMixin
         targets = labels[:, 1:] if shift_labels is None else shift_labels
         count = (targets != IGNORE_INDEX).sum()
         scale = count / at_least_one(count if num_items_in_batch is None else num_items_in_batch)
-        return self.auxiliary_losses(
-            list(outputs.hierarchy_hidden_states), embeds, input_ids, mask=mask, segments=segments, scale=scale
-        )
+        return list(outputs.hierarchy_hidden_states), embeds, input_ids, mask, segments, scale
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
         """As `PreTrainedModel.resize_token_embeddings`. The heads of losses that predict tokens are resized, too."""

@@ -67,11 +67,11 @@ class StreamPlan:
 
     def at_steps(self, x: torch.Tensor) -> torch.Tensor:
         """`[batch, tokens, width]` -> `[batch, steps, width]`: the token of each step."""
-        if self.stride == 1:
+        if self.pick is None:
             return x
         return x[:, self.pick] if isinstance(self.pick, slice) else gather_steps(x, self.pick)
 
-    def to_read(self, x: torch.Tensor, last: torch.Tensor | None) -> torch.Tensor:
+    def to_read(self, x: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
         """The steps that tokens read, from new steps `x [batch, steps, width]` and the step before, `last [batch, 1, width]`."""
         if self.stride == 1 or self.fresh:
             return x
@@ -110,12 +110,13 @@ class HierarchicalLMContext(ForwardContext):
     """What all layers of one forward pass read about its rows. Positions are those of each hierarchy's steps, in `streams`.
 
     Attributes:
+        past_lengths, new_lengths (`list[int]`): past and new real tokens of each row, or of all rows if there is one entry.
         layout (`TokenLayout`, *optional*): how padded or packed rows are laid out in the streams.
-        new_lengths (`list[int]`): real new tokens of each row; like `past_lengths` one number where all rows have as many.
         is_first (`bool`): whether no cached tokens come before the new ones.
         streams (`list[StreamPlan]`): what happens to the stream of each hierarchy.
     """
 
+    past_lengths: list[int] = field(default_factory=list)
     layout: TokenLayout | None = None
     new_lengths: list[int] = field(default_factory=list)
     is_first: bool = True
@@ -195,9 +196,10 @@ def make_plan(
     one_start = min(past) == max(past)
     first = torch.tensor(before[:1] if one_start else before, device=device).unsqueeze(1)
     positions = first + torch.arange(steps, device=device)
-    if context.layout is not None and context.layout.segments is not None:
-        positions = plan.positions = context.layout.positions[:, ::stride] // stride
-        plan.segments = context.layout.segments[:, ::stride]
+    layout = context.layout
+    if layout is not None and layout.positions is not None and layout.segments is not None:  # packed rows
+        positions = plan.positions = layout.positions[:, ::stride] // stride
+        plan.segments = layout.segments[:, ::stride]
         plan.shift_mask = (positions >= dilation).unsqueeze(-1)
     plan.token_positions = positions * stride
     if window == 0:
@@ -208,8 +210,7 @@ def make_plan(
     )
     cached = 0 if cache is None else cache.steps_cached(hierarchy)
     if plan.counts is not None:
-        length = cached + max(new)
-        places = torch.arange(length, device=device) + plan.counts.unsqueeze(1) - max(new)
+        places = torch.arange(cached + max(new), device=device) + plan.counts.unsqueeze(1) - max(new)
         plan.order = places.clamp_min(0)
     plan.output_attentions = context.output_attentions
     _add_mask(plan, positions, first, before, cached, has_dynamic_shapes(embeds))

@@ -130,39 +130,54 @@ def windowed_attention(
     Returns:
         `torch.Tensor` of the shape of `query`.
     """
-    batch, length, heads, channels = query.shape
+    length = query.shape[1]
     phase_length = -(-length // dilation)
     # With dynamic lengths one program serves all: empty steps at the end and, in small windows, no case for short texts.
     length_is_dynamic = segments is None and is_dynamic(length)
-    reach = window if window is None or not block else 2 * window
     if length_is_dynamic and (window is not None or dilation > 1):
         phase_length = length // dilation + 2
-    for_any_length = length_is_dynamic and window is not None and reach <= _SHORTEST_CHUNK
-    if window is not None and not for_any_length and (window if block else reach) >= phase_length:
-        window = None  # every step attends to all before it
-    if segments is not None:
-        positions, segments = (_fold_positions(x, dilation) for x in (positions // dilation, segments))
-    if window is None:
-        query, key, value = (_fold(x, dilation, phase_length) for x in (query, key, value))
-        mask = None if segments is None else visible(positions, phase_length, segments=segments).unsqueeze(1)
-        out = attend(query, key, value, mask, mask is None)
-        return out.unflatten(0, (batch, dilation)).transpose(1, 2).flatten(1, 2)[:, :length]
+    packed = None
+    if positions is not None and segments is not None:
+        packed = _fold_positions(positions // dilation, dilation), _fold_positions(segments, dilation)
+    if window is not None:
+        reach = 2 * window if block else window
+        for_any_length = length_is_dynamic and reach <= _SHORTEST_CHUNK
+        if for_any_length or window < phase_length:
+            # Without segments the blocks of the window are the chunks; packed sequences begin anywhere in a chunk.
+            shortest = _SHORTEST_CHUNK if length_is_dynamic else min(_SHORTEST_CHUNK, phase_length)
+            chunk = window if block and packed is None else max(reach - 1, shortest)
+            chunks = phase_length // chunk + 2 if length_is_dynamic else -(-phase_length // chunk)
+            return _attend_in_chunks(attend, query, key, value, window, dilation, block, packed, chunk, chunks)
+    return _attend_to_all(attend, query, key, value, dilation, packed, phase_length)
 
-    # Without segments the blocks of the window are the chunks; packed sequences begin anywhere in a chunk.
-    shortest = _SHORTEST_CHUNK if length_is_dynamic else min(_SHORTEST_CHUNK, phase_length)
-    chunk = window if block and segments is None else max(reach - 1, shortest)
-    chunks = phase_length // chunk + 2 if length_is_dynamic else -(-phase_length // chunk)
+
+def _attend_to_all(attend, query, key, value, dilation, packed, phase_length):
+    """Attention without a window. `packed`: positions and segments `[batch * dilation, phase_length]` of packed rows."""
+    batch, length = query.shape[:2]
+    query, key, value = (_fold(x, dilation, phase_length) for x in (query, key, value))
+    mask = None
+    if packed is not None:
+        positions, segments = packed
+        mask = visible(positions, phase_length, segments=segments).unsqueeze(1)
+    out = attend(query, key, value, mask, mask is None)
+    return out.unflatten(0, (batch, dilation)).transpose(1, 2).flatten(1, 2)[:, :length]
+
+
+def _attend_in_chunks(attend, query, key, value, window, dilation, block, packed, chunk, chunks):
+    """Attention with a window, in `chunks` of `chunk` steps. `packed`: as for `_attend_to_all`."""
+    batch, length, heads, channels = query.shape
     query = _cut(_pad(query, 0, chunks * chunk * dilation), chunks, dilation)
     key, value = (
         _cut(_pad(x, chunk * dilation, chunks * chunk * dilation), chunks + 1, dilation) for x in (key, value)
     )
     key, value = (torch.cat((x[:-1], x[1:]), dim=-2) for x in (key, value))
-    if segments is None:  # the mask of a chunk is the same for all rows
+    if packed is None:  # the mask of a chunk is the same for all rows
         places = _look_back(torch.arange(-chunk, chunks * chunk, device=query.device), chunk)
         mask = visible(places, chunk, window, block=block).unsqueeze(1)
         out = attend(*(x.flatten(1, 3) for x in (query, key, value)), mask, False)
         out = out.unflatten(2, (batch, dilation, heads)).permute(2, 0, 1, 3, 4, 5)
     else:
+        positions, segments = packed
         mask = _mask_of_packed_chunks(positions, segments, chunk, chunks, window, block)
         out = attend(*(x.flatten(1, 2).flatten(0, 1) for x in (query, key, value)), mask, False)
         out = out.unflatten(0, (chunks, batch, dilation)).permute(1, 0, 3, 2, 4, 5)
