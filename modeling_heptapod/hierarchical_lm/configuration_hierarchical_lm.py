@@ -1,13 +1,13 @@
 """Hierarchical LM configuration."""
 
 import copy
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import auto_docstring
 
-from ..common.config_checks import check_numbers
+from ..common.config_checks import Field, check_numbers
 from ..common.remote_code import CustomCodeMixin
 from ..common.renamed_fields import RenamedFieldsMixin
 
@@ -55,26 +55,6 @@ _Integers = int | list[int] | tuple[int, ...]
 _Numbers = int | float | list[int | float] | tuple[int | float, ...]
 _Names = str | list[str] | tuple[str, ...]
 _Windows = str | int | list[int | None] | tuple[int | None, ...] | None
-
-_Given = TypeVar("_Given")
-_Read = TypeVar("_Read")
-
-
-class _Field(Generic[_Given, _Read]):
-    """A field that is given as one type and, after `_fill_in`, read as another. At runtime it has the type given."""
-
-    if TYPE_CHECKING:
-
-        def __init__(self, default: _Given) -> None: ...
-        def __get__(self, config: object, owner: type | None = None) -> _Read: ...
-        def __set__(self, config: object, value: _Given) -> None: ...
-    else:
-
-        def __class_getitem__(cls, types):
-            return types[0]
-
-        def __new__(cls, default):
-            return default
 
 
 class _HeadCounts(list):
@@ -198,24 +178,24 @@ class HierarchicalLMConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig
     ]
 
     vocab_size: int = 32000
-    compression_factors: _Field[_Integers, list[int]] = _Field(1)
-    strides: _Field[_Integers, list[int]] = _Field(1)
-    hidden_size: _Field[int | None, int] = _Field(None)
-    hidden_sizes: _Field[_Integers | None, list[int]] = _Field(None)
+    compression_factors: Field[_Integers, list[int]] = Field(1)
+    strides: Field[_Integers, list[int]] = Field(1)
+    hidden_size: Field[int | None, int] = Field(None)
+    hidden_sizes: Field[_Integers | None, list[int]] = Field(None)
     num_hidden_layers: int = 6
-    num_attention_heads: _Field[_Integers, list[int]] = _Field(8)
-    head_dim: _Field[_Integers, list[int]] = _Field(64)
-    mlp_ratio: _Field[_Numbers, list[int | float]] = _Field(4)
+    num_attention_heads: Field[_Integers, list[int]] = Field(8)
+    head_dim: Field[_Integers, list[int]] = Field(64)
+    mlp_ratio: Field[_Numbers, list[int | float]] = Field(4)
     hidden_act: str = "gelu"
-    window_sizes: _Field[_Windows, list[int | None]] = _Field("auto")
+    window_sizes: Field[_Windows, list[int | None]] = Field("auto")
     window_type: str = "sliding"
-    attention_norm: _Field[_Names, list[str]] = _Field("rms_norm")
-    use_xpos: _Field[bool | list[bool] | tuple[bool, ...], list[bool]] = _Field(True)
+    attention_norm: Field[_Names, list[str]] = Field("rms_norm")
+    use_xpos: Field[bool | list[bool] | tuple[bool, ...], list[bool]] = Field(True)
     xpos_scale_base: int | float = 512
     rope_parameters: dict | None = None
     shared_attention: bool = False
-    compressor: _Field[_Names, list[str]] = _Field("conv")
-    predict_hierarchy: _Field[int | None, int] = _Field(None)
+    compressor: Field[_Names, list[str]] = Field("conv")
+    predict_hierarchy: Field[int | None, int] = Field(None)
     predict_from_all: bool = False
     merge: str = "concat"
     merge_into: str = "predicting"
@@ -235,7 +215,7 @@ class HierarchicalLMConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig
     prophet_codebook_size: int = 1024
     prophet_codebook_dim: int = 64
     prophet_num_codebooks: int = 16
-    next_latent_loss_weight: _Field[_Numbers, list[int | float]] = _Field(0.0)
+    next_latent_loss_weight: Field[_Numbers, list[int | float]] = Field(0.0)
     next_latent_loss_type: str = "mse_and_cosine"
     next_latent_rollouts: int = 1
     next_latent_rollout_weights: list[float | int] | tuple[float | int, ...] | None = None
