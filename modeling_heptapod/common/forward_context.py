@@ -1,7 +1,7 @@
 """The context of a forward pass: what every layer reads about its rows, made once by the model."""
 
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers.utils.import_utils import is_tracing
@@ -10,6 +10,9 @@ from .cache_utils import CountingCacheMixin
 from .model_inputs import check_past_mask, check_position_ids, mask_of_new_tokens, token_mask
 from .packing import next_positions
 from .packing import segment_ids as find_segments
+
+
+_Context = TypeVar("_Context", bound="ForwardContext")
 
 
 @dataclass
@@ -29,20 +32,20 @@ class ForwardContext:
 
     padding_mask: torch.Tensor | None = None
     segment_ids: torch.Tensor | None = None
-    past_lengths: int | list[int] | torch.Tensor = 0
+    past_lengths: Any = 0
     position_ids: torch.Tensor | None = None
     output_attentions: bool = False
 
     @classmethod
     def from_inputs(
-        cls,
+        cls: type[_Context],
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
         cache: CountingCacheMixin | None = None,
-    ) -> "ForwardContext":
+    ) -> _Context:
         """Check the inputs that describe the rows, and make the context from them.
 
         Args:
@@ -67,10 +70,13 @@ class ForwardContext:
 
     def advance(self, cache: CountingCacheMixin, seq: int, device: torch.device) -> None:
         """Count the `seq` new tokens in `cache`. A model calls it after its last layer, on the device of which they are."""
-        cache.advance(seq, device)
-        mask, segments = self.padding_mask, self.segment_ids
+        mask, segments, positions = self.padding_mask, self.segment_ids, None
         if mask is not None or segments is not None or cache.rows_differ:
-            cache.follow(next_positions(segments, mask, seq, self.past_lengths))
+            # Before the cache counts, because a static one changes `past_lengths` in place.
+            positions = next_positions(segments, mask, seq, self.past_lengths)
+        cache.advance(seq, device)
+        if isinstance(positions, torch.Tensor):
+            cache.follow(positions)
         if segments is not None and not is_tracing(segments):
             cache.packed = True
 
@@ -84,7 +90,7 @@ def _to_device(value: Any, device: torch.device) -> Any:
         return type(value)(_to_device(part, device) for part in value)
     if isinstance(value, dict):
         return {name: _to_device(part, device) for name, part in value.items()}
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{x.name: _to_device(getattr(value, x.name), device) for x in fields(value)})
     return value.to(device) if hasattr(value, "to") else value
 

@@ -44,8 +44,11 @@ class RunningMeanMixer(nn.Module):
         layer_idx (`int`): layer of the model, and of the cache.
     """
 
+    alibi_slopes: torch.Tensor | None
+
     def __init__(self, config: LeapConfig, layer_idx: int):
         super().__init__()
+        assert config.output_gate is not None and config.window_sizes is not None  # for type checkers
         self.layer_idx = layer_idx
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
@@ -141,7 +144,7 @@ class RunningMeanMixer(nn.Module):
         self,
         state: FocusState | None,
         past: FocusState | None,
-        tokens: Callable[[torch.LongTensor], FocusState],
+        tokens: Callable[[torch.Tensor], FocusState],
         seq: int,
         rows: MixingRows,
         cache: Cache,
