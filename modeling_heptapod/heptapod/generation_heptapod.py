@@ -273,7 +273,7 @@ class HeptapodGenerationMixin:
                 history.append(canvas.ids.clone())
             if put_draft is not None:
                 put_draft(canvas.draft().cpu())
-            if self._is_self_conditioned():
+            if getattr(self.config, "self_conditioning", False):
                 self_conditioning_logits = logits[canvas.is_masked[rows].any(1)]
             rows = canvas.unfinished()
 
@@ -299,9 +299,6 @@ class HeptapodGenerationMixin:
         attention_mask = None if on_canvas.all() else on_canvas.view(shape).long()
         outputs = self(input_ids=ids.view(shape), attention_mask=attention_mask, return_dict=True, **conditions)
         return outputs.logits.flatten(1, 2)
-
-    def _is_self_conditioned(self):
-        return getattr(self.config, "self_conditioning", False)
 
     def _prepare_generation_config(self, generation_config, options):
         """Options of this call, then those of `generation_config`, of the model, and the defaults."""

@@ -168,7 +168,7 @@ class TritonMixing:
             self.carries = self.new_carries(qfkv, window)
         out = qfkv.new_empty(batch, seq, heads, dim)
         has_final = window is None or kept > 0
-        with _on_device(qfkv):
+        with torch.cuda.device_of(qfkv):  # Triton launches on the current device
             forward_kernel[(self.rows * self.chunks,)](
                 qfkv.contiguous(),
                 out,
@@ -196,7 +196,7 @@ class TritonMixing:
         """Gradient of `qfkv` from that of the output."""
         qfkv = qfkv.contiguous()
         grad = torch.empty_like(qfkv)
-        with _on_device(qfkv):
+        with torch.cuda.device_of(qfkv):  # Triton launches on the current device
             backward_kernel[(self.rows * self.chunks,)](
                 qfkv,
                 grad_out.contiguous(),
@@ -215,11 +215,6 @@ class TritonMixing:
                 num_warps=self.warps[1],
             )
         return grad
-
-
-def _on_device(tensor):
-    """Make the device of the tensor current, on which Triton launches."""
-    return torch.cuda.device_of(tensor)
 
 
 def step(
@@ -244,7 +239,7 @@ def step(
     out = qfkv.new_empty(batch, 1, heads, dim)
     held = 1 if window is None else packed.shape[-1]
     cos, sin = (None, None) if rotary is None else (x.contiguous() for x in rotary)
-    with _on_device(qfkv):
+    with torch.cuda.device_of(qfkv):  # Triton launches on the current device
         step_kernel[(batch * heads,)](
             qfkv.contiguous(),
             out,
