@@ -58,6 +58,7 @@ CODE = {
         "focus_triton_backward.py",
         "focus_triton_forward.py",
         "focus_triton_parts.py",
+        "forward_context.py",
         "leap_mixing.py",
         "losses.py",
         "mixing_rows.py",

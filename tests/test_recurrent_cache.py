@@ -162,6 +162,22 @@ def test_padded_chunks(variant):
                 torch.testing.assert_close(logits[i][mask[i].bool()], alone[i][0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("cache_class", [RecurrentCache, StaticRecurrentCache])
+@torch.no_grad()
+def test_positions_go_on_after_a_padded_chunk(cache_class):
+    """The first pads come after a chunk without any, when rows begin to differ."""
+    model = tiny_leap(position_embedding_type="rotary")
+    ids, mask = random_ids(2, 10), torch.ones(2, 10, dtype=torch.long)
+    mask[0, 7] = 0
+    cache = cache_class(model.config)
+    for start, end in ((0, 5), (5, 8), (8, 10)):
+        logits = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache).logits
+    assert cache.lengths().tolist() == [9, 10]
+    for row in range(2):
+        alone = model(ids[row : row + 1, mask[row].bool()]).logits
+        torch.testing.assert_close(logits[row], alone[0, -2:], rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_a_pad_as_a_single_step_changes_nothing():
     model = tiny_leap(position_embedding_type="none", window_sizes=[None, 4, 8, 70])

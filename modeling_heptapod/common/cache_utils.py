@@ -1,5 +1,6 @@
 """Number of seen tokens and selection of rows, shared by all caches of this package."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,11 +18,14 @@ class CountingCacheMixin(CacheVersionsMixin, Cache):
         next_positions (`torch.LongTensor` of shape `[batch]`, *optional*): number of real tokens of each row's sequence;
             `None` without padding and packed rows, where it equals `seen_tokens`.
         packed (`bool`): whether a row holds several sequences, the last of which continues.
+        advance (`Callable`): method of each cache that counts new tokens. A model calls it once per forward pass, after its
+            last layer. The arguments depend on the cache.
     """
 
     seen_tokens: Any
     next_positions: torch.Tensor | None = None
     packed: bool = False
+    advance: Callable[..., None]
 
     def get_seq_length(self, layer_idx: int = 0):
         """Number of tokens seen, the same for every layer."""

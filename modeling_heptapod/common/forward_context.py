@@ -32,7 +32,7 @@ class ForwardContext:
 
     padding_mask: torch.Tensor | None = None
     segment_ids: torch.Tensor | None = None
-    past_lengths: int | list[int] | torch.Tensor = 0
+    past_lengths: Any = 0
     position_ids: torch.Tensor | None = None
     output_attentions: bool = False
 
@@ -70,10 +70,13 @@ class ForwardContext:
 
     def advance(self, cache: CountingCacheMixin, seq: int, device: torch.device) -> None:
         """Count the `seq` new tokens in `cache`. A model calls it after its last layer, on the device of which they are."""
-        cache.advance(seq, device)
-        mask, segments = self.padding_mask, self.segment_ids
+        mask, segments, positions = self.padding_mask, self.segment_ids, None
         if mask is not None or segments is not None or cache.rows_differ:
-            cache.follow(next_positions(segments, mask, seq, self.past_lengths))
+            # Before the cache counts, because a static one changes `past_lengths` in place.
+            positions = next_positions(segments, mask, seq, self.past_lengths)
+        cache.advance(seq, device)
+        if isinstance(positions, torch.Tensor):
+            cache.follow(positions)
         if segments is not None and not is_tracing(segments):
             cache.packed = True
 
@@ -87,7 +90,7 @@ def _to_device(value: Any, device: torch.device) -> Any:
         return type(value)(_to_device(part, device) for part in value)
     if isinstance(value, dict):
         return {name: _to_device(part, device) for name, part in value.items()}
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{x.name: _to_device(getattr(value, x.name), device) for x in fields(value)})
     return value.to(device) if hasattr(value, "to") else value
 

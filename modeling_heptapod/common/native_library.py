@@ -144,8 +144,14 @@ def _run(command, seconds, scratch=None):
     environment = {**os.environ, "LC_ALL": "C"}
     if scratch is not None:
         environment["TMPDIR"] = scratch
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes, env=environment, start_new_session=True) as process:
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,
+    ) as process:
         try:
             out, errors = process.communicate(timeout=seconds)
         except BaseException as error:

@@ -5,27 +5,30 @@ The package has a folder for each family. Transformers loads code from a single 
 """
 
 import ast
+import inspect
+import os
 import re
-import sys
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
 
 
-def write_code(modules: Iterable[Path], folder: str | Path) -> None:
+def write_code(modules: Iterable[Path], folder: str | os.PathLike) -> None:
     """Write modules, and those that they import relatively, side by side into a folder.
 
     A module with a C file of the same name beside it is written as this file's text, in the constant `SOURCE`.
 
     Args:
         modules (`Iterable[Path]`): files to begin with.
-        folder (`str` or `Path`): created if needed.
+        folder (`str` or `os.PathLike`): created if needed.
 
     Raises:
         ValueError: for two modules of one name, for a relative import of a package, and for C that no raw string can hold.
     """
-    waiting, flat, sources = list(modules), {}, {}
+    waiting = list(modules)
+    flat: dict[str, Path] = {}
+    sources: dict[str, str] = {}
     while waiting:
         path = waiting.pop()
         if path in flat.values():
@@ -84,11 +87,12 @@ class CustomCodeMixin:
 
     _auto_classes: ClassVar[dict[str, str]]
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """Save as Transformers does, and the code with it, so that Auto classes load the folder with `trust_remote_code=True`.
 
         Args:
             save_directory (`str` or `os.PathLike`): folder to write to.
+            push_to_hub (`bool`): whether to push the folder to the Hub as well.
             kwargs: passed to Transformers' method.
         """
         ours = {reference.partition(".")[0] for reference in self._auto_classes.values()}
@@ -96,16 +100,15 @@ class CustomCodeMixin:
         # Classes that a user registered stay; entries for ours point to the folder that they were loaded from.
         others = {name: given[name] for name in given if _module_of(given[name]) not in ours}
         self.auto_map = {**self._auto_classes, **others}
-        here = Path(sys.modules[_defining(type(self)).__module__].__file__).parent
+        here = Path(inspect.getfile(_defining(type(self)))).parent
         files = (here / f"{name}.py" for name in sorted(ours))
-        write_code(
-            [file for file in files if file.is_file()], save_directory
-        )  # remote code of a config comes without the models
-        super().save_pretrained(save_directory, **kwargs)
+        # Remote code of a config comes without the models.
+        write_code((file for file in files if file.is_file()), save_directory)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
 
     def _get_files_timestamps(self, working_dir):
         """Timestamps of the files that `push_to_hub` compares, without the code, which is always pushed."""
-        times = super()._get_files_timestamps(working_dir)
+        times = super()._get_files_timestamps(working_dir)  # type: ignore[misc]
         return {name: time for name, time in times.items() if not name.endswith(".py")}
 
 

@@ -7,7 +7,7 @@ Compression, strides and dilations of the hierarchical LM count from the first t
 set apart: each begins at a multiple of the coarsest factor, after at least as many empty slots as a compressor looks back.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -43,11 +43,6 @@ class TokenLayout:
         """`[batch, slots, width]` -> `[batch, seq, width]`, zero at padding."""
         taken = x.gather(1, self.back.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         return torch.where(self.given.unsqueeze(-1), taken, torch.zeros((), dtype=x.dtype, device=x.device))
-
-    def to(self, device: torch.device) -> "TokenLayout":
-        """Layout on another device; accelerate calls it on arguments of layers that are on several devices."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: x.to(device) for name, x in tensors.items() if x is not None})
 
 
 def pad_layout(mask: torch.Tensor) -> TokenLayout:

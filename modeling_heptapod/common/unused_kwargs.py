@@ -18,7 +18,7 @@ _OF_GENERATE = ("tokenizer", "assistant_tokenizer")
 _WITH_CU_SEQ_LENS_Q = ("cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
-def pop_kwargs(kwargs: dict[str, Any], *names: str) -> dict[str, Any]:
+def pop_kwargs(kwargs: Any, *names: str) -> dict[str, Any]:
     """Remove `names` from `kwargs` and return those that were there: arguments of a loss that the base model must not get."""
     return {name: kwargs.pop(name) for name in names if name in kwargs}
 

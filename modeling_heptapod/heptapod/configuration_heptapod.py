@@ -131,12 +131,13 @@ class HeptapodConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
 
     def _check_layers(self):
-        if len(self.attention_types) != self.num_hidden_layers:
+        attention_types = self.attention_types or ()
+        if len(attention_types) != self.num_hidden_layers:
             raise ValueError(
                 f"`attention_types` must have one entry for each of the {self.num_hidden_layers} layers, got "
-                f"{len(self.attention_types)}: {self.attention_types}."
+                f"{len(attention_types)}: {self.attention_types}."
             )
-        if not set(self.attention_types) <= set(ATTENTION_TYPES):
+        if not set(attention_types) <= set(ATTENTION_TYPES):
             raise ValueError(f"`attention_types` must be of {tuple(ATTENTION_TYPES)}, got {self.attention_types}.")
         for name, least in (("local_radius", 0), ("dilation", 1)):
             values = getattr(self, name)
@@ -168,6 +169,7 @@ class HeptapodConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
 
     def neighborhood(self, layer_idx: int) -> tuple[int | None, int]:
         """Radius and dilation of a layer's neighbourhood; a radius of `None` is the whole page."""
+        assert self.attention_types is not None  # for type checkers
         radius, dilation = (x if isinstance(x, int) else x[layer_idx] for x in (self.local_radius, self.dilation))
         return ATTENTION_TYPES[self.attention_types[layer_idx]](radius, dilation)
 

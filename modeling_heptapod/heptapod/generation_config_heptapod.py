@@ -116,7 +116,7 @@ class HeptapodGenerationConfig(GenerationConfig):
         reject_unknown(kwargs)
         self.validate()
 
-    def validate(self, **unused_kwargs):
+    def validate(self, *unused_args, **unused_kwargs):
         """Raises a `ValueError` for invalid values. The arguments are those of the parent and unused."""
         for name, option in OPTIONS.items():
             value = getattr(self, name)

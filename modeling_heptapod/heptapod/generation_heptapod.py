@@ -4,8 +4,9 @@ In this order: the output, the draw of tokens, the canvas, one step, the loop. T
 `generation_config_heptapod.py`, the samplers in `samplers.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.generation import (
@@ -45,11 +46,11 @@ class HeptapodGenerateOutput(ModelOutput):
             The canvas before the first step and after each. With `output_history=True`.
     """
 
-    sequences: torch.LongTensor
-    unmask_step: torch.LongTensor | None = None
+    sequences: torch.Tensor
+    unmask_step: torch.Tensor | None = None
     nfe: int | None = None
-    scores: torch.FloatTensor | None = None
-    history: torch.LongTensor | None = None
+    scores: torch.Tensor | None = None
+    history: torch.Tensor | None = None
 
 
 @dataclass
@@ -88,7 +89,7 @@ class _TokenDraw:
         most_probable = sampled = log_probs.argmax(-1)
         warped = log_probs
         if self.do_sample:
-            warped = self.warpers(None, log_probs).log_softmax(-1)
+            warped = self.warpers(None, log_probs).log_softmax(-1)  # type: ignore[arg-type]  # none reads `input_ids`
             sampled = torch.multinomial(warped.exp(), 1, generator=self.generator).squeeze(1)
 
         def spread(values):
@@ -194,7 +195,11 @@ class HeptapodGenerationMixin:
     `config.self_conditioning` is set its `forward` takes `self_conditioning_logits`.
     """
 
-    generation_config_class = HeptapodGenerationConfig
+    generation_config_class: type[GenerationConfig] = HeptapodGenerationConfig
+    generation_config: GenerationConfig
+    config: Any
+    device: torch.device
+    __call__: Callable[..., Any]
 
     @torch.no_grad()
     def generate(
@@ -208,7 +213,7 @@ class HeptapodGenerationMixin:
         height: int | None = None,
         width: int | None = None,
         **kwargs,
-    ) -> torch.LongTensor | HeptapodGenerateOutput:
+    ) -> torch.Tensor | HeptapodGenerateOutput:
         """Unmask all masked tokens of a batch of grids. Prompt tokens never change.
 
         A token is masked where `input_ids` is `config.mask_token_id` and `attention_mask` is not 0. Each denoising step
@@ -253,7 +258,7 @@ class HeptapodGenerationMixin:
         on_canvas, batch_shape = on_canvas.flatten(1), pages.shape
         canvas = _Canvas(pages.flatten(1), mask_token_id, on_canvas)
         sampler = SAMPLERS[config.sampler](config, canvas.is_masked.sum(1), generator)
-        drafts = hasattr(streamer, "put_draft")
+        put_draft = getattr(streamer, "put_draft", None)
         history = [canvas.ids.clone()]
         self_conditioning_logits, step = None, 0
         if streamer is not None:
@@ -262,13 +267,13 @@ class HeptapodGenerationMixin:
         rows = canvas.unfinished()
         while len(rows):
             logits = self._predict(canvas.ids[rows], on_canvas[rows], batch_shape, self_conditioning_logits)
-            _denoise(canvas, rows, step, logits, sampler, draw, drafts)
+            _denoise(canvas, rows, step, logits, sampler, draw, put_draft is not None)
             step += 1
             if config.output_history:
                 history.append(canvas.ids.clone())
-            if drafts:
-                streamer.put_draft(canvas.draft().cpu())
-            if self._is_self_conditioned():
+            if put_draft is not None:
+                put_draft(canvas.draft().cpu())
+            if getattr(self.config, "self_conditioning", False):
                 self_conditioning_logits = logits[canvas.is_masked[rows].any(1)]
             rows = canvas.unfinished()
 
@@ -294,9 +299,6 @@ class HeptapodGenerationMixin:
         attention_mask = None if on_canvas.all() else on_canvas.view(shape).long()
         outputs = self(input_ids=ids.view(shape), attention_mask=attention_mask, return_dict=True, **conditions)
         return outputs.logits.flatten(1, 2)
-
-    def _is_self_conditioned(self):
-        return getattr(self.config, "self_conditioning", False)
 
     def _prepare_generation_config(self, generation_config, options):
         """Options of this call, then those of `generation_config`, of the model, and the defaults."""
@@ -337,13 +339,13 @@ class HeptapodGenerationMixin:
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
         default = getattr(self.config, "grid_size", None) or (None, None)
-        size = (height or default[0], width or default[1])
+        rows, columns = height or default[0], width or default[1]
         if input_ids is None:
             if attention_mask is not None:
                 raise ValueError("`attention_mask` was given without `input_ids`.")
-            if None in size:
+            if rows is None or columns is None:
                 raise ValueError("`input_ids`, or `height` and `width` of an empty canvas, must be given.")
-            pages = torch.full((1, *size), self.config.mask_token_id, dtype=torch.long, device=self.device)
+            pages = torch.full((1, rows, columns), self.config.mask_token_id, dtype=torch.long, device=self.device)
             return pages.shape, pages, torch.ones_like(pages, dtype=torch.bool)
 
         _check_prompt(input_ids, attention_mask, getattr(self.config, "pad_token_id", None))
@@ -353,16 +355,16 @@ class HeptapodGenerationMixin:
                 raise ValueError(
                     f"`height` and `width` ({height}, {width}) differ from those of `input_ids` {list(shape)}."
                 )
-            size = tuple(shape[1:])
-        elif len(shape) != 2 or None in size or shape[1] != size[0] * size[1]:
+            rows, columns = shape[1:]
+        elif len(shape) != 2 or rows is None or columns is None or shape[1] != rows * columns:
             raise ValueError(
                 f"`input_ids` must be [batch, height, width], or [batch, height * width] with `height` and `width` "
-                f"(now {size[0]} and {size[1]}), got {list(shape)}."
+                f"(now {rows} and {columns}), got {list(shape)}."
             )
-        pages = input_ids.reshape(-1, *size).long().clone()
+        pages = input_ids.reshape(-1, rows, columns).long().clone()
         if attention_mask is None:
             return shape, pages, torch.ones_like(pages, dtype=torch.bool)
-        return shape, pages, attention_mask.reshape(-1, *size).bool()
+        return shape, pages, attention_mask.reshape(-1, rows, columns).bool()
 
     def adjust_generation_fn(
         self,

@@ -161,8 +161,9 @@ def _dense_attention(q, k, v, radius, scale, padding_mask, dropout):
             visible = visible | ~sees
         # Slicing out all rows would cost small grids 2% of their time.
         parts = (q, k, v) if len(strips) == 1 else (q[:, :, rows], k[:, :, seen], v[:, :, seen])
+        query, key, value = (x.flatten(2, 3) for x in parts)
         out = nn.functional.scaled_dot_product_attention(
-            *(x.flatten(2, 3) for x in parts), attn_mask=visible, dropout_p=dropout, scale=scale
+            query, key, value, attn_mask=visible, dropout_p=dropout, scale=scale
         )
         outs.append(out if padding_mask is None else torch.where(sees, out, 0.0))
     return (torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]).view(q.shape)
@@ -184,7 +185,8 @@ def attention_weights(
     _check_inputs(q, k, k, radius, dilation, padding_mask)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     mask = None if padding_mask is None else padding_mask.bool()
-    visible = _visible(*q.shape[2:4], radius, dilation, mask, q.device)
+    height, width = q.shape[2:4]
+    visible = _visible(height, width, radius, dilation, mask, q.device)
     with torch.autocast(q.device.type, enabled=False):
         queries, keys = (x.flatten(2, 3).to(torch.promote_types(q.dtype, torch.float32)) for x in (q, k))
         logits = scale * (queries @ keys.transpose(2, 3))
@@ -233,9 +235,9 @@ def local_attention(
     # A compiled graph always has a mask, so that it takes sizes that the dilation does not divide.
     if mask is None and (torch.compiler.is_compiling() or height % phases[0] or width % phases[1]):
         mask = q.new_ones(1, height, width, dtype=torch.bool).expand(batch, -1, -1)
-    parts = (_split_phases(x, phases) for x in (q, k, v))
+    q, k, v = (_split_phases(x, phases) for x in (q, k, v))
     mask = None if mask is None else _split_phases(mask[:, None, :, :, None], phases)[:, 0, :, :, 0]
-    return _join_phases(_attention(*parts, radius, scale, mask, dropout), phases, height, width)
+    return _join_phases(_attention(q, k, v, radius, scale, mask, dropout), phases, height, width)
 
 
 def _split_phases(x, phases):

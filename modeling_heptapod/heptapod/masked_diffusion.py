@@ -4,7 +4,8 @@ In this order: labels, masks, losses, the bound of a page.
 """
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -22,8 +23,8 @@ DIRECTIONS = ((-1, 0), (1, 0), (0, -1), (0, 1))  # of the neighbour loss: above,
 
 
 def prepare_labels(
-    labels: torch.LongTensor, shape: tuple[int, ...], attention_mask: torch.Tensor | None, config
-) -> torch.LongTensor:
+    labels: torch.Tensor, shape: tuple[int, ...], attention_mask: torch.Tensor | None, config
+) -> torch.Tensor:
     """Labels of a page of `shape` with `-100` at padding.
 
     Raises:
@@ -44,7 +45,7 @@ def prepare_labels(
     return labels
 
 
-def check_clean(input_ids: torch.LongTensor | None, labels: torch.LongTensor, mask_token_id: int) -> None:
+def check_clean(input_ids: torch.Tensor | None, labels: torch.Tensor, mask_token_id: int) -> None:
     """Raises a `ValueError` for pages that are masked already, and for labels that differ from the page."""
     counts = labels != IGNORE_INDEX
     for name, ids in (("input_ids", input_ids), ("labels", labels)):
@@ -61,7 +62,7 @@ def check_clean(input_ids: torch.LongTensor | None, labels: torch.LongTensor, ma
         )
 
 
-def warn_if_padding_was_counted(given: torch.LongTensor, labels: torch.LongTensor) -> None:
+def warn_if_padding_was_counted(given: torch.Tensor, labels: torch.Tensor) -> None:
     """`Trainer` passes the number of labels of a step that are not `-100`, some of them of other batches."""
     if values_are_readable(given) and (given != labels).any():
         logger.warning_once(
@@ -126,9 +127,7 @@ def sample_eval_masks(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return masked.to(labels.device), mask_ratio.to(labels.device)
 
 
-def choose_cells(
-    candidates: torch.BoolTensor, number: torch.LongTensor, generator: torch.Generator | None
-) -> torch.BoolTensor:
+def choose_cells(candidates: torch.Tensor, number: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
     """Chooses `number [batch]` of each page's candidates `[batch, ...]`, all sets equally likely."""
     order = torch.rand(candidates.flatten(1).shape, generator=generator, device=candidates.device)
     order = order.masked_fill(~candidates.flatten(1), 2.0)  # after all candidates
@@ -182,7 +181,7 @@ def masked_diffusion_loss(
 
 def neighbor_loss(
     hidden_states: torch.Tensor,
-    projections: Sequence[nn.Module],
+    projections: Iterable[nn.Module],
     lm_head: nn.Module,
     grid_size: tuple[int, int],
     attention_mask: torch.Tensor | None,
@@ -201,14 +200,15 @@ def neighbor_loss(
     states, real = hidden_states.view(*grid, -1), attention_mask
     labels, masked = (x.view(grid).to(states.device) for x in (labels, masked))
     real = None if real is None else real.bool().view(grid).to(states.device)
-    total = 0.0
+    losses = []
     for (down, across), projection in zip(DIRECTIONS, projections):
         here, there = _overlap(down, across, *grid_size)
         wanted = masked[there] if real is None else masked[there] & real[here]
         predicted = lm_head(projection(states[here][wanted]))
         nats = token_nll(predicted, labels[there][wanted], excluded)
         ratio = mask_ratio.to(nats).view(-1, 1, 1).expand_as(wanted)[wanted]
-        total = total + (nats / ratio).sum()
+        losses.append((nats / ratio).sum())
+    total = reduce(torch.add, losses)
     return total / (len(DIRECTIONS) * _count(labels, num_items_in_batch, total.device))
 
 
@@ -237,8 +237,8 @@ class ElboEstimate(NamedTuple):
 
 
 def estimate_elbo(
-    predict: Callable[[torch.BoolTensor], torch.Tensor],
-    labels: torch.LongTensor,
+    predict: Callable[[torch.Tensor], torch.Tensor],
+    labels: torch.Tensor,
     num_samples: int,
     excluded: list[int],
     generator: torch.Generator | None = None,

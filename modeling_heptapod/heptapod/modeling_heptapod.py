@@ -5,6 +5,7 @@ objective in `masked_diffusion.py`, generation in `generation_heptapod.py`. The 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -98,7 +99,10 @@ class HeptapodAttention(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         attentions = None
         if output_attentions or self.config._attn_implementation == "eager" or has_dynamic_shapes(hidden_states):
-            parts = [attention_weights(q[:, at], k[:, at], *window, padding_mask) for at, *window in self.head_groups]
+            parts = [
+                attention_weights(q[:, at], k[:, at], radius, dilation, padding_mask)
+                for at, radius, dilation in self.head_groups
+            ]
             attentions = torch.cat(parts, dim=1)
             out = nn.functional.dropout(attentions, dropout) @ v.flatten(2, 3)
             out = out.unflatten(2, grid_size)
@@ -114,17 +118,16 @@ class HeptapodAttention(nn.Module):
         return self.o_proj(out), attentions if output_attentions else None
 
     def _global_attention(self, q, k, v, global_mask, dropout):
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)  # type: ignore[arg-type]
         cells = (x.flatten(2, 3) for x in (q, k, v))
-        out, _ = attention(
-            self, *cells, global_mask, dropout=dropout, scaling=self.scaling
-        )  # [batch, cells, heads, -1]
-        return out.transpose(1, 2).unflatten(2, q.shape[2:4])
+        out, _ = attention(self, *cells, global_mask, dropout=dropout, scaling=self.scaling)
+        return out.transpose(1, 2).unflatten(2, q.shape[2:4])  # from [batch, cells, heads, head_dim]
 
 
 class HeptapodMLP(nn.Module):
     def __init__(self, config: HeptapodConfig):
         super().__init__()
+        assert config.intermediate_size is not None  # for type checkers
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
         self.act_fn = ACT2FN[config.hidden_act]
@@ -193,13 +196,10 @@ class HeptapodModel(HeptapodPreTrainedModel):
     def __init__(self, config: HeptapodConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.embed_positions = (
-            HeptapodSinePositionEmbedding(config) if config.use_absolute_position_embeddings else None
-        )
+        absolute = config.use_absolute_position_embeddings
+        self.embed_positions = HeptapodSinePositionEmbedding(config) if absolute else None
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.layers = nn.ModuleList(
-            [HeptapodLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
-        )
+        self.layers = nn.ModuleList([HeptapodLayer(config, layer) for layer in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -207,7 +207,7 @@ class HeptapodModel(HeptapodPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring
-    def forward(
+    def forward(  # type: ignore[misc]
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -230,16 +230,15 @@ class HeptapodModel(HeptapodPreTrainedModel):
             Whether to return the `[batch, heads, cells, cells]` of each layer, in time and memory quadratic in cells.
         """
         reject_unused_kwargs(self, kwargs)
-        inputs_embeds = self.embed(input_ids, inputs_embeds, attention_mask)
-        grid_size = page_size(inputs_embeds.shape[:-1], grid_size, self.config.grid_size)
-        padding_mask = make_padding_mask(attention_mask, inputs_embeds.shape[:-1], grid_size)
+        hidden_states = embeds = self.embed(input_ids, inputs_embeds, attention_mask)
+        grid_size = page_size(embeds.shape[:-1], grid_size, self.config.grid_size)
+        padding_mask = make_padding_mask(attention_mask, embeds.shape[:-1], grid_size)
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        global_mask = make_global_mask(self.config, padding_mask, inputs_embeds)
-        rotary = grid_rotary(*grid_size, self.config.head_dim, self.config.rope_theta, inputs_embeds.device)
-        hidden_states = inputs_embeds
+        global_mask = make_global_mask(self.config, padding_mask, embeds)
+        rotary = grid_rotary(*grid_size, self.config.head_dim, self.config.rope_theta, embeds.device)
         if self.embed_positions is not None:
-            positions = self.embed_positions(grid_size, inputs_embeds, padding_mask)
-            hidden_states = hidden_states + positions.expand(inputs_embeds.shape[0], -1, -1).reshape_as(inputs_embeds)
+            positions = self.embed_positions(grid_size, embeds, padding_mask)
+            hidden_states = embeds + positions.expand(embeds.shape[0], -1, -1).reshape_as(embeds)
         if padding_mask is not None:
             hidden_states = apply_mask_to_padding_states(hidden_states, padding_mask.view(hidden_states.shape[:-1]))
         hidden_states = self.dropout(hidden_states)
@@ -268,9 +267,10 @@ class HeptapodModel(HeptapodPreTrainedModel):
             TypeError, ValueError: unless exactly one is given, of the right dtype and shape.
         """
         check_one_input(input_ids, inputs_embeds)
-        if input_ids is None:
+        if inputs_embeds is not None:
             check_page("inputs_embeds", inputs_embeds, self.config.hidden_size)
             return inputs_embeds
+        assert input_ids is not None  # for type checkers
         check_page("input_ids", input_ids)
         check_vocabulary("input_ids", input_ids, self.config.vocab_size)
         if attention_mask is None and self.config.pad_token_id is not None and not is_tracing(input_ids):
@@ -303,7 +303,7 @@ class HeptapodMaskedLMOutput(MaskedLMOutput):
         passes it to `compute_metrics` after the logits: `logits, masked_labels = prediction.predictions`.
     """
 
-    masked_labels: torch.LongTensor | None = None
+    masked_labels: torch.Tensor | None = None
 
 
 @auto_docstring(
@@ -322,9 +322,8 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
         if config.self_conditioning:
             self.self_conditioning_proj = HeptapodSelfConditioning(config.hidden_size, config.hidden_size, bias=False)
         if config.neighbor_loss_weight:
-            self.neighbor_projs = nn.ModuleList(
-                [nn.Linear(config.hidden_size, config.hidden_size, bias=False) for _ in DIRECTIONS]
-            )
+            size = config.hidden_size
+            self.neighbor_projs = nn.ModuleList([nn.Linear(size, size, bias=False) for _ in DIRECTIONS])
         self.loss_function = masked_diffusion_loss
         self._has_checked_labels = False
         self.post_init()
@@ -371,9 +370,10 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
         """
         loss_kwargs = pop_kwargs(kwargs, "num_items_in_batch")
         require_labels(labels, loss_kwargs.get("num_items_in_batch"), "the model masks the page by them")
-        inputs_embeds = self.model.embed(input_ids, inputs_embeds, attention_mask)
-        shape = inputs_embeds.shape[:-1]
-        page = {"attention_mask": attention_mask, "grid_size": page_size(shape, grid_size, self.config.grid_size)}
+        embeds = self.model.embed(input_ids, inputs_embeds, attention_mask)
+        shape = embeds.shape[:-1]
+        grid_size = page_size(shape, grid_size, self.config.grid_size)
+        page: dict[str, Any] = {"attention_mask": attention_mask, "grid_size": grid_size}
         if labels is not None:
             given, labels = labels, self._prepare_labels(input_ids, labels, shape, attention_mask)
             if loss_kwargs.get("num_items_in_batch") is not None:
@@ -382,22 +382,22 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
                 masked, mask_ratio = sample_mask(labels, None, *rank_and_num_ranks())
             else:
                 masked, mask_ratio = sample_eval_masks(labels)
-            inputs_embeds = self._mask(inputs_embeds, masked)
+            embeds = self._mask(embeds, masked)
             if self._predicts_twice() and self_conditioning_logits is None:
-                self_conditioning_logits = self._first_prediction(inputs_embeds, page)
-        inputs_embeds = self._with_self_conditioning(inputs_embeds, self_conditioning_logits)
-        outputs = self.model(inputs_embeds=inputs_embeds, **page, **kwargs)
+                self_conditioning_logits = self._first_prediction(embeds, page)
+        embeds = self._with_self_conditioning(embeds, self_conditioning_logits)
+        outputs = self.model(inputs_embeds=embeds, **page, **kwargs)
         logits = cell_by_cell(self.lm_head, outputs.last_hidden_state)
         loss = masked_labels = None
         if labels is not None:
             masked_labels = labels.masked_fill(~masked, IGNORE_INDEX)
-            draw = {"labels": labels, "masked": masked, "mask_ratio": mask_ratio, "excluded": self._excluded_tokens()}
+            excluded = self._excluded_tokens()
+            draw: dict[str, Any] = {"labels": labels, "masked": masked, "mask_ratio": mask_ratio, "excluded": excluded}
             loss = self.loss_function(logits=logits, **draw, **loss_kwargs)
             if self.training and self.config.neighbor_loss_weight:
-                neighbors = (outputs.last_hidden_state, self.neighbor_projs, self.lm_head)
-                loss = loss + self.config.neighbor_loss_weight * neighbor_loss(
-                    *neighbors, **page, **draw, **loss_kwargs
-                )
+                heads = {"projections": self.neighbor_projs, "lm_head": self.lm_head}
+                extra = neighbor_loss(outputs.last_hidden_state, **heads, **page, **draw, **loss_kwargs)
+                loss = loss + self.config.neighbor_loss_weight * extra
         return HeptapodMaskedLMOutput(
             loss=loss,
             logits=logits,
@@ -452,6 +452,7 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
     def _prepare_labels(self, input_ids, labels, shape, attention_mask):
         labels = prepare_labels(input_ids if labels is None else labels, shape, attention_mask, self.config)
         mask_token_id = self.config.mask_token_id
+        assert mask_token_id is not None  # for type checkers
         # Off the CPU a read synchronizes the device, so only the first batch is read: wrong batches are rarely the only one.
         if values_are_readable(labels) or not (self._has_checked_labels or is_tracing(labels)):
             check_clean(input_ids, labels, mask_token_id)

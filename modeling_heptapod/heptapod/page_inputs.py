@@ -1,5 +1,7 @@
 """Inputs of the grid: checks of sizes, shapes and ids, and the masks of padding."""
 
+from collections.abc import Sequence
+
 import torch
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils.import_utils import is_tracing
@@ -17,7 +19,7 @@ def check_page(name: str, tensor: torch.Tensor, channels: int | None = None) -> 
 
 
 def page_size(
-    shape: tuple[int, ...], grid_size: tuple[int, int] | None, default: tuple[int, int] | None
+    shape: tuple[int, ...], grid_size: Sequence[int] | None, default: Sequence[int] | None
 ) -> tuple[int, int]:
     """Height and width of a page of `shape`, `[batch, height, width]` or `[batch, cells]`.
 
@@ -49,7 +51,7 @@ def _is_grid_size(grid_size):
 
 def make_padding_mask(
     attention_mask: torch.Tensor | None, shape: tuple[int, ...], grid_size: tuple[int, int]
-) -> torch.BoolTensor | None:
+) -> torch.Tensor | None:
     """`attention_mask` as booleans `[batch, height, width]`, or `None` without padding."""
     check_shape("attention_mask", attention_mask, shape)
     if attention_mask is None or (not is_tracing(attention_mask) and attention_mask.all()):
@@ -57,7 +59,7 @@ def make_padding_mask(
     return attention_mask.bool().view(shape[0], *grid_size)
 
 
-def make_global_mask(config, padding_mask: torch.BoolTensor | None, inputs_embeds: torch.Tensor):
+def make_global_mask(config, padding_mask: torch.Tensor | None, inputs_embeds: torch.Tensor):
     """Padding mask of heads that attend to the whole page, in the form that the attention implementation takes."""
     if padding_mask is None or config._attn_implementation == "eager":
         return None

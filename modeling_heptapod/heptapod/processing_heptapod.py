@@ -344,17 +344,17 @@ class HeptapodProcessor(CustomCodeMixin, ProcessorMixin):
             skip_special_tokens: leave out blanks, padding and the tokenizer's other special tokens; otherwise all cells
                 are decoded by the tokenizer.
         """
-        ids = np.asarray(token_ids.cpu() if hasattr(token_ids, "cpu") else token_ids)
-        if ids.ndim not in (1, 2):
+        page = np.asarray(token_ids.cpu() if hasattr(token_ids, "cpu") else token_ids)
+        if page.ndim not in (1, 2):
             raise ValueError(
-                f"`token_ids` must be [height, width] or [cells], got {list(ids.shape)}; see `batch_decode`."
+                f"`token_ids` must be [height, width] or [cells], got {list(page.shape)}; see `batch_decode`."
             )
-        ids = ids.ravel().tolist()
+        ids = page.ravel().tolist()
         if not skip_special_tokens:
             return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         mask = self.tokenizer.mask_token_id
         left_out = {self.blank_token_id, *special_token_ids(self.tokenizer)} - {mask}
-        pieces = [[]]  # of text between masked tokens
+        pieces: list[list[int]] = [[]]  # of text between masked tokens
         for token in ids:
             if token == mask:
                 pieces.append([])

@@ -64,11 +64,11 @@ class Sampler:
 
     needs_prediction = True
 
-    def __init__(self, config, num_masked: torch.LongTensor, generator: torch.Generator | None):
+    def __init__(self, config, num_masked: torch.Tensor, generator: torch.Generator | None):
         self.config, self.num_masked, self.generator = config, num_masked, generator
         self.limit = torch.full_like(num_masked, torch.iinfo(torch.long).max)
 
-    def choose(self, is_masked: torch.BoolTensor, rows: torch.LongTensor, step: int, prediction) -> torch.BoolTensor:
+    def choose(self, is_masked: torch.Tensor, rows: torch.Tensor, step: int, prediction) -> torch.Tensor:
         """The tokens to unmask.
 
         Args:
@@ -82,7 +82,7 @@ class Sampler:
         """
         raise NotImplementedError
 
-    def is_last(self, rows: torch.LongTensor, step: int) -> torch.BoolTensor:
+    def is_last(self, rows: torch.Tensor, step: int) -> torch.Tensor:
         """Whether a step must unmask all tokens, `[rows]`."""
         return step + 1 >= self.limit[rows]
 
@@ -155,7 +155,7 @@ def _least(keys, is_masked, number):
     return is_masked & (ranks < number.unsqueeze(1))
 
 
-def within_entropy_bound(entropy: torch.Tensor, is_masked: torch.BoolTensor, bound: float) -> torch.BoolTensor:
+def within_entropy_bound(entropy: torch.Tensor, is_masked: torch.Tensor, bound: float) -> torch.Tensor:
     """The masked tokens of least entropy whose sum stays within the bound, and always the first of them."""
     entropy, order = entropy.masked_fill(~is_masked, torch.inf).sort(dim=1, stable=True)
     fits = entropy.cumsum(1) <= bound

@@ -20,14 +20,14 @@ MASKED_LOGIT = -1e30
 
 
 class _Axis(NamedTuple):
-    """Tiles along one axis of the grid: `count` tiles of `tile` queries, each with a halo of `keys` keys.
+    """Tiles along one axis of the grid: `num_tiles` tiles of `tile` queries, each with a halo of `keys` keys.
 
     Queries are padded at the end, keys by `before` and `after`, so that all halos have one size. A short axis that a
     halo would cover is one tile without padding.
     """
 
     tile: int
-    count: int
+    num_tiles: int
     keys: int
     before: int
     after: int
@@ -71,20 +71,20 @@ class _Tiling:
         """Indices into views of tiles and halos, for one step after the other."""
         in_cache = self.device.type == "cpu" and not torch.compiler.is_compiling()
         queries, keys = self.near.shape
-        row = self.heads * self.across.count * keys * (queries + 2 * self.head_dim)
+        row = self.heads * self.across.num_tiles * keys * (queries + 2 * self.head_dim)
         budget = max(1, (_CPU_STEP if in_cache else _GPU_STEP) // row)
-        if budget >= self.batch * self.down.count:  # no loop, so a compiled graph takes other sizes
-            yield slice(0, self.batch), slice(None), slice(0, self.down.count)
+        if budget >= self.batch * self.down.num_tiles:  # no loop, so a compiled graph takes other sizes
+            yield slice(0, self.batch), slice(None), slice(0, self.down.num_tiles)
             return
         pages, rows = min(budget, self.batch), max(1, budget // self.batch)
         for page in range(0, self.batch, pages):
-            for start in range(0, self.down.count, rows):
+            for start in range(0, self.down.num_tiles, rows):
                 yield slice(page, page + pages), slice(None), slice(start, start + rows)
 
     def pad_queries(self, x):
         """`[batch, heads, height, width, channels]`, padded to complete tiles."""
-        below = self.down.count * self.down.tile - self.height
-        right = self.across.count * self.across.tile - self.width
+        below = self.down.num_tiles * self.down.tile - self.height
+        right = self.across.num_tiles * self.across.tile - self.width
         return pad(x, (0, 0, 0, right, 0, below))
 
     def pad_keys(self, x):
@@ -98,14 +98,14 @@ class _Tiling:
 
     def tiles(self, x):
         """Padded queries as a view of tiles."""
-        across = x.unflatten(3, (self.across.count, self.across.tile))
-        return across.unflatten(2, (self.down.count, self.down.tile)).transpose(3, 4)
+        across = x.unflatten(3, (self.across.num_tiles, self.across.tile))
+        return across.unflatten(2, (self.down.num_tiles, self.down.tile)).transpose(3, 4)
 
     def halos(self, x, tall=None, wide=None):
         """Padded keys as a view of halos, which overlap, or of the first `tall` by `wide` cells of each."""
         for place, axis, size in ((2, self.down, tall), (3, self.across, wide)):
             # An axis of one tile needs no `unfold`, which does not take symbolic sizes.
-            whole = axis.count == 1
+            whole = axis.num_tiles == 1
             x = x.unsqueeze(place).movedim(place + 1, -1) if whole else x.unfold(place, size or axis.keys, axis.tile)
         return x.permute(0, 1, 2, 3, 5, 6, 4)
 
@@ -120,18 +120,21 @@ class _Tiling:
         The same piece of every halo, no larger than a tile, does not overlap with the others and is added at once.
         """
         pages, _, rows = step
-        count = min(rows.stop, self.down.count) - rows.start
+        count = min(rows.stop, self.down.num_tiles) - rows.start
         gathered = gathered.view(
-            -1, self.heads, count, self.across.count, self.down.keys, self.across.keys, self.head_dim
+            -1, self.heads, count, self.across.num_tiles, self.down.keys, self.across.keys, self.head_dim
         )
         high = self.down.keys if count == 1 else self.down.tile
-        broad = self.across.keys if self.across.count == 1 else self.across.tile
+        broad = self.across.keys if self.across.num_tiles == 1 else self.across.tile
         for y in (0,) if count == 1 else range(0, self.down.keys, high):
-            for x in (0,) if self.across.count == 1 else range(0, self.across.keys, broad):
+            for x in (0,) if self.across.num_tiles == 1 else range(0, self.across.keys, broad):
                 piece = gathered[..., y : y + high, x : x + broad, :]
                 tall, wide = piece.shape[4:6]
                 top, left = rows.start * self.down.tile + y, x
-                bottom, right = top + (count - 1) * self.down.tile, left + (self.across.count - 1) * self.across.tile
+                bottom, right = (
+                    top + (count - 1) * self.down.tile,
+                    left + (self.across.num_tiles - 1) * self.across.tile,
+                )
                 place = total[pages, :, top : bottom + tall, left : right + wide]
                 self.halos(place, tall, wide).add_(piece)
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from .configuration_leap import LeapConfig
 from .focus import attention_matrix
-from .focus_functions import standardize
+from .focus_functions import log_weight, standardize
 from .leap_mixing import RunningMeanMixer
 
 
@@ -48,7 +48,9 @@ class AdditiveMixer(RunningMeanMixer):
         logits = (x * vector).sum(-1) * self.settings.scale
         if single_step:
             return self._step_mean(logits[:, 0], x, cache, state_idx), None
-        logs = self._log_weights(logits, rows)
+        logs = log_weight(logits, self.settings.weight_function)
+        if rows.padding_mask is not None:
+            logs = logs.masked_fill(~rows.padding_mask.unsqueeze(-1), -torch.inf)
         return self._dropout(self._mean(logs, x, rows, cache, is_causal, state_idx)), logs
 
     def attention_matrix(self, attentions, is_causal=True, segment_ids=None, positions=None):

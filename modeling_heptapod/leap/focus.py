@@ -116,7 +116,7 @@ def mix_with_means(
     settings: FocusSettings,
     means: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
-    padding_mask: torch.BoolTensor | None = None,
+    padding_mask: torch.Tensor | None = None,
     dropout: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The mixing step around any function of means.
@@ -186,23 +186,12 @@ def focus_mixing(
     qfkv, mask = _blank_pads(qfkv, padding_mask)
     if initial_state is None and _must_be_plain(qfkv):
         precise = qfkv.to(torch.promote_types(qfkv.dtype, torch.float32))
-        masks = mask, segment_ids
-        return naive_focus_mixing(precise, settings, alibi_slopes, rotary, *masks, _means_by_matrix).to(
-            qfkv.dtype
-        ), None
-    cos, sin = (None, None) if rotary is None else rotary
-    for name, table in (("rotary[0]", cos), ("rotary[1]", sin)):
-        if table is None:
-            continue
-        rows = batch if isinstance(table, torch.Tensor) and table.shape[:1] == (batch,) else 1
-        _check_tensor(name, table, qfkv, (rows, seq, head_dim), floating=True)
-        if head_dim % 2:
-            raise ValueError(f"`rotary` needs an even head dimension, got {head_dim}.")
-    if rotary is not None and cos.shape != sin.shape:
-        raise ValueError(f"`rotary` must be two tensors of one shape, got {list(cos.shape)} and {list(sin.shape)}.")
+        out = naive_focus_mixing(precise, settings, alibi_slopes, rotary, mask, segment_ids, _means_by_matrix)
+        return out.to(qfkv.dtype), None
+    if rotary is not None:
+        _check_rotary(*rotary, qfkv)
     past = None if initial_state is None else (initial_state.log_weights, initial_state.values)
-    out, *final = focus_mixing_step(qfkv, settings, alibi_slopes, rotary, mask, _runs(segment_ids), past)
-    return out, FocusState(*final) if settings.causal else None
+    return focus_mixing_step(qfkv, settings, alibi_slopes, rotary, mask, _runs(segment_ids), past)
 
 
 def focus_mean(
@@ -242,8 +231,8 @@ def focus_mean(
         return _means_by_matrix(logs, values.to(dtype), *arguments).to(values.dtype), None
     past = None if initial_state is None else (initial_state.log_weights, initial_state.values)
     rows = logs.transpose(1, 2).contiguous(), values.to(dtype).transpose(1, 2).contiguous()
-    means, *final = focus_mean_step(*rows, settings, alibi_slopes, _runs(segment_ids), past)
-    return means.transpose(1, 2).to(values.dtype), FocusState(*final) if settings.causal else None
+    means, state = focus_mean_step(*rows, settings, alibi_slopes, _runs(segment_ids), past)
+    return means.transpose(1, 2).to(values.dtype), state
 
 
 @torch.no_grad()
@@ -255,7 +244,8 @@ def token_state(
 ) -> FocusState:
     """Log weights and values of tokens, as in a windowed state. The arguments are those of `focus_mixing`."""
     qfkv, mask = _blank_pads(qfkv, padding_mask)
-    return FocusState(*Block(qfkv, settings, None, rotary, mask, None).tokens[:2])
+    logs, values, *_ = Block(qfkv, settings, None, rotary, mask, None).tokens
+    return FocusState(logs, values)
 
 
 def _must_be_plain(x):
@@ -282,6 +272,17 @@ def _check_inputs(name, tensor, shape, settings, initial_state):
         raise ValueError(f"`{name}` must have shape [{expected}] with at least one token, got {list(tensor.shape)}.")
     if initial_state is not None and not settings.causal:
         raise ValueError("`initial_state` was given, but a bidirectional step has no past to continue from.")
+
+
+def _check_rotary(cos, sin, qfkv):
+    batch, seq, _, _, head_dim = qfkv.shape
+    for name, table in (("rotary[0]", cos), ("rotary[1]", sin)):
+        rows = batch if isinstance(table, torch.Tensor) and table.shape[:1] == (batch,) else 1
+        _check_tensor(name, table, qfkv, (rows, seq, head_dim), floating=True)
+    if head_dim % 2:
+        raise ValueError(f"`rotary` needs an even head dimension, got {head_dim}.")
+    if cos.shape != sin.shape:
+        raise ValueError(f"`rotary` must be two tensors of one shape, got {list(cos.shape)} and {list(sin.shape)}.")
 
 
 def _check_companions(tensor, shape, settings, alibi_slopes, padding_mask, segment_ids, initial_state):

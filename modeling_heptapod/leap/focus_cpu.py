@@ -92,7 +92,8 @@ def takes(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> bool:
 def _blank(shape, dtype, settings, past, rotary_rows, threads):
     """A `Mixing` without its pointers, and the shapes and dtypes of these. Cached to save time in single steps."""
     batch, seq, parts, heads, dim = shape
-    channels, weight, gate = dim if parts == 3 else 2 * dim, *settings.kernels
+    channels = dim if parts == 3 else 2 * dim
+    weight, gate = settings.kernels
     blank = _Mixing(
         batch=batch,
         seq=seq,

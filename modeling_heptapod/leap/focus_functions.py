@@ -26,9 +26,9 @@ class WeightFunction(NamedTuple):
         kernel (`int`, *optional*): its number in the C source and the Triton kernels, `None` if they lack it.
     """
 
-    log: Callable
-    slope: Callable
-    weight: Callable
+    log: Callable[[torch.Tensor], torch.Tensor]
+    slope: Callable[[torch.Tensor], torch.Tensor]
+    weight: Callable[[torch.Tensor], torch.Tensor]
     kernel: int | None = None
 
 
@@ -36,13 +36,13 @@ class OutputGate(NamedTuple):
     """A function from alignments `scale * q . kbar` to gates on the output.
 
     Attributes:
-        value (`Callable`, *optional*): alignments -> gates. `None` for an operator without queries.
-        slope (`Callable`, *optional*): alignments, gates -> derivatives of `value`.
+        value (`Callable`): alignments -> gates.
+        slope (`Callable`): alignments, gates -> derivatives of `value`.
         kernel (`int`, *optional*): its number in the C source and the Triton kernels, `None` if they lack it.
     """
 
-    value: Callable | None
-    slope: Callable | None
+    value: Callable[[torch.Tensor], torch.Tensor]
+    slope: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     kernel: int | None = None
 
 
@@ -70,7 +70,7 @@ WEIGHT_FUNCTIONS = {
 OUTPUT_GATES = {
     "sigmoid": OutputGate(torch.sigmoid, lambda alignment, gate: gate * (1 - gate), kernel=1),
     "gelu": OutputGate(nn.functional.gelu, _gelu_slope, kernel=2),
-    "none": OutputGate(None, None, kernel=0),
+    "none": OutputGate(torch.ones_like, lambda alignment, gate: torch.zeros_like(gate), kernel=0),  # without queries
 }
 
 

@@ -5,7 +5,9 @@ so it runs the kernels (C on CPUs, Triton on GPUs, torch elsewhere) at all lengt
 this package, so they contain plain operations.
 """
 
+from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
 import torch
 
@@ -32,15 +34,17 @@ def focus_mixing_step(
     padding_mask: torch.Tensor | None,
     segments: torch.Tensor | None,
     past: tuple[torch.Tensor, torch.Tensor] | None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The mixing step of checked inputs. The arguments are those of `TiledMixing`, the results those of its `forward`."""
-    tensors = alibi_slopes, *(rotary or (None, None)), padding_mask, segments
-    if not _in_graph():
-        return _FocusMixing.apply(qfkv, settings, *tensors, *(past or (None, None)))
-    for_backward = torch.is_grad_enabled() and qfkv.requires_grad
-    past = _kept(past, for_backward) or (None, None)
-    out, *final, _ = _mixing_operator(qfkv, *tensors, *past, *_values(settings), for_backward)
-    return out, *(final if settings.causal else (None, None))
+) -> tuple[torch.Tensor, FocusState | None]:
+    """The mixing step of checked inputs, and the state after it. The arguments are those of `TiledMixing`."""
+    cos, sin = rotary or (None, None)
+    tensors = alibi_slopes, cos, sin, padding_mask, segments
+    if _in_graph():
+        for_backward = torch.is_grad_enabled() and qfkv.requires_grad
+        past_tensors = _kept(past, for_backward) or (None, None)
+        out, *final, _ = _mixing_operator(qfkv, *tensors, *past_tensors, *_values(settings), for_backward)
+    else:
+        out, *final = _FocusMixing.apply(qfkv, settings, *tensors, *(past or (None, None)))
+    return out, FocusState(*final) if settings.causal else None
 
 
 def focus_mean_step(
@@ -50,13 +54,15 @@ def focus_mean_step(
     alibi_slopes: torch.Tensor | None,
     segments: torch.Tensor | None,
     past: tuple[torch.Tensor, torch.Tensor] | None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[torch.Tensor, FocusState | None]:
     """Means of checked inputs `logs [batch, heads, seq]`, `values [batch, heads, seq, channels]`, and the state after them."""
     arguments = alibi_slopes, segments, *(past or (None, None))
-    if not _in_graph():
-        return _FocusMean.apply(logs, values, settings, *arguments)
-    out, _, *final = _mean_operator(logs, values, *arguments, settings.window, settings.sink_weight, settings.causal)
-    return out, *(final if settings.causal else (None, None))
+    if _in_graph():
+        numbers = settings.window, settings.sink_weight, settings.causal
+        out, _, *final = _mean_operator(logs, values, *arguments, *numbers)
+    else:
+        out, *final = _FocusMean.apply(logs, values, settings, *arguments)
+    return out, FocusState(*final) if settings.causal else None
 
 
 def _in_graph():
@@ -68,7 +74,7 @@ def _kept(past, for_backward):
     return tuple(x.clone() for x in past) if past is not None and for_backward else past
 
 
-def _in_full_precision(function):
+def _in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
     """Run outside autocast, which would compute products of float32 sums in bf16."""
 
     @wraps(function)
@@ -108,8 +114,8 @@ class _FocusMixing(torch.autograd.Function):
         return out, *final
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     @_in_full_precision
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, *_):
         (qfkv,) = ctx.saved_tensors
         return ctx.mixing.backward(qfkv, grad_out), *(None,) * 8
@@ -129,10 +135,11 @@ class _FocusMean(torch.autograd.Function):
         return out, *final
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     @_in_full_precision
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, *_):
-        grads = _mean_backward(grad_out, *ctx.saved_tensors, ctx.settings, ctx.alibi_slopes, ctx.segments)
+        logs, values, out, log_total = ctx.saved_tensors
+        grads = _mean_backward(grad_out, logs, values, out, log_total, ctx.settings, ctx.alibi_slopes, ctx.segments)
         return *grads, *(None,) * 5
 
 
@@ -223,11 +230,10 @@ def _mixing_operator(
 @_mixing_operator.register_fake
 def _(qfkv, alibi_slopes, cos, sin, padding_mask, segments, past_logs, past_values, *values_and_purpose):
     *values, for_backward = values_and_purpose
-    values = dict(zip(_SETTINGS, values))
-    window = None if values["window"] is None else int(values["window"])
-    settings = FocusSettings(
-        **{**values, "window": window, "scale": 1.0, "sink_weight": 0.0}
-    )  # shapes do not depend on these two, which may be dynamic in a graph
+    options: dict[str, Any] = dict(zip(_SETTINGS, values))
+    window = None if options["window"] is None else int(options["window"])
+    # Shapes do not depend on the last two, which may be dynamic in a graph.
+    settings = FocusSettings(**{**options, "window": window, "scale": 1.0, "sink_weight": 0.0})
     batch, seq, parts, heads, dim = qfkv.shape
     state = _state_like(qfkv, batch, heads, dim if parts == 3 else 2 * dim, seq, past_logs, window, settings.causal)
     form = _form(qfkv, settings, None if cos is None else (cos, sin))

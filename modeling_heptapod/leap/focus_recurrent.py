@@ -164,6 +164,7 @@ def step_window_mean(
     Returns:
         `torch.Tensor` of shape `[batch, parts, heads, head_dim]`: the means, the new token included.
     """
+    assert settings.window is not None  # for type checkers
     heads = token.shape[2]
     logs = log_weight(logits, settings.weight_function)
     recent = push(torch.cat((logs, token.flatten(1)), dim=1).unsqueeze(-1))[..., -settings.window :]

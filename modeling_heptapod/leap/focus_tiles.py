@@ -9,7 +9,7 @@ import math
 import torch
 
 from .focus_functions import NORM_EPS, OUTPUT_GATES, WEIGHT_FUNCTIONS, gate_value, log_weight, rotate
-from .running_mean import EMPTY, FocusState, two_sided_mean, weighted_mean
+from .running_mean import EMPTY, FocusState, join_tokens, two_sided_mean, weighted_mean
 
 
 _CPU_BLOCK = 2048  # tokens whose temporaries fit into the cache of a core
@@ -60,15 +60,15 @@ def _leave_state(logs, values, settings, segments, running, carry, reverse=False
     """The state after these tokens (before them when `reverse`)."""
     if settings.window is None:
         end = 0 if reverse else -1
-        return FocusState(*(x[:, :, end].clone() for x in running), None if segments is None else segments[:, end])
+        log_total, means = (x[:, :, end].clone() for x in running)
+        return FocusState(log_total, means, None if segments is None else segments[:, end])
     count = settings.window - 1
     tokens = FocusState(logs, values, segments)
     if carry is not None and logs.shape[2] < count:
-        pairs = zip(tokens, carry) if reverse else zip(carry, tokens)
-        tokens = FocusState(*(None if a is None else torch.cat((a, b), dim=2 if a.dim() > 2 else 1) for a, b in pairs))
+        tokens = join_tokens((tokens, carry) if reverse else (carry, tokens))
     length = tokens.log_weights.shape[2]
     kept = slice(0, count) if reverse else slice(max(length - count, 0), length)
-    kept_segments = None if segments is None else tokens.segments[:, kept]
+    kept_segments = None if tokens.segments is None else tokens.segments[:, kept]
     return FocusState(tokens.log_weights[:, :, kept], tokens.values[:, :, kept], kept_segments)
 
 
@@ -193,8 +193,9 @@ class TiledMixing:
     def __init__(self, qfkv, settings, alibi_slopes=None, rotary=None, padding_mask=None, segments=None, past=None):
         self.settings, self.alibi_slopes, self.rotary = settings, alibi_slopes, rotary
         self.padding_mask, self.segments, self.past = padding_mask, segments, past
-        self.rows, self.times = _block_ranges(*qfkv.shape[:2], settings, qfkv.device)
-        self.carries = None  # kept by the forward pass for the backward pass
+        batch, seq = qfkv.shape[:2]
+        self.rows, self.times = _block_ranges(batch, seq, settings, qfkv.device)
+        self.carries: list[FocusState | None] | None = None  # kept by the forward pass for the backward pass
 
     @staticmethod
     def new_carries(qfkv: torch.Tensor, window: int | None) -> None:
@@ -206,29 +207,31 @@ class TiledMixing:
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Output `[batch, seq, heads, head_dim]`, and log weights and values of the `FocusState` after the last token."""
         out = qfkv.new_empty(*qfkv.shape[:2], *qfkv.shape[3:])
-        carries, finals = [], []
+        carries: list[FocusState | None] = []
+        finals: list[FocusState] = []
         for row in self.rows:
             carry = None
             if self.past is not None:
                 segments = None if self.segments is None else self.segments[row]
-                carry = enter_state(FocusState(*(x[row] for x in self.past)), self.settings, segments)
+                logs, values = self.past
+                carry = enter_state(FocusState(logs[row], values[row]), self.settings, segments)
             for time in self.times:
                 if for_backward:
-                    carries.append(
-                        carry if carry is None else FocusState(*(x if x is None else x.clone() for x in carry))
-                    )
+                    carries.append(None if carry is None else carry.map(torch.clone))
                 part, carry = self._block(qfkv, row, time).forward(carry)
                 out[row, time] = part.transpose(1, 2)
-            finals.append(carry)
+            if carry is not None:
+                finals.append(carry)
         self.carries = carries if for_backward else None
         if not self.settings.causal:
             return out, None, None
-        return out, *(torch.cat([final[i] for final in finals]) for i in (0, 1))
+        return out, torch.cat([final.log_weights for final in finals]), torch.cat([final.values for final in finals])
 
     def backward(self, qfkv: torch.Tensor, grad_out: torch.Tensor) -> torch.Tensor:
         """Gradient of `qfkv` from that of the output."""
         if self.carries is None:
             self.forward(qfkv, for_backward=True)
+        assert self.carries is not None  # for type checkers
         grad = torch.empty_like(qfkv)
         carries = iter(reversed(self.carries))
         for row in reversed(self.rows):

@@ -95,10 +95,11 @@ class TritonMixing:
         batch, seq, parts, heads, dim = qfkv.shape
         self.settings, self.shape = settings, (batch, seq, heads, dim)
         self.alibi_slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
-        self.cos, self.sin = (None, None) if rotary is None else (x.contiguous() for x in rotary)
+        self.cos, self.sin = (None, None) if rotary is None else tuple(x.contiguous() for x in rotary)
         self.mask = None if padding_mask is None else padding_mask.contiguous().view(torch.uint8)
         self.segments = None if segments is None else segments.int().contiguous()
-        self.past_logs, self.past_values = (None, None) if past is None else (x.float().contiguous() for x in past)
+        self.past_logs = None if past is None else past[0].float().contiguous()
+        self.past_values = None if past is None else past[1].float().contiguous()
         self.past = 0 if past is None or settings.window is None else past[0].shape[2]
         if self.past == 0 and settings.window is not None:
             self.past_logs = self.past_values = None
@@ -158,8 +159,8 @@ class TritonMixing:
         places = () if window is None else (kept,)
         logs = qfkv.new_empty(batch, heads, *places, dtype=torch.float32)
         values = qfkv.new_empty(batch, heads, *places, channels, dtype=torch.float32)
-        if kept > seq:  # some tokens of the initial state stay
-            stay = kept - seq
+        stay = kept - seq  # tokens of the initial state
+        if self.past_logs is not None and self.past_values is not None and stay > 0:
             logs[:, :, :stay] = self.past_logs[:, :, self.past - stay :]
             values[:, :, :stay] = self.past_values[:, :, self.past - stay :]
         records, ends, words = self._shared_memory(qfkv)
@@ -167,7 +168,7 @@ class TritonMixing:
             self.carries = self.new_carries(qfkv, window)
         out = qfkv.new_empty(batch, seq, heads, dim)
         has_final = window is None or kept > 0
-        with _on_device(qfkv):
+        with torch.cuda.device_of(qfkv):  # Triton launches on the current device
             forward_kernel[(self.rows * self.chunks,)](
                 qfkv.contiguous(),
                 out,
@@ -195,7 +196,7 @@ class TritonMixing:
         """Gradient of `qfkv` from that of the output."""
         qfkv = qfkv.contiguous()
         grad = torch.empty_like(qfkv)
-        with _on_device(qfkv):
+        with torch.cuda.device_of(qfkv):  # Triton launches on the current device
             backward_kernel[(self.rows * self.chunks,)](
                 qfkv,
                 grad_out.contiguous(),
@@ -214,11 +215,6 @@ class TritonMixing:
                 num_warps=self.warps[1],
             )
         return grad
-
-
-def _on_device(tensor):
-    """Make the device of the tensor current, on which Triton launches."""
-    return torch.cuda.device_of(tensor)
 
 
 def step(
@@ -243,7 +239,7 @@ def step(
     out = qfkv.new_empty(batch, 1, heads, dim)
     held = 1 if window is None else packed.shape[-1]
     cos, sin = (None, None) if rotary is None else (x.contiguous() for x in rotary)
-    with _on_device(qfkv):
+    with torch.cuda.device_of(qfkv):  # Triton launches on the current device
         step_kernel[(batch * heads,)](
             qfkv.contiguous(),
             out,

@@ -16,7 +16,7 @@ from ..common.transformers_versions import CACHE
 from .configuration_leap import LeapConfig
 from .focus import attention_matrix, focus_mean, focus_mixing, mix_with_means, token_state
 from .focus_cpu import step as native_step
-from .focus_functions import FocusSettings, log_weight
+from .focus_functions import FocusSettings
 from .focus_recurrent import (
     gate_output,
     pack_state,
@@ -44,8 +44,11 @@ class RunningMeanMixer(nn.Module):
         layer_idx (`int`): layer of the model, and of the cache.
     """
 
+    alibi_slopes: torch.Tensor | None
+
     def __init__(self, config: LeapConfig, layer_idx: int):
         super().__init__()
+        assert config.output_gate is not None and config.window_sizes is not None  # for type checkers
         self.layer_idx = layer_idx
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
@@ -141,7 +144,7 @@ class RunningMeanMixer(nn.Module):
         self,
         state: FocusState | None,
         past: FocusState | None,
-        tokens: Callable[[torch.LongTensor], FocusState],
+        tokens: Callable[[torch.Tensor], FocusState],
         seq: int,
         rows: MixingRows,
         cache: Cache,
@@ -168,11 +171,6 @@ class RunningMeanMixer(nn.Module):
             )
         push = partial(cache.update_conv_state, layer_idx=self.layer_idx, state_idx=state_idx)
         return step_window_mean(logits, token, push, self.settings, self.alibi_slopes)
-
-    def _log_weights(self, logits, rows):
-        """Log weights of focus logits `[batch, seq, heads]`, `-inf` at pads."""
-        logs = log_weight(logits, self.settings.weight_function)
-        return logs if rows.padding_mask is None else logs.masked_fill(~rows.padding_mask.unsqueeze(-1), -torch.inf)
 
     def _mean(self, logs, values, rows, cache, is_causal, state_idx=0):
         """Means of `values [batch, seq, heads, channels]` by `logs [batch, seq, heads]`, continued from the cache."""

@@ -1,6 +1,6 @@
 """Rows of one forward pass for LEAP's mixers: pads have no weight in a mean, and must take no places in windows."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformers.utils.import_utils import is_tracing
@@ -28,13 +28,6 @@ class MixingRows:
     layout: TokenLayout | None = None
     lengths: torch.Tensor | None = None
 
-    def to(self, device: torch.device) -> "MixingRows":
-        """A copy on another device. accelerate moves arguments of layers on several devices by this method."""
-        rotary = None if self.rotary is None else tuple(part.to(device) for part in self.rotary)
-        names = ("padding_mask", "segment_ids", "layout", "lengths")
-        moved = {name: getattr(self, name).to(device) for name in names if getattr(self, name) is not None}
-        return replace(self, rotary=rotary, **moved)
-
 
 def lay_out(
     mask: torch.Tensor | None,
@@ -54,14 +47,15 @@ def lay_out(
     if mask is None or not (is_tracing(mask) or _pads_matter(mask, has_initial_state, output_final_state)):
         return MixingRows(mask, segment_ids, rotary)
     lengths, layout, real = mask.sum(1), None, mask
-    last = None if segment_ids is None else last_run(segment_ids, mask).clamp_min(0)
     if is_tracing(mask) or (mask[:, 1:] & ~mask[:, :-1]).any() or (~mask[:, 0] & mask.any(1)).any():
         layout = pad_layout(mask)
         real = layout.real
-        segment_ids = None if segment_ids is None else segment_ids.gather(1, layout.take)
         if rotary is not None:
-            rotary = tuple(layout.align(x.expand(len(mask), -1, -1)) for x in rotary)
-    segment_ids = None if segment_ids is None else torch.where(real, segment_ids, last)
+            cos, sin = (layout.align(x.expand(len(mask), -1, -1)) for x in rotary)
+            rotary = cos, sin
+    if segment_ids is not None:
+        taken = segment_ids if layout is None else segment_ids.gather(1, layout.take)
+        segment_ids = torch.where(real, taken, last_run(segment_ids, mask).clamp_min(0))
     return MixingRows(real, segment_ids, rotary, layout, lengths)
 
 

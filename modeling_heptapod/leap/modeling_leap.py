@@ -6,6 +6,7 @@ prototype is `leap-transformer` on PyPI ("Linear Explainable Attention in Parall
 """
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -24,31 +25,40 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
-from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from ..common.auto_mapping import AutoMappingMixin
 from ..common.cache_mixins import CustomCacheMixin
+from ..common.forward_context import ForwardContext
 from ..common.losses import causal_lm_loss, masked_lm_loss, sequence_classification_loss
 from ..common.model_inputs import (
     apply_mask_to_padding_states,
-    check_past_mask,
-    check_position_ids,
     check_position_range,
     count_positions,
     embed_text,
-    mask_of_new_tokens,
-    token_mask,
 )
-from ..common.packing import next_positions
-from ..common.packing import segment_ids as find_segments
 from ..common.transformers_versions import CACHE, OldCacheNameMixin, slice_logits_to_keep, with_cache_argument
 from ..common.unused_kwargs import pop_kwargs, reject_unused_kwargs
 from .additive_mixer import AdditiveMixer
 from .configuration_leap import LeapConfig
 from .leap_mixing import FocusMixing, RunningMeanMixer, get_alibi_slopes
-from .mixing_rows import lay_out
+from .mixing_rows import MixingRows, lay_out
 from .recurrent_cache import RecurrentCache, StaticRecurrentCache, mixing_states
+
+
+@dataclass
+class LeapContext(ForwardContext):
+    """What all layers of one forward pass read.
+
+    Attributes:
+        rows (`MixingRows`, *optional*): pads, packed sequences and positions, as mixers take them.
+        is_causal (`bool`): whether a position sees only itself and its past.
+        single_step (`bool`): whether this is one real token after cached ones, without gradients.
+    """
+
+    rows: MixingRows | None = None
+    is_causal: bool = True
+    single_step: bool = False
 
 
 class LeapMixer(FocusMixing):
@@ -68,6 +78,7 @@ MIXERS = {"focus": LeapMixer, "additive": AdditiveMixer}  # by `config.mixer`
 class LeapMLP(nn.Module):
     def __init__(self, config: LeapConfig):
         super().__init__()
+        assert config.intermediate_size is not None  # for type checkers
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
         self.act_fn = ACT2FN[config.hidden_act]
@@ -91,8 +102,17 @@ class LeapLayer(GradientCheckpointingLayer):
         self.mlp = LeapMLP(config)
 
     @with_cache_argument
-    def forward(self, hidden_states: torch.Tensor, past_key_values: Cache | None = None, **context) -> torch.Tensor:
-        mixed = self.mixer(self.input_layernorm(hidden_states), past_key_values=past_key_values, **context)[0]
+    def forward(
+        self, hidden_states: torch.Tensor, context: LeapContext, past_key_values: Cache | None = None
+    ) -> torch.Tensor:
+        mixed, _ = self.mixer(
+            self.input_layernorm(hidden_states),
+            past_key_values=past_key_values,
+            rows=context.rows,
+            is_causal=context.is_causal,
+            single_step=context.single_step,
+            output_attentions=context.output_attentions,
+        )
         hidden_states = hidden_states + mixed
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -118,14 +138,14 @@ class LeapPreTrainedModel(AutoMappingMixin, CustomCacheMixin, PreTrainedModel):
         config = self.config
         parts = 1 if config.output_gate == "none" else 2
         shape = config.num_attention_heads, parts, config.head_dim
-        return [mixing_states(window, *shape, config.number_of_conv_states) for window in config.window_sizes]
+        return [mixing_states(window, *shape, config.number_of_conv_states) for window in config.window_sizes or ()]
 
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, AdditiveMixer):
-            init.normal_(module.query_vector, std=self.config.initializer_range)
-            init.normal_(module.key_vector, std=self.config.initializer_range)
+            init.normal_(module.query_vector, std=self.config.initializer_range)  # type: ignore[arg-type]
+            init.normal_(module.key_vector, std=self.config.initializer_range)  # type: ignore[arg-type]
         if isinstance(module, RunningMeanMixer) and module.alibi_slopes is not None:
             init.copy_(module.alibi_slopes, get_alibi_slopes(module.num_heads))
 
@@ -139,7 +159,7 @@ class LeapModel(LeapPreTrainedModel):
         if config.position_embedding_type == "absolute":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         elif config.position_embedding_type == "rotary":
-            self.rotary_emb = LlamaRotaryEmbedding(config)
+            self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList([LeapLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -149,7 +169,7 @@ class LeapModel(LeapPreTrainedModel):
     @capture_outputs
     @auto_docstring
     @with_cache_argument
-    def forward(
+    def forward(  # type: ignore[misc]
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | dict | None = None,
@@ -176,34 +196,26 @@ class LeapModel(LeapPreTrainedModel):
             Boundaries of the sequences packed into one row. `position_ids` that restart have the same effect.
         """
         reject_unused_kwargs(self, kwargs, cu_seq_lens_q)
-        inputs_embeds = embed_text(self.embed_tokens, input_ids, inputs_embeds, self.config.hidden_size)
-        batch, seq, _ = inputs_embeds.shape
-        check_position_ids(position_ids, batch, seq)
+        embeds = embed_text(self.embed_tokens, input_ids, inputs_embeds, self.config.hidden_size)
+        seq = embeds.shape[1]
         # Not `merge_with_config_defaults`, which also writes `is_causal` into the config and slows down single tokens.
         is_causal = self.config.is_causal if is_causal is None else is_causal
-        cache = self._find_cache(past_key_values, use_cache, is_causal, inputs_embeds)
+        cache = self._find_cache(past_key_values, use_cache, is_causal, embeds)
         continues = cache is not None and cache.has_previous_state(0)
-        past = cache.lengths() if continues else 0
-        mask = self._token_mask(attention_mask, inputs_embeds, cache if continues else None)
-        segment_ids = find_segments(
-            inputs_embeds, mask, position_ids, seq_idx, cu_seq_lens_q, past if continues else None
+        context = LeapContext.from_inputs(
+            embeds, _one_mask(attention_mask), position_ids, seq_idx, cu_seq_lens_q, cache if continues else None
         )
-        hidden_states = apply_mask_to_padding_states(inputs_embeds, mask)
-        hidden_states, rotary = self._add_positions(hidden_states, position_ids, mask, segment_ids, past)
-
-        rows = lay_out(mask, segment_ids, rotary, continues, cache is not None)
-        single_step = seq == 1 and continues and mask is None and not torch.is_grad_enabled()
+        mask = context.padding_mask
+        hidden_states, rotary = self._add_positions(apply_mask_to_padding_states(embeds, mask), context)
+        context.rows = lay_out(mask, context.segment_ids, rotary, continues, cache is not None)
+        context.is_causal = is_causal
+        context.single_step = seq == 1 and continues and mask is None and not torch.is_grad_enabled()
+        context.output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         for layer in self.layers:
-            hidden_states = layer(
-                hidden_states,
-                **{CACHE: cache},  # the name that layers with gradient checkpointing read
-                rows=rows,
-                is_causal=is_causal,
-                single_step=single_step,
-                output_attentions=self.config.output_attentions if output_attentions is None else output_attentions,
-            )
+            # The cache by the name that gradient checkpointing reads.
+            hidden_states = layer(hidden_states, context=context, **{CACHE: cache})
         if cache is not None:
-            self._advance(cache, hidden_states, segment_ids, mask, past)
+            context.advance(cache, seq, hidden_states.device)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), **{CACHE: cache if use_cache else None}
@@ -219,13 +231,13 @@ class LeapModel(LeapPreTrainedModel):
             cache = RecurrentCache(self.config)
         return cache
 
-    def _add_positions(self, hidden_states, position_ids, mask, segment_ids, past):
+    def _add_positions(self, hidden_states, context):
         """Embeddings with learned positions, if the model has any, after dropout; and cosines and sines of rotary positions."""
-        rotary = None
+        rotary, position_ids, past = None, context.position_ids, context.past_lengths
         if self.position_type in ("absolute", "rotary"):
             counted = position_ids is None
             if counted:
-                position_ids = count_positions(hidden_states, mask, segment_ids, past)
+                position_ids = count_positions(hidden_states, context.padding_mask, context.segment_ids, past)
             if self.position_type == "absolute":
                 self._check_positions(position_ids, counted, past)
                 hidden_states = hidden_states + self.embed_positions(position_ids)
@@ -234,35 +246,22 @@ class LeapModel(LeapPreTrainedModel):
                 rotary = self.rotary_emb(precise, position_ids)
         return self.dropout(hidden_states) if self.training else hidden_states, rotary
 
-    @staticmethod
-    def _advance(cache, hidden_states, segment_ids, mask, past):
-        """Count the tokens that the layers have added to the cache."""
-        seq = hidden_states.shape[1]
-        cache.advance(seq, hidden_states.device)
-        if mask is not None or segment_ids is not None or cache.next_positions is not None:
-            cache.follow(next_positions(segment_ids, mask, seq, past))
-        if segment_ids is not None and not is_tracing(segment_ids):
-            cache.packed = True
-
-    def _token_mask(self, attention_mask, inputs_embeds, cache):
-        """Mask of the new tokens, `None` if all are real. `attention_mask` may be a dict of masks by layer type."""
-        if isinstance(attention_mask, dict):
-            if "linear_attention" not in attention_mask:
-                raise ValueError(
-                    "`attention_mask` as a dict must have the key 'linear_attention', got keys "
-                    f"{sorted(map(str, attention_mask))}."
-                )
-            attention_mask = attention_mask["linear_attention"]
-        mask = token_mask(attention_mask, inputs_embeds, 0 if cache is None else cache.get_seq_length())
-        if cache is not None and not cache.packed and (mask is not None or cache.next_positions is not None):
-            check_past_mask(attention_mask, inputs_embeds.shape[1], cache.lengths())
-        return mask_of_new_tokens(mask, inputs_embeds.shape[1])
-
     def _check_positions(self, position_ids, counted, past):
         limit = self.config.max_position_embeddings
         if not (counted and isinstance(past, int) and past + position_ids.shape[1] <= limit):
             remedy = "Only `position_embedding_type`='absolute' has this limit."
             check_position_range(position_ids, limit, remedy)
+
+
+def _one_mask(attention_mask: torch.Tensor | dict | None) -> torch.Tensor | None:
+    """The mask itself, or that of the layers in a dict of masks by layer type, which `generate` may pass."""
+    if not isinstance(attention_mask, dict):
+        return attention_mask
+    if "linear_attention" not in attention_mask:
+        raise ValueError(
+            f"`attention_mask` as a dict must have the key 'linear_attention', got keys {sorted(map(str, attention_mask))}."
+        )
+    return attention_mask["linear_attention"]
 
 
 @auto_docstring
@@ -284,7 +283,7 @@ class LeapForCausalLM(LeapPreTrainedModel, OldCacheNameMixin, GenerationMixin):
     @can_return_tuple
     @auto_docstring
     @with_cache_argument
-    def forward(
+    def forward(  # type: ignore[misc]
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | dict | None = None,
@@ -339,7 +338,7 @@ class LeapForMaskedLM(LeapPreTrainedModel):
 
     @can_return_tuple
     @auto_docstring
-    def forward(
+    def forward(  # type: ignore[misc]
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -380,14 +379,14 @@ class LeapForSequenceClassification(LeapPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = LeapModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)  # type: ignore[arg-type]
         self.loss_function = sequence_classification_loss
         self.post_init()
 
     @can_return_tuple
     @auto_docstring
     @with_cache_argument
-    def forward(
+    def forward(  # type: ignore[misc]
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -431,8 +430,7 @@ class LeapForSequenceClassification(LeapPreTrainedModel):
     def _last_tokens(self, input_ids, attention_mask, hidden_states):
         """Places `[batch]` of the last real tokens."""
         batch, seq, _ = hidden_states.shape
-        if isinstance(attention_mask, dict):
-            attention_mask = attention_mask["linear_attention"]
+        attention_mask = _one_mask(attention_mask)
         real = attention_mask[:, -seq:] if attention_mask is not None else None
         if real is None and self.config.pad_token_id is not None and input_ids is not None:
             real = input_ids != self.config.pad_token_id

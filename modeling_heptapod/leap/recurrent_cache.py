@@ -65,7 +65,7 @@ class StaticRecurrentCache(_RecurrentCacheMixin, StaticCache):
     """
 
     def __init__(self, config, max_cache_len: int | None = None, **kwargs):
-        super().__init__(config=config, max_cache_len=max_cache_len, **kwargs)
+        super().__init__(config=config, max_cache_len=max_cache_len, **kwargs)  # type: ignore[arg-type]
         self.seen_tokens = torch.zeros((), dtype=torch.long)
 
     def advance(self, tokens: int, device: torch.device) -> None:

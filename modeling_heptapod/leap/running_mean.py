@@ -7,6 +7,7 @@ from `two_sided_mean` and `weighted_mean`. All functions run inside autograd fun
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,21 @@ class FocusState(NamedTuple):
     log_weights: torch.Tensor
     values: torch.Tensor
     segments: torch.Tensor | None = None
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "FocusState":
+        """The state with `function` applied to each of its tensors."""
+        segments = None if self.segments is None else function(self.segments)
+        return FocusState(function(self.log_weights), function(self.values), segments)
+
+
+def join_tokens(states: Sequence[FocusState]) -> FocusState:
+    """Windowed states of consecutive tokens as one."""
+    segments = [state.segments for state in states if state.segments is not None]
+    return FocusState(
+        torch.cat([state.log_weights for state in states], dim=2),
+        torch.cat([state.values for state in states], dim=2),
+        torch.cat(segments, dim=1) if segments else None,
+    )
 
 
 def _merge(log_a, mean_a, log_b, mean_b):
@@ -222,10 +238,10 @@ def weighted_mean(logs, values, window, alibi_slopes, segments, carry=None, reve
     if window is None:
         return _running_mean(logs, values, alibi_slopes, segments, carry, reverse)
     if window > _WIDEST_BAND and reverse:
-        flipped = None if carry is None else FocusState(*(None if x is None else _flip(x) for x in carry))
-        backwards = None if segments is None else segments.flip(1)
-        results = weighted_mean(_flip(logs), _flip(values), window, alibi_slopes, backwards, flipped)
-        return tuple(_flip(result) for result in results)
+        flipped = None if carry is None else carry.map(_flip)
+        backwards = None if segments is None else _flip(segments)
+        log_total, means = weighted_mean(_flip(logs), _flip(values), window, alibi_slopes, backwards, flipped)
+        return _flip(log_total), _flip(means)
 
     n = logs.shape[2]
     past = 0 if carry is None else carry.log_weights.shape[2]
@@ -239,9 +255,7 @@ def weighted_mean(logs, values, window, alibi_slopes, segments, carry=None, reve
     tokens = [missing, *before, FocusState(logs, values, segments), after]
     tokens = [part for part in tokens if part.log_weights.shape[2]]
     if len(tokens) > 1:
-        tokens = tokens[::-1] if reverse else tokens
-        logs, values = (torch.cat([part[i] for part in tokens], dim=2) for i in (0, 1))
-        segments = None if segments is None else torch.cat([part.segments for part in tokens], dim=1)
+        logs, values, segments = join_tokens(tokens[::-1] if reverse else tokens)
     if window <= _WIDEST_BAND:
         log_total, means = _band_mean(logs, values, window, alibi_slopes, segments, reverse)
         kept = slice(back, None) if reverse else slice(0, n)
