@@ -160,6 +160,11 @@ AT_LEAST = {
 ABOVE = {"num_train_epochs": 0, "logging_steps": 0, "eval_steps": 0, "save_steps": 0}
 
 
+def pin_memory_for_devices_only(args) -> None:
+    """Set `dataloader_pin_memory` of `TrainingArguments` to `False` on a CPU, where torch would warn and not pin."""
+    args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
+
+
 def check_training_arguments(args) -> None:
     """Numbers that `Trainer` would take and then do nothing, something else or nonsense with.
 

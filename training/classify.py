@@ -6,7 +6,13 @@ Copy and edit it like one of transformers' examples: everything here is `Trainer
 given as well; `--help` lists them.
 """
 
-from argument_checks import check_can_write, check_number, check_training_arguments, need
+from argument_checks import (
+    check_can_write,
+    check_number,
+    check_training_arguments,
+    need,
+    pin_memory_for_devices_only,
+)
 
 
 need("finetune", "accelerate", "datasets", "evaluate", "sklearn")
@@ -151,6 +157,7 @@ def print_scores(results: dict) -> None:
 def main():
     args, training_args = CommandLine((ClassificationArguments, TrainingArguments)).parse()
     check_training_arguments(training_args)
+    pin_memory_for_devices_only(training_args)
     check_number("--max_seq_length", args.max_seq_length, least=1)
     source = choose_source(args.model_name_or_path, args.config_name)
     config = read_config("--config_name" if args.model_name_or_path is None else "--model_name_or_path", source)

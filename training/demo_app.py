@@ -33,7 +33,7 @@ from starlette.responses import PlainTextResponse
 
 
 FRAME_SECONDS = 0.12  # between two denoising steps that are shown
-TEMPERATURE = "Temperature (0: most probable)"
+TEMPERATURE = "Temperature (0: greedy)"
 EXAMPLE_PROMPT = "import os\nimport sys\n\n\nclass "
 EXAMPLE_PAGE = f"""def area(width, height):
     {MASK * 6} width * height

@@ -10,7 +10,7 @@ from html import escape
 import torch
 from matplotlib import colormaps
 from sample_axes import characters_to_show, letters_for, lines_with_tracks
-from token_text import readable
+from token_text import one_column_each, readable
 
 
 # Gradio sets the colour of every element below an HTML block; a selector that begins with the block's id takes precedence.
@@ -28,7 +28,8 @@ CSS = """
     text-align: center; white-space: pre; color: var(--ink); box-shadow: inset 0 0 0 0.5px var(--grid); }
 #formed i.masked, #formed .swatch.masked { background: repeating-linear-gradient(45deg, var(--stripe), var(--stripe) 3px, var(--paper) 3px,
     var(--paper) 6px); }
-#formed i.byte { font-size: 9px; }
+#formed i.byte { font-size: 8px; }
+#formed .rows i.byte { min-width: 0; width: auto; }
 #tracks .tracks div { white-space: pre; }
 #tracks .text { margin-top: 4px; font-weight: 600; line-height: 1.35; color: var(--ink); }
 #tracks .track { line-height: 1.15; color: var(--track); }
@@ -41,13 +42,15 @@ CSS = """
 .legend .swatch { display: inline-block; width: 1.6em; height: 1.1em; vertical-align: text-bottom; margin: 0 4px 0 12px;
     border: 1px solid var(--edge); background: var(--paper); }
 .legend .swatch:first-child { margin-left: 0; }
+.legend .digits { font-size: 8px; text-align: center; width: 2em; height: 1.6em; }
 .legend .wide { width: 6em; }
 #looked .swatch.wide { background: linear-gradient(to right, rgb(var(--heat) / 0), rgb(var(--heat) / 1)), var(--paper); }
 textarea { font-family: "DejaVu Sans Mono", ui-monospace, monospace !important; font-size: 13px !important; }
 """
+BYTE_LEGEND = '<span class="swatch digits">e2</span>a byte that forms no character'
 LINES_SHOWN = 300  # of text with axes
 TOKENS_SHOWN = 2000  # of a text whose weights are shown
-BYTES = re.compile(r"(\\x[0-9a-f]{2})+")  # as `readable` writes bytes that form no character
+BYTE = re.compile(r"\\x[0-9a-f]{2}")  # as `readable` writes a byte that forms no character
 
 
 def show_tracks(processor, output) -> str:
@@ -142,22 +145,22 @@ def show_page(processor, pages: torch.LongTensor, caption: str) -> str:
     steps = torch.arange(1, len(pages)).view(-1, 1, 1)
     unmasked_at = (changed * steps).amax(0) if num_steps else torch.zeros_like(pages[0])
     colours = step_colours(num_steps)
-    rows = []
+    rows, has_bytes = [], False
     for tokens, times, texts in zip(pages[-1].tolist(), unmasked_at.tolist(), cell_texts(processor, pages[-1])):
         cells = []
         for token, at, text in zip(tokens, times, texts):
             kind, style = ("masked", "") if token == mask else ("given", "")
             if token != mask and at:
                 kind, style = "unmasked", f' style="background:{colours[at - 1]};color:{ink_on(colours[at - 1])}"'
-            if BYTES.fullmatch(text):
-                kind += " byte"
+            if BYTE.fullmatch(text):  # two digits are as wide as a character
+                kind, text, has_bytes = f"{kind} byte", text[2:], True
             cells.append(f'<i class="{kind}"{style}>{escape(text) or " "}</i>')
         rows.append(f"<div>{''.join(cells)}</div>")
     gradient = ", ".join(step_colours(9))
     legend = (
         '<div class="legend"><span class="swatch"></span>prompt<span class="swatch masked"></span>masked'
         f'<span class="swatch wide" style="background:linear-gradient(to right, {gradient})"></span>'
-        "unmasked, from the first denoising step to the latest</div>"
+        f"unmasked, from the first denoising step to the latest{BYTE_LEGEND if has_bytes else ''}</div>"
     )
     return f'<div class="page"><div class="rows">{"".join(rows)}</div></div><div class="about">{escape(caption)}</div>{legend}'
 
@@ -194,13 +197,7 @@ def cell_texts(processor, page: torch.LongTensor) -> list[list[str]]:
             places = iter(run)
             for text, number in readable(tokenizer, [flat[place] for place in run]):
                 first, *_ = [next(places) for _ in range(number)]
-                texts[first] = "".join(_sign(character) for character in text)
+                texts[first] = one_column_each(text)
             run = []
     width = page.shape[1]
     return [texts[start : start + width] for start in range(0, len(texts), width)]
-
-
-def _sign(character):
-    if character == "\n":
-        return "\u21b5"
-    return character if character.isprintable() else "\u00b7"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+import argument_checks  # noqa: F401  before transformers, see there
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -19,6 +20,7 @@ SHOWN_BY = {
     "heptapod": "infill.py",
     "multigrid": "sample_axes.py",
 }
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of configs, generation configs and tokenizers
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 TRUST_HELP = "run the code that a name on the Hub brings, on this machine; a folder that train.py wrote needs no such permission"
 

@@ -28,6 +28,7 @@ from corpora import (
 from corpus_cache import Cache, default_folder
 from corpus_streaming import StreamedExamples
 from diffusion_bound import MASK_SAMPLES, diffusion_bound
+from loading import SPECIAL_IDS
 from metric_modules import bits_per_byte
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, Trainer
@@ -83,7 +84,7 @@ class NextTokens:
         self.block_size = BLOCK_SIZE if data_args.block_size is None else data_args.block_size
         self.isolate_at = tokenizer.eos_token_id if data_args.packing == "isolated" else None
         self._read_config(data_args, config)
-        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        ids = {name: getattr(tokenizer, name) for name in SPECIAL_IDS}
         self.config_options = {"vocab_size": len(tokenizer), **ids, **self._axis_options()}
         held_out = self._columns(texts.validation, "held-out text")
         self.eval_dataset = self._blocks(*held_out, tokenizer.pad_token_id)
@@ -343,11 +344,8 @@ class MaskedPages:
             processing_class = HeptapodProcessor(tokenizer, *config.grid_size)
         self.processing_class = processing_class
         tokenizer, height, width = processing_class.tokenizer, processing_class.height, processing_class.width
-        self.config_options = {
-            "vocab_size": len(tokenizer),
-            "mask_token_id": tokenizer.mask_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
+        ids = {name: getattr(tokenizer, name) for name in (*SPECIAL_IDS, "mask_token_id")}
+        self.config_options = {"vocab_size": len(tokenizer), **ids}
         self.eval_dataset = Pages(self._pages(texts.validation, "held-out text"))
         self.held_out_bytes = _bytes_of(texts.validation)
         self.held_out_cells = self.eval_dataset.pages.size

@@ -11,7 +11,7 @@ import torch
 from argument_checks import NUMPY_SEEDS, prompt_text, whole
 from loading import add_model_arguments, check_family, may_run_code
 from redaction import Parser
-from token_text import is_byte_level, readable
+from token_text import is_byte_level, one_column_each, readable
 from transformers import AutoModelForCausalLM, AutoProcessor, set_seed
 
 
@@ -58,7 +58,7 @@ def annotations_of(processor, characters: list[str]) -> list[list[int]]:
 
 
 def lines_with_tracks(processor, characters: list[str], tracks: list[list[int]]) -> str:
-    """The text line by line, and below each line what stands beside it on each axis."""
+    """The text line by line, each line above its letters on each axis. Unprintable characters are dots, so that columns align."""
     text = "".join(characters)
     rows = []
     for axis, track in zip(processor.axes, tracks):
@@ -67,7 +67,7 @@ def lines_with_tracks(processor, characters: list[str], tracks: list[list[int]])
     margin, start, output = max(len(name) for name, _ in rows) + 2, 0, []
     for line in text.split("\n"):
         here = slice(start, start + len(line))
-        output.append(" " * margin + line)
+        output.append(" " * margin + one_column_each(line))
         output += [f"{name:<{margin}}{row[here]}".rstrip() for name, row in rows if line]
         start += len(line) + 1
     return "\n".join(output)

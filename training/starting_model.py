@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from loading import load_processing_class, may_run_code
+from loading import SPECIAL_IDS, load_processing_class, may_run_code
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 import modeling_heptapod  # noqa: F401  registers our families with the Auto classes
@@ -69,6 +69,8 @@ def make_untrained(config_name: str, objective) -> PreTrainedModel:
     model = objective.auto_class.from_config(config)
     if Path(config_name, "generation_config.json").is_file():
         model.generation_config = type(model.generation_config).from_pretrained(config_name)
+        for name in SPECIAL_IDS:  # of the tokenizer, which Trainer would set with a warning
+            setattr(model.generation_config, name, getattr(config, name))
     return model
 
 

@@ -12,7 +12,13 @@ import gc
 
 gc.disable()  # until all is imported, which makes many objects and no garbage: half a second of the start
 
-from argument_checks import check_can_write, check_number, check_training_arguments, need
+from argument_checks import (
+    check_can_write,
+    check_number,
+    check_training_arguments,
+    need,
+    pin_memory_for_devices_only,
+)
 
 
 need("train", "accelerate", "evaluate", "matplotlib", "jinja2", "psutil")  # the last three only when all is trained
@@ -420,6 +426,7 @@ def main():
 def run_with(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
     """Train from text, and write a folder that is ready to be pushed."""
     training_args = choose_precision(model_args, training_args)
+    pin_memory_for_devices_only(training_args)
     choose_metrics(training_args)
     checkpoint = choose_checkpoint(training_args)
     if checkpoint is not None:

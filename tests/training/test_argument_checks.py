@@ -1,7 +1,9 @@
 """Options that make no sense, missing packages and missing folders are named before any work."""
 
+import ast
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -403,6 +405,30 @@ def test_arguments_that_trainer_would_take_are_named(name, value, tmp_path):
     setattr(args, name, value)
     with pytest.raises(ValueError, match=f"--{name} must be .*, got {value}"):
         check_training_arguments(args)
+
+
+def imports_of(script, seen):
+    """Names of modules in the order in which a script imports them, those of modules beside it included."""
+    for node in ast.parse(script.read_text(encoding="utf-8")).body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in [node.module] if isinstance(node, ast.ImportFrom) else names:
+            ours = next(
+                (path for path in (script.parent / f"{name}.py", SCRIPTS / f"{name}.py") if path.exists()), None
+            )
+            if ours is None:
+                yield name.split(".")[0]
+            elif ours not in seen:
+                seen.add(ours)
+                yield from imports_of(ours, seen)
+                yield ours.stem
+
+
+@pytest.mark.parametrize(
+    "script", [path for path in SCRIPTS.rglob("*.py") if "__main__" in path.read_text()], ids=lambda path: path.stem
+)
+def test_scripts_import_argument_checks_before_transformers(script):
+    before = list(itertools.takewhile(lambda name: name != "argument_checks", imports_of(script, set())))
+    assert {"transformers", "modeling_heptapod", "accelerate", "peft", "lm_eval", "datasets"}.isdisjoint(before)
 
 
 def test_scripts_do_not_show_warnings_of_torchao():

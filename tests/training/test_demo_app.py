@@ -17,7 +17,7 @@ from corpora import build_tokenizer
 from demo_app import _on_page, build_app, is_own, launch, saved_folders
 from demo_models import ALL_SHOWN, MASK, Loaded, describe, fill, load, look, typed_page, write
 from demo_views import CSS, LINES_SHOWN, TOKENS_SHOWN, ink_on, show_page, show_tracks, show_weights, step_colours
-from sample_axes import characters_to_show
+from sample_axes import characters_to_show, lines_with_tracks
 from token_text import readable
 from transformers import AutoTokenizer, TextIteratorStreamer
 
@@ -115,6 +115,13 @@ def test_tracks_stand_below_the_text(loaded, axis_source):
     assert [row.split(" ")[0] for row in rows[1:3]] == ["token_kind", "bracket"]
     assert text.startswith(PROMPT)
     assert all(f"<b>{name}</b>" in tracks for name in ("token_kind", "bracket"))
+
+
+def test_columns_of_tracks_are_those_of_the_text():
+    """A tab, an escape and a character that breaks lines take one column each, as their ids do."""
+    lines = lines_with_tracks(AXES, list("a\tb\x1b\r\u2028(c\nd"), [[1] * 10, [2] * 10]).split("\n")
+    assert lines[0].strip() == "a\u00b7b\u00b7\u00b7\u00b7(c" and lines[3].strip() == "d"
+    assert {len(line) for line in lines[:3]} == {len(lines[0])}
 
 
 def test_only_models_with_axes_have_tracks(leap):
@@ -248,8 +255,8 @@ def test_bytes_of_a_split_character(leap, grid):
     )
     html = show_page(grid.processor, page[None], "")
     rows = [re.findall("<i.*?>(.*?)</i>", row) for row in re.findall("<div><i.*?</div>", html)]
-    assert rows == [["a", OCTOPUS, " "], [" "] * 3, [r"\xc3", " ", r"\xa9"], ["\u21b5", "\u00b7", " "]]
-    assert html.count('class="given byte"') == 2
+    assert rows == [["a", OCTOPUS, " "], [" "] * 3, ["c3", " ", "a9"], ["\u21b5", "\u00b7", " "]]
+    assert html.count('class="given byte"') == 2 and "a byte that forms no character" in html
 
 
 def test_tracks_of_a_long_text_are_shown_in_part():
