@@ -59,20 +59,7 @@ def convert_config(arguments: dict, block_windows: bool = False) -> Hierarchical
     Raises:
         ValueError: for missing or unknown arguments, or for losses and summarizers that are the caller's own code.
     """
-    missing = [name for name in REQUIRED if name not in arguments]
-    unknown = sorted(set(arguments) - {*REQUIRED, *DEFAULTS})
-    if missing or unknown:
-        raise ValueError(f"`arguments` do not match the prototype's: missing {missing}, unknown {unknown}.")
-    for name in ("num_tokens", "depth"):
-        if not isinstance(arguments[name], int):
-            raise ValueError(f"`{name}` must be a whole number, got {arguments[name]!r}.")
-    given = {**DEFAULTS, **arguments}
-    if _any(given["chunk_summarizers"]):
-        raise ValueError("`chunk_summarizers` are code: override `AuxiliaryLosses.make_summarizer` with it.")
-    if given["next_latent_loss_type"] not in LOSS_TYPES:
-        raise ValueError(
-            f"`next_latent_loss_type` must be one of {tuple(LOSS_TYPES)}, got {given['next_latent_loss_type']!r}."
-        )
+    given = _check_arguments(arguments)
     factors = _listed(given["hierarchies"], 1)
     windows = [
         # The prototype sees everything through a window that is wider than its longest stream.
@@ -110,6 +97,25 @@ def convert_config(arguments: dict, block_windows: bool = False) -> Hierarchical
         dynamics_hidden_size=given["dynamics_hidden_dim"],
         dynamics_num_layers=given["dynamics_num_layers"],
     )
+
+
+def _check_arguments(arguments):
+    """All arguments, with the prototype's defaults."""
+    missing = [name for name in REQUIRED if name not in arguments]
+    unknown = sorted(set(arguments) - {*REQUIRED, *DEFAULTS})
+    if missing or unknown:
+        raise ValueError(f"`arguments` do not match the prototype's: missing {missing}, unknown {unknown}.")
+    for name in ("num_tokens", "depth"):
+        if not isinstance(arguments[name], int):
+            raise ValueError(f"`{name}` must be a whole number, got {arguments[name]!r}.")
+    given = {**DEFAULTS, **arguments}
+    if _any(given["chunk_summarizers"]):
+        raise ValueError("`chunk_summarizers` are code: override `AuxiliaryLosses.make_summarizer` with it.")
+    if given["next_latent_loss_type"] not in LOSS_TYPES:
+        raise ValueError(
+            f"`next_latent_loss_type` must be one of {tuple(LOSS_TYPES)}, got {given['next_latent_loss_type']!r}."
+        )
+    return given
 
 
 def _listed(value, length):

@@ -344,8 +344,11 @@ class MaskedPages:
             processing_class = HeptapodProcessor(tokenizer, *config.grid_size)
         self.processing_class = processing_class
         tokenizer, height, width = processing_class.tokenizer, processing_class.height, processing_class.width
-        ids = {name: getattr(tokenizer, name) for name in (*SPECIAL_IDS, "mask_token_id")}
-        self.config_options = {"vocab_size": len(tokenizer), **ids}
+        self.config_options = {
+            "vocab_size": len(tokenizer),
+            "mask_token_id": tokenizer.mask_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
         self.eval_dataset = Pages(self._pages(texts.validation, "held-out text"))
         self.held_out_bytes = _bytes_of(texts.validation)
         self.held_out_cells = self.eval_dataset.pages.size

@@ -69,8 +69,10 @@ def make_untrained(config_name: str, objective) -> PreTrainedModel:
     model = objective.auto_class.from_config(config)
     if Path(config_name, "generation_config.json").is_file():
         model.generation_config = type(model.generation_config).from_pretrained(config_name)
-        for name in SPECIAL_IDS:  # of the tokenizer, which Trainer would set with a warning
-            setattr(model.generation_config, name, getattr(config, name))
+    tokenizer = getattr(objective.processing_class, "tokenizer", objective.processing_class)
+    for name in SPECIAL_IDS:  # Trainer would set them, too, and warn
+        for each in (model.config, model.generation_config):
+            setattr(each, name, getattr(tokenizer, name))
     return model
 
 
