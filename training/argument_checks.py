@@ -181,4 +181,4 @@ def check_training_arguments(args) -> None:
     for name in ("seed", "data_seed"):
         check_number(f"--{name}", getattr(args, name), most=NUMPY_SEEDS)
     if args.max_steps != -1 and args.max_steps < 1:
-        raise ValueError(f"--max_steps must be at least 1, or -1 for whole epochs, got {args.max_steps}")
+        raise ValueError(f"--max_steps must be at least 1, or -1 for full epochs, got {args.max_steps}")

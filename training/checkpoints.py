@@ -165,7 +165,7 @@ def find_checkpoint(resume_from: str, output_dir: str, num_processes: int = 1) -
     if resume_from != "last":
         damage = damage_of(Path(resume_from), num_processes)
         if damage is not None:
-            raise ValueError(f"--resume_from_checkpoint {resume_from} is no whole checkpoint: {damage}")
+            raise ValueError(f"--resume_from_checkpoint {resume_from} is not a complete checkpoint: {damage}")
         return resume_from
     for folder in checkpoints_in(output_dir):
         damage = damage_of(folder, num_processes)
@@ -173,9 +173,11 @@ def find_checkpoint(resume_from: str, output_dir: str, num_processes: int = 1) -
             return str(folder)
         if damage.endswith(ONLY_MODEL):
             raise ValueError(f"--resume_from_checkpoint last: {folder} cannot be resumed: {damage}")
-        logger.warning(f"--resume_from_checkpoint last: {folder} is no whole checkpoint and is passed over: {damage}")
+        logger.warning(
+            f"--resume_from_checkpoint last: {folder} is not a complete checkpoint and is skipped: {damage}"
+        )
     logger.warning(
-        f"--resume_from_checkpoint last: there is no whole checkpoint in {output_dir}, so training begins anew"
+        f"--resume_from_checkpoint last: there is no complete checkpoint in {output_dir}, so training starts from the beginning"
     )
     return None
 
@@ -203,7 +205,7 @@ def check_begins_alone(output_dir: str, checkpoint: str | None, num_processes: i
                 f"--output_dir {output_dir} holds {folder.name} of another run, with whose checkpoints those of this one would be "
                 "mixed up: resume that one with --resume_from_checkpoint last, or give another folder"
             )
-        logger.warning(f"--output_dir: {folder} is no whole checkpoint and counts for none: {damage}")
+        logger.warning(f"--output_dir: {folder} is not a complete checkpoint and is ignored: {damage}")
 
 
 _locked = set()  # descriptors of folders
@@ -269,7 +271,7 @@ def check_same_run(checkpoint: str, run: dict, is_last: bool) -> None:
             f"{name} was saved {way} --fsdp, which lays weights and optimizer out in another way: resume it {way} --fsdp"
         )
     if not saved:
-        logger.warning(f"{name} does not say what it was trained with: only its model and its length are compared")
+        logger.warning(f"{name} has no record of its settings: only its model and its length are compared")
         return
     if is_last and saved["processes"] != run["processes"]:
         raise ValueError(

@@ -127,9 +127,9 @@ def _is_whole(path):
     except FileNotFoundError:
         return False
     except OSError as error:
-        logger.warning(f"--cache_dir: {path} cannot be read and is made anew: {error}")
+        logger.warning(f"--cache_dir: {path} cannot be read and is computed again: {error}")
         return False
-    logger.warning(f"--cache_dir: {path} is damaged and is made anew")
+    logger.warning(f"--cache_dir: {path} is damaged and is computed again")
     return False
 
 

@@ -57,7 +57,7 @@ def load_model(folder: str | Path, trust: bool | None = None) -> tuple[PreTraine
         auto_class = AutoModelForMaskedLM
     else:
         raise ValueError(
-            f"{folder} holds a {head}: only causal models and the grid's HeptapodForMaskedLM say what a text costs"
+            f"{folder} holds a {head}: only causal models and HeptapodForMaskedLM give a text a likelihood"
         )
     processing = load_processing_class(folder, config.model_type, trust)
     return auto_class.from_pretrained(folder, trust_remote_code=trust).eval(), processing
@@ -249,7 +249,7 @@ def evaluate(
     if hasattr(model, "elbo"):
         if window is not None or stride is not None:
             raise ValueError(
-                f"--max_length and --stride are of no use to a grid, which reads whole pages, got {window}, {stride}"
+                f"--max_length and --stride are not used for a grid, which reads pages, got {window}, {stride}"
             )
         measured = measure_grid(model, processing, texts, len(text), batch_size)
     else:

@@ -46,7 +46,7 @@ def write_card(folder: Path, path: Path | None = None, repo_id: str | None = Non
         raise ValueError(f"{folder} has no results.json, which train.py writes and a card is filled from") from error
     if results.get("weights_sha256") != weights_digest(folder):
         raise ValueError(
-            f"{folder}: results.json is of other weights than those beside it, so no card can be filled from it"
+            f"{folder}: results.json is of other weights than those beside it, so it cannot be used for a card"
         )
     evaluation = read_evaluation(folder)
     is_grid = config["model_type"] == "heptapod"

@@ -189,7 +189,7 @@ def choose_axes(names: Sequence) -> list:
     if ahead:
         raise ValueError(
             f"--axes {' '.join(ahead)}: looks ahead in the text, so a model that reads it has seen what it predicts, and "
-            "its bits per byte mean nothing; training/experiments/multigrid_experiment.py measures how much"
+            "its bits per byte have no meaning; training/experiments/multigrid_experiment.py measures how much"
         )
     return axes
 

@@ -141,7 +141,7 @@ def main():
     elsewhere = from_elsewhere(args.folder)
     if elsewhere:
         raise ValueError(
-            f"{args.folder} has its code from {', '.join(elsewhere)}, and only what brings its own is published, as train.py saves it"
+            f"{args.folder} has its code from {', '.join(elsewhere)}, and only a folder with its own code is published, as train.py saves it"
         )
     evaluate_if_needed(args.folder)
     write_card(args.folder, repo_id=args.repo_id)

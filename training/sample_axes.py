@@ -110,8 +110,8 @@ def main():
             same = sum(track[place] == rule[place] for place in written) / len(written)
             most = max(Counter(rule[place] for place in written).values()) / len(written)
             print(
-                f"{axis.name}: {same:.0%} of the axis ids written are what the annotator says of the text "
-                f"(its most frequent one throughout: {most:.0%})"
+                f"{axis.name}: {same:.0%} of the generated axis ids equal the annotated ones "
+                f"(the most frequent one alone: {most:.0%})"
             )
 
 

@@ -167,7 +167,7 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
     lengths["--max_steps"] = args.max_steps if args.max_steps > 0 else None
     given = [name for name, value in lengths.items() if value is not None]
     if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} say how long to train; give one of them")
+        raise ValueError(f"{' and '.join(given)} all set the length of training; give one of them")
     if data_args.streaming and not given and args.resume_from_checkpoint is None:
         raise ValueError(
             "--streaming needs --max_steps, --train_tokens or --train_minutes: a stream has no known length"
@@ -368,7 +368,7 @@ def train(trainer: ShardingTrainer, ending: Ending, checkpoint: str | None, igno
         if trainer.is_world_process_zero():
             name = signal.Signals(ending.signal).name
             print(
-                f"ended by {name} after {steps}: --resume_from_checkpoint last goes on from there, in {args.output_dir}"
+                f"ended by {name} after {steps}: --resume_from_checkpoint last continues from there, in {args.output_dir}"
             )
         raise SystemExit(128 + ending.signal)
     if ending.by_clock and trainer.state.global_step < trainer.state.max_steps and trainer.is_world_process_zero():

@@ -44,8 +44,8 @@ class BestCheckpoint(TrainerCallback):
                 state.best_model_checkpoint = str(folder)
                 return
         logger.warning(
-            f"--load_best_model_at_end: {here}, the best so far, is no whole checkpoint ({damages[here]}): the best of those "
-            "to come is taken"
+            f"--load_best_model_at_end: {here}, the best so far, is not a complete checkpoint ({damages[here]}): the best later one "
+            "is used"
         )
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 

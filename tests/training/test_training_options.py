@@ -363,7 +363,7 @@ def test_what_is_damaged_is_made_anew(harm, tmp_path, caplog):
         path.write_bytes(harm(path.read_bytes()))
     array, text = keep()
     assert np.array_equal(array, expected) and text == "é" * 400
-    assert made == ["array", "text"] * 2 and caplog.text.count("is damaged and is made anew") == 2
+    assert made == ["array", "text"] * 2 and caplog.text.count("is damaged and is computed again") == 2
     keep()
     assert len(made) == 4
 
