@@ -173,9 +173,7 @@ def find_checkpoint(resume_from: str, output_dir: str, num_processes: int = 1) -
             return str(folder)
         if damage.endswith(ONLY_MODEL):
             raise ValueError(f"--resume_from_checkpoint last: {folder} cannot be resumed: {damage}")
-        logger.warning(
-            f"--resume_from_checkpoint last: {folder} is not a complete checkpoint and is skipped: {damage}"
-        )
+        logger.warning(f"--resume_from_checkpoint last: {folder} is not complete and is skipped: {damage}")
     logger.warning(
         f"--resume_from_checkpoint last: there is no complete checkpoint in {output_dir}, so training starts from the beginning"
     )

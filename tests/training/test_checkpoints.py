@@ -91,7 +91,7 @@ def test_what_is_damaged_is_named_and_the_one_before_taken(harm, has_checksums, 
     harm, named = HARMS[harm]
     harm(folder / "checkpoint-4")
     assert find_checkpoint("last", str(folder)) == str(folder / "checkpoint-2")
-    assert re.search(f"{folder / 'checkpoint-4'} is not a complete checkpoint and is skipped: {named}", caplog.text)
+    assert re.search(f"{folder / 'checkpoint-4'} is not complete and is skipped: {named}", caplog.text)
     with pytest.raises(
         ValueError, match=f"--resume_from_checkpoint .*checkpoint-4 is not a complete checkpoint: {named}"
     ):
