@@ -290,7 +290,7 @@ def test_code_that_a_tokenizer_takes_from_elsewhere_is_seen(file, tmp_path):
 def test_missing_packages_are_named_with_their_extra(monkeypatch):
     need("train", "json", "torch")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"needs matplotlib, not_there, which the extra `train` brings.*\[train\]"):
+    with pytest.raises(ImportError, match=r"needs matplotlib, not_there, which the extra `train` installs.*\[train\]"):
         need("train", "json", "matplotlib", "not_there")
 
 
@@ -317,7 +317,7 @@ def test_scripts_say_what_they_need_before_they_begin(script, monkeypatch):
     for module in modules:
         monkeypatch.setitem(sys.modules, module, None)
     source = (SCRIPTS / f"{script}.py").read_text(encoding="utf-8")
-    with pytest.raises(ImportError, match=f"{', '.join(modules)}, which the extra `{extra}` brings"):
+    with pytest.raises(ImportError, match=f"{', '.join(modules)}, which the extra `{extra}` installs"):
         exec(
             compile(source, f"{script}.py", "exec"), {"__name__": script, "__file__": __file__, "__doc__": "one\nline"}
         )

@@ -98,7 +98,7 @@ def test_what_is_damaged_is_named_and_the_one_before_taken(harm, has_checksums, 
         find_checkpoint(str(folder / "checkpoint-4"), str(folder))
     shutil.rmtree(folder / "checkpoint-2")
     assert find_checkpoint("last", str(folder)) is None
-    assert f"there is not a complete checkpoint in {folder}, so training starts from the beginning" in caplog.text
+    assert f"there is no complete checkpoint in {folder}, so training starts from the beginning" in caplog.text
 
 
 def test_a_changed_byte_is_seen(folder):

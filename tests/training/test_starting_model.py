@@ -145,3 +145,11 @@ def test_no_weight_is_made_anew_or_left_out(tmp_path):
     (tmp_path / "model" / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="--model_name_or_path .* holds an adapter: merge it"):
         starting_model.load_trained(str(tmp_path / "model"), objective)
+
+
+def test_a_folder_with_old_names_is_not_trained_further(tmp_path, monkeypatch):
+    save_tiny("leap", tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"sink_weight"', '"null_weight"'), encoding="utf-8")
+    with pytest.raises(ValueError, match="--model_name_or_path .*base: `null_weight` was renamed to `sink_weight`"):
+        fine_tune(tmp_path, monkeypatch, "--max_steps", "1")
