@@ -20,6 +20,7 @@ from argument_checks import (
     check_number,
     check_training_arguments,
     need,
+    pin_memory_for_devices_only,
     prompt_text,
 )
 from loading import check_family, check_folder, may_run_code
@@ -405,6 +406,14 @@ def test_arguments_that_trainer_would_take_are_named(name, value, tmp_path):
     setattr(args, name, value)
     with pytest.raises(ValueError, match=f"--{name} must be .*, got {value}"):
         check_training_arguments(args)
+
+
+def test_memory_is_not_pinned_without_a_device(tmp_path):
+    """torch would warn of it at each start."""
+    args = train.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    assert args.dataloader_pin_memory
+    pin_memory_for_devices_only(args)
+    assert args.dataloader_pin_memory is False
 
 
 def imports_of(script, seen):

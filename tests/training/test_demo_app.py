@@ -408,7 +408,7 @@ def test_what_is_shown_of_a_model(folders):
 @pytest.mark.parametrize(
     ("option", "table", "entry"),
     [
-        (option, table, entry)
+        pytest.param(option, table, entry, id=f"{option}-{entry}")
         for option, table in (("region", REGIONS), ("sampler", SAMPLERS), ("mask_schedule", MASK_SCHEDULES))
         for entry in (*table, "new entry")
     ],
