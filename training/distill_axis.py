@@ -23,6 +23,8 @@ import torch
 from corpora import load_texts
 from loading import add_model_arguments, check_family, may_run_code
 from redaction import Parser
+from sklearn.cluster import MiniBatchKMeans
+from sklearn.tree import DecisionTreeClassifier
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
@@ -86,8 +88,6 @@ def distill(
         ValueError: for a text of fewer tokens than clusters, for numbers out of range, and for axes that are not the
             model's.
     """
-    from sklearn.cluster import MiniBatchKMeans
-    from sklearn.tree import DecisionTreeClassifier
 
     def read(texts, limit):
         return hidden_states(model, tokenizer, texts, layer, length, limit, block_size, seed, axes)
