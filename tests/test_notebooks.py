@@ -1,6 +1,7 @@
 """The notebooks run from top to bottom, offline."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,6 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert (tmp_path / "outputs" / f"notebook-{path.stem}" / "model.safetensors").is_file()
     assert any(cell.get("outputs") for cell in notebook["cells"])
+    shown = [output for cell in notebook["cells"] for output in cell.get("outputs", ())]
+    noise = "".join(output["text"] for output in shown if output.get("name") == "stderr")
+    assert not re.search("Failed to load|Warning|pytree|pin_memory", noise), noise

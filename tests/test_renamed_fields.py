@@ -2,15 +2,26 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
+import torch
 from corpora import build_tokenizer
-from transformers import AutoConfig, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoProcessor,
+    GenerationConfig,
+)
 
 from modeling_heptapod import HeptapodConfig, HierarchicalLMConfig, LeapConfig, MultiGridConfig
 from modeling_heptapod.common.renamed_fields import RENAMED_FIELDS, RENAMED_VALUES
 from modeling_heptapod.heptapod.generation_config_heptapod import OPTIONS, HeptapodGenerationConfig
 from modeling_heptapod.heptapod.processing_heptapod import HeptapodProcessor
+from tests.clean_room import run_alone
+from tests.saved_models import FAMILIES, save_tiny
 from tests.tiny_heptapod import tiny_heptapod
 
 
@@ -43,6 +54,64 @@ def test_configs(owner, options, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**saved, **options}))
     with pytest.raises(ValueError, match=message):
         AutoConfig.from_pretrained(tmp_path)
+
+
+def head_of(family):
+    return AutoModelForMaskedLM if family == "heptapod" else AutoModelForCausalLM
+
+
+@pytest.fixture(scope="module")
+def old_folders(tmp_path_factory):
+    """Folders as a version before the renaming wrote them, with old names in configs and code; and the sums of their logits."""
+    root, sums = tmp_path_factory.mktemp("old"), {}
+    for family in FAMILIES:
+        save_tiny(family, root / family)
+        ids = torch.arange(40, 52)[None]
+        inputs = {"input_ids": ids.view(1, 3, 4) if family == "heptapod" else ids}
+        if family == "multigrid":
+            inputs["axis_ids"] = torch.ones(1, 2, 12, dtype=torch.long)
+        torch.save(inputs, root / family / "inputs.pt")
+        model = head_of(family).from_pretrained(root / family)
+        sums[family] = model(**inputs).logits.double().sum().item()
+        renamed = RENAMED_FIELDS[family] | (RENAMED_FIELDS[GENERATION] if family == "heptapod" else {})
+        for path in [*(root / family).glob("*.py"), *(root / family).glob("*config.json")]:
+            text = path.read_text(encoding="utf-8")
+            if path.name == "renamed_fields.py":  # rejects nothing in that version
+                text += "\n\ndef reject_renamed(owner, options):\n    pass\n"
+            else:
+                for old, new in renamed.items():
+                    text = re.sub(rf"\b{new}\b", old, text)
+            path.write_text(text, encoding="utf-8")
+    return root, sums
+
+
+@pytest.mark.parametrize("trust_remote_code", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_old_folders_beside_the_package(family, trust_remote_code, old_folders):
+    folder = old_folders[0] / family
+    for auto_class in (AutoConfig, AutoModel, head_of(family)):
+        with pytest.raises(ValueError, match=r"`\w+` was renamed to `\w+`"):
+            auto_class.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)  # has no renamed options here
+
+
+def test_old_folders_without_the_package(old_folders, tmp_path):
+    """An old folder brings its own code, whose names are the old ones as well."""
+    root, sums = old_folders
+    printed = run_alone(
+        """
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+for folder in sys.argv[1:]:
+    auto_class = AutoModelForMaskedLM if folder.endswith("heptapod") else AutoModelForCausalLM
+    model = auto_class.from_pretrained(folder, trust_remote_code=True)
+    print(model(**torch.load(f"{folder}/inputs.pt")).logits.double().sum().item())
+""",
+        tmp_path,
+        *(str(root / family) for family in FAMILIES),
+    )
+    assert [float(line) for line in printed.split()] == pytest.approx([sums[family] for family in FAMILIES], rel=1e-6)
 
 
 @pytest.mark.parametrize("owner, options, message", cases([GENERATION]))

@@ -1,4 +1,4 @@
-"""What the scripts of this folder ask of their options before they begin to work."""
+"""Checks of the scripts' options, made before any work is done."""
 
 import io
 import logging
@@ -14,31 +14,31 @@ from pathlib import Path
 
 NUMPY_SEEDS = 2**32 - 1  # the largest
 
-# Scripts import this module before transformers, which imports torchao where it is installed: torchao warns of kernels for
-# other devices, which it cannot load, and registers classes in a way that torch warns of.
+# Scripts import this module before transformers, which imports torchao if it is installed. torchao warns that kernels for
+# other devices cannot be loaded, and torch warns of a deprecated call in it.
 for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 def need(extra: str, *modules: str) -> None:
-    """Stop where packages are missing, before any work is done.
+    """Check that packages are installed.
 
     Args:
-        extra: of this project, which brings them.
-        modules: by the names that they are imported by.
+        extra: the extra of this project that installs them.
+        modules: names of their modules.
 
     Raises:
-        ImportError: naming those that are missing and the extra.
+        ImportError: for missing packages; the message contains them and the extra.
     """
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         raise ImportError(
-            f"this script needs {', '.join(missing)}, which the extra `{extra}` brings: in a clone `pip install -e .[{extra}]`"
+            f"this script needs {', '.join(missing)}, which the extra `{extra}` installs: in a clone `pip install -e .[{extra}]`"
         )
 
 
 def escape_unprintable() -> None:
-    r"""Print characters that the terminal's encoding lacks as escapes such as `\ufffd`, rather than fail in the middle of work."""
+    r"""Print characters that the terminal's encoding lacks as escapes such as `\ufffd`, instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -47,7 +47,7 @@ def escape_unprintable() -> None:
 def check_number(
     name: str, value: float | None, least: float | None = None, most: float | None = None, above: float | None = None
 ) -> None:
-    """A number that is finite, at least `least`, at most `most` and greater than `above`; `None` is none and will do.
+    """Check that a number is finite, at least `least`, at most `most` and greater than `above`. `None` is accepted.
 
     Raises:
         ValueError: naming it.
@@ -59,7 +59,7 @@ def check_number(
         for words, bound in (("at least", least), ("at most", most), ("above", above))
         if bound is not None
     ]
-    is_finite = isinstance(value, int) or math.isfinite(value)  # of ints some are too large for floats
+    is_finite = isinstance(value, int) or math.isfinite(value)  # an int may be too large for a float
     if not is_finite:
         wanted.insert(0, "finite")
     fits = is_finite and (least is None or value >= least)
@@ -68,7 +68,7 @@ def check_number(
 
 
 def check_can_write(name: str, folder: str | os.PathLike) -> None:
-    """A folder that takes files, made where it is not there: said before any work is done.
+    """Check that a folder can be written to, and create it if it does not exist.
 
     Raises:
         ValueError: naming the option.
@@ -82,7 +82,7 @@ def check_can_write(name: str, folder: str | os.PathLike) -> None:
 
 
 def check_can_write_file(name: str, path: str | os.PathLike) -> None:
-    """The same for a file, which may be there already.
+    """Check that a file can be written. It may exist.
 
     Raises:
         ValueError: naming the option.
@@ -132,7 +132,7 @@ def _number(kind, words, **bounds):
     return parse
 
 
-# Of TrainingArguments: what each number is at least, or above.
+# Lower bounds of TrainingArguments, inclusive and exclusive.
 AT_LEAST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
@@ -160,8 +160,13 @@ AT_LEAST = {
 ABOVE = {"num_train_epochs": 0, "logging_steps": 0, "eval_steps": 0, "save_steps": 0}
 
 
+def pin_memory_for_devices_only(args) -> None:
+    """Set `dataloader_pin_memory` of `TrainingArguments` to `False` on a CPU, where torch would warn and not pin."""
+    args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
+
+
 def check_training_arguments(args) -> None:
-    """Numbers that `Trainer` would take and then do nothing, something else or nonsense with.
+    """Check numbers that `Trainer` accepts and does not use as given.
 
     Raises:
         ValueError: naming the argument.
@@ -176,4 +181,4 @@ def check_training_arguments(args) -> None:
     for name in ("seed", "data_seed"):
         check_number(f"--{name}", getattr(args, name), most=NUMPY_SEEDS)
     if args.max_steps != -1 and args.max_steps < 1:
-        raise ValueError(f"--max_steps must be at least 1, or -1 for whole epochs, got {args.max_steps}")
+        raise ValueError(f"--max_steps must be at least 1, or -1 for full epochs, got {args.max_steps}")

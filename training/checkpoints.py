@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not taken, and that know the run that they are of.
+"""Checkpoints that are checked for completeness and for the settings of their run.
 
-A checkpoint is a folder that `Trainer` fills file by file. `run.json` is written into it first, by which a resumed run sees
-that it is the same run, and `checksums.json` last, by which it sees that nothing is missing or damaged.
+A checkpoint is a folder that `Trainer` writes file by file. `run.json` is written first: a resumed run compares its settings
+with it. `checksums.json` is written last: it shows that no file is missing or damaged.
 """
 
 import hashlib
@@ -22,15 +22,15 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 RUN, CHECKSUMS = "run.json", "checksums.json"
-OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0")  # of one process, and both of FSDP's
+OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0")  # of one process, and of FSDP's two formats
 ONLY_MODEL = ", as with --save_only_model"
 
 
 class WholeCheckpoints:
-    """Comes before `Trainer` among the bases of a class, which then writes both files into each checkpoint.
+    """Mixin before `Trainer`: writes both files into each checkpoint.
 
     Attributes:
-        describe_run (`Callable[[], dict]` or `None`): what goes into `run.json`, asked for at each checkpoint.
+        describe_run (`Callable[[], dict]` or `None`): returns the content of `run.json`, called at each checkpoint.
     """
 
     describe_run: Callable[[], dict] | None = None
@@ -38,7 +38,7 @@ class WholeCheckpoints:
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off while it wrote it
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed while it wrote it
             folder.mkdir(parents=True)
             if self.describe_run is not None:
                 (folder / RUN).write_text(json.dumps(self.describe_run(), indent=2) + "\n", encoding="utf-8")
@@ -49,7 +49,7 @@ class WholeCheckpoints:
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
-        # The trainer's state comes next, and older checkpoints go: not before all processes have written theirs.
+        # Next come the trainer's state and the deletion of older checkpoints, after all processes have written their files.
         self.accelerator.wait_for_everyone()
 
 
@@ -71,11 +71,11 @@ def _digest(path):
 
 
 def damage_of(folder: Path, num_processes: int = 1) -> str | None:
-    """What is missing from a checkpoint or damaged in it, in words; `None` for a whole one.
+    """A description of what is missing or damaged in a checkpoint; `None` for a complete one.
 
     Args:
-        folder: of the checkpoint.
-        num_processes: that wrote it, where it does not say so itself.
+        folder: the checkpoint.
+        num_processes: number of processes that wrote it, used if the checkpoint does not contain it.
     """
     if (folder / CHECKSUMS).is_file():
         try:
@@ -94,7 +94,7 @@ def damage_of(folder: Path, num_processes: int = 1) -> str | None:
 
 
 def _damage_by_structure(folder, num_processes):
-    """What is not there at all or does not end where it should; of checkpoints without checksums all that can be seen."""
+    """Missing and truncated files, the only damage that is visible without checksums."""
     if folder.exists() and not folder.is_dir():
         return "it is no folder"
     try:
@@ -129,10 +129,10 @@ def _damage_by_structure(folder, num_processes):
 
 
 def read_run(folder: Path) -> dict:
-    """What `run.json` of a checkpoint says, nothing where there is none.
+    """Content of `run.json` in a checkpoint; empty if there is none.
 
     Raises:
-        ValueError: where it says something else than a run does.
+        ValueError: for content of another form.
     """
     path = folder / RUN
     run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -142,30 +142,30 @@ def read_run(folder: Path) -> dict:
 
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
-    """The numbered checkpoints in a folder, the last one first, whole or not."""
+    """The numbered checkpoints in a folder, complete or not, the last one first."""
     found = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(path).isdecimal()]
     return sorted(found, key=lambda path: int(step_of(path)), reverse=True)
 
 
 def step_of(checkpoint: Path) -> str:
-    """What stands behind `checkpoint-`."""
+    """The number in `checkpoint-<number>`."""
     return checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
 
 
 def find_checkpoint(resume_from: str, output_dir: str, num_processes: int = 1) -> str | None:
-    """The folder to resume from: `resume_from` itself, or the last whole checkpoint if it is "last".
+    """The folder to resume from: `resume_from` itself, or the last complete checkpoint if it is "last".
 
-    What is passed over is named in a warning, and so is that there is none at all: `None`, the run begins anew, as one does
-    that was killed before its first checkpoint was whole.
+    A warning lists skipped checkpoints. Without any complete one a warning is given and `None` is returned: the run starts from the
+    beginning, as after a kill before the first checkpoint was complete.
 
     Raises:
-        ValueError: naming `--resume_from_checkpoint` where a checkpoint that is named is damaged or not there, and where all
-            that is there are models without the state of the training.
+        ValueError: naming `--resume_from_checkpoint`, for a given checkpoint that is damaged or does not exist, and for a
+            folder that holds models without training state only.
     """
     if resume_from != "last":
         damage = damage_of(Path(resume_from), num_processes)
         if damage is not None:
-            raise ValueError(f"--resume_from_checkpoint {resume_from} is no whole checkpoint: {damage}")
+            raise ValueError(f"--resume_from_checkpoint {resume_from} is not a complete checkpoint: {damage}")
         return resume_from
     for folder in checkpoints_in(output_dir):
         damage = damage_of(folder, num_processes)
@@ -173,17 +173,17 @@ def find_checkpoint(resume_from: str, output_dir: str, num_processes: int = 1) -
             return str(folder)
         if damage.endswith(ONLY_MODEL):
             raise ValueError(f"--resume_from_checkpoint last: {folder} cannot be resumed: {damage}")
-        logger.warning(f"--resume_from_checkpoint last: {folder} is no whole checkpoint and is passed over: {damage}")
+        logger.warning(f"--resume_from_checkpoint last: {folder} is not complete and is skipped: {damage}")
     logger.warning(
-        f"--resume_from_checkpoint last: there is no whole checkpoint in {output_dir}, so training begins anew"
+        f"--resume_from_checkpoint last: there is no complete checkpoint in {output_dir}, so training starts from the beginning"
     )
     return None
 
 
 def check_begins_alone(output_dir: str, checkpoint: str | None, num_processes: int = 1) -> None:
-    """A run writes into a folder without checkpoints of another one; what was cut off or is damaged counts for none.
+    """Check that a folder holds no complete checkpoint of another run.
 
-    Nor are there files or links where it would write its own.
+    Files and links with the names of new checkpoints are errors as well.
 
     Raises:
         ValueError: naming `--output_dir`.
@@ -203,7 +203,7 @@ def check_begins_alone(output_dir: str, checkpoint: str | None, num_processes: i
                 f"--output_dir {output_dir} holds {folder.name} of another run, with whose checkpoints those of this one would be "
                 "mixed up: resume that one with --resume_from_checkpoint last, or give another folder"
             )
-        logger.warning(f"--output_dir: {folder} is no whole checkpoint and counts for none: {damage}")
+        logger.warning(f"--output_dir: {folder} is not a complete checkpoint and is ignored: {damage}")
 
 
 _locked = set()  # descriptors of folders
@@ -215,17 +215,17 @@ def _let_go():
 
 
 if fcntl is not None:
-    os.register_at_fork(after_in_child=_let_go)  # workers of a data loader outlive a run that was killed
+    os.register_at_fork(after_in_child=_let_go)  # workers of a data loader may outlive a killed run
 
 
 @contextmanager
 def alone_in(output_dir: str) -> Iterator[None]:
-    """While in the block, no other run can begin in this folder. The lock ends with its process, also where that is killed.
+    """Context manager that locks a folder against other runs. The lock ends with the process, also when it is killed.
 
-    Processes that are forked from it do not hold it.
+    Forked processes do not hold it.
 
     Raises:
-        ValueError: naming `--output_dir` where there is one.
+        ValueError: naming `--output_dir`, if another run holds the lock.
     """
     folder = os.open(output_dir, os.O_RDONLY) if fcntl is not None else None
     try:
@@ -251,12 +251,12 @@ def _lock(folder, output_dir):
 
 
 def check_same_run(checkpoint: str, run: dict, is_last: bool) -> None:
-    """A run goes on as it began, or not at all.
+    """Check that a resumed run has the settings of the run that saved the checkpoint.
 
     Args:
-        checkpoint: to be resumed.
-        run: `settings`, `length`, `processes` and `sharded` of the run that is to go on.
-        is_last: whether it was asked for as "last". One that is named may go on in another number of processes.
+        checkpoint: the checkpoint to resume.
+        run: `settings`, `length`, `processes` and `sharded` of the resumed run.
+        is_last: whether it was given as "last". A checkpoint given by its path may have another number of processes.
 
     Raises:
         ValueError: naming `--resume_from_checkpoint` and each setting that differs.
@@ -269,7 +269,7 @@ def check_same_run(checkpoint: str, run: dict, is_last: bool) -> None:
             f"{name} was saved {way} --fsdp, which lays weights and optimizer out in another way: resume it {way} --fsdp"
         )
     if not saved:
-        logger.warning(f"{name} does not say what it was trained with: only its model and its length are compared")
+        logger.warning(f"{name} has no record of its settings: only its model and its length are compared")
         return
     if is_last and saved["processes"] != run["processes"]:
         raise ValueError(
@@ -279,9 +279,9 @@ def check_same_run(checkpoint: str, run: dict, is_last: bool) -> None:
     differ = [
         f"{option}: {saved['settings'].get(option)!r} there, {value!r} here"
         for option, value in run["settings"].items()
-        if saved["settings"].get(option, value) != value  # another version may not know an option
+        if saved["settings"].get(option, value) != value  # another version may lack an option
     ]
-    # --max_steps is compared with the schedule, and --num_train_epochs has a default, so that it may not be meant.
+    # --max_steps is compared with the schedule; --num_train_epochs has a default, so it may not have been given.
     is_asked = "--max_steps" not in run["length"] and (
         "--num_train_epochs" not in run["length"] or "--num_train_epochs" in saved["length"]
     )

@@ -6,7 +6,13 @@ Copy and edit it like one of transformers' examples: everything here is `Trainer
 given as well; `--help` lists them.
 """
 
-from argument_checks import check_can_write, check_number, check_training_arguments, need
+from argument_checks import (
+    check_can_write,
+    check_number,
+    check_training_arguments,
+    need,
+    pin_memory_for_devices_only,
+)
 
 
 need("finetune", "accelerate", "datasets", "evaluate", "sklearn")
@@ -42,22 +48,23 @@ HELD_OUT = 10  # one row in so many
 
 @dataclass
 class ClassificationArguments:
-    """What to tell apart, and by which model."""
+    """Data and model of a classification."""
 
     train_file: str = field(metadata={"help": "A file of JSON objects, one a line. Every tenth is held out."})
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A folder that training/train.py made of a LEAP, with its tokenizer."}
+        default=None,
+        metadata={"help": "A folder of a trained LEAP with its tokenizer, as training/train.py writes it."},
     )
     config_name: str | None = field(
         default=None,
         metadata={"help": "A folder with config.json and without weights, as configs/leap-tiny: an untrained model."},
     )
     tokenizer_name: str | None = field(
-        default=None, metadata={"help": "What `AutoTokenizer` loads, by default what the model is loaded from."}
+        default=None, metadata={"help": "A folder or name for `AutoTokenizer`, by default that of the model."}
     )
     text_column_name: str = field(default="text", metadata={"help": "The column that holds the text."})
     label_column_name: str = field(default="label", metadata={"help": "The column that holds the class."})
-    max_seq_length: int = field(default=256, metadata={"help": "Longer texts are cut off after so many tokens."})
+    max_seq_length: int = field(default=256, metadata={"help": "Longer texts are truncated to this number of tokens."})
 
 
 class CleanTrainer(CleanPushes, Trainer):
@@ -68,7 +75,7 @@ def read_rows(path: str, text_column: str, label_column: str) -> tuple[list[str]
     """Texts and their labels.
 
     Raises:
-        ValueError: naming the column that a line has not, or `--train_file` where there is nothing to tell apart.
+        ValueError: naming the column that a line lacks, or `--train_file` if it has fewer than two classes.
     """
     if not Path(path).is_file():
         raise ValueError(f"--train_file {path} must be a file of JSON objects, one a line; there is none")
@@ -107,14 +114,14 @@ def read_rows(path: str, text_column: str, label_column: str) -> tuple[list[str]
 
 
 def split(rows: list) -> tuple[list, list]:
-    """Rows to train on, and every tenth, which is held out."""
+    """Training rows, and every tenth row, which is held out."""
     return [row for i, row in enumerate(rows) if i % HELD_OUT], rows[::HELD_OUT]
 
 
 def words_alone(texts: list[str], labels: list[str], held_out: list[str]) -> np.ndarray:
-    """What a logistic regression on the words of a text, weighted by how rare they are, says of the held-out ones.
+    """Predictions of a logistic regression on the TF-IDF weights of words, for held-out texts.
 
-    Where no word is in two texts, always the most frequent label.
+    If no word occurs in two texts, the most frequent label for all.
     """
     vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2)
     try:
@@ -126,18 +133,18 @@ def words_alone(texts: list[str], labels: list[str], held_out: list[str]) -> np.
 
 
 def scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy with its standard error, and the mean of the classes' F1: the metric `classification_scores`."""
+    """Accuracy with its standard error, and macro F1: the metric `classification_scores`."""
     return load_metric("classification_scores").compute(predictions=predicted, references=labels)
 
 
 def difference(predicted: np.ndarray, other: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """By how much one accuracy is above another, and the standard error of that on the same rows."""
+    """Difference of two accuracies on the same rows, and its standard error."""
     gain = (predicted == labels).astype(float) - (other == labels)
     return float(gain.mean()), float(gain.std(ddof=1) / math.sqrt(len(gain)))
 
 
 def print_scores(results: dict) -> None:
-    """The scores of all, for the terminal."""
+    """Print all scores."""
     gain, error = results["above_words_alone"], results["above_words_alone_standard_error"]
     print(
         f"\n{results['held_out_rows']:,} held-out rows of {len(results['labels'])} classes, {results['train_seconds']:.0f} s on {results['rows']:,} others"
@@ -148,9 +155,20 @@ def print_scores(results: dict) -> None:
     print(f"  above words alone, row by row: {gain:+.3f} +- {error:.3f}")
 
 
+def make_classifier(trained: str | None, config, labels: list[str], tokenizer):
+    """A model with a new head: on the body of a trained one, or untrained. `num_labels` follows from the labels."""
+    about = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    auto_class = AutoModelForSequenceClassification
+    if trained is not None:
+        return auto_class.from_pretrained(trained, trust_remote_code=False, **about)
+    config.update({**about, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id})
+    return auto_class.from_config(config)
+
+
 def main():
     args, training_args = CommandLine((ClassificationArguments, TrainingArguments)).parse()
     check_training_arguments(training_args)
+    pin_memory_for_devices_only(training_args)
     check_number("--max_seq_length", args.max_seq_length, least=1)
     source = choose_source(args.model_name_or_path, args.config_name)
     config = read_config("--config_name" if args.model_name_or_path is None else "--model_name_or_path", source)
@@ -169,15 +187,7 @@ def main():
         encoded = tokenizer(texts, truncation=True, max_length=args.max_seq_length)
         return Dataset.from_dict({**encoded, "labels": [names.index(label) for label in labels]})
 
-    # A trained model with a new head; `num_labels` follows from the names
-    about = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    auto_class = AutoModelForSequenceClassification
-    if args.model_name_or_path is None:
-        config.update({**about, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id})
-        model = auto_class.from_config(config)
-    else:
-        model = auto_class.from_pretrained(source, trust_remote_code=False, **about)
-
+    model = make_classifier(args.model_name_or_path, config, names, tokenizer)
     trainer = CleanTrainer(
         model=model,
         args=training_args,
@@ -191,7 +201,7 @@ def main():
     if not trainer.is_world_process_zero():
         return
 
-    # Beside what always says the same, and what knows no order of words
+    # Beside two baselines: one class for all rows, and words without their order
     truth = np.array(test_labels)
     predicted = {
         "always the same": np.full(len(truth), Counter(train_labels).most_common(1)[0][0]),

@@ -3,7 +3,7 @@
     python training/convert_hierarchical.py --state_dict prototype.pt --arguments prototype.json --output outputs/converted
 
 The prototype has no checkpoints of its own: `prototype.pt` is `torch.save(model.state_dict(), ...)` (or safetensors),
-`prototype.json` what was passed to `HierarchicalTransformer(...)`. The prototype itself need not be installed.
+`prototype.json` holds the arguments of `HierarchicalTransformer(...)`. The prototype does not have to be installed.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from redaction import Parser
 from modeling_heptapod import HierarchicalLMConfig, HierarchicalLMForCausalLM
 
 
-# The prototype's defaults, and the arguments that we have something for.
+# The prototype's defaults of the arguments that can be converted.
 DEFAULTS = {
     "seq_len": 2048,
     "dim_head": 64,
@@ -44,38 +44,25 @@ DEFAULTS = {
 REQUIRED = ("num_tokens", "dim", "depth")
 LOSS_TYPES = {"mse_and_cosine_sim": "mse_and_cosine", "mse": "mse", "smooth_l1": "smooth_l1"}
 
-# Recomputed by us from `rope_parameters`, and the same for every model of the prototype.
+# Recomputed from `rope_parameters`; the same for every model of the prototype.
 FREQUENCIES = ("rotary_emb.freqs", "rel_pos.inv_freq")
 
 
 def convert_config(arguments: dict, block_windows: bool = False) -> HierarchicalLMConfig:
-    """Our configuration of the arguments of a prototype's constructor.
+    """Convert the arguments of the prototype's constructor to a configuration.
 
     Args:
         arguments (`dict`): the keyword arguments of `HierarchicalTransformer(...)`.
-        block_windows (`bool`): whether windows are blocks that look back at one whole block, as they were with versions
-            of `local-attention` whose `exact_windowsize` was off by default.
+        block_windows (`bool`): whether windows are blocks that attend to one complete block before them, as with versions
+            of `local-attention` in which `exact_windowsize` is off by default.
 
     Raises:
-        ValueError: for missing or unknown arguments, or for losses and summarizers that are the caller's own code.
+        ValueError: for missing or unknown arguments, and for custom losses and summarizers.
     """
-    missing = [name for name in REQUIRED if name not in arguments]
-    unknown = sorted(set(arguments) - {*REQUIRED, *DEFAULTS})
-    if missing or unknown:
-        raise ValueError(f"`arguments` do not match the prototype's: missing {missing}, unknown {unknown}.")
-    for name in ("num_tokens", "depth"):
-        if not isinstance(arguments[name], int):
-            raise ValueError(f"`{name}` must be a whole number, got {arguments[name]!r}.")
-    given = {**DEFAULTS, **arguments}
-    if _any(given["chunk_summarizers"]):
-        raise ValueError("`chunk_summarizers` are code: override `AuxiliaryLosses.make_summarizer` with it.")
-    if given["next_latent_loss_type"] not in LOSS_TYPES:
-        raise ValueError(
-            f"`next_latent_loss_type` must be one of {tuple(LOSS_TYPES)}, got {given['next_latent_loss_type']!r}."
-        )
+    given = _check_arguments(arguments)
     factors = _listed(given["hierarchies"], 1)
     windows = [
-        # The prototype sees everything through a window that is wider than its longest stream.
+        # A window wider than the prototype's longest sequence is a global one.
         None if window is not None and window > given["seq_len"] // factor else window
         for window, factor in zip(_listed(given["window_sizes"], len(factors)), factors)
     ]
@@ -88,7 +75,7 @@ def convert_config(arguments: dict, block_windows: bool = False) -> Hierarchical
         num_attention_heads=given["heads"],
         head_dim=given["dim_head"],
         mlp_ratio=given["ff_mult"],
-        # Its exact window counts the steps before the one that looks, ours that one as well.
+        # The prototype's exact window does not count the position itself, ours does.
         window_sizes=[window + 1 if window and not block_windows else window for window in windows],
         window_type="block" if block_windows else "sliding",
         attention_norm=["layer_norm" if window else "rms_norm" for window in windows],
@@ -112,6 +99,25 @@ def convert_config(arguments: dict, block_windows: bool = False) -> Hierarchical
     )
 
 
+def _check_arguments(arguments):
+    """Checked arguments with the prototype's defaults."""
+    missing = [name for name in REQUIRED if name not in arguments]
+    unknown = sorted(set(arguments) - {*REQUIRED, *DEFAULTS})
+    if missing or unknown:
+        raise ValueError(f"`arguments` do not match the prototype's: missing {missing}, unknown {unknown}.")
+    for name in ("num_tokens", "depth"):
+        if not isinstance(arguments[name], int):
+            raise ValueError(f"`{name}` must be a whole number, got {arguments[name]!r}.")
+    given = {**DEFAULTS, **arguments}
+    if _any(given["chunk_summarizers"]):
+        raise ValueError("`chunk_summarizers` are code: override `AuxiliaryLosses.make_summarizer` with it.")
+    if given["next_latent_loss_type"] not in LOSS_TYPES:
+        raise ValueError(
+            f"`next_latent_loss_type` must be one of {tuple(LOSS_TYPES)}, got {given['next_latent_loss_type']!r}."
+        )
+    return given
+
+
 def _listed(value, length):
     return list(value) if isinstance(value, (list, tuple)) else [value] * length
 
@@ -121,7 +127,7 @@ def _any(summarizers):
 
 
 def parameter_names(config: HierarchicalLMConfig) -> dict[str, str]:
-    """Where the prototype has what our parameters hold, for a config from `convert_config`."""
+    """Names of the prototype's parameters by our names, for a config from `convert_config`."""
     names = {"model.embed_tokens.weight": "token_emb.weight", "lm_head.weight": "to_logits.weight"}
     for h, factor in enumerate(config.compression_factors):
         names |= _both(f"model.embed_norms.{h}", f"post_token_emb_norms.{h}") | _both(f"model.norms.{h}", f"norms.{h}")
@@ -170,10 +176,10 @@ def _both(ours, theirs):
 
 
 def convert_state_dict(source: dict[str, torch.Tensor], config: HierarchicalLMConfig) -> dict[str, torch.Tensor]:
-    """Our state dict of a prototype's.
+    """Convert the prototype's state dict.
 
     Args:
-        source (`dict`): the prototype's state dict. What belongs to losses of weight 0 is left behind.
+        source (`dict`): the prototype's state dict. Parameters of losses with weight 0 are dropped.
         config (`HierarchicalLMConfig`): from `convert_config`.
 
     Raises:
@@ -214,13 +220,13 @@ def convert_state_dict(source: dict[str, torch.Tensor], config: HierarchicalLMCo
 
 
 def _half_split(qkv, heads):
-    """Queries and keys whose rotated pairs are neighbours, as those whose pairs are half a head apart."""
+    """Reorder queries and keys from interleaved rotary pairs to pairs that are half a head apart."""
     qkv = qkv.unflatten(0, (3, heads, -1, 2))  # the last two: pair, first or second of it
     return torch.cat((qkv[:2].transpose(2, 3).flatten(0, 3), qkv[2:].flatten(0, 3)))
 
 
 def convert(arguments: dict, state_dict: dict[str, torch.Tensor], block_windows: bool = False):
-    """A `HierarchicalLMForCausalLM` that computes what the prototype of these arguments and weights does."""
+    """A `HierarchicalLMForCausalLM` with the same logits and losses as the prototype."""
     config = convert_config(arguments, block_windows)
     state = convert_state_dict(state_dict, config)
     model = HierarchicalLMForCausalLM(config)
@@ -229,11 +235,11 @@ def convert(arguments: dict, state_dict: dict[str, torch.Tensor], block_windows:
 
 
 def load_prototype(state_dict: str | Path, arguments: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Arguments and state dict from their files.
+    """Read arguments and state dict from their files.
 
     Raises:
-        FileNotFoundError: where one of them is missing.
-        ValueError: naming one that is damaged.
+        FileNotFoundError: for a missing file.
+        ValueError: for a damaged file.
     """
     for name, path in (("state_dict", state_dict), ("arguments", arguments)):
         if not Path(path).is_file():
@@ -249,7 +255,7 @@ def main():
     parser.add_argument(
         "--block_windows",
         action="store_true",
-        help="it was trained with windows that were not exact (see convert_config)",
+        help="the prototype was trained with windows that were not exact (see convert_config)",
     )
     args = parser.parse_args()
     model = convert(*load_prototype(args.state_dict, args.arguments), args.block_windows)

@@ -2,8 +2,8 @@
 
     python training/convert_leap.py --source path/to/prototype --output outputs/leap-converted
 
-The source is a folder with `config.json` and weights, as the prototype's `save_pretrained` or `Trainer` write it:
-`LeapForCausalLM` or `FastformerForCausalLM`. The prototype itself need not be installed.
+The source is a folder with `config.json` and weights of `LeapForCausalLM` or `FastformerForCausalLM`, as the prototype's
+`save_pretrained` or `Trainer` writes it. The prototype does not have to be installed.
 """
 
 from pathlib import Path
@@ -15,12 +15,12 @@ from redaction import Parser
 from modeling_heptapod import LeapConfig, LeapForCausalLM
 
 
-# The prototype adds this to every denominator: one more token of that weight and of value zero.
+# The prototype adds this to every denominator: a sink.
 NULL_WEIGHT = 1e-5
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
-# What the two models of the prototype are called, and where in their modules our parameters are. `{}` is a layer.
+# Names of the prototype's parameters by our names.
 OUTSIDE = {
     "model.embed_tokens.weight": "word_embedding.weight",
     "lm_head.weight": "proj_logits.weight",
@@ -52,7 +52,7 @@ ADDITIVE_LAYER = {
 
 
 def convert_config(source: dict) -> LeapConfig:
-    """Our configuration of a prototype's.
+    """Convert the prototype's configuration.
 
     Args:
         source (`dict`): the prototype's `config.json`.
@@ -79,7 +79,7 @@ def convert_config(source: dict) -> LeapConfig:
         weight_function="exp",
         rescale=source["rescale"],
         output_gate="none" if additive else "sigmoid",
-        # A window as long as the longest sequence is a global one.
+        # A window as long as the longest sequence is global.
         window_sizes=[None if window >= positions else window for window in source["window_sizes"]],
         position_embedding_type="absolute",
         max_position_embeddings=positions,
@@ -93,15 +93,15 @@ def convert_config(source: dict) -> LeapConfig:
 
 
 def convert_state_dict(source: dict[str, torch.Tensor], config: LeapConfig) -> dict[str, torch.Tensor]:
-    """Our state dict of a prototype's.
+    """Convert the prototype's state dict.
 
     Args:
         source (`dict`): the prototype's state dict; the output embedding may be left out, it is tied.
         config (`LeapConfig`): from `convert_config`.
 
     Raises:
-        ValueError: for missing or unknown keys, tensors of another shape, or an output bias or embedding of its own,
-            which our model has no place for.
+        ValueError: for missing or unknown keys, tensors of another shape, an output bias that is not zero, and an output
+            embedding that is not tied.
     """
     additive = config.mixer == "additive"
     body, layer_names = ("fastformer_model", ADDITIVE_LAYER) if additive else ("leap_model", FOCUS_LAYER)
@@ -135,7 +135,7 @@ def convert_state_dict(source: dict[str, torch.Tensor], config: LeapConfig) -> d
 
 
 def convert(config: dict, state_dict: dict[str, torch.Tensor]) -> LeapForCausalLM:
-    """A model of ours that computes what the prototype with this `config.json` and state dict does."""
+    """A `LeapForCausalLM` with the same logits as the prototype."""
     ours = convert_config(config)
     state = convert_state_dict(state_dict, ours)
     model = LeapForCausalLM(ours)
@@ -144,11 +144,11 @@ def convert(config: dict, state_dict: dict[str, torch.Tensor]) -> LeapForCausalL
 
 
 def load_prototype(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Config and state dict of a prototype's folder.
+    """Read config and state dict from a folder of the prototype.
 
     Raises:
-        FileNotFoundError: where the folder, its `config.json` or its weights are missing.
-        ValueError: naming one that is damaged.
+        FileNotFoundError: for a missing folder, `config.json` or weights.
+        ValueError: for a damaged file.
     """
     folder = Path(folder)
     files = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
@@ -161,7 +161,7 @@ def load_prototype(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def main():
-    parser = Parser(description="Turn a checkpoint of pip's leap-transformer into a LEAP of ours.")
+    parser = Parser(description="Convert a checkpoint of leap-transformer 1.0.1.")
     parser.add_argument("--source", required=True, help="folder with the prototype's config.json and weights")
     parser.add_argument("--output", required=True, help="folder to write our model to")
     args = parser.parse_args()

@@ -4,8 +4,8 @@
     tokenizer = build_tokenizer("byte", texts.train)     # or "bpe", or any tokenizer that AutoTokenizer can load
     train = PackedBlocks(encode(texts.train, tokenizer), block_size=1024)
 
-The default corpus is the source of the Python standard library, which every machine with Python has: about twelve
-megabytes of real text, without a download.
+The default corpus is the source of the Python standard library, which is installed with Python: about twelve megabytes of
+text without a download.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
-MASK, BLANK = "<|mask|>", "<|blank|>"  # what a page needs besides, see HeptapodProcessor
+MASK, BLANK = "<|mask|>", "<|blank|>"  # special tokens of pages, see HeptapodProcessor
 
 BLOCK_SIZE = 1024
 AXES = ["token_kind", "bracket", "indentation", "string"]
@@ -36,7 +36,7 @@ AXES = ["token_kind", "bracket", "indentation", "string"]
 
 @dataclass
 class DataArguments:
-    """What to train on. Each error below names the argument that caused it."""
+    """Arguments for the training data."""
 
     dataset_name: str = field(
         default="stdlib",
@@ -50,7 +50,7 @@ class DataArguments:
         default="text", metadata={"help": "The column of a named data set that holds the text."}
     )
     validation_split_percentage: float = field(
-        default=5.0, metadata={"help": "How much of the text to hold out where the data set has no split of its own."}
+        default=5.0, metadata={"help": "Percentage of the text to hold out if the data set has no validation split."}
     )
     max_validation_bytes: int | None = field(
         default=None, metadata={"help": "Evaluate on at most this many bytes of the held-out text."}
@@ -58,40 +58,40 @@ class DataArguments:
     tokenizer_name: str | None = field(
         default=None,
         metadata={
-            "help": "'byte' (ids 0 to 255 are the bytes, the default), 'bpe' (trained here on the training text), or anything "
-            "that `AutoTokenizer` loads. With --model_name_or_path the tokenizer of the model is used."
+            "help": "'byte' (ids 0 to 255 are the bytes, the default), 'bpe' (trained here on the training text), or a name "
+            "for `AutoTokenizer`. With --model_name_or_path the tokenizer of the model is used."
         },
     )
     vocab_size: int = field(default=4096, metadata={"help": "Size of the vocabulary of a 'bpe' tokenizer."})
     block_size: int | None = field(
         default=None,
         metadata={
-            "help": f"Length of a training sequence in tokens, by default {BLOCK_SIZE}. Pages have a size of their own."
+            "help": f"Length of a training sequence in tokens, by default {BLOCK_SIZE}. Not used for pages, whose size is in the config."
         },
     )
     packing: str = field(
         default="continuous",
         metadata={
-            "help": "'continuous': a block is a piece of one long stream of texts, each read with what stands before it. "
-            "'isolated': texts in a block do not see each other. Pages hold one text each anyway.",
+            "help": "'continuous': a block is a segment of one stream of texts, and a text attends to the texts before it. "
+            "'isolated': texts in a block do not attend to each other. A page always holds one text.",
             "choices": ["continuous", "isolated"],
         },
     )
     streaming: bool = field(
         default=False,
         metadata={
-            "help": "Read the corpus while training on it, for what does not fit in memory; needs --max_steps or "
+            "help": "Read the corpus during training, for one that does not fit in memory; needs --max_steps or "
             "--train_tokens. See training/corpus_streaming.py."
         },
     )
     cache_dir: str | None = field(
         default_factory=default_folder,
-        metadata={"help": "Where tokens, annotations and pages are kept for the next run; 'none' keeps nothing."},
+        metadata={"help": "Folder of the cache of tokens, annotations and pages; 'none' turns it off."},
     )
     axes: list[str] | None = field(
         default=None,
         metadata={
-            "help": "The axes of a MultiGrid: names that `make_axis` knows, JSON files with a spec, or classes in Python files "
+            "help": "The axes of a MultiGrid: names for `make_axis`, JSON files with a spec, or classes in Python files "
             f"as my_axis.py:Vowels, which are saved beside the model. By default {' '.join(AXES)}."
         },
     )
@@ -106,10 +106,10 @@ class Texts:
 
 
 def check_data_arguments(data_args: DataArguments) -> None:
-    """What can be said before any text is read.
+    """Check arguments before any text is read.
 
     Raises:
-        ValueError: naming the argument that does not fit.
+        ValueError: for an invalid argument; the message contains its name.
     """
     check_held_out(data_args.validation_split_percentage, data_args.max_validation_bytes)
     check_number("--block_size", data_args.block_size, least=2)
@@ -117,7 +117,7 @@ def check_data_arguments(data_args: DataArguments) -> None:
 
 
 def check_held_out(validation_percent: float, max_validation_bytes: int | None) -> None:
-    """Raise a ValueError that names the one that does not fit."""
+    """Raise a ValueError for an invalid argument."""
     if not 0 < validation_percent < 100:
         raise ValueError(f"--validation_split_percentage must lie between 0 and 100, got {validation_percent}")
     if max_validation_bytes is not None and max_validation_bytes < 1:
@@ -125,7 +125,7 @@ def check_held_out(validation_percent: float, max_validation_bytes: int | None) 
 
 
 def check_dataset_config(dataset: str, config: str | None) -> None:
-    """Raise a ValueError that names `--dataset_config_name` where it is of no use."""
+    """Raise a ValueError if `--dataset_config_name` is not used."""
     if config is not None and (dataset == "stdlib" or Path(dataset).expanduser().exists()):
         raise ValueError(
             f"--dataset_config_name {config} is of a named data set, which --dataset_name {dataset} is not"
@@ -133,7 +133,7 @@ def check_dataset_config(dataset: str, config: str | None) -> None:
 
 
 def public_name(name: str) -> str:
-    """What figures call a corpus or a model: of a path its last part alone, of an address no secrets."""
+    """Name of a corpus or a model in figures: the last part of a path, an address without secrets."""
     path = os.path.expanduser(name)
     return os.path.basename(os.path.normpath(path)) if os.path.exists(path) else redact(name)
 
@@ -147,12 +147,12 @@ def load_texts(
 ) -> Texts:
     """Read and split a corpus; the arguments are those of [`DataArguments`].
 
-    Files are split by a hash of their path within the corpus and rows by a hash of their number, so the split depends
-    neither on the machine nor on the order of reading. Of a single text, the tail is held out.
+    Files are split by a hash of their path within the corpus and rows by a hash of their index, so the split depends
+    neither on the machine nor on the order of reading. The tail of a single text is held out.
 
     Raises:
         ValueError: naming `--dataset_name` where the corpus does not exist, is empty or is not text; naming
-            `--text_column_name`, `--validation_split_percentage` or `--max_validation_bytes` where these do not fit.
+            `--text_column_name`, `--validation_split_percentage` or `--max_validation_bytes` for invalid values.
     """
     check_held_out(validation_percent, max_validation_bytes)
 
@@ -175,7 +175,7 @@ def load_texts(
 
     if not any(texts.train) and not any(texts.validation):
         raise ValueError(f"--dataset_name {dataset} holds no text: it is empty")
-    if not any(texts.train) or not any(texts.validation):  # one text, or too few for the hash to divide
+    if not any(texts.train) or not any(texts.validation):  # one text, or too few to split by hash
         texts = _split_tail("".join(texts.train + texts.validation), validation_percent)
     if not any(texts.train) or not any(texts.validation):
         raise ValueError(
@@ -193,7 +193,7 @@ def load_texts(
 
 def hash_of(name: str) -> float:
     """A number in [0, 1) that depends on the name alone."""
-    name = name.encode(errors="surrogateescape")  # of files whose names are not UTF-8
+    name = name.encode(errors="surrogateescape")  # names of files may not be UTF-8
     return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") / 2**64
 
 
@@ -222,13 +222,13 @@ def _load_named(dataset: str, config: str | None, text_column: str, held_out: Ca
 
 def _split(texts: dict[str, str], held_out: Callable[[str], bool]) -> Texts:
     train = [text for name, text in texts.items() if not held_out(name)]
-    # By hash rather than by name: the first bytes of the held-out text are then a fair sample of it.
+    # In the order of the hashes, so that the first bytes of the held-out text are a random sample of it.
     validation = [texts[name] for name in sorted(texts, key=hash_of) if held_out(name)]
     return Texts(train, validation)
 
 
 def _split_tail(text: str, percent: float) -> Texts:
-    """Hold out the end of one text, from the beginning of a line where there is one."""
+    """Hold out the end of one text, from the start of a line if there is one."""
     cut = round(len(text) * (1 - percent / 100))
     line = text.find("\n", cut) + 1
     if line in (0, len(text)):  # the cut lies in the last line
@@ -238,7 +238,7 @@ def _split_tail(text: str, percent: float) -> Texts:
 
 
 def first_bytes(texts: list[str], size: int) -> list[str]:
-    """The first `size` bytes of the texts, less the character that the cut would divide."""
+    """The first `size` bytes of the texts, without a character that would be cut."""
     kept = []
     for text in texts:
         text = text.encode()[:size].decode(errors="ignore")
@@ -253,16 +253,16 @@ def first_bytes(texts: list[str], size: int) -> list[str]:
 def build_tokenizer(
     name: str, texts: list[str], vocab_size: int = 4096, for_pages: bool = False
 ) -> PreTrainedTokenizerBase:
-    """A tokenizer that gives back every text unchanged.
+    """A tokenizer that decodes to the original text.
 
     Args:
-        name: "byte", "bpe" or what `AutoTokenizer` can load; the arguments are those of [`DataArguments`].
-        texts: what a "bpe" tokenizer is trained on.
-        vocab_size: entries of a "bpe" tokenizer, with the 256 bytes and the special tokens, of which there are two.
-        for_pages: with two more special tokens, for masked cells and for blank ones.
+        name: "byte", "bpe" or a name for `AutoTokenizer`.
+        texts: training text of a "bpe" tokenizer.
+        vocab_size: size of a "bpe" vocabulary, the 256 bytes and the two special tokens included.
+        for_pages: whether to add special tokens for masked and for blank cells.
 
     Raises:
-        ValueError: naming `--vocab_size` or `--tokenizer_name` where these do not fit.
+        ValueError: naming `--vocab_size` or `--tokenizer_name` for invalid values.
     """
     if name not in ("byte", "bpe"):
         try:
@@ -298,7 +298,7 @@ def build_tokenizer(
 
 
 def wrap_tokenizer(tokenizer: Tokenizer, for_pages: bool = False) -> PreTrainedTokenizerBase:
-    """A tokenizer of `tokenizers` as one of transformers, with our special tokens."""
+    """A transformers tokenizer from one of `tokenizers`, with this project's special tokens."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
@@ -319,14 +319,14 @@ def _add_page_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
 
 
 def _byte_vocabulary() -> dict[str, int]:
-    """The 256 characters that `tokenizers` writes bytes as, each with its byte as the id."""
+    """The 256 characters by which `tokenizers` represents bytes, each with its byte as the id."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the ids of a text are its bytes, so that nobody needs to be asked."""
+    """Returns whether the ids of a text are its bytes, so that it can be encoded without the tokenizer."""
     if not getattr(tokenizer, "is_fast", False):
         return False
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -341,9 +341,9 @@ def encode(
     """All texts as one stream of ids, with an end-of-sequence token before the first text and after each.
 
     Args:
-        texts, tokenizer: what to encode, and with what.
-        desc: of the progress bar.
-        isolated: with one more before each text but the first, so that none begins with the end of another.
+        texts, tokenizer: the texts, and the tokenizer that encodes them.
+        desc: label of the progress bar; `None` shows none.
+        isolated: whether to add another one before each text but the first, so that texts share no separator.
 
     Returns:
         [number of tokens], uint16 where the vocabulary allows it, else int32.
@@ -384,12 +384,12 @@ def annotate(
     desc: str = "Annotating",
     isolated: bool = False,
 ) -> np.ndarray:
-    """Axis ids for the stream that [`encode`] makes of the same texts: a row for each axis.
+    """Axis ids for the stream that [`encode`] returns for the same texts: a row for each axis.
 
     Each text is annotated on its own, from its beginning; separators have axis id 0.
 
     Args:
-        texts, tokenizer, isolated: as for `encode`; the tokenizer must be a fast one, which knows where its tokens are.
+        texts, tokenizer, isolated: as for `encode`; the tokenizer must be a fast one, which returns offsets.
         axes: annotators, see `Axis`.
 
     Returns:
@@ -408,7 +408,7 @@ def annotate(
 
 
 def _no_bar(desc):
-    return True if desc is None else None  # None: only where nobody watches
+    return True if desc is None else None  # None: no bar if the output is not a terminal
 
 
 def _offsets(text, tokenizer):
@@ -423,9 +423,9 @@ def _offsets(text, tokenizer):
 
 
 def _byte_offsets(text):
-    """`(start, end)` of the character that each byte is a part of, [bytes, 2]."""
+    """`(start, end)` of the character of each byte, [bytes, 2]."""
     data = np.frombuffer(text.encode(), dtype=np.uint8)
-    start = np.cumsum((data & 0xC0) != 0x80) - 1  # of a character's bytes only the first does not begin with bits 10
+    start = np.cumsum((data & 0xC0) != 0x80) - 1  # all bytes of a character but the first begin with bits 10
     return np.stack([start, start + 1], axis=1)
 
 
@@ -433,19 +433,19 @@ class PackedBlocks(torch.utils.data.Dataset):
     """A stream of tokens cut into `input_ids` and `labels` of [block_size], int64.
 
     A block starts with the last token of the block before it, since a model predicts all tokens of a block but the
-    first: so every token of the stream except its first is predicted exactly once.
+    first. So every token of the stream except its first is predicted once.
 
     Args:
         stream: [number of tokens], from [`encode`].
         block_size: tokens in a block.
-        pad_token_id: if given, the tail that does not fill a block is padded (label -100); otherwise it is left out.
+        pad_token_id: if given, the tail that does not fill a block is padded (label -100); otherwise it is dropped.
         meta: [axes, number of tokens] if given, from [`annotate`]: blocks then have `axis_ids` of [axes, block_size] too.
         isolate_at: the token that ends and begins texts, if the stream was made with `isolated=True`: blocks then have
             `position_ids` [block_size] that restart with each text, and no text's beginning is predicted from another.
 
     Raises:
         ValueError: naming `--block_size` if it is below 2 or the text is too short for one block; naming `meta` if it
-            has not a column for each token.
+            does not have a column for each token.
     """
 
     def __init__(
@@ -479,7 +479,7 @@ class PackedBlocks(torch.utils.data.Dataset):
         start = index * self.stride
         here = slice(start, start + self.stride + 1)
         ids = torch.from_numpy(self.stream[here].astype(np.int64))
-        # Padding on the right of a causal model needs no attention mask: no real token sees it.
+        # Right padding of a causal model needs no attention mask: no real token attends to it.
         missing = (0, self.stride + 1 - len(ids))
         pad = torch.nn.functional.pad
         block = {"input_ids": pad(ids, missing, value=self.pad_token_id), "labels": pad(ids, missing, value=-100)}

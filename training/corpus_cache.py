@@ -1,10 +1,10 @@
-"""What a corpus was turned into, kept on disk so that the next start need not do it again.
+"""Cache on disk of tokens, annotations and pages of a corpus.
 
     stream = Cache(folder).array([texts, tokenizer_json], lambda: encode(texts, tokenizer))
 
-The name of a file is a hash of all that its content depends on, so nothing here is ever out of date: it may be deleted
-at any time. A file ends with the SHA-256 of what stands before it: what was damaged is made anew. What a process that was
-killed has left unfinished is removed by the next.
+The name of a file is a hash of everything that its content depends on, so no file is out of date, and all may be deleted at
+any time. A file ends with the SHA-256 of the bytes before it, and a damaged file is computed again. Unfinished files of killed
+processes are removed by the next one.
 """
 
 import hashlib
@@ -21,18 +21,18 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 DIGEST_SIZE = 32
-UNFINISHED = ".heptapod-unfinished-"  # what names of such files begin with
+UNFINISHED = ".heptapod-unfinished-"  # prefix of their names
 
 
 class Cache:
-    """A folder of files that are named by what they were made of.
+    """A folder of files whose names are hashes of their inputs.
 
     Args:
-        folder: where; made when needed. `None`: nothing is kept.
-        code: source files whose content decides what is made, part of every name.
+        folder: the folder, created when needed. `None` turns the cache off.
+        code: source files that compute the content; they are part of every hash.
 
     Raises:
-        ValueError: naming `--cache_dir` where there can be no such folder.
+        ValueError: naming `--cache_dir`, if the folder cannot be created.
     """
 
     def __init__(self, folder: str | os.PathLike | None, code: list[str | os.PathLike] = ()):
@@ -41,13 +41,13 @@ class Cache:
             try:
                 self.folder = Path(folder).expanduser()
                 self.folder.mkdir(parents=True, exist_ok=True)
-            except (OSError, RuntimeError) as error:  # the latter where there is no home
+            except (OSError, RuntimeError) as error:  # RuntimeError: without a home folder
                 raise ValueError(f"--cache_dir {folder} must be a folder that can be written to: {error}") from error
             self._clean()
         self.code = [Path(file).read_text(encoding="utf-8") for file in code]
 
     def array(self, made_of: list[str], make: Callable[[], np.ndarray]) -> np.ndarray:
-        """What `make()` returns, or returned when it was last made of the same; then mapped into memory, read-only."""
+        """The array that `make()` returns, or a read-only memory map of an earlier one with the same inputs."""
         path = self._path(made_of, ".npy")
         if path is not None and _is_whole(path):
             return np.load(path, mmap_mode="r")
@@ -75,7 +75,7 @@ class Cache:
         return self.folder / (digest.hexdigest()[:32] + ending)
 
     def _write(self, path, write):
-        """In one go: whoever finds the file finds all of it. Whether it is there then: a full disk ends no training."""
+        """Write a file atomically. Returns whether it exists: a full disk is no error."""
         file = None
         try:
             with tempfile.NamedTemporaryFile(prefix=UNFINISHED, dir=path.parent, delete=False) as file:
@@ -93,18 +93,18 @@ class Cache:
         return True
 
     def _clean(self):
-        """Remove unfinished files whose writers have ended: nobody holds their locks."""
+        """Remove unfinished files whose writers have ended, so that their locks are free."""
         for path in self.folder.glob(f"{UNFINISHED}*"):
             try:
                 with path.open("rb") as file:
                     lock(file)
                     path.unlink()
             except OSError:
-                continue  # being written, or gone
+                continue  # being written, or removed
 
 
 class _Hashed:
-    """What is written to a file goes into a digest as well."""
+    """A file whose written bytes update a digest."""
 
     def __init__(self, file):
         self.file, self.digest = file, hashlib.sha256()
@@ -115,7 +115,7 @@ class _Hashed:
 
 
 def _is_whole(path):
-    """Whether a file ends with the digest of what stands before it."""
+    """Returns whether a file ends with the digest of the bytes before it."""
     try:
         left, digest = path.stat().st_size - DIGEST_SIZE, hashlib.sha256()
         with path.open("rb") as file:
@@ -127,12 +127,12 @@ def _is_whole(path):
     except FileNotFoundError:
         return False
     except OSError as error:
-        logger.warning(f"--cache_dir: {path} cannot be read and is made anew: {error}")
+        logger.warning(f"--cache_dir: {path} cannot be read and is computed again: {error}")
         return False
-    logger.warning(f"--cache_dir: {path} is damaged and is made anew")
+    logger.warning(f"--cache_dir: {path} is damaged and is computed again")
     return False
 
 
 def default_folder() -> str:
-    """Below the user's cache folder, as XDG names it."""
+    """The folder below the user's cache folder (XDG)."""
     return os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "heptapod", "training")

@@ -1,7 +1,7 @@
-"""Corpora that do not fit in memory: read while they are trained on, in an order that a resumed run repeats.
+"""Corpora that do not fit in memory: read during training, in an order that a resumed run repeats.
 
-Files are read in pieces of about a megabyte that end with a line, each a text of its own; data sets on the Hub through
-`datasets.load_dataset(..., streaming=True)`. Examples leave through a buffer that they are drawn from at random.
+Files are read in segments of about a megabyte that end with a line, each a text; data sets on the Hub are read with
+`datasets.load_dataset(..., streaming=True)`. Examples are drawn at random from a buffer.
 """
 
 import bz2
@@ -21,14 +21,14 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-PIECE = 2**20  # characters that are read from a file at once
-HELD_OUT_BYTES = 2**20  # kept in memory for evaluation, if --max_validation_bytes does not say otherwise
-TOKENIZER_BYTES = 2**24  # of training text that a BPE tokenizer is trained on
+PIECE = 2**20  # characters of a segment
+HELD_OUT_BYTES = 2**20  # kept in memory for evaluation without --max_validation_bytes
+TOKENIZER_BYTES = 2**24  # training text of a BPE tokenizer
 SHUFFLED = 1024  # examples in the buffer
 
 
 class StreamedTexts:
-    """The training texts of a corpus, one after the other, from the beginning each time that they are asked for."""
+    """The training texts of a corpus, one after the other, from the beginning in each iteration."""
 
     def __init__(
         self,
@@ -42,11 +42,11 @@ class StreamedTexts:
         return (text for name, text in self.read() if text and not self.held_out(name))
 
     def sizes(self) -> list[str]:
-        """Name and bytes of each file, by which a corpus is known without reading all of it; nothing of data sets on the Hub."""
+        """Name and size of each file, which identify a corpus without reading it; empty for data sets on the Hub."""
         return [f"{name!r} {path.stat().st_size}" for name, path in self.files.items()]
 
     def head(self, size: int) -> list[str]:
-        """The first texts that have `size` bytes together."""
+        """The first texts, `size` bytes in total."""
         texts = []
         for text in self:
             texts.append(text)
@@ -57,13 +57,13 @@ class StreamedTexts:
 
 
 def stream_texts(data_args: DataArguments) -> tuple[StreamedTexts, Texts]:
-    """The texts to train on, and a beginning of them in memory, with those that are held out.
+    """The streamed training texts; and in memory their first texts, with the held-out ones.
 
-    Which are held out depends on a hash of their names: the path and the number of the piece, or the number of the row.
+    The split depends on a hash of names: the path and the index of the segment, or the index of the row.
 
     Raises:
-        ValueError: naming `--dataset_name`, `--text_column_name`, `--validation_split_percentage` or `--max_validation_bytes` where these do not
-            fit.
+        ValueError: naming `--dataset_name`, `--text_column_name`, `--validation_split_percentage` or `--max_validation_bytes` for
+            invalid values.
     """
     check_held_out(data_args.validation_split_percentage, data_args.max_validation_bytes)
     check_dataset_config(data_args.dataset_name, data_args.dataset_config_name)
@@ -83,7 +83,7 @@ def stream_texts(data_args: DataArguments) -> tuple[StreamedTexts, Texts]:
     if read_held_out is None:
         texts = StreamedTexts(read, lambda name: hash_of(name) < data_args.validation_split_percentage / 100, files)
         held_out = StreamedTexts(read, lambda name: not texts.held_out(name))
-    else:  # the data set has a split of its own
+    else:  # the data set has a validation split
         texts = StreamedTexts(read, lambda name: False)
         held_out = StreamedTexts(read_held_out, lambda name: False)
     size = data_args.max_validation_bytes or HELD_OUT_BYTES
@@ -107,14 +107,14 @@ def _pieces(files):
 
 
 def _next_piece(file, name, number):
-    """About a megabyte, to the end of a line that is no longer than that; nothing where the file ends or holds no text any more."""
+    """About a megabyte up to the end of a line, if it is no longer than that; empty at the end of the file and of its text."""
     try:
         piece = file.read(PIECE)
         piece += file.readline(PIECE)
         reason = "it holds zero bytes" if "\0" in piece else None
     except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         reason = str(error)
-    except OSError as error:  # what bz2 says of other content; of a disk it has a number
+    except OSError as error:  # from bz2, for other content; an error of the disk has a number
         if error.errno is not None:
             raise
         reason = str(error)
@@ -153,19 +153,19 @@ def _rows(data_args):
 
 
 class StreamedExamples(torch.utils.data.IterableDataset):
-    """Examples of texts as they are read, again and again, in a random order that depends on the seed and the pass alone.
+    """An endless stream of examples of texts, in a random order that depends on the seed and the epoch alone.
 
-    It has no end, so that `Trainer`, which counts epochs of a stream without a length by its steps, skips on a resume what
-    has been trained on, in whatever pass.
+    It has no end, so that `Trainer`, which counts epochs of a stream without a length by its steps, skips the examples of earlier
+    steps on a resume in any epoch.
 
     Args:
-        texts: can be read again and again.
-        seed: of the order.
-        buffer: how many examples the next one is drawn from.
+        texts: an iterable that can be iterated over several times.
+        seed: seed of the order.
+        buffer: number of examples from which the next one is drawn.
 
     Attributes:
         examples_of (`Callable`): from an iterator of texts to one of examples; an objective sets it.
-        bytes_read (`int`): of text, each as often as it was read.
+        bytes_read (`int`): bytes of text that were read, repetitions included.
     """
 
     examples_of: Callable[[Iterator[str]], Iterator[dict]]
@@ -194,7 +194,7 @@ class StreamedExamples(torch.utils.data.IterableDataset):
                 )
 
     def one_pass(self, number: int) -> Iterator[dict]:
-        """All examples, once, in the order of this pass."""
+        """All examples of one epoch."""
         draw, waiting = np.random.default_rng((self.seed, number)), []
         for example in self.examples_of(self._counted()):
             if len(waiting) < self.buffer:

@@ -1,12 +1,12 @@
 """A page in the browser to try a saved model of any family: `python training/demo_app.py outputs/leap-tiny`.
 
-Causal models write on from a prompt, token by token. LEAP also shows where it looks, MultiGrid the ids of its axes below each line.
-The grid shows a page as it forms: type what is known, leave holes, and watch them being filled.
+Causal models continue a prompt token by token. LEAP also shows the weights of the tokens, MultiGrid the axis ids below each line.
+A grid model fills the masked cells of a page, which is shown after each denoising step.
 
-What the page does with models is in demo_models.py, what it shows as HTML in demo_views.py.
-Needs the extra `app`. Nothing of the package is imported: a folder brings its own code, which runs here, so open only those
-that you trust; that of a name on the Hub runs with `--trust_remote_code` only. The page itself asks no other machine for
-anything, and answers to nobody who calls it by another name than this machine's own.
+Work on models is in demo_models.py, HTML in demo_views.py. Needs the extra `app`.
+The package is not imported: a folder brings its own code, which runs on this machine, so load folders that you trust only; the
+code of a name on the Hub runs with `--trust_remote_code` only. The page sends no request to another machine, and accepts
+requests for this machine's own host name only.
 """
 
 import os
@@ -24,7 +24,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import gradio
-from demo_models import HOLE, REGIONS, SAMPLERS, describe, fill, load, look, write
+from demo_models import MASK, TYPED, describe, fill, load, look, page_options, page_size, write
 from demo_views import CSS
 from loading import TRUST_HELP, may_run_code
 from redaction import Parser
@@ -32,17 +32,18 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
 
-FRAME_SECONDS = 0.12  # of a page that forms
+FRAME_SECONDS = 0.12  # between two denoising steps that are shown
+TEMPERATURE = "Temperature (0: greedy)"
 EXAMPLE_PROMPT = "import os\nimport sys\n\n\nclass "
 EXAMPLE_PAGE = f"""def area(width, height):
-    {HOLE * 6} width * height
+    {MASK * 6} width * height
 
 
 def longest(words):
     best = None
     for word in words:
         if best is None or len(word) > len(best):
-            {HOLE * 11}
+            {MASK * 11}
     return best
 """
 
@@ -52,7 +53,7 @@ MONO_FONTS = ("DejaVu Sans Mono", "ui-monospace", "monospace")
 
 
 def _theme():
-    """Fonts that the machine has: gradio's own would be asked of another one."""
+    """Fonts of this machine: gradio's own would be requested from another one."""
     fonts = {
         "font": [gradio.themes.Font(name) for name in SYSTEM_FONTS],
         "font_mono": [gradio.themes.Font(name) for name in MONO_FONTS],
@@ -60,52 +61,29 @@ def _theme():
     return gradio.themes.Default(primary_hue="orange", **fonts)
 
 
-def _shown(function, fields):
-    """A handler whose errors appear on the page: what was typed or chosen wrong, or what went wrong while it worked."""
-
-    def handler(*arguments):
-        for field, value in zip(fields, arguments):
-            if value is None:
-                raise gradio.Error(escape(f"{field.label} is not filled in."), print_exception=False)
-        try:
-            yield from function(*arguments)
-        except Exception as error:
-            expected = isinstance(error, (ValueError, OSError))
-            raise gradio.Error(escape(_told(error)), print_exception=not expected) from error
-
-    return handler
-
-
-def _told(error):
-    """What the page says of an error. Of those that nobody thought of the terminal has the rest."""
-    if isinstance(error, (ValueError, OSError)):
-        return str(error)
-    return f"{type(error).__name__}: {error} (the terminal says where)"
-
-
-# Where the end of the text was after the last piece; only who has not scrolled up since is taken to the new one.
+# `data-end` is the height of the text before the last token: the box scrolls to the new end unless the user has scrolled up.
 START_AT_THE_END = "() => { document.querySelector('#written').dataset.end = 0; }"
 STAY_AT_THE_END = """() => requestAnimationFrame(() => {
     const block = document.querySelector('#written'), box = block.querySelector('textarea');
     if (box.scrollTop + box.clientHeight >= block.dataset.end - 20) box.scrollTop = box.scrollHeight;
     block.dataset.end = box.scrollHeight;
 })"""
-# In place of each selected character but for ends of lines, or where nothing is selected at the cursor.
-OPEN_CELLS = r"""() => {
+# Replaces each selected character except newlines; without a selection inserts one at the cursor.
+MASK_CELLS = r"""() => {
     const box = document.querySelector('#page_text textarea'), [start, end] = [box.selectionStart, box.selectionEnd];
-    const opened = box.value.slice(start, end).replace(/[^\n]/gu, 'HOLE') || 'HOLE';
-    box.setRangeText(opened, start, end, 'end');
+    const masked = box.value.slice(start, end).replace(/[^\n]/gu, 'MASK') || 'MASK';
+    box.setRangeText(masked, start, end, 'end');
     box.dispatchEvent(new Event('input', { bubbles: true }));
     box.focus();
-}""".replace("HOLE", HOLE)
+}""".replace("MASK", MASK)
 
 
 def build_app(folders: list[str], first: str | None = None, trust_remote_code: bool = False) -> gradio.Blocks:
-    """The page.
+    """The page: a model is loaded at its top, below it are the sections that this model has.
 
     Args:
-        folders: what to choose from; any other folder or name on the Hub can be typed.
-        first: what is loaded when the page opens.
+        folders: the models to choose from; any other folder or name on the Hub can be typed.
+        first: the model that is loaded when the page opens.
         trust_remote_code: whether the code of a name on the Hub may run.
     """
 
@@ -113,7 +91,7 @@ def build_app(folders: list[str], first: str | None = None, trust_remote_code: b
         return load(name, trust_remote_code)
 
     with gradio.Blocks(title="Heptapod", analytics_enabled=False) as app:
-        gradio.Markdown("# Heptapod\nLanguage models that do not read and write in one straight line.")
+        gradio.Markdown("# Heptapod\nFour families of language models that run on this machine.")
         with gradio.Row(equal_height=True):
             folder = gradio.Dropdown(
                 folders,
@@ -125,140 +103,206 @@ def build_app(folders: list[str], first: str | None = None, trust_remote_code: b
             )
             load_button = gradio.Button("Load", scale=0, min_width=120, elem_id="load")
         about = gradio.HTML(elem_id="about", padding=True)
-
-        with gradio.Column(visible=False) as causal:
-            with gradio.Row():
-                with gradio.Column(scale=2):
-                    prompt = gradio.Textbox(EXAMPLE_PROMPT, label="Prompt", lines=6, max_lines=12, elem_id="prompt")
-                    with gradio.Row():
-                        max_new_tokens = gradio.Slider(
-                            10, 1000, 200, step=10, label="New tokens", elem_id="new_tokens"
-                        )
-                        temperature = gradio.Slider(0, 2, 0.7, step=0.1, label="Temperature (0: most probable)")
-                    with gradio.Row():
-                        seed = gradio.Number(0, label="Seed", precision=0)
-                        axis_source = gradio.Radio(
-                            ["predicted", "annotated"],
-                            value="predicted",
-                            label="Axis ids",
-                            visible=False,
-                            elem_id="axis_source",
-                        )
-                    with gradio.Row():
-                        write_button = gradio.Button("Write", variant="primary", elem_id="write")
-                        stop_button = gradio.Button("Stop", elem_id="stop")
-                with gradio.Column(scale=3):
-                    written = gradio.Textbox(
-                        label="Text", lines=18, max_lines=18, autoscroll=False, interactive=False, elem_id="written"
-                    )
-        tracks = gradio.HTML(visible=False, elem_id="tracks")
-
-        with gradio.Column(visible=False) as looks:
-            gradio.Markdown("### Where it looks", padding=True)
-            with gradio.Row():
-                head = gradio.Slider(0, 1, 0, step=1, label="Head (0: the mean of all)", elem_id="head")
-                position = gradio.Number(0, label="Token that looks (0: the last)", precision=0)
-                look_button = gradio.Button("Look at the prompt", elem_id="look")
-            looked = gradio.HTML(padding=True, elem_id="looked")
-
-        with gradio.Column(visible=False) as grid:
-            with gradio.Row():
-                with gradio.Column(scale=2):
-                    page = gradio.Textbox(
-                        EXAMPLE_PAGE,
-                        label=f"The page; {HOLE} is a masked cell",
-                        lines=16,
-                        max_lines=16,
-                        elem_id="page_text",
-                    )
-                    open_button = gradio.Button(
-                        f"{HOLE} Mask a cell here, or the selection", size="sm", elem_id="mask_cells"
-                    )
-                    region = gradio.Dropdown(list(REGIONS), value=REGIONS[0], label="Mask", elem_id="region")
-                    with gradio.Row():
-                        sampler = gradio.Dropdown(list(SAMPLERS), value=SAMPLERS[0], label="Sampler")
-                        steps = gradio.Slider(1, 64, 16, step=1, label="Denoising steps")
-                    with gradio.Row():
-                        page_temperature = gradio.Slider(0, 2, 0, step=0.1, label="Temperature (0: most probable)")
-                        page_seed = gradio.Number(0, label="Seed", precision=0, elem_id="page_seed")
-                    with gradio.Row():
-                        fill_button = gradio.Button("Fill", variant="primary", elem_id="fill")
-                        leave_button = gradio.Button("Stop", elem_id="leave")
-                with gradio.Column(scale=3):
-                    formed = gradio.HTML(padding=True, min_height=300, elem_id="formed")
-                    read = gradio.Textbox(
-                        label="Read as text",
-                        lines=16,
-                        max_lines=16,
-                        autoscroll=False,
-                        interactive=False,
-                        elem_id="read",
-                    )
+        text = TextSection()
+        sections = [text, AttentionSection(text.prompt), GridSection()]
 
         def show(name):
             try:
                 loaded = load_here(name)
-            except Exception as error:  # a message beside what is still there
+                shown = {about: describe(loaded)}
+                for section in sections:
+                    shown |= section.show(loaded)
+                return shown
+            except Exception as error:  # shown above the model that stays loaded
                 if not isinstance(error, (ValueError, OSError)):
                     traceback.print_exc()
                 outcome = f"{name} was not loaded." if name else "Nothing was loaded."
-                return {about: f"<b>{escape(outcome)}</b> {escape(_told(error))}"}
-            leap, is_grid = loaded.family == "leap", loaded.family == "heptapod"
-            has_axes = loaded.family == "multigrid" and loaded.model.config.num_axes > 0
-            heads = getattr(loaded.model.config, "num_attention_heads", 1) if leap else 1
-            axes = loaded.processor.axes if has_axes else ()
-            sources = ["predicted", "annotated"] if all(axis.causal for axis in axes) else ["predicted"]
-            rows = min(40, loaded.processor.height or loaded.model.config.grid_size[0]) if is_grid else 16
-            return {
-                about: describe(loaded),
-                causal: gradio.update(visible=not is_grid),
-                axis_source: gradio.update(choices=sources, value="predicted", visible=has_axes),
-                tracks: gradio.update(value="", visible=has_axes),
-                looks: gradio.update(visible=leap),
-                head: gradio.update(maximum=heads, value=0),
-                grid: gradio.update(visible=is_grid),
-                page: gradio.update(lines=rows, max_lines=rows),
-                written: "",
-                looked: "",
-                formed: "",
-                read: gradio.update(value="", lines=rows, max_lines=rows),
-            }
+                return {about: f"<b>{escape(outcome)}</b> {escape(_message(error))}"}
 
+        shown = [about, *(component for section in sections for component in section.shown)]
+        for event in (load_button.click, folder.input) + ((app.load,) if first else ()):
+            event(show, folder, shown)
+        for section in sections:
+            section.connect(folder, load_here)
+    return app
+
+
+class TextSection:
+    """A causal model continues a prompt; a MultiGrid shows its axis ids below each line."""
+
+    def __init__(self):
+        with gradio.Column(visible=False) as self.column, gradio.Row():
+            with gradio.Column(scale=2):
+                self.prompt = gradio.Textbox(EXAMPLE_PROMPT, label="Prompt", lines=6, max_lines=12, elem_id="prompt")
+                with gradio.Row():
+                    self.max_new_tokens = gradio.Slider(
+                        10, 1000, 200, step=10, label="New tokens", elem_id="new_tokens"
+                    )
+                    self.temperature = gradio.Slider(0, 2, 0.7, step=0.1, label=TEMPERATURE)
+                with gradio.Row():
+                    self.seed = gradio.Number(0, label="Seed", precision=0)
+                    self.axis_source = gradio.Radio(
+                        ["predicted"], value="predicted", label="Axis ids", visible=False, elem_id="axis_source"
+                    )
+                with gradio.Row():
+                    self.button = gradio.Button("Write", variant="primary", elem_id="write")
+                    self.stop_button = gradio.Button("Stop", elem_id="stop")
+            with gradio.Column(scale=3):
+                self.text = gradio.Textbox(
+                    label="Text", lines=18, max_lines=18, autoscroll=False, interactive=False, elem_id="written"
+                )
+        self.tracks = gradio.HTML(visible=False, elem_id="tracks")
+        self.shown = [self.column, self.axis_source, self.text, self.tracks]
+
+    def show(self, loaded):
+        has_axes = loaded.family == "multigrid" and loaded.model.config.num_axes > 0
+        axes = loaded.processor.axes if has_axes else ()
+        sources = ["predicted", "annotated"] if all(axis.causal for axis in axes) else ["predicted"]
+        return {
+            self.column: gradio.update(visible=loaded.family != "heptapod"),
+            self.axis_source: gradio.update(choices=sources, value="predicted", visible=has_axes),
+            self.text: "",
+            self.tracks: gradio.update(value="", visible=has_axes),
+        }
+
+    def connect(self, folder, load_here):
         def on_write(name, *arguments):
             yield from write(load_here(name), *arguments)
 
-        def on_look(name, text, head, position):
-            yield look(load_here(name), text, head, position)
+        fields = [folder, self.prompt, self.max_new_tokens, self.temperature, self.seed, self.axis_source]
+        self.button.click(None, js=START_AT_THE_END)
+        writing = self.button.click(_on_page(on_write, fields), fields, [self.text, self.tracks])
+        self.text.change(None, js=STAY_AT_THE_END)
+        self.stop_button.click(None, cancels=[writing])
 
+
+class AttentionSection:
+    """Weights that the layers of LEAP give to the tokens of the prompt."""
+
+    def __init__(self, prompt):
+        self.prompt = prompt
+        with gradio.Column(visible=False) as self.column:
+            gradio.Markdown("### Weights of the tokens", padding=True)
+            with gradio.Row():
+                self.head = gradio.Slider(0, 1, 0, step=1, label="Head (0: the mean of all)", elem_id="head")
+                self.position = gradio.Number(0, label="Position that attends (0: the last token)", precision=0)
+                self.button = gradio.Button("Show the weights of the prompt", elem_id="look")
+            self.weights = gradio.HTML(padding=True, elem_id="looked")
+        self.shown = [self.column, self.head, self.weights]
+
+    def show(self, loaded):
+        is_leap = loaded.family == "leap"
+        heads = loaded.model.config.num_attention_heads if is_leap else 1
+        return {
+            self.column: gradio.update(visible=is_leap),
+            self.head: gradio.update(maximum=heads, value=0),
+            self.weights: "",
+        }
+
+    def connect(self, folder, load_here):
+        def on_look(name, *arguments):
+            yield look(load_here(name), *arguments)
+
+        fields = [folder, self.prompt, self.head, self.position]
+        self.button.click(_on_page(on_look, fields), fields, self.weights)
+
+
+class GridSection:
+    """A grid model fills the masked cells of a page, which is shown after each denoising step."""
+
+    def __init__(self):
+        with gradio.Column(visible=False) as self.column, gradio.Row():
+            with gradio.Column(scale=2):
+                self.page = gradio.Textbox(
+                    EXAMPLE_PAGE,
+                    label=f"The page; {MASK} is a masked cell",
+                    lines=16,
+                    max_lines=16,
+                    elem_id="page_text",
+                )
+                self.mask_button = gradio.Button(
+                    f"{MASK} Mask a cell here, or the selection", size="sm", elem_id="mask_cells"
+                )
+                self.region = gradio.Dropdown([TYPED], value=TYPED, label="Mask", elem_id="region")
+                with gradio.Row():
+                    self.sampler = gradio.Dropdown(label="Sampler", elem_id="sampler")
+                    self.mask_schedule = gradio.Dropdown(label="Mask schedule", elem_id="mask_schedule")
+                with gradio.Row():
+                    self.steps = gradio.Slider(1, 64, 16, step=1, label="Denoising steps", elem_id="steps")
+                    self.temperature = gradio.Slider(0, 2, 0, step=0.1, label=TEMPERATURE)
+                    self.seed = gradio.Number(0, label="Seed", precision=0, elem_id="page_seed")
+                with gradio.Row():
+                    self.button = gradio.Button("Fill", variant="primary", elem_id="fill")
+                    self.stop_button = gradio.Button("Stop", elem_id="leave")
+            with gradio.Column(scale=3):
+                self.canvas = gradio.HTML(padding=True, min_height=300, elem_id="formed")
+                self.text = gradio.Textbox(
+                    label="Read as text", lines=16, max_lines=16, autoscroll=False, interactive=False, elem_id="read"
+                )
+        self.shown = [self.column, self.page, self.region, self.sampler, self.mask_schedule, self.canvas, self.text]
+
+    def show(self, loaded):
+        if loaded.family != "heptapod":
+            return {self.column: gradio.update(visible=False)}
+        rows = min(40, page_size(loaded)[0])
+        options = page_options(loaded)
+        return {
+            self.column: gradio.update(visible=True),
+            self.page: gradio.update(lines=rows, max_lines=rows),
+            self.region: _choices(options.regions),
+            self.sampler: _choices(options.samplers),
+            self.mask_schedule: _choices(options.mask_schedules),
+            self.canvas: "",
+            self.text: gradio.update(value="", lines=rows, max_lines=rows),
+        }
+
+    def connect(self, folder, load_here):
         def on_fill(name, *arguments):
             for frame in fill(load_here(name), *arguments):
                 yield frame
                 time.sleep(FRAME_SECONDS)
 
-        shown = [about, causal, axis_source, tracks, looks, head, grid, page, written, looked, formed, read]
-        for event in (load_button.click, folder.input) + ((app.load,) if first else ()):
-            event(show, folder, shown)
-        fields = [folder, prompt, max_new_tokens, temperature, seed, axis_source]
-        write_button.click(None, js=START_AT_THE_END)
-        writing = write_button.click(_shown(on_write, fields), fields, [written, tracks])
-        written.change(None, js=STAY_AT_THE_END)
-        stop_button.click(None, cancels=[writing])
-        fields = [folder, prompt, head, position]
-        look_button.click(_shown(on_look, fields), fields, looked)
-        fields = [folder, page, region, sampler, steps, page_temperature, page_seed]
-        filling = fill_button.click(_shown(on_fill, fields), fields, [formed, read])
-        open_button.click(None, js=OPEN_CELLS)
-        leave_button.click(None, cancels=[filling])
-    return app
+        options = [self.region, self.sampler, self.mask_schedule, self.steps, self.temperature, self.seed]
+        fields = [folder, self.page, *options]
+        filling = self.button.click(_on_page(on_fill, fields), fields, [self.canvas, self.text])
+        self.mask_button.click(None, js=MASK_CELLS)
+        self.stop_button.click(None, cancels=[filling])
+
+
+def _choices(names):
+    return gradio.update(choices=list(names), value=names[0])
+
+
+def _on_page(function, fields):
+    """A handler whose errors are shown on the page, those of empty fields first."""
+
+    def handler(*arguments):
+        for field, value in zip(fields, arguments):
+            if value is None:
+                raise gradio.Error(escape(f"{field.label} is not filled in."), print_exception=False)
+        try:
+            yield from function(*arguments)
+        except Exception as error:
+            expected = isinstance(error, (ValueError, OSError))
+            raise gradio.Error(escape(_message(error)), print_exception=not expected) from error
+
+    return handler
+
+
+def _message(error):
+    """The text of an error on the page. The terminal has the traceback of an unexpected one."""
+    if isinstance(error, (ValueError, OSError)):
+        return str(error)
+    return f"{type(error).__name__}: {error} (the terminal has the traceback)"
 
 
 OWN_NAMES = ("127.0.0.1", "localhost")
 
 
 class OwnHostOnly:
-    """Refuses requests that are meant for another host, or that a page of another host makes the browser send.
+    """Middleware that rejects requests for another host, or from a page of another host.
 
-    A name that somebody lets point to this machine (DNS rebinding) would otherwise let their page read and steer this one.
+    Otherwise the page of an attacker whose host name resolves to this machine (DNS rebinding) could read and control this one.
     """
 
     def __init__(self, app):
@@ -266,7 +310,7 @@ class OwnHostOnly:
 
     async def __call__(self, scope, receive, send):
         if scope["type"] in ("http", "websocket") and not is_own(scope["headers"]):
-            # Before a websocket is accepted it is refused with 403.
+            # Closing a websocket before it is accepted answers 403.
             response = PlainTextResponse(f"This page is for {' and '.join(OWN_NAMES)} only.", status_code=403)
             if scope["type"] == "websocket":
                 return await send({"type": "websocket.close", "code": 1008})
@@ -275,18 +319,18 @@ class OwnHostOnly:
 
 
 def is_own(headers: list[tuple[bytes, bytes]]) -> bool:
-    """Whether a request names this machine as its host, once, and as its origin if it has one."""
+    """Returns whether a request has one host, this machine, and no origin but this machine."""
     hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
     origins = [value.decode("latin-1") for name, value in headers if name == b"origin"]
     try:
         names = [urlsplit(address).hostname for address in (*(f"//{host}" for host in hosts), *origins)]
-    except ValueError:  # no address at all
+    except ValueError:  # not an address
         return False
     return len(hosts) == 1 and all(name in OWN_NAMES for name in names)
 
 
 def launch(app: gradio.Blocks, **options):
-    """Start the page with its looks, for its own host only; options as for `Blocks.launch`."""
+    """Start the page with its theme, for its own host only. The options are those of `Blocks.launch`."""
     guard = {"middleware": [Middleware(OwnHostOnly)]}
     return app.queue().launch(theme=_theme(), css=CSS, footer_links=[], app_kwargs=guard, **options)
 
@@ -299,7 +343,9 @@ def saved_folders(root: str = "outputs") -> list[str]:
 def main():
     parser = Parser(description="A page in the browser to try a saved model.")
     parser.add_argument("folder", nargs="?", help="what train.py wrote, or a name on the Hub")
-    parser.add_argument("--port", type=whole(1, 65535), default=7860, help="of the page, on this machine only")
+    parser.add_argument(
+        "--port", type=whole(1, 65535), default=7860, help="port of the page, which only this machine can open"
+    )
     parser.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
     args = parser.parse_args()
     if args.folder is not None:

@@ -1,12 +1,13 @@
-"""What demo_app.py does with models: loads them, generates with them, and shows where LEAP attends.
+"""Work of demo_app.py on models: loading, generation, the weights of LEAP's layers.
 
-Plain functions and generators without gradio, whose errors name the fields of the page.
+Functions and generators without gradio. Their errors use the labels of the fields on the page.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from queue import SimpleQueue
@@ -29,16 +30,15 @@ from transformers import (
 )
 
 
-HOLE = "\u2591"  # a masked cell, where a page is typed
-_HOLE_CHARACTER = "\0"  # what the tokenizer is given for it: no text has one, and it is a token of its own
-REGIONS = ("only the typed holes", "hole", "frame", "top", "middle", "bottom", "all")
-SAMPLERS = ("confidence", "entropy_bound", "random", "raster")
-ALL_SHOWN = 24  # denoising steps of a page that forms; of later ones fewer and fewer are shown
+MASK = "\u2591"  # a masked cell, where a page is typed
+_MASK_CHARACTER = "\0"  # its stand-in for the tokenizer: no text contains it, and it is a token of its own
+TYPED = "only the typed cells"  # the region without further masked cells
+ALL_SHOWN = 24  # denoising steps that are all shown; of later ones fewer and fewer are
 
 
 @dataclass
 class Loaded:
-    """A model and what turns text into its inputs: a processor where the family has one, else a tokenizer."""
+    """A model and its processor, or its tokenizer in families without a processor."""
 
     model: PreTrainedModel
     processor: Any
@@ -52,14 +52,14 @@ class Loaded:
         return getattr(self.processor, "tokenizer", self.processor)
 
 
-_one_load_at_a_time = Lock()  # `from_pretrained` changes where tensors are made, for all threads
+_one_load_at_a_time = Lock()  # `from_pretrained` changes the default device of all threads
 
 
 def load(folder: str, trust_remote_code: bool = False) -> Loaded:
-    """A saved model of any family, by folder or name on the Hub; the last two are kept.
+    """Load a saved model of any family, by folder or name on the Hub. The last two models are kept.
 
     Raises:
-        ValueError: where there is no model that writes, and what `may_run_code` raises.
+        ValueError: for a model that does not generate, and what `may_run_code` raises.
     """
     if not folder:
         raise ValueError("No model is chosen: choose one, or type its folder.")
@@ -75,7 +75,7 @@ def _load(folder, trust, changed):
     classes = {"ForCausalLM": AutoModelForCausalLM, "ForMaskedLM": AutoModelForMaskedLM}
     auto_class = next((auto for name, auto in classes.items() if head.endswith(name)), None)
     if auto_class is None or (auto_class is AutoModelForMaskedLM and config.model_type != "heptapod"):
-        raise ValueError(f"{folder} holds {head}, which doesn't write; a causal model or a grid does.")
+        raise ValueError(f"{folder} holds {head}, which does not generate: choose a causal model or a grid.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = auto_class.from_pretrained(folder, trust_remote_code=trust).to(device).eval()
     return Loaded(model, load_processing_class(folder, config.model_type, trust))
@@ -88,31 +88,31 @@ def describe(loaded: Loaded) -> str:
 
 
 def _whole_number(label, value, most):
-    """A number typed into the field `label`. Raises a `ValueError` that names the field."""
+    """The number in the field `label` as an integer. Raises a `ValueError` that names the field."""
     if not 0 <= value <= most:
         raise ValueError(f"{label} must lie between 0 and {most:,}, got {value:,}.")
     return int(value)
 
 
 def _check_length(loaded, tokens, new_tokens=0):
-    """Raise a `ValueError` where there is no text, or more of it than the model has positions."""
+    """Raise a `ValueError` for an empty text, and for one of more tokens than the model has positions."""
     if not tokens:
         raise ValueError("The prompt is empty: type something.")
     limit = loaded.model.config.max_position_embeddings
-    # Of learned positions there are so many, others go on; the last token that is written needs none.
+    # Only absolute position embeddings are limited. The last new token is not read, so it needs no position.
     if hasattr(loaded.model.base_model, "embed_positions") and tokens + max(0, new_tokens - 1) > limit:
         more = f" and {new_tokens:,} new ones" if new_tokens else ""
         raise ValueError(
-            f"The prompt has {tokens:,} tokens{more}, and this model has places for {limit:,} only: shorten the prompt"
-            f"{', or let it write less' if new_tokens else ''}."
+            f"The prompt has {tokens:,} tokens{more}, and this model has {limit:,} positions: shorten the prompt"
+            f"{', or choose fewer new tokens' if new_tokens else ''}."
         )
 
 
 @contextmanager
 def _in_background(work: Callable[[Event], Any], at_end: Callable[[], None]):
-    """`work(stop)` in a thread of its own, at the end of which `at_end()` is called. Leaving the block sets `stop` and waits.
+    """Run `work(stop)` in a thread, then `at_end()`. Leaving the block sets the event `stop` and waits for the thread.
 
-    Gives a dict that holds its `result` in the end. An error of the work is raised where the block ends.
+    Yields a dict with the `result` once the thread has ended. An error in the thread is raised at the end of the block.
     """
     stop, done = Event(), {}
 
@@ -128,14 +128,14 @@ def _in_background(work: Callable[[Event], Any], at_end: Callable[[], None]):
     thread.start()
     try:
         yield done
-    finally:  # also where the page stops listening
+    finally:  # also when the browser has closed the page
         stop.set()
         thread.join()
     if "error" in done:
         raise done["error"]
 
 
-# Causal models: text, and what stands beside it
+# Causal models: text and axis ids
 
 
 class _StopWhen(StoppingCriteria):
@@ -154,15 +154,15 @@ def write(
     seed: int = 0,
     axis_source: str = "predicted",
 ) -> Iterator[tuple[str, str]]:
-    """The text so far again and again, each time with what has been written, and an HTML view of its axes, empty until it is done.
+    """The prompt and the text generated so far, with an HTML view of the axis ids, which is empty until the end.
 
     Args:
         loaded: a causal model.
-        prompt: not empty.
-        max_new_tokens: how much to write.
+        prompt: a text that is not empty.
+        max_new_tokens: number of tokens to generate.
         temperature: 0 takes the most probable token.
-        seed: of the sampling.
-        axis_source: of a MultiGrid with axes: `"predicted"` or `"annotated"`.
+        seed: seed of the sampling.
+        axis_source: `"predicted"` or `"annotated"`, read by a MultiGrid with axes only.
 
     Raises:
         ValueError: for an empty prompt, one that is too long, a seed out of range, and what `generate` raises.
@@ -201,23 +201,23 @@ def write(
 
 @torch.no_grad()
 def look(loaded: Loaded, prompt: str, head: int = 0, position: int = 0) -> str:
-    """HTML: how much each token of a text counts for one position, layer by layer.
+    """HTML: the weights that each layer gives to the tokens of a text at one position.
 
     Args:
         loaded: a LEAP.
         prompt: the text.
-        head: from 1, or 0 for the mean of all.
-        position: which token looks, from 1, or 0 for the last.
+        head: number of a head from 1, or 0 for the mean of all.
+        position: number of the token that attends from 1, or 0 for the last.
 
     Raises:
-        ValueError: for an empty text, one that is too long, a head or a position that is not there.
+        ValueError: for an empty text, one that is too long, and a head or a position out of range.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
     length, heads = ids.shape[1], model.config.num_attention_heads
     _check_length(loaded, length)
     head = _whole_number("Head", head, heads)
-    position = _whole_number("Token that looks", position, length)
+    position = _whole_number("Position that attends", position, length)
     here = (position or length) - 1
     outputs = model(ids, output_attentions=True, use_cache=False)
     layers = []
@@ -230,26 +230,57 @@ def look(loaded: Loaded, prompt: str, head: int = 0, position: int = 0) -> str:
         matrix = matrix.abs().view(heads, -1, length).mean(1)  # of the additive mixer's two poolings the mean
         weights = matrix.mean(0) if head == 0 else matrix[head - 1]
         window = layer.mixer.settings.window
-        about = "everything so far" if window is None else f"the last {window} tokens"
+        about = "all tokens up to here" if window is None else f"the last {window} tokens"
         layers.append((f"layer {number + 1}: {about}", weights.tolist()))
     return show_weights(tokenizer, ids[0].tolist(), layers, here)
 
 
-# The grid: a page with holes
+# The grid: a page with masked cells
 
 
-def lay_out(loaded: Loaded, text: str, region: str = REGIONS[0]) -> torch.LongTensor:
-    """A page `[1, height, width]` of the model's size, masked where `HOLE` was typed and in a region.
+@dataclass
+class PageOptions:
+    """Values of the options of `fill`."""
+
+    regions: tuple[str, ...]
+    samplers: tuple[str, ...]
+    mask_schedules: tuple[str, ...]
+
+
+def page_options(loaded: Loaded) -> PageOptions:
+    """Values of the options of `fill`, from the tables in the code of a grid and of its processor.
 
     Raises:
-        ValueError: for a text that doesn't fit on the page, and a page without masked cells.
+        ValueError: for code without these tables, which an earlier version saved with the model.
     """
-    processor = loaded.processor
-    height = processor.height or loaded.model.config.grid_size[0]
-    width = processor.width or loaded.model.config.grid_size[1]
-    if _HOLE_CHARACTER in text:
+    package = import_module(type(loaded.model).__module__).__package__
+    try:
+        samplers = import_module(f"{package}.samplers")
+        regions = import_module(type(loaded.processor).__module__).REGIONS
+        return PageOptions((TYPED, *regions), tuple(samplers.SAMPLERS), tuple(samplers.MASK_SCHEDULES))
+    except (AttributeError, ImportError) as error:
+        raise ValueError(
+            "The folder holds the code of an earlier version, whose samplers have other names: this page needs a model "
+            "that was saved with the current version."
+        ) from error
+
+
+def page_size(loaded: Loaded) -> tuple[int, int]:
+    """Height and width of the pages of a grid."""
+    processor, (height, width) = loaded.processor, loaded.model.config.grid_size
+    return processor.height or height, processor.width or width
+
+
+def typed_page(loaded: Loaded, text: str, region: str = TYPED) -> torch.LongTensor:
+    """A page `[1, height, width]` of the model's size, masked where `MASK` was typed and in a region.
+
+    Raises:
+        ValueError: for a text that does not fit on the page, and for a page without masked cells.
+    """
+    processor, (height, width) = loaded.processor, page_size(loaded)
+    if _MASK_CHARACTER in text:
         raise ValueError("The page holds a zero byte, which is no text.")
-    rows = torch.from_numpy(processor.paginate(text.replace(HOLE, _HOLE_CHARACTER), 1, width))[:, 0]
+    rows = torch.from_numpy(processor.paginate(text.replace(MASK, _MASK_CHARACTER), 1, width))[:, 0]
     if len(rows) > height:
         raise ValueError(
             f"The text takes {len(rows):,} rows of {width:,} cells, and the page has {height:,}: shorten it. A line that is longer "
@@ -257,51 +288,57 @@ def lay_out(loaded: Loaded, text: str, region: str = REGIONS[0]) -> torch.LongTe
         )
     page = torch.full((1, height, width), processor.blank_token_id)
     page[0, : len(rows)] = rows
-    hole = int(processor(_HOLE_CHARACTER, height=1, width=1)["input_ids"])
-    page[page == hole] = processor.tokenizer.mask_token_id
-    if region != REGIONS[0]:
+    typed = int(processor(_MASK_CHARACTER, height=1, width=1)["input_ids"])
+    page[page == typed] = processor.tokenizer.mask_token_id
+    if region != TYPED:
         page = processor.mask_cells(page, region)
     if not (page == processor.tokenizer.mask_token_id).any():
-        raise ValueError(f"No cell is masked: put {HOLE} where something is missing, or choose a region to mask.")
+        raise ValueError(f"No cell is masked: put {MASK} where something is missing, or choose a region to mask.")
     return page
 
 
 def fill(
     loaded: Loaded,
     text: str,
-    region: str = REGIONS[0],
+    region: str = TYPED,
     sampler: str = "confidence",
+    mask_schedule: str = "cosine",
     max_denoising_steps: int = 16,
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Iterator[tuple[str, str]]:
-    """HTML of the page as it forms, and the text on it: before the first denoising step, after the first ones, then now and then, at the end.
+    """HTML of the page and the text on it: before the first denoising step, after the first ones, then less often, at the end.
 
     Args:
         loaded: a grid.
-        text: the prompt, with `HOLE` at masked cells.
-        region: what to mask besides, one of `REGIONS`.
-        sampler, max_denoising_steps: as for `generate`; `"entropy_bound"` and `"raster"` take as many steps as they need.
+        text: the prompt, with `MASK` at masked cells.
+        region: further cells to mask, one of `page_options`.
+        sampler, mask_schedule, max_denoising_steps: as for `generate`.
         temperature: 0 takes the most probable token.
-        seed: of the sampling.
+        seed: seed of the sampling.
 
     Raises:
-        ValueError: for a seed out of range, and what `lay_out` and `generate` raise.
+        ValueError: for a seed out of range, and what `typed_page` and `generate` raise.
     """
     seed = _whole_number("Seed", seed, NUMPY_SEEDS)
-    page = lay_out(loaded, text, region)
+    page = typed_page(loaded, text, region)
     draw = {"do_sample": True, "temperature": float(temperature)} if temperature else {"do_sample": False}
-    counted = {"max_denoising_steps": int(max_denoising_steps)} if sampler in ("confidence", "random") else {}
-    options = {"sampler": sampler, "seed": seed, **counted, **draw}
+    unmasking = {
+        "sampler": sampler,
+        "mask_schedule": mask_schedule,
+        "max_denoising_steps": int(max_denoising_steps),
+    }
     seen = SimpleQueue()
 
     def generate(stop):
         watch = [_Watch(seen, stop)]
-        return loaded.model.generate(page.to(loaded.model.device), logits_processor=watch, **options)
+        return loaded.model.generate(
+            page.to(loaded.model.device), logits_processor=watch, seed=seed, **unmasking, **draw
+        )
 
     def frame():
-        written = int((pages[-1] != page[0]).sum())
-        caption = f"{len(pages) - 1} denoising steps, {written} cells unmasked"
+        unmasked = int((pages[-1] != page[0]).sum())
+        caption = f"{len(pages) - 1} denoising steps, {unmasked} cells unmasked"
         return show_page(loaded.processor, torch.stack(pages), caption), loaded.processor.decode(pages[-1])
 
     pages = []
@@ -316,13 +353,13 @@ def fill(
 
 
 class _Watch(LogitsProcessor):
-    """Passes on the page that each step begins with, and ends the writing when it is to stop."""
+    """Puts the page at the start of each step into a queue, and ends the generation at a stop event."""
 
     def __init__(self, seen, stop):
         self.seen, self.stop = seen, stop
 
     def __call__(self, input_ids, scores):
         if self.stop.is_set():
-            raise InterruptedError("Nobody looks at the page any longer.")
+            raise InterruptedError("The generation was stopped.")
         self.seen.put(input_ids[0].cpu())
         return scores

@@ -1,7 +1,7 @@
-"""What the demo page shows as HTML: text with its axes, weights of tokens, pages of cells; with legends, colours and CSS.
+"""HTML of the demo page: text with its axis ids, weights of tokens, pages of cells, legends and CSS.
 
-Colours of the two schemes are variables of the CSS. Cells of a page that were written bring theirs along, with the ink that
-reads better on it.
+The colours of the light and the dark scheme are variables of the CSS. Unmasked cells have the colour of their step, and the
+text colour with more contrast to it.
 """
 
 import re
@@ -10,10 +10,10 @@ from html import escape
 import torch
 from matplotlib import colormaps
 from sample_axes import characters_to_show, letters_for, lines_with_tracks
-from token_text import readable
+from token_text import one_column_each, readable
 
 
-# Gradio gives every element below an HTML block its own colour, so rules that set one begin with the block's id.
+# Gradio sets the colour of every element below an HTML block; a selector that begins with the block's id takes precedence.
 CSS = """
 :root { --paper: #ffffff; --ink: #141414; --edge: #bbbbbb; --grid: #e4e4e4; --stripe: #c4c4c4; --track: #7a3f00;
     --heat: 245 140 80; --here: #0f35b0; }
@@ -26,9 +26,10 @@ CSS = """
 #formed .rows > div { display: table-row; }
 #formed .rows i { display: table-cell; font-style: normal; min-width: 1.25ch; width: 1.25ch; height: 1.45em; line-height: 1.45em;
     text-align: center; white-space: pre; color: var(--ink); box-shadow: inset 0 0 0 0.5px var(--grid); }
-#formed i.open, #formed .swatch.open { background: repeating-linear-gradient(45deg, var(--stripe), var(--stripe) 3px, var(--paper) 3px,
+#formed i.masked, #formed .swatch.masked { background: repeating-linear-gradient(45deg, var(--stripe), var(--stripe) 3px, var(--paper) 3px,
     var(--paper) 6px); }
-#formed i.byte { font-size: 9px; }
+#formed i.byte { font-size: 8px; }
+#formed .rows i.byte { min-width: 0; width: auto; }
 #tracks .tracks div { white-space: pre; }
 #tracks .text { margin-top: 4px; font-weight: 600; line-height: 1.35; color: var(--ink); }
 #tracks .track { line-height: 1.15; color: var(--track); }
@@ -41,21 +42,23 @@ CSS = """
 .legend .swatch { display: inline-block; width: 1.6em; height: 1.1em; vertical-align: text-bottom; margin: 0 4px 0 12px;
     border: 1px solid var(--edge); background: var(--paper); }
 .legend .swatch:first-child { margin-left: 0; }
+.legend .digits { font-size: 8px; text-align: center; width: 2em; height: 1.6em; }
 .legend .wide { width: 6em; }
 #looked .swatch.wide { background: linear-gradient(to right, rgb(var(--heat) / 0), rgb(var(--heat) / 1)), var(--paper); }
 textarea { font-family: "DejaVu Sans Mono", ui-monospace, monospace !important; font-size: 13px !important; }
 """
+BYTE_LEGEND = '<span class="swatch digits">e2</span>a byte that forms no character'
 LINES_SHOWN = 300  # of text with axes
 TOKENS_SHOWN = 2000  # of a text whose weights are shown
-BYTES = re.compile(r"(\\x[0-9a-f]{2})+")  # as `readable` writes those that make no character
+BYTE = re.compile(r"\\x[0-9a-f]{2}")  # as `readable` writes a byte that forms no character
 
 
 def show_tracks(processor, output) -> str:
-    """The end of a text line by line, below each line the ids of its axes, and what their letters stand for.
+    """The last lines of a text, each above its axis ids, and a legend of the letters.
 
     Args:
         processor: a `MultiGridProcessor`.
-        output: what `generate` returned; its first row is shown.
+        output: output of `generate`; its first row is shown.
     """
     characters = characters_to_show(processor, output.sequences[0].tolist())
     lines = lines_with_tracks(processor, characters, output.axis_sequences[0].tolist()).split("\n")
@@ -83,15 +86,15 @@ def show_tracks(processor, output) -> str:
 
 
 def show_weights(tokenizer, ids: list[int], layers: list[tuple[str, list[float]]], here: int) -> str:
-    """How much each token counts for one, layer by layer, on backgrounds as strong as the weights.
+    """The weights of all tokens at one position in each layer, as the strength of their background.
 
-    Tokens that make a character together are one piece, and their weights are added.
+    Tokens that form a character together are one piece, and their weights are added.
 
     Args:
-        tokenizer: reads the tokens.
+        tokenizer: tokenizer of the text.
         ids: token ids of the text.
-        layers: what each layer is called, and the weights of all tokens in it.
-        here: which token looks, from 0.
+        layers: title of each layer, and the weights of all tokens in it.
+        here: index of the token that attends.
     """
     first = max(0, min(here + 1, len(ids)) - TOKENS_SHOWN)
     last = min(len(ids), first + TOKENS_SHOWN)
@@ -102,14 +105,14 @@ def show_weights(tokenizer, ids: list[int], layers: list[tuple[str, list[float]]
         if last - first < len(ids):
             rest = total - sum(weights[first:last])
             about += (
-                f"; tokens {first + 1:,} to {last:,} of {len(ids):,} are shown, {rest / (total or 1.0):.0%} of the "
-                "weight lies on others"
+                f"; tokens {first + 1:,} to {last:,} of {len(ids):,} are shown, the others have {rest / (total or 1.0):.0%} "
+                "of the weight"
             )
         shown = _heat(pieces, weights[first:last], here - first)
         parts.append(f'<div class="layer"><div class="about">{about}</div><div class="weights">{shown}</div></div>')
     legend = (
         '<div class="legend"><span class="swatch wide"></span>from no weight to the largest of the layer'
-        '<span class="swatch here"></span>the token that looks</div>'
+        '<span class="swatch here"></span>the token that attends</div>'
     )
     return f'{legend}<div class="looks">{"".join(parts)}</div>'
 
@@ -133,31 +136,31 @@ def _heat(pieces, weights, here):
 
 
 def show_page(processor, pages: torch.LongTensor, caption: str) -> str:
-    """The last of `pages [steps + 1, height, width]`, cells coloured by the denoising step that unmasked them, dark first.
+    """The last of `pages [steps + 1, height, width]`, its cells in the colour of the denoising step that unmasked them, dark first.
 
-    A character of several tokens stands in the first of its cells, and the others are empty.
+    A character of several tokens is shown in the first of its cells; the others are empty.
     """
-    mask, iterations = processor.tokenizer.mask_token_id, len(pages) - 1
+    mask, num_steps = processor.tokenizer.mask_token_id, len(pages) - 1
     changed = (pages[1:] != pages[:-1]).int()
     steps = torch.arange(1, len(pages)).view(-1, 1, 1)
-    written_at = (changed * steps).amax(0) if iterations else torch.zeros_like(pages[0])
-    colours = step_colours(iterations)
-    rows = []
-    for tokens, times, texts in zip(pages[-1].tolist(), written_at.tolist(), cell_texts(processor, pages[-1])):
+    unmasked_at = (changed * steps).amax(0) if num_steps else torch.zeros_like(pages[0])
+    colours = step_colours(num_steps)
+    rows, has_bytes = [], False
+    for tokens, times, texts in zip(pages[-1].tolist(), unmasked_at.tolist(), cell_texts(processor, pages[-1])):
         cells = []
         for token, at, text in zip(tokens, times, texts):
-            kind, style = ("open", "") if token == mask else ("given", "")
+            kind, style = ("masked", "") if token == mask else ("given", "")
             if token != mask and at:
-                kind, style = "written", f' style="background:{colours[at - 1]};color:{ink_on(colours[at - 1])}"'
-            if BYTES.fullmatch(text):
-                kind += " byte"
+                kind, style = "unmasked", f' style="background:{colours[at - 1]};color:{ink_on(colours[at - 1])}"'
+            if BYTE.fullmatch(text):  # two digits are as wide as a character
+                kind, text, has_bytes = f"{kind} byte", text[2:], True
             cells.append(f'<i class="{kind}"{style}>{escape(text) or " "}</i>')
         rows.append(f"<div>{''.join(cells)}</div>")
     gradient = ", ".join(step_colours(9))
     legend = (
-        '<div class="legend"><span class="swatch"></span>prompt<span class="swatch open"></span>masked'
+        '<div class="legend"><span class="swatch"></span>prompt<span class="swatch masked"></span>masked'
         f'<span class="swatch wide" style="background:linear-gradient(to right, {gradient})"></span>'
-        "unmasked, from the first denoising step to the latest</div>"
+        f"unmasked, from the first denoising step to the latest{BYTE_LEGEND if has_bytes else ''}</div>"
     )
     return f'<div class="page"><div class="rows">{"".join(rows)}</div></div><div class="about">{escape(caption)}</div>{legend}'
 
@@ -169,7 +172,7 @@ def step_colours(steps: int) -> list[str]:
 
 
 def ink_on(colour: str) -> str:
-    """Black or white, whichever has more contrast to `#rrggbb`; of any colour one of both has at least 4.5."""
+    """Black or white, whichever has more contrast to `#rrggbb`: at least 4.5 for any colour."""
     linear = [
         part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
         for part in (int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5))
@@ -179,28 +182,22 @@ def ink_on(colour: str) -> str:
 
 
 def cell_texts(processor, page: torch.LongTensor) -> list[list[str]]:
-    """What stands in each cell of `page [height, width]`.
+    """The text shown in each cell of `page [height, width]`.
 
-    Blanks, padding and masked cells are empty, a newline is a sign, a character that has no shape of its own a dot.
+    Blanks, padding and masked cells are empty; a newline is shown as an arrow, an unprintable character as a dot.
     """
     tokenizer, flat = processor.tokenizer, page.flatten().tolist()
     empty = {processor.blank_token_id, tokenizer.mask_token_id, tokenizer.pad_token_id}
     texts = [""] * len(flat)
-    run = []  # places of tokens that are read together: only masked cells lie between two runs
+    run = []  # cells whose tokens are decoded together: only masked cells separate two runs
     for place, token in [*enumerate(flat), (None, tokenizer.mask_token_id)]:
         if token not in empty:
             run.append(place)
         elif token == tokenizer.mask_token_id:
             places = iter(run)
             for text, number in readable(tokenizer, [flat[place] for place in run]):
-                here, *_ = [next(places) for _ in range(number)]
-                texts[here] = "".join(_sign(character) for character in text)
+                first, *_ = [next(places) for _ in range(number)]
+                texts[first] = one_column_each(text)
             run = []
     width = page.shape[1]
     return [texts[start : start + width] for start in range(0, len(texts), width)]
-
-
-def _sign(character):
-    if character == "\n":
-        return "\u21b5"
-    return character if character.isprintable() else "\u00b7"

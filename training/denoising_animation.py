@@ -1,4 +1,4 @@
-"""A page as it forms, drawn: cells coloured by the denoising step that unmasked them.
+"""Animations of denoised pages: cells in the colour of the denoising step that unmasked them.
 
     output = model.generate(**page, return_dict_in_generate=True, output_history=True)
     draw_page(output.history[:, 0], processor, "infilling.gif", "infilling.png")
@@ -41,11 +41,11 @@ def draw_page(
     Args:
         history: token ids `[steps + 1, height, width]`, a tensor or an array: the page before the first
             denoising step and after each.
-        processor: the `HeptapodProcessor` that laid the page out.
+        processor: the `HeptapodProcessor` of the page.
         gif, strip: files to write, an animated GIF and a PNG.
-        font_size: in pixels.
-        max_frames: of a longer history, as many pages are shown, evenly spaced.
-        panels: pages in the strip, the first and the last among them.
+        font_size: size in pixels.
+        max_frames: number of pages shown of a longer history, evenly spaced.
+        panels: number of pages in the strip, the first and the last included.
         seconds: length of the animation; its last page is shown two seconds longer.
 
     Returns:
@@ -70,12 +70,12 @@ def draw_page(
 
 
 def _evenly(last, number):
-    """At most `number` of the steps 0 to `last`, both among them."""
+    """At most `number` of the steps 0 to `last`, both included."""
     return sorted({round(step) for step in np.linspace(0, last, max(2, number))})
 
 
 def _draw(pages, processor, font_size, kept):
-    """Pictures of the pages whose numbers are kept; from page to page only cells that changed are drawn anew."""
+    """Pictures of the pages in `kept`; only changed cells are drawn in each step."""
     font = ImageFont.truetype(findfont("DejaVu Sans Mono"), font_size)
     texts = {int(token): cell_text(int(token), processor) for token in np.unique(pages)}
     longest = min(max(map(len, texts.values())), 8)
@@ -103,7 +103,7 @@ def _draw(pages, processor, font_size, kept):
 
 
 def cell_text(token, processor):
-    """What stands in a cell: nothing for blanks and masked cells, a sign for a newline, a dot for what has no shape."""
+    """Text of a cell: empty for blanks and masked cells, an arrow for a newline, a dot for an unprintable character."""
     if token in (processor.blank_token_id, processor.tokenizer.mask_token_id):
         return ""
     if token == processor.newline_token_id:
@@ -113,7 +113,7 @@ def cell_text(token, processor):
 
 
 def _side_by_side(numbered, last, font_size):
-    """Pictures next to each other, each below its number."""
+    """Pictures next to each other, each below its step."""
     font = ImageFont.truetype(findfont("DejaVu Sans"), font_size)
     width, height = numbered[0][1].size
     gap, caption = font_size, round(font_size * 1.8)

@@ -1,4 +1,4 @@
-"""What pages cost by a grid: the negative ELBO of masked diffusion."""
+"""The negative ELBO of pages under a masked diffusion model."""
 
 import math
 
@@ -15,19 +15,19 @@ MASK_SAMPLES = 8  # forward passes over each page
 def diffusion_bound(
     model: PreTrainedModel, pages: torch.Tensor, batch_size: int, num_samples: int = MASK_SAMPLES
 ) -> tuple[np.ndarray, float]:
-    """The negative ELBO of pages, an upper bound of what they cost.
+    """The negative ELBO of pages, an upper bound of their negative log-likelihood.
 
     Args:
-        model: a grid, in evaluation mode.
+        model: a grid model in evaluation mode.
         pages: [pages, height, width].
-        batch_size: pages at once.
-        num_samples: forward passes over each page, an even number.
+        batch_size: number of pages in a batch.
+        num_samples: number of forward passes over each page, even.
 
     Raises:
-        ValueError: naming `--batch_size` or `num_samples` where these do not fit.
+        ValueError: naming `--batch_size` or `num_samples` for invalid values.
 
     Returns:
-        [pages], float64: nats of each page; and the standard error of their sum, which is that of the draw of masks.
+        [pages], float64: nats of each page; and the standard error of their sum over draws of masks.
     """
     check_number("--batch_size", batch_size, least=1)
     check_number("num_samples", num_samples, least=2)

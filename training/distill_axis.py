@@ -1,11 +1,11 @@
-"""An axis from a trained model: what its hidden states tell apart, guessed from the last few characters.
+"""An axis from a trained model: clusters of its hidden states, predicted from the last few characters.
 
     python training/distill_axis.py outputs/leap-tiny --output_dir outputs/leap-axis
     python training/train.py --config_name configs/multigrid-tiny --axes outputs/leap-axis/axis.json ...
 
-The hidden states of one layer are grouped into clusters; a small decision tree learns to name the cluster from the last
-characters; the tree is written as `axis.json`, which `make_axis` loads, and as `axis.py`, which needs nothing at all.
-How often the tree is right on text that neither was fitted on is printed.
+The hidden states of one layer are clustered, and a small decision tree learns to predict the cluster from the last characters.
+The tree is written as `axis.json`, which `make_axis` loads, and as `axis.py`, which has no dependencies. Its accuracy on
+held-out text is printed.
 """
 
 from argument_checks import NUMPY_SEEDS, check_can_write, check_number, need, whole
@@ -23,6 +23,8 @@ import torch
 from corpora import load_texts
 from loading import add_model_arguments, check_family, may_run_code
 from redaction import Parser
+from sklearn.cluster import MiniBatchKMeans
+from sklearn.tree import DecisionTreeClassifier
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
@@ -30,18 +32,18 @@ from modeling_heptapod import Axis, DecisionTreeAxis
 from modeling_heptapod.multigrid.axes import visible_lengths
 
 
-LONGEST = 1000  # characters that a tree may see
+LONGEST = 1000  # characters that a tree may read
 
 
 @dataclass
 class Distilled:
-    """An axis and how well it fits.
+    """An axis and its accuracy.
 
     Attributes:
         axis: the tree.
-        agreement: how often it names the right cluster on held-out text.
-        chance: how often the most frequent cluster of the other text is the right one there.
-        tokens, held_out_tokens: how many hidden states these are from.
+        agreement: share of held-out tokens whose cluster it predicts.
+        chance: share of held-out tokens in the cluster that is the most frequent one in the other text.
+        tokens, held_out_tokens: numbers of hidden states.
     """
 
     axis: DecisionTreeAxis
@@ -66,36 +68,33 @@ def distill(
     seed: int = 0,
     axes: Sequence[Axis] = (),
 ) -> Distilled:
-    """Make an axis.
+    """Fit an axis.
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer, a fast one.
-        texts, held_out_texts: what to fit on, and what to report the agreement on.
-        name: of the axis.
-        layer: which of `hidden_states`, 0 for the embeddings, -1 for the last.
-        clusters: how many groups, so the ids of the axis are 1 to `clusters`; 0 is what stands before a text.
-        length: how many of the last characters the tree sees.
+        texts, held_out_texts: texts to fit on, and texts to measure the agreement on.
+        name: name of the axis.
+        layer: index of the `hidden_states`, 0 for the embeddings, -1 for the last.
+        clusters: number of clusters; the ids of the axis are 1 to `clusters`, and 0 before a text.
+        length: number of the last characters that the tree reads.
         max_leaves: size of the tree.
-        max_tokens: how many hidden states to fit on, and a quarter of it to report on.
-        block_size: tokens that the model reads at a time.
-        seed: chooses blocks of text and where the clusters begin.
-        axes: those that the model itself reads, of a MultiGrid.
+        max_tokens: number of hidden states to fit on; a quarter of it is held out.
+        block_size: length of the model's input in tokens.
+        seed: seed of the order of blocks and of the clusters.
+        axes: axes of the model's own input, for a MultiGrid.
 
     Raises:
-        ValueError: for a text too short to hold as many tokens as clusters, for numbers that do not fit, and for axes that
-            are not the model's.
+        ValueError: for a text of fewer tokens than clusters, for numbers out of range, and for axes that are not the
+            model's.
     """
-    from sklearn.cluster import MiniBatchKMeans
-    from sklearn.tree import DecisionTreeClassifier
 
-    check_number("--num_clusters", clusters, least=2)
-    check_number("--context_length", length, least=1, most=LONGEST)
-    check_number("--max_leaf_nodes", max_leaves, least=2)
-    check_number("--max_tokens", max_tokens, least=4)
-    check_number("--block_size", block_size, least=1)
+    def read(texts, limit):
+        return hidden_states(model, tokenizer, texts, layer, length, limit, block_size, seed, axes)
+
+    _check_sizes(clusters, length, max_leaves, max_tokens, block_size)
     check_layer(model, layer)
-    states, characters = hidden_states(model, tokenizer, texts, layer, length, max_tokens, block_size, seed, axes)
+    states, characters = read(texts, max_tokens)
     if len(states) < clusters:
         raise ValueError(f"--num_clusters {clusters} is more than the {len(states)} tokens of the text")
     mean, deviation = states.mean(0), states.std(0) + 1e-6
@@ -105,9 +104,7 @@ def distill(
     tree.fit(characters, targets)
     axis = DecisionTreeAxis(name, tree_nodes(tree), ["none", *[f"cluster {n}" for n in range(clusters)]])
 
-    states, characters = hidden_states(
-        model, tokenizer, held_out_texts, layer, length, max_tokens // 4, block_size, seed, axes
-    )
+    states, characters = read(held_out_texts, max_tokens // 4)
     held_out = grouping.predict((states - mean) / deviation)
     return Distilled(
         axis,
@@ -116,6 +113,14 @@ def distill(
         tokens=len(targets),
         held_out_tokens=len(held_out),
     )
+
+
+def _check_sizes(clusters, length, max_leaves, max_tokens, block_size):
+    check_number("--num_clusters", clusters, least=2)
+    check_number("--context_length", length, least=1, most=LONGEST)
+    check_number("--max_leaf_nodes", max_leaves, least=2)
+    check_number("--max_tokens", max_tokens, least=4)
+    check_number("--block_size", block_size, least=1)
 
 
 def check_layer(model, layer: int) -> None:
@@ -127,10 +132,10 @@ def check_layer(model, layer: int) -> None:
 
 @torch.no_grad()
 def hidden_states(model, tokenizer, texts, layer, length, max_tokens, block_size, seed, axes=()):
-    """Hidden states at tokens, and the characters each token ends with.
+    """Hidden states of tokens, and the characters up to the end of each token.
 
     Returns:
-        float32 `[tokens, width]`, and code points int32 `[tokens, length]`, the last character first, -1 before a text.
+        float32 `[tokens, width]`, and code points int32 `[tokens, length]`, the last character first, -1 before the text.
     """
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer must be a fast one, which gives offsets, got {type(tokenizer).__name__}")
@@ -167,7 +172,7 @@ def hidden_states(model, tokenizer, texts, layer, length, max_tokens, block_size
 
 
 def last_characters(text: str, lengths: list[int], length: int) -> np.ndarray:
-    """Code points before each of several places in a text, int32 `[places, length]`, the nearest first."""
+    """Code points before each of several positions in a text, int32 `[positions, length]`, the nearest first."""
     codes = np.concatenate([np.full(length, -1), [ord(character) for character in text]]).astype(np.int32)
     return codes[np.array(lengths, dtype=np.int64)[:, None] + length - 1 - np.arange(length)]
 
@@ -180,14 +185,14 @@ def tree_nodes(tree) -> list[list[int]]:
     fitted, nodes = tree.tree_, []
 
     def leaf_of(number):
-        """The id that all leaves below a node share, or None."""
+        """The common id of all leaves below a node, or None."""
         if fitted.children_left[number] < 0:
             return int(tree.classes_[fitted.value[number][0].argmax()]) + 1
         left, right = leaf_of(fitted.children_left[number]), leaf_of(fitted.children_right[number])
         return left if left == right else None
 
     def write(number):
-        """Write a node and all below it; the place of it."""
+        """Append a node and all below it, and return its index."""
         place, axis_id = len(nodes), leaf_of(number)
         nodes.append([axis_id])
         if axis_id is None:
@@ -202,21 +207,21 @@ def tree_nodes(tree) -> list[list[int]]:
 
 
 def main():
-    parser = Parser(description="Make an axis from a trained model.")
+    parser = Parser(description="Fit an axis to the hidden states of a trained model.")
     add_model_arguments(parser)
-    parser.add_argument("--output_dir", default="outputs/axis", help="where axis.json, axis.py and report.json go")
+    parser.add_argument("--output_dir", default="outputs/axis", help="folder for axis.json, axis.py and report.json")
     parser.add_argument("--dataset_name", default="stdlib", help="text to read, as for train.py")
     parser.add_argument("--name", default="learned", help="name of the axis")
     parser.add_argument(
-        "--layer", type=whole(), default=-1, help="of the hidden states: 0 the embeddings, -1 the last"
+        "--layer", type=whole(), default=-1, help="index of the hidden states: 0 the embeddings, -1 the last"
     )
-    parser.add_argument("--num_clusters", type=whole(2), default=16, help="groups of hidden states")
+    parser.add_argument("--num_clusters", type=whole(2), default=16, help="number of clusters of the hidden states")
     parser.add_argument(
-        "--context_length", type=whole(1, LONGEST), default=8, help="last characters that the tree sees"
+        "--context_length", type=whole(1, LONGEST), default=8, help="number of the last characters that the tree reads"
     )
-    parser.add_argument("--max_leaf_nodes", type=whole(2), default=128, help="size of the tree")
-    parser.add_argument("--max_tokens", type=whole(4), default=200_000, help="hidden states to fit on")
-    parser.add_argument("--seed", type=whole(0, NUMPY_SEEDS), default=0)
+    parser.add_argument("--max_leaf_nodes", type=whole(2), default=128, help="number of leaves of the tree")
+    parser.add_argument("--max_tokens", type=whole(4), default=200_000, help="number of hidden states to fit on")
+    parser.add_argument("--seed", type=whole(0, NUMPY_SEEDS), default=0, help="seed of the fit")
     args = parser.parse_args()
     if not args.name.isidentifier():
         parser.error(f"argument --name: must be a Python identifier, got {args.name!r}")
@@ -255,7 +260,7 @@ def main():
     leaves = sum(len(node) == 1 for node in result.axis.nodes)
     print(
         f"{folder}/axis.py: {leaves} leaves on the last {result.axis.length} characters. On {result.held_out_tokens} "
-        f"held-out tokens it names the cluster in {result.agreement:.1%}, the most frequent one would in "
+        f"held-out tokens it predicts the cluster of {result.agreement:.1%}; the most frequent cluster has "
         f"{result.chance:.1%}."
     )
 

@@ -1,13 +1,13 @@
-"""Measure a saved model on any text: what the text costs, what each axis costs, how fast the model writes.
+"""Evaluate a saved model on any text: bits per byte, losses of axes, generation speed.
 
     python training/evaluate_model.py outputs/leap-tiny --max_validation_bytes 131072
 
-A model that reads from left to right is measured with a sliding window: each token is predicted once, with at least
-`window - stride` tokens before it to look at. That is less than what train.py reports, whose blocks share no context
-(`--stride` of one less than the window gives its figure). A grid is measured by its bound, the negative ELBO.
+A causal model is evaluated with a sliding window: each token is predicted once, with at least `window - stride` tokens
+of context. The result is lower than that of train.py, whose blocks share no context
+(`--stride` of one less than the window gives the same figure). A grid model is evaluated by a bound, the negative ELBO.
 
-Nothing of this repository's package is imported: the folder brings its own code, so any machine will do. The figures go
-to `evaluation.json` in the folder, from where the model card takes them.
+The package is not imported, since the folder brings its own code. The figures are written to `evaluation.json` in the
+folder, which the model card reads.
 """
 
 from argument_checks import check_can_write_file, check_number, need, real, whole
@@ -42,11 +42,11 @@ def load_model(folder: str | Path, trust: bool | None = None) -> tuple[PreTraine
     """A saved model in evaluation mode, and its tokenizer or processor.
 
     Args:
-        folder: of the model.
-        trust: whether its code may run; `None`: where `may_run_code` says so of a folder.
+        folder: folder of the model.
+        trust: whether its code may run; `None` for the result of `may_run_code`.
 
     Raises:
-        ValueError: for a head that gives no text a cost, and what `may_run_code` raises.
+        ValueError: for a model without a language modeling head, and what `may_run_code` raises.
     """
     trust = may_run_code(str(folder)) if trust is None else trust
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
@@ -57,7 +57,7 @@ def load_model(folder: str | Path, trust: bool | None = None) -> tuple[PreTraine
         auto_class = AutoModelForMaskedLM
     else:
         raise ValueError(
-            f"{folder} holds a {head}: only causal models and the grid's HeptapodForMaskedLM say what a text costs"
+            f"{folder} holds a {head}: only causal models and HeptapodForMaskedLM give a text a likelihood"
         )
     processing = load_processing_class(folder, config.model_type, trust)
     return auto_class.from_pretrained(folder, trust_remote_code=trust).eval(), processing
@@ -73,24 +73,24 @@ def sliding_window_nats(
     stride: int,
     batch_size: int = 8,
 ) -> np.ndarray:
-    """What each token of a stream costs given those before it in its window.
+    """Negative log-likelihood of each token of a stream, given the tokens before it in its window.
 
     The first window predicts all of its tokens but the first; each further one starts `stride` tokens later and predicts
     the last `stride` of its `window` tokens.
 
     Args:
-        model: a causal model, in evaluation mode.
+        model: a causal model in evaluation mode.
         stream: [tokens], integers.
         meta: [axes, tokens] for a MultiGrid with axes.
-        window: tokens that the model is given at once.
-        stride: tokens that each window predicts, at most `window - 1`.
-        batch_size: windows at once.
+        window: length of the model's input in tokens.
+        stride: number of tokens that each window predicts, at most `window - 1`.
+        batch_size: number of windows in a batch.
 
     Returns:
         [1 + axes, tokens - 1], float64: nats of the tokens, then of the axis ids of each axis.
 
     Raises:
-        ValueError: naming `--max_length`, `--stride` or `--batch_size` where these do not fit.
+        ValueError: naming `--max_length`, `--stride` or `--batch_size` for invalid values.
     """
     check_number("--max_length", window, least=2)
     check_number("--batch_size", batch_size, least=1)
@@ -102,7 +102,7 @@ def sliding_window_nats(
     predicted = tracks.shape[1] - 1
     nats = np.full((len(tracks), predicted), np.nan)
     starts = range(0, max(predicted + 1 - window + stride, 1), stride)
-    # On the right of a causal model padding needs no attention mask: no token of the text sees it.
+    # Right padding of a causal model needs no attention mask: no real token attends to it.
     tracks = torch.nn.functional.pad(tracks, (0, max(starts[-1] + window - tracks.shape[1], 0)))
     for first in tqdm(range(0, len(starts), batch_size), desc="Predicting", unit=" batches", disable=None):
         some = starts[first : first + batch_size]
@@ -112,7 +112,7 @@ def sliding_window_nats(
         logits = (outputs.logits, *((outputs.axis_logits or ()) if meta is not None else ()))
         cost = torch.stack([_next_token_nats(each, batch[:, track]) for track, each in enumerate(logits)], dim=1)
         for start, row in zip(some, cost.double().cpu().numpy()):
-            new = 0 if start == 0 else window - 1 - stride  # the first column of this window that no other one has
+            new = 0 if start == 0 else window - 1 - stride  # first column that no earlier window has predicted
             end = min(start + window - 1, predicted)
             nats[:, start + new : end] = row[:, new : end - start]
     return nats
@@ -124,13 +124,13 @@ def _next_token_nats(logits, ids):
 
 
 def error_over_text(nats: np.ndarray, sizes: np.ndarray) -> float | None:
-    """Standard error of a sum of nats over text: how much other text of this kind and size would change it.
+    """Standard error of a sum of nats over other texts of this type and size.
 
     Args:
-        nats, sizes: [stretches] of text: what each costs, and how many tokens it has.
+        nats, sizes: nats and number of tokens of each stretch of text, [stretches].
 
     Returns:
-        That of the ratio of both times all tokens, `None` for a single stretch.
+        Standard error of the ratio of both, times the number of all tokens; `None` for a single stretch.
     """
     if len(nats) < 2:
         return None
@@ -139,14 +139,14 @@ def error_over_text(nats: np.ndarray, sizes: np.ndarray) -> float | None:
 
 
 def measure_causal(model, processing, texts, num_bytes, window, stride, batch_size) -> dict:
-    """Bits per byte with a sliding window, each loss by its name, generation speed."""
+    """Bits per byte with a sliding window, named losses and generation speed."""
     axes = getattr(processing, "axes", ())
     tokenizer = getattr(processing, "tokenizer", processing)
     stream = encode(texts, tokenizer)
     meta = annotate(texts, tokenizer, axes) if axes else None
     nats = sliding_window_nats(model, stream, meta, window=window, stride=stride, batch_size=batch_size)
-    # Causal axes are functions of the text so far and cost nothing. In the factored order tokens are predicted from
-    # axis ids that nobody knows yet, so the text costs all of them.
+    # Causal axes are functions of the text so far and add no loss. In the factored order tokens are predicted from
+    # their own axis ids, so the loss of the text includes those of the axes.
     pays_for_axes = getattr(model.config, "axis_order", None) == "factored"
     text = nats.sum(0) if pays_for_axes else nats[0]
     edges = np.arange(0, len(text), window)
@@ -170,7 +170,7 @@ def measure_causal(model, processing, texts, num_bytes, window, stride, batch_si
 
 
 def measure_grid(model, processor, texts, num_bytes, batch_size) -> dict:
-    """The bound with both of its errors, and generation speed."""
+    """The bound with both standard errors, and generation speed."""
     pages = torch.cat([torch.from_numpy(processor.paginate(text)) for text in texts])
     nats, error = diffusion_bound(model, pages, batch_size)
     over_text = error_over_text(nats, np.ones(len(nats)))
@@ -200,7 +200,7 @@ def generation_speed(model, stream, meta, prompt: int, new: int) -> dict:
 
 
 def page_speed(model, height: int, width: int) -> dict:
-    """An empty page, written as the folder's generation config says."""
+    """Speed of generating an empty page with the folder's generation config."""
     seconds = _median_seconds(lambda: model.generate(height=height, width=width), model.device)
     steps, cells = model.generation_config.max_denoising_steps, height * width
     return {"tokens_per_second": cells / seconds, "new_tokens": cells, "max_denoising_steps": steps}
@@ -226,19 +226,19 @@ def evaluate(
     batch_size: int = 8,
     trust: bool | None = None,
 ) -> dict:
-    """All figures of a saved model on some texts, as they are written to `evaluation.json`.
+    """All figures of a saved model on texts, the content of `evaluation.json`.
 
     Args:
-        folder: of the model.
-        texts: what it has not been trained on.
-        dataset: what they are from, for the reader.
-        window: tokens that the model is given at once; as in training if the folder tells, else all its positions.
-        stride: tokens that each window predicts, half of it by default.
-        batch_size: windows or pages at once.
+        folder: folder of the model.
+        texts: texts that the model was not trained on.
+        dataset: name of the data set, for the reader.
+        window: length of the model's input in tokens; by default that of training, or all positions without results of a training.
+        stride: number of tokens that each window predicts, by default half of it.
+        batch_size: number of windows or pages in a batch.
         trust: as for `load_model`.
 
     Raises:
-        ValueError: for a model that gives no text a cost, for a window or a stride of a grid, and for numbers that do not fit.
+        ValueError: for a model without a language modeling head, for a window or a stride of a grid, and for invalid numbers.
     """
     check_number("--max_length", window, least=2)
     check_number("--stride", stride, least=1)
@@ -249,7 +249,7 @@ def evaluate(
     if hasattr(model, "elbo"):
         if window is not None or stride is not None:
             raise ValueError(
-                f"--max_length and --stride are of no use to a grid, which reads whole pages, got {window}, {stride}"
+                f"--max_length and --stride are not used for a grid, which reads pages, got {window}, {stride}"
             )
         measured = measure_grid(model, processing, texts, len(text), batch_size)
     else:
@@ -276,7 +276,7 @@ def _window_of_training(folder):
 
 
 def print_figures(name: str, results: dict) -> None:
-    """The figures with their errors, for the terminal."""
+    """Print the figures with their errors."""
     print(f"{name} on {results['held_out_bytes']:,} held-out bytes of {results['dataset']}")
     over_text = results["standard_error_over_text"]
     over_text = "" if over_text is None else f", +- {over_text:.3f} over text"
@@ -299,9 +299,9 @@ def print_figures(name: str, results: dict) -> None:
 def main():
     parser = Parser(description="Measure a saved model on any text.")
     add_model_arguments(parser, "model")
-    parser.add_argument("--revision", help="which commit or branch of a name on the Hub")
+    parser.add_argument("--revision", help="commit or branch of a name on the Hub")
     parser.add_argument(
-        "--dataset_name", default="stdlib", help="the text, as for train.py; what is held out of it counts"
+        "--dataset_name", default="stdlib", help="the data set, as for train.py; its held-out part is used"
     )
     parser.add_argument("--dataset_config_name", help="configuration of a named data set")
     parser.add_argument(
@@ -311,15 +311,20 @@ def main():
         "--validation_split_percentage",
         type=real(above=0, most=100),
         default=5.0,
-        help="how much of the text is held out",
+        help="percentage of the text that is held out",
     )
     parser.add_argument("--max_validation_bytes", type=whole(1), help="at most this many bytes of the held-out text")
-    parser.add_argument("--max_length", type=whole(2), help="tokens given at once; by default as many as in training")
     parser.add_argument(
-        "--stride", type=whole(1), help="tokens that each window predicts, half of the window by default"
+        "--max_length", type=whole(2), help="length of the input in tokens, by default that of training"
     )
-    parser.add_argument("--batch_size", type=whole(1), default=8, help="windows or pages at once")
-    parser.add_argument("--output", help="by default evaluation.json in the folder, or here for a name on the Hub")
+    parser.add_argument(
+        "--stride", type=whole(1), help="number of tokens that each window predicts, by default half of the window"
+    )
+    parser.add_argument("--batch_size", type=whole(1), default=8, help="number of windows or pages in a batch")
+    parser.add_argument(
+        "--output",
+        help="file for the figures, by default evaluation.json in the folder, or here for a name on the Hub",
+    )
     args = parser.parse_args()
 
     is_folder = os.path.isdir(args.model)

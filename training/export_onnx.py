@@ -1,9 +1,9 @@
-"""Export the recurrent step of a saved LEAP to ONNX, and let onnxruntime write with it.
+"""Export the recurrent step of a saved LEAP to ONNX, and generate text with onnxruntime.
 
     python training/export_onnx.py outputs/leap-tiny --prompt "import os"
 
-The graph takes one token of each row, its position and the states of all layers, and gives logits and the states after
-it: what a token costs does not depend on how many came before. `states.npz` holds the states before the first token.
+The inputs of the graph are a token of each row, its position and the states of all layers; the outputs are logits and the new
+states. The time of a step does not depend on the number of tokens before it. `states.npz` holds the states before the first token.
 Needs the extra `deploy`. The folder brings its own code.
 """
 
@@ -12,6 +12,8 @@ from argument_checks import check_can_write, need, prompt_text, whole
 
 need("deploy", "onnx", "onnxruntime", "onnxscript")
 
+import logging
+import warnings
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
@@ -25,8 +27,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
+# The exporter warns that torchvision is not installed, which this graph does not need.
+logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+
+
 class _Step(nn.Module):
-    """A model as a function of a token, its position and all states, which changes none of them in place."""
+    """A model as a function of a token, its position and all states, none of which is modified."""
 
     def __init__(self, model, cache):
         super().__init__()
@@ -41,7 +47,7 @@ class _Step(nn.Module):
 
 
 def _places(cache):
-    """Where a cache holds its states: dictionaries and their keys, in a fixed order."""
+    """The states of a cache, as dictionaries and keys in a fixed order."""
     held = [states for layer in cache.layers for states in (layer.conv_states, layer.recurrent_states)]
     return [(states, place) for states in held for place, state in states.items() if state is not None]
 
@@ -55,7 +61,7 @@ def export_step(model, folder: str | Path) -> None:
 
     Args:
         model: a `LeapForCausalLM` on a CPU, in float32.
-        folder: made if it is not there.
+        folder: the folder, which is created if it does not exist.
 
     Raises:
         ValueError: for a model of another family.
@@ -64,22 +70,25 @@ def export_step(model, folder: str | Path) -> None:
         raise ValueError(f"`model` must be a LEAP, whose states have a fixed size, got {model.config.model_type!r}.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    token = torch.zeros(2, 1, dtype=torch.long)  # two rows: one would be taken for a constant
-    # What a pad leaves behind is what stands before the first token.
+    token = torch.zeros(2, 1, dtype=torch.long)  # two rows: one would be exported as a constant
+    # The states after padding are those before the first token.
     cache = model(token, attention_mask=torch.zeros_like(token), use_cache=True).past_key_values
     states = [held[place] for held, place in _places(cache)]
     names = [f"state_{number}" for number in range(len(states))]
     rows = {0: torch.export.Dim("batch")}
-    torch.onnx.export(
-        _Step(model, cache).eval(),
-        (token, token.clone(), *states),  # one tensor twice would become one input
-        folder / "step.onnx",
-        input_names=["token", "position", *names],
-        output_names=["logits", *(f"next_{name}" for name in names)],
-        dynamic_shapes=(rows, rows, tuple(rows for _ in states)),
-        dynamo=True,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`isinstance", FutureWarning)  # torch's own use of a deprecated class
+        warnings.filterwarnings("ignore", "# The axis name: batch", UserWarning)  # all inputs share this axis
+        torch.onnx.export(
+            _Step(model, cache).eval(),
+            (token, token.clone(), *states),  # the same tensor twice would become one input
+            folder / "step.onnx",
+            input_names=["token", "position", *names],
+            output_names=["logits", *(f"next_{name}" for name in names)],
+            dynamic_shapes=(rows, rows, tuple(rows for _ in states)),
+            dynamo=True,
+            verbose=False,
+        )
     np.savez(folder / "states.npz", **{name: state[:1].numpy() for name, state in zip(names, states)})
 
 
@@ -87,8 +96,8 @@ class OnnxStep:
     """An exported step with the states of its rows.
 
     Args:
-        folder: what `export_step` wrote.
-        rows: how many texts are written at once.
+        folder: output folder of `export_step`.
+        rows: number of texts in a batch.
     """
 
     def __init__(self, folder: str | Path, rows: int = 1):
@@ -97,7 +106,7 @@ class OnnxStep:
         self.position = 0
 
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
-        """Take in one token of each row, `[rows]`; logits of the next, float32 `[rows, vocab]`."""
+        """Read one token of each row, `[rows]`, and return the logits of the next one, float32 `[rows, vocab]`."""
         token = np.asarray(tokens, dtype=np.int64)[:, None]
         given = {"token": token, "position": np.full_like(token, self.position), **self.states}
         wanted = ["logits", *(f"next_{name}" for name in self.states)]
@@ -126,16 +135,19 @@ def write(step: OnnxStep, prompt: np.ndarray, max_new_tokens: int) -> Iterator[n
 def main():
     parser = Parser(description="Export the recurrent step of a saved LEAP to ONNX, and let it write.")
     add_model_arguments(parser)
-    parser.add_argument("--output_dir", help="where the graph goes; by default `onnx` in the folder, or here")
+    parser.add_argument(
+        "--output_dir",
+        help="folder for the graph, by default `onnx` in the model's folder, or here for a name on the Hub",
+    )
     parser.add_argument(
         "--prompt", type=prompt_text, default="import os\nimport sys\n\n\nclass ", help="the text to continue"
     )
-    parser.add_argument("--max_new_tokens", type=whole(1), default=200, help="how much to write")
+    parser.add_argument("--max_new_tokens", type=whole(1), default=200, help="number of tokens to generate")
     args = parser.parse_args()
 
     trust = may_run_code(args.folder, args.trust_remote_code)
     check_family(args.folder, ("leap",))
-    # A folder of the name of a model on the Hub would be taken for that model.
+    # A local folder with the name of a model on the Hub would be loaded in its place.
     output_dir = Path(args.output_dir or (Path(args.folder) / "onnx" if Path(args.folder).is_dir() else "onnx"))
     check_can_write("--output_dir", output_dir)
     tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=trust)

@@ -1,4 +1,4 @@
-"""What `Trainer` saves and pushes: a model with its code, and neither a token nor `training_args.bin`."""
+"""Uploads of `Trainer`: a model with its code, without tokens of the Hub and `training_args.bin`."""
 
 import shutil
 from pathlib import Path
@@ -10,23 +10,23 @@ from transformers.utils import PushInProgress
 
 ARGUMENTS = "training_args.bin"  # a pickle of all arguments
 NOT_PUSHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]
-# Of a checkpoint, what a resumed run needs and nobody else; all else is a model with its code and tokenizer.
+# Files of a checkpoint that only a resumed run needs.
 TRAINING_STATE = ["optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", "pytorch_model_fsdp*"]
 TRAINING_STATE += ["run.json", "checksums.json"]
 
 
 def check_links_below(folder: Path) -> None:
-    """Raise a ValueError that names a link below a folder that leads out of it."""
+    """Raise a ValueError for a link below a folder that points out of it."""
     for path in folder.rglob("*"):
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"--push_to_hub: {path} is a link to {path.resolve()}, which would be pushed; remove it")
 
 
 class CleanPushes:
-    """Comes before `Trainer` among the bases of a class.
+    """Mixin before `Trainer`.
 
-    `Trainer` pickles its arguments beside the weights, `hub_token` among them, and pushes them; here they are left out. A
-    checkpoint is pushed with the model's code, without which it would not load.
+    `Trainer` pickles its arguments, with the `hub_token`, beside the weights and pushes them; here they are not written. A
+    checkpoint is pushed with the model's code, which loading needs.
     """
 
     def _save(self, output_dir=None, state_dict=None):
@@ -39,7 +39,7 @@ class CleanPushes:
             Path(output_dir or self.args.output_dir, ARGUMENTS).unlink(missing_ok=True)
 
     def init_hf_repo(self, *args, **kwargs):
-        """Like `Trainer`'s, of a folder out of which no link leads: what it leads to would be pushed."""
+        """Like `Trainer`'s, after a check that no link points out of the folder: its target would be pushed."""
         if self.is_world_process_zero():
             check_links_below(Path(self.args.output_dir))
         super().init_hf_repo(*args, **kwargs)
@@ -51,7 +51,7 @@ class CleanPushes:
         if is_busy and not self.args.hub_always_push:
             return
         checkpoint = Path(checkpoint_folder)
-        for path in checkpoint.iterdir():  # which may be deleted while it is being pushed
+        for path in checkpoint.iterdir():  # files may be deleted during the upload
             if path.is_file() and not any(path.match(pattern) for pattern in TRAINING_STATE):
                 shutil.copy(path, self.args.output_dir)
         jobs = [self._upload(Path(self.args.output_dir), NOT_PUSHED, None)]

@@ -1,8 +1,8 @@
-"""Let a saved grid model fill a hole in a page, and draw how the page forms.
+"""Infill a page with a saved grid model, and draw the canvas after each denoising step.
 
     python training/infill.py outputs/heptapod-tiny --mask_region hole
 
-The page is held-out source text unless `--text_file` says otherwise. The folder brings its own code; `infilling.gif` and
+The page is held-out source text, or taken from `--text_file`. The folder brings its own code; `infilling.gif` and
 `infilling.png` are written into it.
 """
 
@@ -23,7 +23,7 @@ from transformers import AutoModelForMaskedLM, AutoProcessor
 
 
 def choose_page(processor, text_file: str | None, number: int) -> torch.Tensor:
-    """A page of text, `[1, height, width]`; of the held-out source text only pages that are at least half written."""
+    """A page of text, `[1, height, width]`; from the held-out source text, a page that is at least half full."""
     if text_file is not None:
         texts = [_read(text_file)]
     else:
@@ -49,18 +49,20 @@ def _read(text_file):
 def main():
     parser = Parser(description="Let a saved grid model fill a hole in a page.")
     add_model_arguments(parser)
-    parser.add_argument("--text_file", help="a text to take the page from")
-    parser.add_argument("--page", type=whole(0), default=0, help="which page of it")
+    parser.add_argument("--text_file", help="text file for the page, by default held-out source text")
+    parser.add_argument("--page", type=whole(0), default=0, help="index of the page")
     parser.add_argument("--mask_region", default="hole", help="what to mask: top, middle, bottom, hole, frame or all")
     parser.add_argument("--max_denoising_steps", type=whole(1), default=16, help="number of denoising steps")
-    parser.add_argument("--output_dir", help="where the pictures go; by default the folder, or here")
+    parser.add_argument(
+        "--output_dir", help="folder for the pictures, by default the model's folder, or here for a name on the Hub"
+    )
     parser.add_argument("--do_sample", action="store_true", help="sample tokens instead of taking the most probable")
-    parser.add_argument("--seed", type=whole(0, NUMPY_SEEDS), default=0, help="of the sampling")
+    parser.add_argument("--seed", type=whole(0, NUMPY_SEEDS), default=0, help="seed of the sampling")
     args = parser.parse_args()
 
     trust = may_run_code(args.folder, args.trust_remote_code)
     check_family(args.folder, ("heptapod",))
-    # A folder of the name of a model on the Hub would be taken for that model.
+    # A local folder with the name of a model on the Hub would be loaded in its place.
     folder = Path(args.output_dir or (args.folder if Path(args.folder).is_dir() else "."))
     check_can_write("--output_dir", folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,7 +76,7 @@ def main():
         seed=args.seed,
         return_dict_in_generate=True,
         output_history=True,
-        **({"do_sample": True} if args.do_sample else {}),  # otherwise as the folder's generation config says
+        **({"do_sample": True} if args.do_sample else {}),  # otherwise from the folder's generation config
     )
     is_masked = masked != page
     written = output.sequences.cpu()

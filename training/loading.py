@@ -1,4 +1,4 @@
-"""Where a saved model is, and whether the code that it brings may run."""
+"""Loading of saved models: checks of their files, and permission to run the code that they bring."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+import argument_checks  # noqa: F401  before transformers, see there
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -19,22 +20,23 @@ SHOWN_BY = {
     "heptapod": "infill.py",
     "multigrid": "sample_axes.py",
 }
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of configs, generation configs and tokenizers
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-TRUST_HELP = "run the code that a name on the Hub brings, on this machine; a folder that train.py wrote needs no such permission"
+TRUST_HELP = "run code from the Hub on this machine; not needed for a folder that train.py wrote"
 
 
 def add_model_arguments(parser, name: str = "folder", **options) -> None:
-    """The two arguments that `may_run_code` takes."""
-    parser.add_argument(name, help="what train.py wrote, or a name on the Hub", **options)
+    """Add the arguments for `may_run_code`."""
+    parser.add_argument(name, help="a folder that train.py wrote, or a name on the Hub", **options)
     parser.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
 
 
 def read_json(path: Path) -> dict:
-    """What a JSON file holds.
+    """Content of a JSON file with an object.
 
     Raises:
-        FileNotFoundError: where there is none.
-        ValueError: naming a file that cannot be read, is damaged, or holds something else than names and values.
+        FileNotFoundError: for a missing file.
+        ValueError: for a file that cannot be read, is damaged, or holds no object; the message contains its name.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -48,16 +50,16 @@ def read_json(path: Path) -> dict:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """What a file of safetensors holds, or one of `torch.save`.
+    """State dict in a file of safetensors or of `torch.save`.
 
     Raises:
-        ValueError: naming a file that holds something else, or is damaged.
+        ValueError: for a file that holds no state dict or is damaged; the message contains its name.
     """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of anything may be read what is no pickle
+    except Exception as error:  # a file that is no pickle may raise anything
         raise ValueError(f"{path} holds no weights, or is damaged: {error!r}") from error
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in weights.items()
@@ -67,10 +69,10 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def check_family(name: str, families: Collection[str] = (), but: Collection[str] = ()) -> None:
-    """A model is of one of these families, or of any but those.
+    """Check that a model is of one of the families, or of none of `but`.
 
     Raises:
-        ValueError: naming what else there is for it.
+        ValueError: naming the script for its family.
     """
     family = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
     if (families and family not in families) or family in but:
@@ -80,7 +82,7 @@ def check_family(name: str, families: Collection[str] = (), but: Collection[str]
 
 
 def how_to_make(name: str) -> str:
-    """The command that makes a folder of this name."""
+    """The command that creates a folder of this name."""
     demo = DEMO.fullmatch(name)
     if demo is not None:
         return "`make demo` makes it" if demo[1] == "leap" else f"`make demo FAMILY={demo[1]}` makes it"
@@ -90,10 +92,10 @@ def how_to_make(name: str) -> str:
 
 
 def check_folder(folder: str | os.PathLike) -> None:
-    """A folder with a model has to be on this machine, and whole as far as can be told from its files.
+    """Check that a folder exists, holds a model, and that its files are not damaged.
 
     Raises:
-        ValueError: naming the command that makes it, or the file that is damaged.
+        ValueError: naming the command that creates the folder, or the damaged file.
     """
     if not Path(folder).is_dir():
         raise ValueError(f"there is no folder {folder}: {how_to_make(str(folder))}")
@@ -115,10 +117,10 @@ def _check_weights(path):
 
 
 def check_name(name: str) -> None:
-    """What can only be a folder has to be there; of what may be a name on the Hub nothing is said.
+    """Check a folder. A name that may be one on the Hub is not checked.
 
     Raises:
-        ValueError: naming the command that makes the folder.
+        ValueError: naming the command that creates the folder.
     """
     if (
         Path(name).is_dir()
@@ -132,7 +134,7 @@ def choose_source(model_name_or_path: str | None, config_name: str | None) -> st
     """The folder or name of the model to train: `model_name_or_path` has weights, `config_name` has none.
 
     Raises:
-        ValueError: unless exactly one of them is given, where there is no such model, and for a configuration with weights.
+        ValueError: unless exactly one of them is given, for a missing model, and for a configuration with weights.
     """
     if (model_name_or_path is None) == (config_name is None):
         raise ValueError(
@@ -153,21 +155,21 @@ def choose_source(model_name_or_path: str | None, config_name: str | None) -> st
 
 
 def load_processing_class(name: str | Path, model_type: str, trust_remote_code: bool):
-    """The tokenizer of a saved model, or its processor in families that have one."""
+    """Load the processor of a saved model, or its tokenizer in families without a processor."""
     auto_class = AutoProcessor if model_type in ("heptapod", "multigrid") else AutoTokenizer
     return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 def may_run_code(name: str, trust_remote_code: bool = False, **options) -> bool:
-    """Whether the code that a model brings may run: that of a folder, or where the user says so.
+    """Returns whether the code that a model brings may run: that of a folder, or with `trust_remote_code`.
 
     Args:
         name: a folder, or a name on the Hub.
-        trust_remote_code: what the user says.
-        options: for reading the config of a name on the Hub, as `revision`.
+        trust_remote_code: permission of the user.
+        options: options for reading the config of a name on the Hub, as `revision`.
 
     Raises:
-        ValueError: where there is no such model, and where it needs code that may not run.
+        ValueError: for a missing model, and for one that needs code without the permission to run it.
     """
     check_name(name)
     if Path(name).is_dir():
@@ -190,12 +192,12 @@ def may_run_code(name: str, trust_remote_code: bool = False, **options) -> bool:
 
 
 def from_elsewhere(folder: Path) -> list[str]:
-    """What a folder takes its code from, or an adapter in it its model, which may bring code as well."""
+    """Other repositories and folders from which the code of a folder, or the model of an adapter in it, is loaded."""
     return _code_from_elsewhere(folder) + _model_from_elsewhere(folder)
 
 
 def _code_from_elsewhere(folder):
-    """What of the Hub the configs of a folder take their code from, as `name--module.Class`."""
+    """Repositories of the Hub in the configs of a folder, given as `name--module.Class`."""
     names = set()
     for path in folder.glob("*config.json"):
         for reference in references_of(path):
@@ -205,7 +207,7 @@ def _code_from_elsewhere(folder):
 
 
 def _model_from_elsewhere(folder):
-    """What an adapter in a folder takes its model from, which may bring code as well."""
+    """The base model of an adapter in a folder, which may bring code."""
     if not (folder / "adapter_config.json").is_file():
         return []
     name = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path"))
@@ -213,10 +215,10 @@ def _model_from_elsewhere(folder):
 
 
 def references_of(path: Path) -> list[str]:
-    """The classes in the `auto_map` of a config, as `module.Class`, those of lists of a slow and a fast tokenizer too.
+    """The classes in the `auto_map` of a config as `module.Class`, slow and fast tokenizers included.
 
     Raises:
-        ValueError: naming a file that is damaged.
+        ValueError: for a damaged file; the message contains its name.
     """
     auto_map = read_json(path).get("auto_map") or {}
     if not isinstance(auto_map, dict):

@@ -1,4 +1,4 @@
-"""Locks that end when the file is closed, and so with the process that opened it and those that were forked from it."""
+"""File locks that end when the file is closed, as at the end of the process and of its forks."""
 
 try:
     import fcntl
@@ -7,14 +7,14 @@ except ImportError:  # not on Windows, where an open file cannot be removed anyw
 
 
 def lock(file) -> None:
-    """Until it is closed here and in all processes that were forked meanwhile, or they end; nothing on Windows.
+    """Lock a file until it is closed here and in all processes forked since. Does nothing on Windows.
 
     Args:
         file: an open file, or the descriptor of one or of a folder.
 
     Raises:
-        BlockingIOError: where another process has it.
-        OSError: where the file system has no locks.
+        BlockingIOError: if another process holds the lock.
+        OSError: for a file system without locks.
     """
     if fcntl is not None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

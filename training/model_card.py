@@ -1,15 +1,15 @@
-"""Fill the model card of folders that train.py wrote, from the figures beside the weights.
+"""Write the model cards of folders that train.py wrote, from the figures beside the weights.
 
     python training/model_card.py outputs/leap-tiny outputs/heptapod-tiny --output_dir hub_cards
 
-Without `--output_dir` each folder gets its own README.md, as train.py and publish.py write it. `results.json` is what
-train.py measured, `evaluation.json` what evaluate_model.py did, if it is there and of these weights.
+Without `--output_dir` the card is README.md in each folder, as from train.py and publish.py. `results.json` is written by
+train.py, the optional `evaluation.json` by evaluate_model.py. Both must be of the folder's weights.
 """
 
 from argument_checks import need
 
 
-need("eval", "jinja2")  # of which the card is made
+need("eval", "jinja2")  # the card is a jinja2 template
 
 import os
 import re
@@ -27,16 +27,16 @@ TEMPLATE = ROOT / "hub_cards" / "template.md"
 
 
 def write_card(folder: Path, path: Path | None = None, repo_id: str | None = None) -> None:
-    """A model card from the files of an output folder.
+    """Write a model card from the files of an output folder.
 
     Args:
-        folder: with `config.json`, `results.json` and perhaps `evaluation.json`.
-        path: where the card goes, `README.md` in the folder by default, beside which the picture of the architecture is copied.
-            Elsewhere it shows no curve, and the picture from docs/.
-        repo_id: the name that its examples load, that of the folder by default.
+        folder: a folder with `config.json`, `results.json` and optionally `evaluation.json`.
+        path: file of the card, by default `README.md` in the folder, beside which the picture of the architecture is copied.
+            A card elsewhere has no curve, and shows the picture in docs/.
+        repo_id: the name that its examples load, by default that of the folder.
 
     Raises:
-        ValueError: naming the folder, where it holds no results, or those of other weights.
+        ValueError: for a folder without results or with those of other weights; the message contains its name.
     """
     check_folder(folder)
     config = read_json(folder / "config.json")
@@ -46,14 +46,14 @@ def write_card(folder: Path, path: Path | None = None, repo_id: str | None = Non
         raise ValueError(f"{folder} has no results.json, which train.py writes and a card is filled from") from error
     if results.get("weights_sha256") != weights_digest(folder):
         raise ValueError(
-            f"{folder}: results.json is of other weights than those beside it, so no card can be filled from it"
+            f"{folder}: results.json is of other weights than those beside it, so it cannot be used for a card"
         )
     evaluation = read_evaluation(folder)
     is_grid = config["model_type"] == "heptapod"
     card_data = ModelCardData(
         license="mit",
         library_name="transformers",
-        pipeline_tag="other" if is_grid else "text-generation",  # none of the Hub's pipelines reads pages
+        pipeline_tag="other" if is_grid else "text-generation",  # the Hub has no pipeline for pages
         tags=["heptapod", config["model_type"], "custom_code"],
         model_name=folder.resolve().name,
         eval_results=_eval_results(results, evaluation),
@@ -74,7 +74,7 @@ def write_card(folder: Path, path: Path | None = None, repo_id: str | None = Non
 
 
 def _picture(family, folder, path):
-    """Where a card finds the picture of its architecture, relative to itself."""
+    """Path of the architecture's picture, relative to the card."""
     picture = ROOT / "docs" / "figures" / f"{family}.svg"
     if path is None:
         shutil.copyfile(picture, folder / "architecture.svg")
@@ -83,13 +83,13 @@ def _picture(family, folder, path):
 
 
 def _readable(text):
-    """A sample as it can stand in a block of code: bytes may be any characters."""
+    """A sample for a block of code, in which other characters may be escaped."""
     text = "".join(each if each.isprintable() or each in "\n\t" else "\ufffd" for each in text)
     return text.replace("```", "\ufffd" * 3)
 
 
 def tested_transformers(folder: Path) -> str | None:
-    """Which versions of Transformers the code of a folder takes, as `>=5.17,<5.25`; `None` for code that does not say."""
+    """Versions of Transformers that the code of a folder supports, as `>=5.17,<5.25`; `None` for code without the information."""
     try:
         code = (folder / "transformers_versions.py").read_text(encoding="utf-8")
     except OSError:
@@ -102,10 +102,10 @@ def tested_transformers(folder: Path) -> str | None:
 
 
 def read_evaluation(folder: Path) -> dict | None:
-    """What evaluate_model.py measured of a folder; `None` if it did not, or if the weights have changed since.
+    """Figures of evaluate_model.py in a folder; `None` without them, or if the weights have changed since.
 
     Raises:
-        ValueError: for figures under names that were changed since.
+        ValueError: for figures with old names.
     """
     try:
         evaluation = read_json(folder / "evaluation.json")
@@ -121,7 +121,7 @@ def read_evaluation(folder: Path) -> dict | None:
 
 
 def _eval_results(results, evaluation):
-    """What the Hub shows beside the card: bits per byte, each figure by what it is of."""
+    """Metadata for the Hub: bits per byte of each data set."""
     is_grid = "page" in results
     task = "other" if is_grid else "text-generation"
 
@@ -156,9 +156,9 @@ def _eval_results(results, evaluation):
 
 def main():
     parser = Parser(description="Fill the model cards of folders that train.py wrote.")
-    parser.add_argument("folders", nargs="+", type=Path, help="what train.py wrote")
+    parser.add_argument("folders", nargs="+", type=Path, help="folders that train.py wrote")
     parser.add_argument(
-        "--output_dir", type=Path, help="cards go here as <folder>.md, else to README.md in each folder"
+        "--output_dir", type=Path, help="folder for the cards, as <folder>.md; by default README.md in each folder"
     )
     args = parser.parse_args()
     for folder in args.folders:

@@ -1,4 +1,4 @@
-"""Each loss that a model names, in the logs: `ce_loss`, `prophet_loss` ... beside the `loss` that they add up to."""
+"""Logs of all named losses of a model, `ce_loss`, `prophet_loss` ..., beside their sum `loss`."""
 
 from collections import defaultdict
 
@@ -17,8 +17,8 @@ def losses_by_name(outputs, config) -> dict[str, torch.Tensor]:
 class NamedLossTrainer(Trainer):
     """A `Trainer` that also logs the losses `<name>_loss` of a model's output, see [`losses_by_name`].
 
-    While training: means over the optimizer steps since the last log, as `loss` is. While evaluating: means over the
-    examples, as `eval_loss` is. What a model leaves at `None` is not logged.
+    In training, they are means over the optimizer steps since the last log, as `loss` is; in evaluation, means over the
+    examples, as `eval_loss` is. Losses that are `None` are not logged.
     """
 
     def __init__(self, *args, **kwargs):
@@ -33,7 +33,7 @@ class NamedLossTrainer(Trainer):
         share = 1 / self.current_gradient_accumulation_steps if model.training else 1.0
         scale = of_total = share
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
-            # Already this batch's share of a step; `Trainer` has multiplied the total, in place, for all devices.
+            # Already weighted by the batch's share of a step; `Trainer` has multiplied the total, in place, for all devices.
             devices = max(self.accelerator.num_processes, self.args.n_gpu)
             scale, of_total = devices if self.args.average_tokens_across_devices else 1.0, 1.0
         self._batch_losses = {

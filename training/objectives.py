@@ -1,6 +1,6 @@
-"""What a family learns from text: the next token of a stream, with axes beside it or without, or masked cells of pages.
+"""Training objectives of the families: the next token of a stream, with or without axes, or masked cells of pages.
 
-An objective holds the data sets and what the trainer must know of them; `objective_for(config)` picks it, for `train.py`.
+An objective holds the data sets and the options for the trainer; `objective_for(config)` returns its class, for `train.py`.
 """
 
 import inspect
@@ -28,6 +28,7 @@ from corpora import (
 from corpus_cache import Cache, default_folder
 from corpus_streaming import StreamedExamples
 from diffusion_bound import MASK_SAMPLES, diffusion_bound
+from loading import SPECIAL_IDS
 from metric_modules import bits_per_byte
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, Trainer
@@ -39,7 +40,7 @@ from modeling_heptapod.multigrid.axis_files import load_axis_class
 
 logger = logging.get_logger(__name__)
 
-SAMPLE_TOKENS = 64  # that are read and written for a sample during training
+SAMPLE_TOKENS = 64  # length of the prompt and of the continuation of a sample
 
 
 def sum_nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -54,11 +55,11 @@ class NextTokens:
     """Texts as one stream, cut into blocks; each token is predicted from those before it in its block.
 
     Attributes:
-        processing_class: what turns text into inputs, saved beside the model; made here where none is given.
+        processing_class: tokenizer or processor, saved beside the model; created here if none is given.
         config_options (`dict`): fields of the config that follow from the data.
-        train_dataset, eval_dataset: of `Trainer`.
-        label_names, ignore_keys: what evaluation keeps of inputs and drops of outputs, of `Trainer`; `None`: its default.
-        text_losses (`list[str]`): the named losses that the text costs, where a model has losses of these names.
+        train_dataset, eval_dataset: arguments of `Trainer`.
+        label_names, ignore_keys: arguments of `Trainer`: the inputs that evaluation keeps, the outputs that it drops; `None` for the default.
+        text_losses (`list[str]`): names of the losses that add up to that of the text, if the model has them.
         bits_per_byte_of_loss (`float`): factor from a training loss to bits per byte.
         about (`dict`): figures for `results.json`.
     """
@@ -83,7 +84,7 @@ class NextTokens:
         self.block_size = BLOCK_SIZE if data_args.block_size is None else data_args.block_size
         self.isolate_at = tokenizer.eos_token_id if data_args.packing == "isolated" else None
         self._read_config(data_args, config)
-        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        ids = {name: getattr(tokenizer, name) for name in SPECIAL_IDS}
         self.config_options = {"vocab_size": len(tokenizer), **ids, **self._axis_options()}
         held_out = self._columns(texts.validation, "held-out text")
         self.eval_dataset = self._blocks(*held_out, tokenizer.pad_token_id)
@@ -106,14 +107,14 @@ class NextTokens:
         }
 
     def _read_config(self, data_args, config):
-        """What has to be known before any text is read."""
+        """Read what is needed before any text is read."""
         _warn_of_unused(config, axes=data_args.axes)
 
     def _axis_options(self):
         return {}
 
     def _columns(self, texts, desc):
-        """The stream of some texts, and what stands beside it."""
+        """The stream of texts, with axis ids in families that have them."""
         return self._stream(texts, f"Tokenizing {desc}"), None
 
     def _stream(self, texts, desc):
@@ -129,7 +130,7 @@ class NextTokens:
         return PackedBlocks(stream, self.block_size, pad_token_id, meta, self.isolate_at)
 
     def _stream_blocks(self, texts: Iterator[str]) -> Iterator[dict]:
-        """The blocks of texts that are read one after the other; only the end that does not fill a block is left out."""
+        """The blocks of streamed texts; only a tail that does not fill a block is dropped."""
         rest, stride = None, self.block_size - 1
         for text in texts:
             columns = self._columns_of(text)
@@ -145,7 +146,7 @@ class NextTokens:
         return encode([text], self.tokenizer, desc=None), None
 
     def sample(self, model: PreTrainedModel) -> str:
-        """How the model goes on from the beginning of the held-out text."""
+        """A continuation of the start of the held-out text."""
         size = min(SAMPLE_TOKENS, self.block_size // 2)
         text = next(filter(None, self.held_out_texts))
         inputs = self.processing_class(text[:size], return_tensors="pt").to(model.device)
@@ -154,7 +155,7 @@ class NextTokens:
         return self.processing_class.decode(written[0])
 
     def trainer_options(self) -> dict:
-        """Of the logits only their sums of nats are kept, so the whole held-out text fits."""
+        """Keep sums of nats instead of logits, so that the held-out text fits in memory."""
         return {
             "preprocess_logits_for_metrics": sum_nats,
             "compute_metrics": lambda output: {
@@ -163,22 +164,22 @@ class NextTokens:
         }
 
     def evaluate(self, trainer: Trainer) -> dict[str, float]:
-        """The figures to report of a trained model."""
+        """Figures of a trained model."""
         return {"bits_per_byte": trainer.evaluate(ignore_keys=self.ignore_keys)["eval_bits_per_byte"]}
 
 
 def choose_axes(names: Sequence) -> list:
-    """The annotators that `--axes` names, or those of a processor.
+    """The annotators in `--axes`, or those of a processor.
 
     Raises:
-        ValueError: naming `--axes` for an unknown axis, a file that describes none, one that needs what is not on this machine,
-            the same one twice, or one that looks ahead.
+        ValueError: naming `--axes`, for an unknown axis, a file without one, missing requirements, an axis that is given twice,
+            and one that is not causal.
     """
     given = f"--axes {' '.join(map(str, names))}"
     try:
         axes = [_read_axis(name) for name in names]
         for axis in axes:
-            # With the corpus in the cache, NLTK and its data would not be missed before the first sample.
+            # With the corpus in the cache, missing NLTK data would not be noticed before the first sample.
             axis.annotate("A few words.\n")
     except (ImportError, LookupError, OSError, TypeError, ValueError) as error:
         raise ValueError(f"{given}: {error}") from error
@@ -188,13 +189,13 @@ def choose_axes(names: Sequence) -> list:
     if ahead:
         raise ValueError(
             f"--axes {' '.join(ahead)}: looks ahead in the text, so a model that reads it has seen what it predicts, and "
-            "its bits per byte mean nothing; training/experiments/multigrid_experiment.py measures how much"
+            "its bits per byte have no meaning; training/experiments/multigrid_experiment.py measures how much"
         )
     return axes
 
 
 def _read_axis(name):
-    """An axis of the package by what `make_axis` takes, or one of a class in a file, `my_axis.py:Vowels`."""
+    """An axis from an argument of `make_axis`, or from a class in a file, `my_axis.py:Vowels`."""
     path, _, class_name = name.rpartition(":") if isinstance(name, str) else ("", "", "")
     if path.endswith(".py"):
         return load_axis_class(path, class_name)()
@@ -204,10 +205,10 @@ def _read_axis(name):
 
 
 class AnnotatedTokens(NextTokens):
-    """A stream of tokens and axes beside it; tokens and axis ids are predicted from those before them.
+    """A stream of tokens with axis ids; tokens and axis ids are predicted from those before them.
 
-    Causal axes are functions of the text so far, so the text costs what its tokens cost. In the factored order tokens are
-    predicted from axis ids that nobody knows yet, and the text costs both.
+    Causal axes are functions of the text so far, so the loss of the text is that of its tokens. In the factored order tokens are
+    predicted from their own axis ids, and the loss of the text includes those of the axes.
     """
 
     def _read_config(self, data_args, config):
@@ -266,12 +267,12 @@ def _cache(data_args):
     except ValueError as error:
         if folder != default_folder():
             raise
-        logger.warning(f"nothing is kept for the next start: {error}")  # nobody asked for it
+        logger.warning(f"the cache is off: {error}")
         return Cache(None, code)
 
 
 def _tokenizer(texts, data_args, cache, for_pages=False):
-    """As `build_tokenizer` makes it; one that is trained here is trained once."""
+    """The tokenizer from `build_tokenizer`, cached if it is trained here."""
     name, size = data_args.tokenizer_name or "byte", data_args.vocab_size
     if name != "bpe":
         return build_tokenizer(name, texts.train, size, for_pages)
@@ -283,12 +284,12 @@ def _tokenizer(texts, data_args, cache, for_pages=False):
 
 
 def json_of(tokenizer) -> str:
-    """All that the ids of a tokenizer depend on."""
+    """Everything that the ids of a tokenizer depend on."""
     return tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
 
 
 def source_of(axis) -> str:
-    """All that the ids of an axis depend on: its arguments and the code of its class."""
+    """Everything that the ids of an axis depend on: its arguments and the code of its class."""
     files = {inspect.getfile(kind) for kind in type(axis).__mro__ if kind is not object}
     return json.dumps(axis.to_dict()) + "".join(Path(file).read_text(encoding="utf-8") for file in sorted(files))
 
@@ -316,9 +317,9 @@ class Pages(torch.utils.data.Dataset):
 class MaskedPages:
     """Texts on pages of the config's `grid_size`; masked cells are predicted from all others.
 
-    How is said in `HeptapodForMaskedLM`.
+    See `HeptapodForMaskedLM`.
 
-    Each text begins a page of its own. Blank cells are predicted and paid for like others, so that bits per byte are
+    Each text starts a new page. Blank cells are predicted and counted like others, so that bits per byte are
     those of the text, its line lengths included. The attributes are those of `NextTokens`.
     """
 
@@ -376,13 +377,13 @@ class MaskedPages:
             yield from Pages(_paginate([text], self.processing_class, desc=None))
 
     def sample(self, model: PreTrainedModel) -> str:
-        """The first held-out page, with a hole in it that the model has filled."""
+        """The first held-out page with an infilled centre."""
         page = torch.from_numpy(self.eval_dataset.pages[:1].astype(np.int64))
         masked = self.processing_class.mask_cells(page, "hole").to(model.device)
         return self.processing_class.decode(model.generate(masked)[0])
 
     def trainer_options(self) -> dict:
-        """While training, one draw of masks a page tells how it goes; logits are not kept at all."""
+        """During training each page is evaluated with one draw of masks; logits are not kept."""
         return {
             "preprocess_logits_for_metrics": lambda logits, labels: labels.new_zeros(len(labels)),
             "compute_metrics": lambda output: {
@@ -393,9 +394,9 @@ class MaskedPages:
         }
 
     def evaluate(self, trainer: Trainer) -> dict[str, float]:
-        """The negative ELBO, an upper bound of the bits that a text costs, with the standard error of the estimate."""
+        """The negative ELBO, an upper bound of the text's bits, with the standard error of the estimate."""
         pages = torch.from_numpy(self.eval_dataset.pages.astype(np.int64))
-        with trainer.compute_loss_context_manager():  # in the precision of the training
+        with trainer.compute_loss_context_manager():  # the precision of the training
             nats, error = diffusion_bound(trainer.model.eval(), pages, trainer.args.eval_batch_size)
         return {
             "bits_per_byte": bits_per_byte(nats, self.held_out_bytes),
@@ -423,7 +424,7 @@ def _bytes_of(texts):
 def _paginate(texts, processor, desc):
     dtype = np.uint16 if len(processor.tokenizer) <= 2**16 else np.int32
     lay_out = _paginate_bytes if is_byte_tokenizer(processor.tokenizer) else HeptapodProcessor.paginate
-    # Without a description: of a text among many, which needs no bar.
+    # Without a progress bar, since there are many texts.
     texts = texts if desc is None else tqdm(texts, desc=desc, disable=None)
     return np.concatenate([lay_out(processor, text).astype(dtype) for text in texts])
 

@@ -1,7 +1,7 @@
-"""How much of the text in the masked cells of pages is right: precision, recall and F1 of the cells that are not blank.
+"""Scores of infilled pages: precision, recall and F1 of the cells that are not blank.
 
-Of the cells of most pages nearly half are blank, so the share of masked cells as in the original rates an empty page
-highly. These scores count blanks for nothing: they are those of named entities, with the blank as the class "outside".
+Nearly half of the cells of most pages are blank, so that the accuracy over masked cells is high for an empty page. In these
+scores, which are those of named entities, the blank is the class "outside".
 """
 
 from collections import Counter
@@ -15,11 +15,11 @@ class PageScore:
     """Counts of cells on each page, float64 `[pages]`. The scores sum them over all pages (micro average).
 
     Args:
-        masked: masked cells.
-        same: those of them that are as in the original, blanks included.
-        right: those that are as in the original and not blank.
-        filled: those that are not blank where the page was filled.
-        original: those that are not blank in the original.
+        masked: number of masked cells.
+        same: number of those that equal the original, blanks included.
+        right: number of those that equal the original and are not blank.
+        filled: number of those that are not blank in the infilled page.
+        original: number of those that are not blank in the original.
     """
 
     masked: torch.Tensor
@@ -30,27 +30,27 @@ class PageScore:
 
     @property
     def precision(self) -> float:
-        """Of what was written, the share that is right; 0 where nothing was, NaN where there is nothing to write."""
+        """Share of the filled cells that is right; 0 for an empty page, NaN if the original is empty."""
         return self._share(self.right, self.filled)
 
     @property
     def recall(self) -> float:
-        """Of what is written in the original, the share that was reproduced; 0 and NaN as for `precision`."""
+        """Share of the original's cells that is reproduced; 0 and NaN as for `precision`."""
         return self._share(self.right, self.original)
 
     @property
     def f1(self) -> float:
-        """The harmonic mean of both; NaN where neither the original nor the filling holds anything but blanks."""
+        """Harmonic mean of both; NaN if both pages are empty."""
         return self._share(2 * self.right, self.filled + self.original)
 
     @property
     def right_with_blanks(self) -> float:
-        """The share of all masked cells as in the original, which blanks alone make high."""
+        """Share of all masked cells that equal the original, which is high for an empty page."""
         return (self.same.sum() / self.masked.sum()).item()
 
     @property
     def f1_of_pages(self) -> torch.Tensor:
-        """What each page contributes, `[pages]`: the mean is F1, the standard error of the mean that of F1."""
+        """Contribution of each page, `[pages]`: their mean is F1, and the standard error of the mean that of F1."""
         cells = self.filled + self.original
         return self.f1 + (2 * self.right - self.f1 * cells) / cells.mean()
 
@@ -67,7 +67,7 @@ def score_pages(
 
     Args:
         filled, original: token ids `[pages, height, width]`.
-        is_masked: the cells that count, boolean, of the same shape.
+        is_masked: the masked cells, boolean, of the same shape.
         blank_token_id: the token of a blank cell.
 
     Raises:
@@ -90,7 +90,7 @@ def baselines(original: torch.Tensor, is_masked: torch.Tensor, processor) -> dic
         processor: a `HeptapodProcessor`.
 
     Returns:
-        Pages by what they are filled with; without the last where the original has nothing visible.
+        Pages by the name of the token; without the last if the original has no visible token.
     """
     tokens = {"all blanks": processor.blank_token_id, "all spaces": int(processor.paginate(" ", 1, 1)[0, 0, 0])}
     counts = Counter(original[is_masked].tolist())

@@ -1,4 +1,4 @@
-"""Where a number comes from: machine, versions, command, commit and weights, written beside every figure."""
+"""Origin of a figure: machine, versions, command, commit and weights, written beside it."""
 
 import hashlib
 import json
@@ -17,10 +17,10 @@ from safetensors import safe_open
 
 
 def provenance(device: torch.device) -> dict:
-    """What a reader needs to measure again.
+    """Information that is needed to measure again.
 
     Args:
-        device: what the model ran on.
+        device: device of the model.
 
     Returns:
         `device` and `threads`, `versions` of Python, torch and transformers, `command` without secrets, and `commit` of these
@@ -43,7 +43,7 @@ def write_figures(path: Path, figures: dict) -> None:
     """Write figures as JSON, without secrets.
 
     Raises:
-        ValueError: naming the figures that are no finite numbers; nothing is written then.
+        ValueError: for figures that are not finite; the message contains their names, and nothing is written.
     """
     names = [name for name, value in _leaves("", figures) if isinstance(value, float) and not math.isfinite(value)]
     if names:
@@ -65,7 +65,7 @@ def _launcher():
 
 
 def device_name(device: torch.device) -> str:
-    """The name of a GPU, or of this machine's processor as far as it tells."""
+    """Name of a GPU, or of this machine's processor if it is known."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -76,7 +76,7 @@ def device_name(device: torch.device) -> str:
 
 
 def commit(folder: Path) -> str | None:
-    """The commit that a folder is at, 12 digits; `-dirty` if tracked files differ from it, `None` without git."""
+    """Commit of a folder, 12 digits; with `-dirty` if tracked files differ from it, `None` without git."""
     try:
         head = _git(folder, "rev-parse", "--short=12", "HEAD")
         return head + ("-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
@@ -85,7 +85,7 @@ def commit(folder: Path) -> str | None:
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 of a folder's weights by name, by which figures know whose they are, however many files hold them."""
+    """SHA-256 of a folder's weights by name, which assigns figures to weights; it does not depend on the number of files."""
     files = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as tensors:

@@ -1,16 +1,16 @@
-"""Put a folder that train.py wrote on the Hub: weights, code, tokenizer or processor, figures and the card, in one commit.
+"""Upload a folder that train.py wrote to the Hub: weights, code, tokenizer or processor, figures and the card, in one commit.
 
     python training/publish.py outputs/leap-tiny --repo_id me/leap-tiny --dry_run
     python training/publish.py outputs/leap-tiny --repo_id me/leap-tiny --private
 
-A model that has not been evaluated, or whose weights changed since, is evaluated first, on the text that training held
-out. The card is filled anew. What is left behind by training (checkpoints, optimizer, logs) stays where it is.
+A model that has not been evaluated, or whose weights have changed since, is evaluated first, on the held-out text of its
+training. The card is written again. Checkpoints, optimizer and logs are not uploaded.
 """
 
 from argument_checks import need
 
 
-need("eval", "jinja2")  # of which the card is made
+need("eval", "jinja2")  # the card is a jinja2 template
 
 import hashlib
 from pathlib import Path
@@ -26,14 +26,14 @@ from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_imports
 
 
-# What a folder on the Hub is made of, beside its code and what its tokenizer is read from. All of it lies at its top;
-# what else lies there may be anything, and stays.
+# Files of a folder on the Hub, beside its code and the tokenizer's files. All are at its top level;
+# other files are not uploaded.
 PUBLISHED = """
     *.safetensors *.safetensors.index.json config.json generation_config.json processor_config.json
     tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
     results.json evaluation.json curve.png architecture.svg
 """.split()
-# What people write as well, so that a token may stand in it; not the tokenizer's words.
+# Files that users write, too, so that they may contain a token.
 READABLE = ["README.md", *(name for name in PUBLISHED if name.endswith((".json", ".jinja")) and "*" not in name)]
 
 
@@ -41,8 +41,8 @@ def published_files(folder: Path) -> list[Path]:
     """The files of a folder that belong on the Hub, the card first.
 
     Raises:
-        ValueError: naming what a model cannot be loaded without and the folder does not hold, what is a link out of the folder,
-            and what holds a token.
+        ValueError: for missing files that loading needs, links that point out of the folder, and files that contain a token; the
+            message contains their names.
     """
     check_links(folder)
     config = folder / "config.json"
@@ -59,7 +59,7 @@ def published_files(folder: Path) -> list[Path]:
     for path in files:
         if path.resolve().parent != folder.resolve():
             raise ValueError(f"{path} is a file of another folder, {path.resolve().parent}, and nothing was pushed")
-        if path.name not in READABLE or not path.exists():  # the card is yet to be written
+        if path.name not in READABLE or not path.exists():  # the card is written later
             continue
         text = path.read_text(encoding="utf-8")
         if redact(text) != text:
@@ -68,13 +68,13 @@ def published_files(folder: Path) -> list[Path]:
 
 
 def check_links(folder: Path) -> None:
-    """What would be published or written is a file, and no link to somewhere else.
+    """Check that files to publish or to write are no links out of the folder.
 
     Raises:
-        ValueError: naming the link, or what is no file.
+        ValueError: naming the link, or what is not a file.
     """
     for path in folder.iterdir():
-        # Which other files a tokenizer is read from only the tokenizer knows.
+        # Only the tokenizer has the list of its files.
         is_named = any(path.match(pattern) for pattern in ("README.md", *PUBLISHED))
         if path.is_symlink() and (path.is_file() or is_named) and path.resolve().parent != folder.resolve():
             raise ValueError(f"{path} is a link to {path.resolve()}: copy the file if it is to be published")
@@ -83,7 +83,7 @@ def check_links(folder: Path) -> None:
 
 
 def _code(folder):
-    """Names of the modules that the Auto classes import from a folder, and of those that these import."""
+    """Names of the modules that the Auto classes import from a folder, with those that these import."""
     names = set()
     for path in folder.glob("*config.json"):
         names |= {f"{reference.split('.')[0]}.py" for reference in references_of(path)}
@@ -98,10 +98,10 @@ def _code(folder):
 
 
 def evaluate_if_needed(folder: Path) -> None:
-    """Write `evaluation.json` where there is none for these weights, on as much held-out text as training measured.
+    """Write a missing `evaluation.json` of the weights, on as much held-out text as in training.
 
     Raises:
-        ValueError: where only the user knows the text, where it is not what training held out, and for a folder without
+        ValueError: if the path of the text is not known, if the text is not the held-out text of the training, and for a folder without
             results.
     """
     if read_evaluation(folder) is not None:
@@ -127,10 +127,12 @@ def evaluate_if_needed(folder: Path) -> None:
 
 def main():
     parser = Parser(description="Put a folder that train.py wrote on the Hub.")
-    parser.add_argument("folder", type=Path, help="what train.py wrote")
-    parser.add_argument("--repo_id", required=True, help="its name on the Hub, as in me/my-model")
-    parser.add_argument("--private", action="store_true", help="nobody else sees it; of a new repository only")
-    parser.add_argument("--dry_run", action="store_true", help="make everything ready and show it, push nothing")
+    parser.add_argument("folder", type=Path, help="a folder that train.py wrote")
+    parser.add_argument("--repo_id", required=True, help="name on the Hub, as in me/my-model")
+    parser.add_argument(
+        "--private", action="store_true", help="create a private repository; has no effect on an existing one"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="prepare and list the files without uploading them")
     args = parser.parse_args()
 
     if args.folder.is_dir():
@@ -139,7 +141,7 @@ def main():
     elsewhere = from_elsewhere(args.folder)
     if elsewhere:
         raise ValueError(
-            f"{args.folder} has its code from {', '.join(elsewhere)}, and only what brings its own is published, as train.py saves it"
+            f"{args.folder} has its code from {', '.join(elsewhere)}, and only a folder with its own code is published, as train.py saves it"
         )
     evaluate_if_needed(args.folder)
     write_card(args.folder, repo_id=args.repo_id)
@@ -155,7 +157,7 @@ def main():
     if args.private and not api.model_info(args.repo_id).private:
         raise ValueError(f"--private: {args.repo_id} is there and public; nothing was pushed")
     operations = [CommitOperationAdd(path.name, path) for path in files]
-    # Of weights that were cut into other files the old ones would still be found, and before the new ones.
+    # Old shards of the weights would be loaded instead of the new ones.
     names = {path.name for path in files}
     old = [
         name for name in api.list_repo_files(args.repo_id) if Path(name).match("*.safetensors*") and "/" not in name

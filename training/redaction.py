@@ -1,4 +1,4 @@
-"""Tokens, keys and passwords stay out of figures, cards, logs and pushed files."""
+"""Removal of tokens, keys and passwords from figures, cards, logs and pushed files."""
 
 import os
 import re
@@ -15,25 +15,25 @@ HIDDEN = "<hidden>"
 SECRET_NAME = re.compile(
     r"(^|[_-])(token|key|secret|password)$", re.IGNORECASE
 )  # not --tokenizer_name, not --train_tokens
-# hf_..., or a JSON web token, whose parts stand between full stops; that of a sentence is none of it
+# hf_..., or a JSON web token, whose parts are separated by full stops; a full stop at the end of a sentence is not matched
 HUB_TOKEN = re.compile(r"\bhf_(?:(?:oauth|jwt)_[\w-]{8,}(?:\.[\w-]+)*|[A-Za-z0-9]{8,})")
-# https://user:password@host, also where it was taken for a path, which has no two slashes; C:/name@host is one
+# https://user:password@host, also with one slash, as in paths; not C:/name@host
 LOGIN = re.compile(r"(?:(?<=://)|(?<=\w\w:/))[^/\s@]+(?=@)")
 QUERY = re.compile(
     r"(?i)(?<=[?&])([\w-]*(?:token|key|secret|password|signature|sig)=)[^&\s\"']+"
 )  # https://host/?token=...
-LEAST = 6  # characters that a value from the environment has at least: shorter ones occur in any text
+LEAST = 6  # minimal length of a value from the environment: shorter ones occur in any text
 
 
 def redact(text: str) -> str:
-    """A text without the tokens of the Hub in it, logins and keys in addresses, and what secret environment variables hold."""
+    """A text in which tokens of the Hub, logins and keys in addresses, and values of secret environment variables are hidden."""
     for value in _secrets_of_environment():
         text = text.replace(value, HIDDEN)
     return QUERY.sub(rf"\1{HIDDEN}", LOGIN.sub(HIDDEN, HUB_TOKEN.sub(HIDDEN, text)))
 
 
 def redact_all(value):
-    """The same for all texts in what JSON can hold, of which numbers and quotes stay as they are."""
+    """Apply [`redact`] to all strings in a JSON value."""
     if isinstance(value, dict):
         return {redact_all(name): redact_all(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -42,17 +42,17 @@ def redact_all(value):
 
 
 def redact_message(message: str) -> str:
-    """The same for what argparse says, without the values of secret options in it."""
+    """Apply [`redact`] to a message of argparse, and hide values of secret options."""
     return redact(" ".join(redact_command(message.split(" "))))
 
 
 def _secrets_of_environment():
     found = [value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= LEAST]
-    return sorted(found, key=len, reverse=True)  # of two that begin alike the longer one first
+    return sorted(found, key=len, reverse=True)  # a longer value before its own beginning
 
 
 def redact_command(words: Iterable[str], secrets: Iterable[str | None] = ()) -> list[str]:
-    """The words of a command without the values of its secret options, without `secrets`, and each redacted."""
+    """The words of a command, in which values of secret options, `secrets` and everything that [`redact`] hides are hidden."""
     shown, is_value, secrets = [], False, [secret for secret in secrets if secret]
     for word in words:
         name, equals, _ = word.partition("=")
@@ -63,7 +63,7 @@ def redact_command(words: Iterable[str], secrets: Iterable[str | None] = ()) -> 
         elif is_secret and equals:
             word = f"{name}={HIDDEN}"
         is_value = is_secret and not equals
-        for secret in secrets:  # also after an option that was cut short, as argparse allows
+        for secret in secrets:  # also after an abbreviated option, which argparse allows
             if len(secret) >= LEAST:
                 word = word.replace(secret, HIDDEN)
             elif word == secret or word.endswith(f"={secret}"):
@@ -73,7 +73,7 @@ def redact_command(words: Iterable[str], secrets: Iterable[str | None] = ()) -> 
 
 
 def redact_errors() -> None:
-    """From now on the traceback of what ends this process is redacted."""
+    """Redact the traceback that ends this process."""
 
     def show(kind, error, trace):
         sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
@@ -82,7 +82,7 @@ def redact_errors() -> None:
 
 
 class Parser(ArgumentParser):
-    """An `ArgumentParser` of which no error shows a secret, nor what ends the process after it."""
+    """An `ArgumentParser` whose errors, and later tracebacks, contain no secrets."""
 
     def parse_args(self, *args, **kwargs):
         escape_unprintable()
@@ -94,13 +94,13 @@ class Parser(ArgumentParser):
 
 
 class CommandLine(HfArgumentParser):
-    """An `HfArgumentParser` after which nobody finds a secret in `sys.argv`, where trackers and our figures read the command."""
+    """An `HfArgumentParser` that removes secrets from `sys.argv`, which trackers and figures read."""
 
     def parse(self) -> tuple:
-        """The data classes.
+        """Parse the command line into the data classes.
 
         Raises:
-            ValueError: naming options that there are not, without their values.
+            ValueError: for unknown options; the message contains their names without values.
         """
         escape_unprintable()
         redact_errors()
@@ -115,5 +115,5 @@ class CommandLine(HfArgumentParser):
         return tuple(parsed)
 
     def error(self, message):
-        """Like argparse's, without secrets."""
+        """Like argparse's `error`, without secrets."""
         super().error(redact_message(message))

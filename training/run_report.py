@@ -44,7 +44,7 @@ def figures_of_training(
 
 
 def figures_of_quality(history: list[dict], after: dict, held_out: bytes) -> dict:
-    """Bits per byte before and after training, beside those of `bz2 -9`, and the last sample."""
+    """Bits per byte before and after training, with those of `bz2 -9`, and the last sample."""
     return {
         "bits_per_byte_before": bits_before(history),
         **after,
@@ -54,7 +54,7 @@ def figures_of_quality(history: list[dict], after: dict, held_out: bytes) -> dic
 
 
 def text_loss(entry: dict, names: list[str]) -> float:
-    """Loss of the text in a log entry: the sum of the named losses, or `loss` where there are none."""
+    """Loss of the text in a log entry: the sum of the named losses, or `loss` without them."""
     return sum(entry[name] for name in names if name in entry) if set(names) & set(entry) else entry["loss"]
 
 
@@ -64,7 +64,7 @@ def plot_curve(
     """Draw bits per byte by step, of training batches and of held-out text, with the figure of bz2."""
     import matplotlib
 
-    matplotlib.use("Agg")  # into a file, on machines without a screen as well
+    matplotlib.use("Agg")  # also without a display
     import matplotlib.pyplot as plt
 
     losses = [(entry["step"], text_loss(entry, text_losses)) for entry in history if "loss" in entry]
@@ -104,7 +104,7 @@ def runs_beside(folder: Path, results: dict) -> dict[str, float]:
             if path.parent.name != folder.name and other["held_out_sha256"] == results["held_out_sha256"]:
                 beside[path.parent.name] = float(other["bits_per_byte"])
         except (OSError, ValueError, TypeError, KeyError):
-            continue  # not ours
+            continue  # a file of another program
     return beside
 
 

@@ -13,9 +13,9 @@ from transformers import PreTrainedConfig, TrainingArguments
 from modeling_heptapod.multigrid.axis_registry import BUILTIN_AXES
 
 
-# Fields of a saved config that saving and training write, and that make no other model.
+# Fields of a saved config that saving and training write, and that do not define the model.
 OF_SAVING = {"architectures", "auto_map", "transformers_version", "use_cache"}
-OF_SAVING |= {"bos_token_id", "eos_token_id", "pad_token_id"}  # which Trainer takes from the tokenizer
+OF_SAVING |= {"bos_token_id", "eos_token_id", "pad_token_id"}  # set from the tokenizer
 
 
 @dataclass
@@ -54,7 +54,7 @@ def check_resumable(checkpoint: str, config: PreTrainedConfig, args: TrainingArg
     for each in (saved, ours):
         each["dtype"] = each.get("dtype") or "float32"
     if args.deepspeed_plugin is not None and (args.bf16 or args.fp16):
-        saved["dtype"] = ours["dtype"]  # DeepSpeed casts the weights, and saves what it cast them to
+        saved["dtype"] = ours["dtype"]  # DeepSpeed casts the weights, and saves their dtype
     differ = {
         name: (saved.get(name), ours.get(name))
         for name in (saved.keys() | ours.keys()) - OF_SAVING
@@ -67,7 +67,7 @@ def check_resumable(checkpoint: str, config: PreTrainedConfig, args: TrainingArg
         )
 
 
-# Of TrainingArguments, what decides how the weights change.
+# TrainingArguments that decide the weights.
 DECISIVE = """
     seed data_seed full_determinism learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay
     optim optim_args optim_target_modules adam_beta1 adam_beta2 adam_epsilon max_grad_norm neftune_noise_alpha bf16 fp16
@@ -91,13 +91,13 @@ def settings_of(
         "--block_size": objective.about.get("block_size"),
         "--packing": data_args.packing,
         "--streaming": data_args.streaming,
-        # Beyond what is held in memory, which the first of these digests is of.
+        # The whole corpus; the digest above covers the texts in memory.
         "--dataset_name (SHA-256 of its files' names and sizes)": data_args.streaming
         and digest_of(objective.train_dataset.texts.sizes()),
         "--per_device_train_batch_size x --gradient_accumulation_steps x processes": examples_per_step,
         **{f"--{name}": given[name] for name in DECISIVE if name in given},
     }
-    return json.loads(json.dumps(settings))  # as they are read again
+    return json.loads(json.dumps(settings))  # as they are read back
 
 
 def _definition_of(axis):
@@ -106,7 +106,7 @@ def _definition_of(axis):
 
 
 def digest_of(texts: list[str]) -> str:
-    """SHA-256 of texts and of where they end."""
+    """SHA-256 of texts and their lengths."""
     digest = hashlib.sha256()
     for text in texts:
         part = text.encode()

@@ -1,6 +1,6 @@
-"""Let a saved model write: `python training/sample.py outputs/leap-tiny --prompt "import os"`.
+"""Generate text with a saved model: `python training/sample.py outputs/leap-tiny --prompt "import os"`.
 
-Nothing of the package is imported: the folder brings its own code.
+The package is not imported, since the folder brings its own code.
 """
 
 import torch
@@ -16,8 +16,8 @@ def main():
     parser.add_argument(
         "--prompt", type=prompt_text, default="import os\nimport sys\n\n\nclass ", help="the text to continue"
     )
-    parser.add_argument("--max_new_tokens", type=whole(1), default=400, help="how much to write")
-    parser.add_argument("--seed", type=whole(0, NUMPY_SEEDS), default=0, help="another seed, another text")
+    parser.add_argument("--max_new_tokens", type=whole(1), default=400, help="number of tokens to generate")
+    parser.add_argument("--seed", type=whole(0, NUMPY_SEEDS), default=0, help="seed of the sampling")
     args = parser.parse_args()
 
     trust = may_run_code(args.folder, args.trust_remote_code)

@@ -1,7 +1,7 @@
-"""Let a saved MultiGrid write, with its axis ids below each line: `python training/sample_axes.py outputs/multigrid-tiny`.
+"""Generate text with a saved MultiGrid, with the axis ids below each line: `python training/sample_axes.py outputs/multigrid-tiny`.
 
-It writes twice from the same seed: with axis ids that the model predicts, and with those that its annotators give the
-text so far. Nothing of the package is imported: the folder brings its own code.
+Text is generated twice from the same seed: with predicted axis ids, and with annotated ones. The package is not imported, since
+the folder brings its own code.
 """
 
 import string
@@ -11,12 +11,12 @@ import torch
 from argument_checks import NUMPY_SEEDS, prompt_text, whole
 from loading import add_model_arguments, check_family, may_run_code
 from redaction import Parser
-from token_text import is_byte_level, readable
+from token_text import is_byte_level, one_column_each, readable
 from transformers import AutoModelForCausalLM, AutoProcessor, set_seed
 
 
 def letters_for(vocabulary: tuple[str, ...]) -> list[str]:
-    """A character for each entry of an axis: a blank for the first, else one of its own where that is still free."""
+    """A character for each entry of an axis: a blank for the first, a character of its name for another if one is free."""
     letters = [" "]
     for entry in vocabulary[1:]:
         letters.append(next((letter for letter in (*entry, *string.printable) if letter not in letters), "?"))
@@ -24,7 +24,7 @@ def letters_for(vocabulary: tuple[str, ...]) -> list[str]:
 
 
 def characters_of(processor, ids: list[int]) -> list[str]:
-    """What each token completes."""
+    """The characters that each token completes."""
     pending, characters = (), []
     for token in ids:
         new, pending = processor.new_characters(pending, token)
@@ -33,7 +33,7 @@ def characters_of(processor, ids: list[int]) -> list[str]:
 
 
 def characters_to_show(processor, ids: list[int]) -> list[str]:
-    """What each token completes, where the bytes of a byte-level tokenizer that make no character are seen as `\\xf0`."""
+    """The characters that each token completes; bytes of a byte-level tokenizer that form no character are written as `\\xf0`."""
     if not is_byte_level(processor.tokenizer):
         return characters_of(processor, ids)
     special, characters = set(processor.tokenizer.all_special_ids), [""] * len(ids)
@@ -46,7 +46,7 @@ def characters_to_show(processor, ids: list[int]) -> list[str]:
 
 
 def annotations_of(processor, characters: list[str]) -> list[list[int]]:
-    """What the annotators say of the same tokens, a row for each axis."""
+    """Annotated ids of the same tokens, a row for each axis."""
     rows = []
     for axis in processor.axes:
         state, row = axis.start(), []
@@ -58,7 +58,7 @@ def annotations_of(processor, characters: list[str]) -> list[list[int]]:
 
 
 def lines_with_tracks(processor, characters: list[str], tracks: list[list[int]]) -> str:
-    """The text line by line, and below each line what stands beside it on each axis."""
+    """The text line by line, each line above its letters on each axis. Unprintable characters are dots, so that columns align."""
     text = "".join(characters)
     rows = []
     for axis, track in zip(processor.axes, tracks):
@@ -67,20 +67,20 @@ def lines_with_tracks(processor, characters: list[str], tracks: list[list[int]])
     margin, start, output = max(len(name) for name, _ in rows) + 2, 0, []
     for line in text.split("\n"):
         here = slice(start, start + len(line))
-        output.append(" " * margin + line)
+        output.append(" " * margin + one_column_each(line))
         output += [f"{name:<{margin}}{row[here]}".rstrip() for name, row in rows if line]
         start += len(line) + 1
     return "\n".join(output)
 
 
 def main():
-    parser = Parser(description="Let a saved MultiGrid write, with its axis ids below each line.")
+    parser = Parser(description="Generate text with a saved MultiGrid, with the axis ids below each line.")
     add_model_arguments(parser)
     parser.add_argument(
         "--prompt", type=prompt_text, default="import os\nimport sys\n\n\nclass ", help="the text to continue"
     )
-    parser.add_argument("--max_new_tokens", type=whole(1), default=200, help="how much to write")
-    parser.add_argument("--seed", type=whole(0, NUMPY_SEEDS), default=0, help="another seed, another text")
+    parser.add_argument("--max_new_tokens", type=whole(1), default=200, help="number of tokens to generate")
+    parser.add_argument("--seed", type=whole(0, NUMPY_SEEDS), default=0, help="seed of the sampling")
     args = parser.parse_args()
 
     trust = may_run_code(args.folder, args.trust_remote_code)
@@ -110,8 +110,8 @@ def main():
             same = sum(track[place] == rule[place] for place in written) / len(written)
             most = max(Counter(rule[place] for place in written).values()) / len(written)
             print(
-                f"{axis.name}: {same:.0%} of the axis ids written are what the annotator says of the text "
-                f"(its most frequent one throughout: {most:.0%})"
+                f"{axis.name}: {same:.0%} of the generated axis ids equal the annotated ones "
+                f"(the most frequent one alone: {most:.0%})"
             )
 
 

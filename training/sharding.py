@@ -1,4 +1,4 @@
-"""Weights that are sharded over processes (FSDP2): what `Trainer` needs besides, to do it with our models and on CPUs."""
+"""A `Trainer` that shards weights over processes (FSDP2), also on CPUs."""
 
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
@@ -12,18 +12,18 @@ from transformers import EarlyStoppingCallback
 
 
 class ShardingTrainer(CleanPushes, WholeCheckpoints, NamedLossTrainer):
-    """A [`NamedLossTrainer`] for which `--fsdp` does what it says in three places where it does not otherwise.
+    """A [`NamedLossTrainer`] with three corrections of `--fsdp`, and stricter checkpoints and uploads.
 
-    On CPUs accelerate ignores it without a word and trains with DDP. What it saves is sharded on CPUs, and is saved with
-    the code of torch's wrapper in place of the model's. And methods beside `forward` and `generate` see sharded weights.
+    On CPUs accelerate ignores `--fsdp` without a warning and trains with DDP. Models are saved sharded on CPUs, and with the code of
+    torch's wrapper instead of the model's. Methods other than `forward` and `generate` are called with sharded weights.
 
-    With one process, too: a run that is resumed from its last step, or from where it stopped early, ends there, where
-    `Trainer` trains on; checkpoints are whole or not taken, see [`WholeCheckpoints`]; what is pushed is clean, see
-    [`CleanPushes`]; and no card is made of what `Trainer` knows.
+    In all runs: a run that is resumed at its last step, or at its early stop, ends there, where `Trainer` continues to train;
+    checkpoints are checked, see [`WholeCheckpoints`]; uploads contain no arguments, see [`CleanPushes`]; and `Trainer` writes no
+    model card.
     """
 
     def create_accelerator_and_postprocess(self):
-        """Like `Trainer`'s; on CPUs it then does what accelerate does elsewhere."""
+        """Like `Trainer`'s; on CPUs with the same setup as accelerate's on GPUs."""
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
         if not self.args.fsdp or state.distributed_type != DistributedType.MULTI_CPU:
@@ -50,7 +50,7 @@ class ShardingTrainer(CleanPushes, WholeCheckpoints, NamedLossTrainer):
         self.control.should_training_stop = True
 
     def create_model_card(self, *args, **kwargs):
-        """None: train.py fills the card when all figures are known."""
+        """Does nothing: train.py writes the card when all figures are known."""
 
     def save_model(self, output_dir=None, _internal_call=False):
         """Like `Trainer.save_model`. All processes must call it."""

@@ -1,9 +1,9 @@
-"""The model that a run starts from: untrained, of a configuration, or trained, with the tokenizer or processor of its folder."""
+"""Models at the start of a run: untrained from a configuration, or trained with the tokenizer or processor of its folder."""
 
 from pathlib import Path
 
 import torch
-from loading import load_processing_class, may_run_code
+from loading import SPECIAL_IDS, load_processing_class, may_run_code
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 import modeling_heptapod  # noqa: F401  registers our families with the Auto classes
@@ -18,7 +18,7 @@ def read_config(option: str, source: str, **options) -> PreTrainedConfig:
         options: fields that differ from those of the file.
 
     Raises:
-        ValueError: naming the option where there is none.
+        ValueError: naming the option, for a missing or invalid configuration.
     """
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
@@ -29,15 +29,15 @@ def read_config(option: str, source: str, **options) -> PreTrainedConfig:
 
 
 def read_processing_class(name: str, config: PreTrainedConfig, trust_remote_code: bool = False):
-    """The tokenizer or processor beside the weights of a model.
+    """Load the tokenizer or processor of a trained model.
 
     Args:
         name: the folder or name of the model.
-        config: of the model.
-        trust_remote_code: whether axes that a name on the Hub brings in files may run; those of a folder may.
+        config: configuration of the model.
+        trust_remote_code: whether code of axes from the Hub may run; that of a folder may.
 
     Raises:
-        ValueError: naming `--model_name_or_path` where there is none, or one that does not fit the model.
+        ValueError: naming `--model_name_or_path`, if there is none, or if it does not fit the model.
     """
     if Path(name).is_dir():
         trust_remote_code = may_run_code(name, trust_remote_code)
@@ -55,7 +55,7 @@ def read_processing_class(name: str, config: PreTrainedConfig, trust_remote_code
         found |= {"axis_names": processing_class.axis_names, "axis_vocab_sizes": processing_class.axis_vocab_sizes}
     for field, value in found.items():
         ours = getattr(config, field)
-        # A vocabulary may be filled up to a round size.
+        # A vocabulary may be padded to a round size.
         if value > ours if field == "vocab_size" else value != ours:
             raise ValueError(
                 f"--model_name_or_path {name}: `{field}` of the model is {ours}, of its tokenizer or axes {value}"
@@ -64,16 +64,20 @@ def read_processing_class(name: str, config: PreTrainedConfig, trust_remote_code
 
 
 def make_untrained(config_name: str, objective) -> PreTrainedModel:
-    """A model from its configuration, with what follows from the data in it."""
+    """An untrained model of a configuration, with the fields that follow from the data."""
     config = read_config("--config_name", config_name, **objective.config_options)
     model = objective.auto_class.from_config(config)
     if Path(config_name, "generation_config.json").is_file():
         model.generation_config = type(model.generation_config).from_pretrained(config_name)
+    tokenizer = getattr(objective.processing_class, "tokenizer", objective.processing_class)
+    for name in SPECIAL_IDS:  # Trainer would set them, too, and warn
+        for each in (model.config, model.generation_config):
+            setattr(each, name, getattr(tokenizer, name))
     return model
 
 
 def load_trained(name: str, objective) -> PreTrainedModel:
-    """A model with its weights, in float32.
+    """A trained model in float32.
 
     Raises:
         ValueError: naming `--model_name_or_path` for an adapter alone, and for the weights of another head.

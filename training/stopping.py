@@ -1,4 +1,4 @@
-"""Runs that end before their last step: by the clock, or because somebody asks them to."""
+"""Runs that end before their last step: by the clock or by a signal."""
 
 import signal
 import time
@@ -9,15 +9,15 @@ from transformers import TrainerCallback
 
 
 class Ending(TrainerCallback):
-    """Ends training after the step in which time runs out or a signal came, in all processes after the same one, and saves.
+    """Callback that ends training and saves after the step in which time runs out or a signal arrives, the same step in all processes.
 
     Args:
-        seconds: that training may take, with evaluations and all else; `None`: as long as it takes.
-        used: of them by the runs that this one goes on from.
+        seconds: limit of the training, evaluations included; `None` for no limit.
+        used: seconds used by the runs before the resumed checkpoint.
 
     Attributes:
         by_clock (`bool`): whether time ran out.
-        signal (`int` or `None`): of any process.
+        signal (`int` or `None`): signal that any process received.
     """
 
     def __init__(self, seconds: float | None = None, used: float = 0.0):
@@ -28,17 +28,17 @@ class Ending(TrainerCallback):
 
     @property
     def seconds_used(self) -> float:
-        """Of training, by this run and those before it."""
+        """Seconds of training, by this run and those before it."""
         return self.used + time.monotonic() - self._began
 
     @property
     def has_ended(self) -> bool:
-        """Whether there are to be no more steps."""
+        """Returns whether training ends."""
         return self.by_clock or self.signal is not None
 
     @contextmanager
     def signals(self):
-        """While in the block, SIGTERM and Ctrl-C wait for the end of the step. A second Ctrl-C does not."""
+        """Context manager in which SIGTERM and Ctrl-C take effect at the end of the step. A second Ctrl-C takes effect at once."""
 
         def note(number, frame):
             if number == signal.SIGINT and self._was_interrupted:
@@ -54,7 +54,7 @@ class Ending(TrainerCallback):
                 signal.signal(number, handler)
 
     def agree(self, args) -> None:
-        """Make what one process has seen known to all, which must call this together."""
+        """Share time-outs and signals between all processes, which must call this together."""
         is_over = self.seconds is not None and self.seconds_used >= self.seconds
         seen = [self._seen, int(is_over)]
         if args.world_size > 1:

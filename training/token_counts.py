@@ -1,22 +1,22 @@
-"""How much of the text the steps of a run read."""
+"""Number of examples that the steps of a run read."""
 
 from transformers import TrainingArguments
 
 
 class Reading:
-    """Examples that optimizer steps read, in all processes together.
+    """Number of examples that optimizer steps read, in all processes together.
 
-    The last step of an epoch may be short. Several processes have full batches all the same: accelerate fills up the last
+    The last step of an epoch may be short. Several processes always have full batches: accelerate fills the last
     ones with the first examples of the epoch.
 
     Args:
-        examples (`int`): of an epoch.
-        args: sizes of batches and the number of processes.
+        examples (`int`): number of examples of an epoch.
+        args: the training arguments.
 
     Attributes:
-        per_step (`int`): of a step that is not short.
-        per_epoch (`int`): with those that are read again.
-        steps (`int`): of an epoch.
+        per_step (`int`): examples of a step that is not short.
+        per_epoch (`int`): examples of an epoch, repeated ones included.
+        steps (`int`): steps of an epoch.
     """
 
     def __init__(self, examples: int, args: TrainingArguments):
@@ -27,11 +27,11 @@ class Reading:
         self.steps = -(-batches // args.gradient_accumulation_steps)
 
     def examples_in(self, steps: int) -> int:
-        """Of the first `steps` steps of a run."""
+        """Number of examples in the first `steps` steps of a run."""
         epochs, more = divmod(steps, self.steps)
         return epochs * self.per_epoch + more * self.per_step
 
     def steps_for(self, examples: int) -> int:
-        """The least number of steps that read so many."""
+        """The smallest number of steps that read as many examples."""
         epochs, more = divmod(examples, self.per_epoch)
         return epochs * self.steps + -(-more // self.per_step)

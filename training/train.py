@@ -1,4 +1,4 @@
-"""Train a language model on text, measure it in bits per byte, and leave a folder that is ready to be pushed.
+"""Train a language model on text, evaluate it in bits per byte, and write a folder that is ready to be pushed.
 
     python training/train.py --config_name configs/leap-tiny --output_dir outputs/leap-tiny --train_minutes 3
     torchrun --nproc_per_node 2 training/train.py ...    # several processes, --fsdp to shard the weights over them
@@ -10,12 +10,18 @@ given as well; `--help` lists them.
 import gc
 
 
-gc.disable()  # until all is imported, which makes many objects and no garbage: half a second of the start
+gc.disable()  # during the imports, which create many objects and no garbage: half a second of the start
 
-from argument_checks import check_can_write, check_number, check_training_arguments, need
+from argument_checks import (
+    check_can_write,
+    check_number,
+    check_training_arguments,
+    need,
+    pin_memory_for_devices_only,
+)
 
 
-need("train", "accelerate", "evaluate", "matplotlib", "jinja2", "psutil")  # the last three only when all is trained
+need("train", "accelerate", "evaluate", "matplotlib", "jinja2", "psutil")  # the last three are imported after training
 
 import copy
 import dataclasses
@@ -63,16 +69,16 @@ from transformers import (
 from transformers.utils import is_torch_bf16_gpu_available
 
 
-gc.freeze()  # nor is any of it ever garbage: another second
+gc.freeze()  # imported objects are never garbage: another second
 gc.enable()
 
 
-TIMED_SHARE = 0.1  # of --train_minutes, for finding out what fits into them
+TIMED_SHARE = 0.1  # share of --train_minutes in which steps are timed
 
 
 @dataclass
 class ModelArguments:
-    """What to train, and for how long."""
+    """Arguments for the model and the length of training."""
 
     model_name_or_path: str | None = field(
         default=None,
@@ -89,18 +95,18 @@ class ModelArguments:
     )
     trust_remote_code: bool = field(
         default=False,
-        metadata={"help": "Run the axes that the name on the Hub in --model_name_or_path brings in files."},
+        metadata={"help": "Run the code of axes of a --model_name_or_path on the Hub."},
     )
     train_minutes: float | None = field(
         default=None,
         metadata={
-            "help": "Sets --max_steps to what fits into these minutes, by timing the first steps of a copy, and ends by the clock "
-            "where that takes longer, with evaluations and all else."
+            "help": "Sets --max_steps to the number that fits into these minutes, from the time of the first steps of a copy, and stops "
+            "by the clock if training with evaluations takes longer."
         },
     )
     train_tokens: int | None = field(
         default=None,
-        metadata={"help": "Sets --max_steps to what it takes to read this many tokens, or cells, in all processes."},
+        metadata={"help": "Sets --max_steps to the number that reads this many tokens, or cells, in all processes."},
     )
     early_stopping_patience: int | None = field(
         default=None,
@@ -110,22 +116,22 @@ class ModelArguments:
     )
     bf16_if_fast: bool = field(
         default=False,
-        metadata={"help": "--bf16 if this device multiplies bfloat16 matrices in hardware, else float32."},
+        metadata={"help": "Sets --bf16 if this device has matrix units for bfloat16, else float32 is used."},
     )
 
 
 def has_bf16_matrix_units(device: torch.device) -> bool:
-    """Whether bfloat16 autocast is worth it: a GPU that supports it or a CPU with AMX."""
+    """Returns whether a device has matrix units for bfloat16: a GPU that supports it, or a CPU with AMX."""
     if device.type == "cpu":
         return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
     return is_torch_bf16_gpu_available()
 
 
 def choose_precision(model_args: ModelArguments, training_args: TrainingArguments) -> TrainingArguments:
-    """The training arguments, with bf16 set if `--bf16_if_fast` asks for it and the device is up to it."""
+    """The training arguments, with bf16 for `--bf16_if_fast` on a device with matrix units for it."""
     if not model_args.bf16_if_fast or not has_bf16_matrix_units(training_args.device):
         return training_args
-    # TrainingArguments rejects bf16 on a CPU unless it is told that the CPU is meant.
+    # TrainingArguments rejects bf16 on a CPU without `use_cpu`.
     return dataclasses.replace(training_args, bf16=True, use_cpu=training_args.device.type == "cpu")
 
 
@@ -161,7 +167,7 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
     lengths["--max_steps"] = args.max_steps if args.max_steps > 0 else None
     given = [name for name, value in lengths.items() if value is not None]
     if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} say how long to train; give one of them")
+        raise ValueError(f"{' and '.join(given)} all set the length of training; give one of them")
     if data_args.streaming and not given and args.resume_from_checkpoint is None:
         raise ValueError(
             "--streaming needs --max_steps, --train_tokens or --train_minutes: a stream has no known length"
@@ -187,15 +193,15 @@ def choose_checkpoint(args: TrainingArguments) -> str | None:
 
 
 def patience_spent(checkpoint: str) -> int:
-    """Number of evaluations before a checkpoint that were no better than the best; 0 for a run that did not count them."""
+    """Number of evaluations before a checkpoint that were no better than the best; 0 without early stopping."""
     saved = state_of(checkpoint)["stateful_callbacks"]
     return saved.get("EarlyStoppingCallback", {}).get("attributes", {}).get("early_stopping_patience_counter", 0)
 
 
 def steps_within(minutes: float, model: PreTrainedModel, args: TrainingArguments, train_dataset) -> int:
-    """Number of optimizer steps that fit into `minutes`. A few are timed on a copy of the model, in a tenth of the time at most.
+    """Number of optimizer steps that fit into `minutes`, from the time of a few steps of a copy, at most a tenth of `minutes`.
 
-    Known beforehand, the number of steps gives a learning-rate schedule that a resumed run repeats exactly.
+    A number that is known beforehand gives a learning-rate schedule that a resumed run repeats exactly.
     """
     check_number("--train_minutes", minutes, above=0)
     args = copy.copy(args)
@@ -224,7 +230,7 @@ def choose_metrics(args: TrainingArguments) -> None:
     args.include_for_metrics = ["loss"]
     if args.load_best_model_at_end and args.metric_for_best_model == "loss":
         args.metric_for_best_model = "bits_per_byte"
-    args.greater_is_better = False  # in every metric there is
+    args.greater_is_better = False  # in all metrics
 
 
 def base_model_of(model_args: ModelArguments) -> str | None:
@@ -257,7 +263,7 @@ def make_model(model_args: ModelArguments, objective, args: TrainingArguments) -
     """Make or load the model to train.
 
     Raises:
-        ValueError: naming the option for one that cannot be loaded, or that `Trainer` could not resume.
+        ValueError: naming the option, for a model that cannot be loaded or that `Trainer` could not resume.
     """
     if model_args.model_name_or_path is not None:
         model = load_trained(model_args.model_name_or_path, objective)
@@ -276,7 +282,7 @@ def examples_of(corpus: Corpus, args: TrainingArguments) -> int:
     """Number of examples of an epoch. For a stream, which has no end, that of one step.
 
     Raises:
-        ValueError: naming `--dataloader_drop_last` where it leaves none.
+        ValueError: naming `--dataloader_drop_last`, if it leaves none.
     """
     batch = args.train_batch_size * args.world_size
     examples = batch * args.gradient_accumulation_steps if corpus.streamed else len(corpus.objective.train_dataset)
@@ -292,7 +298,7 @@ def resume(checkpoint: str, run: dict, config: PreTrainedConfig, args: TrainingA
     """Set length and schedule to those of the run that saved a checkpoint.
 
     Returns:
-        The step of the checkpoint, and the seconds of training before it.
+        Step of the checkpoint, and seconds of training before it.
 
     Raises:
         ValueError: naming the settings that differ from those of that run.
@@ -301,7 +307,7 @@ def resume(checkpoint: str, run: dict, config: PreTrainedConfig, args: TrainingA
     check_same_run(checkpoint, run, args.resume_from_checkpoint == "last")
     saved, state = read_run(Path(checkpoint)), state_of(checkpoint)
     run["length"] = saved.get("length", run["length"])
-    # The schedule of the run that is being resumed, not one that is measured anew.
+    # The schedule of the resumed run, not a new one.
     scheduled = state["max_steps"]
     if args.max_steps not in (-1, scheduled):
         raise ValueError(f"--max_steps {args.max_steps}: the run that is resumed has a schedule of {scheduled} steps")
@@ -325,7 +331,7 @@ def early_stopping(patience: int | None, checkpoint: str | None) -> list[EarlySt
     if patience is None:
         return []
     stopping = EarlyStoppingCallback(patience)
-    if checkpoint is not None:  # evaluations that were counted before
+    if checkpoint is not None:  # continue its count
         stopping.early_stopping_patience_counter = patience_spent(checkpoint)
     return [stopping]
 
@@ -354,7 +360,7 @@ def train(trainer: ShardingTrainer, ending: Ending, checkpoint: str | None, igno
     """
     args = trainer.args
     with ending.signals() if args.save_strategy != "no" else nullcontext():
-        # No evaluation before this line: Trainer would take the model for wrapped, and train each process on its own.
+        # No evaluation before this line: Trainer would regard the model as wrapped, and train each process separately.
         train_result = trainer.train(resume_from_checkpoint=checkpoint, ignore_keys_for_eval=ignore_keys)
         ending.agree(args)
     steps = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
@@ -362,7 +368,7 @@ def train(trainer: ShardingTrainer, ending: Ending, checkpoint: str | None, igno
         if trainer.is_world_process_zero():
             name = signal.Signals(ending.signal).name
             print(
-                f"ended by {name} after {steps}: --resume_from_checkpoint last goes on from there, in {args.output_dir}"
+                f"ended by {name} after {steps}: --resume_from_checkpoint last continues from there, in {args.output_dir}"
             )
         raise SystemExit(128 + ending.signal)
     if ending.by_clock and trainer.state.global_step < trainer.state.max_steps and trainer.is_world_process_zero():
@@ -374,8 +380,8 @@ def save_and_measure(trainer: ShardingTrainer, objective, use_cache: bool | None
     """Save model, code, tokenizer and generation config, then measure the model.
 
     Args:
-        trainer: after training.
-        objective: of the model.
+        trainer: the trainer after training.
+        objective: objective of the model.
         use_cache: value in the config before training, which `Trainer` has changed.
 
     Returns:
@@ -385,7 +391,7 @@ def save_and_measure(trainer: ShardingTrainer, objective, use_cache: bool | None
     set_use_cache(model.config, use_cache)
     trainer.save_model()
     set_use_cache(model.config, training_args.use_cache)
-    precision = precision_of(training_args, model)  # of the training: --bf16_full_eval casts the weights
+    precision = precision_of(training_args, model)  # before --bf16_full_eval casts the weights
     after = objective.evaluate(trainer)
     set_use_cache(model.config, use_cache)
     return precision, after
@@ -420,6 +426,7 @@ def main():
 def run_with(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
     """Train from text, and write a folder that is ready to be pushed."""
     training_args = choose_precision(model_args, training_args)
+    pin_memory_for_devices_only(training_args)
     choose_metrics(training_args)
     checkpoint = choose_checkpoint(training_args)
     if checkpoint is not None:
@@ -444,7 +451,7 @@ def run_with(model_args: ModelArguments, data_args: DataArguments, training_args
     else:
         set_max_steps(model_args, training_args, reading, corpus.objective, model)
 
-    # Training; the model is saved before it is measured, so that an error there costs no training
+    # Training; the model is saved before its evaluation, so that an error there loses no training
     minutes, use_cache = run["length"].get("--train_minutes"), getattr(model.config, "use_cache", None)
     speed, ending = Speed(), Ending(minutes and minutes * 60, seconds_used)
     callbacks = [Samples(corpus.objective.sample), speed, ending, BestCheckpoint(checkpoint)]

@@ -21,10 +21,10 @@ def state_of(checkpoint: str) -> dict:
 
 
 class BestCheckpoint(TrainerCallback):
-    """Forgets the best checkpoint of a resumed run where it is gone or damaged, so that a later one is chosen.
+    """Drops the best checkpoint of a resumed run if it is missing or damaged, so that a later one is chosen.
 
     Args:
-        checkpoint: the one that is resumed, if any.
+        checkpoint: the resumed checkpoint, if any.
     """
 
     def __init__(self, checkpoint: str | None):
@@ -38,22 +38,22 @@ class BestCheckpoint(TrainerCallback):
             return
         here = Path(args.output_dir, Path(best).name)
         damages = {}
-        for folder in (best, here):  # the output may have been moved
+        for folder in (best, here):  # the output folder may have been moved
             damages[folder] = damage_of(Path(folder), args.world_size)
             if damages[folder] is None:
                 state.best_model_checkpoint = str(folder)
                 return
         logger.warning(
-            f"--load_best_model_at_end: {here}, the best so far, is no whole checkpoint ({damages[here]}): the best of those "
-            "to come is taken"
+            f"--load_best_model_at_end: {here}, the best so far, is not a complete checkpoint ({damages[here]}): the best later one "
+            "is used"
         )
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
 
 class Samples(TrainerCallback):
-    """At each evaluation a sample of what the model writes, printed and among the log's entries.
+    """Prints and logs a sample of the model at each evaluation.
 
-    It draws from a seed of its own, so that training goes as it would without it.
+    The sample has its own seed, so that training does not depend on it.
     """
 
     def __init__(self, sample):
@@ -61,7 +61,7 @@ class Samples(TrainerCallback):
 
     def on_evaluate(self, args, state, control, model, metrics=None, **kwargs):
         if not all(math.isfinite(value) for value in (metrics or {}).values()):
-            return  # of a model that gives no numbers nothing can be drawn
+            return  # without finite logits there is no sample
         was_training = model.training
         model.eval()
         with torch.random.fork_rng(), torch.no_grad():
@@ -74,11 +74,11 @@ class Samples(TrainerCallback):
 
 
 class Speed(TrainerCallback):
-    """How long it took from the start of this process until its first optimizer step was done, and from then on.
+    """Time from the start of the process to the end of its first optimizer step, and of later steps.
 
     Attributes:
         seconds (`float`): to the end of the first step.
-        later_seconds (`float`): that those after it took, without evaluating and saving.
+        later_seconds (`float`): of the steps after it, without evaluating and saving.
     """
 
     seconds = None

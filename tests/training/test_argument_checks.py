@@ -1,7 +1,9 @@
 """Options that make no sense, missing packages and missing folders are named before any work."""
 
+import ast
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -18,6 +20,7 @@ from argument_checks import (
     check_number,
     check_training_arguments,
     need,
+    pin_memory_for_devices_only,
     prompt_text,
 )
 from loading import check_family, check_folder, may_run_code
@@ -288,7 +291,7 @@ def test_code_that_a_tokenizer_takes_from_elsewhere_is_seen(file, tmp_path):
 def test_missing_packages_are_named_with_their_extra(monkeypatch):
     need("train", "json", "torch")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"needs matplotlib, not_there, which the extra `train` brings.*\[train\]"):
+    with pytest.raises(ImportError, match=r"needs matplotlib, not_there, which the extra `train` installs.*\[train\]"):
         need("train", "json", "matplotlib", "not_there")
 
 
@@ -315,7 +318,7 @@ def test_scripts_say_what_they_need_before_they_begin(script, monkeypatch):
     for module in modules:
         monkeypatch.setitem(sys.modules, module, None)
     source = (SCRIPTS / f"{script}.py").read_text(encoding="utf-8")
-    with pytest.raises(ImportError, match=f"{', '.join(modules)}, which the extra `{extra}` brings"):
+    with pytest.raises(ImportError, match=f"{', '.join(modules)}, which the extra `{extra}` installs"):
         exec(
             compile(source, f"{script}.py", "exec"), {"__name__": script, "__file__": __file__, "__doc__": "one\nline"}
         )
@@ -403,6 +406,38 @@ def test_arguments_that_trainer_would_take_are_named(name, value, tmp_path):
     setattr(args, name, value)
     with pytest.raises(ValueError, match=f"--{name} must be .*, got {value}"):
         check_training_arguments(args)
+
+
+def test_memory_is_not_pinned_without_a_device(tmp_path):
+    """torch would warn of it at each start."""
+    args = train.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    assert args.dataloader_pin_memory
+    pin_memory_for_devices_only(args)
+    assert args.dataloader_pin_memory is False
+
+
+def imports_of(script, seen):
+    """Names of modules in the order in which a script imports them, those of modules beside it included."""
+    for node in ast.parse(script.read_text(encoding="utf-8")).body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in [node.module] if isinstance(node, ast.ImportFrom) else names:
+            ours = next(
+                (path for path in (script.parent / f"{name}.py", SCRIPTS / f"{name}.py") if path.exists()), None
+            )
+            if ours is None:
+                yield name.split(".")[0]
+            elif ours not in seen:
+                seen.add(ours)
+                yield from imports_of(ours, seen)
+                yield ours.stem
+
+
+@pytest.mark.parametrize(
+    "script", [path for path in SCRIPTS.rglob("*.py") if "__main__" in path.read_text()], ids=lambda path: path.stem
+)
+def test_scripts_import_argument_checks_before_transformers(script):
+    before = list(itertools.takewhile(lambda name: name != "argument_checks", imports_of(script, set())))
+    assert {"transformers", "modeling_heptapod", "accelerate", "peft", "lm_eval", "datasets"}.isdisjoint(before)
 
 
 def test_scripts_do_not_show_warnings_of_torchao():

@@ -91,12 +91,14 @@ def test_what_is_damaged_is_named_and_the_one_before_taken(harm, has_checksums, 
     harm, named = HARMS[harm]
     harm(folder / "checkpoint-4")
     assert find_checkpoint("last", str(folder)) == str(folder / "checkpoint-2")
-    assert re.search(f"{folder / 'checkpoint-4'} is no whole checkpoint and is passed over: {named}", caplog.text)
-    with pytest.raises(ValueError, match=f"--resume_from_checkpoint .*checkpoint-4 is no whole checkpoint: {named}"):
+    assert re.search(f"{folder / 'checkpoint-4'} is not complete and is skipped: {named}", caplog.text)
+    with pytest.raises(
+        ValueError, match=f"--resume_from_checkpoint .*checkpoint-4 is not a complete checkpoint: {named}"
+    ):
         find_checkpoint(str(folder / "checkpoint-4"), str(folder))
     shutil.rmtree(folder / "checkpoint-2")
     assert find_checkpoint("last", str(folder)) is None
-    assert f"there is no whole checkpoint in {folder}, so training begins anew" in caplog.text
+    assert f"there is no complete checkpoint in {folder}, so training starts from the beginning" in caplog.text
 
 
 def test_a_changed_byte_is_seen(folder):
@@ -116,9 +118,9 @@ def test_checksums_are_of_all_files(saved):
 def test_where_there_is_nothing_training_begins(tmp_path, caplog):
     """As after a kill before the first checkpoint, or in a loop that always resumes the last."""
     assert find_checkpoint("last", str(tmp_path / "nothing")) is None
-    assert "so training begins anew" in caplog.text
+    assert "so training starts from the beginning" in caplog.text
     with pytest.raises(
-        ValueError, match=r"--resume_from_checkpoint .*missing is no whole checkpoint: trainer_state\.json"
+        ValueError, match=r"--resume_from_checkpoint .*missing is not a complete checkpoint: trainer_state\.json"
     ):
         find_checkpoint(str(tmp_path / "missing"), str(tmp_path))
 
@@ -189,7 +191,7 @@ def test_a_best_checkpoint_is_taken_where_it_is_whole(harm, folder, caplog):
         assert best == (3, 1.5, None) and not caplog.text
     else:
         assert best == (None, None, None)
-        assert "checkpoint-2, the best so far, is no whole checkpoint" in caplog.text
+        assert "checkpoint-2, the best so far, is not a complete checkpoint" in caplog.text
 
 
 def test_what_is_no_folder_is_no_checkpoint(tmp_path):
@@ -222,7 +224,7 @@ def test_what_was_cut_off_is_not_of_another_run(folder, caplog):
         (checkpoint / CHECKSUMS).unlink()
         (checkpoint / "trainer_state.json").unlink()
     check_begins_alone(str(folder), None)
-    assert caplog.text.count("counts for none: trainer_state.json is missing") == 2
+    assert caplog.text.count("is ignored: trainer_state.json is missing") == 2
 
 
 def test_models_without_their_optimizer_are_not_taken_for_cut_off(folder):
@@ -291,7 +293,7 @@ def test_shards_are_recognised_without_a_word_of_the_run(folder, caplog):
     checkpoint = folder / "checkpoint-4"
     (checkpoint / RUN).unlink()
     check_same_run(str(checkpoint), HERE, is_last=True)
-    assert "does not say what it was trained with" in caplog.text
+    assert "has no record of its settings" in caplog.text
     (checkpoint / "pytorch_model_fsdp_0").mkdir()
     with pytest.raises(ValueError, match="was saved with --fsdp"):
         check_same_run(str(checkpoint), HERE, is_last=True)
@@ -352,7 +354,7 @@ def test_a_full_disk_during_the_first_checkpoint(tmp_path):
         (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
         assert (checkpoint / "config.json").is_file() and damage_of(checkpoint) is not None
         process = run(SCRIPTS / "train.py", *command, *more)
-        assert process.returncode == 0 and "is no whole checkpoint" in process.stderr, process.stderr
+        assert process.returncode == 0 and "is not a complete checkpoint" in process.stderr, process.stderr
         assert (tmp_path / "out" / "results.json").is_file()
         shutil.rmtree(tmp_path / "out")
 

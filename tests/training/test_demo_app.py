@@ -14,14 +14,16 @@ import gradio
 import pytest
 import torch
 from corpora import build_tokenizer
-from demo_app import _shown, build_app, is_own, launch, saved_folders
-from demo_models import ALL_SHOWN, HOLE, Loaded, describe, fill, lay_out, load, look, write
+from demo_app import _on_page, build_app, is_own, launch, saved_folders
+from demo_models import ALL_SHOWN, MASK, Loaded, describe, fill, load, look, typed_page, write
 from demo_views import CSS, LINES_SHOWN, TOKENS_SHOWN, ink_on, show_page, show_tracks, show_weights, step_colours
-from sample_axes import characters_to_show
+from sample_axes import characters_to_show, lines_with_tracks
 from token_text import readable
 from transformers import AutoTokenizer, TextIteratorStreamer
 
 from modeling_heptapod import HeptapodProcessor, MultiGridProcessor
+from modeling_heptapod.heptapod.processing_heptapod import REGIONS
+from modeling_heptapod.heptapod.samplers import MASK_SCHEDULES, SAMPLERS
 from tests.tiny_heptapod import tiny_heptapod
 from tests.tiny_hierarchical_lm import tiny_hierarchical_lm
 from tests.tiny_leap import tiny_leap
@@ -34,7 +36,7 @@ AXES = MultiGridProcessor(PLAIN, ["token_kind", "bracket"])
 COMMON = {"vocab_size": len(PLAIN), "pad_token_id": PLAIN.pad_token_id}
 HEIGHT, WIDTH = 5, 12
 PROMPT = "if a < b:\n"
-PAGE = f"def f(x):\n    {HOLE * 6} x\n"
+PAGE = f"def f(x):\n    {MASK * 6} x\n"
 CAUSAL = ["leap", "additive", "hierarchical_lm", "multigrid", "axes"]
 OCTOPUS = "\U0001f419"  # four bytes, f0 9f 90 99
 
@@ -115,6 +117,13 @@ def test_tracks_stand_below_the_text(loaded, axis_source):
     assert all(f"<b>{name}</b>" in tracks for name in ("token_kind", "bracket"))
 
 
+def test_columns_of_tracks_are_those_of_the_text():
+    """A tab, an escape and a character that breaks lines take one column each, as their ids do."""
+    lines = lines_with_tracks(AXES, list("a\tb\x1b\r\u2028(c\nd"), [[1] * 10, [2] * 10]).split("\n")
+    assert lines[0].strip() == "a\u00b7b\u00b7\u00b7\u00b7(c" and lines[3].strip() == "d"
+    assert {len(line) for line in lines[:3]} == {len(lines[0])}
+
+
 def test_only_models_with_axes_have_tracks(leap):
     assert {tracks for _, tracks in write(leap, PROMPT, 6)} == {""}
 
@@ -182,7 +191,7 @@ def test_a_long_text_is_looked_at_in_part():
     for here, first, last in ((len(ids) - 1, 501, 2500), (2099, 101, 2100), (3, 1, 2000)):
         html = show_weights(PLAIN, ids, [("layer 1", weights)], here)
         assert html.count("title=") == TOKENS_SHOWN
-        assert f"layer 1; tokens {first:,} to {last:,} of 2,500 are shown, 20% of the weight lies on others" in html
+        assert f"layer 1; tokens {first:,} to {last:,} of 2,500 are shown, the others have 20% of the weight" in html
         places = [place for place, span in enumerate(re.findall("<span[^>]*title[^>]*>", html)) if "here" in span]
         assert places == [here + 1 - first]
     assert "are shown" not in show_weights(PLAIN, ids[:TOKENS_SHOWN], [("layer 1", weights[:TOKENS_SHOWN])], 0)
@@ -246,8 +255,8 @@ def test_bytes_of_a_split_character(leap, grid):
     )
     html = show_page(grid.processor, page[None], "")
     rows = [re.findall("<i.*?>(.*?)</i>", row) for row in re.findall("<div><i.*?</div>", html)]
-    assert rows == [["a", OCTOPUS, " "], [" "] * 3, [r"\xc3", " ", r"\xa9"], ["\u21b5", "\u00b7", " "]]
-    assert html.count('class="given byte"') == 2
+    assert rows == [["a", OCTOPUS, " "], [" "] * 3, ["c3", " ", "a9"], ["\u21b5", "\u00b7", " "]]
+    assert html.count('class="given byte"') == 2 and "a byte that forms no character" in html
 
 
 def test_tracks_of_a_long_text_are_shown_in_part():
@@ -313,19 +322,27 @@ def test_colours_of_ours_outrank_those_of_gradio():
     [
         ("leap", lambda it: look(it, PROMPT, head=5), r"^Head must lie between 0 and \d, got 5\.$"),
         ("leap", lambda it: look(it, PROMPT, head=-1), r"^Head must lie between 0 and \d, got -1\.$"),
-        ("leap", lambda it: look(it, PROMPT, position=11), r"^Token that looks must lie between 0 and 10, got 11\.$"),
-        ("leap", lambda it: look(it, PROMPT, position=-1), "^Token that looks must"),
+        (
+            "leap",
+            lambda it: look(it, PROMPT, position=11),
+            r"^Position that attends must lie between 0 and 10, got 11\.$",
+        ),
+        ("leap", lambda it: look(it, PROMPT, position=-1), "^Position that attends must"),
         ("leap", lambda it: look(it, ""), "^The prompt is empty"),
         ("leap", lambda it: list(write(it, "")), "^The prompt is empty"),
         ("leap", lambda it: list(write(it, PROMPT, seed=-1)), "^Seed must lie between 0 and 4,294,967,295, got -1"),
         ("leap", lambda it: list(write(it, PROMPT, seed=2**32)), "^Seed must lie between"),
-        ("absolute", lambda it: look(it, "a" * 513), "513 tokens, and this model has places for 512 only"),
-        ("absolute", lambda it: list(write(it, "a" * 500, 14)), "500 tokens and 14 new ones, .* let it write less"),
-        ("axes", lambda it: list(write(it, "a" * 100, 30)), "100 tokens and 30 new ones, .* places for 128 only"),
-        ("heptapod", lambda it: lay_out(it, "no hole"), f"^No cell is masked: put {HOLE}"),
-        ("heptapod", lambda it: lay_out(it, "\n" * 9 + HOLE), "takes 10 rows of 12 cells, and the page has 5"),
-        ("heptapod", lambda it: lay_out(it, HOLE * 61), "takes 6 rows of 12 cells"),
-        ("heptapod", lambda it: lay_out(it, "\0"), "zero byte"),
+        ("absolute", lambda it: look(it, "a" * 513), "513 tokens, and this model has 512 positions"),
+        (
+            "absolute",
+            lambda it: list(write(it, "a" * 500, 14)),
+            "500 tokens and 14 new ones, .* 512 positions: .* fewer new tokens",
+        ),
+        ("axes", lambda it: list(write(it, "a" * 100, 30)), "100 tokens and 30 new ones, .* 128 positions"),
+        ("heptapod", lambda it: typed_page(it, "no hole"), f"^No cell is masked: put {MASK}"),
+        ("heptapod", lambda it: typed_page(it, "\n" * 9 + MASK), "takes 10 rows of 12 cells, and the page has 5"),
+        ("heptapod", lambda it: typed_page(it, MASK * 61), "takes 6 rows of 12 cells"),
+        ("heptapod", lambda it: typed_page(it, "\0"), "zero byte"),
         ("heptapod", lambda it: list(fill(it, PAGE, seed=-1)), "^Seed must lie"),
         ("heptapod", lambda it: load(""), "^No model is chosen"),
     ],
@@ -358,14 +375,14 @@ def test_errors_reach_the_page():
             raise error
 
         with pytest.raises(gradio.Error) as raised:
-            list(_shown(function, fields)("folder", 1))
+            list(_on_page(function, fields)("folder", 1))
         return raised.value.message, raised.value.print_exception
 
     assert fails(ValueError("<b> is no text")) == ("&lt;b&gt; is no text", False)
     assert fails(OSError("disk")) == ("disk", False)
-    assert fails(KeyError("x")) == ("KeyError: &#x27;x&#x27; (the terminal says where)", True)
+    assert fails(KeyError("x")) == ("KeyError: &#x27;x&#x27; (the terminal has the traceback)", True)
     with pytest.raises(gradio.Error) as raised:
-        list(_shown(None, fields)("folder", None))
+        list(_on_page(None, fields)("folder", None))
     assert raised.value.message == "Seed &lt;1&gt; is not filled in."
 
 
@@ -388,6 +405,29 @@ def test_what_is_shown_of_a_model(folders):
     assert shown_of(None) == shown_of("") == {"about": message}
 
 
+@pytest.mark.parametrize(
+    ("option", "table", "entry"),
+    [
+        pytest.param(option, table, entry, id=f"{option}-{entry}")
+        for option, table in (("region", REGIONS), ("sampler", SAMPLERS), ("mask_schedule", MASK_SCHEDULES))
+        for entry in (*table, "new entry")
+    ],
+)
+def test_entries_of_the_tables_are_on_the_page(folders, grid, monkeypatch, option, table, entry):
+    if entry not in table:
+        monkeypatch.setitem(table, entry, next(iter(table.values())))
+    choices = shown_of(str(folders / "heptapod"))[option]["choices"]
+    assert entry in choices and choices[-len(table) :] == list(table)
+    *_, (html, _) = fill(grid, PAGE, **{option: entry})
+    assert html.count('class="unmasked"') >= 6 and 'class="masked"' not in html
+
+
+def test_a_grid_with_the_code_of_an_earlier_version_is_not_shown(folders, monkeypatch):
+    monkeypatch.delattr("modeling_heptapod.heptapod.samplers.SAMPLERS")
+    message = shown_of(str(folders / "heptapod"))["about"]
+    assert "was not loaded" in message and "the code of an earlier version" in message
+
+
 def test_what_keeps_a_model_from_being_loaded_is_told(folders, tmp_path, monkeypatch, capsys):
     shutil.copytree(folders / "leap", tmp_path / "leap")
     (tmp_path / "leap" / "model.safetensors").write_bytes(b"no weights")
@@ -396,7 +436,7 @@ def test_what_keeps_a_model_from_being_loaded_is_told(folders, tmp_path, monkeyp
     assert "Traceback" not in capsys.readouterr().err
     monkeypatch.setattr("demo_app.load", lambda *_: {}["<layer>"])  # nobody thought of it
     message = shown_of(str(tmp_path / "leap"))["about"]
-    assert message.endswith("KeyError: &#x27;&lt;layer&gt;&#x27; (the terminal says where)")
+    assert message.endswith("KeyError: &#x27;&lt;layer&gt;&#x27; (the terminal has the traceback)")
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -408,11 +448,11 @@ def test_axes_that_look_ahead_are_not_annotated(folders, monkeypatch):
 
 
 def test_typed_holes_are_open_cells(grid):
-    page = lay_out(grid, PAGE)
+    page = typed_page(grid, PAGE)
     is_masked = page == TOKENIZER.mask_token_id
     assert page.shape == (1, HEIGHT, WIDTH) and is_masked.sum() == 6 and is_masked[0, 1, 4:10].all()
     assert grid.processor.decode(page[0]) == PAGE
-    assert (lay_out(grid, PAGE, "bottom") == TOKENIZER.mask_token_id)[0, -2:].all()
+    assert (typed_page(grid, PAGE, "bottom") == TOKENIZER.mask_token_id)[0, -2:].all()
 
 
 def cells_of(html):
@@ -422,11 +462,11 @@ def cells_of(html):
 def test_a_page_forms_and_keeps_what_was_given(grid):
     frames = list(fill(grid, PAGE, max_denoising_steps=3))
     kinds = [[kind for kind, _ in cells_of(html)] for html, _ in frames]
-    assert [row.count("open") for row in kinds] == [6, 5, 3, 0]
+    assert [row.count("masked") for row in kinds] == [6, 5, 3, 0]
     assert all(row.count("given") == HEIGHT * WIDTH - 6 for row in kinds)
     colours = {colour for _, colour in cells_of(frames[-1][0]) if colour}
     assert len(colours) == 3  # one for each denoising step
-    filled = grid.model.generate(lay_out(grid, PAGE), max_denoising_steps=3)
+    filled = grid.model.generate(typed_page(grid, PAGE), max_denoising_steps=3)
     assert frames[-1][1] == grid.processor.decode(filled[0])
 
 
@@ -435,7 +475,7 @@ def test_long_runs_are_shown_in_part(grid):
     done = [int(re.search(r"(\d+) denoising steps", html)[1]) for html, _ in frames]
     assert done[: ALL_SHOWN + 1] == [*range(ALL_SHOWN), ALL_SHOWN] and done[ALL_SHOWN + 1 :][:2] == [26, 28]
     assert done[-1] == HEIGHT * WIDTH > len(frames) and done == sorted(set(done))
-    assert [kind for kind, _ in cells_of(frames[-1][0])].count("open") == 0
+    assert [kind for kind, _ in cells_of(frames[-1][0])].count("masked") == 0
 
 
 def test_a_page_is_shown_while_it_forms_until_nobody_looks(grid, monkeypatch):
@@ -455,7 +495,7 @@ def test_errors_of_a_page_that_forms_are_not_lost_in_its_thread(grid):
 
 
 def test_what_does_not_write_is_not_loaded(folders, tmp_path):
-    with pytest.raises(ValueError, match="LeapForMaskedLM, which doesn't write"):
+    with pytest.raises(ValueError, match="LeapForMaskedLM, which does not generate"):
         load(str(folders / "masked"))
     with pytest.raises((OSError, ValueError)):
         load(str(tmp_path / "nothing"))
@@ -687,15 +727,15 @@ def test_cells_are_opened_in_a_browser(page, folders):
     select = "([from, to]) => document.querySelector('#page_text textarea').setSelectionRange(from, to)"
     page.fill("#page_text textarea", f"a = 1{OCTOPUS}\nb\n")
     for place, opened in (
-        ((0, 0), f"{HOLE}a = 1{OCTOPUS}\nb\n"),
-        ((1, 2), f"{HOLE * 2} = 1{OCTOPUS}\nb\n"),
-        ((5, 10), f"{HOLE * 2} = {HOLE * 2}\n{HOLE}\n"),
+        ((0, 0), f"{MASK}a = 1{OCTOPUS}\nb\n"),
+        ((1, 2), f"{MASK * 2} = 1{OCTOPUS}\nb\n"),
+        ((5, 10), f"{MASK * 2} = {MASK * 2}\n{MASK}\n"),
     ):
         page.evaluate(select, place)
         page.click("#mask_cells")
         assert page.input_value("#page_text textarea") == opened
     page.keyboard.type("c")  # the cursor is behind what was opened
-    assert page.input_value("#page_text textarea") == f"{HOLE * 2} = {HOLE * 2}\n{HOLE}c\n"
+    assert page.input_value("#page_text textarea") == f"{MASK * 2} = {MASK * 2}\n{MASK}c\n"
     page.click("#fill")  # what was opened reaches the handler
     expect(page.locator("#formed i[style]")).to_have_count(5)
     assert page.input_value("#read textarea").count("\n") >= 2
@@ -744,9 +784,9 @@ def test_in_a_browser(page, folders):
     assert not page.is_visible("#write")
     page.fill("#page_text textarea", PAGE)
     page.click("#fill")
-    expect(page.locator("#formed i.open").first).to_be_visible()
+    expect(page.locator("#formed i.masked").first).to_be_visible()
     expect(page.locator("#formed i")).to_have_count(HEIGHT * WIDTH)
-    expect(page.locator("#formed i.open")).to_have_count(0)
+    expect(page.locator("#formed i.masked")).to_have_count(0)
     expect(page.locator("#formed i[style]")).to_have_count(6)
     assert page.input_value("#read textarea").startswith("def f(x):\n    ")
 

@@ -271,7 +271,7 @@ def test_numbers_that_score_nothing_are_named(option, value):
 
 
 def test_a_grid_has_no_window(folders):
-    with pytest.raises(ValueError, match="--max_length and --stride are of no use to a grid"):
+    with pytest.raises(ValueError, match="--max_length and --stride are not used for a grid"):
         evaluate_model.evaluate(folders / "heptapod", ["text"], CORPUS, stride=2)
 
 

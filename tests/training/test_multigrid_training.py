@@ -284,7 +284,7 @@ def test_it_writes_with_its_tracks_without_the_package(trained):
     predicted, annotated = process.stdout.split("--- with axis ids annotated")
     assert "--- with axis ids predicted" in predicted and "def parse(" in predicted
     for axis in AXES:
-        assert f"{axis}: 100% of the axis ids" in annotated
+        assert f"{axis}: 100% of the generated axis ids" in annotated
     kind = next(line for line in annotated.splitlines() if line.startswith("token_kind"))
     assert kind.split(None, 1)[1].startswith("aak aaaaap")  # `de` is a name, `def` a keyword, `(` opens
 
@@ -325,7 +325,9 @@ def test_an_axis_of_ones_own_is_trained_saved_and_trained_further(tmp_path, monk
         "alone.py", SCRIPTS / "sample_axes.py", "second", "--prompt", "a vowel", "--max_new_tokens", "9", cwd=tmp_path
     )
     assert shown.returncode == 0, shown.stderr
-    track = next(line for line in shown.stdout.split("annotated")[1].splitlines() if line.startswith("vowels"))
+    track = next(
+        line for line in shown.stdout.split("--- with axis ids annotated")[1].splitlines() if line.startswith("vowels")
+    )
     assert track.split(None, 1)[1].startswith("y  y y ")
 
 

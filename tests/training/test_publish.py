@@ -520,7 +520,9 @@ def test_code_from_elsewhere_is_not_published(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(sys, "argv", ["publish.py", str(tmp_path), "--repo_id", "me/x", "--dry_run"])
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    with pytest.raises(ValueError, match="has its code from someone/else on the Hub, and only what brings its own is"):
+    with pytest.raises(
+        ValueError, match="has its code from someone/else on the Hub, and only a folder with its own code is"
+    ):
         publish.main()
 
 

@@ -789,7 +789,7 @@ def test_the_share_of_meta_tokens_that_the_annotator_would_give(tmp_path, monkey
     printed = in_process(sample_axes.main, tmp_path, "--prompt", prompt, "--max_new_tokens", 4, "--seed", 6)
     drawn = torch.rand((), generator=torch.Generator().manual_seed(6)).item()  # the same for both
     assert calls == [("predicted", 4, drawn), ("annotated", 4, drawn)]
-    said = "of the axis ids written are what the annotator says of the text (its most frequent one throughout:"
+    said = "of the generated axis ids equal the annotated ones (the most frequent one alone:"
     kinds[len(prompt)] -= 1
     often = [max(track[len(prompt) :].count(entry) for entry in range(99)) / 4 for track in (kinds, brackets)]
     assert printed.count(f"{processor.axis_names[0]}: 75% {said} {often[0]:.0%})") == 2

@@ -3,19 +3,22 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import starting_model
 import torch
 import train
+from corpora import build_tokenizer
 from loading import choose_source
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from tests.saved_models import FAMILIES, save_tiny
 
 
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
 SENTENCE = "Line {} of a text of one's own.\n"
 
 
@@ -145,3 +148,23 @@ def test_no_weight_is_made_anew_or_left_out(tmp_path):
     (tmp_path / "model" / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="--model_name_or_path .* holds an adapter: merge it"):
         starting_model.load_trained(str(tmp_path / "model"), objective)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_special_tokens_of_an_untrained_model_are_those_of_the_tokenizer(family):
+    """Else `Trainer` changes them with a warning."""
+    tokenizer = build_tokenizer("byte", [], for_pages=True)
+    auto_class = AutoModelForMaskedLM if family == "heptapod" else AutoModelForCausalLM
+    objective = SimpleNamespace(processing_class=tokenizer, config_options={"vocab_size": 999}, auto_class=auto_class)
+    model = starting_model.make_untrained(str(CONFIGS / f"{family}-tiny"), objective)
+    for owner in (model.config, model.generation_config):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            assert getattr(owner, name) == getattr(tokenizer, name) is not None, name
+
+
+def test_a_folder_with_old_names_is_not_trained_further(tmp_path, monkeypatch):
+    save_tiny("leap", tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"sink_weight"', '"null_weight"'), encoding="utf-8")
+    with pytest.raises(ValueError, match="--model_name_or_path .*base: `null_weight` was renamed to `sink_weight`"):
+        fine_tune(tmp_path, monkeypatch, "--max_steps", "1")

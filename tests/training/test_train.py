@@ -120,7 +120,7 @@ def test_a_killed_run_resumes_with_the_same_losses(finished, tmp_path):
     # The length of the schedule comes from the checkpoint, also where it is not given.
     process = run(SCRIPTS / "train.py", *arguments(folder, "--resume_from_checkpoint", "last"), cwd=folder)
     assert process.returncode == 0, process.stderr
-    assert "checkpoint-9 is no whole checkpoint and is passed over: trainer_state.json is missing" in process.stderr
+    assert "checkpoint-9 is not complete and is skipped: trainer_state.json is missing" in process.stderr
 
     assert process.stdout.count("{'loss'") == STEPS - 6  # and not all over again
 

@@ -363,7 +363,7 @@ def test_what_is_damaged_is_made_anew(harm, tmp_path, caplog):
         path.write_bytes(harm(path.read_bytes()))
     array, text = keep()
     assert np.array_equal(array, expected) and text == "é" * 400
-    assert made == ["array", "text"] * 2 and caplog.text.count("is damaged and is made anew") == 2
+    assert made == ["array", "text"] * 2 and caplog.text.count("is damaged and is computed again") == 2
     keep()
     assert len(made) == 4
 
@@ -406,7 +406,7 @@ def test_a_cache_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch, capl
         objective_for(config)(tiny_runs.texts(), make(str(tmp_path / "file")), config)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # by default, it is done without
     objective_for(config)(tiny_runs.texts(), DataArguments(block_size=32), config)
-    assert "nothing is kept for the next start: --cache_dir" in caplog.text
+    assert "the cache is off: --cache_dir" in caplog.text
 
 
 def test_what_is_kept_has_the_name_of_all_that_it_was_made_of(tmp_path):

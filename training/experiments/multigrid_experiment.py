@@ -31,7 +31,7 @@ from argument_checks import need, whole
 
 
 need("train", "matplotlib")
-need("axes", "nltk", "scipy", "sklearn")  # the last at the end, when all models are trained
+need("axes", "nltk", "scipy", "sklearn")
 
 import hashlib
 import json

@@ -203,80 +203,115 @@ def remark(model: str) -> str:
 
 
 def verdict(corpus: str, models: dict, against: dict) -> list[str]:
-    """What the runs of one corpus show, sentence by sentence, from the numbers alone."""
-    sentences = []
+    """Sentences on the runs of one corpus, from the numbers alone."""
+    grids = causal_grids(models, against)
+    sentences = [
+        about_runs(models),
+        *about_leakage(models, against),
+        *about_each_grid(models, against),
+        *about_best_grid(grids[0], models, against),
+        *about_earlier_text(models),
+        conclusion(grids, models, against),
+    ]
+    return [CORPUS_NAMES[corpus] + sentence for sentence in sentences]
 
-    def gain(model):
-        return against[model, models[model][0]["rival"]]["gain"]
 
-    def hardest(model, key="gain"):
-        return against[model, best_plain(model, models)][key]
-
-    name = CORPUS_NAMES[corpus]
+def about_runs(models: dict) -> str:
     tokens, seeds = models[PLAIN][0]["curve"][-1]["tokens"], len(models[PLAIN])
     bits = interval([final(run) for run in models[PLAIN]])
-    sentences.append(
-        f"{name}: {tokens:,} characters read once, {seeds} seeds; the plain decoder of the grids' width needs "
+    return (
+        f": {tokens:,} characters read once, {seeds} seeds; the plain decoder of the grids' width needs "
         f"{bits[0]:.3f} +- {bits[1]:.3f} bits per character. Gains are in bits per character over plain decoders of equal "
         "parameters after equal text, unless said otherwise; intervals cover seeds, not the choice of text. The learning "
         "rate depends on a model's width alone and was not tuned for each model."
     )
-    if LEAKING in models and CAUSAL in models:
-        leaked = interval([final(b) - final(a) for a, b in zip(models[LEAKING], models[CAUSAL])])
-        sentences.append(
-            f"{name}, leakage: with the prototype's alignment (the tag of the whole word, which looks ahead) part of speech "
-            f"{says(gain(LEAKING))}, with the tag of the previous word it {says(gain(CAUSAL))}. The "
-            f"{leaked[0]:.3f} +- {leaked[1]:.3f} bits per character between the two are leakage: what looking ahead gives away."
-        )
+
+
+def about_leakage(models: dict, against: dict) -> list[str]:
+    if LEAKING not in models or CAUSAL not in models:
+        return []
+    leaked = interval([final(b) - final(a) for a, b in zip(models[LEAKING], models[CAUSAL])])
+    return [
+        ", leakage: with the prototype's alignment (the tag of the whole word, which looks ahead) part of speech "
+        f"{says(gain_of(LEAKING, models, against))}, with the tag of the previous word it "
+        f"{says(gain_of(CAUSAL, models, against))}. The {leaked[0]:.3f} +- {leaked[1]:.3f} bits per character between the "
+        "two are leakage: what looking ahead gives away."
+    ]
+
+
+def about_each_grid(models: dict, against: dict) -> list[str]:
+    sentences = []
     for model, runs in models.items():
         if runs[0]["rival"] and not runs[0]["looks_ahead"] and model != CAUSAL:
-            sentences.append(f"{name}: {model}{remark(model)} {says(gain(model))}.")
+            sentence = f": {model}{remark(model)} {says(gain_of(model, models, against))}."
             if (model, "random") in against:
-                sentences[-1] += (
-                    f" Against a random axis instead, what it says {says(against[model, 'random']['gain'])}."
-                )
-    best, *others = causal_grids(models, against)
-    opponent = f"the best plain decoder of no more parameters ({best_plain(best, models)})"
-    sentences.append(
-        f"{name}, where it comes from: over the plain decoder of equal width, {best} {says(against[best, PLAIN]['gain'])}, a "
+                sentence += f" Against a random axis instead, what it says {says(against[model, 'random']['gain'])}."
+            sentences.append(sentence)
+    return sentences
+
+
+def about_best_grid(best: str, models: dict, against: dict) -> list[str]:
+    """Sources of its gain, equal step time and sample efficiency."""
+    opponent = strongest_plain(best, models)
+    strongest, same_width = against[best, best_plain(best, models)], against[best, PLAIN]
+    share = strongest["share_of_tokens"]
+    return [
+        f", where it comes from: over the plain decoder of equal width, {best} {says(same_width['gain'])}, a "
         f"single random axis, which is the machinery of one axis without content, {says(against['random', PLAIN]['gain'])}, "
-        f"and the plain decoder of the size of {best}, which spends the parameters on width, {says(against[models[best][0]['rival'], PLAIN]['gain'])}."
-    )
-    sentences.append(
-        f"{name}, equal step time: after as many seconds of training the best causal grid ({best}) "
-        f"{says(hardest(best, 'gain_at_equal_seconds'))} against {opponent}, and "
-        f"{says(against[best, PLAIN]['gain_at_equal_seconds'])} against that of equal width. Seconds are CPU time of "
-        "training steps; annotating, which is done before, is not counted."
-    )
-    share = hardest(best, "share_of_tokens")
-    sentences.append(
-        f"{name}, sample efficiency: the best causal grid ({best}) "
+        f"and the plain decoder of the size of {best}, which spends the parameters on width, {says(against[models[best][0]['rival'], PLAIN]['gain'])}.",
+        f", equal step time: after as many seconds of training the best causal grid ({best}) "
+        f"{says(strongest['gain_at_equal_seconds'])} against {opponent}, and "
+        f"{says(same_width['gain_at_equal_seconds'])} against that of equal width. Seconds are CPU time of "
+        "training steps; annotating, which is done before, is not counted.",
+        f", sample efficiency: the best causal grid ({best}) "
         + (
             f"needs {share[0]:.0%} +- {share[1]:.0%} of the text to cost what {opponent} ends with."
             if share
             else f"does not reach in every seed what {opponent} ends with."
-        )
-    )
+        ),
+    ]
+
+
+def about_earlier_text(models: dict) -> list[str]:
+    sentences = []
     for alone in (model for model in models if model.endswith(ALONE)):
-        whole = alone.removesuffix(ALONE)
-        memory = interval([final(b) - final(a) for a, b in zip(models[whole], models[alone])])
+        complete = alone.removesuffix(ALONE)
+        memory = interval([final(b) - final(a) for a, b in zip(models[complete], models[alone])])
         sentences.append(
-            f"{name}, what stands before the block: models see one block, annotators the text before it as well. Against "
-            f"annotators that see the block alone, this {says(memory)} ({whole})."
+            ", what stands before the block: models see one block, annotators the text before it as well. Against "
+            f"annotators that see the block alone, this {says(memory)} ({complete})."
         )
-    mean, half = hardest(best)
-    control = max((hardest(model)[0] for model in CONTROLS if model in models), default=0.0)
+    return sentences
+
+
+def conclusion(grids: list[str], models: dict, against: dict) -> str:
+    """Whether the best of the causal grids gains more than its interval and more than each control."""
+
+    def gain(model):
+        return against[model, best_plain(model, models)]["gain"]
+
+    best, opponent = grids[0], strongest_plain(grids[0], models)
+    mean, half = gain(best)
+    control = max((gain(model)[0] for model in CONTROLS if model in models), default=0.0)
     if mean > half and mean > control:
         found = f"a real gain at equal text over {opponent}"
     else:
         why = "its interval does not lie above 0" if mean <= half else "a control gains as much"
         found = f"no gain at equal text over {opponent}, since {why}"
-    sentences.append(
-        f"{name}, verdict: {best} {says(hardest(best))}: {found} (the best of {1 + len(others)} causal grids"
+    return (
+        f", verdict: {best} {says(gain(best))}: {found} (the best of {len(grids)} causal grids"
         f"{'' if best.endswith(ALONE) else ', whose annotators have read what stands before each block'}; intervals are not "
         "widened for the choice)."
     )
-    return sentences
+
+
+def gain_of(model: str, models: dict, against: dict) -> tuple[float, float]:
+    """The gain over the plain decoder of equal parameters."""
+    return against[model, models[model][0]["rival"]]["gain"]
+
+
+def strongest_plain(model: str, models: dict) -> str:
+    return f"the best plain decoder of no more parameters ({best_plain(model, models)})"
 
 
 def draw(corpus: str, runs: list[dict], rows: list[dict], path: Path) -> None:

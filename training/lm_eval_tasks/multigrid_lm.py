@@ -1,14 +1,20 @@
-"""lm_eval for a MultiGrid with axes: `--model hf` gives it tokens alone, `--model multigrid` annotates them first.
+"""lm_eval for a MultiGrid with axes: `--model hf` passes tokens alone, `--model multigrid` annotates them first.
 
     python training/lm_eval_tasks/multigrid_lm.py --model multigrid --model_args pretrained=outputs/multigrid-tiny \\
         --include_path training/lm_eval_tasks --tasks stdlib_next_line
 
-Everything else is lm_eval's own command line. Tokens are annotated from the beginning of what lm_eval gives at once, so a
-window in the middle of a long text starts as if nothing came before it; evaluate_model.py annotates whole texts.
+The command line is lm_eval's. Tokens are annotated from the start of each of lm_eval's windows, so a window in the middle of a
+long text is annotated without the text before it; evaluate_model.py annotates complete texts.
 """
 
 import sys
 from pathlib import Path
+
+
+# At the end of the path, where no module of ours hides a library.
+sys.path.append(str(Path(__file__).parent.parent))
+
+from loading import may_run_code  # isort: skip  # before lm_eval imports transformers, see argument_checks.py
 
 import torch
 from lm_eval.__main__ import cli_evaluate
@@ -17,16 +23,11 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoProcessor
 
 
-# At the end of the path, where no module of ours hides a library.
-sys.path.append(str(Path(__file__).parent.parent))
-from loading import may_run_code
-
-
 @register_model("multigrid")
 class MultiGridLM(HFLM):
-    """A MultiGrid in the parallel order, whose axis ids are those that its annotators give.
+    """A MultiGrid in the parallel order with annotated axis ids.
 
-    A name on the Hub brings code that runs only with `trust_remote_code=True` among the model's arguments.
+    The code of a name on the Hub runs only with `trust_remote_code=True` in `--model_args`.
 
     Raises:
         ValueError: in the factored order, where a token is predicted from axis ids that it decides itself.
@@ -38,7 +39,7 @@ class MultiGridLM(HFLM):
         if self.config.axis_order == "factored":
             raise ValueError(
                 f"pretrained={pretrained}: with axis_order='factored' a token is predicted from its own axis ids, "
-                "which lm_eval does not count; training/evaluate_model.py measures what such a text costs"
+                "which lm_eval does not count; training/evaluate_model.py measures the bits per byte of such a model"
             )
         self.processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=trust)
 
@@ -51,7 +52,7 @@ class MultiGridLM(HFLM):
         return super()._model_generate(context, max_length, stop, **annotated, **generation_kwargs)
 
     def _annotate(self, ids):
-        """[batch, tokens] -> [batch, axes, tokens], token by token as when writing; pads leave no trace."""
+        """[batch, tokens] -> [batch, axes, tokens], token by token as in `generate`; padding does not change the state."""
         axis_ids = []
         for row in ids.tolist():
             pending, states = (), [axis.start() for axis in self.processor.axes]

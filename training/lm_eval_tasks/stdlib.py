@@ -1,4 +1,4 @@
-"""Documents of two lm_eval tasks, made when they are run: source files of Python's standard library that train.py holds out."""
+"""Documents of two lm_eval tasks, from the source files of Python's standard library that train.py holds out."""
 
 import random
 import sys
@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 from corpora import load_texts
 
 
-FILES, CHARACTERS = 16, 2000  # what is read of the held-out text
+FILES, CHARACTERS = 16, 2000  # number of held-out files, and characters of each
 LINES, CONTEXT, CHOICES = 128, 400, 4
 
 
@@ -26,7 +26,7 @@ def files(**_) -> dict[str, datasets.Dataset]:
 
 
 def lines(**_) -> dict[str, datasets.Dataset]:
-    """What precedes a line, and four lines of the same file of which one is the next: `context`, `choices`, `answer`."""
+    """The text before a line, and four lines of the same file of which one is the next: `context`, `choices`, `answer`."""
     draw = random.Random(0)
     documents = []
     for text in _held_out():

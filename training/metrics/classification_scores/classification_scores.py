@@ -29,7 +29,7 @@ Example:
 
 
 class ClassificationScores(evaluate.Metric):
-    """Scores of classes that are words."""
+    """Scores of classes with string labels."""
 
     def _info(self):
         return evaluate.MetricInfo(
