@@ -21,6 +21,7 @@ from transformers.generation import RepetitionPenaltyLogitsProcessor
 from transformers.modeling_outputs import MaskedLMOutput
 
 from modeling_heptapod import HeptapodForMaskedLM
+from modeling_heptapod.heptapod import generation_heptapod
 from modeling_heptapod.heptapod.generation_config_heptapod import DEFAULTS, HeptapodGenerationConfig
 from modeling_heptapod.heptapod.generation_heptapod import HeptapodGenerateOutput, HeptapodGenerationMixin
 from modeling_heptapod.heptapod.samplers import (
@@ -157,6 +158,18 @@ def test_counts_by_hand():
     assert open_after("cosine") == [[14, 2], [11, 1], [6, 0], [0, 0]]
     assert [num_masked_after(i, torch.tensor([10]), 3, "cosine").item() for i in range(3)] == [8, 5, 0]
     assert open_after("linear") == [[12, 2], [8, 1], [4, 0], [0, 0]]
+
+
+def test_a_page_without_masked_tokens_warns(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(generation_heptapod.logger, "warning_once", warnings.append)
+    model, page = tiny_heptapod(), random_page(1, 4, 5)
+    assert torch.equal(model.generate(page), page)
+    assert any(f"no mask token ({MASK})" in warning for warning in warnings)
+    warnings.clear()
+    page[0, 1, 2] = MASK
+    model.generate(page)
+    assert not any("no mask token" in warning for warning in warnings)
 
 
 @pytest.mark.parametrize("mask_schedule", MASK_SCHEDULES)

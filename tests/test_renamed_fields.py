@@ -56,6 +56,12 @@ def test_configs(owner, options, message, tmp_path):
         AutoConfig.from_pretrained(tmp_path)
 
 
+def test_all_old_names_are_in_one_error():
+    message = "`null_weight` was renamed to `sink_weight`, got null_weight=0.5; `query_gate` .*; .*'decay'.*own code"
+    with pytest.raises(ValueError, match=message):
+        LeapConfig(position_embedding_type="decay", null_weight=0.5, query_gate="sigmoid")
+
+
 def head_of(family):
     return AutoModelForMaskedLM if family == "heptapod" else AutoModelForCausalLM
 

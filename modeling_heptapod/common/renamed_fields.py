@@ -26,19 +26,27 @@ RENAMED_VALUES = {
 
 
 def reject_renamed(owner: str, options: dict) -> None:
-    """Raise a `ValueError` that contains the new name for an old name of an option or a value.
+    """Raise a `ValueError` that contains the new names, if options or values have old ones.
 
     Args:
         owner (`str`): a model type, `"heptapod generation"` or `"heptapod processor"`.
         options (`dict`): values by name.
     """
-    for old, new in RENAMED_FIELDS.get(owner, {}).items():
-        if old in options:
-            raise ValueError(f"`{old}` was renamed to `{new}`, got {old}={options[old]!r}.")
+    renamed = [
+        f"`{old}` was renamed to `{new}`, got {old}={options[old]!r}"
+        for old, new in RENAMED_FIELDS.get(owner, {}).items()
+        if old in options
+    ]
     for (of, name), values in RENAMED_VALUES.items():
         value = options.get(name) if of == owner else None
         if isinstance(value, str) and value in values:
-            raise ValueError(f"{name}={value!r} was renamed to {name}={values[value]!r}.")
+            renamed.append(f"{name}={value!r} was renamed to {name}={values[value]!r}")
+    if renamed:
+        raise ValueError(
+            "; ".join(renamed)
+            + ". A folder that was saved with old names loads with its own code where this package is not "
+            "imported, with `trust_remote_code=True`."
+        )
 
 
 class RenamedFieldsMixin:

@@ -257,6 +257,8 @@ class HeptapodGenerationMixin:
         draw = _TokenDraw(config, _prepare_processors(logits_processor), forbidden, generator, pages.shape[2])
         on_canvas, batch_shape = on_canvas.flatten(1), pages.shape
         canvas = _Canvas(pages.flatten(1), mask_token_id, on_canvas)
+        if not canvas.is_masked.any():
+            logger.warning_once(f"`input_ids` hold no mask token ({mask_token_id}), so there is nothing to generate.")
         sampler = SAMPLERS[config.sampler](config, canvas.is_masked.sum(1), generator)
         put_draft = getattr(streamer, "put_draft", None)
         history = [canvas.ids.clone()]
