@@ -165,9 +165,9 @@ def test_a_page_without_masked_tokens_warns(monkeypatch):
     monkeypatch.setattr(generation_heptapod.logger, "warning_once", warnings.append)
     model, page = tiny_heptapod(), random_page(1, 4, 5)
     assert torch.equal(model.generate(page), page)
-    assert any(f"no mask token ({MASK})" in warning for warning in warnings)
+    assert any(f"no mask token ({model.config.mask_token_id})" in warning for warning in warnings)
     warnings.clear()
-    page[0, 1, 2] = MASK
+    page[0, 1, 2] = model.config.mask_token_id
     model.generate(page)
     assert not any("no mask token" in warning for warning in warnings)
 
