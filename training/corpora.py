@@ -306,6 +306,7 @@ def wrap_tokenizer(tokenizer: Tokenizer, for_pages: bool = False) -> PreTrainedT
         pad_token=PAD,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
+        padding_side="left",  # `generate` continues the last token of each row
     )
     return _add_page_tokens(tokenizer) if for_pages else tokenizer
 

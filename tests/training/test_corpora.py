@@ -81,6 +81,13 @@ def test_bpe_has_the_size_asked_for_and_is_shorter():
     assert len(tokenizer(text)["input_ids"]) < 0.7 * len(text)
 
 
+def test_prompts_are_padded_on_the_left(tmp_path):
+    """On the right `generate` would continue a pad; saved with the tokenizer."""
+    build_tokenizer("byte", []).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer(["a", "bcd"], padding=True)["attention_mask"] == [[0, 0, 1], [1, 1, 1]]
+
+
 def test_tokens_of_pages_come_after_the_others():
     plain, pages = build_tokenizer("byte", []), build_tokenizer("byte", [], for_pages=True)
     assert [pages.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|pad|>")] == [256, 257]
