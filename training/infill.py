@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from corpora import load_texts
-from denoising_animation import draw_page
+from denoising_animation import cell_text, draw_page
 from loading import add_model_arguments, check_family, may_run_code
 from page_score import baselines, score_pages
 from redaction import Parser
@@ -44,6 +44,16 @@ def _read(text_file):
     if not text:
         raise ValueError(f"--text_file {text_file} is empty")
     return text
+
+
+def rows_of(page: torch.Tensor, processor) -> str:
+    """Text of a page `[height, width]`, one line a row. `decode` would join a row whose newline is masked with the next."""
+    mask_token_id = processor.tokenizer.mask_token_id
+    rows = [
+        "".join("\u2591" if token == mask_token_id else cell_text(token, processor) or " " for token in row).rstrip()
+        for row in page.tolist()
+    ]
+    return "\n".join(rows).rstrip("\n")
 
 
 def main():
@@ -78,8 +88,8 @@ def main():
     )
     is_masked = masked != page
     written = output.sequences.cpu()
-    print(f"--- the page, {int(is_masked.sum())} cells masked\n{processor.decode(masked[0])}")
-    print(f"\n--- generated in {output.nfe} forward passes\n{processor.decode(written[0])}")
+    print(f"--- the page, {int(is_masked.sum())} cells masked\n{rows_of(masked[0], processor)}")
+    print(f"\n--- generated in {output.nfe} forward passes\n{rows_of(written[0], processor)}")
     print("\n--- masked cells as in the original: those that are not blank, then all of them, blanks included")
     print(f"{'':<12}{'precision':>10}{'recall':>8}{'F1':>6}{'with blanks':>13}")
     for name, filled in {"the model": written, **baselines(page, is_masked, processor)}.items():
