@@ -128,12 +128,12 @@ def figure_lines(prefix: str = "docs/") -> str:
         f"fast as its prototype, and {full['ours ms']:.1f} ms after 8,192 with a window in every stream. A GPT-2 with a quarter of the parameters takes {token['GPT2 ms']:.1f} ms after 1,024 "
         f"([table]({benchmarks}#hierarchical-lm-one-more-token), `{results['hierarchical_decode']['command']}`).",
         f"**Heptapod grid**: local attention on 64 x 64 cells is {attention['masked SDPA over ours']:.1f} times as fast as masked SDPA. "
-        f"When it fills the centre of held-out pages in {hole['model calls']} model calls, {hole['cells right with blanks']:.2f} of the cells, blanks "
+        f"When it fills the centre of held-out pages in {hole['model calls']} forward passes, {hole['cells right with blanks']:.2f} of the cells, blanks "
         f"included, are as in the original. A left-to-right model of equal size reaches {left['cells right with blanks']:.2f} in "
-        f"{left['model calls']} calls, and a blank centre {empty['cells right with blanks']:.2f} ([table]({experiments}#filling-holes), "
+        f"{left['model calls']}, and a blank centre {empty['cells right with blanks']:.2f} ([table]({experiments}#filling-holes), "
         f"`{results['bench_grid_generation']['command']}`).",
         f"**MultiGrid**: four lexer axes gain {gain['gain over equal parameters']:.3f} +- {gain['gain +-']:.3f} bits per character over a "
-        f"plain decoder of equal size on the same text, and lose {-gain['gain at equal time']:.3f} +- {gain['equal time +-']:.3f} in the same training time "
+        f"decoder-only transformer of equal size on the same text, and lose {-gain['gain at equal time']:.3f} +- {gain['equal time +-']:.3f} in the same training time "
         f"([table]({experiments}#what-axes-gain), `{results['multigrid_experiment']['command']}`).",
     ]
     options = {"width": 130, "break_long_words": False, "break_on_hyphens": False}
