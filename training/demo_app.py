@@ -298,8 +298,10 @@ def saved_folders(root: str = "outputs") -> list[str]:
 
 def main():
     parser = Parser(description="A page in the browser to try a saved model.")
-    parser.add_argument("folder", nargs="?", help="what train.py wrote, or a name on the Hub")
-    parser.add_argument("--port", type=whole(1, 65535), default=7860, help="of the page, on this machine only")
+    parser.add_argument("folder", nargs="?", help="a folder that train.py wrote, or a name on the Hub")
+    parser.add_argument(
+        "--port", type=whole(1, 65535), default=7860, help="port of the page, which only this machine can open"
+    )
     parser.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
     args = parser.parse_args()
     if args.folder is not None:

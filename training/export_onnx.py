@@ -124,13 +124,13 @@ def write(step: OnnxStep, prompt: np.ndarray, max_new_tokens: int) -> Iterator[n
 
 
 def main():
-    parser = Parser(description="Export the recurrent step of a saved LEAP to ONNX, and let it write.")
+    parser = Parser(description="Export the recurrent step of a saved LEAP to ONNX, and generate a text with it.")
     add_model_arguments(parser)
     parser.add_argument("--output_dir", help="where the graph goes; by default `onnx` in the folder, or here")
     parser.add_argument(
         "--prompt", type=prompt_text, default="import os\nimport sys\n\n\nclass ", help="the text to continue"
     )
-    parser.add_argument("--max_new_tokens", type=whole(1), default=200, help="how much to write")
+    parser.add_argument("--max_new_tokens", type=whole(1), default=200, help="number of tokens to generate")
     args = parser.parse_args()
 
     trust = may_run_code(args.folder, args.trust_remote_code)

@@ -59,13 +59,21 @@ def rows_of(page: torch.Tensor, processor) -> str:
 def main():
     parser = Parser(description="Let a saved grid model fill a hole in a page.")
     add_model_arguments(parser)
-    parser.add_argument("--text_file", help="a text to take the page from")
-    parser.add_argument("--page", type=whole(0), default=0, help="which page of it")
-    parser.add_argument("--mask_region", default="hole", help="what to mask: top, middle, bottom, hole, frame or all")
+    parser.add_argument(
+        "--text_file",
+        help="a UTF-8 text file to take the page from; by default held-out source of the standard library",
+    )
+    parser.add_argument("--page", type=whole(0), default=0, help="index of the page")
+    parser.add_argument(
+        "--mask_region", default="hole", help="region to mask: top, middle, bottom, hole, frame or all"
+    )
     parser.add_argument("--max_denoising_steps", type=whole(1), default=16, help="number of denoising steps")
-    parser.add_argument("--output_dir", help="where the pictures go; by default the folder, or here")
+    parser.add_argument(
+        "--output_dir",
+        help="folder for the pictures; by default that of the model, or the current one for a name on the Hub",
+    )
     parser.add_argument("--do_sample", action="store_true", help="sample tokens instead of taking the most probable")
-    parser.add_argument("--seed", type=whole(0, NUMPY_SEEDS), default=0, help="of the sampling")
+    parser.add_argument("--seed", type=whole(0, NUMPY_SEEDS), default=0, help="seed of the sampling")
     args = parser.parse_args()
 
     trust = may_run_code(args.folder, args.trust_remote_code)

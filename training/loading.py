@@ -25,7 +25,7 @@ TRUST_HELP = "run the code that a name on the Hub brings, on this machine; a fol
 
 def add_model_arguments(parser, name: str = "folder", **options) -> None:
     """The two arguments that `may_run_code` takes."""
-    parser.add_argument(name, help="what train.py wrote, or a name on the Hub", **options)
+    parser.add_argument(name, help="a folder that train.py wrote, or a name on the Hub", **options)
     parser.add_argument("--trust_remote_code", action="store_true", help=TRUST_HELP)
 
 

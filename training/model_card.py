@@ -156,7 +156,7 @@ def _eval_results(results, evaluation):
 
 def main():
     parser = Parser(description="Fill the model cards of folders that train.py wrote.")
-    parser.add_argument("folders", nargs="+", type=Path, help="what train.py wrote")
+    parser.add_argument("folders", nargs="+", type=Path, help="folders that train.py wrote")
     parser.add_argument(
         "--output_dir", type=Path, help="cards go here as <folder>.md, else to README.md in each folder"
     )

@@ -16,8 +16,8 @@ def main():
     parser.add_argument(
         "--prompt", type=prompt_text, default="import os\nimport sys\n\n\nclass ", help="the text to continue"
     )
-    parser.add_argument("--max_new_tokens", type=whole(1), default=400, help="how much to write")
-    parser.add_argument("--seed", type=whole(0, NUMPY_SEEDS), default=0, help="another seed, another text")
+    parser.add_argument("--max_new_tokens", type=whole(1), default=400, help="number of tokens to generate")
+    parser.add_argument("--seed", type=whole(0, NUMPY_SEEDS), default=0, help="seed of the sampling")
     args = parser.parse_args()
 
     trust = may_run_code(args.folder, args.trust_remote_code)
