@@ -1,4 +1,4 @@
-"""Let a saved grid model fill a hole in a page, and draw how the page forms.
+"""Fills a region of a page with a saved grid, and draws the denoising steps.
 
     python training/infill.py outputs/heptapod-tiny --mask_region hole
 
@@ -57,16 +57,15 @@ def rows_of(page: torch.Tensor, processor) -> str:
 
 
 def main():
-    parser = Parser(description="Let a saved grid model fill a hole in a page.")
+    parser = Parser(description="Fill a region of a page with a saved grid.")
     add_model_arguments(parser)
     parser.add_argument(
         "--text_file",
         help="a UTF-8 text file to take the page from; by default held-out source of the standard library",
     )
     parser.add_argument("--page", type=whole(0), default=0, help="index of the page")
-    parser.add_argument(
-        "--mask_region", default="hole", help="region to mask: top, middle, bottom, hole, frame or all"
-    )
+    regions = ("top", "middle", "bottom", "hole", "frame", "all")
+    parser.add_argument("--mask_region", default="hole", choices=regions, help="region to mask")
     parser.add_argument("--max_denoising_steps", type=whole(1), default=16, help="number of denoising steps")
     parser.add_argument(
         "--output_dir",

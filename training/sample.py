@@ -1,4 +1,4 @@
-"""Let a saved model write: `python training/sample.py outputs/leap-tiny --prompt "import os"`.
+"""Generates a text with a saved model: `python training/sample.py outputs/leap-tiny --prompt "import os"`.
 
 Nothing of the package is imported: the folder brings its own code.
 """
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_
 
 
 def main():
-    parser = Parser(description="Let a saved model write.")
+    parser = Parser(description="Generate a text with a saved model.")
     add_model_arguments(parser)
     parser.add_argument(
         "--prompt", type=prompt_text, default="import os\nimport sys\n\n\nclass ", help="the text to continue"

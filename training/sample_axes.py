@@ -1,4 +1,4 @@
-"""Let a saved MultiGrid write, with its axis ids below each line: `python training/sample_axes.py outputs/multigrid-tiny`.
+"""Generates a text with a saved MultiGrid and prints its axis ids below each line: `python training/sample_axes.py outputs/multigrid-tiny`.
 
 It writes twice from the same seed: with axis ids that the model predicts, and with those that its annotators give the
 text so far. Nothing of the package is imported: the folder brings its own code.
@@ -74,7 +74,7 @@ def lines_with_tracks(processor, characters: list[str], tracks: list[list[int]])
 
 
 def main():
-    parser = Parser(description="Let a saved MultiGrid write, with its axis ids below each line.")
+    parser = Parser(description="Generate a text with a saved MultiGrid, with its axis ids below each line.")
     add_model_arguments(parser)
     parser.add_argument(
         "--prompt", type=prompt_text, default="import os\nimport sys\n\n\nclass ", help="the text to continue"
