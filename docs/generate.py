@@ -122,18 +122,18 @@ def figure_lines(prefix: str = "docs/") -> str:
     gain = row("multigrid_experiment", corpus="python wide", model="all, light wiring")
     benchmarks, experiments = f"{prefix}benchmarks.md", f"{prefix}experiments.md"
     lines = [
-        f"**LEAP**: a training step at length 16,384 is {step['GPT2 over ours']:.1f} times as fast as GPT-2's; the state at 100,000 tokens "
-        f"is {state['state bytes']:,} bytes ([table]({benchmarks}#a-training-step), `{results['training_step']['command']}`).",
-        f"**Hierarchical LM**: one more token takes {token['ours ms']:.1f} ms, {token['prototype over ours']:.0f} times as fast as its "
-        f"prototype, and {full['ours ms']:.1f} ms at a context of 8,192; GPT-2 of a quarter of its parameters takes {token['GPT2 ms']:.1f} ms at 1,024 "
+        f"**LEAP**: a training step at length 16,384 is {step['GPT2 over ours']:.1f} times as fast as GPT-2's. After "
+        f"100,000 tokens the state of generation has {state['state bytes']:,} bytes ([table]({benchmarks}#a-training-step), `{results['training_step']['command']}`).",
+        f"**Hierarchical LM**: generating a token takes {token['ours ms']:.1f} ms after 1,024 tokens, {token['prototype over ours']:.0f} times as "
+        f"fast as its prototype, and {full['ours ms']:.1f} ms after 8,192 with a window in every stream. A GPT-2 with a quarter of the parameters takes {token['GPT2 ms']:.1f} ms after 1,024 "
         f"([table]({benchmarks}#hierarchical-lm-one-more-token), `{results['hierarchical_decode']['command']}`).",
-        f"**Heptapod grid**: local attention on 64 x 64 cells is {attention['masked SDPA over ours']:.1f} times as fast as masked SDPA; in "
-        f"{hole['model calls']} calls {hole['cells right with blanks']:.2f} of a hole's cells are as in the original, blanks included, of a "
-        f"left-to-right model of equal size {left['cells right with blanks']:.2f} in {left['model calls']}, of a hole left empty "
-        f"{empty['cells right with blanks']:.2f} ([table]({experiments}#filling-holes), "
+        f"**Heptapod grid**: local attention on 64 x 64 cells is {attention['masked SDPA over ours']:.1f} times as fast as masked SDPA. "
+        f"When it fills the centre of held-out pages in {hole['model calls']} forward passes, {hole['cells right with blanks']:.2f} of the cells, blanks "
+        f"included, are as in the original. A left-to-right model of equal size reaches {left['cells right with blanks']:.2f} in "
+        f"{left['model calls']}, and a blank centre {empty['cells right with blanks']:.2f} ([table]({experiments}#filling-holes), "
         f"`{results['bench_grid_generation']['command']}`).",
-        f"**MultiGrid**: four lexer axes gain {gain['gain over equal parameters']:.3f} +- {gain['gain +-']:.3f} bits per character at equal "
-        f"text, and lose {-gain['gain at equal time']:.3f} +- {gain['equal time +-']:.3f} at equal training time "
+        f"**MultiGrid**: four lexer axes gain {gain['gain over equal parameters']:.3f} +- {gain['gain +-']:.3f} bits per character over a "
+        f"decoder-only transformer of equal size on the same text, and lose {-gain['gain at equal time']:.3f} +- {gain['equal time +-']:.3f} in the same training time "
         f"([table]({experiments}#what-axes-gain), `{results['multigrid_experiment']['command']}`).",
     ]
     options = {"width": 130, "break_long_words": False, "break_on_hyphens": False}

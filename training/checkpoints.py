@@ -200,8 +200,8 @@ def check_begins_alone(output_dir: str, checkpoint: str | None, num_processes: i
         damage = damage_of(folder, num_processes)
         if damage is None or damage.endswith(ONLY_MODEL):
             raise ValueError(
-                f"--output_dir {output_dir} holds {folder.name} of another run, with whose checkpoints those of this one would be "
-                "mixed up: resume that one with --resume_from_checkpoint last, or give another folder"
+                f"--output_dir {output_dir} holds {folder.name} of another run: resume that run with --resume_from_checkpoint last, "
+                "or give another folder"
             )
         logger.warning(f"--output_dir: {folder} is not a complete checkpoint and is ignored: {damage}")
 

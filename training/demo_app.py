@@ -342,7 +342,7 @@ def saved_folders(root: str = "outputs") -> list[str]:
 
 def main():
     parser = Parser(description="A page in the browser to try a saved model.")
-    parser.add_argument("folder", nargs="?", help="what train.py wrote, or a name on the Hub")
+    parser.add_argument("folder", nargs="?", help="a folder that train.py wrote, or a name on the Hub")
     parser.add_argument(
         "--port", type=whole(1, 65535), default=7860, help="port of the page, which only this machine can open"
     )

@@ -133,7 +133,7 @@ def write(step: OnnxStep, prompt: np.ndarray, max_new_tokens: int) -> Iterator[n
 
 
 def main():
-    parser = Parser(description="Export the recurrent step of a saved LEAP to ONNX, and let it write.")
+    parser = Parser(description="Export the recurrent step of a saved LEAP to ONNX, and generate a text with it.")
     add_model_arguments(parser)
     parser.add_argument(
         "--output_dir",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from corpora import load_texts
-from denoising_animation import draw_page
+from denoising_animation import cell_text, draw_page
 from loading import add_model_arguments, check_family, may_run_code
 from page_score import baselines, score_pages
 from redaction import Parser
@@ -46,15 +46,30 @@ def _read(text_file):
     return text
 
 
+def rows_of(page: torch.Tensor, processor) -> str:
+    """Text of a page `[height, width]`, one line a row. `decode` would join a row whose newline is masked with the next."""
+    mask_token_id = processor.tokenizer.mask_token_id
+    rows = [
+        "".join("\u2591" if token == mask_token_id else cell_text(token, processor) or " " for token in row).rstrip()
+        for row in page.tolist()
+    ]
+    return "\n".join(rows).rstrip("\n")
+
+
 def main():
-    parser = Parser(description="Let a saved grid model fill a hole in a page.")
+    parser = Parser(description="Fill a region of a page with a saved grid.")
     add_model_arguments(parser)
-    parser.add_argument("--text_file", help="text file for the page, by default held-out source text")
+    parser.add_argument(
+        "--text_file",
+        help="a UTF-8 text file to take the page from; by default held-out source of the standard library",
+    )
     parser.add_argument("--page", type=whole(0), default=0, help="index of the page")
-    parser.add_argument("--mask_region", default="hole", help="what to mask: top, middle, bottom, hole, frame or all")
+    regions = ("top", "middle", "bottom", "hole", "frame", "all")
+    parser.add_argument("--mask_region", default="hole", choices=regions, help="region to mask")
     parser.add_argument("--max_denoising_steps", type=whole(1), default=16, help="number of denoising steps")
     parser.add_argument(
-        "--output_dir", help="folder for the pictures, by default the model's folder, or here for a name on the Hub"
+        "--output_dir",
+        help="folder for the pictures; by default that of the model, or the current one for a name on the Hub",
     )
     parser.add_argument("--do_sample", action="store_true", help="sample tokens instead of taking the most probable")
     parser.add_argument("--seed", type=whole(0, NUMPY_SEEDS), default=0, help="seed of the sampling")
@@ -80,8 +95,8 @@ def main():
     )
     is_masked = masked != page
     written = output.sequences.cpu()
-    print(f"--- the page, {int(is_masked.sum())} cells masked\n{processor.decode(masked[0])}")
-    print(f"\n--- generated in {output.nfe} forward passes\n{processor.decode(written[0])}")
+    print(f"--- the page, {int(is_masked.sum())} cells masked\n{rows_of(masked[0], processor)}")
+    print(f"\n--- generated in {output.nfe} forward passes\n{rows_of(written[0], processor)}")
     print("\n--- masked cells as in the original: those that are not blank, then all of them, blanks included")
     print(f"{'':<12}{'precision':>10}{'recall':>8}{'F1':>6}{'with blanks':>13}")
     for name, filled in {"the model": written, **baselines(page, is_masked, processor)}.items():

@@ -138,13 +138,18 @@ def choose_source(model_name_or_path: str | None, config_name: str | None) -> st
     """
     if (model_name_or_path is None) == (config_name is None):
         raise ValueError(
-            "one of --model_name_or_path (trained weights) and --config_name (untrained) must be given, got "
-            f"{model_name_or_path} and {config_name}"
+            "one of --model_name_or_path (trained weights) and --config_name (untrained, as configs/leap-tiny) must be given, got "
+            f"{'neither' if config_name is None else 'both'}"
         )
     if config_name is None:
         check_name(model_name_or_path)
         return model_name_or_path
     folder = Path(config_name)
+    if config_name.startswith("configs/") and not folder.is_dir():
+        raise ValueError(
+            f"--config_name {config_name}: there is no such folder; there are "
+            "configs/{leap,hierarchical_lm,heptapod,multigrid}-{tiny,small,base}"
+        )
     weights = sorted(path.name for pattern in WEIGHTS for path in folder.glob(pattern))
     if weights:
         raise ValueError(

@@ -126,13 +126,13 @@ def evaluate_if_needed(folder: Path) -> None:
 
 
 def main():
-    parser = Parser(description="Put a folder that train.py wrote on the Hub.")
+    parser = Parser(description="Publish a folder that train.py wrote on the Hub.")
     parser.add_argument("folder", type=Path, help="a folder that train.py wrote")
-    parser.add_argument("--repo_id", required=True, help="name on the Hub, as in me/my-model")
+    parser.add_argument("--repo_id", required=True, help="name of the repository on the Hub, such as me/my-model")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument(
-        "--private", action="store_true", help="create a private repository; has no effect on an existing one"
+        "--dry_run", action="store_true", help="evaluate, write the card and list the files, without pushing them"
     )
-    parser.add_argument("--dry_run", action="store_true", help="prepare and list the files without uploading them")
     args = parser.parse_args()
 
     if args.folder.is_dir():
@@ -150,7 +150,7 @@ def main():
         print(f"{path.stat().st_size:>13,}  {path.name}")
     print(f"{sum(path.stat().st_size for path in files):>13,}  bytes in {len(files)} files")
     if args.dry_run:
-        print(f"nothing was pushed to {args.repo_id}")
+        print(f"nothing was pushed to {args.repo_id}, because of --dry_run")
         return
     api = HfApi()
     api.create_repo(args.repo_id, private=args.private or None, exist_ok=True)

@@ -132,8 +132,5 @@ def print_summary(folder: Path, results: dict) -> None:
         print(f"  before training  {results['bits_per_byte_before']:.3f}")
     print(f"  after training   {results['bits_per_byte']:.3f}{bound}")
     print(f"  bz2 -9           {results['bits_per_byte_bz2']:.3f}")
-    beside = runs_beside(folder, results)
-    for name, bits in beside.items():
-        print(f"  {name:<16} {bits:.3f} (its own run, on the same bytes)")
-    if not beside:
-        print(f"  (other runs in {folder.parent} on the same bytes would be listed here)")
+    for name, bits in runs_beside(folder, results).items():
+        print(f"  {name:<16} {bits:.3f} (another run, on the same bytes)")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_
 
 
 def main():
-    parser = Parser(description="Let a saved model write.")
+    parser = Parser(description="Generate a text with a saved model.")
     add_model_arguments(parser)
     parser.add_argument(
         "--prompt", type=prompt_text, default="import os\nimport sys\n\n\nclass ", help="the text to continue"

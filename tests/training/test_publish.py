@@ -448,8 +448,8 @@ def test_cards_show_a_sample_and_a_picture(family, tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({**results, "sample": sample}))
     model_card.write_card(tmp_path)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    where = "in a hole in the first page" if family == "heptapod" else "on from the beginning"
-    assert f"At step 1,234 of its training it wrote this, {where} of the held-out text:" in card
+    did = "filled the centre of the first page" if family == "heptapod" else "continued the beginning"
+    assert f"At step 1,234 of its training it {did} of the held-out text" in card
     # Neither bytes that are no text nor backticks get out of the block.
     fence = "\ufffd" * 3
     assert f"```text\ndef f():\n\treturn `1`\ufffd{fence}\n# Ende {{{{ name }}}} \u00e9\n```" in card

@@ -680,7 +680,17 @@ def test_the_share_of_a_page_that_is_written_as_it_was(tmp_path):
         assert line in [" ".join(row.split()) for row in printed.splitlines()]
     printed = in_process(infill.main, tmp_path / "model", *arguments, "--seed", 5, "--do_sample")
     written = model.generate(opened, max_denoising_steps=3, seed=5, do_sample=True)
-    assert processor.decode(written[0]) in printed
+    assert infill.rows_of(written[0], processor) in printed
+
+
+def test_a_printed_page_keeps_its_rows_and_columns():
+    tokenizer = build_tokenizer("byte", [], for_pages=True)
+    processor = HeptapodProcessor(tokenizer, 4, 8)
+    page = processor("ab\ncd\n", mask_region=(0, 1, 2, 3))["input_ids"][0]
+    assert infill.rows_of(page, processor) == "a\u2591\u2591\u2591\nc\u2591\u2591\u2591"
+    page[0, 1:4] = processor.blank_token_id
+    page[0, 5] = ord("e")
+    assert infill.rows_of(page, processor) == "a    e\nc\u2591\u2591\u2591"
 
 
 BLANK = 259
