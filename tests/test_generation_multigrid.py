@@ -643,7 +643,7 @@ def test_bad_input_is_named():
     leaks.causal, leaks.why_not_causal = False, "it reads to the end of the word"
     refused(
         ValueError,
-        f"'{names[0]}'.*not causal: it reads to the end",
+        f"'{names[0]}'.*not causal: it reads to the end of the word. Use",
         axis_source={names[0]: "annotated"},
         processor=FakeProcessor(leaks),
     )

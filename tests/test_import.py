@@ -55,6 +55,7 @@ PUBLIC = [
     "RandomAxis",
     "RecurrentCache",
     "StaticRecurrentCache",
+    "check_axis",
     "find_lookahead",
     "make_axis",
 ]

@@ -277,7 +277,7 @@ def test_axes_of_the_table_can_be_made():
     section = read("docs/families/multigrid.md").split("\n## Axes\n")[1].split("\n## ")[0]
     cells = [line.split(" | ")[1] for line in section.split("\n") if line.startswith("| ") and line.count(" | ") == 2]
     examples = [example for cell in cells[1:] for example in re.findall(r"`(.*?)`", cell)]
-    assert len(examples) == 12
+    assert len(examples) >= 12
     for example in examples:
         if example.endswith(".py"):
             assert (ROOT / example).is_file()

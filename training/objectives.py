@@ -35,11 +35,14 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedC
 from transformers.utils import logging
 
 from modeling_heptapod import HeptapodProcessor, MultiGridProcessor, make_axis
+from modeling_heptapod.multigrid.axes import check_axis
 from modeling_heptapod.multigrid.axis_files import load_axis_class
 
 
 logger = logging.get_logger(__name__)
 
+# On which each axis is tried before the corpus is read: English and Python, with characters of several bytes.
+AXIS_CHECK_TEXT = 'A few "quoted" words: don\'t go (é, 漢字)!\n\nclass A:\n    x = [1, "two"]  # 42\n\nThe end.\n'
 SAMPLE_TOKENS = 64  # length of the prompt and of the continuation of a sample
 
 
@@ -178,11 +181,14 @@ def choose_axes(names: Sequence) -> list:
     given = f"--axes {' '.join(map(str, names))}"
     try:
         axes = [_read_axis(name) for name in names]
-        for axis in axes:
-            # With the corpus in the cache, missing NLTK data would not be noticed before the first sample.
-            axis.annotate("A few words.\n")
     except (ImportError, LookupError, OSError, TypeError, ValueError) as error:
         raise ValueError(f"{given}: {error}") from error
+    for axis in axes:
+        try:
+            # With the corpus in the cache, NLTK and its data would not be missed before the first sample.
+            check_axis(axis, AXIS_CHECK_TEXT)
+        except Exception as error:  # of the class, which may raise any
+            raise ValueError(f"{given}: {type(axis).__name__}: {type(error).__name__}: {error}") from error
     if len({axis.name for axis in axes}) < len(axes):
         raise ValueError(f"{given}: two axes have the same name")
     ahead = [axis.name for axis in axes if not axis.causal]
@@ -198,10 +204,17 @@ def _read_axis(name):
     """An axis from an argument of `make_axis`, or from a class in a file, `my_axis.py:Vowels`."""
     path, _, class_name = name.rpartition(":") if isinstance(name, str) else ("", "", "")
     if path.endswith(".py"):
-        return load_axis_class(path, class_name)()
+        axis_class = load_axis_class(path, class_name)
+        try:
+            return axis_class()
+        except TypeError as error:
+            raise ValueError(f"{class_name}() must work without arguments: {error}") from error
     if str(name).endswith(".py"):
         raise ValueError(f"the class in {name} must be named as well, as {name}:Vowels")
-    return make_axis(name)
+    try:
+        return make_axis(name)
+    except ValueError as error:
+        raise ValueError(f"{error} An axis of your own is given as FILE.py:CLASS.") from error
 
 
 class AnnotatedTokens(NextTokens):

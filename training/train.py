@@ -156,8 +156,9 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
     if model_args.model_name_or_path is not None:
         for name, value in (("--tokenizer_name", data_args.tokenizer_name), ("--axes", data_args.axes)):
             if value is not None:
+                value = " ".join(value) if isinstance(value, list) else value
                 raise ValueError(
-                    f"{name} {value}: with --model_name_or_path the tokenizer and the axes are those of the model"
+                    f"{name} {value}: with --model_name_or_path the tokenizer and the axes are those of the model; leave it out"
                 )
     check_number("--train_minutes", model_args.train_minutes, above=0)
     check_number("--train_tokens", model_args.train_tokens, least=1)

@@ -20,7 +20,7 @@ else:
     __getattr__, __dir__, __all__ = lazy_exports(
         __name__,
         {
-            "axes": ["Axis", "ConstantAxis", "RandomAxis", "find_lookahead"],
+            "axes": ["Axis", "ConstantAxis", "RandomAxis", "check_axis", "find_lookahead"],
             "axis_registry": ["make_axis"],
             "configuration_multigrid": ["MultiGridConfig"],
             "decision_tree_axis": ["DecisionTreeAxis"],

@@ -21,6 +21,7 @@ Id 0 is that of the empty text. Special tokens and pads have id 0, too.
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
+from inspect import Parameter, signature
 from typing import Any, ClassVar
 
 import numpy as np
@@ -34,7 +35,8 @@ class Axis:
     """Base class of axes: an id per token, from the text and the ends of its tokens.
 
     A subclass defines `start` and `step`, and `arguments` if its `__init__` takes more than `name`. Where stepping is too slow
-    for a corpus it may define `ids_after` as well, with the same ids.
+    for a corpus it may define `ids_after` as well, with the same ids. A subclass that is not causal defines `ids_after` only.
+    [`check_axis`] checks these rules on a text.
 
     Args:
         name: name in configs, losses and logs; a Python identifier.
@@ -51,9 +53,10 @@ class Axis:
     """
 
     causal: bool = True
-    why_not_causal = ""
+    why_not_causal = "its ids depend on later text."
     _code: ClassVar[str]  # of a file from `load_axis_class`
     registry_names: ClassVar[dict[str, dict[str, Any]]] = {}
+    _not_saved: ClassVar[tuple[str, ...]] = ()  # arguments of `__init__` that are too large to be saved
 
     def __init__(self, name: str, vocabulary: Sequence[str]):
         if not isinstance(name, str) or not name.isidentifier():
@@ -89,8 +92,8 @@ class Axis:
             characters: characters that the token completes, none for a token that is a part of a character.
 
         Returns:
-            The id of the token, and the state after it. A step over several characters gives what steps over each of them
-            give.
+            The id of the token and the state after it, in this order. The id is a function of this state. So a step over several
+            characters gives what steps over each of them give, and a step over none gives the last id again.
 
         Raises:
             ValueError: from an axis that is not causal.
@@ -145,8 +148,22 @@ class Axis:
         return {}
 
     def to_dict(self) -> dict:
-        """This axis as values for JSON, which `make_axis` reads."""
-        return {"class": type(self).__name__, "name": self.name, **self.arguments()}
+        """This axis as values for JSON, which `make_axis` reads.
+
+        Raises:
+            ValueError: where `arguments` lacks an argument of `__init__`, which would have its default after loading.
+        """
+        arguments = {"name": self.name, **self.arguments()}
+        lost = [
+            name
+            for name, parameter in signature(type(self)).parameters.items()
+            if parameter.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+            and name not in arguments
+            and name not in self._not_saved
+        ]
+        if lost:
+            raise ValueError(f"`arguments` of {type(self).__name__} must return {lost} of its `__init__`, too.")
+        return {"class": type(self).__name__, **arguments}
 
     def __reduce__(self):
         # Copies and pickles are made from the arguments, without cached transitions.
@@ -281,6 +298,58 @@ def find_lookahead(axis: Axis, text: str, offsets=None, every: int = 1) -> int |
     return None
 
 
+def check_axis(axis: Axis, text: str) -> None:
+    """Check on a text what training and generation rely on.
+
+    Time grows with the square of the length, so a few hundred characters of the kind that the axis is for are enough.
+
+    Args:
+        axis: the axis. If it is not causal, only its ids are checked.
+        text: the text.
+
+    Raises:
+        TypeError: for a state that is not hashable, and for a `step` that does not return an id and a state.
+        ValueError: for ids outside of the vocabulary; for an axis that looks ahead and does not say so; where the id before the
+            text is not 0; where `step` and `ids_after` disagree, a step over no character changes the id, or a step changes
+            its state in place; and where `arguments` lacks an argument of `__init__`.
+    """
+    said = f"axis {axis.name!r} ({type(axis).__name__})"
+    axis.to_dict()
+    ids = [0, *axis.annotate(text)]
+    if not axis.causal:
+        return
+    number = find_lookahead(axis, text)
+    if number is not None:
+        raise ValueError(
+            f"{said} looks ahead: the id of character {number} of {text[:60]!r} changes with what follows. Set `causal = False` "
+            "if it should."
+        )
+    state = axis.start()
+    for place in range(len(ids)):
+        for characters in ("", text[place : place + 3], ""):  # a second time, after another step from the same state
+            axis_id, _ = _step(axis, state, characters)
+            expected = ids[min(place + len(characters), len(text))]
+            if axis_id != expected:
+                raise ValueError(
+                    f"{said} has id {expected} after {text[:place]!r} + {characters!r}, and {axis_id!r} where `step` reads "
+                    f"{characters!r} at once: the id must be a function of the state and 0 before any text, and no step may "
+                    "change its state in place."
+                )
+        _, state = _step(axis, state, text[place : place + 1])
+
+
+def _step(axis, state, characters):
+    """A step whose result is checked."""
+    said, stepped = f"axis {axis.name!r} ({type(axis).__name__})", axis.step(state, characters)
+    if not isinstance(stepped, tuple) or len(stepped) != 2:
+        raise TypeError(f"{said}: `step` must return an id and the next state, got {stepped!r}.")
+    try:
+        hash(stepped[1])
+    except TypeError as error:
+        raise TypeError(f"{said}: states must be hashable, got {stepped[1]!r}: {error}.") from error
+    return stepped
+
+
 class Automaton:
     """A function `(state, character) -> state` that caches its transitions, so that axes annotate a corpus fast.
 
@@ -347,6 +416,7 @@ __all__ = [
     "Axis",
     "ConstantAxis",
     "RandomAxis",
+    "check_axis",
     "check_vocabulary_size",
     "find_lookahead",
     "visible_lengths",

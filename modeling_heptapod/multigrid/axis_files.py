@@ -70,14 +70,18 @@ def _run(path, source, name):
         exec(compile(source, path, "exec", dont_inherit=True), vars(module))
         for class_name, axis_class in before.items():
             if AXIS_CLASSES[class_name] is not axis_class and axis_class.__module__ != name:
-                raise ValueError(f"its class {class_name} has the name of one in {axis_class.__module__}: rename it")
+                where = sys.modules[axis_class.__module__].__file__
+                raise ImportError(
+                    f"its class {class_name} has the name of one in {where}: rename one of them. After the file itself was "
+                    "renamed, start Python anew"
+                )
     except Exception as error:  # of the file, which may raise any
         AXIS_CLASSES.clear()
         AXIS_CLASSES.update(before)
         sys.modules.pop(name)
         if known is not None:
             sys.modules[name] = known
-        raise ValueError(f"{path} cannot be imported: {error!r}") from error
+        raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     _sources[name] = source
 
 
@@ -87,7 +91,7 @@ def _with_relative_imports(path):
     try:
         tree = ast.parse(source, path)
     except SyntaxError as error:
-        raise ValueError(f"{path} cannot be imported: {error!r}") from error
+        raise ValueError(f"{path}, line {error.lineno} cannot be imported: SyntaxError: {error.msg}") from error
     lines = source.split("\n")  # not `splitlines`, which also ends lines at characters that Python does not
     imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
     # From the end, so that the places of those before stay as they are.

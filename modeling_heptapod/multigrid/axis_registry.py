@@ -42,7 +42,7 @@ def make_axis(spec) -> Axis:
     elif isinstance(spec, (str, Path)):
         registry_names = {
             name: (axis_class, arguments)
-            for axis_class in AXIS_CLASSES.values()
+            for axis_class in (*AXIS_CLASSES.values(), *BUILTIN_AXES)  # no other class takes a name of these
             for name, arguments in vars(axis_class).get("registry_names", {}).items()
         }
         if spec not in registry_names:
@@ -58,8 +58,9 @@ def make_axis(spec) -> Axis:
     class_name = arguments.pop("class")
     if class_name not in AXIS_CLASSES:
         raise ValueError(
-            f"axis {spec.get('name')!r} is of class {class_name!r}, which is not one of {sorted(AXIS_CLASSES)}; import "
-            "the module that defines it first, or load with `trust_remote_code=True` the folder that holds it."
+            f"axis {spec.get('name')!r} is of class {class_name!r}, which is not one of {sorted(AXIS_CLASSES)}: import "
+            "the module that defines it first, or, where the class was saved from a file, load the folder with "
+            "`trust_remote_code=True`."
         )
     try:
         return AXIS_CLASSES[class_name](**arguments)

@@ -270,8 +270,8 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         axis, size = axes[name], self.config.axis_vocab_sizes[list(self.config.axis_names).index(name)]
         if not axis.causal:
             raise ValueError(
-                f"Axis {name!r} cannot be annotated during generation, for it is not causal: {axis.why_not_causal}. Use "
-                "the source 'predicted' or 'forced' for it."
+                f"Axis {name!r} cannot be annotated during generation, since it is not causal: "
+                f"{axis.why_not_causal.rstrip('.')}. Use the source 'predicted' or 'forced' for it."
             )
         if len(axis.vocabulary) != size:
             raise ValueError(
@@ -355,7 +355,7 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         if forced.dim() != 3 or forced.shape[0] != rows or forced.shape[1] not in (len(places), len(sources.of_axes)):
             raise ValueError(
                 f"`forced_axis_ids` must be [batch, axes, steps] with rows for {names} or for all {len(sources.of_axes)} "
-                f"axes, got {list(forced.shape)} for {rows} rows."
+                f"axes and a batch of {rows}, got {list(forced.shape)}."
             )
         if forced.shape[2] < steps:
             raise ValueError(

@@ -304,6 +304,7 @@ class GoldTagAxis(Axis):
     """
 
     causal = False
+    _not_saved = ("texts",)
     why_not_causal = "gold tags exist for texts of a corpus only, and were given with the whole sentence in view."
 
     def __init__(self, name: str = "gold", texts: Sequence[TaggedText] = (), vocabulary: Sequence[str] | None = None):

@@ -95,7 +95,7 @@ def test_blocks_of_tokens_and_meta_ids_are_cut_alike(length):
 def test_axes_by_name():
     assert [axis.name for axis in choose_axes(AXES)] == AXES
     for names, message in (
-        (["bracket", "brakcet"], "--axes bracket brakcet: .*'brakcet'"),
+        (["bracket", "brakcet"], "--axes bracket brakcet: .*'brakcet'.* FILE.py:CLASS"),
         (["bracket", "bracket"], "--axes .*same name"),
         (["missing.json"], "--axes missing.json"),
         (["bracket", Ahead()], "--axes ahead: looks ahead"),
@@ -337,12 +337,21 @@ def test_an_axis_of_ones_own_is_trained_saved_and_trained_further(tmp_path, monk
         ("my_axis.py", "the class in my_axis.py must be named as well, as my_axis.py:Vowels"),
         ("nowhere.py:Vowels", "there is no file nowhere.py"),
         ("my_axis.py:Consonants", "my_axis.py must define the class 'Consonants'"),
-        ("my_axis.py:Needy", "missing 1 required positional argument: 'what'"),
+        ("my_axis.py:Peeking", r"Peeking: ValueError: axis 'vowels' \(Peeking\) looks ahead"),
+        ("my_axis.py:Unnamed", "Unnamed: AttributeError: .* no attribute 'name'"),
+        (
+            "my_axis.py:Needy",
+            r"Needy\(\) must work without arguments: .*missing 1 required positional argument: 'what'",
+        ),
     ],
 )
 def test_files_without_the_axis_are_named(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     more = "class Needy(Vowels):\n    def __init__(self, what):\n        super().__init__()\n"
+    more += "class Unnamed(Vowels):\n    def __init__(self):\n        pass\n"
+    more += (
+        "class Peeking(Vowels):\n    def ids_after(self, text):\n        return [*super().ids_after(text)[1:], 0]\n"
+    )
     (tmp_path / "my_axis.py").write_text(VOWELS + more)
     with pytest.raises(ValueError, match=f"--axes {name}: .*{message}"):
         choose_axes([name])
