@@ -5,6 +5,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from modeling_heptapod import LeapConfig, LeapForCausalLM
+from modeling_heptapod.leap.focus_functions import OUTPUT_GATES, WEIGHT_FUNCTIONS
 from tests.tiny_leap import tiny_config
 
 
@@ -83,8 +84,8 @@ TYPE_ERRORS = {
 
 VALUE_ERRORS = {
     "unknown mixer": ({"mixer": "attention"}, "`mixer`.*focus.*additive.*attention"),
-    "unknown weight function": ({"weight_function": "square"}, "`weight_function`.*elu.*exp.*square"),
-    "unknown gate": ({"output_gate": "relu"}, "`output_gate`.*relu"),
+    "unknown weight function": ({"weight_function": "unknown"}, "`weight_function`.*elu.*exp.*unknown"),
+    "unknown gate": ({"output_gate": "unknown"}, "`output_gate`.*sigmoid.*unknown"),
     "unknown positions": ({"position_embedding_type": "sinusoidal"}, "`position_embedding_type`.*sinusoidal"),
     "no vocabulary": ({"vocab_size": 0}, "`vocab_size`"),
     "no hidden size": ({"hidden_size": 0}, "`hidden_size`"),
@@ -101,7 +102,7 @@ VALUE_ERRORS = {
     "no windows": ({"window_sizes": []}, "`window_sizes`"),
     "window of zero": ({"window_sizes": [None, 0, 8, 16]}, "`window_sizes`.*at least 1"),
     "negative window": ({"window_sizes": [None, 4, -8, 16]}, "`window_sizes`.*at least 1"),
-    "negative null weight": ({"sink_weight": -1e-5}, "`sink_weight`"),
+    "negative sink weight": ({"sink_weight": -1e-5}, "`sink_weight`"),
     "hidden dropout of one": ({"hidden_dropout": 1.0}, "`hidden_dropout`"),
     "negative hidden dropout": ({"hidden_dropout": -0.1}, "`hidden_dropout`"),
     "attention dropout of more": ({"attention_dropout": 1.5}, "`attention_dropout`"),
@@ -140,6 +141,15 @@ def test_values_that_make_no_model(case):
     values, match = VALUE_ERRORS[case]
     with pytest.raises((ValueError, StrictDataclassError), match=match):
         LeapConfig(**values)
+
+
+@pytest.mark.parametrize("field", ["weight_function", "output_gate"])
+def test_every_entry_of_a_table_is_accepted_and_described(field, monkeypatch):
+    table = WEIGHT_FUNCTIONS if field == "weight_function" else OUTPUT_GATES
+    description = LeapConfig.__doc__.split(f"{field} (`str`")[1].split("*optional*", 2)[1]
+    assert not [name for name in table if f'`"{name}"`' not in description]
+    monkeypatch.setitem(table, "added later", next(iter(table.values())))
+    assert getattr(LeapConfig(**{field: "added later"}), field) == "added later"
 
 
 @pytest.mark.parametrize("name", TYPE_ERRORS)

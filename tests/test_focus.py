@@ -3,7 +3,9 @@
 import functools
 import math
 import random
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +42,10 @@ SCALE = 0.7
 # Whatever the tables of the operator hold: the others are compared with the defaults, which "plain" has.
 KINDS = {name: {"weight_function": name} for name in WEIGHT_FUNCTIONS if name != "elu"}
 KINDS |= {"no gate" if name == "none" else name: {"output_gate": name} for name in OUTPUT_GATES if name != "sigmoid"}
+# Those with kernels. The others run in torch on all devices.
+KINDS_WITH_KERNELS = [
+    name for name, options in KINDS.items() if None not in FocusSettings(scale=1.0, **options).kernels
+]
 # Every option alone, then several at once.
 OPTIONS = {
     "plain": {},
@@ -66,6 +72,7 @@ OPTIONS = {
         "padding": True,
     },
 }
+OPTIONS_WITH_KERNELS = [name for name in OPTIONS if name not in KINDS or name in KINDS_WITH_KERNELS]
 
 
 @pytest.fixture(autouse=True)
@@ -220,7 +227,7 @@ def _distance(seq):
 
 
 def dense_mixing(qfkv, settings, alibi_slopes=None, padding_mask=None):
-    """`naive_focus_mixing` as one softmax, for lengths at which a loop takes too long (sigmoid gate, no null weight)."""
+    """`naive_focus_mixing` as one softmax, for lengths at which a loop takes too long (sigmoid gate, no sink weight)."""
     logs, values = tokens_of(qfkv, settings, padding_mask=padding_mask)
     distance = _distance(qfkv.shape[1])
     hidden = distance < 0 if settings.causal else torch.zeros_like(distance, dtype=torch.bool)
@@ -801,6 +808,15 @@ def test_the_columns_of_a_weight_function_agree(name):
     logits = logits.detach()
     torch.testing.assert_close(function.slope(logits), slope)
     torch.testing.assert_close(function.weight(logits), function.log(logits).exp())
+
+
+def test_the_columns_of_the_example_in_the_docs_agree(monkeypatch):
+    page = Path(__file__).resolve().parents[1] / "docs" / "extending" / "operator.md"
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    monkeypatch.setitem(WEIGHT_FUNCTIONS, "softplus", WEIGHT_FUNCTIONS["elu"])  # removed or restored afterwards
+    exec(code, {})
+    assert WEIGHT_FUNCTIONS["softplus"] is not WEIGHT_FUNCTIONS["elu"]
+    test_the_columns_of_a_weight_function_agree("softplus")
 
 
 @pytest.mark.parametrize("name", [name for name in OUTPUT_GATES if name != "none"])

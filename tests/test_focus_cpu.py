@@ -12,7 +12,15 @@ from modeling_heptapod.leap.focus import FocusSettings, FocusState, focus_mixing
 from modeling_heptapod.leap.focus_cpu_source import SOURCE
 from modeling_heptapod.leap.focus_functions import OUTPUT_GATES, WEIGHT_FUNCTIONS, WeightFunction
 from modeling_heptapod.leap.focus_recurrent import pack_state
-from tests.test_focus import KINDS, OPTIONS, check_state, relative_rms, settings_for
+from tests.test_focus import (
+    KINDS,
+    KINDS_WITH_KERNELS,
+    OPTIONS,
+    OPTIONS_WITH_KERNELS,
+    check_state,
+    relative_rms,
+    settings_for,
+)
 from tests.tiny_leap import tiny_leap
 
 
@@ -73,7 +81,7 @@ def check(qfkv, settings, kwargs, tolerance=1e-5):
     return state
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", OPTIONS_WITH_KERNELS)
 @pytest.mark.parametrize("window", WINDOWS)
 def test_options(window, option):
     qfkv, kwargs = make_inputs(2, 150, **OPTIONS[option])
@@ -178,7 +186,7 @@ def test_long_sequences_of_extreme_logits(window):
     assert relative_rms(grad[0, :, 2, 0], values.grad) < 2e-6
 
 
-@pytest.mark.parametrize("option", ["plain", "exp", "gelu", "no gate", "null", "alibi_slopes", "rotary", "normalize"])
+@pytest.mark.parametrize("option", ["plain", *KINDS_WITH_KERNELS, "null", "alibi_slopes", "rotary", "normalize"])
 @pytest.mark.parametrize("window", WINDOWS)
 def test_single_tokens_equal_the_whole(window, option):
     options = OPTIONS[option]
@@ -293,6 +301,22 @@ def test_single_tokens_of_extreme_logits(window):
     packed = pack_state(state, settings, 4, 1)
     outs = [focus_cpu.step(qfkv[:, t : t + 1], settings, None, None, packed) for t in range(1, 6)]
     torch.testing.assert_close(torch.cat(outs, 1), expected[:, 1:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", ["plain", *KINDS_WITH_KERNELS])
+@pytest.mark.parametrize("window", [None, 4])
+def test_inputs_that_give_logits_of_thousands(window, option):
+    """A weight function or gate in C must not overflow where its definition does not. Also one token at a time."""
+    qfkv, _ = make_inputs(1, 200, **OPTIONS[option])
+    qfkv, settings = 30 * qfkv, settings_for(window, **OPTIONS[option])
+    assert focus_cpu.is_supported(qfkv, settings)
+    out, _, grad = with_gradient(lambda x: focus_mixing(x, settings), qfkv, torch.ones(1, 200, HEADS, 4))
+    expected = naive_focus_mixing(qfkv.double(), settings)
+    assert relative_rms(out, expected) < 1e-3 and grad.isfinite().all()
+    _, state = focus_mixing(qfkv[:, :1], settings)
+    packed = pack_state(state, settings, 4, 1)
+    steps = [focus_cpu.step(qfkv[:, t : t + 1], settings, None, None, packed) for t in range(1, 200)]
+    assert relative_rms(torch.cat(steps, 1), expected[:, 1:]) < 1e-3
 
 
 def not_finite(x):
@@ -554,7 +578,7 @@ def test_kinds_are_in_one_table(window, monkeypatch):
 @pytest.mark.parametrize(
     "field, value",
     [("window", 0), ("window", -4), ("window", 2.0), ("window", True), ("scale", math.nan), ("scale", math.inf)]
-    + [("sink_weight", -1.0), ("sink_weight", math.nan), ("sink_weight", math.inf), ("output_gate", "tanh")],
+    + [("sink_weight", -1.0), ("sink_weight", math.nan), ("sink_weight", math.inf), ("output_gate", "unknown")],
 )
 def test_settings_that_mean_nothing(field, value):
     with pytest.raises(ValueError, match=f"`{field}` must be"):

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 INTERPRETED = {  # tests of tests/gpu/test_focus_triton.py
     "options": "options",
     "chunks": "lengths or widest or groups or split",
-    "heads": "head_dims or precision or extreme or overflow",
+    "heads": "head_dims or precision or extreme or overflow or thousands",
     "tokens": "single_tokens or bounded or keeps_more",
     "rows": "packed or pads or state or contiguous or left_to_torch",
 }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 
@@ -65,17 +66,17 @@ def _check(name, value):
         raise ValueError(f"`{name}` must be at most {LARGEST}, got {value}.")
 
 
-def check_fields(config, choices: dict[str, tuple[str, ...]], at_least_one: tuple[str, ...]) -> None:
+def check_fields(config, choices: Mapping[str, Collection[str]], at_least_one: tuple[str, ...]) -> None:
     """Raise a `ValueError` for an unknown option, a size below 1, heads that do not divide the width, and bad dropouts.
 
     Args:
         config (`PreTrainedConfig`): with `hidden_size`, `num_attention_heads`, `hidden_dropout` and `attention_dropout`.
-        choices (`dict[str, tuple[str, ...]]`): names of fields to their possible values.
+        choices (`Mapping[str, Collection[str]]`): names of fields to their possible values.
         at_least_one (`tuple[str, ...]`): names of sizes.
     """
     for name, known in choices.items():
         if getattr(config, name) not in known:
-            raise ValueError(f"`{name}` must be one of {known}, got {getattr(config, name)!r}.")
+            raise ValueError(f"`{name}` must be one of {tuple(known)}, got {getattr(config, name)!r}.")
     for name in at_least_one:
         if getattr(config, name) < 1:
             raise ValueError(f"`{name}` must be at least 1, got {getattr(config, name)}.")

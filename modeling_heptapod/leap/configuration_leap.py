@@ -14,8 +14,8 @@ from .focus_functions import OUTPUT_GATES, WEIGHT_FUNCTIONS
 
 _CHOICES = {
     "mixer": ("focus", "additive"),
-    "weight_function": tuple(WEIGHT_FUNCTIONS),
-    "output_gate": tuple(OUTPUT_GATES),
+    "weight_function": WEIGHT_FUNCTIONS,
+    "output_gate": OUTPUT_GATES,
     "position_embedding_type": ("absolute", "rotary", "alibi", "none"),
 }
 _AT_LEAST_ONE = (

@@ -156,8 +156,8 @@ def focus_mixing(
     """The whole mixing step of LEAP, `[q, f, k, v] -> gate(q . kbar) * vbar`, in linear time.
 
     Args:
-        qfkv (`torch.Tensor` of shape `[batch, seq, 4, heads, head_dim]`): queries, focus, keys, values; without a
-            query gate `[batch, seq, 3, heads, head_dim]` (no queries).
+        qfkv (`torch.Tensor` of shape `[batch, seq, 4, heads, head_dim]`): queries, focus, keys, values; with
+            `output_gate="none"` `[batch, seq, 3, heads, head_dim]` (no queries).
         settings (`FocusSettings`): see there.
         alibi_slopes (`torch.Tensor` of shape `[heads]`, *optional*): subtracted from log weights per token of distance.
         rotary (`tuple` of cos and sin `[1 or batch, seq, head_dim]`, *optional*): positions of queries and keys.

@@ -22,8 +22,10 @@ class WeightFunction(NamedTuple):
     Attributes:
         log (`Callable`): logits -> log weights.
         slope (`Callable`): logits -> derivatives of `log`.
-        weight (`Callable`): logits -> weights. Called for single tokens, where logits are bounded.
-        kernel (`int`, *optional*): its number in the C source and the Triton kernels, `None` if they lack it.
+        weight (`Callable`): logits -> weights, the exponential of `log`. It adds one token to a global state without a
+            maximum, which saves operations. Called only where `FocusSettings.bounded` says that logits lie within +-30.
+        kernel (`int`, *optional*): its number in the C source and in the Triton kernels, which must both have it. With
+            `None` it runs in torch.
     """
 
     log: Callable[[torch.Tensor], torch.Tensor]
@@ -38,7 +40,8 @@ class OutputGate(NamedTuple):
     Attributes:
         value (`Callable`): alignments -> gates.
         slope (`Callable`): alignments, gates -> derivatives of `value`.
-        kernel (`int`, *optional*): its number in the C source and the Triton kernels, `None` if they lack it.
+        kernel (`int`, *optional*): its number in the C source and in the Triton kernels, which must both have it. With
+            `None` it runs in torch.
     """
 
     value: Callable[[torch.Tensor], torch.Tensor]

@@ -192,10 +192,10 @@ class RunningMeanMixer(nn.Module):
 class FocusMixing(RunningMeanMixer):
     """LEAP's mixing step `sigmoid(scale * q_i . kbar_i) * vbar_i` without weights, see `focus.py`.
 
-    Its inputs are queries, focus, keys and values of all heads, `[batch, seq, parts * hidden_size]`. Without a query gate there
-    are no queries, hence 3 parts instead of 4.
+    Its inputs are queries, focus, keys and values of all heads, `[batch, seq, parts * hidden_size]`. With
+    `output_gate="none"` there are no queries, so there are 3 parts instead of 4.
 
-    Its `attentions` are `[batch, heads, seq, 2]`: log focus weights (`-inf` at pads) and query gates. Its
+    Its `attentions` are `[batch, heads, seq, 2]`: log focus weights (`-inf` at pads) and output gates. Its
     `attention_matrix` `[batch, heads, seq, seq]` times the (standardised) values is the mixer's output.
     """
 

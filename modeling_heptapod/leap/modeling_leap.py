@@ -185,7 +185,7 @@ class LeapModel(LeapPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         r"""
         output_attentions (`bool`, *optional*):
-            Whether to return attentions `[batch, heads, seq, 2]` of each layer: log focus weights and query gates, or log
+            Whether to return attentions `[batch, heads, seq, 2]` of each layer: log focus weights and output gates, or log
             weights of both poolings with the additive mixer. `layers[i].mixer.attention_matrix` computes token-to-token
             attention from them.
         is_causal (`bool`, *optional*, defaults to `config.is_causal`):

@@ -33,7 +33,7 @@ class LeapModelTester(families.ModelTester):
         "intermediate_size": 64,
         "window_sizes": [None, 4],
     }
-    key_length = 2  # the last dimension of `attentions`: log focus weight and query gate
+    key_length = 2  # the last dimension of `attentions`: log focus weight and output gate
 
 
 class LeapModelTest(families.ModelTests, unittest.TestCase):

@@ -13,7 +13,14 @@ import torch
 from modeling_heptapod.leap import focus_operator, focus_triton
 from modeling_heptapod.leap.focus import FocusSettings, FocusState, focus_mixing, naive_focus_mixing
 from modeling_heptapod.leap.focus_recurrent import pack_state
-from tests.test_focus import KINDS, OPTIONS, check_state, relative_rms, settings_for
+from tests.test_focus import (
+    KINDS_WITH_KERNELS,
+    OPTIONS,
+    OPTIONS_WITH_KERNELS,
+    check_state,
+    relative_rms,
+    settings_for,
+)
 from tests.test_focus_cpu import HEADS, in_float64, make_inputs, with_gradient
 
 
@@ -72,7 +79,7 @@ def check(qfkv, settings, kwargs, tolerance=1e-5):
     check_state(state, qfkv.double(), settings, double, tolerance=tolerance)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", OPTIONS_WITH_KERNELS)
 @pytest.mark.parametrize("window", WINDOWS)
 def test_options(window, option):
     qfkv, kwargs = make_inputs(1 if INTERPRETED else 2, 130, **OPTIONS[option])
@@ -116,7 +123,7 @@ def test_many_groups_of_chunks(window, monkeypatch):
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("option", ["plain", *KINDS, "null", "rotary", "padding"])
+@pytest.mark.parametrize("option", ["plain", *KINDS_WITH_KERNELS, "null", "rotary", "padding"])
 def test_any_split_in_chunks_equals_the_whole(window, option):
     qfkv, kwargs = make_inputs(1, 200, **OPTIONS[option])
     settings = settings_for(window, **OPTIONS[option])
@@ -190,13 +197,23 @@ def test_extreme_logits(window):
     assert relative_rms(grad[0, :, 2, 0], values.grad) < 1e-5
 
 
+@pytest.mark.parametrize("option", ["plain", *KINDS_WITH_KERNELS])
+@pytest.mark.parametrize("window", [None, 4])
+def test_inputs_that_give_logits_of_thousands(window, option):
+    """A weight function or gate in Triton must not overflow where its definition does not."""
+    qfkv, _ = make_inputs(1, 100, **OPTIONS[option])
+    qfkv, settings = 30 * qfkv, settings_for(window, **OPTIONS[option])
+    out, _, grad = run(qfkv, settings, {}, torch.ones(1, 100, HEADS, 4))
+    assert relative_rms(out, naive_focus_mixing(qfkv.double(), settings)) < 1e-3 and grad.isfinite().all()
+
+
 def test_logits_that_overflow_a_plain_exponential():
     settings = FocusSettings(scale=1.0, weight_function="exp", window=None)
     out, _ = focus_mixing(torch.full((1, 5, 4, 1, 2), 20.0, device=DEVICE), settings)
     torch.testing.assert_close(out.cpu(), torch.full((1, 5, 1, 2), 20.0))
 
 
-@pytest.mark.parametrize("option", ["plain", "exp", "gelu", "no gate", "null", "alibi_slopes", "rotary", "normalize"])
+@pytest.mark.parametrize("option", ["plain", *KINDS_WITH_KERNELS, "null", "alibi_slopes", "rotary", "normalize"])
 @pytest.mark.parametrize("window", [None, 1, 2, 16])
 def test_single_tokens_equal_the_whole(window, option):
     options, tokens = OPTIONS[option], range(20, 30 if INTERPRETED else 90)
