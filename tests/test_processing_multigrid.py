@@ -67,7 +67,7 @@ def with_ends(by_bytes):
 
 def test_ids_by_hand():
     processor = MultiGridProcessor(build_tokenizer("byte", []), ["bracket", "string"])
-    out = processor(["f('é", "x"], padding=True, return_tensors="pt")
+    out = processor(["f('é", "x"], padding=True, padding_side="right", return_tensors="pt")
     assert out.keys() == {"input_ids", "attention_mask", "axis_ids"} and processor.model_input_names == list(out)
     assert out.input_ids.tolist() == [[*b"f('\xc3\xa9"], [ord("x"), *[PAD] * 4]]
     assert out.attention_mask.tolist() == [[1] * 5, [1, 0, 0, 0, 0]]
@@ -167,6 +167,7 @@ def test_special_tokens_in_a_text_are_their_ids(for_chats):
     """As for the tokenizer; axes see the text without them, as they do while a model writes."""
     text = "<|turn|>f('<|endoftext|>é(def<|turn|>"
     for options in ({}, {"truncation": True, "max_length": 8}, {"padding": "max_length", "max_length": 12}):
+        options["padding_side"] = "right"
         out = for_chats(text, return_special_tokens_mask=True, **options)
         ids = out["input_ids"][0]
         assert ids == for_chats.tokenizer(text, **options)["input_ids"]
