@@ -66,13 +66,24 @@ def _launcher():
 
 def device_name(device: torch.device) -> str:
     """Name of a GPU, or of this machine's processor if it is known."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else machine()["cpu"]
+
+
+def machine() -> dict:
+    """Processor of this machine, its number of cores and matrix units, and the GPU if there is one."""
+    model, flags = platform.processor() or platform.machine(), set()
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                model = value.strip()
+            elif name.strip() == "flags":
+                flags = set(value.split())
+    except OSError:  # not Linux
+        pass
+    units = [unit for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if unit in flags]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": model, "cores": os.cpu_count(), "units": units, "gpu": gpu}
 
 
 def commit(folder: Path) -> str | None:

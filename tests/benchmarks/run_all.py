@@ -10,17 +10,19 @@ import argparse
 import datetime
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT / "training"))
+
+from provenance import commit, machine
+
+
 NAMES = (
     "focus_accuracy",
     "mixing_memory",
@@ -40,30 +42,6 @@ NAMES = (
     "two_processes",
     "training_start",
 )
-
-
-def commit() -> str:
-    """The commit measured, marked where tracked files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    found = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    return found.stdout.strip() if found.returncode == 0 else "unknown"
-
-
-def device() -> dict:
-    """CPU, its number of cores and matrix units, and the GPU where there is one."""
-    model, flags = platform.processor() or platform.machine(), set()
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                model = value.strip()
-            elif name.strip() == "flags":
-                flags = set(value.split())
-    except OSError:
-        pass
-    units = [unit for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if unit in flags]
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": model, "cores": os.cpu_count(), "units": units, "gpu": gpu}
 
 
 def script_of(name: str) -> Path:
@@ -93,7 +71,7 @@ def main():
     if unknown:
         parser.error(f"unknown names {unknown}; there are {', '.join(NAMES)}")
 
-    about = {"commit": commit(), "device": device()}  # before any result changes the tree
+    about = {"commit": commit(HERE) or "unknown", "device": machine()}  # before any result changes the tree
     about["versions"] = {"python": platform.python_version()}
     about["versions"].update({name: importlib.metadata.version(name) for name in ("torch", "transformers")})
     failed, missed = [], []

@@ -24,7 +24,7 @@ import matplotlib
 import numpy as np
 import torch
 from corpora import PackedBlocks, build_tokenizer, encode, load_texts
-from run_all import commit as current_commit
+from provenance import commit as current_commit
 from training_step import Trainee
 
 from modeling_heptapod import HierarchicalLMConfig, HierarchicalLMForCausalLM
@@ -156,7 +156,7 @@ def bits_of(name, config, train_blocks, held_out, settings, quick):
         if kept["key"] == key:
             print(f"{name}: trained before at {kept['commit']}, {path.relative_to(ROOT)}", flush=True)
             return torch.tensor(kept["bits"], dtype=torch.float64), kept["commit"]
-    began, commit = time.perf_counter(), current_commit()
+    began, commit = time.perf_counter(), current_commit(ROOT)
     model = train(config, train_blocks, settings)
     bits = bits_of_blocks(model, held_out, settings["batch_size"])
     print(f"{name}: {bits.mean():.3f} bits per byte after {time.perf_counter() - began:.0f} s", flush=True)

@@ -53,10 +53,10 @@ from distill_axis import distill
 from experiment_texts import SHARED, TEXTS
 from multigrid_report import draw, report_on
 from objectives import sum_nats
+from provenance import commit, machine
 from redaction import Parser
 
 from modeling_heptapod import MultiGridConfig, MultiGridForCausalLM, make_axis
-from tests.benchmarks.run_all import commit, device
 
 
 KEPT = ROOT / "outputs" / "multigrid_experiment"
@@ -424,7 +424,7 @@ def run_all(tasks: list[Task], work: Work, jobs: int) -> list[dict]:
 def experiment(settings: dict[str, dict], seeds: int, jobs: int, folder: Path) -> list[dict]:
     """All runs on the corpora of these settings; those of learned axes last, because the axis comes from a run."""
     corpora = {name: Corpus(name, each) for name, each in settings.items()}
-    work = Work(corpora, folder, commit())
+    work = Work(corpora, folder, commit(ROOT))
 
     def tasks(models):
         # Seeds outermost: what is cut off has whole seeds.
@@ -461,8 +461,8 @@ def main():
             "title": "What axes gain",
             "command": " ".join(["python", "training/experiments/multigrid_experiment.py", *sys.argv[1:]]),
             "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-            "commit": commit(),
-            "device": device(),
+            "commit": commit(ROOT),
+            "device": machine(),
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
