@@ -16,6 +16,7 @@ from modeling_heptapod import (
     RecurrentCache,
 )
 from modeling_heptapod.common.transformers_versions import CACHE
+from modeling_heptapod.leap import modeling_leap
 from tests.reference.leap import LeapDescription, leap_logits
 from tests.tiny_leap import VARIANTS, random_ids, tiny_config, tiny_leap
 
@@ -665,6 +666,17 @@ def test_a_masked_lm_changes_its_own_copy_of_the_config():
     assert config.is_causal and not model.config.is_causal and not model.model.config.is_causal
     with pytest.raises(ValueError, match="is_causal"):
         LeapForCausalLM(model.config)
+
+
+def test_a_masked_lm_of_a_causal_checkpoint_warns(monkeypatch, tmp_path):
+    warnings = []
+    monkeypatch.setattr(modeling_leap.logger, "warning_once", warnings.append)
+    LeapForMaskedLM(tiny_config()).save_pretrained(tmp_path / "masked")
+    LeapForMaskedLM.from_pretrained(tmp_path / "masked")
+    assert not any("both directions" in warning for warning in warnings)
+    LeapForCausalLM(tiny_config()).save_pretrained(tmp_path / "causal")
+    LeapForMaskedLM.from_pretrained(tmp_path / "causal")
+    assert sum("both directions" in warning for warning in warnings) == 1
 
 
 def test_tied_weights_are_one_tensor():

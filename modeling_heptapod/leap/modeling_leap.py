@@ -24,7 +24,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from ..common.auto_mapping import AutoMappingMixin
@@ -44,6 +44,9 @@ from .configuration_leap import LeapConfig
 from .leap_mixing import FocusMixing, RunningMeanMixer, get_alibi_slopes
 from .mixing_rows import MixingRows, lay_out
 from .recurrent_cache import RecurrentCache, StaticRecurrentCache, mixing_states
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -329,6 +332,11 @@ class LeapForMaskedLM(LeapPreTrainedModel):
 
     def __init__(self, config: LeapConfig):
         config = copy.deepcopy(config)
+        if config.is_causal and "LeapForCausalLM" in (config.architectures or ()):
+            logger.warning_once(
+                "The checkpoint was trained to predict the next token, and LeapForMaskedLM reads it in both directions: train it "
+                "before you use its predictions."
+            )
         config.is_causal = False
         super().__init__(config)
         self.model = LeapModel(config)
