@@ -177,6 +177,22 @@ def test_registration_keeps_names_from_saved_folders(monkeypatch):
 
 
 @pytest.mark.parametrize("name", AUTO)
+def test_entries_of_the_auto_classes_are_used_as_classes(name):
+    """As transformers' own tests use them."""
+    config = getattr(modeling_heptapod, name)
+    for auto_class, model_name in AUTO[name].items():
+        model, entry = getattr(modeling_heptapod, model_name), getattr(transformers, auto_class)._model_mapping[config]
+        assert entry == model and model == entry and {entry} == {model} and entry.__name__ == model_name
+
+        class Copy(entry):
+            pass
+
+        assert issubclass(Copy, model)
+        for names in (vars(modeling_auto)[table] for table in dir(modeling_auto) if table.endswith("_MAPPING_NAMES")):
+            names.pop("Copy", None)
+
+
+@pytest.mark.parametrize("name", AUTO)
 def test_a_config_class_of_the_same_name_is_not_ours(name):
     """The prototype of LEAP has a `LeapConfig`, too: registering it, and asking for its model, must not give ours."""
 

@@ -10,18 +10,33 @@ from .auto_mapping import enter_name
 
 
 class _LazyModel:
-    """A model class in the mapping of an Auto class, imported when it is first used."""
+    """A model class in the mapping of an Auto class, imported when it is first used.
+
+    It is called, subclassed and compared as the class itself.
+    """
 
     def __init__(self, package: Any, config_class: Any, name: str):
         self.config_class = config_class
         self._package = package
         self._name = name
 
+    def _model_class(self):
+        return getattr(self._package, self._name)
+
     def __getattr__(self, attribute):
-        return getattr(getattr(self._package, self._name), attribute)
+        return getattr(self._model_class(), attribute)
 
     def __call__(self, *args, **kwargs):
-        return getattr(self._package, self._name)(*args, **kwargs)
+        return self._model_class()(*args, **kwargs)
+
+    def __mro_entries__(self, bases):
+        return (self._model_class(),)
+
+    def __eq__(self, other):
+        return self is other or self._model_class() is other
+
+    def __hash__(self):
+        return hash(self._model_class())
 
 
 def register_models(package: Any, config_class: Any) -> None:
