@@ -331,12 +331,12 @@ class LeapForMaskedLM(LeapPreTrainedModel):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: LeapConfig):
-        config = copy.deepcopy(config)
         if config.is_causal and "LeapForCausalLM" in (config.architectures or ()):
             logger.warning_once(
                 "The checkpoint was trained to predict the next token, and LeapForMaskedLM reads it in both directions: train it "
                 "before you use its predictions."
             )
+        config = copy.deepcopy(config)
         config.is_causal = False
         super().__init__(config)
         self.model = LeapModel(config)
