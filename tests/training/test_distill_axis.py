@@ -260,6 +260,6 @@ def test_from_a_saved_model_to_files(model, tokenizer, tmp_path):
     tokens = min(3000 // 4, len(load_texts(str(tmp_path / "text.txt")).validation[0].encode()))
     assert report["held_out_tokens"] == tokens
     assert (
-        f"{leaves} leaves on the last {axis.length} characters. On {tokens} held-out tokens it names the cluster in "
-        f"{report['agreement']:.1%}, the most frequent one would in {report['chance']:.1%}." in done.stdout
+        f"{leaves} leaves on the last {axis.length} characters. On {tokens} held-out tokens it predicts the cluster of "
+        f"{report['agreement']:.1%}; the most frequent cluster has {report['chance']:.1%}." in done.stdout
     )
