@@ -1,9 +1,12 @@
 """Keyword arguments that nothing reads are refused in every forward; what stock code passes still works."""
 
+import inspect
 import logging
 
 import pytest
 import torch
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.logging import warning_once
 
 from modeling_heptapod.common.transformers_versions import CACHE
@@ -79,6 +82,13 @@ def test_recorded_outputs_are_still_to_be_had(head):
     model, inputs = make(head)
     out = model(**inputs, output_hidden_states=True, output_attentions=True)
     assert len(out.hidden_states) == model.config.num_hidden_layers + 1 and out.attentions is not None
+
+
+@pytest.mark.parametrize("head", MODELS)
+def test_signatures_list_what_else_is_taken(head):
+    """Transformers' own checks look there whether a model returns attention weights, for example."""
+    model, _ = make(head)
+    assert inspect.signature(model.forward).parameters["kwargs"].annotation == Unpack[TransformersKwargs]
 
 
 @pytest.mark.parametrize("head", [*CAUSAL, "LeapForMaskedLM", "HeptapodForMaskedLM"])

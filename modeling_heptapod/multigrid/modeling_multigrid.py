@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.utils import ModelOutput, auto_docstring, can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
@@ -162,7 +163,7 @@ class MultiGridModel(MultiGridPreTrainedModel):
     @capture_outputs
     @auto_docstring
     @with_cache_argument
-    def forward(
+    def forward(  # type: ignore[misc]  # `TransformersKwargs` lists some of these arguments, too
         self,
         input_ids: torch.Tensor | None = None,
         axis_ids: torch.Tensor | None = None,
@@ -174,7 +175,7 @@ class MultiGridModel(MultiGridPreTrainedModel):
         output_attentions: bool | None = None,
         seq_idx: torch.Tensor | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MultiGridModelOutput:
         r"""
         axis_ids (`torch.LongTensor` of shape `(batch_size, axes, sequence_length)`, *optional*):
@@ -288,7 +289,7 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
     @can_return_tuple
     @auto_docstring
     @with_cache_argument
-    def forward(
+    def forward(  # type: ignore[misc]  # `TransformersKwargs` lists some of these arguments, too
         self,
         input_ids: torch.Tensor | None = None,
         axis_ids: torch.Tensor | None = None,
@@ -303,7 +304,7 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
         logits_to_keep: int | torch.Tensor = 0,
         seq_idx: torch.Tensor | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MultiGridCausalLMOutput:
         r"""
         axis_ids (`torch.LongTensor` of shape `(batch_size, axes, sequence_length)`, *optional*):
