@@ -1295,7 +1295,7 @@ def test_pages_that_are_masked_already_are_named():
         model.elbo(seen)
     with pytest.raises(ValueError, match="`labels` hold the mask token"):
         model.elbo(page, labels=seen)
-    assert model(seen, labels=page.masked_fill(page > 9, -100)).loss > 0  # open cells that do not count may be there
+    assert model(seen, labels=page.masked_fill(page > 9, -100)).loss > 0  # masked cells that do not count may be there
 
 
 def test_labels_need_a_mask_token():

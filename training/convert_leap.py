@@ -16,7 +16,7 @@ from modeling_heptapod import LeapConfig, LeapForCausalLM
 
 
 # The prototype adds this to every denominator: a sink.
-NULL_WEIGHT = 1e-5
+SINK_WEIGHT = 1e-5
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -83,7 +83,7 @@ def convert_config(source: dict) -> LeapConfig:
         window_sizes=[None if window >= positions else window for window in source["window_sizes"]],
         position_embedding_type="absolute",
         max_position_embeddings=positions,
-        sink_weight=NULL_WEIGHT,
+        sink_weight=SINK_WEIGHT,
         hidden_dropout=source["hidden_dropout_prob"],
         attention_dropout=source["hidden_dropout_prob"],
         initializer_range=source["initializer_range"],

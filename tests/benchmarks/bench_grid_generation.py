@@ -1,6 +1,6 @@
 """Does writing a page in all directions at once pay: model calls, seconds and quality, against one cell after another?
 
-Holes of several shapes are opened in held-out pages of source text and filled by each sampler of one grid model.
+Holes of several shapes are masked in held-out pages of source text and filled by each sampler of one grid model.
 Peers: raster order of the same model, one cell at a time, and a left-to-right model of equal size, trained as long on
 the same text, which writes a hole row by row without what follows it. Quality is precision, recall and F1 of the cells
 that are not blank, beside the same of holes filled with one token, and bits per byte of the text of the whole page
@@ -71,11 +71,11 @@ def left_padded(rows):
     return ids, mask
 
 
-def fill_left_to_right(model, opened, processor):
-    """Pages with open cells written row by row; after the end of a line a row stays blank. And the number of calls."""
-    pages, calls = opened.clone(), 0
-    is_masked = opened == processor.tokenizer.mask_token_id
-    for row in range(opened.shape[1]):
+def fill_left_to_right(model, masked, processor):
+    """Pages with masked cells written row by row; after the end of a line a row stays blank. And the number of calls."""
+    pages, calls = masked.clone(), 0
+    is_masked = masked == processor.tokenizer.mask_token_id
+    for row in range(masked.shape[1]):
         columns = is_masked[0, row].nonzero().flatten().tolist()
         if not columns:
             continue
@@ -105,8 +105,8 @@ def judged_bits(judge, pages, processor):
     return torch.stack(bits)
 
 
-def _discard(fill, opened):
-    fill(opened)
+def _discard(fill, masked):
+    fill(masked)
 
 
 def standard_error(values):
@@ -119,22 +119,22 @@ class Hole:
     def __init__(self, region, pages, original, processor, judge, report):
         self.region, self.pages, self.original = region, pages, original
         self.processor, self.judge, self.report = processor, judge, report
-        self.opened = processor.mask_cells(pages, region)
-        self.is_masked = self.opened != pages
+        self.masked = processor.mask_cells(pages, region)
+        self.is_masked = self.masked != pages
         self.cells = int(self.is_masked[0].sum())
         self.f1, self.bits = {}, {}
 
     def judge_filling(self, name, fill):
-        filled, calls = fill(self.opened)
+        filled, calls = fill(self.masked)
         given = torch.equal(filled[~self.is_masked], self.pages[~self.is_masked])
         closed = not (filled == self.processor.tokenizer.mask_token_id).any()
-        harness.require(given and closed, f"{name} changed given cells or left cells open")
+        harness.require(given and closed, f"{name} changed given cells or left cells masked")
         score = score_pages(filled, self.pages, self.is_masked, self.processor.blank_token_id)
         bits = judged_bits(self.judge, filled, self.processor) - self.original
         self.f1[name], self.bits[name] = score.f1_of_pages, bits
         self.report.row(
             region=self.region,
-            open_cells=self.cells,
+            masked_cells=self.cells,
             how=name,
             model_calls=calls,
             precision=score.precision,
@@ -154,12 +154,12 @@ class Hole:
     def time_fillings(self, ways, rounds):
         """Seconds for the first page alone, all ways in turns. Returns how many rounds were disturbed."""
         seconds, disturbed = harness.in_turns(
-            {name: partial(_discard, fill, self.opened[:1]) for name, fill in ways.items()}, rounds
+            {name: partial(_discard, fill, self.masked[:1]) for name, fill in ways.items()}, rounds
         )
         for name, each in seconds.items():
             self.report.row(
                 region=self.region,
-                open_cells=self.cells,
+                masked_cells=self.cells,
                 how=name,
                 seconds_a_page=each,
                 raster_over_it=seconds["raster"] / each,
@@ -185,8 +185,8 @@ def main():
     pages, rounds = held_out_pages(processor, 3 if quick else 12), 1 if quick else 3
     original = judged_bits(judge, pages, processor)
 
-    def fill(opened, **options):
-        output = grid.generate(opened, return_dict_in_generate=True, seed=0, **options)
+    def fill(masked, **options):
+        output = grid.generate(masked, return_dict_in_generate=True, seed=0, **options)
         return output.sequences, output.nfe
 
     for region in REGIONS[:1] if quick else REGIONS:

@@ -24,7 +24,7 @@ def main():
             report.row(
                 pages=name,
                 region=region,
-                open_cells=int(is_masked[0].sum()),
+                masked_cells=int(is_masked[0].sum()),
                 how=how,
                 precision=score.precision,
                 recall=score.recall,

@@ -78,18 +78,18 @@ def test_holes_are_judged_by_what_is_written_in_them(monkeypatch):
     monkeypatch.setattr(bench, "judged_bits", lambda judge, pages, processor: torch.zeros(len(pages)))
     processor = bench.models(quick=True)[1]
     blank = processor.blank_token_id
-    pages = torch.full((2, 4, 12), blank)  # of which rows 1 and 2, columns 3 to 8 are opened
+    pages = torch.full((2, 4, 12), blank)  # of which rows 1 and 2, columns 3 to 8 are masked
     pages[:, 1, 3:6], pages[1, 2, 3:8], pages[:, 3] = ord("a"), ord("b"), ord("c")
     filled = pages.clone()
     filled[0, 1, 3], filled[0, 1, 8], filled[1, 2, 3:8] = ord("b"), ord("x"), blank
     report = bench.harness.Report("", quick=True)
     hole = bench.Hole("hole", pages, torch.zeros(2), processor, None, report)
-    hole.judge_filling("mine", lambda opened: (filled, 7))
+    hole.judge_filling("mine", lambda masked: (filled, 7))
     hole.judge_baselines()
     hole.compare("mine", "all 'a'", 0.5)
     (row, *others) = report.rows
     # Right 2 of 4 that were written and of 3 there were, then 3 of 3 and of 8.
-    assert (row["how"], row["model calls"], row["open cells"]) == ("mine", 7, 12)
+    assert (row["how"], row["model calls"], row["masked cells"]) == ("mine", 7, 12)
     assert (row["precision"], row["recall"], row["F1"]) == pytest.approx((5 / 7, 5 / 11, 10 / 18), abs=1e-4)
     assert row["cells right with blanks"] == pytest.approx(17 / 24, abs=1e-4)
     # Residuals of 4 of 7 and 6 of 11 are 1 / 9 and -1 / 9.

@@ -29,7 +29,7 @@ def write_page(
     remask_threshold=None,
     stability_threshold=None,
 ):
-    """Write the open cells of one page.
+    """Write the masked cells of one page.
 
     Args:
         predict: from a page (list of token ids) to one list of logits for each cell.
