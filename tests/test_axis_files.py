@@ -112,6 +112,8 @@ try:
     AutoProcessor.from_pretrained({str(tmp_path / "saved")!r})
 except ValueError as error:
     assert "is of class 'Vowels'" in str(error) and "trust_remote_code=True" in str(error), error
+else:
+    raise SystemExit("the file ran without permission")
 processor = AutoProcessor.from_pretrained({str(tmp_path / "saved")!r}, trust_remote_code=True)
 assert type(processor) is modeling_heptapod.MultiGridProcessor and isinstance(processor.axes[0], modeling_heptapod.Axis)
 processor.save_pretrained({str(tmp_path / "again")!r})

@@ -66,7 +66,7 @@ def test_a_file_is_read_once_until_it_changes(tmp_path, monkeypatch):
 
 def test_c_source_becomes_a_module(tmp_path):
     """Transformers loads Python files only. What was saved is saved again as it is."""
-    source = '/* \\d {"x"} */\nint one = 1;\n'
+    source = '/* \\n {"x"} */\nint one = 1;\n'
     tree(tmp_path, a__model="from .kernel import SOURCE\n", a__kernel="SOURCE = None\n")
     (tmp_path / "a" / "kernel.c").write_text(source, encoding="utf-8")
     write_code([tmp_path / "a" / "model.py"], tmp_path / "out")
