@@ -422,7 +422,7 @@ def test_rows_and_pictures(tmp_path, monkeypatch):
     ]
     for figure in figures:
         for axes in figure.axes:
-            boxes = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
+            boxes = [label.get_window_extent() for label in axes.get_xticklabels(which="both") if label.get_text()]
             inside = [box for box in boxes if axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1]
             assert all(left.x1 <= right.x0 for left, right in pairwise(sorted(inside, key=lambda box: box.x0)))
             assert figure.bbox.containsx(axes.xaxis.label.get_window_extent().x1)  # not cut off
