@@ -45,6 +45,7 @@ def save_model(folder):
     return model
 
 
+@pytest.mark.slow
 def test_order_is_learned_that_words_alone_do_not_tell(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl")
     save_model(tmp_path / "model")

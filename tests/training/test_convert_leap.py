@@ -130,7 +130,7 @@ def test_what_has_no_place_in_our_model():
     convert_state_dict(state, config)
 
 
-@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("weights", ["model.safetensors", pytest.param("pytorch_model.bin", marks=pytest.mark.slow)])
 def test_command_line(weights, tmp_path):
     source, output = tmp_path / "source", tmp_path / "output"
     source.mkdir()
