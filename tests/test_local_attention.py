@@ -1,4 +1,7 @@
-"""Local attention on a grid against its own loop over cells: values, gradients, borders, masks, memory."""
+"""Local attention on a grid, as torch computes it, against its own loop over cells: values, gradients, borders, masks, memory.
+
+Kernels have tests of their own, in `test_local_attention_cpu.py` and `test_local_attention_triton.py`.
+"""
 
 import math
 
@@ -16,6 +19,11 @@ from modeling_heptapod.heptapod.local_attention import attention_weights, local_
 
 GRIDS = [(1, 1), (1, 17), (13, 7), (32, 32)]
 WINDOWS = [0, 1, 3, 40]
+
+
+@pytest.fixture(autouse=True)
+def in_torch(monkeypatch):
+    monkeypatch.setattr(operator, "has_kernel", lambda q, radius: False)
 
 
 @pytest.fixture

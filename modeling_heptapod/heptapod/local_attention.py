@@ -21,6 +21,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
+from .local_attention_operator import has_kernel, kernel_attention
 from .tiled_attention import MASKED_LOGIT, TILE, TiledAttention, pad
 
 
@@ -227,6 +228,8 @@ def local_attention(
     _check_inputs(q, k, v, radius, dilation, padding_mask, dropout)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     mask = None if padding_mask is None else padding_mask.bool()
+    if radius is not None and not dropout and has_kernel(q, radius):
+        return kernel_attention(q, k, v, radius, dilation, scale, mask)
     if radius is None or dilation == 1:
         return _attention(q, k, v, radius, scale, mask, dropout)
     # Cells a multiple of the dilation apart form a grid of their own, another row of the batch.

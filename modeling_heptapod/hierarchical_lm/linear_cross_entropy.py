@@ -16,7 +16,7 @@ import torch
 
 from ..common.losses import IGNORE_INDEX
 from ..common.model_inputs import is_dynamic
-from ..common.operator_namespace import operator_namespace
+from ..common.registered_operators import operator_namespace
 
 
 _PIECE = 1 << 22  # logits in memory at a time

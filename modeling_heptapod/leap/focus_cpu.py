@@ -6,24 +6,17 @@ checked before it is passed to C.
 """
 
 import ctypes
-import os
 from functools import cache, lru_cache
-from pathlib import Path
 
 import torch
-from transformers.utils import logging
 
+from ..common.cpu_kernels import FLAGS, address, check_status, load_kernels
 from ..common.model_inputs import is_eager
-from ..common.native_library import compile_library, find_compiler, load_library
 from .focus_cpu_source import SOURCE
 
 
-logger = logging.get_logger(__name__)
-
 _BLOCK, _WIDEST = 128, 64  # of the source
-_NO_MEMORY = 1  # what a call returns
 _MOST_DIM = 1024  # a head's rows must fit on a thread's stack
-_FLAGS = "-O3 -fopenmp-simd -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros -ffp-contract=fast -shared -fPIC -pthread".split()
 _PARALLEL = 512  # tokens times heads below which a second thread costs more than it saves
 _INTEGERS = "batch seq heads parts window past kept bf16 normalize weight gate bounded rotary_stride threads".split()
 _POINTERS = (
@@ -44,31 +37,11 @@ class _Mixing(ctypes.Structure):
     ]
 
 
-_missing = None  # the reason for which there is no library, after the first attempt
-
-
 @cache
 def _library(head_dim):
     """The source compiled for one head dimension, `None` if it cannot be compiled or loaded."""
-    global _missing
-    if _missing is not None or os.environ.get("HEPTAPOD_NATIVE", "1") == "0":
-        return None
-    try:
-        library = load_library(_compiled(find_compiler(), head_dim))
-    except (OSError, RuntimeError) as error:
-        _missing = str(error) or type(error).__name__
-        logger.warning(
-            f"LEAP's mixing runs in torch, which is slower, because its C source was not compiled: {_missing}."
-        )
-        return None
-    for name in ("focus_forward", "focus_backward", "focus_recurrent"):
-        getattr(library, name).argtypes = [ctypes.POINTER(_Mixing)]
-    return library
-
-
-def _compiled(compiler: str, head_dim: int) -> Path:
-    """Path of the library, which is compiled if it is not cached."""
-    return compile_library(compiler, "focus", SOURCE, [*_FLAGS, f"-DHEAD_DIM={head_dim}"])
+    functions = dict.fromkeys(("focus_forward", "focus_backward", "focus_recurrent"), _Mixing)
+    return load_kernels("focus", "LEAP's mixing runs", SOURCE, functions, [*FLAGS, f"-DHEAD_DIM={head_dim}"])
 
 
 def is_supported(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> bool:
@@ -132,20 +105,6 @@ def _blank(shape, dtype, settings, past, rotary_rows, threads):
     return blank, expected
 
 
-def _address(name, tensor, shape, dtype):
-    """The address of a tensor's memory, after a check of shape, dtype and layout."""
-    fits = tensor.shape == shape and tensor.dtype == dtype and tensor.device.type == "cpu"
-    if not fits or tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.is_neg():
-        raise ValueError(
-            f"`{name}` must be a contiguous {dtype} of shape {list(shape)} on a CPU, got {tensor.dtype} of shape "
-            f"{list(tensor.shape)} on {tensor.device}."
-        )
-    address = tensor.data_ptr()
-    if address == 0 and tensor.numel():
-        raise ValueError(f"`{name}` has no memory.")
-    return address
-
-
 def _dense(tensor, dtype=None):
     return tensor.resolve_neg().to(dtype or tensor.dtype).contiguous()
 
@@ -189,12 +148,8 @@ class NativeMixing:
         if self.carries is not None:
             tensors["carries"] = self.carries
         for field, tensor in (*self.given.items(), *tensors.items()):
-            setattr(mixing, field, _address(field, tensor, *self.expected[field]))
-        status = getattr(self.library, name)(mixing)
-        if status == _NO_MEMORY:
-            raise MemoryError("There is no memory for one block of tokens of the mixing step.")
-        if status:
-            raise ValueError("The C source lacks the weight function, the gate or the sizes of this mixing step.")
+            setattr(mixing, field, address(field, tensor, *self.expected[field]))
+        check_status(getattr(self.library, name)(mixing), "mixing step")
 
     @staticmethod
     def new_carries(qfkv: torch.Tensor, window: int | None) -> torch.Tensor | None:

@@ -6,21 +6,11 @@
  * from a sum. Comparisons are written so that NaN stays NaN: `is_empty` says which tokens are missing.
  */
 
-#include <math.h>
-#include <pthread.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "../common/cpu_math_source.c"
 
-#define INLINE static inline __attribute__((always_inline))
-#define SIMD _Pragma("omp simd")
-#define SIMD_SUM(x) _Pragma(SIMD_TEXT(omp simd reduction(+ : x)))
-#define SIMD_TEXT(x) #x
-
-enum { BLOCK = 128, WIDEST = 64, AHEAD = 8, MOST_THREADS = 256 };
+enum { BLOCK = 128, WIDEST = 64, AHEAD = 8 };
 enum { EXP, ELU, WEIGHT_FUNCTIONS };    /* in the order of `kernel` in focus_functions.py */
 enum { NO_GATE, SIGMOID, GELU, GATES }; /* likewise */
-enum { DONE, NO_MEMORY, UNFIT };        /* what a call returns */
 static const float NOTHING = -1e30f;    /* log weight of what is not there */
 static const float EMPTY = -1e29f;      /* smallest log weight of what is */
 
@@ -66,20 +56,6 @@ typedef struct {
     void *memory;
 } Work;
 
-INLINE float from_bf16(uint16_t x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float y;
-    memcpy(&y, &bits, 4);
-    return y;
-}
-
-INLINE uint16_t to_bf16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16; /* to nearest, ties to even */
-    return x != x ? 0x7FC0 : (uint16_t)rounded;
-}
-
 /* Without a call: compilers make slow string instructions of short memcpys. */
 INLINE void copy(float *to, const float *from, int count) { SIMD for (int i = 0; i < count; i++) to[i] = from[i]; }
 
@@ -116,24 +92,6 @@ INLINE float dot(const float *a, const float *b, int dim) {
     float sum = 0;
     SIMD_SUM(sum) for (int d = 0; d < dim; d++) sum += a[d] * b[d];
     return sum;
-}
-
-/* exp of x <= 0 to 2 units in the last place, in a form that compilers vectorise. */
-INLINE float exp_negative(float x) {
-    float safe = x < -87.0f ? -87.0f : x; /* NaN stays */
-    float n = rintf(safe * 1.44269504f);
-    float r = safe - n * 0.693359375f + n * 2.12194440e-4f;
-    float y = 1.9875691500e-4f;
-    y = y * r + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * r * r + r + 1.0f;
-    int32_t bits = ((int32_t)(n == n ? n : 0.0f) + 127) << 23; /* no integer is NaN */
-    float power;
-    memcpy(&power, &bits, 4);
-    return x < -87.0f ? 0.0f : y * power;
 }
 
 INLINE float log_weight(float logit, int kind) {
@@ -640,20 +598,12 @@ static int fits(const Mixing *m) {
            m->window >= 0 && m->window <= WIDEST;
 }
 
-static int in_threads(void *(*work)(void *), Mixing *m) {
+static int over_heads(void *(*work)(void *), Mixing *m) {
     if (!fits(m)) return UNFIT;
-    pthread_t others[MOST_THREADS];
-    int started = 0;
-    while (started < m->threads - 1 && started < MOST_THREADS)
-        if (pthread_create(&others[started], NULL, work, m))
-            break;
-        else
-            started++;
-    work(m);
-    while (started) pthread_join(others[--started], NULL);
+    in_threads(work, m, m->threads);
     return (int)m->failed;
 }
 
-int focus_forward(Mixing *m) { return in_threads(forward_heads, m); }
-int focus_backward(Mixing *m) { return in_threads(backward_heads, m); }
-int focus_recurrent(Mixing *m) { return in_threads(step_heads, m); }
+int focus_forward(Mixing *m) { return over_heads(forward_heads, m); }
+int focus_backward(Mixing *m) { return over_heads(backward_heads, m); }
+int focus_recurrent(Mixing *m) { return over_heads(step_heads, m); }

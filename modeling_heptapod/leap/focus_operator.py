@@ -5,13 +5,11 @@ so it runs the kernels (C on CPUs, Triton on GPUs, torch elsewhere) at all lengt
 this package, so they contain plain operations.
 """
 
-from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
 
-from ..common.operator_namespace import operator_namespace
+from ..common.registered_operators import in_full_precision, in_graph, operator_namespace
 from .focus_cpu import NativeMixing
 from .focus_cpu import is_supported as native_is_supported
 from .focus_cpu import takes as native_takes
@@ -38,7 +36,7 @@ def focus_mixing_step(
     """The mixing step of checked inputs, and the state after it. The arguments are those of `TiledMixing`."""
     cos, sin = rotary or (None, None)
     tensors = alibi_slopes, cos, sin, padding_mask, segments
-    if _in_graph():
+    if in_graph():
         for_backward = torch.is_grad_enabled() and qfkv.requires_grad
         past_tensors = _kept(past, for_backward) or (None, None)
         out, *final, _ = _mixing_operator(qfkv, *tensors, *past_tensors, *_values(settings), for_backward)
@@ -57,7 +55,7 @@ def focus_mean_step(
 ) -> tuple[torch.Tensor, FocusState | None]:
     """Means of checked inputs `logs [batch, heads, seq]`, `values [batch, heads, seq, channels]`, and the state after them."""
     arguments = alibi_slopes, segments, *(past or (None, None))
-    if _in_graph():
+    if in_graph():
         numbers = settings.window, settings.sink_weight, settings.causal
         out, _, *final = _mean_operator(logs, values, *arguments, *numbers)
     else:
@@ -65,25 +63,9 @@ def focus_mean_step(
     return out, FocusState(*final) if settings.causal else None
 
 
-def _in_graph():
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-
-
 def _kept(past, for_backward):
     """A copy of the past for the backward pass, because a cache may overwrite it before."""
     return tuple(x.clone() for x in past) if past is not None and for_backward else past
-
-
-def _in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run outside autocast, which would compute products of float32 sums in bf16."""
-
-    @wraps(function)
-    def wrapper(*args):
-        tensor = next(x for x in args if isinstance(x, torch.Tensor))
-        with torch.autocast(tensor.device.type, enabled=False):
-            return function(*args)
-
-    return wrapper
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,7 +83,7 @@ class _FocusMixing(torch.autograd.Function):
     """The mixing step. It saves its input and one carry per block for the backward pass."""
 
     @staticmethod
-    @_in_full_precision
+    @in_full_precision
     def forward(ctx, qfkv, settings, alibi_slopes, cos, sin, padding_mask, segments, state_logs, state_values):
         rotary, for_backward = None if cos is None else (cos, sin), ctx.needs_input_grad[0]
         past = _kept(None if state_logs is None else (state_logs, state_values), for_backward)
@@ -114,7 +96,7 @@ class _FocusMixing(torch.autograd.Function):
         return out, *final
 
     @staticmethod
-    @_in_full_precision
+    @in_full_precision
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, *_):
         (qfkv,) = ctx.saved_tensors
@@ -125,7 +107,7 @@ class _FocusMean(torch.autograd.Function):
     """Means alone. It saves inputs, outputs and the logs of the summed weights for the backward pass."""
 
     @staticmethod
-    @_in_full_precision
+    @in_full_precision
     def forward(ctx, logs, values, settings, alibi_slopes, segments, state_logs, state_values):
         out, log_total, *final = _mean(logs, values, settings, alibi_slopes, segments, state_logs, state_values)
         ctx.settings, ctx.alibi_slopes, ctx.segments = settings, alibi_slopes, segments
@@ -135,7 +117,7 @@ class _FocusMean(torch.autograd.Function):
         return out, *final
 
     @staticmethod
-    @_in_full_precision
+    @in_full_precision
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, *_):
         logs, values, out, log_total = ctx.saved_tensors
@@ -201,7 +183,7 @@ def _present(tensors, like):
 
 
 @torch.library.custom_op(f"{NAMESPACE}::focus_mixing", mutates_args=())
-@_in_full_precision
+@in_full_precision
 def _mixing_operator(
     qfkv: torch.Tensor,
     alibi_slopes: torch.Tensor | None,
@@ -242,7 +224,7 @@ def _(qfkv, alibi_slopes, cos, sin, padding_mask, segments, past_logs, past_valu
 
 
 @torch.library.custom_op(f"{NAMESPACE}::focus_mixing_backward", mutates_args=())
-@_in_full_precision
+@in_full_precision
 def _mixing_backward_operator(
     grad_out: torch.Tensor,
     carries: torch.Tensor,
@@ -289,7 +271,7 @@ _mixing_operator.register_autograd(_mixing_gradients, setup_context=_keep_mixing
 
 
 @torch.library.custom_op(f"{NAMESPACE}::focus_mean", mutates_args=())
-@_in_full_precision
+@in_full_precision
 def _mean_operator(
     logs: torch.Tensor,
     values: torch.Tensor,
@@ -313,7 +295,7 @@ def _(logs, values, alibi_slopes, segments, past_logs, past_values, window, sink
 
 
 @torch.library.custom_op(f"{NAMESPACE}::focus_mean_backward", mutates_args=())
-@_in_full_precision
+@in_full_precision
 def _mean_backward_operator(
     grad_out: torch.Tensor,
     logs: torch.Tensor,

@@ -1,0 +1,443 @@
+/* Local attention on a grid on CPUs: forward and backward. local_attention_cpu.py compiles and calls it.
+ *
+ * Vectors hold neighbouring cells of a row, one channel each, so the keys at another offset of the window are the same
+ * memory, shifted. A tile of cells of one head is computed row by row. The rows of keys and values that the windows of a
+ * row of queries reach stay in the cache of a core, channel by channel. The backward pass computes the weights again and
+ * adds to the gradients of the same rows of keys, which are complete once the windows have passed. Cells whose distance is
+ * a multiple of the dilation form grids of their own.
+ */
+
+#include "../common/cpu_math_source.c"
+
+#ifdef __AVX512F__
+enum { LANES = 16 };
+#elif defined(__AVX__)
+enum { LANES = 8 };
+#else
+enum { LANES = 4 };
+#endif
+typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4)));
+
+enum { WIDEST = 32, MOST = 8, GROUP = 8, STRIP = 96, TILES_PER_THREAD = 4, MIN_ROWS = 8 };
+
+/* A tensor [batch, heads, height, width, dim] with channels side by side: its memory, and distances in elements. */
+typedef struct {
+    void *data;
+    int64_t batch, head, row, column;
+} Cells;
+
+/* One call; the fields are mirrored in local_attention_cpu.py. */
+typedef struct {
+    int64_t batch, heads, height, width, dim, radius, dilation, bf16, threads;
+    double scale;
+    Cells q, k, v, out;                     /* `out` is written by the forward pass */
+    Cells grad_out, grad_q, grad_k, grad_v; /* read and written by the backward pass */
+    const uint8_t *mask;                    /* [batch, height, width], or NULL */
+    float *totals;                          /* [2, batch, heads, height, width]: largest logit, 1 / sum of exp(logit - it) */
+    int64_t bands, strips, next, failed;    /* tiles down and across; the next tile to take; whether memory ran out */
+} LocalAttention;
+
+/* Cells of one page that one thread computes: of one head, row of the batch and phase of the dilation. */
+typedef struct {
+    int64_t b, h, down, across;         /* where they belong; `down` and `across` are the phase */
+    int64_t height, width;              /* of the phase */
+    int64_t top, bottom, left, right;   /* the cells whose results are written */
+    int64_t query_left;                 /* first column of the queries; keys begin `radius` before it */
+    int queries, keys;                  /* columns of them */
+} Tile;
+
+/* Memory of a thread. Rows of `stride` floats; rows of queries, gradients and weights begin with 2 * radius zeros. */
+typedef struct {
+    int64_t stride;
+    float *query, *grad;           /* [dim, stride]: queries times scale, gradients of the output */
+    float *keys, *values;          /* [2 * radius + 1, dim, stride] */
+    float *hidden;                 /* [2 * radius + 1, stride]: -inf for keys that are not attended to, else 0 */
+    float *seen;                   /* [2 * radius + 1, stride]: whether a window's part in this row has a key */
+    float *weights, *slopes;       /* [(2 * radius + 1)^2, stride] */
+    float *grad_keys, *grad_values; /* as keys */
+    float *sums;                   /* [dim, stride] */
+    float *top, *share, *inner;    /* [stride]: largest logit, 1 / sum, sum of weights times their gradients */
+    void *memory;
+} Work;
+
+INLINE Vec load(const float *from) { return *(const Vec *)from; }
+INLINE void store(float *to, Vec x) { *(Vec *)to = x; }
+INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int whole_vectors(int count) { return (count + LANES - 1) / LANES * LANES; }
+INLINE int padded(int64_t dim) { return (int)((dim + GROUP - 1) / GROUP * GROUP); }
+
+INLINE int64_t place(const LocalAttention *m, const Tile *t, const Cells *cells, int64_t y, int64_t x) {
+    return t->b * cells->batch + t->h * cells->head + (t->down + y * m->dilation) * cells->row +
+           (t->across + x * m->dilation) * cells->column;
+}
+
+/* Place of a cell in the mask and in one head of the totals. */
+INLINE int64_t cell(const LocalAttention *m, const Tile *t, int64_t y, int64_t x) {
+    return (t->down + y * m->dilation) * m->width + t->across + x * m->dilation;
+}
+
+/* Zeros after `count` elements of rows: what is not a query adds nothing to a key, and narrow tiles follow wide ones. */
+INLINE void clear_ends(float *rows, int64_t number, int64_t count, int64_t stride) {
+    for (int64_t n = 0; n < number; n++) memset(rows + n * stride + count, 0, (stride - count) * sizeof(float));
+}
+
+/* Columns from `left` on of a row of cells, channel by channel, times `factor`. Columns beyond the grid become zero. */
+INLINE void read_row(const LocalAttention *m, const Tile *t, const Cells *cells, int64_t y, int64_t left, int count,
+                     float factor, float *to, int64_t stride) {
+    int dim = (int)m->dim;
+    int64_t step = m->dilation * cells->column, at = place(m, t, cells, y, left);
+    for (int i = 0; i < count; i++, at += step) {
+        if (left + i < 0 || left + i >= t->width) {
+            for (int d = 0; d < dim; d++) to[d * stride + i] = 0;
+        } else if (m->bf16) {
+            const uint16_t *from = (const uint16_t *)cells->data + at;
+            for (int d = 0; d < dim; d++) to[d * stride + i] = from_bf16(from[d]) * factor;
+        } else {
+            const float *from = (const float *)cells->data + at;
+            for (int d = 0; d < dim; d++) to[d * stride + i] = from[d] * factor;
+        }
+    }
+}
+
+/* Columns left, ..., right - 1 of a row of cells, from channels; `from` is that of column `left`. */
+INLINE void write_row(const LocalAttention *m, const Tile *t, const Cells *cells, int64_t y, int64_t left, int64_t right,
+                      const float *from, int64_t stride) {
+    int dim = (int)m->dim;
+    int64_t step = m->dilation * cells->column, at = place(m, t, cells, y, left);
+    for (int64_t i = 0; i < right - left; i++, at += step) {
+        if (m->bf16) {
+            uint16_t *to = (uint16_t *)cells->data + at;
+            for (int d = 0; d < dim; d++) to[d] = to_bf16(from[d * stride + i]);
+        } else {
+            float *to = (float *)cells->data + at;
+            for (int d = 0; d < dim; d++) to[d] = from[d * stride + i];
+        }
+    }
+}
+
+/* sums[b][x] = first[b + x] + sum over channels of row[x] * keys[b + x], for `count` offsets b */
+INLINE void products(const float *row, const float *keys, const float *first, int dim, int64_t stride, int columns,
+                     float *sums, const int count) {
+    for (int x = 0; x < columns; x += LANES) {
+        Vec sum[MOST];
+#pragma GCC unroll 8
+        for (int b = 0; b < count; b++) sum[b] = first ? load(first + b + x) : (Vec){0};
+        for (int d = 0; d < dim; d++) {
+            Vec one = load(row + d * stride + x);
+            const float *key = keys + d * stride + x;
+#pragma GCC unroll 8
+            for (int b = 0; b < count; b++) sum[b] += one * load(key + b);
+        }
+#pragma GCC unroll 8
+        for (int b = 0; b < count; b++) store(sums + b * stride + x, sum[b]);
+    }
+}
+
+/* The same for all offsets of a row of the window, in groups that fit into registers. */
+INLINE void window_products(const float *row, const float *keys, const float *first, int dim, int64_t stride,
+                            int columns, int side, float *sums) {
+    int groups = (side + MOST - 1) / MOST;
+    for (int b = 0, left = groups; left; left--) {
+        int count = (side - b + left - 1) / left;
+        const float *from = first ? first + b : NULL;
+        switch (count) {
+#define CASE(n)                                                                              \
+    case n: products(row, keys + b, from, dim, stride, columns, sums + b * stride, n); break;
+            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#undef CASE
+        }
+        b += count;
+    }
+}
+
+/* sums[d][x] (+)= sum over offsets of weights[offset][x - back * offset] * rows[d][x + offset - ...] of one row of the window:
+ * forth, of the keys that a query sees (rows shifted by +b), or back, of the queries that see a key (both shifted by -b). */
+INLINE void weigh(const float *weights, const float *rows, int dim, int64_t stride, int columns, int side, int back,
+                  float *sums) {
+    for (int d = 0; d < dim; d += GROUP) {
+        for (int x = 0; x < columns; x += LANES) {
+            Vec sum[GROUP];
+#pragma GCC unroll 8
+            for (int e = 0; e < GROUP; e++) sum[e] = load(sums + (d + e) * stride + x);
+            for (int b = 0; b < side; b++) {
+                Vec weight = load(weights + b * stride + x - (back ? b : 0));
+                const float *row = rows + d * stride + x + (back ? -b : b);
+#pragma GCC unroll 8
+                for (int e = 0; e < GROUP; e++) sum[e] += weight * load(row + e * stride);
+            }
+#pragma GCC unroll 8
+            for (int e = 0; e < GROUP; e++) store(sums + (d + e) * stride + x, sum[e]);
+        }
+    }
+}
+
+/* Keys and values of a row, and which of them are attended to. */
+INLINE void read_keys(const LocalAttention *m, Work *w, const Tile *t, int64_t y) {
+    int side = 2 * (int)m->radius + 1;
+    int64_t left = t->query_left - m->radius, slot = y % side, size = padded(m->dim) * w->stride;
+    float *keys = w->keys + slot * size, *values = w->values + slot * size, *hidden = w->hidden + slot * w->stride;
+    read_row(m, t, &m->k, y, left, t->keys, 1, keys, w->stride);
+    read_row(m, t, &m->v, y, left, t->keys, 1, values, w->stride);
+    for (int i = 0; i < t->keys; i++) {
+        int inside = left + i >= 0 && left + i < t->width;
+        int real = inside && (!m->mask || m->mask[t->b * m->height * m->width + cell(m, t, y, left + i)]);
+        hidden[i] = real ? 0 : -INFINITY;
+        if (!inside || real) continue;
+        for (int d = 0; d < (int)m->dim; d++) keys[d * w->stride + i] = values[d * w->stride + i] = 0; /* NaN leaves no trace */
+    }
+    if (!m->mask) return;
+    float *seen = w->seen + slot * w->stride;
+    for (int i = 0; i < t->queries; i++) {
+        seen[i] = 0;
+        for (int b = 0; b < side; b++) seen[i] = hidden[i + b] == 0 ? 1 : seen[i];
+    }
+}
+
+/* The rows of keys that row y of queries sees: first, ..., last. */
+INLINE void visible_rows(const LocalAttention *m, const Tile *t, int64_t y, int64_t *first, int64_t *last) {
+    *first = at_least(0, y - m->radius);
+    *last = at_most(t->height - 1, y + m->radius);
+}
+
+/* Logits of row y of queries, at `w->weights`; the first row of the window that is on the grid is that of key row `first`. */
+INLINE void logits(const LocalAttention *m, Work *w, int64_t y, const Tile *t, int64_t first, int64_t last) {
+    int side = 2 * (int)m->radius + 1, border = 2 * (int)m->radius, columns = whole_vectors(t->queries);
+    int64_t size = padded(m->dim) * w->stride;
+    read_row(m, t, &m->q, y, t->query_left, t->queries, (float)m->scale, w->query + border, w->stride);
+    for (int64_t row = first; row <= last; row++) {
+        int64_t slot = row % side;
+        window_products(w->query + border, w->keys + slot * size, w->hidden + slot * w->stride, (int)m->dim, w->stride,
+                        columns, side, w->weights + (row - first) * side * w->stride + border);
+    }
+}
+
+/* Largest logits and 1 / sum of row y; the logits become exp(logit - largest). */
+INLINE void softmax(const LocalAttention *m, Work *w, const Tile *t, int64_t first, int64_t last) {
+    int side = 2 * (int)m->radius + 1, count = (int)(last - first + 1) * side, queries = t->queries;
+    float *weights = w->weights + 2 * m->radius, *top = w->top, *share = w->share;
+    for (int i = 0; i < queries; i++) top[i] = -INFINITY, share[i] = 0;
+    for (int n = 0; n < count; n++) {
+        const float *logit = weights + n * w->stride;
+        SIMD for (int i = 0; i < queries; i++) top[i] = logit[i] > top[i] ? logit[i] : top[i];
+    }
+    for (int i = 0; m->mask && i < queries; i++) {
+        float sees = 0;
+        for (int64_t row = first; row <= last; row++) sees += w->seen[row % side * w->stride + i];
+        if (sees == 0) top[i] = 0; /* exp(-inf - 0) is 0 */
+    }
+    for (int n = 0; n < count; n++) {
+        float *weight = weights + n * w->stride;
+        SIMD for (int i = 0; i < queries; i++) {
+            weight[i] = exp_negative(weight[i] - top[i]);
+            share[i] += weight[i];
+        }
+    }
+    SIMD for (int i = 0; i < queries; i++) share[i] = share[i] == 0 ? 0 : 1 / share[i];
+}
+
+INLINE float *totals(const LocalAttention *m, const Tile *t, int which) {
+    return m->totals + ((which * m->batch + t->b) * m->heads + t->h) * m->height * m->width;
+}
+
+INLINE void forward_tile(const LocalAttention *m, Work *w, const Tile *t) {
+    int side = 2 * (int)m->radius + 1, dim = padded(m->dim), columns = whole_vectors(t->queries);
+    int64_t read = at_least(0, t->top - m->radius), first, last, size = dim * w->stride;
+    for (int64_t y = t->top; y < t->bottom; y++) {
+        visible_rows(m, t, y, &first, &last);
+        for (; read <= last; read++) read_keys(m, w, t, read);
+        logits(m, w, y, t, first, last);
+        softmax(m, w, t, first, last);
+        memset(w->sums, 0, size * sizeof(float));
+        for (int64_t row = first; row <= last; row++)
+            weigh(w->weights + (row - first) * side * w->stride + 2 * m->radius, w->values + row % side * size, dim,
+                  w->stride, columns, side, 0, w->sums);
+        for (int d = 0; d < (int)m->dim; d++) {
+            SIMD for (int i = 0; i < t->queries; i++) w->sums[d * w->stride + i] *= w->share[i];
+        }
+        write_row(m, t, &m->out, y, t->left, t->right, w->sums, w->stride);
+        for (int i = 0; i < t->queries; i++) {
+            totals(m, t, 0)[cell(m, t, y, t->left + i)] = w->top[i];
+            totals(m, t, 1)[cell(m, t, y, t->left + i)] = w->share[i];
+        }
+    }
+}
+
+/* From logits, and products of gradients and values at `w->slopes`, to weights, and gradients of the logits. */
+INLINE void logits_backward(const LocalAttention *m, Work *w, const Tile *t, int64_t y, int64_t first, int64_t last) {
+    int side = 2 * (int)m->radius + 1, border = 2 * (int)m->radius, count = (int)(last - first + 1) * side;
+    int queries = t->queries;
+    float *top = w->top, *share = w->share, *inner = w->inner;
+    for (int i = 0; i < queries; i++) {
+        top[i] = totals(m, t, 0)[cell(m, t, y, t->query_left + i)];
+        share[i] = totals(m, t, 1)[cell(m, t, y, t->query_left + i)];
+        inner[i] = 0;
+    }
+    for (int n = 0; n < count; n++) {
+        float *weight = w->weights + n * w->stride + border, *slope = w->slopes + n * w->stride + border;
+        SIMD for (int i = 0; i < queries; i++) {
+            weight[i] = exp_negative(weight[i] - top[i]) * share[i];
+            inner[i] += weight[i] * slope[i];
+        }
+    }
+    clear_ends(w->weights, count, border + queries, w->stride);
+    clear_ends(w->slopes, count, border + queries, w->stride);
+    clear_ends(w->query, m->dim, border + queries, w->stride);
+    clear_ends(w->grad, m->dim, border + queries, w->stride);
+    for (int n = 0; n < count; n++) {
+        float *weight = w->weights + n * w->stride + border, *slope = w->slopes + n * w->stride + border;
+        SIMD for (int i = 0; i < queries; i++) slope[i] = weight[i] * (slope[i] - inner[i]);
+    }
+}
+
+/* Gradients of row `row` of keys and values, which are complete, where they belong to this tile. */
+INLINE void write_key_gradients(const LocalAttention *m, const Work *w, const Tile *t, int64_t row) {
+    if (row < t->top || row >= t->bottom) return;
+    int64_t slot = row % (2 * m->radius + 1) * padded(m->dim) * w->stride, at = t->left - (t->query_left - m->radius);
+    write_row(m, t, &m->grad_k, row, t->left, t->right, w->grad_keys + slot + at, w->stride);
+    write_row(m, t, &m->grad_v, row, t->left, t->right, w->grad_values + slot + at, w->stride);
+}
+
+INLINE void backward_tile(const LocalAttention *m, Work *w, const Tile *t) {
+    int side = 2 * (int)m->radius + 1, border = 2 * (int)m->radius, dim = padded(m->dim);
+    int columns = whole_vectors(t->queries), key_columns = whole_vectors(t->keys);
+    int64_t begin = at_least(0, t->top - m->radius), end = at_most(t->height, t->bottom + m->radius);
+    int64_t read = at_least(0, begin - m->radius), done = read, first, last, size = dim * w->stride;
+    for (int64_t y = begin; y < end; y++) {
+        visible_rows(m, t, y, &first, &last);
+        for (; read <= last; read++) {
+            read_keys(m, w, t, read);
+            memset(w->grad_keys + read % side * size, 0, size * sizeof(float));
+            memset(w->grad_values + read % side * size, 0, size * sizeof(float));
+        }
+        logits(m, w, y, t, first, last);
+        read_row(m, t, &m->grad_out, y, t->query_left, t->queries, 1, w->grad + border, w->stride);
+        for (int64_t row = first; row <= last; row++)
+            window_products(w->grad + border, w->values + row % side * size, NULL, (int)m->dim, w->stride, columns, side,
+                            w->slopes + (row - first) * side * w->stride + border);
+        logits_backward(m, w, t, y, first, last);
+        memset(w->sums, 0, size * sizeof(float));
+        for (int64_t row = first; row <= last; row++) {
+            const float *weights = w->weights + (row - first) * side * w->stride + border;
+            const float *slopes = w->slopes + (row - first) * side * w->stride + border;
+            int64_t slot = row % side * size;
+            weigh(slopes, w->keys + slot, dim, w->stride, columns, side, 0, w->sums);
+            weigh(weights, w->grad + border, dim, w->stride, key_columns, side, 1, w->grad_values + slot);
+            weigh(slopes, w->query + border, dim, w->stride, key_columns, side, 1, w->grad_keys + slot);
+        }
+        if (y >= t->top && y < t->bottom) {
+            for (int d = 0; d < (int)m->dim; d++) {
+                SIMD for (int i = 0; i < t->queries; i++) w->sums[d * w->stride + i] *= (float)m->scale;
+            }
+            write_row(m, t, &m->grad_q, y, t->left, t->right, w->sums + (t->left - t->query_left), w->stride);
+        }
+        for (; done <= y - m->radius; done++) write_key_gradients(m, w, t, done);
+    }
+    for (; done < read; done++) write_key_gradients(m, w, t, done);
+}
+
+/* Columns of a strip, and rows of a band, of a phase. All phases are cut as the largest. */
+INLINE int64_t per_part(int64_t length, int64_t dilation, int64_t parts) {
+    int64_t longest = (length + dilation - 1) / dilation;
+    return (longest + parts - 1) / parts;
+}
+
+/* Tile `number`; an empty one in phases that are smaller than the largest. */
+INLINE Tile find_tile(const LocalAttention *m, int64_t number, int64_t halo) {
+    Tile t;
+    int64_t strip = number % m->strips, band = number / m->strips % m->bands;
+    number /= m->strips * m->bands;
+    t.across = number % at_most(m->dilation, m->width);
+    number /= at_most(m->dilation, m->width);
+    t.down = number % at_most(m->dilation, m->height);
+    number /= at_most(m->dilation, m->height);
+    t.h = number % m->heads;
+    t.b = number / m->heads;
+    t.height = (m->height - t.down + m->dilation - 1) / m->dilation;
+    t.width = (m->width - t.across + m->dilation - 1) / m->dilation;
+    int64_t rows = per_part(m->height, m->dilation, m->bands), columns = per_part(m->width, m->dilation, m->strips);
+    t.top = at_most(band * rows, t.height);
+    t.bottom = at_most(t.top + rows, t.height);
+    t.left = at_most(strip * columns, t.width);
+    t.right = at_most(t.left + columns, t.width);
+    t.query_left = at_least(0, t.left - halo);
+    t.queries = (int)(at_most(t.width, t.right + halo) - t.query_left);
+    t.keys = t.queries + 2 * (int)m->radius;
+    return t;
+}
+
+static int allocate(const LocalAttention *m, Work *w) {
+    int64_t side = 2 * m->radius + 1, dim = padded(m->dim), used = 0;
+    int64_t queries = at_most(per_part(m->width, m->dilation, m->strips) + 2 * m->radius, per_part(m->width, m->dilation, 1));
+    int64_t stride = whole_vectors((int)(queries + 4 * m->radius)) + 2 * LANES; /* of the widest read beyond a row */
+    stride += stride % 64 == 0 ? LANES : 0; /* rows a multiple of 256 bytes apart share few places of a cache */
+    w->stride = stride;
+    struct {
+        float **slot;
+        int64_t rows;
+    } parts[] = {{&w->query, dim},
+                 {&w->grad, dim},
+                 {&w->keys, side * dim},
+                 {&w->values, side * dim},
+                 {&w->hidden, side},
+                 {&w->seen, side},
+                 {&w->weights, side * side},
+                 {&w->slopes, side * side},
+                 {&w->grad_keys, side * dim},
+                 {&w->grad_values, side * dim},
+                 {&w->sums, dim},
+                 {&w->top, 1},
+                 {&w->share, 1},
+                 {&w->inner, 1}};
+    int count = sizeof(parts) / sizeof(parts[0]);
+    for (int i = 0; i < count; i++) used += parts[i].rows * stride;
+    if (posix_memalign(&w->memory, 64, (used + LANES) * sizeof(float))) return 0;
+    memset(w->memory, 0, (used + LANES) * sizeof(float));
+    float *place = w->memory;
+    for (int i = 0; i < count; i++) {
+        *parts[i].slot = place;
+        place += parts[i].rows * stride;
+    }
+    return 1;
+}
+
+static int64_t count_tiles(const LocalAttention *m) {
+    return m->batch * m->heads * at_most(m->dilation, m->height) * at_most(m->dilation, m->width) * m->bands * m->strips;
+}
+
+#define OVER_TILES(name, compute, halo)                                                                    \
+    static void *name(void *argument) {                                                                    \
+        LocalAttention *m = argument;                                                                      \
+        Work w;                                                                                            \
+        if (!allocate(m, &w)) {                                                                            \
+            m->failed = NO_MEMORY;                                                                         \
+            return NULL;                                                                                   \
+        }                                                                                                  \
+        int64_t number, count = count_tiles(m);                                                            \
+        while ((number = __sync_fetch_and_add(&m->next, 1)) < count) {                                     \
+            Tile t = find_tile(m, number, halo);                                                           \
+            if (t.top < t.bottom && t.left < t.right) compute(m, &w, &t);                                  \
+        }                                                                                                  \
+        free(w.memory);                                                                                    \
+        return NULL;                                                                                       \
+    }
+OVER_TILES(forward_tiles, forward_tile, 0)
+OVER_TILES(backward_tiles, backward_tile, m->radius)
+
+/* local_attention_cpu.py checks all tensors. */
+static int over_tiles(void *(*work)(void *), LocalAttention *m) {
+    if (m->batch < 1 || m->heads < 1 || m->height < 1 || m->width < 1 || m->dim < 1 || m->dilation < 1 ||
+        m->radius < 0 || m->radius > WIDEST)
+        return UNFIT;
+    int64_t rows = per_part(m->height, m->dilation, 1);
+    m->strips = (per_part(m->width, m->dilation, 1) + STRIP - 1) / STRIP;
+    m->bands = 1;
+    int64_t wanted = TILES_PER_THREAD * m->threads, tiles = count_tiles(m);
+    if (m->threads > 1 && tiles < wanted)
+        m->bands = at_least(1, at_most((wanted + tiles - 1) / tiles, rows / at_least(MIN_ROWS, 2 * m->radius)));
+    in_threads(work, m, at_most(m->threads, count_tiles(m)));
+    return (int)m->failed;
+}
+
+int local_attention_forward(LocalAttention *m) { return over_tiles(forward_tiles, m); }
+int local_attention_backward(LocalAttention *m) { return over_tiles(backward_tiles, m); }
