@@ -5,7 +5,6 @@
 With `--sanitize` the source is compiled with gcc's address and undefined behaviour sanitizers, whose runtime must be preloaded.
 """
 
-import argparse
 import random
 
 import torch
@@ -15,10 +14,11 @@ from modeling_heptapod.leap import focus_cpu, focus_operator
 from modeling_heptapod.leap.focus import FocusSettings, FocusState, focus_mixing
 from modeling_heptapod.leap.focus_functions import OUTPUT_GATES, WEIGHT_FUNCTIONS
 from modeling_heptapod.leap.focus_recurrent import pack_state, packed_shape
+from tests import fuzzing
+from tests.fuzzing import refused, resized, spoiled
 
 
 HEAD_DIMS = (4, 7, 16)
-SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 def draw(rng):
@@ -112,28 +112,6 @@ def valid_call(seed):
     torch.testing.assert_close(out, after, rtol=2e-3, atol=2e-3)
 
 
-def _resized(rng, tensor):
-    """The tensor with one dimension longer or shorter, or gone."""
-    place, how = rng.randrange(tensor.dim()), rng.randrange(3)
-    if how == 0:
-        return torch.cat((tensor, tensor.narrow(place, 0, 1)), dim=place) if tensor.shape[place] else tensor[None]
-    if how == 1 and tensor.shape[place] > 1:
-        return tensor.narrow(place, 0, tensor.shape[place] - 1)
-    return tensor.unsqueeze(place)
-
-
-def _spoiled(rng, tensor):
-    """The tensor in another shape, dtype, or place, or no tensor at all; for one that has to be of floats."""
-    how = rng.randrange(5)
-    if how == 0:
-        return tensor.long()
-    if how == 1:
-        return tensor.to("meta")
-    if how == 2:
-        return tensor.tolist()
-    return _resized(rng, tensor)
-
-
 def invalid_call(seed):
     """Spoil one argument of a valid call: a `TypeError` or `ValueError` must name it, and nothing may be written."""
     rng = random.Random(seed)
@@ -156,7 +134,7 @@ def invalid_call(seed):
         "qfkv": qfkv,
     }
     name = rng.choice(list(whole))
-    wrong = _spoiled(rng, whole[name])
+    wrong = spoiled(rng, whole[name])
     if name == "qfkv":
         if (
             isinstance(wrong, torch.Tensor)
@@ -200,21 +178,12 @@ def invalid_call(seed):
         raise AssertionError(f"seed {seed}: a wrong {name} was taken")
 
 
-def _refused(call, what):
-    try:
-        result = call()
-    except (TypeError, ValueError) as error:
-        assert what in str(error), f"{what} is not named in {error!r}"
-    else:
-        assert result is None, f"a wrong {what} was taken"  # left to torch, and nothing written
-
-
 def _wrong_step(rng, qfkv, settings):
     batch, _, parts, heads, dim = qfkv.shape
     packed = torch.full((batch, *packed_shape(settings.window, heads, parts - 2, dim)), 0.5)
     token, alibi_slopes, what = qfkv[:, :1], None, rng.choice(("state", "qfkv", "alibi_slopes", "input"))
     if what == "state":
-        packed = _resized(rng, packed) if rng.random() < 0.8 else packed.to(torch.float64)
+        packed = resized(rng, packed) if rng.random() < 0.8 else packed.to(torch.float64)
     elif what == "qfkv":
         token = torch.cat((token, token), dim=1)
     elif what == "alibi_slopes":
@@ -222,7 +191,7 @@ def _wrong_step(rng, qfkv, settings):
     else:
         token, what = torch.cat((token, token), dim=rng.choice((0, 3))), "must be a contiguous"
     before = packed.clone()
-    _refused(lambda: focus_cpu.step(token, settings, alibi_slopes, None, packed), what)
+    refused(lambda: focus_cpu.step(token, settings, alibi_slopes, None, packed), what)
     assert torch.equal(packed, before)
 
 
@@ -231,8 +200,8 @@ def _wrong_address(rng, qfkv, settings):
     shape = (*qfkv.shape[:2], *qfkv.shape[3:])
     tensors = {"input": qfkv.contiguous(), "out": qfkv.new_empty(shape)}
     name = rng.choice(list(tensors))
-    wrong = rng.choice((_resized(rng, tensors[name]), tensors[name].double(), tensors[name].to("meta")))
-    _refused(lambda: mixing.call("focus_forward", **{**tensors, name: wrong}), name)
+    wrong = rng.choice((resized(rng, tensors[name]), tensors[name].double(), tensors[name].to("meta")))
+    refused(lambda: mixing.call("focus_forward", **{**tensors, name: wrong}), name)
 
 
 def _models():
@@ -262,31 +231,13 @@ def _foreign_cache(rng):
         cache = model(ids).past_key_values
         rows = torch.arange(len(ids) + 1) % len(ids) if how == 1 else torch.tensor([], dtype=torch.long)
         cache.batch_select_indices(rows)
-    _refused(lambda: model(ids[:, :1], past_key_values=cache), "`")
+    refused(lambda: model(ids[:, :1], past_key_values=cache), "`")
 
 
 def fuzz(valid, invalid, seed=0):
     """Make that many calls of both kinds; raises at the first finding, with its seed."""
-    for place in range(valid):
-        valid_call(seed + place)
-    for place in range(invalid):
-        invalid_call(seed + place)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--valid", type=int, default=2000)
-    parser.add_argument("--invalid", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sanitize", action="store_true", help="with gcc's sanitizers, whose runtime is preloaded")
-    arguments = parser.parse_args()
-    if arguments.sanitize:
-        focus_cpu._FLAGS[:] = [flag for flag in focus_cpu._FLAGS if flag != "-O3"] + SANITIZERS
-    torch.set_num_threads(1)
-    assert focus_cpu._library(HEAD_DIMS[0]) is not None, "there is no compiled step"
-    fuzz(arguments.valid, arguments.invalid, arguments.seed)
-    print(f"{arguments.valid} valid and {arguments.invalid} invalid calls: no finding")
+    fuzzing.run(valid_call, invalid_call, valid, invalid, seed)
 
 
 if __name__ == "__main__":
-    main()
+    fuzzing.main(__doc__, lambda: focus_cpu._library(HEAD_DIMS[0]), fuzz)

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling_heptapod.common import native_library
+from modeling_heptapod.common import cpu_kernels, native_library
 from modeling_heptapod.common.native_library import BuildError, compile_library, find_compiler, load_library
+from modeling_heptapod.heptapod import local_attention_cpu, local_attention_operator
+from modeling_heptapod.heptapod.local_attention import local_attention, naive_local_attention
 from modeling_heptapod.leap import focus_cpu
 from modeling_heptapod.leap.focus import FocusSettings, focus_mixing, naive_focus_mixing
 
@@ -237,26 +239,37 @@ def test_without_a_library_torch_does_it(how, monkeypatch, tmp_path, folder, cap
             raise OSError(30, "Read-only file system")
 
         monkeypatch.setattr(Path, "mkdir", mkdir)
-    monkeypatch.setattr(focus_cpu, "_library", focus_cpu._library.__wrapped__)
-    monkeypatch.setattr(focus_cpu, "_missing", None)
+    for module in (focus_cpu, local_attention_cpu):
+        monkeypatch.setattr(module, "_library", module._library.__wrapped__)
+    monkeypatch.setattr(cpu_kernels, "_missing", set())
     monkeypatch.setattr(logging.getLogger("modeling_heptapod"), "propagate", True)
-    settings = FocusSettings(scale=0.7, window=4)
     with caplog.at_level(logging.WARNING):
         for head_dim in (4, 6):
-            qfkv = torch.randn(1, 10, 4, 2, head_dim)
-            assert not focus_cpu.is_supported(qfkv, settings)
-            out, _ = focus_mixing(qfkv, settings)
-            torch.testing.assert_close(out, naive_focus_mixing(qfkv, settings), rtol=1e-5, atol=1e-5)
+            mix_in_torch(head_dim)
+            attend_in_torch(head_dim)
     if BROKEN[how] is None:
         assert not caplog.records
         return
-    (record,) = caplog.records
-    assert "runs in torch" in record.message
-    assert any(reason in record.message for reason in BROKEN[how].split("|")), record.message
+    for record, what in zip(caplog.records, ("LEAP's mixing", "Local attention"), strict=True):
+        assert record.message.startswith(f"{what} runs in torch, which is slower")
+        assert any(reason in record.message for reason in BROKEN[how].split("|")), record.message
+
+
+def mix_in_torch(head_dim):
+    settings, qfkv = FocusSettings(scale=0.7, window=4), torch.randn(1, 10, 4, 2, head_dim)
+    assert not focus_cpu.is_supported(qfkv, settings)
+    out, _ = focus_mixing(qfkv, settings)
+    torch.testing.assert_close(out, naive_focus_mixing(qfkv, settings), rtol=1e-5, atol=1e-5)
+
+
+def attend_in_torch(head_dim):
+    q, k, v = torch.randn(3, 1, 2, 5, 6, head_dim)
+    assert not local_attention_operator.has_kernel(q, 1)
+    torch.testing.assert_close(local_attention(q, k, v, 1), naive_local_attention(q, k, v, 1), rtol=1e-5, atol=1e-5)
 
 
 def test_the_mixing_step_is_compiled_again_where_it_is_not_whole(compiler, folder):
-    path = focus_cpu._compiled(compiler, 2)
+    path = cpu_kernels.compile_kernels(compiler, "focus", focus_cpu.SOURCE, [*cpu_kernels.FLAGS, "-DHEAD_DIM=2"])
     os.truncate(path, path.stat().st_size // 2)
     assert focus_cpu._library.__wrapped__(2) is not None
     assert [file.stat().st_size > 10_000 for file in folder.iterdir()] == [True]

@@ -8,6 +8,8 @@ import torch._inductor.config
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from modeling_heptapod.heptapod import local_attention
+from modeling_heptapod.heptapod.local_attention_cpu import takes
 from tests import tiny_heptapod, tiny_hierarchical_lm, tiny_leap, tiny_multigrid
 
 
@@ -146,17 +148,28 @@ GRIDS = {
 }
 
 
+@pytest.fixture
+def in_torch(monkeypatch):
+    monkeypatch.setattr(local_attention, "has_kernel", lambda q, radius: False)
+
+
 @pytest.mark.parametrize("train", [False, True], ids=["no-grad", "training"])
 @pytest.mark.parametrize(
     "case", [name if name == "rows" else pytest.param(name, marks=pytest.mark.slow) for name in GRIDS]
 )
-def test_grids(case, train):
+def test_grids(case, train, in_torch):
     """One graph for each way to look around, not one a height."""
     options, sizes, expected = GRIDS[case]
     assert compilations(tiny_heptapod.tiny_heptapod(**options), page, train, sizes) == expected
 
 
-def test_pages_of_unequal_height():
+@pytest.mark.skipif(not takes(torch.zeros(1, 1, 1, 1, 1), 0), reason="the C source is not compiled here")
+def test_grids_of_all_sizes_with_a_kernel():
+    model = tiny_heptapod.tiny_heptapod(attention_types=["local", "dilated"])
+    assert compilations(model, page, train=True, sizes=((5, 8), (37, 40), (16, 9), (3, 50))) == 2
+
+
+def test_pages_of_unequal_height(in_torch):
     """The last rows of one are padding, and below both the last strip has rows that are not there."""
 
     def padded_page(height):
@@ -181,7 +194,7 @@ def test_pages_of_unequal_height():
         ("grid", "tiles", True),
     ],
 )
-def test_the_default_compiler_takes_open_lengths(family, variant, train, monkeypatch):
+def test_the_default_compiler_takes_open_lengths(family, variant, train, monkeypatch, in_torch):
     """It asks more of sizes than the graphs alone do."""
     monkeypatch.setattr(torch._inductor.config, "fallback_random", True)  # masks as eager mode draws them
     torch.use_deterministic_algorithms(False)

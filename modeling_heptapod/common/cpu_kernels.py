@@ -19,7 +19,9 @@ _NO_MEMORY = 1  # what a call returns
 _missing: set[str] = set()  # names of kernels that could not be compiled
 
 
-def load_kernels(name: str, what: str, source: str, functions: dict[str, type], flags: list[str]) -> ctypes.CDLL | None:
+def load_kernels(
+    name: str, what: str, source: str, functions: dict[str, type], flags: list[str]
+) -> ctypes.CDLL | None:
     """Compile and load C source.
 
     Args:

@@ -51,10 +51,7 @@ def _is_compiled():
 def takes(q: torch.Tensor, radius: int) -> bool:
     """Whether the C source supports this call: on a CPU, float32 or bfloat16, radius up to 32."""
     return (
-        q.device.type == "cpu"
-        and q.dtype in (torch.float32, torch.bfloat16)
-        and radius <= WIDEST
-        and _is_compiled()
+        q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16) and radius <= WIDEST and _is_compiled()
     )
 
 

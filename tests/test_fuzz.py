@@ -1,4 +1,6 @@
-"""Random calls of the compiled mixing step, valid and invalid, alone and under gcc's sanitizers: see `fuzz_focus.py`."""
+"""Random calls of compiled code, valid and invalid, alone and under gcc's sanitizers: see `fuzz_focus.py` and
+`fuzz_local_attention.py`.
+"""
 
 import os
 import shutil
@@ -8,23 +10,29 @@ from pathlib import Path
 
 import pytest
 
+from modeling_heptapod.heptapod import local_attention_cpu
 from modeling_heptapod.leap import focus_cpu
-from tests.fuzz_focus import fuzz
+from tests import fuzz_focus, fuzz_local_attention
+
+
+FUZZERS = {"fuzz_focus": fuzz_focus, "fuzz_local_attention": fuzz_local_attention}
 
 
 @pytest.fixture(autouse=True)
 def compiled():
-    if focus_cpu._library(4) is None:
+    if focus_cpu._library(4) is None or local_attention_cpu._library() is None:
         pytest.skip("there is no C compiler")
 
 
-def test_a_few_random_calls():
-    fuzz(valid=60, invalid=200)
+@pytest.mark.parametrize("name", FUZZERS)
+def test_a_few_random_calls(name):
+    FUZZERS[name].fuzz(valid=60, invalid=200)
 
 
 @pytest.mark.slow
-def test_thousands_of_random_calls():
-    fuzz(valid=2000, invalid=2000, seed=1000)
+@pytest.mark.parametrize("name", FUZZERS)
+def test_thousands_of_random_calls(name):
+    FUZZERS[name].fuzz(valid=2000, invalid=2000, seed=1000)
 
 
 def sanitizers():
@@ -40,7 +48,8 @@ def sanitizers():
 
 
 @pytest.mark.slow
-def test_random_calls_under_sanitizers(tmp_path):
+@pytest.mark.parametrize("name", FUZZERS)
+def test_random_calls_under_sanitizers(name, tmp_path):
     """Memory out of bounds and undefined behaviour end the process."""
     runtimes = sanitizers()
     if not runtimes:
@@ -52,7 +61,7 @@ def test_random_calls_under_sanitizers(tmp_path):
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "XDG_CACHE_HOME": str(tmp_path),
     }
-    command = [sys.executable, "-m", "tests.fuzz_focus", "--valid", "2000", "--invalid", "2000", "--sanitize"]
+    command = [sys.executable, "-m", f"tests.{name}", "--valid", "2000", "--invalid", "2000", "--sanitize"]
     run = subprocess.run(
         command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, errors="replace"
     )
