@@ -31,10 +31,9 @@ TRAIN := $(PY) training/train.py --train_minutes 3 --bf16_if_fast --max_validati
 	--eval_on_start true --eval_strategy steps --eval_steps 0.3 --logging_steps 10 --save_strategy no
 TRAIN_leap := --block_size 512 --per_device_train_batch_size 4 --per_device_eval_batch_size 8
 TRAIN_heptapod := --per_device_train_batch_size 4 --per_device_eval_batch_size 16
-# On CPUs the backward pass of attention to short windows is slower in bfloat16.
-TRAIN_hierarchical_lm := $(TRAIN_leap) --bf16_if_fast false
-# Generated positions stay within those trained; bfloat16 is slower on CPUs for matrices this small.
-TRAIN_multigrid := --block_size 256 --per_device_train_batch_size 4 --per_device_eval_batch_size 16 --bf16_if_fast false
+TRAIN_hierarchical_lm := $(TRAIN_leap)
+# Generated positions stay within those trained.
+TRAIN_multigrid := --block_size 256 --per_device_train_batch_size 4 --per_device_eval_batch_size 16
 SHOW_leap := training/sample.py
 SHOW_heptapod := training/infill.py
 SHOW_hierarchical_lm := training/sample.py

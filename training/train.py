@@ -32,7 +32,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from accelerate.utils import broadcast_object_list
 from checkpoints import alone_in, check_begins_alone, check_same_run, find_checkpoint, read_run
 from corpora import DataArguments, check_data_arguments, load_texts, public_name
@@ -42,6 +41,7 @@ from huggingface_hub import upload_folder
 from loading import choose_source
 from model_card import write_card
 from objectives import objective_for
+from precision import is_faster_in_bf16
 from provenance import provenance, weights_digest, write_figures
 from redaction import CommandLine
 from run_report import (
@@ -116,23 +116,28 @@ class ModelArguments:
     )
     bf16_if_fast: bool = field(
         default=False,
-        metadata={"help": "Sets --bf16 if this device has matrix units for bfloat16, else float32 is used."},
+        metadata={
+            "help": "Sets --bf16 if training steps are faster with it on this device, which takes about a second to measure; else "
+            "float32 is used. A resumed run keeps its precision."
+        },
     )
 
 
-def has_bf16_matrix_units(device: torch.device) -> bool:
-    """Returns whether a device has matrix units for bfloat16: a GPU that supports it, or a CPU with AMX."""
-    if device.type == "cpu":
-        return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
-    return is_torch_bf16_gpu_available()
-
-
-def choose_precision(model_args: ModelArguments, training_args: TrainingArguments) -> TrainingArguments:
-    """The training arguments, with bf16 for `--bf16_if_fast` on a device with matrix units for it."""
-    if not model_args.bf16_if_fast or not has_bf16_matrix_units(training_args.device):
-        return training_args
+def choose_precision(
+    model_args: ModelArguments, args: TrainingArguments, objective, model: PreTrainedModel, checkpoint: str | None
+) -> TrainingArguments:
+    """The training arguments, with bf16 if `--bf16_if_fast` finds it faster. A resumed run keeps its precision."""
+    if not model_args.bf16_if_fast or args.bf16 or args.fp16:
+        return args
+    if checkpoint is not None:
+        in_bf16 = bool(read_run(Path(checkpoint)).get("settings", {}).get("--bf16"))
+    elif args.device.type == "cuda" and not is_torch_bf16_gpu_available():
+        in_bf16 = False
+    else:
+        faster = is_faster_in_bf16(model, objective.train_dataset, args.train_batch_size, args.device)
+        in_bf16 = broadcast_object_list([faster])[0]
     # TrainingArguments rejects bf16 on a CPU without `use_cpu`.
-    return dataclasses.replace(training_args, bf16=True, use_cpu=training_args.device.type == "cpu")
+    return dataclasses.replace(args, bf16=True, use_cpu=args.device.type == "cpu") if in_bf16 else args
 
 
 def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
@@ -426,7 +431,6 @@ def main():
 
 def run_with(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
     """Train from text, and write a folder that is ready to be pushed."""
-    training_args = choose_precision(model_args, training_args)
     pin_memory_for_devices_only(training_args)
     choose_metrics(training_args)
     checkpoint = choose_checkpoint(training_args)
@@ -438,6 +442,7 @@ def run_with(model_args: ModelArguments, data_args: DataArguments, training_args
     corpus = read_corpus(model_args, data_args, training_args)
     training_args.label_names = corpus.objective.label_names
     model = make_model(model_args, corpus.objective, training_args)
+    training_args = choose_precision(model_args, training_args, corpus.objective, model, checkpoint)
     parameters = model.num_parameters()  # before they are sharded
     reading = Reading(examples_of(corpus, training_args), training_args)
     run = {

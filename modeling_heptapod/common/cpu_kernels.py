@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ _missing: set[str] = set()  # names of kernels that could not be compiled
 
 
 def load_kernels(
-    name: str, what: str, source: str, functions: dict[str, type], flags: list[str]
+    name: str, what: str, source: str, functions: Mapping[str, type], flags: list[str]
 ) -> ctypes.CDLL | None:
     """Compile and load C source.
 
@@ -28,7 +29,7 @@ def load_kernels(
         name (`str`): beginning of the library's file name.
         what (`str`): what runs in torch if there is no library, with its verb, for the warning.
         source (`str`): C source, which may include `cpu_math_source.c`.
-        functions (`dict[str, type]`): functions of the source, and the structure that a pointer to is their argument.
+        functions (`Mapping[str, type]`): functions of the source, and the structure that a pointer to is their argument.
         flags (`list[str]`): flags for the compiler.
 
     Returns:

@@ -17,6 +17,13 @@ enum { LANES = 8 };
 enum { LANES = 4 };
 #endif
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef float Four __attribute__((vector_size(16), aligned(4)));
+typedef int32_t FourPlaces __attribute__((vector_size(16)));
+#ifdef __clang__
+#define PICK(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define PICK(a, b, i, j, k, l) __builtin_shuffle(a, b, (FourPlaces){i, j, k, l})
+#endif
 
 enum { WIDEST = 32, MOST = 8, GROUP = 8, STRIP = 96, TILES_PER_THREAD = 4, MIN_ROWS = 8 };
 
@@ -82,38 +89,82 @@ INLINE void clear_ends(float *rows, int64_t number, int64_t count, int64_t strid
     for (int64_t n = 0; n < number; n++) memset(rows + n * stride + count, 0, (stride - count) * sizeof(float));
 }
 
+/* Four rows become four columns. */
+INLINE void transpose(Four *x) {
+    Four low = PICK(x[0], x[1], 0, 4, 1, 5), high = PICK(x[0], x[1], 2, 6, 3, 7);
+    Four low_next = PICK(x[2], x[3], 0, 4, 1, 5), high_next = PICK(x[2], x[3], 2, 6, 3, 7);
+    x[0] = PICK(low, low_next, 0, 1, 4, 5);
+    x[1] = PICK(low, low_next, 2, 3, 6, 7);
+    x[2] = PICK(high, high_next, 0, 1, 4, 5);
+    x[3] = PICK(high, high_next, 2, 3, 6, 7);
+}
+
+INLINE float read_one(const LocalAttention *m, const Cells *cells, int64_t at) {
+    return m->bf16 ? from_bf16(((const uint16_t *)cells->data)[at]) : ((const float *)cells->data)[at];
+}
+
+INLINE void write_one(const LocalAttention *m, const Cells *cells, int64_t at, float x) {
+    if (m->bf16)
+        ((uint16_t *)cells->data)[at] = to_bf16(x);
+    else
+        ((float *)cells->data)[at] = x;
+}
+
+INLINE Four read_four(const LocalAttention *m, const Cells *cells, int64_t at) {
+    if (!m->bf16) return *(const Four *)((const float *)cells->data + at);
+    Four x;
+    for (int d = 0; d < 4; d++) x[d] = from_bf16(((const uint16_t *)cells->data)[at + d]);
+    return x;
+}
+
+INLINE void write_four(const LocalAttention *m, const Cells *cells, int64_t at, Four x) {
+    if (!m->bf16)
+        *(Four *)((float *)cells->data + at) = x;
+    else
+        for (int d = 0; d < 4; d++) ((uint16_t *)cells->data)[at + d] = to_bf16(x[d]);
+}
+
 /* Columns from `left` on of a row of cells, channel by channel, times `factor`. Columns beyond the grid become zero. */
 INLINE void read_row(const LocalAttention *m, const Tile *t, const Cells *cells, int64_t y, int64_t left, int count,
                      float factor, float *to, int64_t stride) {
-    int dim = (int)m->dim;
+    int dim = (int)m->dim, fours = dim / 4 * 4, i = 0;
     int64_t step = m->dilation * cells->column, at = place(m, t, cells, y, left);
-    for (int i = 0; i < count; i++, at += step) {
+    while (i < count) {
         if (left + i < 0 || left + i >= t->width) {
             for (int d = 0; d < dim; d++) to[d * stride + i] = 0;
-        } else if (m->bf16) {
-            const uint16_t *from = (const uint16_t *)cells->data + at;
-            for (int d = 0; d < dim; d++) to[d * stride + i] = from_bf16(from[d]) * factor;
-        } else {
-            const float *from = (const float *)cells->data + at;
-            for (int d = 0; d < dim; d++) to[d * stride + i] = from[d] * factor;
+            i++;
+            continue;
         }
+        int together = i + 4 <= count && left + i + 4 <= t->width ? 4 : 1, begin = together == 4 ? fours : 0;
+        for (int d = 0; d < begin; d += 4) {
+            Four x[4];
+            for (int j = 0; j < 4; j++) x[j] = read_four(m, cells, at + (i + j) * step + d) * factor;
+            transpose(x);
+            for (int j = 0; j < 4; j++) *(Four *)(to + (d + j) * stride + i) = x[j];
+        }
+        for (int j = 0; j < together; j++)
+            for (int d = begin; d < dim; d++)
+                to[d * stride + i + j] = read_one(m, cells, at + (i + j) * step + d) * factor;
+        i += together;
     }
 }
 
 /* Columns left, ..., right - 1 of a row of cells, from channels; `from` is that of column `left`. */
 INLINE void write_row(const LocalAttention *m, const Tile *t, const Cells *cells, int64_t y, int64_t left, int64_t right,
                       const float *from, int64_t stride) {
-    int dim = (int)m->dim;
+    int dim = (int)m->dim, fours = dim / 4 * 4, count = (int)(right - left), whole = count / 4 * 4;
     int64_t step = m->dilation * cells->column, at = place(m, t, cells, y, left);
-    for (int64_t i = 0; i < right - left; i++, at += step) {
-        if (m->bf16) {
-            uint16_t *to = (uint16_t *)cells->data + at;
-            for (int d = 0; d < dim; d++) to[d] = to_bf16(from[d * stride + i]);
-        } else {
-            float *to = (float *)cells->data + at;
-            for (int d = 0; d < dim; d++) to[d] = from[d * stride + i];
+    for (int i = 0; i < whole; i += 4) {
+        for (int d = 0; d < fours; d += 4) {
+            Four x[4];
+            for (int j = 0; j < 4; j++) x[j] = *(const Four *)(from + (d + j) * stride + i);
+            transpose(x);
+            for (int j = 0; j < 4; j++) write_four(m, cells, at + (i + j) * step + d, x[j]);
         }
     }
+    for (int i = 0; i < count; i++)
+        for (int d = i < whole ? fours : 0; d < dim; d++)
+            write_one(m, cells, at + i * step + d, from[d * stride + i]);
 }
 
 /* sums[b][x] = first[b + x] + sum over channels of row[x] * keys[b + x], for `count` offsets b */

@@ -48,8 +48,8 @@ class _LocalAttention(torch.autograd.Function):
     @in_full_precision
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
-        *tensors, padding_mask = ctx.saved_tensors
-        return *backward(grad_out, *tensors, *ctx.numbers, padding_mask), *(None,) * 4
+        q, k, v, totals, padding_mask = ctx.saved_tensors
+        return *backward(grad_out, q, k, v, totals, *ctx.numbers, padding_mask), *(None,) * 4
 
 
 @torch.library.custom_op(f"{NAMESPACE}::local_attention", mutates_args=())

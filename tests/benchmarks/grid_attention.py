@@ -1,4 +1,4 @@
-"""How fast is local attention on a grid, and does it stay linear?
+"""How fast is local attention on a grid, and does it stay linear? Kernels where there are any: C on CPUs.
 
 One layer's attention, without projections: batch 4, 8 heads of 32, float32. Peers: torch's scaled dot product attention
 over all cells with a mask made beforehand, and the prototype's loop over cells, which has one head of the same width
@@ -17,7 +17,8 @@ from modeling_heptapod.heptapod.local_attention import local_attention, naive_lo
 
 
 BATCH, HEADS, HEAD_DIM = 4, 8, 32
-OVER_SDPA = {1: 15.0, 3: 9.0, 5: 5.0}  # radius: how many times as fast, forward and backward
+OVER_SDPA = {1: 50.0, 3: 35.0, 5: 20.0}  # radius: how many times as fast, forward and backward
+SMALL_OVER_SDPA = {32: 8.0, 16: 1.5}  # side of a smaller grid: the same, at RADIUS
 RADIUS = 3
 SHORT_ROUNDS = 100  # of what takes milliseconds
 
@@ -118,7 +119,7 @@ def peak(side, quick):
 def main():
     report, quick = harness.start("Local attention on a grid against masked full attention and the prototype's loop")
     shape = {"batch": 1, "heads": 2, "head_dim": 8} if quick else {}
-    side, small = (30, 4) if quick else (64, 16)
+    side, smaller = (30, {8: 0.0, 4: 0.0}) if quick else (64, SMALL_OVER_SDPA)
     rounds = 1 if quick else 5
     disturbed = 0
     for radius in OVER_SDPA:
@@ -150,10 +151,11 @@ def main():
                 passes, least = ("forward + backward", 12.0) if backward else ("forward", 1.5)
                 ratio = seconds["prototype"] / seconds["ours"]
                 report.check(f"prototype over ours, {side} x {side}, radius {radius}, {passes}", ratio, ">=", least)
-    for radius in OVER_SDPA:
-        seconds = add(small, radius, True, rounds=1 if quick else SHORT_ROUNDS)
-        ratio = seconds["masked SDPA"] / seconds["ours"]
-        report.check(f"masked SDPA over ours, {small} x {small}, radius {radius} (2% is noise)", ratio, ">=", 0.98)
+    for small, target in smaller.items():
+        for radius in OVER_SDPA:
+            seconds = add(small, radius, True, rounds=1 if quick else SHORT_ROUNDS)
+            ratio, least = seconds["masked SDPA"] / seconds["ours"], target if radius == RADIUS else 0.98
+            report.check(f"masked SDPA over ours, {small} x {small}, radius {radius}", ratio, ">=", least)
 
     sides = (30, 34) if quick else (32, 64, 96, 128)
     runners = {each: contestants_alone(each, shape) for each in sides}
@@ -180,9 +182,7 @@ def main():
         f"Batch {BATCH}, {HEADS} heads of {HEAD_DIM}, float32, no projections; SDPA's mask is made beforehand."
     )
     report.note("The prototype has one head and one tensor for queries, keys and values.")
-    report.note(
-        f"On 16 x 16 ours is SDPA by strips of rows, at radius 5 SDPA of all: a tie; medians of {SHORT_ROUNDS} rounds."
-    )
+    report.note(f"On grids smaller than {side} x {side} medians of {SHORT_ROUNDS} rounds.")
     report.note("Peak MB is the growth of the resident set of a process of its own, inputs not included.")
     report.note(f"Medians of {rounds} rounds otherwise; disturbed by other processes: {disturbed}.")
     report.finish()

@@ -307,14 +307,6 @@ def test_runs_beside_are_those_on_the_same_bytes(tmp_path):
     assert runs_beside(tmp_path / "ours", {"held_out_sha256": "a"}) == {"same": 2.0}
 
 
-def test_bf16_falls_back_where_the_cpu_has_no_matrix_units(tmp_path, monkeypatch):
-    for has_units, asked in [(True, True), (False, True), (True, False)]:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has_units=has_units: {"amx_bf16": has_units})
-        model_args = train.ModelArguments(config_name="", bf16_if_fast=asked)
-        args = train.choose_precision(model_args, TrainingArguments(str(tmp_path), use_cpu=True))
-        assert args.bf16 == (has_units and asked)
-
-
 FAMILIES = ("heptapod", "hierarchical_lm", "leap", "multigrid")
 
 
