@@ -49,7 +49,8 @@ class _LocalAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
         q, k, v, totals, padding_mask = ctx.saved_tensors
-        return *backward(grad_out, q, k, v, totals, *ctx.numbers, padding_mask=padding_mask), *(None,) * 4
+        radius, dilation, scale = ctx.numbers
+        return *backward(grad_out, q, k, v, totals, radius, dilation, scale, padding_mask), *(None,) * 4
 
 
 @torch.library.custom_op(f"{NAMESPACE}::local_attention", mutates_args=())
