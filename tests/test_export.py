@@ -350,6 +350,7 @@ def test_a_grid_checkpoint_loads_through_every_auto_class(tmp_path):
         assert torch.equal(results["grid", "AutoModelForMaskedLM"], model(ids).logits)
 
 
+@pytest.mark.slow
 def test_a_hierarchical_checkpoint_loads_through_every_auto_class(tmp_path):
     model = tiny("HierarchicalLMForCausalLM", **MODELS["hierarchical_lm"]["streams"])
     ids = export(tmp_path, {"hierarchical": model})
@@ -362,6 +363,7 @@ def test_a_hierarchical_checkpoint_loads_through_every_auto_class(tmp_path):
         assert torch.equal(results["hierarchical", "AutoModelForCausalLM"], model(ids).logits)
 
 
+@pytest.mark.slow
 def test_a_multigrid_checkpoint_loads_through_every_auto_class(tmp_path):
     model = tiny("MultiGridForCausalLM", **MODELS["multigrid"]["ordered"])
     ids = export(tmp_path, {"grown": model})

@@ -83,14 +83,17 @@ def compare(function, *tensors, backend="aot_eager"):
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.slow) if kind in ("window", "two-sided") else kind for kind in SETTINGS],
+)
 def test_the_mixing_step_in_a_graph(kind):
     qfkv, kwargs = inputs("all")
     settings = settings_for(*SETTINGS[kind], **OPTIONS["all"])
     compare(lambda x: focus_mixing(x, settings, **kwargs), qfkv)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.slow)])
 def test_dtypes(dtype):
     qfkv, kwargs = inputs("all", dtype=dtype)
     kwargs = {name: _to(x, torch.float32) for name, x in kwargs.items()}
@@ -108,7 +111,7 @@ def test_a_graph_that_goes_on_from_a_state(kind, seq):
     compare(lambda x: focus_mixing(x, settings, initial_state=state, **kwargs), more)
 
 
-@pytest.mark.parametrize("kind", ["global", "window", "two-sided window"])
+@pytest.mark.parametrize("kind", ["global", pytest.param("window", marks=pytest.mark.slow), "two-sided window"])
 def test_means_alone_in_a_graph(kind):
     settings, generator = settings_for(*SETTINGS[kind]), torch.Generator().manual_seed(5)
     logs, values = torch.randn(2, 50, HEADS, generator=generator), torch.randn(2, 50, HEADS, 6, generator=generator)

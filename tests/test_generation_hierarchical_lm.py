@@ -105,7 +105,13 @@ def test_every_variant_generates_what_it_computes_without_a_cache(variant):
     assert torch.equal(tokens, model.generate(prompt, max_new_tokens=40, prefill_chunk_size=7, **GREEDY))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        variant if variant in ("plain", "two", "stride", "blocks") else pytest.param(variant, marks=pytest.mark.slow)
+        for variant in VARIANTS
+    ],
+)
 def test_padding_in_every_variant(variant):
     model = tiny_hierarchical_lm(pad_token_id=0, **VARIANTS[variant])
     with torch.no_grad():

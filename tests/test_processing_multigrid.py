@@ -439,10 +439,8 @@ def test_a_saved_folder_works_without_this_package(by_bytes, tmp_path):
     assert torch.load(tmp_path / "ids.pt") == [axis.annotate(text) for axis in processor.axes[:-1] for text in texts]
 
 
-@pytest.mark.parametrize(
-    "first",
-    ["modeling_heptapod", pytest.param("transformers.models.auto.processing_auto", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["modeling_heptapod", "transformers.models.auto.processing_auto"])
 def test_auto_processor_knows_the_class_before_it_is_imported(by_bytes, tmp_path, first):
     by_bytes.save_pretrained(tmp_path)
     code = f"""

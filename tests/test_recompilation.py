@@ -114,7 +114,7 @@ def test_multigrid_with_packed_rows(train):
     assert compilations(model, packed, train) == 2
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["no-grad", "training"])
+@pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.slow), True], ids=["no-grad", "training"])
 @pytest.mark.parametrize(
     "variant",
     [name if name == "two" else pytest.param(name, marks=pytest.mark.slow) for name in HIERARCHICAL],
@@ -153,7 +153,7 @@ def in_torch(monkeypatch):
     monkeypatch.setattr(local_attention, "has_kernel", lambda q, radius: False)
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["no-grad", "training"])
+@pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.slow), True], ids=["no-grad", "training"])
 @pytest.mark.parametrize(
     "case", [name if name == "rows" else pytest.param(name, marks=pytest.mark.slow) for name in GRIDS]
 )

@@ -98,7 +98,13 @@ def test_imports_of_packages_are_refused(line, tmp_path):
         write_code([tmp_path / "a" / "model.py"], tmp_path / "out")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        family if family in ("leap", "heptapod") else pytest.param(family, marks=pytest.mark.slow)
+        for family in FAMILIES
+    ],
+)
 def test_a_config_alone_makes_models_elsewhere(family, tmp_path):
     names = {"leap": "Leap", "hierarchical_lm": "HierarchicalLM", "heptapod": "Heptapod", "multigrid": "MultiGrid"}
     config = getattr(modeling_heptapod, f"{names[family]}Config")(vocab_size=30, hidden_size=32, num_attention_heads=2)

@@ -203,6 +203,7 @@ def test_missing_data_are_named_and_how_to_get_them(tmp_path):
         assert "NLTK_DATA" in error and str(tmp_path / "nothing") in error
 
 
+@pytest.mark.slow
 def test_missing_nltk_is_named(tmp_path):
     """The axis is made without it, so a processor loads; it is needed when the axis is used."""
     lines = [

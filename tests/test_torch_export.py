@@ -16,7 +16,7 @@ CASES = {
     "hierarchical_lm": (
         tiny_hierarchical_lm.tiny_hierarchical_lm,
         tiny_hierarchical_lm.VARIANTS,
-        ["two", "hourglass"],
+        ["two"],
     ),
     "multigrid": (tiny_multigrid.tiny_multigrid, tiny_multigrid.VARIANTS, ["axis"]),
     "heptapod": (tiny_heptapod.tiny_heptapod, tiny_heptapod.VARIANTS, ["split"]),

@@ -34,7 +34,9 @@ def test_other_versions_are_refused_by_name(version):
         check_version(version)
 
 
-@pytest.mark.parametrize("module", ["modeling_heptapod", "modeling_heptapod.leap.modeling_leap"])
+@pytest.mark.parametrize(
+    "module", ["modeling_heptapod", pytest.param("modeling_heptapod.leap.modeling_leap", marks=pytest.mark.slow)]
+)
 def test_the_import_refuses_before_anything_else(module):
     code = f"""
 import sys, transformers

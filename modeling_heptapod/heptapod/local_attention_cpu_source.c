@@ -419,6 +419,7 @@ INLINE Tile find_tile(const LocalAttention *m, int64_t number, int64_t halo) {
 
 static int allocate(const LocalAttention *m, Work *w) {
     int64_t side = 2 * m->radius + 1, dim = padded(m->dim), used = 0;
+    int64_t back = m->grad_out.data != NULL; /* what the forward pass does not use takes no memory */
     int64_t queries = at_most(per_part(m->width, m->dilation, m->strips) + 2 * m->radius, per_part(m->width, m->dilation, 1));
     int64_t stride = whole_vectors((int)(queries + 4 * m->radius)) + 2 * LANES; /* of the widest read beyond a row */
     stride += stride % 64 == 0 ? LANES : 0; /* rows a multiple of 256 bytes apart share few places of a cache */
@@ -427,19 +428,19 @@ static int allocate(const LocalAttention *m, Work *w) {
         float **slot;
         int64_t rows;
     } parts[] = {{&w->query, dim},
-                 {&w->grad, dim},
+                 {&w->grad, back * dim},
                  {&w->keys, side * dim},
                  {&w->values, side * dim},
                  {&w->hidden, side},
-                 {&w->seen, side},
+                 {&w->seen, m->mask ? side : 0},
                  {&w->weights, side * side},
-                 {&w->slopes, side * side},
-                 {&w->grad_keys, side * dim},
-                 {&w->grad_values, side * dim},
+                 {&w->slopes, back * side * side},
+                 {&w->grad_keys, back * side * dim},
+                 {&w->grad_values, back * side * dim},
                  {&w->sums, dim},
                  {&w->top, 1},
                  {&w->share, 1},
-                 {&w->inner, 1}};
+                 {&w->inner, back}};
     int count = sizeof(parts) / sizeof(parts[0]);
     for (int i = 0; i < count; i++) used += parts[i].rows * stride;
     if (posix_memalign(&w->memory, 64, (used + LANES) * sizeof(float))) return 0;

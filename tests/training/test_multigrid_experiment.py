@@ -442,6 +442,7 @@ def run_script(*arguments):
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200)
 
 
+@pytest.mark.slow
 def test_an_interval_needs_two_seeds():
     process = run_script("--seeds", "1")
     assert process.returncode == 2 and "argument --seeds: must be at least 2, got 1" in process.stderr

@@ -305,6 +305,7 @@ class Vowels(Axis):
 """
 
 
+@pytest.mark.slow
 def test_an_axis_of_ones_own_is_trained_saved_and_trained_further(tmp_path, monkeypatch):
     """And at the end a text is written where this package is not installed."""
     (tmp_path / "config").mkdir()

@@ -130,7 +130,13 @@ def test_isolated_packing_is_trained(family, tmp_path):
     assert (isolated == losses(family, tmp_path, max_steps=2)) == (family == "heptapod")
 
 
-@pytest.mark.parametrize("family", tiny_runs.FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        family if family in ("leap", "heptapod") else pytest.param(family, marks=pytest.mark.slow)
+        for family in tiny_runs.FAMILIES
+    ],
+)
 def test_samples_are_in_the_log_and_change_nothing(family, tmp_path, capsys):
     plain = losses(family, tmp_path)
     with tiny_runs.masks_of_pages():
