@@ -97,8 +97,8 @@ def model_table(is_linked: bool = True) -> str:
 
 
 def figure_lines(prefix: str = "docs/") -> str:
-    """One line a family, with the command that measured it and a link to its table."""
-    results = tables.read_results()
+    """One line a family, with the command that measured it and a link to its table, from the newest results."""
+    results = {name: newest for name, (newest, *_) in tables.read_results().items()}
 
     def row(name, **where):
         (found,) = [r for r in results[name]["rows"] if all(r.get(key) == value for key, value in where.items())]

@@ -86,6 +86,11 @@ def machine() -> dict:
     return {"cpu": model, "cores": os.cpu_count(), "units": units, "gpu": gpu}
 
 
+def kind_of_processor(device: dict) -> str:
+    """Name for processors that are fast at the same things, from `machine()`: the newest of their vector and matrix units."""
+    return device["units"][-1] if device["units"] else platform.machine().lower()
+
+
 def commit(folder: Path) -> str | None:
     """Commit of a folder, 12 digits; with `-dirty` if tracked files differ from it, `None` without git."""
     try:

@@ -1,9 +1,9 @@
-"""Run all benchmarks, each in a process of its own, and write `results/<name>.json` for each that passed its own check.
+"""Run all benchmarks, each in a process of its own, and write `results/<processor>/<name>.json` for each that passed its own check.
 
 python tests/benchmarks/run_all.py [name ...] [--quick]
 
 With `THP_MEM_ALLOC_ENABLE=1` in the environment, torch asks for huge pages and the files are
-`results/<name>_huge_pages.json`.
+`results/<processor>/<name>_huge_pages.json`.
 """
 
 import argparse
@@ -18,9 +18,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT / "training"))
+sys.path[:0] = [str(ROOT / "training"), str(ROOT)]
 
-from provenance import commit, machine
+from provenance import commit, kind_of_processor, machine
+
+from tests.benchmarks.tables import RESULTS
 
 
 NAMES = (
@@ -87,7 +89,7 @@ def main():
             huge_pages = result["settings"]["THP_MEM_ALLOC_ENABLE"] == "1"
             command = "THP_MEM_ALLOC_ENABLE=1 " * huge_pages + f"python {script_of(name).relative_to(ROOT)}"
             full = {"name": name, "command": command, "date": date, **about, **result}
-            path = HERE / "results" / f"{name}{'_huge_pages' * huge_pages}.json"
+            path = RESULTS / kind_of_processor(full["device"]) / f"{name}{'_huge_pages' * huge_pages}.json"
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(full, indent=1) + "\n")
             print(f"written: {path.relative_to(ROOT)}")

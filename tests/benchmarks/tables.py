@@ -12,6 +12,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MARKERS = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+NEXT = "\n\nOn another kind of processor:\n\n"
 
 
 def format_cell(value) -> str:
@@ -56,8 +57,8 @@ def render(result: dict) -> str:
     return "\n\n".join((table(result["rows"]), table(targets), notes, source))
 
 
-def fill(text: str, results: dict[str, dict]) -> str:
-    """`text` with what stands between its markers replaced.
+def fill(text: str, results: dict[str, list[dict]]) -> str:
+    """`text` with what stands between its markers replaced by the results of each kind of processor.
 
     Raises:
         KeyError: for a marker whose benchmark has no result.
@@ -67,21 +68,23 @@ def fill(text: str, results: dict[str, dict]) -> str:
         opening, name, closing = match.groups()
         if name not in results:
             raise KeyError(f"no results for {name!r}; there are {sorted(results)}")
-        return f"{opening}{render(results[name])}\n{closing}"
+        return f"{opening}{NEXT.join(map(render, results[name]))}\n{closing}"
 
     return MARKERS.sub(replace, text)
 
 
-def read_results() -> dict[str, dict]:
-    """Results that `run_all.py` wrote, by name; those of `make gpu` (`gpu_*.json`) have another form."""
-    paths = (path for path in sorted(RESULTS.glob("*.json")) if not path.name.startswith("gpu_"))
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+def read_results() -> dict[str, list[dict]]:
+    """Results that `run_all.py` wrote, by name: one for each kind of processor, the newest first."""
+    results: dict[str, list[dict]] = {}
+    for path in sorted(RESULTS.glob("*/*.json")):
+        results.setdefault(path.stem, []).append(json.loads(path.read_text(encoding="utf-8")))
+    return {name: sorted(each, key=lambda result: result["date"], reverse=True) for name, each in results.items()}
 
 
 def main():
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    for name, result in read_results().items():
-        print(f"## {result['title']} ({name})\n\n{render(result)}\n")
+    for name, results in read_results().items():
+        print(f"## {results[0]['title']} ({name})\n\n{NEXT.join(map(render, results))}\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from tests.benchmarks import run_all, tables
+from tests.benchmarks.run_all import kind_of_processor
 
 
 HERE = Path(__file__).resolve().parent
@@ -31,19 +33,40 @@ RESULT = {
 def test_results_that_are_kept_make_tables():
     results = tables.read_results()
     assert "training_step" in results
-    for name, result in results.items():
-        assert result["title"] and "|" in tables.render(result), name
+    for name, each in results.items():
+        assert all(result["title"] and "|" in tables.render(result) for result in each), name
+        assert [result["date"] for result in each] == sorted((result["date"] for result in each), reverse=True)
+    for path in tables.RESULTS.glob("*/*.json"):
+        assert kind_of_processor(json.loads(path.read_text(encoding="utf-8"))["device"]) == path.parent.name
 
 
 def test_tables_fill_markers_and_nothing_else():
     text = "before\n<!-- bench:speed -->\nold\n<!-- /bench -->\nafter\n"
-    filled = tables.fill(text, {"speed": RESULT})
+    filled = tables.fill(text, {"speed": [RESULT]})
     assert filled.startswith("before\n<!-- bench:speed -->\n| length | ratio | extra |\n| --- | --- | --- |\n")
     assert "| 1,024 | 1.50 | - |\n| 4,096 | 2.25e-07 | - |" in filled
     assert "| ratio >= 1.3 | 1.50 | yes |" in filled
     assert "old" not in filled
     assert filled.endswith("<!-- /bench -->\nafter\n")
-    assert tables.fill(filled, {"speed": RESULT}) == filled
+    assert tables.fill(filled, {"speed": [RESULT]}) == filled
+
+
+def test_each_kind_of_processor_has_a_table():
+    other = {**RESULT, "device": {**RESULT["device"], "cpu": "Another CPU"}}
+    filled = tables.fill("<!-- bench:speed -->\n<!-- /bench -->", {"speed": [RESULT, other]})
+    first, second = filled.split("On another kind of processor:")
+    assert "Some CPU" in first and "Another CPU" in second and first.count("| 1,024 |") == second.count("| 1,024 |") == 1
+
+
+def test_results_are_kept_by_kind_of_processor(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_all, "RESULTS", tmp_path)
+    monkeypatch.setattr(run_all, "run", lambda name, quick: {**RESULT, "settings": {"THP_MEM_ALLOC_ENABLE": "0"}})
+    monkeypatch.setattr(run_all, "machine", lambda: RESULT["device"])
+    monkeypatch.setattr(sys, "argv", ["run_all.py", "decode_state"])
+    run_all.main()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json")] == ["avx2/decode_state.json"]
+    assert kind_of_processor({"units": ["avx2", "avx512f"]}) == "avx512f"
+    assert kind_of_processor({"units": []}) == platform.machine().lower()
 
 
 def test_tables_name_what_has_no_results():
