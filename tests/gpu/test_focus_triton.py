@@ -22,6 +22,7 @@ from tests.test_focus import (
     settings_for,
 )
 from tests.test_focus_cpu import HEADS, in_float64, make_inputs, with_gradient
+from tests.triton_interpreter import complete_interpreter
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -41,10 +42,7 @@ def kernels(monkeypatch):
     monkeypatch.setattr(focus_triton, "_DEVICES", (DEVICE,))
     monkeypatch.setattr(focus_operator, "native_is_supported", lambda *_: False)
     if INTERPRETED:
-        from triton.runtime.interpreter import InterpreterBuilder
-
-        # The interpreter runs one program after another, where a barrier means nothing and does not exist.
-        monkeypatch.setattr(InterpreterBuilder, "create_barrier", lambda self: None, raising=False)
+        complete_interpreter()
 
 
 def on_device(value):
