@@ -19,19 +19,26 @@ INTERPRETED = {  # tests of tests/gpu/test_local_attention_triton.py
     "loop": "values",
     "precision": "low_precision or extreme or repeated",
     "pads": "nothing or trace or hidden or larger",
-    "rest": "layout or do_not_do",
+    "layout": "layout",
 }
 
 
-def test_tensors_on_cpus_are_left_alone():
-    assert not kernels.takes(torch.randn(1, 2, 4, 4, 8), 1)
+def test_what_the_kernels_take(monkeypatch):
+    monkeypatch.setattr(kernels, "triton", object())
+    q = torch.zeros(1, 2, 3, 4, 128)
+    assert not kernels.takes(q, 1)  # on a CPU
+    monkeypatch.setattr(kernels, "_DEVICES", ("cpu",))
+    assert kernels.takes(q, 0) and kernels.takes(q.bfloat16(), 32) and kernels.takes(q.half()[..., :1], 1)
+    for other, radius in ((q, 33), (q.double(), 1), (q[:0], 1), (torch.zeros(1, 2, 3, 4, 129), 1)):
+        assert not kernels.takes(other, radius)
+    monkeypatch.setattr(kernels, "triton", None)
+    assert not kernels.takes(q, 1)
 
 
 def test_the_package_needs_no_triton():
     code = (
-        "import sys; sys.modules['triton'] = None; import torch; "
-        "from modeling_heptapod.heptapod import local_attention_triton as kernels; "
-        "kernels._DEVICES = ('cpu',); assert not kernels.takes(torch.zeros(1, 1, 1, 1, 8), 1)"
+        "import sys; sys.modules['triton'] = None; "
+        "from modeling_heptapod.heptapod import local_attention_triton as kernels; assert kernels.triton is None"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
@@ -42,6 +49,15 @@ def test_tiles_stay_below_wgmma():
             tall, wide, chunk, warps = kernels._tile(head_dim, dtype)
             assert tall * wide >= 16 and chunk >= 16
             assert tall * wide < 64 or warps < 4
+            assert max(tall, wide) <= 8 and chunk <= 32  # of which the next test knows
+
+
+def test_rows_of_a_halo_need_no_division():
+    """The arithmetic of `_halo_cells`, for all halos."""
+    for wide in range(1, 8 + 2 * kernels._MOST_RADIUS + 1):
+        cell = torch.arange(wide * (8 + 2 * kernels._MOST_RADIUS) + 32)
+        product = cell * ((1 << 19) // wide + 1)
+        assert torch.equal(product >> 19, cell // wide) and product.max() < 2**31
 
 
 @pytest.mark.skipif(kernels.triton is None, reason="there is no Triton")
@@ -75,7 +91,7 @@ def test_the_kernels_compile_for_a_gpu(name, dtype, head_dim, padded, monkeypatc
 def test_the_kernels_in_the_interpreter(group):
     pytest.importorskip("triton", reason="`pip install --no-deps triton==3.6.0` has it run on CPUs")
     tests = ["tests/gpu/test_local_attention_triton.py", "-k", INTERPRETED[group]]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *tests]
+    command = [sys.executable, "-m", "pytest", "-qx", "-m", "gpu", *tests]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )

@@ -25,7 +25,7 @@ _MOST_RADIUS = 32
 
 
 def takes(q: torch.Tensor, radius: int) -> bool:
-    """Whether the kernels support this call: on a CUDA device, heads up to 128 channels, a radius up to 32."""
+    """Whether the kernels support this call: CUDA devices, float32 and half precision, 128 channels, a radius of 32."""
     return (
         triton is not None
         and q.device.type in _DEVICES
@@ -87,12 +87,15 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of queries, keys and values from that of the output and the second result of `forward`.
 
-    Padding gets none as keys and values. As queries, pads give keys and values none if it is infinite or NaN.
+    Padding has none as keys and values. As queries, pads that are infinite or NaN, or whose output has such a gradient, add
+    nothing to those of keys and values.
     """
     grad_out, q, k, v, mask = _rows(grad_out), _rows(q), _rows(k), _rows(v), _bytes(padding_mask)
     grad_q, grad_k, grad_v = (_new_cells(q) for _ in range(3))
     tops, shares = totals
-    maps = mask, tops, shares, torch.empty_like(tops)  # the last one goes from queries to keys
+    deltas = torch.empty_like(tops)  # go from queries to keys, as does `sent`
+    sent = None if mask is None else torch.empty_like(tops, dtype=torch.uint8)
+    maps = mask, tops, shares, deltas, sent
     strides = [x.stride()[:4] for x in (grad_out, q, k, v, grad_q)]
     numbers = *q.shape[1:4], radius, dilation, float(scale)
     with torch.cuda.device_of(q):
@@ -152,6 +155,3 @@ def _new_cells(q):
     """An empty tensor like `q`, stored as `[batch, height, width, heads, head_dim]`."""
     batch, heads, height, width, head_dim = q.shape
     return q.new_empty(batch, height, width, heads, head_dim).permute(0, 3, 1, 2, 4)
-
-
-__all__ = ["backward", "forward", "takes"]

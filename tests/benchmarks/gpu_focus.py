@@ -466,7 +466,7 @@ def main():
         compile_one(*json.loads(arguments.compile))
         return
     torch.manual_seed(0)
-    if QUICK:
+    if QUICK and focus_triton.triton is not None:
         complete_interpreter()
         focus_triton._DEVICES = local_attention_triton._DEVICES = ("cpu",)
     results = Results(arguments.output)
