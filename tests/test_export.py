@@ -90,6 +90,8 @@ CODE = {
         "local_attention_cpu.py",
         "local_attention_cpu_source.py",
         "local_attention_operator.py",
+        "local_attention_triton.py",
+        "local_attention_triton_kernels.py",
         "losses.py",
         "masked_diffusion.py",
         "model_inputs.py",

@@ -8,7 +8,13 @@ import torch
 
 from ..common.model_inputs import is_eager, is_torch_func_active
 from ..common.registered_operators import in_full_precision, in_graph, operator_namespace
-from .local_attention_cpu import backward, forward, new_cells, takes
+from .local_attention_cpu import backward as cpu_backward
+from .local_attention_cpu import forward as cpu_forward
+from .local_attention_cpu import new_cells
+from .local_attention_cpu import takes as cpu_takes
+from .local_attention_triton import backward as triton_backward
+from .local_attention_triton import forward as triton_forward
+from .local_attention_triton import takes as triton_takes
 
 
 NAMESPACE = operator_namespace(__name__)
@@ -16,7 +22,8 @@ NAMESPACE = operator_namespace(__name__)
 
 def has_kernel(q: torch.Tensor, radius: int) -> bool:
     """Whether a kernel computes the attention of queries `q [batch, heads, height, width, head_dim]` to windows."""
-    return (in_graph() or (is_eager(q) and not is_torch_func_active())) and takes(q, radius)
+    plain = in_graph() or (is_eager(q) and not is_torch_func_active())
+    return plain and (triton_takes(q, radius) or cpu_takes(q, radius))
 
 
 def kernel_attention(
@@ -33,13 +40,23 @@ def kernel_attention(
     return _operator(*arguments)[0] if in_graph() else _LocalAttention.apply(*arguments)
 
 
+def _forward(q, k, v, padding_mask, radius, dilation, scale):
+    forward = triton_forward if triton_takes(q, radius) else cpu_forward
+    return forward(q, k, v, radius, dilation, scale, padding_mask)
+
+
+def _backward(grad_out, q, k, v, totals, padding_mask, radius, dilation, scale):
+    backward = triton_backward if triton_takes(q, radius) else cpu_backward
+    return backward(grad_out, q, k, v, totals, radius, dilation, scale, padding_mask)
+
+
 class _LocalAttention(torch.autograd.Function):
-    """Eager mode, where a registered operator would cost small grids a tenth of their time."""
+    """Eager mode, where a registered operator takes longer to call."""
 
     @staticmethod
     @in_full_precision
     def forward(ctx, q, k, v, padding_mask, radius, dilation, scale):
-        out, totals = forward(q, k, v, radius, dilation, scale, padding_mask)
+        out, totals = _forward(q, k, v, padding_mask, radius, dilation, scale)
         ctx.save_for_backward(q, k, v, totals, padding_mask)
         ctx.numbers = radius, dilation, scale
         return out
@@ -48,9 +65,7 @@ class _LocalAttention(torch.autograd.Function):
     @in_full_precision
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
-        q, k, v, totals, padding_mask = ctx.saved_tensors
-        radius, dilation, scale = ctx.numbers
-        return *backward(grad_out, q, k, v, totals, radius, dilation, scale, padding_mask), *(None,) * 4
+        return *_backward(grad_out, *ctx.saved_tensors, *ctx.numbers), *(None,) * 4
 
 
 @torch.library.custom_op(f"{NAMESPACE}::local_attention", mutates_args=())
@@ -64,7 +79,7 @@ def _operator(
     dilation: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return forward(q, k, v, radius, dilation, scale, padding_mask)
+    return _forward(q, k, v, padding_mask, radius, dilation, scale)
 
 
 @_operator.register_fake
@@ -85,7 +100,7 @@ def _backward_operator(
     dilation: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return backward(grad_out, q, k, v, totals, radius, dilation, scale, padding_mask)
+    return _backward(grad_out, q, k, v, totals, padding_mask, radius, dilation, scale)
 
 
 @_backward_operator.register_fake

@@ -32,9 +32,11 @@ import transformers
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from modeling_heptapod import LeapConfig, LeapForCausalLM
-from modeling_heptapod.heptapod.local_attention import local_attention
+from modeling_heptapod.heptapod import local_attention_triton
+from modeling_heptapod.heptapod.local_attention import local_attention, naive_local_attention
 from modeling_heptapod.leap import focus_operator, focus_triton
 from modeling_heptapod.leap.focus import FocusSettings, focus_mixing, naive_focus_mixing
+from tests.triton_interpreter import complete_interpreter
 
 
 DEVICE = "cpu" if QUICK else "cuda"
@@ -352,10 +354,38 @@ def decoding(results, rate):
         )
 
 
+RADIUS = 3  # of local attention
+
+
+def check_local_attention(head_dim, dtype):
+    """The gate: what is timed is right."""
+    q, k, v = (torch.randn(1, 2, 9, 20, head_dim, device=DEVICE, dtype=dtype) for _ in range(3))
+    out, _ = local_attention_triton.forward(q, k, v, RADIUS, 1, head_dim**-0.5, None)
+    expected = naive_local_attention(*(x.double() for x in (q, k, v)), RADIUS)
+    error = ((out.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
+    if not error < (5e-3 if dtype == torch.bfloat16 else 1e-5):
+        raise AssertionError(f"local attention, {head_dim} channels, {dtype}: relative error {error:.1e}")
+
+
+def local_attention_kernels(q, k, v, grad):
+    """Forward, and forward and backward, by the kernels alone; the cells are stored as in models."""
+    q, k, v, grad = (x.detach().permute(0, 2, 3, 1, 4).contiguous().permute(0, 3, 1, 2, 4) for x in (q, k, v, grad))
+    arguments = RADIUS, 1, q.shape[-1] ** -0.5, None
+
+    def forward():
+        return local_attention_triton.forward(q, k, v, *arguments)
+
+    return forward, lambda: local_attention_triton.backward(grad, q, k, v, forward()[1], *arguments)
+
+
+def with_autograd(function, tensors, grad):
+    """Forward, and forward and backward, of a function in torch."""
+    return partial(function, *tensors), lambda: torch.autograd.grad(function(*tensors), tensors, grad)
+
+
 def grid(results, rate):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    radius = 3
     dtype = torch.float32 if QUICK else torch.bfloat16
     for side, batch in [(8, 1)] if QUICK else [(64, 4), (256, 1)]:
         inputs = [
@@ -365,27 +395,26 @@ def grid(results, rate):
         flat = [x.detach().flatten(2, 3).requires_grad_() for x in inputs]
 
         def near(b, h, i, j, side=side):
-            return ((i // side - j // side).abs() <= radius) & ((i % side - j % side).abs() <= radius)
+            return ((i // side - j // side).abs() <= RADIUS) & ((i % side - j % side).abs() <= RADIUS)
 
-        def timed(function, tensors, weight):
-            def run():
-                torch.autograd.grad(function(*tensors), tensors, weight)
-
-            return seconds_each(run) * 1e3
-
-        cells = {"ours_ms": timed(lambda q, k, v: local_attention(q, k, v, radius), inputs, grad)}
+        runs = {"ours": with_autograd(lambda q, k, v: local_attention(q, k, v, RADIUS), inputs, grad)}
+        if local_attention_triton.takes(inputs[0], RADIUS):
+            check_local_attention(32, dtype)
+            runs["kernels"] = local_attention_kernels(*inputs, grad)
         if not QUICK:
             mask = create_block_mask(near, None, None, side * side, side * side, device=DEVICE)
-            cells["flex_ms"] = timed(partial(torch.compile(flex_attention), block_mask=mask), flat, grad.flatten(2, 3))
+            flex = partial(torch.compile(flex_attention), block_mask=mask)
+            runs["flex"] = with_autograd(flex, flat, grad.flatten(2, 3))
         if side <= 64:
             place = torch.arange(side * side, device=DEVICE)
             dense = near(0, 0, place[:, None], place[None, :])
-            cells["masked_sdpa_ms"] = timed(
-                partial(torch.nn.functional.scaled_dot_product_attention, attn_mask=dense),
-                flat,
-                grad.flatten(2, 3),
-            )
-        results.row("local attention", grid=f"{batch}x8x{side}x{side}x32", radius=radius, **cells)
+            sdpa = partial(torch.nn.functional.scaled_dot_product_attention, attn_mask=dense)
+            runs["masked_sdpa"] = with_autograd(sdpa, flat, grad.flatten(2, 3))
+        cells = {}
+        for name, (forward, both) in runs.items():
+            cells[f"{name}_forward_ms"] = seconds_each(forward) * 1e3
+            cells[f"{name}_ms"] = seconds_each(both) * 1e3
+        results.row("local attention", grid=f"{batch}x8x{side}x{side}x32", radius=RADIUS, **cells)
 
 
 def compile_ahead():
@@ -437,11 +466,9 @@ def main():
         compile_one(*json.loads(arguments.compile))
         return
     torch.manual_seed(0)
-    if QUICK:
-        from triton.runtime.interpreter import InterpreterBuilder
-
-        focus_triton._DEVICES = ("cpu",)
-        InterpreterBuilder.create_barrier = lambda self: None  # the interpreter has none, and needs none
+    if QUICK and focus_triton.triton is not None:
+        complete_interpreter()
+        focus_triton._DEVICES = local_attention_triton._DEVICES = ("cpu",)
     results = Results(arguments.output)
     print(json.dumps({name: results.data[name] for name in ("device", "versions", "commit")}), flush=True)
     rate = copy_bandwidth(results)

@@ -55,7 +55,9 @@ def test_each_kind_of_processor_has_a_table():
     other = {**RESULT, "device": {**RESULT["device"], "cpu": "Another CPU"}}
     filled = tables.fill("<!-- bench:speed -->\n<!-- /bench -->", {"speed": [RESULT, other]})
     first, second = filled.split("On another kind of processor:")
-    assert "Some CPU" in first and "Another CPU" in second and first.count("| 1,024 |") == second.count("| 1,024 |") == 1
+    assert (
+        "Some CPU" in first and "Another CPU" in second and first.count("| 1,024 |") == second.count("| 1,024 |") == 1
+    )
 
 
 def test_results_are_kept_by_kind_of_processor(tmp_path, monkeypatch):

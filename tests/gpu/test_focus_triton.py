@@ -22,6 +22,7 @@ from tests.test_focus import (
     settings_for,
 )
 from tests.test_focus_cpu import HEADS, in_float64, make_inputs, with_gradient
+from tests.triton_interpreter import complete_interpreter
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -41,10 +42,7 @@ def kernels(monkeypatch):
     monkeypatch.setattr(focus_triton, "_DEVICES", (DEVICE,))
     monkeypatch.setattr(focus_operator, "native_is_supported", lambda *_: False)
     if INTERPRETED:
-        from triton.runtime.interpreter import InterpreterBuilder
-
-        # The interpreter runs one program after another, where a barrier means nothing and does not exist.
-        monkeypatch.setattr(InterpreterBuilder, "create_barrier", lambda self: None, raising=False)
+        complete_interpreter()
 
 
 def on_device(value):
@@ -169,10 +167,9 @@ def test_low_precision_is_nearly_as_good_as_rounding_the_exact_result(window, no
     settings = replace(settings_for(window, normalize=normalize), scale=0.1)
     out, _, grad = run(qfkv, settings, {}, weight)
     exact, _, exact_grad = with_gradient(lambda x: naive_focus_mixing(x, settings), qfkv.double(), weight.double())
-    margin = 2.2 if INTERPRETED and dtype == torch.bfloat16 else 1.2  # the interpreter cuts bfloat16 off
     for got, expected in ((out, exact), (grad, exact_grad)):
         assert got.dtype == dtype
-        assert relative_rms(got, expected) <= margin * relative_rms(expected.to(dtype), expected)
+        assert relative_rms(got, expected) <= 1.2 * relative_rms(expected.to(dtype), expected)
 
 
 @pytest.mark.parametrize("window", [None, 4, 64])
