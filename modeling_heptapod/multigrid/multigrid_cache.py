@@ -26,8 +26,6 @@ class MultiGridCache(RecurrentCache):
             all are (core "transformer").
     """
 
-    max_cache_len = None  # it grows
-
     def __init__(self, config):
         Cache.__init__(self, layers=[DYNAMIC_LAYER_TYPE_MAPPING[kind]() for kind in config.cache_layer_types])
         self.seen_tokens = 0
@@ -37,6 +35,9 @@ class MultiGridCache(RecurrentCache):
     def has_tokens(self) -> bool:
         """Whether the cache has seen a token."""
         return self.seen_tokens > 0
+
+    def check_room(self, tokens: int) -> None:
+        """Do nothing: there is room for any number of tokens."""
 
     def keep_mask(self, mask: torch.Tensor | None, batch: int, seq: int) -> None:
         """Set `past_mask` to that of all tokens so far, after a pass of `seq` tokens."""

@@ -100,7 +100,7 @@ def make_context(
     Raises:
         TypeError, ValueError: for arguments that do not fit the rows, the cache or the attention implementation.
     """
-    if cache is not None and cache.max_cache_len is not None:
+    if cache is not None:
         cache.check_room(embeds.shape[1])
     continued = cache if cache is not None and cache.has_tokens else None
     make = MultiGridContext.for_attention if config.core == "transformer" else MultiGridContext.from_inputs
