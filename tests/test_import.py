@@ -54,6 +54,7 @@ PUBLIC = [
     "PythonTokenKindAxis",
     "RandomAxis",
     "RecurrentCache",
+    "StaticMultiGridCache",
     "StaticRecurrentCache",
     "check_axis",
     "find_lookahead",

@@ -117,12 +117,16 @@ def test_the_renamed_field_keeps_its_place_and_its_docstring(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "cache_class", ["RecurrentCache", "StaticRecurrentCache", "HierarchicalCache", "MultiGridCache"]
+    "cache_class",
+    ["RecurrentCache", "StaticRecurrentCache", "HierarchicalCache", "MultiGridCache", "StaticMultiGridCache"],
 )
 def test_caches_can_say_how_many_tokens_they_have_seen(cache_class):
     """From 5.24 on `generate` asks by `is_linear`, and gives a cache that cannot all tokens again."""
-    make = {"H": tiny_hierarchical_lm, "M": tiny_multigrid}.get(cache_class[0], tiny_leap)
-    options = {"core": "lstm"} if cache_class[0] == "M" else {"window_sizes": 0} if cache_class[0] == "H" else {}
+    make, options = tiny_leap, {}
+    if "MultiGrid" in cache_class:
+        make, options = tiny_multigrid, {"core": "lstm"}
+    elif "Hierarchical" in cache_class:
+        make, options = tiny_hierarchical_lm, {"window_sizes": 0}
     cache = getattr(modeling_heptapod, cache_class)(make(**options).config)
     assert not all(cache.is_linear) and len(cache.is_linear) == len(cache.layers)
 

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING, Cache
 
 from .transformers_versions import CACHE
 
@@ -17,12 +17,14 @@ class LayerStates(NamedTuple):
             by attribute and index (`("conv_states", 0)`, `("keys", None)`); `None` stands for any size.
         precise (`bool`): whether states are kept in float32 or higher precision, whatever the dtype of the model.
         sliding_window (`int`, *optional*): window of the layer.
+        is_static (`bool`): whether the layer is that of a static cache.
     """
 
     kind: str
     shapes: dict[tuple[str, int | None], tuple[int | None, ...]]
     precise: bool = False
     sliding_window: int | None = None
+    is_static: bool = False
 
 
 def held_states(layer: Any) -> dict[tuple[str, int | None], torch.Tensor]:
@@ -64,10 +66,11 @@ def check_states(
     begun, rows = [], None
     for idx, (layer, states) in enumerate(zip(cache.layers, expected)):
         window = getattr(layer, "sliding_window", None)
-        if not isinstance(layer, DYNAMIC_LAYER_TYPE_MAPPING[states.kind]) or window != states.sliding_window:
+        layer_classes = STATIC_LAYER_TYPE_MAPPING if states.is_static else DYNAMIC_LAYER_TYPE_MAPPING
+        if not isinstance(layer, layer_classes[states.kind]) or window != states.sliding_window:
             raise _misfit(
-                f"layer {idx} is a {type(layer).__name__} of window {window}, expected the layer for {states.kind!r} of "
-                f"window {states.sliding_window}"
+                f"layer {idx} is a {type(layer).__name__} of window {window}, expected a "
+                f"{layer_classes[states.kind].__name__} of window {states.sliding_window}"
             )
         held = held_states(layer)
         names = held.keys() if held else {(n, i) for n, i in states.shapes if i is None or i in getattr(layer, n)}

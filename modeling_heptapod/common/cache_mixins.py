@@ -22,6 +22,7 @@ class CustomCacheMixin:
     """
 
     _cache_classes: dict[str, type[Cache]]
+    _previous_max_cache_length: int
     config: Any
     base_model: Any
     training: bool
@@ -119,7 +120,9 @@ class CustomCacheMixin:
             generation_config, model_kwargs, generation_mode, batch_size, max_length
         )
         if given is None and model_kwargs.get(CACHE) is not None:
-            model_kwargs[CACHE] = self._cache_classes[kind or "dynamic"](self.config)
+            # The stock method notes the longest one so far, so that shorter texts are for the same compiled step.
+            how: dict[str, Any] = {"max_cache_len": self._previous_max_cache_length} if kind == "static" else {}
+            model_kwargs[CACHE] = self._cache_classes[kind or "dynamic"](self.config, **how)
 
 
 __all__ = ["CustomCacheMixin"]

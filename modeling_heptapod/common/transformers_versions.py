@@ -89,6 +89,8 @@ class CacheVersionsMixin:
     """Mixin before a cache class that counts its tokens: differences between versions of stock caches."""
 
     layers: list[Any]
+    # Number of tokens for which there is room, `None` without a limit. In 5.17 stock caches have a property that cannot be set.
+    max_cache_len: int | None = None
 
     @property
     def is_linear(self) -> list[bool]:

@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.utils.import_utils import is_tracing
 
-from ..common.cache_checks import LayerStates
+from ..common.cache_checks import LayerStates, held_states
 from ..common.cache_utils import CountingCacheMixin
 from .focus_recurrent import packed_shape
 
@@ -66,7 +66,12 @@ class StaticRecurrentCache(_RecurrentCacheMixin, StaticCache):
 
     def __init__(self, config, max_cache_len: int | None = None, **kwargs):
         super().__init__(config=config, max_cache_len=max_cache_len, **kwargs)  # type: ignore[arg-type]
+        self._start()
+
+    def _start(self):
         self.seen_tokens = torch.zeros((), dtype=torch.long)
+        # Of the instance from the beginning: a compiled step knows whether they are.
+        self.next_positions, self.packed = None, False
 
     def advance(self, tokens: int, device: torch.device) -> None:
         """Count `tokens` more, in place; the first call moves the count to the model's device."""
@@ -84,10 +89,31 @@ class StaticRecurrentCache(_RecurrentCacheMixin, StaticCache):
         if not is_tracing(next_positions):
             torch._dynamo.mark_static_address(self.next_positions)
 
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Select rows by index, in place where their number stays the same."""
+        for layer in self.layers:
+            for (name, place), state in held_states(layer).items():
+                rows = select_rows(state, beam_idx)
+                if place is None:
+                    setattr(layer, name, rows)
+                else:
+                    getattr(layer, name)[place] = rows
+        if self.next_positions is not None:
+            self.next_positions = select_rows(self.next_positions, beam_idx)
+
     def reset(self) -> None:
         """Empty the cache, but keep the memory that compiled steps read."""
         super().reset()
         self.seen_tokens.zero_()
 
 
-__all__ = ["RecurrentCache", "StaticRecurrentCache", "mixing_states"]
+def select_rows(memory: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Rows of a tensor by index, written into its own memory where their number stays the same."""
+    rows = memory.index_select(0, indices.to(memory.device))
+    if rows.shape == memory.shape:
+        return memory.copy_(rows)
+    torch._dynamo.mark_static_address(rows)
+    return rows
+
+
+__all__ = ["RecurrentCache", "StaticRecurrentCache", "mixing_states", "select_rows"]

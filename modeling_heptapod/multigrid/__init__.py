@@ -26,7 +26,7 @@ else:
             "decision_tree_axis": ["DecisionTreeAxis"],
             "generation_multigrid": ["MultiGridGenerationMixin"],
             "modeling_multigrid": ["MultiGridForCausalLM", "MultiGridModel", "MultiGridPreTrainedModel"],
-            "multigrid_cache": ["MultiGridCache"],
+            "multigrid_cache": ["MultiGridCache", "StaticMultiGridCache"],
             "processing_multigrid": ["MultiGridProcessor"],
             "python_axes": [
                 "PythonBracketAxis",

@@ -58,7 +58,8 @@ class AxisState:
     def at(self, first: int, length: int) -> torch.Tensor:
         """Axis ids of `length` tokens, the first of which has `first` tokens before it: `[rows, axes, length]`."""
         first -= self.past
-        return self.axis_ids[..., first : first + length]
+        # A copy, whose strides do not depend on the number of tokens: a compiled step reads them.
+        return self.axis_ids[..., first : first + length].clone(memory_format=torch.contiguous_format)
 
     def choose(self, axis_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Axis ids of the next position from logits `[rows, axis vocabulary]` of each axis: `[rows, axes]`."""

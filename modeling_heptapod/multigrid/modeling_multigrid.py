@@ -34,7 +34,7 @@ from ..common.unused_kwargs import pop_kwargs, reject_unused_kwargs
 from .configuration_multigrid import MultiGridConfig
 from .generation_multigrid import MultiGridGenerationMixin
 from .multigrid_blocks import MultiGridLayer, NextAxesBlock, shift_axis_ids
-from .multigrid_cache import MultiGridCache
+from .multigrid_cache import MultiGridCache, StaticMultiGridCache
 from .multigrid_context import make_context
 from .multigrid_cores import grouped_norm, leap_config
 from .multigrid_growth import MultiGridGrowthMixin
@@ -51,7 +51,7 @@ class MultiGridModelOutput(ModelOutput):
     r"""
     last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
         The main stream, normalised.
-    past_key_values (`MultiGridCache`, *optional*):
+    past_key_values (`MultiGridCache` or `StaticMultiGridCache`, *optional*):
         Cache for further tokens.
     hidden_states (`tuple`, *optional*):
         The main stream before the first layer and after each, the last as `last_hidden_state`.
@@ -63,7 +63,7 @@ class MultiGridModelOutput(ModelOutput):
     """
 
     last_hidden_state: torch.Tensor | None = None
-    past_key_values: MultiGridCache | None = None
+    past_key_values: MultiGridCache | StaticMultiGridCache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     axis_hidden_states: torch.Tensor | None = None
@@ -82,7 +82,7 @@ class MultiGridCausalLMOutput(ModelOutput):
         `main_loss_weight * main_loss + (1 - main_loss_weight) * mean of axis_losses`; the main loss without axes.
     logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
         Scores of the next main token. In the factored order, given the next axis ids.
-    past_key_values (`MultiGridCache`, *optional*):
+    past_key_values (`MultiGridCache` or `StaticMultiGridCache`, *optional*):
         Cache for further tokens.
     hidden_states (`tuple`, *optional*):
         As from the base model.
@@ -101,7 +101,7 @@ class MultiGridCausalLMOutput(ModelOutput):
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    past_key_values: MultiGridCache | None = None
+    past_key_values: MultiGridCache | StaticMultiGridCache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     main_hidden_states: torch.Tensor | None = None
@@ -120,8 +120,9 @@ class MultiGridPreTrainedModel(AutoMappingMixin, CustomCacheMixin, PreTrainedMod
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
+    _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": MultiGridLayer}
-    _cache_classes = {"dynamic": MultiGridCache}
+    _cache_classes = {"dynamic": MultiGridCache, "static": StaticMultiGridCache}
 
     def __init__(self, config: MultiGridConfig, *args, **kwargs):
         config.complete()
@@ -132,7 +133,7 @@ class MultiGridPreTrainedModel(AutoMappingMixin, CustomCacheMixin, PreTrainedMod
         """See `CustomCacheMixin._cache_layers`: layers of the self blocks, then, with axes, of the cross blocks."""
         layers = self.base_model.layers
         cores = [*(layer.core for layer in layers), *(layer.cross_core for layer in layers if self.config.num_axes)]
-        return [core.cache_states(cache.seen_tokens) for core in cores]
+        return [core.cache_states(cache) for core in cores]
 
 
 @auto_docstring
@@ -169,7 +170,7 @@ class MultiGridModel(MultiGridPreTrainedModel):
         axis_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: MultiGridCache | None = None,
+        past_key_values: MultiGridCache | StaticMultiGridCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
@@ -201,8 +202,8 @@ class MultiGridModel(MultiGridPreTrainedModel):
         main = apply_mask_to_padding_states(main, context.padding_mask)
         meta = None if meta is None else apply_mask_to_padding_states(meta, context.padding_mask)
         if config.core == "transformer":
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
-            may_be_out = position_ids is not None or past + main.shape[1] > config.max_position_embeddings
+            longest = _longest_text(past_key_values, main.shape[1])
+            may_be_out = position_ids is not None or longest > config.max_position_embeddings
             main, meta = self._add_positions(main, meta, context.position_ids, may_be_out)
         main, meta = self.dropout(main), None if meta is None else self.dropout(meta)
 
@@ -212,7 +213,7 @@ class MultiGridModel(MultiGridPreTrainedModel):
             attentions.append(weights)
         if past_key_values is not None:
             context.advance(past_key_values, main.shape[1], main.device)
-            past_key_values.past_mask = context.token_mask
+            past_key_values.keep_mask(context.token_mask, *main.shape[:2])
         return MultiGridModelOutput(
             last_hidden_state=self.norm(main),
             **{CACHE: past_key_values if use_cache else None},  # type: ignore[arg-type]
@@ -270,6 +271,13 @@ class MultiGridModel(MultiGridPreTrainedModel):
         return main, meta
 
 
+def _longest_text(cache, seq):
+    """The most tokens that a text may have after `seq` more, without reading the count of a static cache."""
+    if cache is None:
+        return seq
+    return cache.get_seq_length() + seq if cache.max_cache_len is None else cache.max_cache_len
+
+
 @auto_docstring
 class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, MultiGridGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -295,7 +303,7 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
         axis_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: MultiGridCache | None = None,
+        past_key_values: MultiGridCache | StaticMultiGridCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         axis_targets: torch.Tensor | None = None,
@@ -322,6 +330,7 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
         if next_axis_ids is not None and self.next_axes is None:
             raise ValueError("`next_axis_ids` need axis_order='factored' and at least one axis.")
         rows = {"position_ids": position_ids, "seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q}
+        is_first = not getattr(past_key_values, "has_tokens", False)  # caches of other classes are refused below
         outputs = self.model(
             input_ids=input_ids,
             axis_ids=axis_ids,
@@ -336,9 +345,11 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
         if self.next_axes is None:
             logits = self.lm_head(main)
         else:
-            states, cache = outputs.last_hidden_state, past_key_values
+            states, past = outputs.last_hidden_state, 0
+            if not is_first:
+                past = past_key_values.get_seq_length() - states.shape[1]  # type: ignore[union-attr]
             shifted = self._next_axis_ids(
-                axis_ids, next_axis_ids, states, cache, logits_to_keep, attention_mask, **rows
+                axis_ids, next_axis_ids, states, past, is_first, logits_to_keep, attention_mask, **rows
             )
             logits = self.main_logits(main, *shifted)
         axis_logits = self._axis_logits(outputs.axis_hidden_states, logits_to_keep)
@@ -359,12 +370,11 @@ class MultiGridForCausalLM(MultiGridPreTrainedModel, MultiGridGrowthMixin, Multi
         states = axis_hidden_states.unbind(1)
         return tuple(head(slice_logits_to_keep(x, logits_to_keep)) for head, x in zip(self.axis_lm_heads, states))
 
-    def _next_axis_ids(self, axis_ids, next_axis_ids, states, cache, logits_to_keep, attention_mask, **rows):
-        """What `shift_axis_ids` returns for the rows of a pass, at the positions of the logits."""
-        past = 0 if cache is None else cache.get_seq_length() - states.shape[1]
+    def _next_axis_ids(self, axis_ids, next_axis_ids, states, past, is_first, logits_to_keep, attention_mask, **rows):
+        """What `shift_axis_ids` returns for the rows of a pass after `past` tokens, at the positions of the logits."""
         mask = mask_of_new_tokens(token_mask(attention_mask, states, past), states.shape[1])
         # A pass that continues a cache has no packed sequences.
-        segments = find_segments(states, mask, **rows) if past == 0 else None
+        segments = find_segments(states, mask, **rows) if is_first else None
         next_ids, known = shift_axis_ids(axis_ids, next_axis_ids, mask, segments)
         next_ids = slice_logits_to_keep(next_ids.transpose(1, 2), logits_to_keep).transpose(1, 2)
         return next_ids, slice_logits_to_keep(known.unsqueeze(-1), logits_to_keep).squeeze(-1)

@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..common.model_inputs import check_ids
 from ..common.transformers_versions import with_cache_argument
 from .configuration_multigrid import MultiGridConfig
-from .multigrid_cache import MultiGridCache
+from .multigrid_cache import MultiGridCache, StaticMultiGridCache
 from .multigrid_context import MultiGridContext
 from .multigrid_cores import CORES, Group, grouped_linear, grouped_norm
 
@@ -106,7 +106,7 @@ class MultiGridLayer(GradientCheckpointingLayer):
         main: torch.Tensor,
         meta: torch.Tensor | None = None,
         context: MultiGridContext | None = None,
-        past_key_values: MultiGridCache | None = None,
+        past_key_values: MultiGridCache | StaticMultiGridCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """`main [batch, seq, hidden_size]` and `meta [axes, batch, seq, axis_hidden_size]` after this layer, and attentions."""
         streams: list[tuple[Iterable[nn.Module], torch.Tensor, None]] = [([self.self_block], main.unsqueeze(0), None)]

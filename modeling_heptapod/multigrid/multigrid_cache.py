@@ -1,4 +1,4 @@
-"""The cache of MultiGrid, made of transformers' own layers. A layer holds the heads of all axes side by side.
+"""The caches of MultiGrid, made of transformers' own layers. A layer holds the heads of all axes side by side.
 
 Layer `l` of the first half is for the self blocks of layer `l`, layer `l` of the second half for its cross blocks. So a token
 is appended twice a layer for any number of axes, and beam search reorders plain rows.
@@ -8,9 +8,11 @@ is appended twice a layer for any number of axes, and beam search reorders plain
 """
 
 import torch
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING, Cache
+from transformers.utils.import_utils import is_tracing
 
-from ..leap.recurrent_cache import RecurrentCache
+from ..common.transformers_versions import CACHE
+from ..leap.recurrent_cache import RecurrentCache, StaticRecurrentCache, select_rows
 
 
 class MultiGridCache(RecurrentCache):
@@ -28,6 +30,18 @@ class MultiGridCache(RecurrentCache):
         Cache.__init__(self, layers=[DYNAMIC_LAYER_TYPE_MAPPING[kind]() for kind in config.cache_layer_types])
         self.seen_tokens = 0
         self.past_mask = None
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the cache has seen a token."""
+        return self.seen_tokens > 0
+
+    def check_room(self, tokens: int) -> None:
+        """Do nothing: there is room for any number of tokens."""
+
+    def keep_mask(self, mask: torch.Tensor | None, batch: int, seq: int) -> None:
+        """Set `past_mask` to that of all tokens so far, after a pass of `seq` tokens."""
+        self.past_mask = mask
 
     def reset(self) -> None:
         """Empty the cache. The next batch may have another size."""
@@ -48,4 +62,94 @@ class MultiGridCache(RecurrentCache):
             self.next_positions = self.past_mask.sum(1)
 
 
-__all__ = ["MultiGridCache"]
+class StaticMultiGridCache(StaticRecurrentCache):
+    """Static cache of a [`MultiGridModel`] for compiled steps: memory is allocated once and changed in place.
+
+    Args:
+        config (`MultiGridConfig`): of the model.
+        max_cache_len (`int`, *optional*): number of tokens, pads included, for which there is room. Required with
+            `core="transformer"`. States of the other cores have one size for any number of tokens.
+
+    Attributes:
+        max_cache_len (`int`, *optional*): as above, `None` with recurrent cores.
+        has_tokens (`bool`): whether the cache has seen a token, known without reading the count.
+        past_mask (`torch.BoolTensor` of shape `[batch, max_cache_len]`, *optional*): which cached tokens are real, `False`
+            where there are none yet (core "transformer"). `None` before the first token.
+
+    Raises:
+        ValueError: for a `max_cache_len` below 1, and for none with `core="transformer"`.
+    """
+
+    is_croppable = False
+
+    def __init__(self, config, max_cache_len: int | None = None):
+        recurrent = "full_attention" not in config.cache_layer_types
+        if max_cache_len is None and not recurrent:
+            raise ValueError("`max_cache_len` must be given with core='transformer', got None: the number of tokens.")
+        if max_cache_len is not None and max_cache_len < 1:
+            raise ValueError(f"`max_cache_len` must be at least 1, got {max_cache_len}.")
+        layers = [STATIC_LAYER_TYPE_MAPPING[kind](max_cache_len=max_cache_len) for kind in config.cache_layer_types]
+        Cache.__init__(self, layers=layers)
+        self._start()
+        self.max_cache_len = None if recurrent else max_cache_len
+        self.has_tokens = False
+        self.past_mask: torch.Tensor | None = None
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int):
+        """Length and offset of a mask over all of the memory."""
+        return self.max_cache_len, 0
+
+    def check_room(self, tokens: int) -> None:
+        """Raise a `ValueError` where `tokens` more do not fit. A compiled step cannot, because it does not read the count."""
+        if self.max_cache_len is None or (self.has_tokens and is_tracing(self.seen_tokens)):
+            return
+        seen = int(self.seen_tokens) if self.has_tokens else 0
+        if seen + tokens > self.max_cache_len:
+            raise ValueError(
+                f"`{CACHE}` is full: it has room for `max_cache_len`={self.max_cache_len} tokens and holds {seen}, but "
+                f"{tokens} more were given. Create a StaticMultiGridCache with a larger `max_cache_len`."
+            )
+
+    def advance(self, tokens: int, device: torch.device) -> None:
+        """Count `tokens` more, in place."""
+        super().advance(tokens, device)
+        self.has_tokens = True
+
+    def keep_mask(self, mask: torch.Tensor | None, batch: int, seq: int) -> None:
+        """Write into `past_mask` which tokens are real, after a pass of `seq` tokens.
+
+        Args:
+            mask (`torch.BoolTensor` of shape `[batch, seq or max_cache_len]`, *optional*): of the first tokens, or of all.
+            batch, seq (`int`): size of the pass.
+        """
+        if self.max_cache_len is None:
+            return
+        if mask is None:
+            mask = torch.ones(batch, seq, dtype=torch.bool, device=self.seen_tokens.device)
+        if self.past_mask is None:
+            self.past_mask = mask.new_zeros(batch, self.max_cache_len)
+            if not is_tracing(mask):
+                torch._dynamo.mark_static_address(self.past_mask)
+        self.past_mask[:, : mask.shape[1]].copy_(mask)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Select rows by index, in place where their number stays the same."""
+        super().reorder_cache(beam_idx)
+        if self.past_mask is not None:
+            self.past_mask = select_rows(self.past_mask, beam_idx)
+
+    def reset(self) -> None:
+        """Empty the cache, but keep the memory that compiled steps read: the next batch must have the same size."""
+        super().reset()
+        self.has_tokens = False
+        if self.past_mask is not None:
+            self.past_mask.zero_()
+
+    def _check_that_tokens_are_kept(self):
+        raise RuntimeError(
+            "This StaticMultiGridCache cannot be cropped. Copy it (`copy.deepcopy`) before tokens that may have to be "
+            "removed, or use a MultiGridCache."
+        )
+
+
+__all__ = ["MultiGridCache", "StaticMultiGridCache"]

@@ -22,7 +22,7 @@ from ..common.packing import segment_ids as find_segments
 from ..common.transformers_versions import CACHE
 from ..leap.mixing_rows import MixingRows, lay_out
 from .configuration_multigrid import MultiGridConfig
-from .multigrid_cache import MultiGridCache
+from .multigrid_cache import MultiGridCache, StaticMultiGridCache
 
 
 @dataclass
@@ -30,8 +30,9 @@ class MultiGridContext(ForwardContext):
     """What all layers of one forward pass read about its rows.
 
     Attributes:
+        is_first (`bool`): whether no cached tokens come before the new ones.
         token_mask (`torch.BoolTensor` of shape `[batch, past + seq]`, *optional*): which of all tokens so far are real
-            (core "transformer").
+            (core "transformer"). With a static cache that is continued `[batch, max_cache_len]`.
         attention_mask (*optional*): what each token attends to, in the form that the attention implementation takes; `None`
             for all tokens up to itself (core "transformer").
         flash_kwargs (`FlashAttentionKwargs`, *optional*): boundaries of packed sequences for flash attention.
@@ -40,6 +41,7 @@ class MultiGridContext(ForwardContext):
         lstm_rows (`LSTMRows`, *optional*): how pads and packed sequences are laid out (core "lstm").
     """
 
+    is_first: bool = True
     token_mask: torch.Tensor | None = None
     attention_mask: object | None = None
     flash_kwargs: FlashAttentionKwargs | None = None
@@ -58,16 +60,17 @@ class MultiGridContext(ForwardContext):
         check_position_ids(position_ids, batch, seq)
         past = 0 if cache is None else cache.get_seq_length()
         mask = token_mask(attention_mask, embeds, past)
+        new = mask_of_new_tokens(mask, seq)
         if cache is not None and cache.packed:
             raise ValueError(
                 f"`{CACHE}` holds packed sequences, and with core='transformer' new tokens would attend to all of them: "
                 "continue from a cache of the last sequence alone."
             )
+        lengths = past
         if cache is not None and (mask is not None or cache.past_mask is not None):
             covers_past = attention_mask is not None and attention_mask.shape[1] > seq
-            mask = _whole_mask(cache.past_mask, attention_mask if covers_past else mask, embeds, past)
-        lengths = past if mask is None else mask[:, :past].sum(1)
-        new = mask_of_new_tokens(mask, seq)
+            mask = _whole_mask(cache, attention_mask if covers_past else mask, embeds, past)
+            lengths = mask.sum(1) - (seq if new is None else new.sum(1))
         continued = None if cache is None else lengths
         segments = find_segments(embeds, new, position_ids, seq_idx, cu_seq_lens_q, continued)
         return cls(new, segments, lengths, position_ids, token_mask=mask)
@@ -80,7 +83,7 @@ def make_context(
     position_ids: torch.Tensor | None,
     seq_idx: torch.Tensor | None,
     cu_seq_lens_q: torch.Tensor | None,
-    cache: MultiGridCache | None,
+    cache: MultiGridCache | StaticMultiGridCache | None,
     output_attentions: bool,
     rotary_emb: nn.Module | None,
 ) -> MultiGridContext:
@@ -90,17 +93,19 @@ def make_context(
         config (`MultiGridConfig`): of the model.
         embeds (`torch.Tensor` of shape `[batch, seq, hidden_size]`): embeddings of the main axis.
         attention_mask, position_ids, seq_idx, cu_seq_lens_q: arguments of the forward pass.
-        cache (`MultiGridCache`, *optional*): cache that the pass continues or fills.
+        cache (`MultiGridCache` or `StaticMultiGridCache`, *optional*): cache that the pass continues or fills.
         output_attentions (`bool`): whether layers return their attention weights.
         rotary_emb (`nn.Module`, *optional*): rotary embedding of the core "leap".
 
     Raises:
         TypeError, ValueError: for arguments that do not fit the rows, the cache or the attention implementation.
     """
-    past = 0 if cache is None else cache.get_seq_length()
+    if cache is not None:
+        cache.check_room(embeds.shape[1])
+    continued = cache if cache is not None and cache.has_tokens else None
     make = MultiGridContext.for_attention if config.core == "transformer" else MultiGridContext.from_inputs
-    context = make(embeds, attention_mask, position_ids, seq_idx, cu_seq_lens_q, cache if past else None)
-    context.output_attentions = output_attentions
+    context = make(embeds, attention_mask, position_ids, seq_idx, cu_seq_lens_q, continued)
+    context.is_first, context.output_attentions = continued is None, output_attentions
     mask, segments = context.padding_mask, context.segment_ids
     if config.core == "lstm":
         context.lstm_rows = None if mask is None and segments is None else LSTMRows(mask, segments)
@@ -108,13 +113,14 @@ def make_context(
     if position_ids is None:
         context.position_ids = count_positions(embeds, mask, segments, context.past_lengths)
     if config.core == "transformer":
-        _add_causal_mask(context, config, embeds, cache if past else None)
+        _add_causal_mask(context, config, embeds, continued)
         return context
     assert rotary_emb is not None  # for type checkers
     precise = embeds.to(torch.promote_types(embeds.dtype, torch.float32))
     rotary = rotary_emb(precise, context.position_ids)
-    context.mixing_rows = lay_out(mask, segments, rotary, past > 0, cache is not None)
-    context.single_step = embeds.shape[1] == 1 and past > 0 and mask is None and not torch.is_grad_enabled()
+    context.mixing_rows = lay_out(mask, segments, rotary, not context.is_first, cache is not None)
+    is_step = embeds.shape[1] == 1 and not context.is_first
+    context.single_step = is_step and mask is None and not torch.is_grad_enabled()
     return context
 
 
@@ -135,6 +141,9 @@ def _add_causal_mask(context, config, embeds, cache):
             )
         context.flash_kwargs = _flash_kwargs(segments)
         return
+    if cache is not None and cache.max_cache_len is not None and is_flash_attention_requested(config):
+        # Of the keys that it may take, because it counts from their end.
+        mask = mask[:, : int(cache.seen_tokens) + embeds.shape[1]]
     context.attention_mask = create_causal_mask(
         config,
         inputs_embeds=embeds,
@@ -154,19 +163,27 @@ def _flash_kwargs(segments):
     return FlashAttentionKwargs(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=longest, max_length_k=longest)  # type: ignore[typeddict-item]
 
 
-def _whole_mask(past_mask, mask, main, past):
-    """Which of all tokens so far are real, from the mask of a cache and one of all or of the new tokens, or `None`."""
+def _whole_mask(cache, mask, main, past):
+    """Which of all tokens so far are real, from the mask of a cache and one of all or of the new tokens, or `None`.
+
+    In a static cache there are places for later tokens, too: `False`.
+    """
     batch, seq, _ = main.shape
+    past_mask, room = cache.past_mask, cache.max_cache_len
     if past_mask is None:
         past_mask = main.new_ones(batch, past, dtype=torch.bool)
     if mask is None or mask.shape[1] == seq:
-        return torch.cat((past_mask, main.new_ones(batch, seq, dtype=torch.bool) if mask is None else mask), dim=1)
+        new = main.new_ones(batch, seq, dtype=torch.bool) if mask is None else mask
+        if room is None:
+            return torch.cat((past_mask, new), dim=1)
+        return past_mask.index_copy(1, past + torch.arange(seq, device=new.device), new)
     mask = mask.bool()
-    if not is_tracing(mask) and (mask[:, :past] & ~past_mask).any():
+    old = mask[:, :-seq]
+    if not is_tracing(mask) and (old & ~past_mask[:, : old.shape[1]]).any():
         raise ValueError(
             f"`attention_mask` keeps tokens that were pads when `{CACHE}` was filled: it must be 0 there, too."
         )
-    return mask
+    return mask if room is None else nn.functional.pad(mask, (0, room - mask.shape[1]))
 
 
 class LSTMRows:

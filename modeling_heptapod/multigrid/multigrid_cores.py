@@ -20,7 +20,7 @@ from ..leap.configuration_leap import LeapConfig
 from ..leap.leap_mixing import FocusMixing
 from ..leap.recurrent_cache import mixing_states
 from .configuration_multigrid import MultiGridConfig
-from .multigrid_cache import MultiGridCache
+from .multigrid_cache import MultiGridCache, StaticMultiGridCache
 from .multigrid_context import MultiGridContext
 
 
@@ -112,7 +112,7 @@ class _Core(nn.Module):
         self.num_heads = 2 * axis_heads if self.is_cross else config.num_attention_heads + axis_heads
 
     def mix(
-        self, groups: list[Group], context: MultiGridContext, cache: MultiGridCache | None
+        self, groups: list[Group], context: MultiGridContext, cache: MultiGridCache | StaticMultiGridCache | None
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """Mix the streams of all groups.
 
@@ -122,8 +122,8 @@ class _Core(nn.Module):
         """
         raise NotImplementedError
 
-    def cache_states(self, seen_tokens: int) -> LayerStates:
-        """States of its layer of a cache that has seen so many tokens."""
+    def cache_states(self, cache: MultiGridCache | StaticMultiGridCache) -> LayerStates:
+        """Expected states of its layer of `cache`."""
         raise NotImplementedError
 
 
@@ -152,7 +152,9 @@ class TransformerCore(_Core):
         parts = [self._project(group) for group in groups]
         query, key, value = (torch.cat([join_heads(x) for x in xs], dim=2).transpose(1, 2) for xs in zip(*parts))
         if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+            cached = cache.update(key, value, self.layer_idx)
+            # The first tokens attend to themselves: a static cache returns all of its memory.
+            key, value = (key, value) if context.is_first else cached
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         out, weights = (eager_attention if context.output_attentions else attention)(
             self,
@@ -168,9 +170,10 @@ class TransformerCore(_Core):
         outs = [grouped_linear([m.o_proj for m in group.mixers], out) for group, out in zip(groups, outs)]
         return outs, weights if context.output_attentions else None
 
-    def cache_states(self, seen_tokens):
-        shape = (self.num_heads, seen_tokens, self.config.head_dim)
-        return LayerStates("full_attention", {("keys", None): shape, ("values", None): shape})
+    def cache_states(self, cache):
+        is_static = cache.max_cache_len is not None
+        shape = (self.num_heads, cache.max_cache_len if is_static else cache.seen_tokens, self.config.head_dim)
+        return LayerStates("full_attention", {("keys", None): shape, ("values", None): shape}, is_static=is_static)
 
     def _project(self, group):
         """Queries, keys and values `[streams, batch, seq, heads, head_dim]`."""
@@ -228,7 +231,7 @@ class LeapCore(_Core):
                 outs[i] = grouped_linear([m.o_proj for m in group.mixers], outs[i])
         return outs, None
 
-    def cache_states(self, seen_tokens):
+    def cache_states(self, cache):
         window = self.config.window_sizes[self.layer_idx % self.config.num_hidden_layers]
         return mixing_states(window, self.num_heads, 2, self.config.head_dim)
 
@@ -247,6 +250,8 @@ class _LSTMSelfMixing(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.lstm = nn.LSTM(width, width, batch_first=True)
+        # The dictionary in which it keeps its weights: graphs may hold these, but Dynamo refuses to look at an `nn.LSTM`.
+        self.weights = self.lstm._parameters
 
 
 class _LSTMCrossMixing(nn.Module):
@@ -262,6 +267,17 @@ def _differentiable(lstm, x):
     if x.is_cuda and torch.is_grad_enabled() and not lstm.training:
         return torch.backends.cudnn.flags(enabled=False)
     return nullcontext()
+
+
+def lstm_step(weights, x, state):
+    """What an LSTM makes of one token `[batch, 1, width]`, in operations that graphs may hold."""
+    hidden, cell = (part[0] for part in state)
+    gates = nn.functional.linear(x[:, 0], weights["weight_ih_l0"], weights["bias_ih_l0"])
+    gates = gates + nn.functional.linear(hidden, weights["weight_hh_l0"], weights["bias_hh_l0"])
+    write, keep, candidate, read = gates.chunk(4, dim=-1)
+    cell = keep.sigmoid() * cell + write.sigmoid() * candidate.tanh()
+    hidden = read.sigmoid() * cell.tanh()
+    return hidden.unsqueeze(1), (hidden.unsqueeze(0), cell.unsqueeze(0))
 
 
 class LSTMCore(_Core):
@@ -288,9 +304,7 @@ class LSTMCore(_Core):
                     state = past[:, :, offset : offset + width].to(x.dtype).permute(1, 0, 2).unsqueeze(1)
                     state = state.clone(memory_format=torch.contiguous_format)
                 offset += width
-                run = mixer.lstm if context.lstm_rows is None else partial(context.lstm_rows.run, mixer.lstm)
-                with _differentiable(mixer.lstm, x):
-                    out, state = run(x, tuple(state.unbind(0)))
+                out, state = self._run(mixer, x, tuple(state.unbind(0)), context.lstm_rows)
                 parts.append(out)
                 states.append(torch.cat(state))
             outs.append(parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts))
@@ -300,11 +314,20 @@ class LSTMCore(_Core):
             cache.update_recurrent_state(state, self.layer_idx)
         return outs, None
 
-    def cache_states(self, seen_tokens):
+    def cache_states(self, cache):
         states = LayerStates("linear_attention", {}, precise=True)
         if not self.is_cross:  # cross blocks have none
             states.shapes["recurrent_states", 0] = (2, self.num_heads * self.config.head_dim)
         return states
+
+    @staticmethod
+    def _run(mixer, x, state, rows):
+        """Outputs of `x [batch, seq, width]` and the state after it, from a state of two tensors `[1, batch, width]`."""
+        if rows is None and torch.compiler.is_compiling() and x.shape[1] == 1:
+            return lstm_step(mixer.weights, x, state)
+        run = mixer.lstm if rows is None else partial(rows.run, mixer.lstm)
+        with _differentiable(mixer.lstm, x):
+            return run(x, state)
 
     def _read(self, group):
         gate = torch.sigmoid(grouped_linear([m.gate_proj for m in group.mixers], group.own))
@@ -314,4 +337,4 @@ class LSTMCore(_Core):
 
 CORES: dict[str, type[_Core]] = {"transformer": TransformerCore, "leap": LeapCore, "lstm": LSTMCore}
 
-__all__ = ["CORES", "Group", "grouped_linear", "grouped_norm", "leap_config"]
+__all__ = ["CORES", "Group", "grouped_linear", "grouped_norm", "leap_config", "lstm_step"]
