@@ -92,7 +92,7 @@ def main():
             path = RESULTS / kind_of_processor(full["device"]) / f"{name}{'_huge_pages' * huge_pages}.json"
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(full, indent=1) + "\n")
-            print(f"written: {path.relative_to(ROOT)}")
+            print(f"written: {path}")
     if missed and not arguments.quick:
         print("\nTargets missed:", *missed, sep="\n  ")
     if failed:
