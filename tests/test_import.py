@@ -154,7 +154,7 @@ def test_a_family_exports_its_public_names(family):
         package.NoSuchModel  # noqa: B018
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("order", ["before", pytest.param("after", marks=pytest.mark.slow)])
 def test_processors_are_registered(order):
     """Whether `AutoProcessor` is imported before this package or after it."""
     imports = ["from transformers import AutoProcessor", "import modeling_heptapod"]
@@ -215,5 +215,6 @@ def test_a_config_class_of_the_same_name_is_not_ours(name):
             del auto._model_mapping._extra_content[theirs]
 
 
+@pytest.mark.slow
 def test_star_import():
     assert run("from modeling_heptapod import *; print(LeapModel.__name__, LeapConfig.model_type)") == "LeapModel leap"

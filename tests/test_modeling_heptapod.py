@@ -23,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_heptapod import HeptapodForMaskedLM, HeptapodModel, HeptapodProcessor
+from modeling_heptapod.heptapod import local_attention
 from modeling_heptapod.heptapod import masked_diffusion as objective
 from modeling_heptapod.heptapod import modeling_heptapod as module
 from modeling_heptapod.heptapod.masked_diffusion import (
@@ -1025,6 +1026,7 @@ def test_dropout_is_on_in_training_only():
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_dropout_is_where_it_belongs(attention, monkeypatch):
     """What is dropped, in order, and at which rate; with nothing dropped the logits are those of evaluation."""
+    monkeypatch.setattr(local_attention, "has_kernel", lambda *_: False)  # torch's attention is watched
     model = tiny_heptapod(attention_dropout=0.2, hidden_dropout=0.3, attention_types=["local"], num_hidden_layers=1)
     model.set_attn_implementation(attention)
     page, dropped, outputs = random_page(1, 5, 6), [], {}

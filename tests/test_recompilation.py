@@ -153,10 +153,9 @@ def in_torch(monkeypatch):
     monkeypatch.setattr(local_attention, "has_kernel", lambda q, radius: False)
 
 
-@pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.slow), True], ids=["no-grad", "training"])
-@pytest.mark.parametrize(
-    "case", [name if name == "rows" else pytest.param(name, marks=pytest.mark.slow) for name in GRIDS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("train", [False, True], ids=["no-grad", "training"])
+@pytest.mark.parametrize("case", GRIDS)
 def test_grids(case, train, in_torch):
     """One graph for each way to look around, not one a height."""
     options, sizes, expected = GRIDS[case]
@@ -169,6 +168,7 @@ def test_grids_of_all_sizes_with_a_kernel():
     assert compilations(model, page, train=True, sizes=((5, 8), (37, 40), (16, 9), (3, 50))) == 2
 
 
+@pytest.mark.slow
 def test_pages_of_unequal_height(in_torch):
     """The last rows of one are padding, and below both the last strip has rows that are not there."""
 
