@@ -170,6 +170,18 @@ def test_what_is_not_finite_shows(where, value):
         assert torch.equal(one.isfinite(), other.isfinite())
 
 
+@pytest.mark.parametrize("where, column", [(1, 139), (3, 134)])
+def test_what_is_not_finite_stays_where_it_is(where, column):
+    """Also where the next strip is narrower, and its rows end in memory that the one before has used."""
+    torch.set_num_threads(1)
+    *shape, radius, dilation = CASES["uneven strips"]
+    qkvg, _ = make_inputs(*shape)
+    qkvg[where][0, 0, 3, column] = float("nan")
+    got, expected = (run(*qkvg, radius, dilation, 0.4, None) for run in (in_c, naive))
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+
+
 @pytest.mark.parametrize(
     "name, wrong",
     [
