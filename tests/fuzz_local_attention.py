@@ -68,7 +68,9 @@ def valid_call(seed):
         expected = attend(*(x.double() for x in (q, k, v, grad)), arguments)
     for name, got, wanted in zip(("output", "grad_q", "grad_k", "grad_v"), compiled, expected):
         close = 1e-2 if q.dtype == torch.bfloat16 else 1e-4
-        error = (got - wanted).square().mean().sqrt() / wanted.square().mean().sqrt().clamp_min(1e-3)
+        # Gradients of queries and keys are differences times the scale: where weights are 0 or 1, rounding is all of them.
+        least = 1e-3 * (max(1.0, arguments[3]) if name in ("grad_q", "grad_k") else 1.0)
+        error = (got - wanted).square().mean().sqrt() / wanted.square().mean().sqrt().clamp_min(least)
         assert error < close, f"seed {seed}: {name} is off by {error:.2g}"
 
 
