@@ -243,7 +243,7 @@ def dense_mixing(qfkv, settings, alibi_slopes=None, padding_mask=None):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window", [None, 17, 100])
+@pytest.mark.parametrize("window", [None, 100, pytest.param(17, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("seq", [focus_tiles._CPU_BLOCK - 1, focus_tiles._CPU_BLOCK, focus_tiles._CPU_BLOCK + 1, 4097])
 def test_real_blocks(seq, window, causal):
     if seq == 4097 and not (causal and window is None):
@@ -566,7 +566,7 @@ EXTREMES = [
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kind", EXTREMES)
-@pytest.mark.parametrize("window", [None, 4, 64, 100])
+@pytest.mark.parametrize("window", [None, 4, 100, pytest.param(64, marks=pytest.mark.slow)])
 def test_extreme_logits(window, kind, causal):
     seq = 500
     settings = settings_for(window, causal)

@@ -51,7 +51,10 @@ def form(request, monkeypatch):
 
 @pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("cache_class", [RecurrentCache, StaticRecurrentCache])
-@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize(
+    "cuts",
+    [pytest.param(cuts, marks=pytest.mark.slow) if cuts in ("two chunks", "of every size") else cuts for cuts in CUTS],
+)
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_decoding_equals_the_parallel_forward(variant, cuts, cache_class):

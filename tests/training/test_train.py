@@ -243,6 +243,7 @@ def test_bits_per_byte_agrees_with_an_independent_computation(finished):
     assert results["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_saved_folder_writes_text_without_the_package(finished, tmp_path):
     """In a new process that cannot import our package: the folder brings its own code."""
     script = tmp_path / "alone.py"
