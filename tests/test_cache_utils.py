@@ -12,6 +12,7 @@ from modeling_heptapod import (
     HierarchicalCache,
     MultiGridCache,
     RecurrentCache,
+    StaticHierarchicalCache,
     StaticMultiGridCache,
     StaticRecurrentCache,
 )
@@ -34,6 +35,10 @@ CASES = {
         for name in ("plain", "stride", "blocks", "cross", "attention-compressor", "no-attention")
     },
     **{
+        ("hierarchical_lm", f"static-{name}"): (tiny_hierarchical_lm, StaticHierarchicalCache, STREAMS[name])
+        for name in ("plain", "stride", "no-attention")
+    },
+    **{
         ("multigrid", name): (tiny_multigrid, MultiGridCache, GRIDS[name])
         for name in ("plain", "axes", "factored", "leap", "lstm-factored", "lstm-plain")
     },
@@ -47,7 +52,8 @@ LENGTH, PROMPT, PADS = 13, 7, 2  # pads before the second row, so that rows diff
 
 def empty_cache(cache_class, model):
     """With room for more than any test writes, where it has to be known."""
-    return cache_class(model.config, 19) if cache_class is StaticMultiGridCache else cache_class(model.config)
+    room = {"max_cache_len": 19} if cache_class in (StaticHierarchicalCache, StaticMultiGridCache) else {}
+    return cache_class(model.config, **room)
 
 
 def case(name):

@@ -236,7 +236,7 @@ def test_caches_and_modes_that_cannot_work_say_so():
     with pytest.raises(TypeError, match=f"{CACHE}"):
         model(prompt, past_key_values=DynamicCache(config=model.config))
     with pytest.raises(ValueError, match="cache_implementation"):
-        model.generate(prompt, cache_implementation="static", max_new_tokens=2, **GREEDY)
+        model.generate(prompt, cache_implementation="quantized", max_new_tokens=2, **GREEDY)
     with pytest.raises(ValueError, match="rows"):
         cache = model(prompt, use_cache=True).past_key_values
         model(random_ids(2, 1), past_key_values=cache)

@@ -54,6 +54,7 @@ PUBLIC = [
     "PythonTokenKindAxis",
     "RandomAxis",
     "RecurrentCache",
+    "StaticHierarchicalCache",
     "StaticMultiGridCache",
     "StaticRecurrentCache",
     "check_axis",

@@ -118,7 +118,14 @@ def test_the_renamed_field_keeps_its_place_and_its_docstring(monkeypatch):
 
 @pytest.mark.parametrize(
     "cache_class",
-    ["RecurrentCache", "StaticRecurrentCache", "HierarchicalCache", "MultiGridCache", "StaticMultiGridCache"],
+    [
+        "RecurrentCache",
+        "StaticRecurrentCache",
+        "HierarchicalCache",
+        "StaticHierarchicalCache",
+        "MultiGridCache",
+        "StaticMultiGridCache",
+    ],
 )
 def test_caches_can_say_how_many_tokens_they_have_seen(cache_class):
     """From 5.24 on `generate` asks by `is_linear`, and gives a cache that cannot all tokens again."""
@@ -127,7 +134,8 @@ def test_caches_can_say_how_many_tokens_they_have_seen(cache_class):
         make, options = tiny_multigrid, {"core": "lstm"}
     elif "Hierarchical" in cache_class:
         make, options = tiny_hierarchical_lm, {"window_sizes": 0}
-    cache = getattr(modeling_heptapod, cache_class)(make(**options).config)
+    room = {"max_cache_len": 9} if "Static" in cache_class else {}
+    cache = getattr(modeling_heptapod, cache_class)(make(**options).config, **room)
     assert not all(cache.is_linear) and len(cache.is_linear) == len(cache.layers)
 
 

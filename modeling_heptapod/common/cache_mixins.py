@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 from .cache_checks import LayerStates, check_states
 from .model_inputs import is_torch_func_active
-from .transformers_versions import CACHE, checkpoints_layers
+from .transformers_versions import CACHE, OldCacheNameMixin, checkpoints_layers, with_cache_argument
 
 
 logger = logging.get_logger(__name__)
@@ -119,10 +119,47 @@ class CustomCacheMixin:
         super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_length
         )
-        if given is None and model_kwargs.get(CACHE) is not None:
-            # The stock method notes the longest one so far, so that shorter texts are for the same compiled step.
-            how: dict[str, Any] = {"max_cache_len": self._previous_max_cache_length} if kind == "static" else {}
-            model_kwargs[CACHE] = self._cache_classes[kind or "dynamic"](self.config, **how)
+        if given is None and model_kwargs.get(CACHE) is not None and kind != "static":
+            model_kwargs[CACHE] = self._cache_classes["dynamic"](self.config)
+
+    def _prepare_static_cache(self, max_cache_len, **kwargs):
+        """Create a custom static cache with room for the longest text so far, so that compiled steps are for shorter ones, too."""
+        self._previous_max_cache_length = max(max_cache_len, getattr(self, "_previous_max_cache_length", 0))
+        return self._cache_classes["static"](self.config, max_cache_len=self._previous_max_cache_length)
 
 
-__all__ = ["CustomCacheMixin"]
+class CompiledStepMixin(OldCacheNameMixin):
+    """Mixin before `GenerationMixin`, of models whose static caches count their tokens and know the pads."""
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
+        """The mask of tokens unchanged, with which `generate` calls forward passes that may be compiled."""
+        return attention_mask
+
+    @with_cache_argument
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ):
+        """As the stock method. With a static cache it checks that new tokens fit, and leaves out a mask that only grows."""
+        given = {CACHE: past_key_values, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length, is_first_iteration=is_first_iteration, **given, **kwargs
+        )
+        if past_key_values is not None and past_key_values.is_compileable:
+            new = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+            past_key_values.check_room(new.shape[1])
+            past_key_values.prepare_step()
+            mask = inputs.get("attention_mask")
+            if mask is not None and not is_first_iteration and mask[:, -new.shape[1] :].all():
+                del inputs["attention_mask"]
+        return inputs
+
+
+__all__ = ["CompiledStepMixin", "CustomCacheMixin"]

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .configuration_hierarchical_lm import *
     from .hierarchical_cache import *
     from .modeling_hierarchical_lm import *
+    from .static_hierarchical_cache import *
 else:
     __getattr__, __dir__, __all__ = lazy_exports(
         __name__,
@@ -20,5 +21,6 @@ else:
                 "HierarchicalLMModel",
                 "HierarchicalLMPreTrainedModel",
             ],
+            "static_hierarchical_cache": ["StaticHierarchicalCache"],
         },
     )

@@ -46,6 +46,8 @@ class HierarchicalLMAttention(nn.Module):
         value = qkv[:, :, 2]
         if cache is None:
             keys, values = key.transpose(1, 2), value.transpose(1, 2)
+        elif plan.slots is not None:
+            keys, values = cache.write(layer_idx, key.transpose(1, 2), value.transpose(1, 2), plan)
         else:
             keys, values = cache.append(layer_idx, key.transpose(1, 2), value.transpose(1, 2), plan.order)
         weights = None
@@ -54,7 +56,7 @@ class HierarchicalLMAttention(nn.Module):
         elif plan.fresh and plan.mask is None:
             where = (plan.window, plan.dilation, plan.block, plan.positions, plan.segments)
             out = windowed_attention(self._attend, query, key, value, *where)
-        elif not plan.fresh and steps == 1:
+        elif not plan.fresh and steps == 1 and plan.slots is None:
             query = query.transpose(1, 2)
             out = step_attention(self._attend, query, keys, values, plan.keys_seen, plan.dilation, plan.mask)
         else:
@@ -124,9 +126,10 @@ class HierarchicalLMBlock(nn.Module):
         past = None if cache is None else cache.read_conv(self.cache_idx, state_idx)
         if past is None:
             past = moved.new_zeros(x.shape[0], plan.dilation, moved.shape[-1])
-        if cache is not None and steps == 1 and plan.dilation == 1 and plan.counts is None:
+        if cache is not None and steps == 1 and plan.dilation == 1 and plan.counts is None and plan.rows is None:
+            shifted = torch.cat((kept, past), dim=-1)  # before a static cache writes where `past` is
             cache.write_conv(moved, self.cache_idx, state_idx)
-            return torch.cat((kept, past), dim=-1)
+            return shifted
         joined = torch.cat((past, moved), dim=1)
         if cache is not None:
             cache.write_conv(plan.last_of(joined, plan.dilation), self.cache_idx, state_idx)
@@ -198,7 +201,7 @@ def steps_to_read(
     if last is None:
         last = x.new_zeros(x.shape[0], 1, x.shape[2])
     if plan.steps:
-        seen = x if plan.counts is None else torch.cat((last, x), dim=1)
+        seen = x if plan.counts is None and plan.rows is None else torch.cat((last, x), dim=1)
         cache.write_recurrent(plan.last_of(seen, 1), layer_idx, state_idx)
     return plan.to_read(x, last)
 

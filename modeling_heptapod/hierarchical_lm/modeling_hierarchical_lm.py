@@ -20,17 +20,17 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple, logging
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from ..common.auto_mapping import AutoMappingMixin
 from ..common.cache_checks import LayerStates
-from ..common.cache_mixins import CustomCacheMixin
+from ..common.cache_mixins import CompiledStepMixin, CustomCacheMixin
 from ..common.losses import IGNORE_INDEX, at_least_one, causal_lm_loss, require_labels
-from ..common.model_inputs import embed_text, has_dynamic_shapes
+from ..common.model_inputs import apply_mask_to_padding_states, embed_text, has_dynamic_shapes
 from ..common.token_layout import TokenLayout
 from ..common.transformers_versions import (
     CACHE,
-    OldCacheNameMixin,
     slice_logits_to_keep,
     with_cache_argument,
     with_cache_field,
@@ -42,7 +42,8 @@ from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .hierarchical_block import HierarchicalLMLayer, steps_to_read
 from .hierarchical_cache import HierarchicalCache
 from .hierarchy_merges import ConcatMerge, CrossAttentionMerge
-from .stream_plan import HierarchicalLMContext, make_plan
+from .static_hierarchical_cache import StaticHierarchicalCache, ring_sizes
+from .stream_plan import HierarchicalLMContext, make_plan, make_step_plan
 
 
 logger = logging.get_logger(__name__)
@@ -138,7 +139,8 @@ class HierarchicalLMPreTrainedModel(AutoMappingMixin, CustomCacheMixin, PreTrain
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _is_stateful = True
-    _cache_classes = {"dynamic": HierarchicalCache}
+    _can_compile_fullgraph = True
+    _cache_classes = {"dynamic": HierarchicalCache, "static": StaticHierarchicalCache}
 
     def __init__(self, config: HierarchicalLMConfig, *args, **kwargs):
         config.complete()
@@ -147,24 +149,29 @@ class HierarchicalLMPreTrainedModel(AutoMappingMixin, CustomCacheMixin, PreTrain
     def _cache_layers(self, cache):
         """See `CustomCacheMixin._cache_layers`: hierarchies within layers, then the layer of compressors and head."""
         config, hierarchies, layer = self.config, range(self.config.num_hierarchies), []
+        is_static = cache.is_compileable
+        sizes = ring_sizes(config, cache.max_cache_len) if is_static else []
         shapes: dict[tuple[str, int | None], tuple[int | None, ...]]
         last: dict[tuple[str, int | None], tuple[int | None, ...]] = {}
         for h, kind in zip(hierarchies, config.cache_layer_types):
             width, window = config.hidden_sizes[h], None
-            shift, keys = (config.dilations[h], width // 2), (config.num_attention_heads[h], None, config.head_dim[h])
+            slots = config.dilations[h] * sizes[h] if is_static else None
+            shift, keys = (config.dilations[h], width // 2), (config.num_attention_heads[h], slots, config.head_dim[h])
             shapes = {("conv_states", 1): shift}
             if kind != "conv":
                 shapes |= {("conv_states", 0): shift, ("keys", None): keys, ("values", None): keys}
             if config.strides[h] > 1 and len(hierarchies) > 1:
                 shapes["recurrent_states", 0] = (1, width)
+            if is_static and kind != "conv":
+                kind = "hybrid"
             if kind == "hybrid_sliding":
                 window = config.kept_steps[h]
-            layer.append(LayerStates(kind, shapes, sliding_window=window))
+            layer.append(LayerStates(kind, shapes, sliding_window=window, is_static=is_static))
             if config.strides[h] > 1 and (config.predict_from_all or h == config.predict_index):
                 last["recurrent_states", h] = (1, width)
         if max(config.compression_factors) > 1:
             last["conv_states", 0] = (max(config.compression_factors) - 1, config.hidden_size)
-        return layer * config.num_hidden_layers + [LayerStates("conv", last)]
+        return layer * config.num_hidden_layers + [LayerStates("conv", last, is_static=is_static)]
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -251,7 +258,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
             last_hidden_state = last_hidden_state[:, :length]
             hidden_states = [x[:, : -(-length // config.strides[config.predict_index])] for x in hidden_states]
         if cache is not None:
-            cache.advance(length, [before + more for before, more in zip(context.past_lengths, context.new_lengths)])
+            cache = self._count(cache, past_key_values, context, embeds)
         return HierarchicalLMModelOutput(
             last_hidden_state=last_hidden_state,
             **{CACHE: cache},
@@ -268,9 +275,11 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         is_given = cache is not None
         if is_given:
             self.check_cache(cache, embeds)
+            if cache.is_compileable:
+                cache = _begin(cache, embeds)
         elif self.starts_cache(use_cache):
             cache = HierarchicalCache(self.config)
-        is_first = cache is None or cache.seen_tokens == 0
+        is_first = cache is None or (not cache.is_compileable and cache.seen_tokens == 0)
         continued = None if is_first else cache
         context = HierarchicalLMContext.from_inputs(
             embeds, attention_mask, position_ids, seq_idx, cu_seq_lens_q, continued
@@ -287,7 +296,9 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         config, dtype = self.config, self.embed_tokens.weight.dtype
         embeds = context.lay_out(embeds, cache, max(config.compression_factors))
         context.streams = [
-            make_plan(config, h, context, embeds, cache, rotary_emb, dtype)
+            make_step_plan(config, h, context, cache, rotary_emb, dtype)
+            if context.is_static_step
+            else make_plan(config, h, context, embeds, cache, rotary_emb, dtype)
             for h, rotary_emb in enumerate(self.rotary_emb)
         ]
         streams = compress(self.compressors, config, embeds, context, cache)
@@ -312,7 +323,23 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         plans = context.streams
         at_tokens = [plans[h].at_tokens(steps_to_read(streams[h], plans[h], cache, last, h)) for h in used]
         hidden_states = at_tokens[0] if len(at_tokens) == 1 else torch.cat(at_tokens, dim=-1)
+        if context.is_static_step:
+            return apply_mask_to_padding_states(hidden_states, context.padding_mask)
         return hidden_states if context.layout is None else context.layout.restore(hidden_states)
+
+    @staticmethod
+    def _count(cache, given, context, embeds):
+        """The cache to return, after the new tokens were counted. `given`: as it was given."""
+        length = embeds.shape[1]
+        if context.is_static_step:
+            context.advance(cache, length, embeds.device)
+            cache.finish_step(context.padding_mask is not None)
+            return cache
+        cache.advance(length, [before + more for before, more in zip(context.past_lengths, context.new_lengths)])
+        if given is None or not given.is_compileable:
+            return cache
+        given.keep(cache)
+        return given
 
     def embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """The embeddings `[batch, seq, hidden_size]` of one or the other. Raises `TypeError` and `ValueError` for bad input."""
@@ -335,6 +362,18 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         return nn.functional.pad(embeds, (0, 0, 0, more))
 
 
+def _begin(cache, embeds):
+    """The cache of a pass that continues a static one: the same for a single token, otherwise a dynamic one."""
+    length = embeds.shape[1]
+    cache.check_room(length)
+    if cache.has_tokens and length == 1:
+        if cache.has_step is None and not is_tracing(embeds):
+            cache.prepare_step()
+        return cache
+    cache.check_positions(embeds.dtype, embeds.device)
+    return cache.to_dynamic()
+
+
 def _warn_of_forgotten_losses(config):
     """Warn clients such as trl, which compute the loss themselves from the states of the base model."""
     if AuxiliaryLosses.wanted(config):
@@ -351,7 +390,7 @@ def _restore(x, context, hierarchy):
 
 
 @auto_docstring
-class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, OldCacheNameMixin, GenerationMixin):
+class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, CompiledStepMixin, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     auxiliary_losses_class = AuxiliaryLosses
 
@@ -463,6 +502,17 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, OldCacheNameMixin
         count = (targets != IGNORE_INDEX).sum()
         scale = count / at_least_one(count if num_items_in_batch is None else num_items_in_batch)
         return list(outputs.hierarchy_hidden_states), embeds, input_ids, mask, segments, scale
+
+    def get_compiled_call(self, compile_config):
+        """As the stock method, for single tokens. Chunks of a prompt are not compiled: they go through a dynamic cache."""
+        step = super().get_compiled_call(compile_config)
+
+        def call(*args, **kwargs):
+            ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+            is_step = ids is not None and ids.shape[1] == 1 and getattr(cache, "has_tokens", False)
+            return (step if is_step else self.__call__)(*args, **kwargs)
+
+        return call
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
         """As `PreTrainedModel.resize_token_embeddings`. The heads of losses that predict tokens are resized, too."""

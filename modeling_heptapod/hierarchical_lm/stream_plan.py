@@ -42,6 +42,9 @@ class StreamPlan:
         mask (`torch.BoolTensor` of shape `[1 or batch, 1, queries, keys]`, *optional*): attention mask, where it does not
             follow from the window.
         token_positions (`torch.LongTensor` of shape `[1 or batch, steps]`, *optional*): position of the token of each step.
+        slots (`torch.LongTensor` of shape `[1 or batch]`, *optional*): place of the step in the memory of a static cache.
+        rows (`torch.BoolTensor` of shape `[1 or batch, 1, 1]`, *optional*): which rows have the step, in a step of a static
+            cache. `None` for all.
         output_attentions (`bool`): whether to return attention weights, which needs the mask.
     """
 
@@ -63,6 +66,8 @@ class StreamPlan:
     keys_seen: int | None = None
     mask: torch.Tensor | None = None
     token_positions: torch.Tensor | None = None
+    slots: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
     output_attentions: bool = False
 
     def at_steps(self, x: torch.Tensor) -> torch.Tensor:
@@ -76,6 +81,8 @@ class StreamPlan:
         if self.stride == 1 or self.fresh:
             return x
         if self.tokens == 1 and self.spread is None:
+            if self.rows is not None:
+                return torch.where(self.rows, x, last)
             return x if self.steps else last
         return torch.cat((last, x), dim=1)
 
@@ -96,6 +103,8 @@ class StreamPlan:
         if self.counts is not None:
             places = self.counts.unsqueeze(1) + torch.arange(number, device=x.device)
             return gather_steps(x, places)
+        if self.rows is not None:
+            return torch.where(self.rows, x[:, -number:], x[:, :number])
         last = x[:, x.shape[1] - number :]
         return last.clone() if self.fresh or x.shape[1] > 2 * number else last  # a copy, so that a long row is freed
 
@@ -122,6 +131,11 @@ class HierarchicalLMContext(ForwardContext):
     is_first: bool = True
     streams: list[StreamPlan] = field(default_factory=list)
 
+    @property
+    def is_static_step(self) -> bool:
+        """Whether the pass is of one token that continues a static cache, whose lengths are in a tensor."""
+        return isinstance(self.past_lengths, torch.Tensor)
+
     def lay_out(self, embeds: torch.Tensor, cache: HierarchicalCache | None, factor: int) -> torch.Tensor:
         """Set the layout and the lengths of the rows.
 
@@ -135,6 +149,8 @@ class HierarchicalLMContext(ForwardContext):
         """
         batch, seq, _ = embeds.shape
         mask = self.padding_mask
+        if self.is_static_step:  # of one slot
+            return embeds
         # Without a cache one number stands for all rows, and a compiled program serves batches of any size.
         past = [0] if self.is_first else self.past_lengths
         if self.segment_ids is not None:
@@ -152,6 +168,9 @@ class HierarchicalLMContext(ForwardContext):
     def last_of(self, x: torch.Tensor, number: int) -> torch.Tensor:
         """The last `number` of `[batch, number + tokens, width]`, as `StreamPlan.last_of`."""
         tokens = x.shape[1] - number
+        if self.is_static_step:
+            rows = None if self.padding_mask is None else self.padding_mask.unsqueeze(-1)
+            return StreamPlan(1, 1, None, False, tokens, False, tokens, rows=rows).last_of(x, number)
         counts = None if min(self.new_lengths) == tokens else torch.tensor(self.new_lengths, device=x.device)
         return StreamPlan(1, 1, None, False, tokens, self.is_first, tokens, counts=counts).last_of(x, number)
 
@@ -205,15 +224,63 @@ def make_plan(
     if window == 0:
         return plan
     newest = (max(before) + steps) // dilation
-    plan.rotary = _rotary(
-        config, hierarchy, positions // dilation, newest, -(-steps // dilation), cache, rotary_emb, dtype
-    )
+    center = None
+    if config.use_xpos[hierarchy]:
+        center = _center(config, hierarchy, newest, -(-steps // dilation), cache, dtype, device)
+    plan.rotary = _rotary(config, hierarchy, positions // dilation, center, rotary_emb, dtype)
     cached = 0 if cache is None else cache.steps_cached(hierarchy)
     if plan.counts is not None:
         places = torch.arange(cached + max(new), device=device) + plan.counts.unsqueeze(1) - max(new)
         plan.order = places.clamp_min(0)
     plan.output_attentions = context.output_attentions
     _add_mask(plan, positions, first, before, cached, has_dynamic_shapes(embeds))
+    return plan
+
+
+def make_step_plan(
+    config: HierarchicalLMConfig,
+    hierarchy: int,
+    context: HierarchicalLMContext,
+    cache,
+    rotary_emb: nn.Module,
+    dtype: torch.dtype,
+) -> StreamPlan:
+    """The plan of one hierarchy for one token that continues a static cache. Lengths of rows are in tensors.
+
+    Args:
+        config, hierarchy, context, rotary_emb, dtype: as in `make_plan`.
+        cache (`StaticHierarchicalCache`): the cache.
+    """
+    stride, dilation = config.strides[hierarchy], config.dilations[hierarchy]
+    window = config.window_sizes[hierarchy]
+    block = config.window_type == "block" and window is not None
+    plan = StreamPlan(
+        stride, dilation, window, block, int(cache.has_step is None or cache.has_step[hierarchy]), False, 1
+    )
+    if stride > 1:
+        plan.pick = slice(0, None, stride)
+    if not plan.steps:
+        return plan
+    past, real = context.past_lengths.reshape(-1), context.padding_mask  # [1 or batch], [batch, 1]
+    if stride > 1 and (len(past) > 1 or cache.has_step is None):  # else all rows have the step
+        has_step = (past % stride == 0).unsqueeze(1)
+        real = has_step if real is None else has_step & real
+    plan.rows = None if real is None else real.unsqueeze(-1)
+    step = past // stride
+    plan.token_positions = (step * stride).unsqueeze(1)
+    if window == 0:
+        return plan
+    reach, position = cache.ring_sizes[hierarchy], step // dilation
+    center = cache.centers[hierarchy] if config.use_xpos[hierarchy] else None
+    plan.rotary = _rotary(config, hierarchy, position.unsqueeze(1), center, rotary_emb, dtype)
+    plan.slots = step % dilation * reach + position % reach
+    position = position.unsqueeze(1)
+    held = position - (position - torch.arange(reach, device=past.device)) % reach  # position of the key in each slot
+    seen = held >= 0
+    if block:
+        seen = seen & (held // window >= position // window - 1)
+    plan.mask = seen[:, None, None]
+    plan.output_attentions = context.output_attentions
     return plan
 
 
@@ -250,30 +317,38 @@ def _add_mask(plan, positions, first, before, cached, has_dynamic_shapes):
             plan.mask = visible(positions, 1, window, dilation, block).unsqueeze(1)
 
 
-def _rotary(config, hierarchy, positions, newest, steps, cache, rotary_emb, dtype):
-    """Cosines and signed sines of positions `[1 or batch, steps]` in a phase, scaled by xPos."""
+def _rotary(config, hierarchy, positions, center, rotary_emb, dtype):
+    """Cosines and signed sines of positions `[1 or batch, steps]` in a phase, scaled by xPos if there is a `center`."""
     head_dim = config.head_dim[hierarchy]
     cos, sin = rotary_emb(positions.new_zeros((), dtype=torch.float32), positions)
     sin = torch.cat((-sin[..., : head_dim // 2], sin[..., head_dim // 2 :]), dim=-1)
     cos, sin = (x.unsqueeze(-2).unsqueeze(-2) for x in (cos, sin))
-    if config.use_xpos[hierarchy]:
-        base = config.xpos_scale_base
-        decay = (torch.arange(0, head_dim, 2, device=positions.device) + 0.4 * head_dim) / (1.4 * head_dim)
-        decay = decay.repeat(2)
-        center = _center(config, hierarchy, newest, steps, decay, cache, dtype)
-        scale = decay ** ((positions - center).unsqueeze(-1) / base)
+    if center is not None:
+        scale = key_scale(config, hierarchy, (positions - center).unsqueeze(-1), positions.device)
         scale = torch.stack((scale, 1 / scale), dim=-2).unsqueeze(-2)
         cos, sin = cos * scale, sin * scale
     return cos.to(dtype), sin.to(dtype)
 
 
-def _center(config, hierarchy, newest, steps, decay, cache, dtype):
+def key_scale(
+    config: HierarchicalLMConfig, hierarchy: int, distance: int | torch.Tensor, device: torch.device
+) -> torch.Tensor:
+    """Decay of each channel over a `distance` in a phase (xPos): factor of keys whose center moves so far."""
+    head_dim = config.head_dim[hierarchy]
+    decay = (torch.arange(0, head_dim, 2, device=device) + 0.4 * head_dim) / (1.4 * head_dim)
+    return decay.repeat(2) ** (distance / config.xpos_scale_base)
+
+
+def farthest_from_center(dtype: torch.dtype, device: torch.device) -> int:
+    """Largest exponent of the decay that `dtype`, or autocast on `device`, can hold."""
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    return _FARTHEST_FROM_CENTER_IN_FLOAT16 if dtype == torch.float16 else _FARTHEST_FROM_CENTER
+
+
+def _center(config, hierarchy, newest, steps, cache, dtype, device):
     """The position from which decay is counted. It moves with the newest position, and cached keys are scaled to it."""
-    base = config.xpos_scale_base
-    device = decay.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    farthest = _FARTHEST_FROM_CENTER_IN_FLOAT16 if dtype == torch.float16 else _FARTHEST_FROM_CENTER
+    base, farthest = config.xpos_scale_base, farthest_from_center(dtype, device)
     fresh = cache is None or cache.steps_cached(hierarchy) == 0
     fit = int((2 if fresh else 1) * farthest * base)
     if steps > fit:
@@ -289,9 +364,17 @@ def _center(config, hierarchy, newest, steps, decay, cache, dtype):
         return center
     center = cache.centers[hierarchy]
     if newest - center > farthest // 2 * base:
-        cache.scale_keys(hierarchy, decay ** ((newest - center) / base))
+        cache.scale_keys(hierarchy, key_scale(config, hierarchy, newest - center, device))
         cache.centers[hierarchy] = center = newest
     return center
 
 
-__all__ = ["HierarchicalLMContext", "StreamPlan", "gather_steps", "make_plan"]
+__all__ = [
+    "HierarchicalLMContext",
+    "StreamPlan",
+    "farthest_from_center",
+    "gather_steps",
+    "key_scale",
+    "make_plan",
+    "make_step_plan",
+]

@@ -6,10 +6,10 @@ The caches of transformers hold the states of such layers (`LinearAttentionLayer
 
 import torch
 from transformers.cache_utils import DynamicCache, StaticCache
-from transformers.utils.import_utils import is_tracing
 
-from ..common.cache_checks import LayerStates, held_states
+from ..common.cache_checks import LayerStates
 from ..common.cache_utils import CountingCacheMixin
+from ..common.static_cache import StaticCountingMixin
 from .focus_recurrent import packed_shape
 
 
@@ -55,7 +55,7 @@ class RecurrentCache(_RecurrentCacheMixin, DynamicCache):
         self.seen_tokens = 0
 
 
-class StaticRecurrentCache(_RecurrentCacheMixin, StaticCache):
+class StaticRecurrentCache(_RecurrentCacheMixin, StaticCountingMixin, StaticCache):
     """Static cache for compiled steps: the count is a tensor changed in place, so that all steps share one graph.
 
     Args:
@@ -68,52 +68,5 @@ class StaticRecurrentCache(_RecurrentCacheMixin, StaticCache):
         super().__init__(config=config, max_cache_len=max_cache_len, **kwargs)  # type: ignore[arg-type]
         self._start()
 
-    def _start(self):
-        self.seen_tokens = torch.zeros((), dtype=torch.long)
-        # Of the instance from the beginning: a compiled step knows whether they are.
-        self.next_positions, self.packed = None, False
 
-    def advance(self, tokens: int, device: torch.device) -> None:
-        """Count `tokens` more, in place; the first call moves the count to the model's device."""
-        if self.seen_tokens.device != device:
-            self.seen_tokens = self.seen_tokens.to(device)
-            torch._dynamo.mark_static_address(self.seen_tokens)
-        self.seen_tokens.add_(tokens)
-
-    def follow(self, next_positions: torch.Tensor) -> None:
-        """As the dynamic cache, in place."""
-        if self.next_positions is not None and self.next_positions.shape == next_positions.shape:
-            self.next_positions.copy_(next_positions)
-            return
-        self.next_positions = next_positions
-        if not is_tracing(next_positions):
-            torch._dynamo.mark_static_address(self.next_positions)
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Select rows by index, in place where their number stays the same."""
-        for layer in self.layers:
-            for (name, place), state in held_states(layer).items():
-                rows = select_rows(state, beam_idx)
-                if place is None:
-                    setattr(layer, name, rows)
-                else:
-                    getattr(layer, name)[place] = rows
-        if self.next_positions is not None:
-            self.next_positions = select_rows(self.next_positions, beam_idx)
-
-    def reset(self) -> None:
-        """Empty the cache, but keep the memory that compiled steps read."""
-        super().reset()
-        self.seen_tokens.zero_()
-
-
-def select_rows(memory: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Rows of a tensor by index, written into its own memory where their number stays the same."""
-    rows = memory.index_select(0, indices.to(memory.device))
-    if rows.shape == memory.shape:
-        return memory.copy_(rows)
-    torch._dynamo.mark_static_address(rows)
-    return rows
-
-
-__all__ = ["RecurrentCache", "StaticRecurrentCache", "mixing_states", "select_rows"]
+__all__ = ["RecurrentCache", "StaticRecurrentCache", "mixing_states"]

@@ -27,8 +27,9 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 
+from ..common.cache_mixins import CompiledStepMixin
 from ..common.model_inputs import check_ids
-from ..common.transformers_versions import CACHE, OldCacheNameMixin, with_cache_argument
+from ..common.transformers_versions import CACHE, with_cache_argument
 from .axis_state import AxisState, Sources
 from .configuration_multigrid import MultiGridConfig
 
@@ -89,7 +90,7 @@ def _with_axis_state(loop):
     return loop_with_axes
 
 
-class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
+class MultiGridGenerationMixin(CompiledStepMixin, GenerationMixin):
     """`generate` with axes. Without axes it is transformers' own."""
 
     # Of the model. Transformers' annotation of `self`, a protocol that no model fulfils, needs the ignored errors below.
@@ -184,8 +185,6 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
         )
         if axis_ids is not None:
             inputs["axis_ids"] = axis_ids
-        if past_key_values is not None and past_key_values.is_compileable:
-            self._prepare_compiled_step(inputs, past_key_values, is_first_iteration)
         if axis_state is not None:
             if not is_first_iteration:
                 axis_state.follow(input_ids)
@@ -193,20 +192,6 @@ class MultiGridGenerationMixin(OldCacheNameMixin, GenerationMixin):
             past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
             inputs["axis_ids"] = axis_state.at(past, given.shape[1]).to(given.device)
         return inputs
-
-    @staticmethod
-    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
-        """The mask of tokens unchanged, with which `generate` calls forward passes that may be compiled."""
-        return attention_mask
-
-    @staticmethod
-    def _prepare_compiled_step(inputs, cache, is_first_iteration):
-        """Check that new tokens fit into a static cache, and leave out a mask that only grows: the cache knows the pads."""
-        given = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-        cache.check_room(given.shape[1])
-        mask = inputs.get("attention_mask")
-        if mask is not None and not is_first_iteration and mask[:, -given.shape[1] :].all():
-            del inputs["attention_mask"]
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         axis_state = model_kwargs.get("axis_state")

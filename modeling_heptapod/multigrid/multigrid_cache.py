@@ -11,8 +11,8 @@ import torch
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING, Cache
 from transformers.utils.import_utils import is_tracing
 
-from ..common.transformers_versions import CACHE
-from ..leap.recurrent_cache import RecurrentCache, StaticRecurrentCache, select_rows
+from ..common.static_cache import select_rows
+from ..leap.recurrent_cache import RecurrentCache, StaticRecurrentCache
 
 
 class MultiGridCache(RecurrentCache):
@@ -80,8 +80,6 @@ class StaticMultiGridCache(StaticRecurrentCache):
         ValueError: for a `max_cache_len` below 1, and for none with `core="transformer"`.
     """
 
-    is_croppable = False
-
     def __init__(self, config, max_cache_len: int | None = None):
         recurrent = "full_attention" not in config.cache_layer_types
         if max_cache_len is None and not recurrent:
@@ -92,28 +90,11 @@ class StaticMultiGridCache(StaticRecurrentCache):
         Cache.__init__(self, layers=layers)
         self._start()
         self.max_cache_len = None if recurrent else max_cache_len
-        self.has_tokens = False
         self.past_mask: torch.Tensor | None = None
 
     def get_mask_sizes(self, query_length: int, layer_idx: int):
         """Length and offset of a mask over all of the memory."""
         return self.max_cache_len, 0
-
-    def check_room(self, tokens: int) -> None:
-        """Raise a `ValueError` where `tokens` more do not fit. A compiled step cannot, because it does not read the count."""
-        if self.max_cache_len is None or (self.has_tokens and is_tracing(self.seen_tokens)):
-            return
-        seen = int(self.seen_tokens) if self.has_tokens else 0
-        if seen + tokens > self.max_cache_len:
-            raise ValueError(
-                f"`{CACHE}` is full: it has room for `max_cache_len`={self.max_cache_len} tokens and holds {seen}, but "
-                f"{tokens} more were given. Create a StaticMultiGridCache with a larger `max_cache_len`."
-            )
-
-    def advance(self, tokens: int, device: torch.device) -> None:
-        """Count `tokens` more, in place."""
-        super().advance(tokens, device)
-        self.has_tokens = True
 
     def keep_mask(self, mask: torch.Tensor | None, batch: int, seq: int) -> None:
         """Write into `past_mask` which tokens are real, after a pass of `seq` tokens.
@@ -141,15 +122,8 @@ class StaticMultiGridCache(StaticRecurrentCache):
     def reset(self) -> None:
         """Empty the cache, but keep the memory that compiled steps read: the next batch must have the same size."""
         super().reset()
-        self.has_tokens = False
         if self.past_mask is not None:
             self.past_mask.zero_()
-
-    def _check_that_tokens_are_kept(self):
-        raise RuntimeError(
-            "This StaticMultiGridCache cannot be cropped. Copy it (`copy.deepcopy`) before tokens that may have to be "
-            "removed, or use a MultiGridCache."
-        )
 
 
 __all__ = ["MultiGridCache", "StaticMultiGridCache"]
