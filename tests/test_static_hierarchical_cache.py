@@ -162,8 +162,8 @@ def test_rows_are_reordered(variant, order):
         run(model, ids, [33, 1], cache, mask=mask)
         other = copy.deepcopy(cache)
         cache.reorder_cache(order)
-        results.append(run(model, ids[order], [1, 3, 1, 1], cache, start=34))
-        results.append(run(model, ids, [1, 3, 1, 1], other, start=34))  # a copy goes its own way
+        results.append(run(model, ids[order], [1, 1, 1, 1, 3, 1], cache, start=34))
+        results.append(run(model, ids, [1, 1, 1, 1, 3, 1], other, start=34))  # a copy goes its own way
     for got, expected in zip(results[2:], results[:2]):
         close(got, expected)
 

@@ -186,8 +186,6 @@ class StaticHierarchicalCache(StaticCountingMixin, Cache):
         self.advance(cache.seen_tokens, device)
         if cache.rows_differ:
             self.follow(rows)
-        else:
-            self.next_positions = None
         self.has_step, self._known_lengths, self._is_taken = None, lengths, False
 
     def _keep_states(self, cache):
@@ -278,11 +276,10 @@ def _phase_of(memory, phases, phase):
 
 
 def _take(x, places, exists):
-    """`[batch, heads, length, channels]` at `places [1 or batch, chosen]`, zero where `exists` is `False`."""
+    """`[batch, heads, length, channels]` at `places [1 or batch, chosen]`, something finite where `exists` is `False`."""
     x = nn.functional.pad(x, (0, 0, 0, 1))  # at least one to read
     index = torch.where(exists, places, 0).to(x.device)[:, None, :, None]
-    exists = exists.to(x.device)[:, None, :, None]
-    return x.gather(2, index.expand(x.shape[0], x.shape[1], -1, x.shape[3])).masked_fill(~exists, 0)
+    return x.gather(2, index.expand(x.shape[0], x.shape[1], -1, x.shape[3]))
 
 
 def _static(x):
