@@ -122,10 +122,11 @@ class CustomCacheMixin:
         if given is None and model_kwargs.get(CACHE) is not None and kind != "static":
             model_kwargs[CACHE] = self._cache_classes["dynamic"](self.config)
 
-    def _prepare_static_cache(self, max_cache_len, **kwargs):
+    def _prepare_static_cache(self, cache_implementation, batch_size, max_cache_len, prefill_chunk_size, model_kwargs):
         """Create a custom static cache with room for the longest text so far, so that compiled steps are for shorter ones, too."""
         self._previous_max_cache_length = max(max_cache_len, getattr(self, "_previous_max_cache_length", 0))
-        return self._cache_classes["static"](self.config, max_cache_len=self._previous_max_cache_length)
+        static_class: Any = self._cache_classes["static"]
+        return static_class(self.config, max_cache_len=self._previous_max_cache_length)
 
 
 class CompiledStepMixin(OldCacheNameMixin):

@@ -22,6 +22,10 @@ class StaticCountingMixin(CountingCacheMixin):
         # Of the instance from the beginning: a compiled step knows whether they are.
         self.next_positions, self.packed, self.has_tokens = None, False, False
 
+    def lengths(self) -> torch.Tensor:
+        """Number of real tokens of each row's sequence, `[batch]`, or `[]` for all rows."""
+        return self.seen_tokens if self.next_positions is None else self.next_positions
+
     def check_room(self, tokens: int) -> None:
         """Raise a `ValueError` where `tokens` more do not fit. A compiled step cannot, because it does not read the count."""
         if self.max_cache_len is None or (self.has_tokens and is_tracing(self.seen_tokens)):

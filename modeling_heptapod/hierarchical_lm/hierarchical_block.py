@@ -1,5 +1,7 @@
 """Layers of the hierarchical LM: a block for each stream (token shift, windowed attention, feed-forward), then a merge."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -38,7 +40,7 @@ class HierarchicalLMAttention(nn.Module):
         self.o_proj = nn.Linear(inner, width, bias=False)
 
     def forward(
-        self, hidden_states: torch.Tensor, plan: StreamPlan, cache: HierarchicalCache | None, layer_idx: int
+        self, hidden_states: torch.Tensor, plan: StreamPlan, cache: Any, layer_idx: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch, steps, _ = hidden_states.shape
         qkv = self.qkv_proj(hidden_states).view(batch, steps, 3, self.num_heads, self.head_dim)

@@ -50,6 +50,8 @@ class StaticHierarchicalCache(StaticCountingMixin, Cache):
         ValueError: for a `max_cache_len` below 1.
     """
 
+    max_cache_len: int
+
     def __init__(self, config, max_cache_len: int):
         if max_cache_len < 1:
             raise ValueError(f"`max_cache_len` must be at least 1, got {max_cache_len}.")

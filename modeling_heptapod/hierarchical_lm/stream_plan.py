@@ -1,6 +1,7 @@
 """The context of a forward pass of the hierarchical LM, with a plan for the stream of each hierarchy."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -119,13 +120,14 @@ class HierarchicalLMContext(ForwardContext):
     """What all layers of one forward pass read about its rows. Positions are those of each hierarchy's steps, in `streams`.
 
     Attributes:
-        past_lengths, new_lengths (`list[int]`): past and new real tokens of each row, or of all rows if there is one entry.
+        past_lengths, new_lengths (`list[int]`): past and new real tokens of each row, or of all rows if there is one entry. In
+            a static step `past_lengths` is a tensor `[]` or `[batch]`.
         layout (`TokenLayout`, *optional*): how padded or packed rows are laid out in the streams.
         is_first (`bool`): whether no cached tokens come before the new ones.
         streams (`list[StreamPlan]`): what happens to the stream of each hierarchy.
     """
 
-    past_lengths: list[int] = field(default_factory=list)
+    past_lengths: Any = field(default_factory=list)
     layout: TokenLayout | None = None
     new_lengths: list[int] = field(default_factory=list)
     is_first: bool = True
