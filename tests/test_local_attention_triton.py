@@ -54,8 +54,8 @@ def test_tiles_stay_below_wgmma():
 
 def test_rows_of_a_halo_need_no_division():
     """The arithmetic of `_halo_cells`, for all halos."""
-    for wide in range(1, 8 + 2 * kernels._MOST_RADIUS + 1):
-        cell = torch.arange(wide * (8 + 2 * kernels._MOST_RADIUS) + 32)
+    for wide in range(1, 8 + 2 * kernels.WIDEST + 1):
+        cell = torch.arange(wide * (8 + 2 * kernels.WIDEST) + 32)
         product = cell * ((1 << 19) // wide + 1)
         assert torch.equal(product >> 19, cell // wide) and product.max() < 2**31
 

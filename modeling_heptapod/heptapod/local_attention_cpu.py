@@ -10,9 +10,9 @@ import torch
 
 from ..common.cpu_kernels import FLAGS, address, check_status, load_kernels
 from .local_attention_cpu_source import SOURCE
+from .local_attention_layout import WIDEST, new_cells, with_channels_together
 
 
-WIDEST = 32  # radius, of the source
 _INTEGERS = "batch heads height width dim radius dilation bf16 threads".split()
 _TENSORS = "q k v out grad_out grad_q grad_k grad_v".split()
 _PARALLEL = 2**18  # products of queries and keys times channels below which a second thread costs more than it saves
@@ -55,16 +55,6 @@ def takes(q: torch.Tensor, radius: int) -> bool:
     )
 
 
-def new_cells(like: torch.Tensor) -> torch.Tensor:
-    """Memory for a result `[batch, heads, height, width, head_dim]`, heads side by side, as linear layers take them."""
-    batch, heads, height, width, dim = like.shape
-    return like.new_empty(batch, height, width, heads, dim).permute(0, 3, 1, 2, 4)
-
-
-def _with_channels_together(cells):
-    return cells if cells.stride(-1) == 1 or cells.shape[-1] == 1 else cells.contiguous()
-
-
 def _call(function, radius, dilation, scale, padding_mask, totals, **tensors):
     """Call a function of the library with tensors of one shape and dtype, some of which it writes to."""
     q = tensors["q"]
@@ -85,7 +75,7 @@ def _call(function, radius, dilation, scale, padding_mask, totals, **tensors):
     kept = []  # alive until the call is done
     for name, tensor in tensors.items():
         if not name.startswith("grad_") or name == "grad_out":
-            tensor = _with_channels_together(tensor.resolve_neg())
+            tensor = with_channels_together(tensor.resolve_neg())
         kept.append(tensor)
         place = address(name, tensor, q.shape, q.dtype, dense=False)
         setattr(call, name, _Cells(place, *tensor.stride()[:4]))
@@ -143,4 +133,4 @@ def backward(
     return grads["grad_q"], grads["grad_k"], grads["grad_v"]
 
 
-__all__ = ["WIDEST", "backward", "forward", "new_cells", "takes"]
+__all__ = ["backward", "forward", "takes"]

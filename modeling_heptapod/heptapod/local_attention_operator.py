@@ -10,8 +10,8 @@ from ..common.model_inputs import is_eager, is_torch_func_active
 from ..common.registered_operators import in_full_precision, in_graph, operator_namespace
 from .local_attention_cpu import backward as cpu_backward
 from .local_attention_cpu import forward as cpu_forward
-from .local_attention_cpu import new_cells
 from .local_attention_cpu import takes as cpu_takes
+from .local_attention_layout import new_cells
 from .local_attention_triton import backward as triton_backward
 from .local_attention_triton import forward as triton_forward
 from .local_attention_triton import takes as triton_takes

@@ -10,6 +10,8 @@ Without Triton or a CUDA device, `takes` is false and torch does it.
 
 import torch
 
+from .local_attention_layout import WIDEST, new_cells, with_channels_together
+
 
 try:
     import triton
@@ -21,7 +23,6 @@ if triton is not None:
 _DEVICES = ("cuda",)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_DIM = 128
-_MOST_RADIUS = 32
 
 
 def takes(q: torch.Tensor, radius: int) -> bool:
@@ -32,7 +33,7 @@ def takes(q: torch.Tensor, radius: int) -> bool:
         and q.dtype in _DTYPES
         and q.numel() > 0
         and q.shape[-1] <= _MOST_DIM
-        and radius <= _MOST_RADIUS
+        and radius <= WIDEST
     )
 
 
@@ -52,8 +53,9 @@ def forward(
         cell side by side; and, in float32, `[2, batch, heads, height, width]`: the largest logit that each query sees,
         and one over the sum of `exp(logit - largest)`, both zero for queries that see nothing.
     """
-    q, k, v, mask = _rows(q), _rows(k), _rows(v), _bytes(padding_mask)
-    out = _new_cells(q)
+    q, k, v = (with_channels_together(x) for x in (q, k, v))
+    mask = _bytes(padding_mask)
+    out = new_cells(q)
     tops, shares = totals = q.new_empty(2, *q.shape[:4], dtype=torch.float32)
     with torch.cuda.device_of(q):  # Triton launches on the current device
         forward_kernel[_programs(q, dilation)](
@@ -90,8 +92,9 @@ def backward(
     Padding has none as keys and values. As queries, pads that are infinite or NaN, or whose output has such a gradient, add
     nothing to those of keys and values.
     """
-    grad_out, q, k, v, mask = _rows(grad_out), _rows(q), _rows(k), _rows(v), _bytes(padding_mask)
-    grad_q, grad_k, grad_v = (_new_cells(q) for _ in range(3))
+    grad_out, q, k, v = (with_channels_together(x) for x in (grad_out, q, k, v))
+    mask = _bytes(padding_mask)
+    grad_q, grad_k, grad_v = (new_cells(q) for _ in range(3))
     tops, shares = totals
     deltas = torch.empty_like(tops)  # go from queries to keys, as does `sent`
     sent = None if mask is None else torch.empty_like(tops, dtype=torch.uint8)
@@ -142,16 +145,5 @@ def _programs(q, dilation):
     return (batch * heads * min(dilation, height) * min(dilation, width) * tiles,)
 
 
-def _rows(x):
-    """`x` with the channels of a cell side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _bytes(padding_mask):
     return None if padding_mask is None else padding_mask.contiguous().view(torch.uint8)
-
-
-def _new_cells(q):
-    """An empty tensor like `q`, stored as `[batch, height, width, heads, head_dim]`."""
-    batch, heads, height, width, head_dim = q.shape
-    return q.new_empty(batch, height, width, heads, head_dim).permute(0, 3, 1, 2, 4)
