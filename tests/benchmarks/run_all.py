@@ -32,6 +32,8 @@ NAMES = (
     "decode_state",
     "training_step",
     "decode_speed",
+    "one_token",
+    "profiles",
     "grid_attention",
     "bench_grid_generation",
     "page_baselines",
