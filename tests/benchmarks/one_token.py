@@ -43,7 +43,7 @@ class Steps:
     """
 
     def __init__(self, model, cache, tokens, run=None, in_place=False):
-        self.model, self.cache, self.run, self.in_place = model, cache, run or model, in_place
+        self.cache, self.run, self.in_place = cache, model if run is None else run, in_place
         self.tokens = tokens
 
     @torch.inference_mode()
@@ -161,7 +161,8 @@ def main():
         report.check(f"LEAP: generate per token, {context:,} tokens of prompt: GPT-2 over it", ratio, ">=", target)
 
     for strides in ([1, 1, 1], [1, 2, 8]):
-        config = HierarchicalLMConfig(**STREAMS, strides=strides, max_position_embeddings=2 * contexts[1])
+        shape = {**STREAMS, **({"num_hidden_layers": 1} if quick else {})}
+        config = HierarchicalLMConfig(**shape, strides=strides, max_position_embeddings=2 * contexts[1])
         name = f"hierarchical LM, strides {', '.join(map(str, strides))}"
         model = HierarchicalLMForCausalLM(config)
         seconds, noisy = measure(report, name, model, StaticHierarchicalCache, contexts[1], steps, rounds)
