@@ -17,7 +17,7 @@ from tests.tiny_hierarchical_lm import VARIANTS, random_ids, tiny_hierarchical_l
 
 SEQ, ROOM = 43, 50
 STATIC = {"cache_implementation": "static", "disable_compile": True}
-SOME = ("two", "stride", "predict-all", "blocks")
+SOME = ("plain", "two", "stride", "predict-all", "blocks")
 SOME_FAST = [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
 
 
@@ -81,7 +81,7 @@ def test_steps_and_chunks_equal_whole_rows(variant, room):
         assert int(cache.get_seq_length()) == SEQ and not cache.rows_differ
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SOME_FAST)
 def test_padded_rows_equal_the_dynamic_cache(variant):
     """In chunks that are all pads for some rows; pads also come after tokens without any, and as single tokens."""
     model = tiny(variant).double()
@@ -304,7 +304,7 @@ def compiled_steps(model, ids, cache, first, graphs, prepare):
 @pytest.mark.parametrize("with_pads", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
     "variant",
-    [name if name in ("stride", "merge-all") else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS],
+    [name if name == "stride" else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS],
 )
 def test_a_graph_for_each_stride(variant, with_pads, prepare):
     """Without knowledge of which streams have a step, one graph that computes all."""

@@ -18,7 +18,7 @@ CASES = {
         tiny_hierarchical_lm.VARIANTS,
         ["two"],
     ),
-    "multigrid": (tiny_multigrid.tiny_multigrid, tiny_multigrid.VARIANTS, ["axis"]),
+    "multigrid": (tiny_multigrid.tiny_multigrid, tiny_multigrid.VARIANTS, []),
     "heptapod": (tiny_heptapod.tiny_heptapod, tiny_heptapod.VARIANTS, ["split"]),
 }
 

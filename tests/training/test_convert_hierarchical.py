@@ -150,7 +150,8 @@ def test_missing_and_left_over_keys_are_named():
         convert_state_dict({**state, "norms.0.bias": torch.ones(3)}, config)
 
 
-@pytest.mark.parametrize("suffix", [pytest.param("pt", marks=pytest.mark.slow), "safetensors"])
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_command_line(suffix, tmp_path):
     state, output = prototype_state(), tmp_path / "output"
     source, arguments = tmp_path / f"prototype.{suffix}", tmp_path / "prototype.json"

@@ -130,7 +130,8 @@ def test_what_has_no_place_in_our_model():
     convert_state_dict(state, config)
 
 
-@pytest.mark.parametrize("weights", ["model.safetensors", pytest.param("pytorch_model.bin", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
 def test_command_line(weights, tmp_path):
     source, output = tmp_path / "source", tmp_path / "output"
     source.mkdir()

@@ -60,6 +60,7 @@ def one_process(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny_runs.FAMILIES)
 @pytest.mark.parametrize(("way", "wrapper"), [("ddp", "DistributedDataParallel"), ("fsdp", "FSDPModule")])
 def test_two_processes_have_the_losses_of_one(family, way, wrapper, two_processes, one_process):

@@ -165,6 +165,7 @@ def logits_of(folder, adapter=None):
         return model(**processing("import os\n", return_tensors="pt")).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_was_published_loads_by_name_bit_for_bit(family, published, loaded):
     assert torch.equal(loaded[family], logits_of(published[0] / family))
@@ -190,6 +191,7 @@ def test_all_is_pushed_in_one_commit_and_no_leftovers(family, hub, published):
         assert files[name] == (published[0] / family / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_pinned_revision_gives_the_older_weights(hub, published, loaded):
     new = logits_of(published[0] / "changed" / "leap")
     assert torch.equal(loaded["changed"], new)
@@ -213,12 +215,14 @@ def test_a_pinned_revision_is_evaluated(hub, published, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trainer_pushes_what_loads_without_the_package(family, published, loaded):
     trained = logits_of(published[0] / f"{family}-trained")
     assert torch.equal(loaded[f"{family}-trained"], trained) and not torch.equal(trained, loaded[family])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapter_is_pushed_and_loaded(family, hub, published, loaded):
     files = hub.repos[f"me/{family}-lora"].commits[-1].files
