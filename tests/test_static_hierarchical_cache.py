@@ -215,6 +215,8 @@ def test_its_length_is_checked():
     model = tiny_hierarchical_lm(compression_factors=[1, 2], window_sizes=[None, 6], xpos_scale_base=1)
     with pytest.raises(ValueError, match="`max_cache_len` must be at least 1, got 0"):
         StaticHierarchicalCache(model.config, 0)
+    with pytest.raises(TypeError, match="`max_cache_len` must be an integer, got 2.5"):
+        StaticHierarchicalCache(model.config, 2.5)
     ids = random_ids(1, 60)
     assert run(model, ids, [20] + [1] * 40, StaticHierarchicalCache(model.config, 60)).isfinite().all()
     with pytest.raises(ValueError, match="at most 60 steps.*got `max_cache_len`=61, which makes 61.*xpos_scale_base"):

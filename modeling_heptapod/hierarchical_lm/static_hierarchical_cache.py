@@ -47,12 +47,15 @@ class StaticHierarchicalCache(StaticCountingMixin, Cache):
             that is not known. A compiled step leaves out the others. See `prepare_step`.
 
     Raises:
-        ValueError: for a `max_cache_len` below 1.
+        TypeError: for a `max_cache_len` that is no integer.
+        ValueError: for one below 1.
     """
 
     max_cache_len: int
 
     def __init__(self, config, max_cache_len: int):
+        if not isinstance(max_cache_len, int):
+            raise TypeError(f"`max_cache_len` must be an integer, got {max_cache_len!r}.")
         if max_cache_len < 1:
             raise ValueError(f"`max_cache_len` must be at least 1, got {max_cache_len}.")
         self.config, self.max_cache_len = config, max_cache_len
