@@ -42,6 +42,13 @@ def _no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", _connect_to_this_machine_only)
 
 
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(autouse=True)
 def _reproducible():
     set_seed(0)

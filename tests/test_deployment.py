@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from tests.saved_models import save_tiny
+from tests.tiny import mostly_slow
 from tests.tiny_heptapod import random_page, tiny_heptapod
 from tests.tiny_hierarchical_lm import tiny_hierarchical_lm
 from tests.tiny_leap import VARIANTS, random_ids, tiny_leap
@@ -49,9 +50,7 @@ def test_the_script_writes_as_much_as_asked_for_and_to_the_end_of_the_text(tmp_p
     assert capsys.readouterr().out == f"abcd\n\nwritten: {tmp_path / 'onnx' / 'step.onnx'}\n"
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "short" else pytest.param(name, marks=pytest.mark.slow) for name in STEPS]
-)
+@pytest.mark.parametrize("name", mostly_slow(STEPS, ("short",)))
 def test_onnxruntime_writes_what_generate_writes(name, tmp_path):
     """Token for token and logit for logit; a batch of a size that the export has not seen."""
     model = tiny_leap(**STEPS[name])

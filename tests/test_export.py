@@ -346,6 +346,7 @@ def test_a_causal_checkpoint_loads_through_every_auto_class(tmp_path):
         assert torch.equal(results["causal", "AutoModelForMaskedLM"], bidirectional)
 
 
+@pytest.mark.slow
 def test_a_grid_checkpoint_loads_through_every_auto_class(tmp_path):
     model = tiny("HeptapodForMaskedLM", self_conditioning=True)
     ids = export(tmp_path, {"grid": model})

@@ -20,6 +20,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from tests.test_export import in_a_clean_room
+from tests.tiny import mostly_slow
 from tests.tiny_heptapod import random_page, tiny_heptapod
 from tests.tiny_hierarchical_lm import VARIANTS as HIERARCHICAL
 from tests.tiny_hierarchical_lm import tiny_hierarchical_lm
@@ -92,6 +93,10 @@ CASES = {
     "multigrid-factored": Case(tiny_multigrid, {**TWO_AXES, "axis_order": "factored"}),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+_FAST = [
+    CASES[name] for name in ("leap-causal", "hierarchical-concat", "grid", "multigrid-transformer", "multigrid-lstm")
+]
+some_fast = pytest.mark.parametrize("case", mostly_slow(CASES.values(), _FAST), ids=CASES)
 
 
 def adapted(model, std=0.3, **options):
@@ -136,7 +141,7 @@ def test_all_linear_is_all_linear(case):
     assert {name.removeprefix("base_model.model.") for name in adapters(adapted(model))} == linears
 
 
-@every_case
+@some_fast
 def test_no_adapter_is_passed_by_in_inference(case):
     model = case.model()
     inputs, model = case.inputs(model), adapted(model).eval()
@@ -161,7 +166,7 @@ def test_adapters_learn_and_nothing_else_does(case):
             assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
-@every_case
+@some_fast
 def test_training_lowers_the_loss_and_keeps_the_model(case):
     model = case.model()
     inputs = case.inputs(model)
@@ -218,7 +223,7 @@ def assert_equal_weights(model, weights):
     assert all(torch.equal(own[name], value) for name, value in weights.items())
 
 
-@every_case
+@some_fast
 def test_merged_adapters_are_the_same_model(case, tmp_path):
     """To rounding in float64, and within 1e-6 in float32 at the size of a model's first weights. What is left is plain."""
     for dtype, std, tolerance in ((torch.float64, 0.3, 1e-12), (torch.float32, 0.02, 1e-6)):

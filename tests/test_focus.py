@@ -33,6 +33,7 @@ from modeling_heptapod.leap.focus_recurrent import (
     step_window_mean,
     unpack_state,
 )
+from tests.tiny import mostly_slow
 
 
 WINDOWS = [None, 1, 2, 4, 16, 17, 64, 65, 66, 100, 1000]
@@ -287,7 +288,7 @@ def mean_kwargs(kwargs):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("option", ["plain", "null", "alibi_slopes", "padding", "segments", "all"])
-@pytest.mark.parametrize("window", [None, 1, 5, 66, 100])
+@pytest.mark.parametrize("window", mostly_slow([None, 1, 5, 66, 100], (None, 5, 100)))
 def test_means_alone(window, option, causal):
     seq, options = 190, {**OPTIONS[option], "rotary": False}
     _, kwargs = make_inputs(2, seq, **options)
@@ -566,7 +567,7 @@ EXTREMES = [
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kind", EXTREMES)
-@pytest.mark.parametrize("window", [None, 4, 100, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("window", mostly_slow([None, 4, 64, 100], (None, 100)))
 def test_extreme_logits(window, kind, causal):
     seq = 500
     settings = settings_for(window, causal)
@@ -607,7 +608,7 @@ def test_extreme_inputs_of_the_whole_step(weight_function):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window", [None, 4, 100])
+@pytest.mark.parametrize("window", mostly_slow([None, 4, 100], (None, 100)))
 @pytest.mark.parametrize("option", ["plain", "all"])
 def test_float32(option, window, causal):
     options = OPTIONS[option]
@@ -624,7 +625,7 @@ def test_float32(option, window, causal):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window", [None, 4, 70])
+@pytest.mark.parametrize("window", mostly_slow([None, 4, 70], (None, 70)))
 @pytest.mark.parametrize("normalize", [False, True])
 def test_half_precision_is_as_good_as_rounding_the_exact_result(normalize, window, causal, dtype):
     settings = FocusSettings(scale=2.5, normalize=normalize, window=window, causal=causal)
@@ -697,7 +698,7 @@ def bytes_held(function):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window", [None, 4, 8, 16, 64])
+@pytest.mark.parametrize("window", mostly_slow([None, 4, 8, 16, 64], (None, 8)))
 def test_memory_held_for_the_backward_pass(window, causal):
     """Inputs, output and at most 5% more, whatever holds it: counted at the allocator, not in autograd's own lists."""
     settings = settings_for(window, causal, normalize=True)

@@ -21,6 +21,7 @@ from tests.test_focus import (
     relative_rms,
     settings_for,
 )
+from tests.tiny import mostly_slow
 from tests.tiny_leap import tiny_leap
 
 
@@ -102,7 +103,7 @@ def _with_settings(batch, seq, window, head_dim=4, **options):
     return qfkv, settings_for(window, **options), kwargs
 
 
-@pytest.mark.parametrize("head_dim", [7, 16, 64, *(pytest.param(x, marks=pytest.mark.slow) for x in (2, 96))])
+@pytest.mark.parametrize("head_dim", mostly_slow([7, 16, 64, 2, 96], (7, 64)))
 def test_head_dims(head_dim):
     options = {"normalize": head_dim > 2, "padding": True, "rotary": head_dim % 2 == 0}
     check(*_with_settings(2, 40, 5, head_dim, **options))
@@ -325,7 +326,7 @@ def not_finite(x):
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("window", [None, 4, *(pytest.param(x, marks=pytest.mark.slow) for x in (1, 64))])
+@pytest.mark.parametrize("window", mostly_slow([None, 4, 1, 64], (None,)))
 def test_what_is_not_finite_stays_so(window, option, poison, monkeypatch):
     """Where the definition gives NaN or Inf, so does C; and nowhere where torch does not, whose tiles spread it."""
     qfkv, kwargs = make_inputs(2, 60, **OPTIONS[option])

@@ -12,8 +12,11 @@ from modeling_heptapod.leap.focus import focus_mean, focus_mixing
 from modeling_heptapod.leap.focus_cpu import NativeMixing, takes
 from modeling_heptapod.leap.focus_tiles import TiledMixing
 from tests.test_focus import OPTIONS, make_inputs, settings_for
+from tests.tiny import mostly_slow
 from tests.tiny_leap import random_ids, tiny_leap
 
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 HEADS = 2
 # One for the C source, one for tiles because of the window, one because of both directions.
@@ -24,13 +27,6 @@ SETTINGS = {
     "two-sided": (None, False),
     "two-sided window": (5, False),
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture
@@ -83,10 +79,7 @@ def compare(function, *tensors, backend="aot_eager"):
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param(kind, marks=pytest.mark.slow) if kind in ("window", "two-sided") else kind for kind in SETTINGS],
-)
+@pytest.mark.parametrize("kind", mostly_slow(SETTINGS, ("global", "wide", "two-sided window")))
 def test_the_mixing_step_in_a_graph(kind):
     qfkv, kwargs = inputs("all")
     settings = settings_for(*SETTINGS[kind], **OPTIONS["all"])
@@ -102,7 +95,7 @@ def test_dtypes(dtype):
 
 
 @pytest.mark.parametrize("seq", [3, 60])
-@pytest.mark.parametrize("kind", ["global", "window", "wide"])
+@pytest.mark.parametrize("kind", mostly_slow(["global", "window", "wide"], ("global",)))
 def test_a_graph_that_goes_on_from_a_state(kind, seq):
     qfkv, kwargs = inputs("alibi_slopes", seq=40)
     settings = settings_for(*SETTINGS[kind], **OPTIONS["alibi_slopes"])

@@ -9,7 +9,8 @@ from transformers import DynamicCache
 
 from modeling_heptapod import HierarchicalCache
 from modeling_heptapod.common.transformers_versions import CACHE
-from tests.tiny_hierarchical_lm import VARIANTS, random_ids, tiny_hierarchical_lm
+from tests.tiny import mostly_slow
+from tests.tiny_hierarchical_lm import SOME_FAST, VARIANTS, random_ids, tiny_hierarchical_lm
 
 
 # No token is a pad by its id: `generate` would mask it in a prompt, and beam search wants an id.
@@ -37,7 +38,7 @@ def in_chunks(model, ids, sizes, mask=None):
     return torch.cat(logits, dim=1), cache
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SOME_FAST)
 def test_steps_and_chunks_equal_the_parallel_forward(variant):
     model = tiny_hierarchical_lm(**VARIANTS[variant]).double()
     ids = random_ids(2, 75)
@@ -74,7 +75,7 @@ def test_a_thousand_steps_equal_the_parallel_forward(variant):
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SOME_FAST)
 def test_padded_chunks_equal_rows_alone(variant):
     """Chunks that are all pads for some rows, and rows that begin at every phase of a stride."""
     model = tiny_hierarchical_lm(pad_token_id=3, **VARIANTS[variant]).double()
@@ -93,7 +94,7 @@ def test_padded_chunks_equal_rows_alone(variant):
             torch.testing.assert_close(follow[i, -4:], alone[-4:], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SOME_FAST)
 def test_every_variant_generates_what_it_computes_without_a_cache(variant):
     model = tiny_hierarchical_lm(**VARIANTS[variant])
     prompt = random_ids(2, 20)
@@ -105,13 +106,7 @@ def test_every_variant_generates_what_it_computes_without_a_cache(variant):
     assert torch.equal(tokens, model.generate(prompt, max_new_tokens=40, prefill_chunk_size=7, **GREEDY))
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [
-        variant if variant in ("plain", "two", "stride", "blocks") else pytest.param(variant, marks=pytest.mark.slow)
-        for variant in VARIANTS
-    ],
-)
+@pytest.mark.parametrize("variant", mostly_slow(VARIANTS, ("plain", "two", "stride", "blocks")))
 def test_padding_in_every_variant(variant):
     model = tiny_hierarchical_lm(pad_token_id=0, **VARIANTS[variant])
     with torch.no_grad():
@@ -128,7 +123,7 @@ def test_padding_in_every_variant(variant):
     assert torch.equal(single[0, 43:], tokens[1, 43:])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SOME_FAST)
 def test_beam_search(variant):
     model = tiny_hierarchical_lm(**VARIANTS[variant])
     prompt = random_ids(2, 20)
@@ -171,7 +166,7 @@ def test_prompts_of_embeddings(padded):
     assert torch.equal(by_embeds, tokens)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SOME_FAST)
 def test_generation_goes_on_from_a_returned_cache(variant):
     model = tiny_hierarchical_lm(**VARIANTS[variant])
     how = {"return_dict_in_generate": True, **GREEDY}

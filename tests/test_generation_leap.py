@@ -8,6 +8,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from modeling_heptapod import RecurrentCache, StaticRecurrentCache
 from modeling_heptapod.common.transformers_versions import CACHE
+from tests.tiny import mostly_slow
 from tests.tiny_leap import VARIANTS, random_ids, tiny_leap
 
 
@@ -35,7 +36,7 @@ def test_greedy_tokens_are_those_of_the_parallel_forward(variant):
     assert len(tokens[0].unique()) > 10
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", mostly_slow(VARIANTS, ("default", "alibi-null", "absolute", "additive-alibi")))
 def test_every_variant_generates_what_it_computes_without_a_cache(variant):
     model = tiny_leap(**VARIANTS[variant])
     prompt = random_ids(2, 20)
@@ -58,7 +59,7 @@ def test_a_left_padded_batch_generates_what_its_rows_do_alone():
         assert torch.equal(tokens[i, 200:], alone[0, row.shape[1] :]), i
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", mostly_slow(VARIANTS, ("default", "alibi-null", "absolute", "additive-alibi")))
 def test_padding_in_every_variant(variant):
     model = tiny_leap(**VARIANTS[variant])
     rows, ids, mask = left_padded((1, 7, 63))

@@ -10,7 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from modeling_heptapod import MultiGridCache, MultiGridProcessor
 from modeling_heptapod.multigrid.configuration_multigrid import AXIS_ORDERS
-from tests.tiny import a_loop_of_ones_own
+from tests.tiny import a_loop_of_ones_own, mostly_slow
 from tests.tiny_multigrid import TWO_AXES, VARIANTS, random_grid, random_ids, tiny_multigrid
 
 
@@ -19,8 +19,7 @@ GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 50}
 WITH_TRACKS = {"return_dict_in_generate": True, **GREEDY}
 WITH_AXES = [name for name, options in VARIANTS.items() if "axis_names" in options]
 # For what takes longer: one of a kind, the others among the slow tests.
-ONE_OF_A_KIND = ("light", "factored", "leap", "lstm-factored")
-MOST_SLOWLY = [x if x in ONE_OF_A_KIND else pytest.param(x, marks=pytest.mark.slow) for x in WITH_AXES]
+ONE_OF_A_KIND = mostly_slow(WITH_AXES, ("light", "factored", "leap", "lstm-factored"))
 BOTH_ORDERS = pytest.mark.parametrize("order", AXIS_ORDERS)
 
 
@@ -89,7 +88,7 @@ def test_steps_and_chunks_equal_the_parallel_forward(variant):
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", MOST_SLOWLY)
+@pytest.mark.parametrize("variant", ONE_OF_A_KIND)
 def test_padded_chunks_equal_rows_alone(variant):
     model = tiny_multigrid(pad_token_id=0, **VARIANTS[variant]).double()
     lengths = (30, 1, 17)
@@ -135,7 +134,7 @@ def greedily(model, batch, steps, forced=None, annotate=None):
     return ids, axis_ids
 
 
-@pytest.mark.parametrize("variant", WITH_AXES)
+@pytest.mark.parametrize("variant", ONE_OF_A_KIND)
 def test_every_variant_generates_what_it_computes_without_a_cache(variant):
     model = tiny_multigrid(**VARIANTS[variant])
     batch = random_grid(model, 2, 12)
@@ -166,7 +165,7 @@ def test_nothing_is_left_on_the_module():
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
 
 
-@pytest.mark.parametrize("variant", MOST_SLOWLY)
+@pytest.mark.parametrize("variant", ONE_OF_A_KIND)
 def test_padding_in_every_variant(variant):
     model = tiny_multigrid(pad_token_id=0, **VARIANTS[variant])
     with torch.no_grad():
@@ -183,7 +182,7 @@ def test_padding_in_every_variant(variant):
         assert torch.equal(out.axis_sequences[i, :, 20:], axis_ids[0, :, -10:]), i
 
 
-@pytest.mark.parametrize("variant", MOST_SLOWLY)
+@pytest.mark.parametrize("variant", ONE_OF_A_KIND)
 def test_beam_search(variant):
     model = tiny_multigrid(**{**VARIANTS[variant], "initializer_range": 0.4})
     batch = random_grid(model, 2, 12)
@@ -331,7 +330,7 @@ def test_rows_that_end_are_filled_up(order):
     assert len(ends) > 3 and axis_ids[..., 6:].any()
 
 
-@pytest.mark.parametrize("variant", MOST_SLOWLY)
+@pytest.mark.parametrize("variant", ONE_OF_A_KIND)
 def test_generation_goes_on_from_a_returned_cache(variant):
     model = tiny_multigrid(**VARIANTS[variant])
     first = model.generate(**random_grid(model, 2, 9), max_new_tokens=6, **WITH_TRACKS)

@@ -234,13 +234,6 @@ def calls(monkeypatch):
 FORTH_AND_BACK = ["local_attention_forward", "local_attention_backward"]
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("case", ["odd sizes", "uneven phases"])
 @pytest.mark.parametrize("padded", [True, False])
 def test_local_attention_is_the_kernel(case, padded, calls):

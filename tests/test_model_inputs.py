@@ -8,7 +8,7 @@ from modeling_heptapod import StaticRecurrentCache
 from modeling_heptapod.common.model_inputs import count_positions, mask_of_new_tokens, token_mask
 from modeling_heptapod.common.transformers_versions import CACHE
 from modeling_heptapod.leap import focus_cpu
-from tests.tiny import a_loop_of_ones_own, random_ids
+from tests.tiny import a_loop_of_ones_own, mostly_slow, random_ids
 from tests.tiny_heptapod import VARIANTS as GRID
 from tests.tiny_heptapod import tiny_heptapod
 from tests.tiny_hierarchical_lm import VARIANTS as HIERARCHICAL
@@ -141,7 +141,7 @@ def packing(case, how):
 
 
 @pytest.mark.parametrize("how", ["seq_idx", "cu_seq_lens_q", "position_ids"])
-@pytest.mark.parametrize("case", PACKED)
+@pytest.mark.parametrize("case", mostly_slow(PACKED, ("pads in the last sequence", "pads everywhere")))
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_packed_rows_with_pads_equal_separate_sequences(name, case, how):
@@ -323,7 +323,9 @@ def test_what_pads_hold_is_not_looked_at(name, pads):
 
 
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"use_cache": False}, {"prefill_chunk_size": 7}], ids=str)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", mostly_slow(MODELS, ("leap", "leap additive", "hierarchical", "multigrid", "multigrid lstm"))
+)
 def test_generation_after_pads_anywhere(name, how):
     """As after virtual tokens in front of left pads, or a template's pads between turns."""
     model, ids = MODELS[name](), random_ids(3, 16)

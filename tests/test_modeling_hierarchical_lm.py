@@ -10,7 +10,7 @@ from modeling_heptapod import HierarchicalCache, HierarchicalLMForCausalLM, Hier
 from modeling_heptapod.common.transformers_versions import CACHE
 from modeling_heptapod.hierarchical_lm.hierarchy_merges import ConcatMerge
 from tests.reference.hierarchical_lm import HierarchicalDescription, hierarchical_logits, hierarchical_streams
-from tests.tiny_hierarchical_lm import VARIANTS, random_ids, tiny_config, tiny_hierarchical_lm
+from tests.tiny_hierarchical_lm import SOME_FAST, VARIANTS, random_ids, tiny_config, tiny_hierarchical_lm
 
 
 SEQ = 21
@@ -51,7 +51,7 @@ def describe(config):
 
 
 @pytest.mark.parametrize("merging", [True, False])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SOME_FAST)
 def test_logits_and_streams_equal_the_oracle(variant, merging):
     model = tiny_hierarchical_lm(**VARIANTS[variant]).double()
     ids = random_ids(2, SEQ)
@@ -240,7 +240,7 @@ class Streams:
         return [*self.kept, out.hierarchy_hidden_states], out.logits
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SOME_FAST)
 def test_no_hierarchy_sees_the_future(variant):
     model = tiny_hierarchical_lm(**VARIANTS[variant])
     strides, factors, seq = model.config.strides, model.config.compression_factors, 40
@@ -290,7 +290,7 @@ def test_windows_reach_exactly_as_far_as_they_say():
 # --- attentions and hidden states --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SOME_FAST)
 def test_asking_for_attentions_changes_nothing(variant):
     model = tiny_hierarchical_lm(**VARIANTS[variant]).double()
     config, ids = model.config, random_ids(2, 23)
@@ -496,7 +496,7 @@ def test_gradient_checkpointing_equals_plain(variant, use_reentrant):
         torch.testing.assert_close(grad, expected)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SOME_FAST)
 def test_bfloat16(variant):
     model = tiny_hierarchical_lm(**{"initializer_range": 0.1, **VARIANTS[variant], **ALL_LOSSES}).train()
     ids = random_ids(2, 40)

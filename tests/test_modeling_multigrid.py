@@ -10,7 +10,8 @@ from modeling_heptapod import MultiGridCache, MultiGridForCausalLM
 from modeling_heptapod.multigrid import multigrid_blocks
 from modeling_heptapod.multigrid.multigrid_cores import grouped_linear
 from tests.attention_kernels import use_flash_attention, use_flex_attention
-from tests.tiny_multigrid import TWO_AXES, VARIANTS, random_grid, random_ids, tiny_config, tiny_multigrid
+from tests.tiny import mostly_slow
+from tests.tiny_multigrid import SOME_FAST, TWO_AXES, VARIANTS, random_grid, random_ids, tiny_config, tiny_multigrid
 
 
 WITH_AXES = [name for name, options in VARIANTS.items() if options.get("axis_names")]
@@ -99,7 +100,7 @@ def test_eager_attention_of_one_more_token():
 
 
 @pytest.mark.parametrize("use_attention", [use_flex_attention, use_flash_attention])
-@pytest.mark.parametrize("variant", ["plain", "light", "factored"])
+@pytest.mark.parametrize("variant", mostly_slow(["plain", "light", "factored"], ("factored",)))
 def test_every_attention_implementation_is_the_same(variant, use_attention, monkeypatch):
     """Of whole rows, padded and packed ones, and of chunks and single tokens after cached ones."""
     model = tiny_multigrid(**VARIANTS[variant]).double()
@@ -165,7 +166,7 @@ PIECES = {"one at a time": [1] * 20, "chunks": [5, 1, 7, 4, 3], "prompt and toke
 
 
 @pytest.mark.parametrize("pieces", PIECES)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SOME_FAST)
 def test_cached_logits_equal_parallel_ones(variant, pieces):
     model = tiny_multigrid(**VARIANTS[variant])
     grid = random_grid(model, 2, 21)
@@ -331,7 +332,7 @@ def test_a_mask_of_new_tokens_leaves_the_past_in_sight(variant):
 
 
 @pytest.mark.parametrize("use_cache", [False, True])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SOME_FAST)
 def test_no_axis_sees_the_future_of_any_axis(variant, use_cache):
     """Every token of every axis is changed, one at a time; a position sees its past, and the factored main axis one axis id more."""
     model = tiny_multigrid(**VARIANTS[variant]).double()
@@ -389,7 +390,7 @@ def test_meta_and_main_are_not_swapped(variant):
 
 @pytest.mark.parametrize("use_cache", [False, True])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SOME_FAST)
 def test_padded_rows_equal_rows_alone(variant, side, use_cache):
     model = tiny_multigrid(pad_token_id=3, **VARIANTS[variant]).double()
     lengths, width = (1, 7, 30), 33
@@ -470,7 +471,7 @@ def packing(how):
 
 
 @pytest.mark.parametrize("how", ["position_ids", "position_ids and a mask of ones", "cu_seq_lens_q", "seq_idx"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SOME_FAST)
 def test_packed_rows_equal_separate_rows(variant, how):
     model = tiny_multigrid(**VARIANTS[variant]).double()
     grid = random_grid(model, 1, sum(LENGTHS))

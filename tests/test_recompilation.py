@@ -11,7 +11,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from modeling_heptapod.heptapod import local_attention
 from modeling_heptapod.heptapod.local_attention_cpu import takes
 from tests import tiny_heptapod, tiny_hierarchical_lm, tiny_leap, tiny_multigrid
+from tests.tiny import mostly_slow
 
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 LENGTHS = (40, 57, 64, 33, 19, 90, 7)
 LEAP, MULTIGRID = tiny_leap.VARIANTS, tiny_multigrid.VARIANTS
@@ -29,13 +32,6 @@ HIERARCHICAL = {
         "next_latent_rollouts": 2,
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def compilations(model, make_inputs, train, sizes=LENGTHS, backend="eager"):
@@ -76,10 +72,7 @@ def test_the_peer():
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["no-grad", "training"])
-@pytest.mark.parametrize(
-    "variant",
-    [name if name == "plain-scale" else pytest.param(name, marks=pytest.mark.slow) for name in LEAP],
-)
+@pytest.mark.parametrize("variant", mostly_slow(LEAP, ("plain-scale",)))
 def test_leap(variant, train):
     """Without gradients each pass also fills a cache."""
     assert compilations(tiny_leap.tiny_leap(**LEAP[variant]), text, train) == 2
@@ -92,11 +85,9 @@ def test_bidirectional_leap(variant):
     assert compilations(model, text, train=True) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True], ids=["no-grad", "training"])
-@pytest.mark.parametrize(
-    "variant",
-    [pytest.param(name, marks=pytest.mark.slow) for name in MULTIGRID if "lstm" not in name],
-)
+@pytest.mark.parametrize("variant", [name for name in MULTIGRID if "lstm" not in name])
 def test_multigrid(variant, train):
     model = tiny_multigrid.tiny_multigrid(**MULTIGRID[variant])
     assert compilations(model, lambda length: tiny_multigrid.random_grid(model, 2, length), train) == 2
@@ -115,10 +106,7 @@ def test_multigrid_with_packed_rows(train):
 
 
 @pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.slow), True], ids=["no-grad", "training"])
-@pytest.mark.parametrize(
-    "variant",
-    [name if name == "two" else pytest.param(name, marks=pytest.mark.slow) for name in HIERARCHICAL],
-)
+@pytest.mark.parametrize("variant", mostly_slow(HIERARCHICAL, ("two",)))
 def test_hierarchical_lm(variant, train):
     """Without gradients each pass also fills a cache. A text of one step, or one block of losses, is another program."""
     model = tiny_hierarchical_lm.tiny_hierarchical_lm(**HIERARCHICAL[variant], num_hidden_layers=1)

@@ -11,6 +11,7 @@ from transformers.cache_utils import LinearAttentionLayer
 from modeling_heptapod import RecurrentCache, StaticRecurrentCache
 from modeling_heptapod.common.transformers_versions import CACHE
 from modeling_heptapod.leap import focus_cpu
+from tests.tiny import mostly_slow
 from tests.tiny_leap import VARIANTS, random_ids, tiny_config, tiny_leap
 
 
@@ -51,11 +52,8 @@ def form(request, monkeypatch):
 
 @pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("cache_class", [RecurrentCache, StaticRecurrentCache])
-@pytest.mark.parametrize(
-    "cuts",
-    [pytest.param(cuts, marks=pytest.mark.slow) if cuts in ("two chunks", "of every size") else cuts for cuts in CUTS],
-)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("cuts", mostly_slow(CUTS, CUTS.keys() - {"two chunks", "of every size"}))
+@pytest.mark.parametrize("variant", mostly_slow(VARIANTS, ("default", "exp", "alibi-null", "additive-alibi")))
 @torch.no_grad()
 def test_decoding_equals_the_parallel_forward(variant, cuts, cache_class):
     model = tiny_leap(**VARIANTS[variant])

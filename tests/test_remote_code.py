@@ -13,6 +13,7 @@ from modeling_heptapod.common import remote_code
 from modeling_heptapod.common.remote_code import write_code
 from tests.clean_room import run_alone
 from tests.saved_models import FAMILIES
+from tests.tiny import mostly_slow
 from tests.tiny_leap import tiny_leap
 
 
@@ -98,10 +99,7 @@ def test_imports_of_packages_are_refused(line, tmp_path):
         write_code([tmp_path / "a" / "model.py"], tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    "family",
-    [family if family == "leap" else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES],
-)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, ("leap",)))
 def test_a_config_alone_makes_models_elsewhere(family, tmp_path):
     names = {"leap": "Leap", "hierarchical_lm": "HierarchicalLM", "heptapod": "Heptapod", "multigrid": "MultiGrid"}
     config = getattr(modeling_heptapod, f"{names[family]}Config")(vocab_size=30, hidden_size=32, num_attention_heads=2)

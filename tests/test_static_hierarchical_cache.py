@@ -5,20 +5,19 @@ import copy
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import CompileConfig
 from transformers.cache_utils import LinearAttentionLayer, StaticLayer
 
 from modeling_heptapod import HierarchicalCache, StaticHierarchicalCache
 from modeling_heptapod.common.cache_checks import held_states
 from modeling_heptapod.common.transformers_versions import CACHE
+from tests.compiled_generation import compile_config
 from tests.test_generation_hierarchical_lm import GREEDY, left_padded
-from tests.tiny_hierarchical_lm import VARIANTS, random_ids, tiny_hierarchical_lm
+from tests.tiny import mostly_slow
+from tests.tiny_hierarchical_lm import SOME_FAST, VARIANTS, random_ids, tiny_hierarchical_lm
 
 
 SEQ, ROOM = 43, 50
 STATIC = {"cache_implementation": "static", "disable_compile": True}
-SOME = ("plain", "two", "stride", "predict-all", "blocks")
-SOME_FAST = [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
 
 
 def tiny(variant, **options):
@@ -58,18 +57,15 @@ def addresses(cache):
 
 
 @pytest.fixture
-def compiler():
+def compiler(fresh_compiler):
     torch.use_deterministic_algorithms(False)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 # --- what it holds -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("room", [SEQ, 75])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SOME_FAST)
 def test_steps_and_chunks_equal_whole_rows(variant, room):
     model = tiny(variant).double()
     ids = random_ids(2, SEQ)
@@ -304,10 +300,7 @@ def compiled_steps(model, ids, cache, first, graphs, prepare):
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("prepare", [False, True])
 @pytest.mark.parametrize("with_pads", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize(
-    "variant",
-    [name if name == "stride" else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS],
-)
+@pytest.mark.parametrize("variant", mostly_slow(VARIANTS, ("stride",)))
 def test_a_graph_for_each_stride(variant, with_pads, prepare):
     """Without knowledge of which streams have a step, one graph that computes all."""
     model = tiny(variant, num_hidden_layers=1).double()
@@ -344,14 +337,7 @@ def test_the_default_compiler(variant, prepare):
 @pytest.mark.parametrize("variant", ["stride", pytest.param("predict-all", marks=pytest.mark.slow)])
 def test_generate_compiles_its_steps(variant):
     """As on a GPU: a graph for each stride for all steps of two texts, as many for those of a shorter one with pads."""
-    model, graphs = tiny(variant, num_hidden_layers=1), []
-
-    def backend(graph, inputs):  # a counter would be copied with the options
-        graphs.append(graph)
-        return graph.forward
-
-    config = CompileConfig(fullgraph=True, backend=backend, mode=None)
-    config._compile_all_devices = True
+    model, (config, graphs) = tiny(variant, num_hidden_layers=1), compile_config()
     ids, mask = padded((3, 7))
     batches = [{"input_ids": random_ids(2, 9)}, {"input_ids": random_ids(2, 6)}]
     batches += [{"input_ids": ids, "attention_mask": mask}] * 2

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import CompileConfig
 from transformers.cache_utils import LinearAttentionLayer, StaticLayer
 
 from modeling_heptapod import MultiGridCache, StaticMultiGridCache
@@ -13,8 +12,10 @@ from modeling_heptapod.common.cache_checks import held_states
 from modeling_heptapod.common.transformers_versions import CACHE
 from modeling_heptapod.multigrid.multigrid_cores import lstm_step
 from tests.attention_kernels import use_flash_attention, use_flex_attention
+from tests.compiled_generation import compile_config
 from tests.test_generation_multigrid import BOTH_ORDERS, GREEDY, WITH_TRACKS, left_padded, two_axes, with_annotator
-from tests.tiny_multigrid import VARIANTS, random_grid, tiny_multigrid
+from tests.tiny import mostly_slow
+from tests.tiny_multigrid import SOME_FAST, VARIANTS, random_grid, tiny_multigrid
 
 
 SEQ, ROOM = 23, 29
@@ -22,8 +23,6 @@ PADS = [(0, slice(0, 5)), (1, slice(9, 12)), (1, slice(14, 15))]  # before a row
 STATIC = {"cache_implementation": "static", "disable_compile": True}
 WITH_ATTENTION = [name for name, options in VARIANTS.items() if "core" not in options]
 ONE_OF_A_CORE = ("axes", "leap", "lstm")
-SOME = ("plain", "light", "factored", "leap-factored", "lstm")
-SOME_FAST = [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
 
 
 def padded_grid(model):
@@ -60,27 +59,19 @@ def addresses(cache):
 
 
 @pytest.fixture
-def compiler():
+def compiler(fresh_compiler):
     torch.use_deterministic_algorithms(False)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 # --- what it holds -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("room", [SEQ, ROOM])
-@pytest.mark.parametrize(
-    ("variant", "attention"),
-    [
-        (x, attention)
-        for x in VARIANTS
-        for attention in ("sdpa", "eager")
-        if x in WITH_ATTENTION or attention == "sdpa"
-    ],
-)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("variant", SOME_FAST)
 def test_steps_and_chunks_equal_the_dynamic_cache_and_whole_rows(variant, attention, room):
+    if attention == "eager" and variant not in WITH_ATTENTION:
+        pytest.skip("its core is no transformer")
     model = tiny_multigrid(**VARIANTS[variant]).double()
     model.set_attn_implementation(attention)
     inputs = padded_grid(model)
@@ -282,6 +273,8 @@ def test_its_length_is_checked():
     for model in (attention, leap):
         with pytest.raises(ValueError, match="`max_cache_len` must be at least 1, got 0"):
             StaticMultiGridCache(model.config, 0)
+        with pytest.raises(TypeError, match="`max_cache_len` must be an integer, got 2.5"):
+            StaticMultiGridCache(model.config, 2.5)
     cache = StaticMultiGridCache(leap.config, 3)  # states have no length
     run(leap, random_grid(leap, 2, SEQ), [SEQ], cache)
     assert int(cache.get_seq_length()) == SEQ and cache.max_cache_len is None
@@ -413,14 +406,9 @@ def one_layer(variant):
     return tiny_multigrid(**{**VARIANTS[variant], "num_hidden_layers": 1, **windows})
 
 
-COMPILED = ("plain", "leap-factored", "lstm-factored")
-
-
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize(
-    "variant", [name if name in COMPILED else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
-)
+@pytest.mark.parametrize("variant", mostly_slow(VARIANTS, ("plain", "leap-factored", "lstm-factored")))
 def test_all_steps_are_one_graph(variant, padded):
     model = (tiny_multigrid(**VARIANTS[variant]) if "leap" in variant else one_layer(variant)).double()
     inputs = padded_grid(model) if padded else random_grid(model, 2, SEQ)
@@ -449,19 +437,10 @@ def test_the_default_compiler(variant):
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize(
-    "variant", ["axis", *(pytest.param(x, marks=pytest.mark.slow) for x in ("plain", "factored", "leap", "lstm"))]
-)
+@pytest.mark.parametrize("variant", mostly_slow(("plain", "axis", "factored", "leap", "lstm"), ("axis",)))
 def test_generate_compiles_its_steps(variant):
     """As on a GPU: one graph for all steps of two texts, one more for those of a shorter one with pads."""
-    model, graphs = one_layer(variant), []
-
-    def backend(graph, inputs):  # a counter would be copied with the options
-        graphs.append(graph)
-        return graph.forward
-
-    config = CompileConfig(fullgraph=True, backend=backend, mode=None)
-    config._compile_all_devices = True
+    model, (config, graphs) = one_layer(variant), compile_config()
     _, padded = left_padded(model, (3, 7))
     how, counts = {**WITH_TRACKS, "max_new_tokens": 8}, []
     for batch in (random_grid(model, 2, 9), random_grid(model, 2, 6), padded, padded):

@@ -1,8 +1,14 @@
 """What the tiny models of all families have in common."""
 
+import pytest
 import torch
 
 import modeling_heptapod
+
+
+def mostly_slow(values, fast):
+    """Parameters of a test that takes long: all `values`, those that are not in `fast` marked slow."""
+    return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def build_tiny(head: str, config, seed: int, also: str = "norm"):

@@ -1,7 +1,7 @@
 """Small hierarchical LMs for tests: large random weights, so that a wrong state shows in the logits."""
 
 import modeling_heptapod
-from tests.tiny import build_tiny, random_ids
+from tests.tiny import build_tiny, mostly_slow, random_ids
 
 
 # One entry a way in which models differ; every test that is about all of them runs over these.
@@ -63,6 +63,8 @@ VARIANTS = {
     },
     "no-attention": {"compression_factors": [1, 2], "strides": [1, 2], "window_sizes": 0},
 }
+# The same for tests that take long.
+SOME_FAST = mostly_slow(VARIANTS, ("plain", "two", "stride", "predict-all", "blocks", "cross-all"))
 
 
 def tiny_config(**overrides):
@@ -88,4 +90,4 @@ def tiny_hierarchical_lm(head="HierarchicalLMForCausalLM", seed=0, **overrides):
     return build_tiny(head, tiny_config(**overrides), seed)
 
 
-__all__ = ["VARIANTS", "random_ids", "tiny_config", "tiny_hierarchical_lm"]
+__all__ = ["SOME_FAST", "VARIANTS", "random_ids", "tiny_config", "tiny_hierarchical_lm"]

@@ -3,7 +3,7 @@
 import torch
 
 import modeling_heptapod
-from tests.tiny import build_tiny, random_ids
+from tests.tiny import build_tiny, mostly_slow, random_ids
 
 
 TWO_AXES = {"axis_names": ["kind", "bracket"], "axis_vocab_sizes": [7, 5]}
@@ -27,6 +27,8 @@ VARIANTS = {
     "leap-plain": {"core": "leap"},
     "lstm-plain": {"core": "lstm"},
 }
+# The same for tests that take long.
+SOME_FAST = mostly_slow(VARIANTS, ("plain", "light", "factored", "leap-factored", "lstm"))
 
 
 def tiny_config(**overrides):
@@ -55,4 +57,4 @@ def random_grid(model, batch, seq, seed=1):
     return {"input_ids": random_ids(batch, seq, config.vocab_size, seed), "axis_ids": axis_ids}
 
 
-__all__ = ["TWO_AXES", "VARIANTS", "random_grid", "random_ids", "tiny_config", "tiny_multigrid"]
+__all__ = ["SOME_FAST", "TWO_AXES", "VARIANTS", "random_grid", "random_ids", "tiny_config", "tiny_multigrid"]

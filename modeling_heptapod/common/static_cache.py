@@ -22,6 +22,14 @@ class StaticCountingMixin(CountingCacheMixin):
         # Of the instance from the beginning: a compiled step knows whether they are.
         self.next_positions, self.packed, self.has_tokens = None, False, False
 
+    @staticmethod
+    def check_max_cache_len(max_cache_len: int) -> None:
+        """Raise a `TypeError` for another type than an integer, and a `ValueError` for one below 1."""
+        if not isinstance(max_cache_len, int):
+            raise TypeError(f"`max_cache_len` must be an integer, got {max_cache_len!r}.")
+        if max_cache_len < 1:
+            raise ValueError(f"`max_cache_len` must be at least 1, got {max_cache_len}.")
+
     def lengths(self) -> torch.Tensor:
         """Number of real tokens of each row's sequence, `[batch]`, or `[]` for all rows."""
         return self.seen_tokens if self.next_positions is None else self.next_positions

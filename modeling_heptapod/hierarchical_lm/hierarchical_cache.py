@@ -13,6 +13,7 @@ room to spare, so that a token does not copy the window.
 import torch
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicCache
 
+from ..common.cache_checks import LayerStates
 from ..common.cache_utils import CountingCacheMixin
 
 
@@ -173,4 +174,35 @@ class HierarchicalCache(CountingCacheMixin, DynamicCache):
         self.seen_tokens, self.row_lengths, self._room = 0, [0], {}
 
 
-__all__ = ["HierarchicalCache"]
+def layer_states(config, ring_sizes: list[int] | None) -> list[LayerStates]:
+    """Expected states of each layer of a cache after its first token.
+
+    Args:
+        config (`HierarchicalLMConfig`): of the model.
+        ring_sizes (`list[int]`, *optional*): of a static cache, see [`StaticHierarchicalCache`].
+    """
+    is_static, layer = ring_sizes is not None, []
+    shapes: dict[tuple[str, int | None], tuple[int | None, ...]]
+    last: dict[tuple[str, int | None], tuple[int | None, ...]] = {}
+    for h, kind in zip(range(config.num_hierarchies), config.cache_layer_types):
+        width, window = config.hidden_sizes[h], None
+        slots = None if ring_sizes is None else config.dilations[h] * ring_sizes[h]
+        shift, keys = (config.dilations[h], width // 2), (config.num_attention_heads[h], slots, config.head_dim[h])
+        shapes = {("conv_states", 1): shift}
+        if kind != "conv":
+            shapes |= {("conv_states", 0): shift, ("keys", None): keys, ("values", None): keys}
+        if config.strides[h] > 1 and config.num_hierarchies > 1:
+            shapes["recurrent_states", 0] = (1, width)
+        if is_static and kind != "conv":
+            kind = "hybrid"
+        if kind == "hybrid_sliding":
+            window = config.kept_steps[h]
+        layer.append(LayerStates(kind, shapes, sliding_window=window, is_static=is_static))
+        if config.strides[h] > 1 and (config.predict_from_all or h == config.predict_index):
+            last["recurrent_states", h] = (1, width)
+    if max(config.compression_factors) > 1:
+        last["conv_states", 0] = (max(config.compression_factors) - 1, config.hidden_size)
+    return layer * config.num_hidden_layers + [LayerStates("conv", last, is_static=is_static)]
+
+
+__all__ = ["HierarchicalCache", "layer_states"]

@@ -20,11 +20,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, can_return_tuple, logging
-from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from ..common.auto_mapping import AutoMappingMixin
-from ..common.cache_checks import LayerStates
 from ..common.cache_mixins import CompiledStepMixin, CustomCacheMixin
 from ..common.losses import IGNORE_INDEX, at_least_one, causal_lm_loss, require_labels
 from ..common.model_inputs import apply_mask_to_padding_states, embed_text, has_dynamic_shapes
@@ -40,7 +38,7 @@ from .auxiliary_losses import AuxiliaryLosses, PredictionHead, RandomProjectionQ
 from .causal_compressors import AttentionCompressor, compress, make_compressor
 from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .hierarchical_block import HierarchicalLMLayer, steps_to_read
-from .hierarchical_cache import HierarchicalCache
+from .hierarchical_cache import HierarchicalCache, layer_states
 from .hierarchy_merges import ConcatMerge, CrossAttentionMerge
 from .static_hierarchical_cache import StaticHierarchicalCache, ring_sizes
 from .stream_plan import HierarchicalLMContext, make_plan, make_step_plan
@@ -147,31 +145,8 @@ class HierarchicalLMPreTrainedModel(AutoMappingMixin, CustomCacheMixin, PreTrain
         super().__init__(config, *args, **kwargs)
 
     def _cache_layers(self, cache):
-        """See `CustomCacheMixin._cache_layers`: hierarchies within layers, then the layer of compressors and head."""
-        config, hierarchies, layer = self.config, range(self.config.num_hierarchies), []
-        is_static = cache.is_compileable
-        sizes = ring_sizes(config, cache.max_cache_len) if is_static else []
-        shapes: dict[tuple[str, int | None], tuple[int | None, ...]]
-        last: dict[tuple[str, int | None], tuple[int | None, ...]] = {}
-        for h, kind in zip(hierarchies, config.cache_layer_types):
-            width, window = config.hidden_sizes[h], None
-            slots = config.dilations[h] * sizes[h] if is_static else None
-            shift, keys = (config.dilations[h], width // 2), (config.num_attention_heads[h], slots, config.head_dim[h])
-            shapes = {("conv_states", 1): shift}
-            if kind != "conv":
-                shapes |= {("conv_states", 0): shift, ("keys", None): keys, ("values", None): keys}
-            if config.strides[h] > 1 and len(hierarchies) > 1:
-                shapes["recurrent_states", 0] = (1, width)
-            if is_static and kind != "conv":
-                kind = "hybrid"
-            if kind == "hybrid_sliding":
-                window = config.kept_steps[h]
-            layer.append(LayerStates(kind, shapes, sliding_window=window, is_static=is_static))
-            if config.strides[h] > 1 and (config.predict_from_all or h == config.predict_index):
-                last["recurrent_states", h] = (1, width)
-        if max(config.compression_factors) > 1:
-            last["conv_states", 0] = (max(config.compression_factors) - 1, config.hidden_size)
-        return layer * config.num_hidden_layers + [LayerStates("conv", last, is_static=is_static)]
+        sizes = ring_sizes(self.config, cache.max_cache_len) if cache.is_compileable else None
+        return layer_states(self.config, sizes)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -276,7 +251,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         if is_given:
             self.check_cache(cache, embeds)
             if cache.is_compileable:
-                cache = _begin(cache, embeds)
+                cache = cache.of_pass(embeds)
         elif self.starts_cache(use_cache):
             cache = HierarchicalCache(self.config)
         is_first = cache is None or (not cache.is_compileable and cache.seen_tokens == 0)
@@ -360,18 +335,6 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
             last = context.segment_ids[:, -1:].expand(-1, more)
             context.segment_ids = torch.cat((context.segment_ids, last), dim=1)
         return nn.functional.pad(embeds, (0, 0, 0, more))
-
-
-def _begin(cache, embeds):
-    """The cache of a pass that continues a static one: the same for a single token, otherwise a dynamic one."""
-    length = embeds.shape[1]
-    cache.check_room(length)
-    if cache.has_tokens and length == 1:
-        if cache.has_step is None and not is_tracing(embeds):
-            cache.prepare_step()
-        return cache
-    cache.check_positions(embeds.dtype, embeds.device)
-    return cache.to_dynamic()
 
 
 def _warn_of_forgotten_losses(config):

@@ -54,10 +54,7 @@ class StaticHierarchicalCache(StaticCountingMixin, Cache):
     max_cache_len: int
 
     def __init__(self, config, max_cache_len: int):
-        if not isinstance(max_cache_len, int):
-            raise TypeError(f"`max_cache_len` must be an integer, got {max_cache_len!r}.")
-        if max_cache_len < 1:
-            raise ValueError(f"`max_cache_len` must be at least 1, got {max_cache_len}.")
+        self.check_max_cache_len(max_cache_len)
         self.config, self.max_cache_len = config, max_cache_len
         self.num_hierarchies = config.num_hierarchies
         self.ring_sizes = ring_sizes(config, max_cache_len)
@@ -80,6 +77,17 @@ class StaticHierarchicalCache(StaticCountingMixin, Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int):
         """Length and offset of a mask over all tokens for which there is room."""
         return self.max_cache_len, 0
+
+    def of_pass(self, embeds: torch.Tensor) -> "StaticHierarchicalCache | HierarchicalCache":
+        """The cache on which a pass over `embeds [batch, seq, hidden_size]` runs: this one for a single token, or a dynamic one."""
+        length = embeds.shape[1]
+        self.check_room(length)
+        if self.has_tokens and length == 1:
+            if self.has_step is None and not is_tracing(embeds):
+                self.prepare_step()
+            return self
+        self.check_positions(embeds.dtype, embeds.device)
+        return self.to_dynamic()
 
     # --- single tokens ---------------------------------------------------------------------------------------------------
 

@@ -77,15 +77,16 @@ class StaticMultiGridCache(StaticRecurrentCache):
             where there are none yet (core "transformer"). `None` before the first token.
 
     Raises:
-        ValueError: for a `max_cache_len` below 1, and for none with `core="transformer"`.
+        TypeError: for a `max_cache_len` that is no integer.
+        ValueError: for one below 1, and for none with `core="transformer"`.
     """
 
     def __init__(self, config, max_cache_len: int | None = None):
         recurrent = "full_attention" not in config.cache_layer_types
         if max_cache_len is None and not recurrent:
             raise ValueError("`max_cache_len` must be given with core='transformer', got None: the number of tokens.")
-        if max_cache_len is not None and max_cache_len < 1:
-            raise ValueError(f"`max_cache_len` must be at least 1, got {max_cache_len}.")
+        if max_cache_len is not None:
+            self.check_max_cache_len(max_cache_len)
         layers = [STATIC_LAYER_TYPE_MAPPING[kind](max_cache_len=max_cache_len) for kind in config.cache_layer_types]
         Cache.__init__(self, layers=layers)
         self._start()
