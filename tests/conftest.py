@@ -11,11 +11,12 @@ import tempfile
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Before transformers is imported: it reads both once. Modules of remote code and compiled C go to a folder of
-# this run's own.
+# this run's own; workers share the compiled C.
 _CACHE = tempfile.TemporaryDirectory(prefix="heptapod-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = _CACHE.name
-os.environ["XDG_CACHE_HOME"] = _CACHE.name
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 # Transformers imports torchao, which warns of kernels for other devices and registers classes in a way that torch warns of.
 for _name in ("torchao", "torch.utils._pytree"):

@@ -121,7 +121,9 @@ QUANTIZED = {
 }
 
 
-@pytest.fixture(params=QUANTIZED, scope="module")
+@pytest.fixture(
+    params=mostly_slow(QUANTIZED, ("leap", "hierarchical_lm", "heptapod", "multigrid lstm")), scope="module"
+)
 def quantized(request, tmp_path_factory):
     """A model, the same loaded in int8, that one saved and loaded again, and inputs for all three."""
     auto_class, inputs, build = QUANTIZED[request.param]

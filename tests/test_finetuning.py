@@ -188,7 +188,7 @@ def test_training_lowers_the_loss_and_keeps_the_model(case):
 
 
 @every_case
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("use_reentrant", mostly_slow([False, True], (False,)))
 def test_gradient_checkpointing_gives_the_same_gradients(case, use_reentrant):
     """Whose inputs peft makes require gradients: those of the embeddings, since nothing before the first adapter does."""
     model = case.model()

@@ -199,7 +199,7 @@ def test_windows_and_lengths(window, seq, causal, small_blocks):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("window", [None, 5, 70])
+@pytest.mark.parametrize("window", mostly_slow([None, 5, 70], (None, 70)))
 def test_options(window, option, causal, small_blocks):
     options = OPTIONS[option]
     qfkv, kwargs = make_inputs(2, 170, **options)

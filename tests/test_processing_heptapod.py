@@ -438,10 +438,8 @@ def test_a_saved_folder_works_without_this_package(by_bytes, tmp_path):
     assert (tmp_path / "again" / "processing_heptapod.py").is_file()
 
 
-@pytest.mark.parametrize(
-    "first",
-    ["modeling_heptapod", pytest.param("transformers.models.auto.processing_auto", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["modeling_heptapod", "transformers.models.auto.processing_auto"])
 def test_auto_processor_knows_the_class_before_it_is_imported(by_bytes, tmp_path, first):
     by_bytes.save_pretrained(tmp_path)
     code = f"""

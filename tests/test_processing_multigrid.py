@@ -424,6 +424,7 @@ print(type(processor).__name__, type(processor.axes[0]).__module__.split(".")[0]
 """
 
 
+@pytest.mark.slow
 def test_a_saved_folder_works_without_this_package(by_bytes, tmp_path):
     tree = {"class": "DecisionTreeAxis", "nodes": [[1, 96, 1, 2], [1], [2]], "vocabulary": ["none", "a", "b"]}
     axes = ["constant", *AXES, "indentation", "string", tree, "part_of_speech"]

@@ -71,7 +71,7 @@ def test_the_peer():
     assert compilations(model, text, train=False) == 2
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["no-grad", "training"])
+@pytest.mark.parametrize("train", mostly_slow([False, True], (True,)), ids=["no-grad", "training"])
 @pytest.mark.parametrize("variant", mostly_slow(LEAP, ("plain-scale",)))
 def test_leap(variant, train):
     """Without gradients each pass also fills a cache."""

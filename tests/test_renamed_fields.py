@@ -101,6 +101,7 @@ def test_old_folders_beside_the_package(family, trust_remote_code, old_folders):
     AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)  # has no renamed options here
 
 
+@pytest.mark.slow
 def test_old_folders_without_the_package(old_folders, tmp_path):
     """An old folder brings its own code, whose names are the old ones as well."""
     root, sums = old_folders

@@ -10,6 +10,7 @@ from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from modeling_heptapod.hierarchical_lm import modeling_hierarchical_lm
+from tests.tiny import mostly_slow
 from tests.tiny_hierarchical_lm import VARIANTS as HIERARCHICAL
 from tests.tiny_hierarchical_lm import tiny_hierarchical_lm
 from tests.tiny_leap import tiny_leap
@@ -113,7 +114,7 @@ def test_a_step_on_packed_documents_is_the_step_on_separate_ones(make, tmp_path)
     assert max((a - b).abs().max() for a, b in zip(weights, untrained)) > 1e-3
 
 
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("packing", mostly_slow([False, True], (True,)))
 @pytest.mark.parametrize("name", ["leap", "hierarchical-stride", "multigrid-leap"])
 def test_adapters_learn_by_sft(name, packing, tmp_path):
     lora = LoraConfig(target_modules="all-linear", r=4)

@@ -235,7 +235,7 @@ def test_a_cache_of_another_length_or_model_is_refused():
 # --- generate ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", SOME_FAST)
+@pytest.mark.parametrize("variant", mostly_slow(VARIANTS, ("stride",)))
 def test_every_way_to_generate(variant):
     model = tiny(variant)
     ids, mask = padded((1, 7, 23))
@@ -298,7 +298,7 @@ def compiled_steps(model, ids, cache, first, graphs, prepare):
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("prepare", [False, True])
+@pytest.mark.parametrize("prepare", mostly_slow([False, True], (True,)))
 @pytest.mark.parametrize("with_pads", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("variant", mostly_slow(VARIANTS, ("stride",)))
 def test_a_graph_for_each_stride(variant, with_pads, prepare):

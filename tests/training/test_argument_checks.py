@@ -442,6 +442,7 @@ def test_scripts_import_argument_checks_before_transformers(script):
     assert {"transformers", "modeling_heptapod", "accelerate", "peft", "lm_eval", "datasets"}.isdisjoint(before)
 
 
+@pytest.mark.slow
 def test_scripts_do_not_show_warnings_of_torchao():
     """Transformers imports it where it is installed, for quantized weights."""
     pytest.importorskip("torchao")

@@ -275,6 +275,7 @@ def test_the_folder_gives_tokenizer_and_axes_back(trained):
     assert ("sum of\nall axes" in card or "the sum of all axes" in card) == (order == "factored")
 
 
+@pytest.mark.slow
 def test_it_writes_with_its_tracks_without_the_package(trained):
     folder, _ = trained
     (folder / "alone.py").write_text(ALONE)

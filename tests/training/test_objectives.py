@@ -147,6 +147,7 @@ train.main()
 """
 
 
+@pytest.mark.slow
 def test_what_was_trained_is_saved_before_it_is_measured(tmp_path):
     (tmp_path / "fails.py").write_text(FAILS)
     process = train_process(tmp_path, tmp_path / "fails.py", "--save_strategy", "no", "--max_steps", "1")

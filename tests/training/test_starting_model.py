@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from tests.saved_models import FAMILIES, save_tiny
+from tests.tiny import mostly_slow
 
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
@@ -37,7 +38,7 @@ def losses(folder):
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, ("leap", "heptapod")))
 def test_weights_are_trained_further(family, tmp_path, monkeypatch):
     """With no learning rate nothing changes: neither weights, nor tokenizer, nor processor, nor what the model costs."""
     save_tiny(family, tmp_path / "base")

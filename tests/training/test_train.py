@@ -148,6 +148,7 @@ def test_a_finished_run_trains_no_further(finished, tmp_path):
     assert (expected["resumed_at_step"], resumed["resumed_at_step"]) == (None, STEPS)
 
 
+@pytest.mark.slow
 def test_patience_is_not_given_anew(tmp_path, monkeypatch, capsys):
     """With steps that lead nowhere the run stops after three evaluations, also where it is resumed in between or after them."""
     folder = prepare(tmp_path)
