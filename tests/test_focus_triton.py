@@ -1,18 +1,16 @@
 """Where the Triton kernels do not run: without Triton, and on CPUs. And where they do run without a GPU: interpreted."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from modeling_heptapod.leap import focus_triton
 from tests.test_focus import settings_for
+from tests.triton_checks import ROOT, run_in_the_interpreter
 
 
-ROOT = Path(__file__).resolve().parents[1]
 INTERPRETED = {  # tests of tests/gpu/test_focus_triton.py
     "options": "options",
     "chunks": "lengths or widest or groups or split",
@@ -29,8 +27,11 @@ def test_tensors_on_cpus_are_left_alone():
 
 
 def test_the_package_needs_no_triton():
-    code = "import sys; sys.modules['triton'] = None; from modeling_heptapod.leap import focus_triton as f; assert f.triton is None"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    """One process for the kernels of all families."""
+    modules = "leap.focus_triton", "heptapod.local_attention_triton", "hierarchical_lm.windowed_attention_triton"
+    code = ["import importlib, sys", "sys.modules['triton'] = None"]
+    code += [f"assert importlib.import_module('modeling_heptapod.{name}').triton is None" for name in modules]
+    subprocess.run([sys.executable, "-c", "\n".join(code)], check=True, cwd=ROOT)
 
 
 @pytest.mark.skipif(focus_triton.triton is None, reason="there is no Triton")
@@ -45,10 +46,4 @@ def test_tiles_hold_a_window_and_stay_below_wgmma():
 @pytest.mark.slow
 @pytest.mark.parametrize("group", INTERPRETED)
 def test_the_kernels_in_the_interpreter(group):
-    pytest.importorskip("triton", reason="`pip install --no-deps triton==3.6.0` has it run on CPUs")
-    tests = ["tests/gpu/test_focus_triton.py", "-k", INTERPRETED[group]]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *tests]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
+    run_in_the_interpreter("tests/gpu/test_focus_triton.py", INTERPRETED[group])

@@ -1,6 +1,4 @@
-"""Random calls of compiled code, valid and invalid, alone and under gcc's sanitizers: see `fuzz_focus.py` and
-`fuzz_local_attention.py`.
-"""
+"""Random calls of compiled code, valid and invalid, alone and under gcc's sanitizers: see the `fuzz_*.py` beside this file."""
 
 import os
 import shutil
@@ -12,10 +10,14 @@ import pytest
 
 from modeling_heptapod.heptapod import local_attention_cpu
 from modeling_heptapod.leap import focus_cpu
-from tests import fuzz_focus, fuzz_local_attention
+from tests import fuzz_focus, fuzz_local_attention, fuzz_windowed_attention
 
 
-FUZZERS = {"fuzz_focus": fuzz_focus, "fuzz_local_attention": fuzz_local_attention}
+FUZZERS = {
+    "fuzz_focus": fuzz_focus,
+    "fuzz_local_attention": fuzz_local_attention,
+    "fuzz_windowed_attention": fuzz_windowed_attention,
+}
 
 
 @pytest.fixture(autouse=True)

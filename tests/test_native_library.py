@@ -16,6 +16,7 @@ from modeling_heptapod.common import cpu_kernels, native_library
 from modeling_heptapod.common.native_library import BuildError, compile_library, find_compiler, load_library
 from modeling_heptapod.heptapod import local_attention_cpu, local_attention_operator
 from modeling_heptapod.heptapod.local_attention import local_attention, naive_local_attention
+from modeling_heptapod.hierarchical_lm import windowed_attention_cpu, windowed_attention_operator
 from modeling_heptapod.leap import focus_cpu
 from modeling_heptapod.leap.focus import FocusSettings, focus_mixing, naive_focus_mixing
 
@@ -239,7 +240,7 @@ def test_without_a_library_torch_does_it(how, monkeypatch, tmp_path, folder, cap
             raise OSError(30, "Read-only file system")
 
         monkeypatch.setattr(Path, "mkdir", mkdir)
-    for module in (focus_cpu, local_attention_cpu):
+    for module in (focus_cpu, local_attention_cpu, windowed_attention_cpu):
         monkeypatch.setattr(module, "_library", module._library.__wrapped__)
     monkeypatch.setattr(cpu_kernels, "_missing", set())
     monkeypatch.setattr(logging.getLogger("modeling_heptapod"), "propagate", True)
@@ -247,10 +248,11 @@ def test_without_a_library_torch_does_it(how, monkeypatch, tmp_path, folder, cap
         for head_dim in (4, 6):
             mix_in_torch(head_dim)
             attend_in_torch(head_dim)
+            assert not windowed_attention_operator.has_kernel(torch.zeros(1, 5, 2, head_dim), 3)
     if BROKEN[how] is None:
         assert not caplog.records
         return
-    for record, what in zip(caplog.records, ("LEAP's mixing", "Local attention"), strict=True):
+    for record, what in zip(caplog.records, ("LEAP's mixing", "Local attention", "Windowed attention"), strict=True):
         assert record.message.startswith(f"{what} runs in torch, which is slower")
         assert any(reason in record.message for reason in BROKEN[how].split("|")), record.message
 

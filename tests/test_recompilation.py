@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_heptapod.heptapod import local_attention
 from modeling_heptapod.heptapod.local_attention_cpu import takes
+from modeling_heptapod.hierarchical_lm import hierarchical_block
 from tests import tiny_heptapod, tiny_hierarchical_lm, tiny_leap, tiny_multigrid
 from tests.tiny import mostly_slow
 
@@ -113,6 +114,13 @@ def test_hierarchical_lm(variant, train):
     one_step, one_block = max(model.config.strides) > min(LENGTHS), variant == "losses" and train
     expected = 3 if one_step or one_block else 2
     assert compilations(model, text, train) == expected
+
+
+@pytest.mark.slow
+def test_hierarchical_lm_without_kernels(monkeypatch):
+    monkeypatch.setattr(hierarchical_block, "has_kernel", lambda *_: False)
+    model = tiny_hierarchical_lm.tiny_hierarchical_lm(**HIERARCHICAL["two"], num_hidden_layers=1)
+    assert compilations(model, text, train=False) == 2
 
 
 @pytest.mark.slow

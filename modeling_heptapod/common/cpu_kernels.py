@@ -15,7 +15,6 @@ from .native_library import compile_library, find_compiler, load_library
 logger = logging.get_logger(__name__)
 
 FLAGS = "-O3 -fopenmp-simd -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros -ffp-contract=fast -shared -fPIC -pthread".split()
-_INCLUDE = '#include "../common/cpu_math_source.c"\n'
 _NO_MEMORY = 1  # what a call returns
 _missing: set[str] = set()  # names of kernels that could not be compiled
 
@@ -52,7 +51,12 @@ def load_kernels(
 
 def compile_kernels(compiler: str, name: str, source: str, flags: list[str]) -> Path:
     """Path of the library of `load_kernels`, which is compiled if it is not cached."""
-    return compile_library(compiler, name, source.replace(_INCLUDE, MATH_SOURCE), flags)
+    return compile_library(compiler, name, include(source, "cpu_math_source.c", MATH_SOURCE), flags)
+
+
+def include(source: str, name: str, included: str) -> str:
+    """C source, with that of `common/name` where it includes it."""
+    return source.replace(f'#include "../common/{name}"\n', included)
 
 
 def check_status(status: int, what: str) -> None:
@@ -81,4 +85,4 @@ def address(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torc
     return place
 
 
-__all__ = ["FLAGS", "address", "check_status", "compile_kernels", "load_kernels"]
+__all__ = ["FLAGS", "address", "check_status", "compile_kernels", "include", "load_kernels"]

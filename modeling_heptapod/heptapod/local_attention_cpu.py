@@ -8,9 +8,10 @@ from functools import cache
 
 import torch
 
-from ..common.cpu_kernels import FLAGS, address, check_status, load_kernels
+from ..common.cpu_attention_source import SOURCE as ATTENTION_SOURCE
+from ..common.cpu_kernels import FLAGS, address, check_status, include, load_kernels
 from .local_attention_cpu_source import SOURCE
-from .local_attention_layout import WIDEST, new_cells, with_channels_together
+from .local_attention_layout import WIDEST, new_cells, new_totals, with_channels_together
 
 
 _INTEGERS = "batch heads height width dim radius dilation bf16 threads".split()
@@ -40,7 +41,8 @@ class _LocalAttention(ctypes.Structure):
 @cache
 def _library():
     functions = dict.fromkeys(("local_attention_forward", "local_attention_backward"), _LocalAttention)
-    return load_kernels("local_attention", "Local attention runs", SOURCE, functions, FLAGS)
+    source = include(SOURCE, "cpu_attention_source.c", ATTENTION_SOURCE)
+    return load_kernels("local_attention", "Local attention runs", source, functions, FLAGS)
 
 
 @torch.compiler.assume_constant_result  # so that a graph is not broken by the compilation of C
@@ -110,7 +112,7 @@ def forward(
         ValueError: for tensors of other shapes, dtypes or devices, and for other radii.
         MemoryError: if there is no memory for a row of windows.
     """
-    out, totals = new_cells(q), q.new_empty(2, *q.shape[:4], dtype=torch.float32)
+    out, totals = new_cells(q), new_totals(q)
     _call("local_attention_forward", radius, dilation, scale, padding_mask, totals, q=q, k=k, v=v, out=out)
     return out, totals
 

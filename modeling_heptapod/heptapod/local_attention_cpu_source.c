@@ -7,25 +7,9 @@
  * a multiple of the dilation form grids of their own.
  */
 
-#include "../common/cpu_math_source.c"
+#include "../common/cpu_attention_source.c"
 
-#ifdef __AVX512F__
-enum { LANES = 16 };
-#elif defined(__AVX__)
-enum { LANES = 8 };
-#else
-enum { LANES = 4 };
-#endif
-typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef float Four __attribute__((vector_size(16), aligned(4)));
-typedef int32_t FourPlaces __attribute__((vector_size(16)));
-#ifdef __clang__
-#define PICK(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
-#else
-#define PICK(a, b, i, j, k, l) __builtin_shuffle(a, b, (FourPlaces){i, j, k, l})
-#endif
-
-enum { WIDEST = 32, MOST = 8, GROUP = 8, STRIP = 96, TILES_PER_THREAD = 4, MIN_ROWS = 8 };
+enum { WIDEST = 32, MIN_ROWS = 8 };
 
 /* A tensor [batch, heads, height, width, dim] with channels side by side: its memory, and distances in elements. */
 typedef struct {
@@ -67,13 +51,6 @@ typedef struct {
     void *memory;
 } Work;
 
-INLINE Vec load(const float *from) { return *(const Vec *)from; }
-INLINE void store(float *to, Vec x) { *(Vec *)to = x; }
-INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
-INLINE int whole_vectors(int count) { return (count + LANES - 1) / LANES * LANES; }
-INLINE int padded(int64_t dim) { return (int)((dim + GROUP - 1) / GROUP * GROUP); }
-
 INLINE int64_t place(const LocalAttention *m, const Tile *t, const Cells *cells, int64_t y, int64_t x) {
     return t->b * cells->batch + t->h * cells->head + (t->down + y * m->dilation) * cells->row +
            (t->across + x * m->dilation) * cells->column;
@@ -84,143 +61,18 @@ INLINE int64_t cell(const LocalAttention *m, const Tile *t, int64_t y, int64_t x
     return (t->down + y * m->dilation) * m->width + t->across + x * m->dilation;
 }
 
-/* Zeros after `count` elements of rows: what is not a query adds nothing to a key, and narrow tiles follow wide ones. */
-INLINE void clear_ends(float *rows, int64_t number, int64_t count, int64_t stride) {
-    for (int64_t n = 0; n < number; n++) memset(rows + n * stride + count, 0, (stride - count) * sizeof(float));
-}
-
-/* Four rows become four columns. */
-INLINE void transpose(Four *x) {
-    Four low = PICK(x[0], x[1], 0, 4, 1, 5), high = PICK(x[0], x[1], 2, 6, 3, 7);
-    Four low_next = PICK(x[2], x[3], 0, 4, 1, 5), high_next = PICK(x[2], x[3], 2, 6, 3, 7);
-    x[0] = PICK(low, low_next, 0, 1, 4, 5);
-    x[1] = PICK(low, low_next, 2, 3, 6, 7);
-    x[2] = PICK(high, high_next, 0, 1, 4, 5);
-    x[3] = PICK(high, high_next, 2, 3, 6, 7);
-}
-
-INLINE float read_one(const LocalAttention *m, const Cells *cells, int64_t at) {
-    return m->bf16 ? from_bf16(((const uint16_t *)cells->data)[at]) : ((const float *)cells->data)[at];
-}
-
-INLINE void write_one(const LocalAttention *m, const Cells *cells, int64_t at, float x) {
-    if (m->bf16)
-        ((uint16_t *)cells->data)[at] = to_bf16(x);
-    else
-        ((float *)cells->data)[at] = x;
-}
-
-INLINE Four read_four(const LocalAttention *m, const Cells *cells, int64_t at) {
-    if (!m->bf16) return *(const Four *)((const float *)cells->data + at);
-    Four x;
-    for (int d = 0; d < 4; d++) x[d] = from_bf16(((const uint16_t *)cells->data)[at + d]);
-    return x;
-}
-
-INLINE void write_four(const LocalAttention *m, const Cells *cells, int64_t at, Four x) {
-    if (!m->bf16)
-        *(Four *)((float *)cells->data + at) = x;
-    else
-        for (int d = 0; d < 4; d++) ((uint16_t *)cells->data)[at + d] = to_bf16(x[d]);
-}
-
 /* Columns from `left` on of a row of cells, channel by channel, times `factor`. Columns beyond the grid become zero. */
 INLINE void read_row(const LocalAttention *m, const Tile *t, const Cells *cells, int64_t y, int64_t left, int count,
                      float factor, float *to, int64_t stride) {
-    int dim = (int)m->dim, fours = dim / 4 * 4, i = 0;
-    int64_t step = m->dilation * cells->column, at = place(m, t, cells, y, left);
-    while (i < count) {
-        if (left + i < 0 || left + i >= t->width) {
-            for (int d = 0; d < dim; d++) to[d * stride + i] = 0;
-            i++;
-            continue;
-        }
-        int together = i + 4 <= count && left + i + 4 <= t->width ? 4 : 1, begin = together == 4 ? fours : 0;
-        for (int d = 0; d < begin; d += 4) {
-            Four x[4];
-            for (int j = 0; j < 4; j++) x[j] = read_four(m, cells, at + (i + j) * step + d) * factor;
-            transpose(x);
-            for (int j = 0; j < 4; j++) *(Four *)(to + (d + j) * stride + i) = x[j];
-        }
-        for (int j = 0; j < together; j++)
-            for (int d = begin; d < dim; d++)
-                to[d * stride + i + j] = read_one(m, cells, at + (i + j) * step + d) * factor;
-        i += together;
-    }
+    read_columns(cells->data, (int)m->bf16, place(m, t, cells, y, left), m->dilation * cells->column, left, t->width,
+                 count, (int)m->dim, factor, to, stride);
 }
 
 /* Columns left, ..., right - 1 of a row of cells, from channels; `from` is that of column `left`. */
 INLINE void write_row(const LocalAttention *m, const Tile *t, const Cells *cells, int64_t y, int64_t left, int64_t right,
                       const float *from, int64_t stride) {
-    int dim = (int)m->dim, fours = dim / 4 * 4, count = (int)(right - left), whole = count / 4 * 4;
-    int64_t step = m->dilation * cells->column, at = place(m, t, cells, y, left);
-    for (int i = 0; i < whole; i += 4) {
-        for (int d = 0; d < fours; d += 4) {
-            Four x[4];
-            for (int j = 0; j < 4; j++) x[j] = *(const Four *)(from + (d + j) * stride + i);
-            transpose(x);
-            for (int j = 0; j < 4; j++) write_four(m, cells, at + (i + j) * step + d, x[j]);
-        }
-    }
-    for (int i = 0; i < count; i++)
-        for (int d = i < whole ? fours : 0; d < dim; d++)
-            write_one(m, cells, at + i * step + d, from[d * stride + i]);
-}
-
-/* sums[b][x] = first[b + x] + sum over channels of row[x] * keys[b + x], for `count` offsets b */
-INLINE void products(const float *row, const float *keys, const float *first, int dim, int64_t stride, int columns,
-                     float *sums, const int count) {
-    for (int x = 0; x < columns; x += LANES) {
-        Vec sum[MOST];
-#pragma GCC unroll 8
-        for (int b = 0; b < count; b++) sum[b] = first ? load(first + b + x) : (Vec){0};
-        for (int d = 0; d < dim; d++) {
-            Vec one = load(row + d * stride + x);
-            const float *key = keys + d * stride + x;
-#pragma GCC unroll 8
-            for (int b = 0; b < count; b++) sum[b] += one * load(key + b);
-        }
-#pragma GCC unroll 8
-        for (int b = 0; b < count; b++) store(sums + b * stride + x, sum[b]);
-    }
-}
-
-/* The same for all offsets of a row of the window, in groups that fit into registers. */
-INLINE void window_products(const float *row, const float *keys, const float *first, int dim, int64_t stride,
-                            int columns, int side, float *sums) {
-    int groups = (side + MOST - 1) / MOST;
-    for (int b = 0, left = groups; left; left--) {
-        int count = (side - b + left - 1) / left;
-        const float *from = first ? first + b : NULL;
-        switch (count) {
-#define CASE(n)                                                                              \
-    case n: products(row, keys + b, from, dim, stride, columns, sums + b * stride, n); break;
-            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
-#undef CASE
-        }
-        b += count;
-    }
-}
-
-/* sums[d][x] (+)= sum over offsets of weights[offset][x - back * offset] * rows[d][x + offset - ...] of one row of the window:
- * forth, of the keys that a query sees (rows shifted by +b), or back, of the queries that see a key (both shifted by -b). */
-INLINE void weigh(const float *weights, const float *rows, int dim, int64_t stride, int columns, int side, int back,
-                  float *sums) {
-    for (int d = 0; d < dim; d += GROUP) {
-        for (int x = 0; x < columns; x += LANES) {
-            Vec sum[GROUP];
-#pragma GCC unroll 8
-            for (int e = 0; e < GROUP; e++) sum[e] = load(sums + (d + e) * stride + x);
-            for (int b = 0; b < side; b++) {
-                Vec weight = load(weights + b * stride + x - (back ? b : 0));
-                const float *row = rows + d * stride + x + (back ? -b : b);
-#pragma GCC unroll 8
-                for (int e = 0; e < GROUP; e++) sum[e] += weight * load(row + e * stride);
-            }
-#pragma GCC unroll 8
-            for (int e = 0; e < GROUP; e++) store(sums + (d + e) * stride + x, sum[e]);
-        }
-    }
+    write_columns(cells->data, (int)m->bf16, place(m, t, cells, y, left), m->dilation * cells->column,
+                  (int)(right - left), (int)m->dim, from, stride);
 }
 
 /* Keys and values of a row, and which of them are attended to. */
@@ -259,7 +111,7 @@ INLINE void logits(const LocalAttention *m, Work *w, int64_t y, const Tile *t, i
     for (int64_t row = first; row <= last; row++) {
         int64_t slot = row % side;
         window_products(w->query + border, w->keys + slot * size, w->hidden + slot * w->stride, (int)m->dim, w->stride,
-                        columns, side, w->weights + (row - first) * side * w->stride + border);
+                        w->stride, columns, side, w->weights + (row - first) * side * w->stride + border);
     }
 }
 
@@ -302,7 +154,7 @@ INLINE void forward_tile(const LocalAttention *m, Work *w, const Tile *t) {
         memset(w->sums, 0, size * sizeof(float));
         for (int64_t row = first; row <= last; row++)
             weigh(w->weights + (row - first) * side * w->stride + 2 * m->radius, w->values + row % side * size, dim,
-                  w->stride, columns, side, 0, w->sums);
+                  w->stride, w->stride, columns, side, w->sums);
         for (int d = 0; d < (int)m->dim; d++) {
             SIMD for (int i = 0; i < t->queries; i++) w->sums[d * w->stride + i] *= w->share[i];
         }
@@ -351,7 +203,7 @@ INLINE void write_key_gradients(const LocalAttention *m, const Work *w, const Ti
 
 INLINE void backward_tile(const LocalAttention *m, Work *w, const Tile *t) {
     int side = 2 * (int)m->radius + 1, border = 2 * (int)m->radius, dim = padded(m->dim);
-    int columns = whole_vectors(t->queries), key_columns = whole_vectors(t->keys);
+    int columns = whole_vectors(t->queries);
     int64_t begin = at_least(0, t->top - m->radius), end = at_most(t->height, t->bottom + m->radius);
     int64_t read = at_least(0, begin - m->radius), done = read, first, last, size = dim * w->stride;
     for (int64_t y = begin; y < end; y++) {
@@ -364,17 +216,17 @@ INLINE void backward_tile(const LocalAttention *m, Work *w, const Tile *t) {
         logits(m, w, y, t, first, last);
         read_row(m, t, &m->grad_out, y, t->query_left, t->queries, 1, w->grad + border, w->stride);
         for (int64_t row = first; row <= last; row++)
-            window_products(w->grad + border, w->values + row % side * size, NULL, (int)m->dim, w->stride, columns, side,
-                            w->slopes + (row - first) * side * w->stride + border);
+            window_products(w->grad + border, w->values + row % side * size, NULL, (int)m->dim, w->stride, w->stride, columns,
+                            side, w->slopes + (row - first) * side * w->stride + border);
         logits_backward(m, w, t, y, first, last);
         memset(w->sums, 0, size * sizeof(float));
         for (int64_t row = first; row <= last; row++) {
             const float *weights = w->weights + (row - first) * side * w->stride + border;
             const float *slopes = w->slopes + (row - first) * side * w->stride + border;
             int64_t slot = row % side * size;
-            weigh(slopes, w->keys + slot, dim, w->stride, columns, side, 0, w->sums);
-            weigh(weights, w->grad + border, dim, w->stride, key_columns, side, 1, w->grad_values + slot);
-            weigh(slopes, w->query + border, dim, w->stride, key_columns, side, 1, w->grad_keys + slot);
+            weigh(slopes, w->keys + slot, dim, w->stride, w->stride, columns, side, w->sums);
+            weigh_back(weights, w->grad + border, dim, w->stride, w->stride, t->queries, side, w->grad_values + slot);
+            weigh_back(slopes, w->query + border, dim, w->stride, w->stride, t->queries, side, w->grad_keys + slot);
         }
         if (y >= t->top && y < t->bottom) {
             for (int d = 0; d < (int)m->dim; d++) {

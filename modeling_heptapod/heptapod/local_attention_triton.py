@@ -10,31 +10,19 @@ Without Triton or a CUDA device, `takes` is false and torch does it.
 
 import torch
 
-from .local_attention_layout import WIDEST, new_cells, with_channels_together
+from ..common.triton_attention import fits, padded, tile, triton
+from .local_attention_layout import WIDEST, new_cells, new_totals, with_channels_together
 
 
-try:
-    import triton
-except ImportError:
-    triton = None
 if triton is not None:
     from .local_attention_triton_kernels import backward_keys_kernel, backward_queries_kernel, forward_kernel
 
-_DEVICES = ("cuda",)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MOST_DIM = 128
+_WIDE = 8  # columns of a tile
 
 
 def takes(q: torch.Tensor, radius: int) -> bool:
-    """Whether the kernels support this call: CUDA devices, float32 and half precision, 128 channels, a radius of 32."""
-    return (
-        triton is not None
-        and q.device.type in _DEVICES
-        and q.dtype in _DTYPES
-        and q.numel() > 0
-        and q.shape[-1] <= _MOST_DIM
-        and radius <= WIDEST
-    )
+    """Whether the kernels support this call: see `fits`, and a radius up to 32."""
+    return fits(q) and radius <= WIDEST
 
 
 def forward(
@@ -56,7 +44,7 @@ def forward(
     q, k, v = (with_channels_together(x) for x in (q, k, v))
     mask = _bytes(padding_mask)
     out = new_cells(q)
-    tops, shares = totals = q.new_empty(2, *q.shape[:4], dtype=torch.float32)
+    tops, shares = totals = new_totals(q)
     with torch.cuda.device_of(q):  # Triton launches on the current device
         forward_kernel[_programs(q, dilation)](
             q,
@@ -108,30 +96,13 @@ def backward(
     return grad_q, grad_k, grad_v
 
 
-def _tile(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Rows and columns of a tile, cells of a chunk of its halo, and warps of a program.
-
-    As many as the registers of sm_90 hold, by the reports of ptxas. Never 64 cells with 4 warps or more: Triton then uses
-    wgmma with an operand in registers, which ptxas up to CUDA 13.0 miscompiles (illegal addresses, wrong sums).
-    """
-    size = _padded(head_dim) * dtype.itemsize
-    if size <= 128:
-        return 8, 8, 32 if size <= 64 else 16, 2
-    return 4, 8, 16, 2 if size <= 256 else 4
-
-
-def _padded(head_dim):
-    """Channels of a cell in the kernels, a power of two."""
-    return max(16, 1 << (head_dim - 1).bit_length())
-
-
 def _constants(q):
-    tall, wide, chunk, warps = _tile(q.shape[-1], q.dtype)
+    cells, chunk, warps = tile(q.shape[-1], q.dtype)
     return {
         "D": q.shape[-1],
-        "DP": _padded(q.shape[-1]),
-        "TALL": tall,
-        "WIDE": wide,
+        "DP": padded(q.shape[-1]),
+        "TALL": cells // _WIDE,
+        "WIDE": _WIDE,
         "CHUNK": chunk,
         "num_warps": warps,
     }
@@ -140,8 +111,8 @@ def _constants(q):
 def _programs(q, dilation):
     """One for each tile of each phase of each head."""
     batch, heads, height, width, head_dim = q.shape
-    tall, wide, *_ = _tile(head_dim, q.dtype)
-    tiles = triton.cdiv(triton.cdiv(height, dilation), tall) * triton.cdiv(triton.cdiv(width, dilation), wide)
+    tall = tile(head_dim, q.dtype)[0] // _WIDE
+    tiles = triton.cdiv(triton.cdiv(height, dilation), tall) * triton.cdiv(triton.cdiv(width, dilation), _WIDE)
     return (batch * heads * min(dilation, height) * min(dilation, width) * tiles,)
 
 

@@ -15,6 +15,7 @@ from .hierarchical_cache import HierarchicalCache
 from .hierarchy_merges import ConcatMerge, CrossAttentionMerge
 from .stream_plan import HierarchicalLMContext, StreamPlan
 from .windowed_attention import step_attention, windowed_attention
+from .windowed_attention_operator import has_kernel, kernel_attention
 
 
 def _rotate(x, rotary):
@@ -56,14 +57,20 @@ class HierarchicalLMAttention(nn.Module):
         if plan.output_attentions:
             out, weights = eager_attention(self, query.transpose(1, 2), keys, values, plan.mask, self.scaling)
         elif plan.fresh and plan.mask is None:
-            where = (plan.window, plan.dilation, plan.block, plan.positions, plan.segments)
-            out = windowed_attention(self._attend, query, key, value, *where)
+            out = self._attend_to_windows(query, key, value, plan)
         elif not plan.fresh and steps == 1 and plan.slots is None:
             query = query.transpose(1, 2)
             out = step_attention(self._attend, query, keys, values, plan.keys_seen, plan.dilation, plan.mask)
         else:
             out = self._attend(query.transpose(1, 2), keys, values, plan.mask, False)
         return self.o_proj(out.reshape(batch, steps, -1)), weights
+
+    def _attend_to_windows(self, query, key, value, plan):
+        is_default = self.config._attn_implementation == "sdpa"
+        if plan.reach is not None and is_default and has_kernel(query, plan.span):
+            return kernel_attention(query, key, value, plan.reach, plan.span, plan.dilation, self.scaling)
+        where = (plan.window, plan.dilation, plan.block, plan.positions, plan.segments)
+        return windowed_attention(self._attend, query, key, value, *where)
 
     def _attend(self, query, key, value, mask, is_causal):
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)

@@ -11,7 +11,7 @@ from ..common.model_inputs import has_dynamic_shapes, is_dynamic
 from ..common.token_layout import TokenLayout, packed_layout, pad_layout
 from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .hierarchical_cache import HierarchicalCache
-from .windowed_attention import first_key, visible
+from .windowed_attention import first_key, visible, window_reach
 
 
 # xPos multiplies queries and keys by powers of a base of at least 0.4 / 1.4. The exponent is the distance to a centre divided
@@ -42,6 +42,8 @@ class StreamPlan:
         keys_seen (`int`, *optional*): number of keys in the window of a single step, `None` for all.
         mask (`torch.BoolTensor` of shape `[1 or batch, 1, queries, keys]`, *optional*): attention mask, where it does not
             follow from the window.
+        reach (`torch.IntTensor` of shape `[1 or batch, steps]`, *optional*): number of keys in the window of each step, where
+            whole sequences attend to themselves.
         token_positions (`torch.LongTensor` of shape `[1 or batch, steps]`, *optional*): position of the token of each step.
         slots (`torch.LongTensor` of shape `[1 or batch]`, *optional*): place of the step in the memory of a static cache.
         rows (`torch.BoolTensor` of shape `[1 or batch, 1, 1]`, *optional*): which rows have the step, in a step of a static
@@ -66,10 +68,16 @@ class StreamPlan:
     shift_mask: torch.Tensor | None = None
     keys_seen: int | None = None
     mask: torch.Tensor | None = None
+    reach: torch.Tensor | None = None
     token_positions: torch.Tensor | None = None
     slots: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     output_attentions: bool = False
+
+    @property
+    def span(self) -> int | None:
+        """Largest number of keys in a window, `None` for all."""
+        return 2 * self.window if self.block and self.window else self.window
 
     def at_steps(self, x: torch.Tensor) -> torch.Tensor:
         """`[batch, tokens, width]` -> `[batch, steps, width]`: the token of each step."""
@@ -301,7 +309,7 @@ def _pick_tokens(plan, past, before, device):
 
 
 def _add_mask(plan, positions, first, before, cached, has_dynamic_shapes):
-    """Set `mask` or `keys_seen` where attention is not that of whole sequences to themselves."""
+    """Set what attention reads of where keys are: `mask`, `keys_seen`, or `reach` for whole sequences and their windows."""
     steps, window, dilation, block = plan.steps, plan.window, plan.dilation, plan.block
     device = positions.device
     if plan.output_attentions or has_dynamic_shapes or (steps > 1 and not plan.fresh):
@@ -317,6 +325,8 @@ def _add_mask(plan, positions, first, before, cached, has_dynamic_shapes):
         if min(before) - cached + read < 0 or (block and not one_start):
             positions = first - cached + torch.arange(read, cached + 1, dilation, device=device)
             plan.mask = visible(positions, 1, window, dilation, block).unsqueeze(1)
+    elif window is not None:
+        plan.reach = window_reach(positions, window, dilation, block)
 
 
 def _rotary(config, hierarchy, positions, center, rotary_emb, dtype):

@@ -106,6 +106,21 @@ def visible(
     return seen & (keys >= (queries // window - 1) * window if block else queries - keys < window)
 
 
+def window_reach(positions: torch.Tensor, window: int, dilation: int = 1, block: bool = False) -> torch.Tensor:
+    """Number of keys in the window of each step, itself included, all of them in a row of its phase.
+
+    Args:
+        positions (`torch.LongTensor` of shape `[..., length]`): of each step in its sequence, which begins at position 0.
+        window, dilation, block: see the top of this file.
+
+    Returns:
+        `torch.IntTensor` of the shape of `positions`.
+    """
+    places = positions // dilation
+    longest = places % window + window + 1 if block else torch.full_like(places, window)
+    return torch.minimum(places + 1, longest).int()
+
+
 def windowed_attention(
     attend: Callable,
     query: torch.Tensor,
@@ -258,4 +273,4 @@ def _look_back(x, chunk):
     return torch.cat((x[..., :-1, :], x[..., 1:, :]), dim=-1)
 
 
-__all__ = ["first_key", "naive_windowed_attention", "step_attention", "visible", "windowed_attention"]
+__all__ = ["first_key", "naive_windowed_attention", "step_attention", "visible", "window_reach", "windowed_attention"]

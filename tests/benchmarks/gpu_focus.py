@@ -32,8 +32,12 @@ import transformers
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from modeling_heptapod import LeapConfig, LeapForCausalLM
+from modeling_heptapod.common import triton_attention
 from modeling_heptapod.heptapod import local_attention_triton
 from modeling_heptapod.heptapod.local_attention import local_attention, naive_local_attention
+from modeling_heptapod.hierarchical_lm import windowed_attention_triton
+from modeling_heptapod.hierarchical_lm.windowed_attention import window_reach, windowed_attention
+from modeling_heptapod.hierarchical_lm.windowed_attention_operator import kernel_attention
 from modeling_heptapod.leap import focus_operator, focus_triton
 from modeling_heptapod.leap.focus import FocusSettings, focus_mixing, naive_focus_mixing
 from tests.triton_interpreter import complete_interpreter
@@ -417,6 +421,47 @@ def grid(results, rate):
         results.row("local attention", grid=f"{batch}x8x{side}x{side}x32", radius=RADIUS, **cells)
 
 
+def windows(results, rate):
+    """Causal attention to windows of 64 steps: the kernels, and torch's attention over chunks, all keys, or by flex attention."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    dtype, window, head_dim = torch.float32 if QUICK else torch.bfloat16, 4 if QUICK else 64, 16 if QUICK else 64
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def attend(query, key, value, mask, is_causal):
+        return sdpa(query, key, value, attn_mask=mask, is_causal=is_causal).transpose(1, 2)
+
+    for length, batch in [(20, 1)] if QUICK else [(4096, 8), (65536, 1)]:
+        shape = batch, length, 8, head_dim
+        inputs = [torch.randn(shape, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(3)]
+        grad = torch.randn_like(inputs[0])
+        heads_first = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in inputs]
+        runs = {
+            "chunks": with_autograd(lambda *qkv: windowed_attention(attend, *qkv, window), inputs, grad),
+            "all_keys": with_autograd(partial(sdpa, is_causal=True), heads_first, grad.transpose(1, 2)),
+        }
+        if windowed_attention_triton.takes(inputs[0], window):
+            reach = window_reach(torch.arange(length, device=DEVICE)[None], window)
+            arguments = reach, window, 1, head_dim**-0.5
+            expected = windowed_attention(attend, *(x.detach()[:1, :300].double() for x in inputs), window)
+            out, _ = windowed_attention_triton.forward(*inputs, *arguments)
+            error = (out[:1, :300].double() - expected).norm() / expected.norm()
+            if not error < (5e-3 if dtype == torch.bfloat16 else 1e-5):
+                raise AssertionError(f"windowed attention: relative error {error:.1e}")
+            runs["kernels"] = with_autograd(lambda *qkv, a=arguments: kernel_attention(*qkv, *a), inputs, grad)
+        if not QUICK:
+            mask = create_block_mask(
+                lambda b, h, i, j: (i >= j) & (i - j < window), None, None, length, length, device=DEVICE
+            )
+            flex = partial(torch.compile(flex_attention), block_mask=mask)
+            runs["flex"] = with_autograd(flex, heads_first, grad.transpose(1, 2))
+        cells = {}
+        for name, (forward, both) in runs.items():
+            cells[f"{name}_forward_ms"] = seconds_each(forward) * 1e3
+            cells[f"{name}_ms"] = seconds_each(both) * 1e3
+        results.row("windowed attention", shape="x".join(map(str, shape)), window=window, **cells)
+
+
 def compile_ahead():
     """Compile the kernels of all sizes in parallel processes, into Triton's cache on disk."""
     jobs = [(dim, str(dtype)[6:], None, None) for _, dim in HEADS for dtype in DTYPES]
@@ -450,6 +495,7 @@ SECTIONS = {
     "training": training,
     "tiles": tiles,
     "grid": grid,
+    "windows": windows,
     "compiled": lambda results, rate: training(results, rate, compiled=True),
 }
 
@@ -468,7 +514,7 @@ def main():
     torch.manual_seed(0)
     if QUICK and focus_triton.triton is not None:
         complete_interpreter()
-        focus_triton._DEVICES = local_attention_triton._DEVICES = ("cpu",)
+        focus_triton._DEVICES = triton_attention.DEVICES = ("cpu",)
     results = Results(arguments.output)
     print(json.dumps({name: results.data[name] for name in ("device", "versions", "commit")}), flush=True)
     rate = copy_bandwidth(results)

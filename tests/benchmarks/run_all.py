@@ -33,6 +33,7 @@ NAMES = (
     "training_step",
     "decode_speed",
     "one_token",
+    "windowed_attention",
     "profiles",
     "grid_attention",
     "bench_grid_generation",

@@ -13,7 +13,7 @@ within() { timeout -s INT -k 8 "$@"; }  # seconds, command; pytest sums up when 
 
 if [ -n "$quick" ]; then
     TRITON_INTERPRET=1 $python -m pytest -q -m gpu tests/gpu/test_focus_triton.py tests/gpu/test_local_attention_triton.py \
-        2>&1 | tee "$results/gpu_tests.log"
+        tests/gpu/test_windowed_attention_triton.py 2>&1 | tee "$results/gpu_tests.log"
     status=${PIPESTATUS[0]}
     $python tests/benchmarks/gpu_focus.py --quick --output "$results/gpu_quick.json" || status=1
     exit "$status"
@@ -26,6 +26,9 @@ within 150 $python -m pytest -m gpu tests/gpu/test_focus_triton.py $workers -q -
 status=${PIPESTATUS[0]}
 within 75 $python -m pytest -m gpu tests/gpu/test_local_attention_triton.py $workers -q --durations=5 --tb=short -rf 2>&1 |
     tee "$results/gpu_tests_local_attention.log"
+[ "${PIPESTATUS[0]}" = 0 ] || status=1
+within 50 $python -m pytest -m gpu tests/gpu/test_windowed_attention_triton.py $workers -q --durations=5 --tb=short -rf 2>&1 |
+    tee "$results/gpu_tests_windowed_attention.log"
 [ "${PIPESTATUS[0]}" = 0 ] || status=1
 within 110 $python -m pytest -m gpu tests/gpu/test_models.py $workers -q --durations=8 --tb=short -rf 2>&1 |
     tee "$results/gpu_tests_models.log"

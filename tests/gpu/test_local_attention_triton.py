@@ -10,6 +10,7 @@ import os
 import pytest
 import torch
 
+from modeling_heptapod.common import triton_attention
 from modeling_heptapod.heptapod import local_attention_triton as kernels
 from modeling_heptapod.heptapod.local_attention import naive_local_attention
 from tests.test_focus import relative_rms
@@ -29,7 +30,7 @@ at_length = pytest.mark.skipif(INTERPRETED, reason="too long for the interpreter
 
 @pytest.fixture(autouse=True)
 def on_any_device(monkeypatch):
-    monkeypatch.setattr(kernels, "_DEVICES", (DEVICE,))
+    monkeypatch.setattr(triton_attention, "DEVICES", (DEVICE,))
     if INTERPRETED:
         complete_interpreter()
 

@@ -1,0 +1,8 @@
+"""What the C sources of attentions share, from `cpu_attention_source.c`. In saved folders this module holds the source itself."""
+
+from pathlib import Path
+
+
+SOURCE = Path(__file__).with_suffix(".c").read_text(encoding="utf-8")
+
+__all__ = ["SOURCE"]
