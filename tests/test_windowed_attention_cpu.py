@@ -211,6 +211,7 @@ def test_what_is_not_finite_shows(where, value):
 @pytest.mark.parametrize(
     "name, wrong",
     [
+        ("q", torch.zeros(1, 7, 2, 4, dtype=torch.float16)),
         ("k", torch.zeros(1, 7, 2, 3)),
         ("v", torch.zeros(1, 7, 2, 4, dtype=torch.bfloat16)),
         ("v", torch.zeros(1, 7, 2, 4, device="meta")),
@@ -229,7 +230,7 @@ def test_nothing_reaches_c_that_it_would_take_for_something_else(name, wrong):
     numbers = {"span": 3, "dilation": 1, "scale": 1.0}
     with pytest.raises(ValueError, match=f"`{name}` must be a"):
         windowed_attention_cpu.backward(**{**given, name: wrong}, **numbers)
-    if name in ("k", "v", "reach"):
+    if name in ("q", "k", "v", "reach"):
         given = {name: given[name] for name in ("q", "k", "v", "reach")}
         with pytest.raises(ValueError, match=f"`{name}` must be a"):
             windowed_attention_cpu.forward(**{**given, name: wrong}, **numbers)
@@ -333,7 +334,7 @@ def test_models_compute_what_they_do_in_torch(variant, kind, calls, monkeypatch)
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("what", ["eager", "float64", "torch.func", "attentions", "cache"])
+@pytest.mark.parametrize("what", ["eager", "float64", "float16 by autocast", "torch.func", "attentions", "cache"])
 def test_torch_does_what_the_kernel_lacks(what, calls):
     model, ids = model_of("stride"), random_ids(1, 20)
     with torch.no_grad():
@@ -342,6 +343,9 @@ def test_torch_does_what_the_kernel_lacks(what, calls):
             model(ids)
         elif what == "float64":
             model.double()(ids)
+        elif what == "float16 by autocast":
+            with torch.autocast("cpu", dtype=torch.float16):
+                assert model(ids).logits.isfinite().all()
         elif what == "attentions":
             model(ids, output_attentions=True)
         elif what == "cache":

@@ -60,6 +60,8 @@ def _call(function, reach, span, dilation, scale, totals, **tensors):
     """Call a function of the library with tensors of one shape and dtype, some of which it writes to."""
     q = tensors["q"]
     batch, length, heads, dim = q.shape
+    if q.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"`q` must be a torch.float32 or torch.bfloat16, got {q.dtype}.")
     call = _WindowedAttention(
         batch=batch,
         length=length,

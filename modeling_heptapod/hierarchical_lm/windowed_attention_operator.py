@@ -18,6 +18,7 @@ NAMESPACE = operator_namespace(__name__)
 
 def has_kernel(q: torch.Tensor, span: int) -> bool:
     """Whether a kernel computes the attention of queries `q [batch, length, heads, head_dim]` to windows of `span` keys."""
+    q = _at_precision_of_autocast(q)
     return kernels_run(q) and (triton_takes(q, span) or cpu_takes(q, span))
 
 
@@ -34,9 +35,13 @@ def kernel_attention(
         dilation (`int`): number of phases.
         scale (`float`): factor of the logits.
     """
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    q, k, v = (_at_precision_of_autocast(x) for x in (q, k, v))
     return _attention(q, k, v, reach, span, dilation, scale)
+
+
+def _at_precision_of_autocast(x):
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def _attend(q, k, v, reach, span, *numbers):
