@@ -46,15 +46,18 @@ INLINE float exp_negative(float x) {
     return x < -87.0f ? 0.0f : y * power;
 }
 
+/* Starts threads that run `work(job)`, one less than so many, and fewer where the system refuses them. Returns how many. */
+static int start_threads(void *(*work)(void *), void *job, int64_t threads, pthread_t others[MOST_THREADS]) {
+    int started = 0;
+    while (started < threads - 1 && started < MOST_THREADS && !pthread_create(&others[started], NULL, work, job))
+        started++;
+    return started;
+}
+
 /* Runs `work(job)` in so many threads, fewer where the system refuses them. */
 static void in_threads(void *(*work)(void *), void *job, int64_t threads) {
     pthread_t others[MOST_THREADS];
-    int started = 0;
-    while (started < threads - 1 && started < MOST_THREADS)
-        if (pthread_create(&others[started], NULL, work, job))
-            break;
-        else
-            started++;
+    int started = start_threads(work, job, threads, others);
     work(job);
     while (started) pthread_join(others[--started], NULL);
 }

@@ -24,7 +24,7 @@ _POINTERS = (
 ).split()
 
 
-class _Mixing(ctypes.Structure):
+class Mixing(ctypes.Structure):
     """`Mixing` of the source."""
 
     _fields_ = [
@@ -40,7 +40,7 @@ class _Mixing(ctypes.Structure):
 @cache
 def _library(head_dim):
     """The source compiled for one head dimension, `None` if it cannot be compiled or loaded."""
-    functions = dict.fromkeys(("focus_forward", "focus_backward", "focus_recurrent"), _Mixing)
+    functions = dict.fromkeys(("focus_forward", "focus_backward", "focus_recurrent"), Mixing)
     return load_kernels("focus", "LEAP's mixing runs", SOURCE, functions, [*FLAGS, f"-DHEAD_DIM={head_dim}"])
 
 
@@ -62,12 +62,12 @@ def takes(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> bool:
 
 
 @lru_cache(maxsize=256)
-def _blank(shape, dtype, settings, past, rotary_rows, threads):
+def blank_mixing(shape, dtype, settings, past, rotary_rows, threads):
     """A `Mixing` without its pointers, and the shapes and dtypes of these. Cached to save time in single steps."""
     batch, seq, parts, heads, dim = shape
     channels = dim if parts == 3 else 2 * dim
     weight, gate = settings.kernels
-    blank = _Mixing(
+    blank = Mixing(
         batch=batch,
         seq=seq,
         heads=heads,
@@ -135,7 +135,7 @@ class NativeMixing:
             self.given["past_logs"], self.given["past_values"] = (_dense(x, torch.float32) for x in past)
             tokens = past[0].shape[2] if self.windowed else 0
         threads = torch.get_num_threads()
-        self.blank, self.expected = _blank(qfkv.shape, qfkv.dtype, settings, tokens, rows, threads)
+        self.blank, self.expected = blank_mixing(qfkv.shape, qfkv.dtype, settings, tokens, rows, threads)
 
     def call(self, name: str, **tensors: torch.Tensor) -> None:
         """Call a function of the library with the tensors of the constructor and `tensors`.
@@ -144,7 +144,7 @@ class NativeMixing:
             ValueError: for a tensor of another shape, dtype, device or layout, and for options that the source lacks.
             MemoryError: if there is no memory for one block of tokens.
         """
-        mixing = _Mixing.from_buffer_copy(self.blank)
+        mixing = Mixing.from_buffer_copy(self.blank)
         if self.carries is not None:
             tensors["carries"] = self.carries
         for field, tensor in (*self.given.items(), *tensors.items()):
@@ -184,6 +184,17 @@ class NativeMixing:
         return grad
 
 
+def holds_step(packed: torch.Tensor, settings) -> bool:
+    """Whether the C source adds a token to this packed state. It leaves those that keep more than a window, to roll back."""
+    longer = settings.window is not None and packed.dim() == 3 and packed.shape[-1] > max(settings.window - 1, 1)
+    return packed.dtype == torch.float32 and packed.is_contiguous() and not longer
+
+
+def recurrent_share(head_dim: int) -> int | None:
+    """Address of the step of a token that other C code calls, for a share of the heads."""
+    return ctypes.cast(_library(head_dim).focus_recurrent_share, ctypes.c_void_p).value
+
+
 def step(
     qfkv: torch.Tensor, settings, alibi_slopes: torch.Tensor | None, rotary: tuple | None, packed: torch.Tensor
 ) -> torch.Tensor | None:
@@ -197,10 +208,8 @@ def step(
         Output `[batch, 1, heads, head_dim]` in the dtype of `qfkv`, or `None`, with the state unchanged, if the C source does
         not support the step.
     """
-    if not is_supported(qfkv, settings, rotary) or packed.dtype != torch.float32 or not packed.is_contiguous():
+    if not is_supported(qfkv, settings, rotary) or not holds_step(packed, settings):
         return None
-    if settings.window is not None and packed.dim() == 3 and packed.shape[-1] > max(settings.window - 1, 1):
-        return None  # a cache that keeps more tokens than a window, to roll back
     if qfkv.shape[1] != 1:
         raise ValueError(f"`qfkv` must hold one token, got {qfkv.shape[1]}.")
     out = qfkv.new_empty(qfkv.shape[0], 1, *qfkv.shape[3:])

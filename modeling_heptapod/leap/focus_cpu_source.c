@@ -541,7 +541,8 @@ INLINE void step_head(Mixing *m, Work *w, int64_t row, int dim) {
 }
 
 static int allocate(const Mixing *m, Work *w) {
-    int64_t halo = m->window ? m->window - 1 : 0, rows = BLOCK + halo, dim = HEAD_DIM, channels = 2 * dim, used = 0;
+    int64_t block = m->seq < BLOCK ? m->seq : BLOCK, rows = block + (m->window ? m->window - 1 : 0);
+    int64_t dim = HEAD_DIM, channels = 2 * dim, used = 0;
     struct {
         void *slot;
         int64_t bytes;
@@ -555,11 +556,11 @@ static int allocate(const Mixing *m, Work *w) {
                  {&w->logs, rows * 4},
                  {&w->deviation, rows * 16},
                  {&w->factor, rows * 16},
-                 {&w->means, BLOCK * channels * 4},
+                 {&w->means, block * channels * 4},
                  {&w->log_total, rows * 8},
                  {&w->grads, rows * channels * 4},
                  {&w->inner, rows * 4},
-                 {&w->grad_query, BLOCK * dim * 4},
+                 {&w->grad_query, block * dim * 4},
                  {&w->carry, channels * 8},
                  {&w->back, channels * 8}};
     int count = sizeof(parts) / sizeof(parts[0]);
@@ -607,3 +608,14 @@ static int over_heads(void *(*work)(void *), Mixing *m) {
 int focus_forward(Mixing *m) { return over_heads(forward_heads, m); }
 int focus_backward(Mixing *m) { return over_heads(backward_heads, m); }
 int focus_recurrent(Mixing *m) { return over_heads(step_heads, m); }
+
+/* Heads first, first + step, ... of all rows, in the thread of the caller. */
+int focus_recurrent_share(const Mixing *given, int64_t first, int64_t step) {
+    Mixing m = *given;
+    Work w;
+    if (!fits(&m)) return UNFIT;
+    if (!allocate(&m, &w)) return NO_MEMORY;
+    for (int64_t row = first; row < m.batch * m.heads; row += step) step_head(&m, &w, row, HEAD_DIM);
+    free(w.memory);
+    return DONE;
+}

@@ -132,12 +132,13 @@ class RunningMeanMixer(nn.Module):
     def _dropout(self, x):
         return nn.functional.dropout(x, self.attention_dropout, self.training)
 
-    def _packed_state(self, cache, state_idx=0):
+    def packed_state(self, cache: Cache, state_idx: int = 0) -> torch.Tensor | None:
+        """The state of this layer in a cache, see `pack_state`."""
         read = cache.get_recurrent_state if self.settings.window is None else cache.get_conv_state
         return read(self.layer_idx, state_idx)
 
     def _read_state(self, cache, state_idx=0):
-        packed = None if cache is None else self._packed_state(cache, state_idx)
+        packed = None if cache is None else self.packed_state(cache, state_idx)
         return None if packed is None else unpack_state(packed, self.settings, self.num_heads, self.head_dim)
 
     def _write_state(
@@ -167,7 +168,7 @@ class RunningMeanMixer(nn.Module):
         """Means after one more token `[batch, parts, heads, head_dim]`, which is added to the cached state."""
         if self.settings.window is None:
             return step_global_mean(
-                logits, token, self._packed_state(cache, state_idx), self.settings, self.alibi_slopes
+                logits, token, self.packed_state(cache, state_idx), self.settings, self.alibi_slopes
             )
         push = partial(cache.update_conv_state, layer_idx=self.layer_idx, state_idx=state_idx)
         return step_window_mean(logits, token, push, self.settings, self.alibi_slopes)
@@ -233,7 +234,7 @@ class FocusMixing(RunningMeanMixer):
     def _step(self, qfkv, cache, rotary):
         """Output of one token, which is added to the cached state."""
         step = triton_step if qfkv.is_cuda else native_step
-        out = step(qfkv, self.settings, self.alibi_slopes, rotary, self._packed_state(cache))
+        out = step(qfkv, self.settings, self.alibi_slopes, rotary, self.packed_state(cache))
         if out is not None:
             return out
         parts, logits = prepare_step(qfkv, self.settings, rotary)

@@ -36,12 +36,14 @@ from ..common.model_inputs import (
     check_position_range,
     count_positions,
     embed_text,
+    is_eager,
 )
 from ..common.transformers_versions import CACHE, OldCacheNameMixin, slice_logits_to_keep, with_cache_argument
 from ..common.unused_kwargs import pop_kwargs, reject_unused_kwargs
 from .additive_mixer import AdditiveMixer
 from .configuration_leap import LeapConfig
 from .leap_mixing import FocusMixing, RunningMeanMixer, get_alibi_slopes
+from .leap_step import step_layers
 from .mixing_rows import MixingRows, lay_out
 from .recurrent_cache import RecurrentCache, StaticRecurrentCache, mixing_states
 
@@ -214,15 +216,23 @@ class LeapModel(LeapPreTrainedModel):
         context.is_causal = is_causal
         context.single_step = seq == 1 and continues and mask is None and not torch.is_grad_enabled()
         context.output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        for layer in self.layers:
-            # The cache by the name that gradient checkpointing reads.
-            hidden_states = layer(hidden_states, context=context, **{CACHE: cache})
+        hidden_states = self._through_layers(hidden_states, rotary, context, cache)
         if cache is not None:
             context.advance(cache, seq, hidden_states.device)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), **{CACHE: cache if use_cache else None}
         )
+
+    def _through_layers(self, hidden_states, rotary, context, cache):
+        if context.single_step and not context.output_attentions and is_eager(hidden_states):
+            stepped = step_layers(self.layers, (LeapLayer, LeapMixer, LeapMLP), hidden_states, rotary, cache)
+            if stepped is not None:
+                return stepped
+        for layer in self.layers:
+            # The cache by the name that gradient checkpointing reads.
+            hidden_states = layer(hidden_states, context=context, **{CACHE: cache})
+        return hidden_states
 
     def _find_cache(self, cache, use_cache, is_causal, inputs_embeds):
         """The cache to continue, or a new one to fill, or `None`."""

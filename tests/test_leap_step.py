@@ -1,0 +1,334 @@
+"""A token through all layers in one call of C: against the layers in float64, with everything that must be left to the layers."""
+
+import copy
+import ctypes
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from modeling_heptapod.leap import leap_step, modeling_leap
+from modeling_heptapod.leap.focus_cpu import _library as focus_library
+from tests.tiny_leap import VARIANTS, random_ids, tiny_leap
+
+
+FOCUS_VARIANTS = {name: options for name, options in VARIANTS.items() if not name.startswith("additive")}
+FOCUS_VARIANTS["alibi"] = {**VARIANTS["alibi"], "window_sizes": [None, 64, 5, None]}  # the widest that C has
+TOKENS = 12
+
+
+@pytest.fixture(autouse=True)
+def compiled():
+    if leap_step._library() is None or focus_library(8) is None:
+        pytest.skip("there is no C compiler")
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """For each single token of a forward pass, whether it went through C."""
+    seen, step = [], leap_step.step_layers
+
+    def spy(*arguments):
+        stepped = step(*arguments)
+        seen.append(stepped is not None)
+        return stepped
+
+    monkeypatch.setattr(modeling_leap, "step_layers", spy)
+    return seen
+
+
+@torch.no_grad()
+def decode(model, ids, past=8, cache=None, **kwargs):
+    """Logits of single tokens after `past` ones."""
+    if cache is None:
+        cache = model(ids[:, :past], use_cache=True).past_key_values
+    steps = [
+        model(ids[:, t : t + 1], past_key_values=cache, use_cache=True, **kwargs).logits
+        for t in range(past, ids.shape[1])
+    ]
+    return torch.cat(steps, dim=1)
+
+
+def exact(model, ids, past=8):
+    """Logits of the parallel forward pass in float64."""
+    with torch.no_grad():
+        return copy.deepcopy(model).double()(ids).logits[:, past:]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("variant", FOCUS_VARIANTS)
+def test_float32(variant, batch, taken):
+    model, ids = tiny_leap(**FOCUS_VARIANTS[variant]), random_ids(batch, 8 + TOKENS)
+    logits = decode(model, ids)
+    assert taken == [True] * TOKENS
+    torch.testing.assert_close(logits.double(), exact(model, ids), rtol=0, atol=6e-5)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
+@pytest.mark.parametrize("sizes", [(32, 128), (48, 50), (40, 3), (8, 1)])
+def test_activations_and_widths(activation, sizes, taken):
+    width, inner = sizes
+    model = tiny_leap(hidden_act=activation, hidden_size=width, intermediate_size=inner)
+    ids = random_ids(2, 8 + TOKENS)
+    logits = decode(model, ids)
+    assert all(taken)
+    torch.testing.assert_close(logits.double(), exact(model, ids), rtol=0, atol=6e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_bf16_is_closer_to_the_exact_result_than_the_layers(batch, taken, monkeypatch):
+    model, ids = tiny_leap(num_hidden_layers=6).bfloat16(), random_ids(batch, 8 + 40)
+    logits = decode(model, ids)
+    assert all(taken) and logits.dtype == torch.bfloat16
+    monkeypatch.setattr(leap_step, "_MOST_ROWS", 0)
+    by_layers = decode(model, ids)
+    assert not any(taken[40:])
+    errors = [(x.double() - exact(model, ids)).square().mean().sqrt() for x in (logits, by_layers)]
+    assert errors[0] < errors[1] < 0.05 * exact(model, ids).std()
+
+
+@pytest.mark.parametrize("variant", ["default", "plain-scale"])
+def test_threads_change_nothing(variant, taken, monkeypatch):
+    monkeypatch.setattr(leap_step, "_PARALLEL", 0)
+    model, ids = tiny_leap(**VARIANTS[variant], intermediate_size=50), random_ids(3, 8 + TOKENS)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            cache = copy.deepcopy(start) if results else None
+            if cache is None:
+                with torch.no_grad():
+                    start = model(ids[:, :8], use_cache=True).past_key_values
+                cache = copy.deepcopy(start)
+            results.append(decode(model, ids, cache=cache))
+    finally:
+        torch.set_num_threads(before)
+    assert all(taken)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_generate_writes_the_same(taken, monkeypatch):
+    model, ids = tiny_leap(), random_ids(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    kwargs = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    written = model.generate(ids, **kwargs), model.generate(ids, num_beams=3, **kwargs)
+    assert any(taken)
+    monkeypatch.setattr(leap_step, "_MOST_ROWS", 0)
+    assert torch.equal(written[0], model.generate(ids, **kwargs))
+    assert torch.equal(written[1], model.generate(ids, num_beams=3, **kwargs))
+
+
+def test_static_caches_step_in_eager_mode(taken):
+    model, ids = tiny_leap(), random_ids(2, 8 + TOKENS)
+    cache = modeling_leap.StaticRecurrentCache(model.config)
+    with torch.no_grad():
+        model(ids[:, :8], past_key_values=cache, use_cache=True)
+    logits = decode(model, ids, cache=cache)
+    assert all(taken)
+    torch.testing.assert_close(logits.double(), exact(model, ids), rtol=0, atol=6e-5)
+
+
+def test_weights_that_change_in_place_or_are_replaced_are_read(taken):
+    model, ids = tiny_leap(), random_ids(1, 8 + TOKENS)
+    for change in ("none", "in place", "data", "parameter", "module", "eps", "settings"):
+        layer = model.model.layers[2]
+        with torch.no_grad():
+            if change == "in place":
+                layer.mlp.up_proj.weight.mul_(1.5)
+            elif change == "data":
+                layer.mlp.down_proj.weight.data = torch.randn_like(layer.mlp.down_proj.weight)
+            elif change == "parameter":
+                layer.mixer.qfkv_proj.weight = torch.nn.Parameter(torch.randn_like(layer.mixer.qfkv_proj.weight))
+            elif change == "module":
+                layer.mlp.up_proj = copy.deepcopy(model.model.layers[0].mlp.up_proj)
+            elif change == "eps":
+                for each in model.model.layers:
+                    each.input_layernorm.eps = 0.5
+                    each.post_attention_layernorm.eps = 0.5
+            elif change == "settings":
+                layer.mixer.settings = replace(layer.mixer.settings, scale=2 * layer.mixer.settings.scale)
+        logits = decode(model, ids)
+        torch.testing.assert_close(logits.double(), exact(model, ids), rtol=0, atol=5e-5, msg=change)
+    assert all(taken)
+
+
+def test_a_transposed_weight_is_left_to_the_layers(taken):
+    model, ids = tiny_leap(intermediate_size=32), random_ids(1, 8 + TOKENS)
+    decode(model, ids)
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.data = weight.data.t()  # the same memory, in another order
+    logits = decode(model, ids)
+    assert taken == [True] * TOKENS + [False] * TOKENS
+    torch.testing.assert_close(logits.double(), exact(model, ids), rtol=0, atol=6e-5)
+
+
+class Louder(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def hooked(model):
+    model.model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def hooked_before(model):
+    model.model.layers[1].mixer.qfkv_proj.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+
+
+def wrapped(model):
+    mlp = model.model.layers[0].mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: 2 * forward(x)
+
+
+def subclassed(model):
+    model.model.layers[0].mlp.down_proj.__class__ = Louder
+
+
+def parametrized(model):
+    norm = torch.nn.utils.parametrizations.weight_norm(model.model.layers[3].mlp.up_proj)
+    with torch.no_grad():
+        norm.parametrizations.weight.original0.mul_(2)
+
+
+def without_bias(model):
+    model.model.layers[0].mlp.up_proj.bias = None
+
+
+def with_bias(model):
+    model.model.layers[0].mixer.qfkv_proj.bias = torch.nn.Parameter(torch.ones(4 * 32))
+
+
+def in_training(model):
+    model.model.layers[0].mlp.train()
+
+
+def other_activation(model):
+    model.model.layers[1].mlp.act_fn = torch.nn.Tanh()
+
+
+def mixed_activations(model):
+    model.model.layers[1].mlp.act_fn = torch.nn.ReLU()
+
+
+def mixed_epsilons(model):
+    model.model.layers[1].input_layernorm.eps = 0.5
+
+
+CHANGES = [hooked, hooked_before, wrapped, subclassed, parametrized, without_bias, with_bias, in_training]
+CHANGES += [other_activation, mixed_activations, mixed_epsilons]
+
+
+@pytest.mark.parametrize("after_a_step", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_layers_are_called(change, after_a_step, taken):
+    model, ids = tiny_leap(hidden_dropout=0.0), random_ids(1, 8 + TOKENS)
+    if after_a_step:
+        decode(model, ids)
+        assert all(taken)
+        taken.clear()
+    change(model)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits[:, 8:]
+    torch.testing.assert_close(decode(model, ids), expected, rtol=0, atol=6e-5)
+    assert taken == [False] * TOKENS
+
+
+def test_lora_is_heard(taken):
+    peft = pytest.importorskip("peft")
+    model, ids = tiny_leap(), random_ids(1, 8 + TOKENS)
+    decode(model, ids)
+    config = peft.LoraConfig(target_modules=["qfkv_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        expected = adapted(input_ids=ids, use_cache=False).logits[:, 8:]
+    taken.clear()
+    torch.testing.assert_close(decode(adapted, ids), expected, rtol=0, atol=6e-5)
+    assert not any(taken)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(decode(merged, ids), expected, rtol=0, atol=6e-5)
+    assert all(taken[TOKENS:])
+
+
+def test_what_watches_operations_sees_them(taken):
+    model, ids = tiny_leap(), random_ids(1, 8 + TOKENS)
+    cache = modeling_leap.RecurrentCache(model.config)
+    with torch.no_grad():
+        model(ids[:, :8], past_key_values=cache)
+    with FlopCounterMode(display=False) as counter:
+        decode(model, ids, cache=cache)
+    products = sum(x.numel() for name, x in model.named_parameters() if "proj.weight" in name or "lm_head" in name)
+    assert counter.get_total_flops() == 2 * TOKENS * products and not any(taken)
+    with torch.autocast("cpu", torch.bfloat16):
+        decode(model, ids)
+    assert not any(taken)
+
+
+def test_outputs_of_layers_are_there(taken):
+    model, ids = tiny_leap(), random_ids(1, 9)
+    with torch.no_grad():
+        cache = model(ids[:, :8], use_cache=True).past_key_values
+        hidden = model(ids[:, 8:], past_key_values=copy.deepcopy(cache), output_hidden_states=True).hidden_states
+        attentions = model(ids[:, 8:], past_key_values=copy.deepcopy(cache), output_attentions=True).attentions
+    assert len(hidden) == 5 and len(attentions) == 4 and not any(taken)
+
+
+def test_more_rows_are_left_to_the_layers(taken):
+    model, ids = tiny_leap(), random_ids(9, 8 + TOKENS)
+    torch.testing.assert_close(decode(model, ids).double(), exact(model, ids), rtol=0, atol=6e-5)
+    assert not any(taken)
+
+
+def test_float64_and_additive_models_are_left_to_the_layers(taken):
+    ids = random_ids(1, 8 + TOKENS)
+    for model in (tiny_leap().double(), tiny_leap(mixer="additive")):
+        torch.testing.assert_close(decode(model, ids).double(), exact(model, ids), rtol=0, atol=6e-5)
+    assert not any(taken)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
+def test_what_is_not_finite_stays_so(activation, value, taken):
+    model, ids = tiny_leap(hidden_act=activation), random_ids(1, 8 + TOKENS)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.bias[3] = value
+    assert not decode(model, ids).isfinite().any()
+    assert all(taken)
+
+
+def test_models_copy_pickle_and_go(taken):
+    model, ids = tiny_leap(), random_ids(1, 8 + TOKENS)
+    logits, plans = decode(model, ids), len(leap_step._plans)
+    twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        for twin in twins:
+            assert torch.equal(decode(twin, ids), logits)
+            twin.model.layers[0].mlp.up_proj.bias.add_(1)
+    assert torch.equal(decode(model, ids), logits) and all(taken)
+    assert len(leap_step._plans) == plans + 2
+    del model, twins, twin
+    assert len(leap_step._plans) == plans - 1
+
+
+@pytest.mark.parametrize("field", ["batch", "width", "parts", "inner", "layers", "threads", "activation"])
+@pytest.mark.parametrize("value", [-1, 0, 257])
+def test_c_refuses_what_it_does_not_know(field, value):
+    if (field, value) == ("activation", 0) or (value == 257 and field not in ("threads", "activation")):
+        pytest.skip("that is a size or a kind that it knows")
+    call = leap_step._LeapStep(batch=1, width=4, parts=4, inner=4, layers=1, threads=1)
+    setattr(call, field, value)
+    assert leap_step._library().leap_step(call) == 2
+    assert ctypes.sizeof(call) == 8 * 24
+
+
+def test_states_that_do_not_fit_are_named(taken):
+    model, ids = tiny_leap(), random_ids(1, 9)
+    with torch.no_grad():
+        cache = model(ids[:, :8], use_cache=True).past_key_values
+        rotary = torch.ones(1, 1, 8), torch.ones(1, 1, 7)
+        with pytest.raises(ValueError, match="`sin` must be a contiguous torch.float32 of shape"):
+            kinds = modeling_leap.LeapLayer, modeling_leap.LeapMixer, modeling_leap.LeapMLP
+            leap_step.step_layers(model.model.layers, kinds, torch.randn(1, 1, 32), rotary, cache)
