@@ -62,6 +62,8 @@ CODE = {
         "focus_triton_parts.py",
         "forward_context.py",
         "leap_mixing.py",
+        "leap_step.py",
+        "leap_step_source.py",
         "losses.py",
         "mixing_rows.py",
         "model_inputs.py",
