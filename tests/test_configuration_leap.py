@@ -50,6 +50,7 @@ def test_defaults_of_the_additive_mixer():
         {"mixer": "additive", "position_embedding_type": "alibi", "initializer_range": 0.3},
         {"intermediate_size": 99, "is_causal": False, "eos_token_id": [1, 2], "rescale": 4, "attention_dropout": 0.5},
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}},
+        {"hidden_size": 12, "position_embedding_type": "absolute"},  # three channels of a head, which nothing rotates
     ],
 )
 def test_saving_and_loading_changes_nothing(values, tmp_path):

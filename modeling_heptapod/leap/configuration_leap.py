@@ -142,6 +142,11 @@ class LeapConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
         if self.position_embedding_type == "rotary":
             self._check_rotary()
 
+    def validate_rope(self):
+        """As `PreTrainedConfig.validate_rope`, which checks the default rotary settings of models without rotary positions too."""
+        if self.position_embedding_type == "rotary":
+            PreTrainedConfig.validate_rope(self)
+
     def _check_rotary(self):
         if self.output_gate == "none":
             raise ValueError(
