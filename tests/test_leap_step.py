@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.activations import ACT2FN
 
 from modeling_heptapod.leap import leap_step, modeling_leap
 from modeling_heptapod.leap.focus_cpu import _library as focus_library
@@ -16,6 +18,7 @@ from tests.tiny_leap import VARIANTS, random_ids, tiny_leap
 
 FOCUS_VARIANTS = {name: options for name, options in VARIANTS.items() if not name.startswith("additive")}
 FOCUS_VARIANTS["alibi"] = {**VARIANTS["alibi"], "window_sizes": [None, 64, 5, None]}  # the widest that C has
+KINDS = modeling_leap.LeapLayer, modeling_leap.LeapMixer, modeling_leap.LeapMLP
 TOKENS = 12
 
 
@@ -75,6 +78,58 @@ def test_activations_and_widths(activation, sizes, taken):
     logits = decode(model, ids)
     assert all(taken)
     torch.testing.assert_close(logits.double(), exact(model, ids), rtol=0, atol=6e-5)
+
+
+@torch.no_grad()
+def only_mlp(hidden, biases, activation):
+    """What one layer adds to `hidden` where its weights are 0 but for a unit matrix: activations of the biases `[steps, width]`."""
+    width = biases.shape[1]
+    model = tiny_leap(
+        num_hidden_layers=1, window_sizes=[None], hidden_size=width, intermediate_size=width, hidden_act=activation
+    ).to(hidden.dtype)
+    layer = model.model.layers[0]
+    for parameter in layer.parameters():
+        parameter.zero_()
+    layer.mlp.down_proj.weight.copy_(torch.eye(width))
+    cache = model(torch.zeros(1, 3, dtype=torch.int64), use_cache=True).past_key_values
+    rotary = model.model.rotary_emb(hidden.float(), torch.tensor([[3]]))
+    results = []
+    for bias in biases:
+        layer.mlp.up_proj.bias.copy_(bias)
+        results.append(leap_step.step_layers(model.model.layers, KINDS, hidden, rotary, cache).flatten())
+    return torch.stack(results)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
+def test_activations_of_all_sizes(activation):
+    biases = torch.cat((torch.linspace(-9, 9, 64 * 62), torch.tensor([0.0, 20, -20, 100, -100, 1e30, -1e30, 1e-30] * 16)))
+    biases = biases.view(64, 64)
+    exact = ACT2FN[activation](biases.double())
+    error = (only_mlp(torch.zeros(1, 1, 64), biases, activation) - exact).abs()
+    assert (error <= 4e-7 * (1 + biases.abs())).all()
+
+
+def test_bf16_is_rounded_to_nearest():
+    hidden, biases = torch.randn(1, 1, 64).bfloat16(), torch.randn(20, 64).bfloat16()
+    expected = (hidden.flatten().float() + biases.float().relu()).bfloat16()
+    assert torch.equal(only_mlp(hidden, biases, "relu"), expected)
+
+
+def test_a_mixing_step_that_fails_is_told(taken):
+    model, ids = tiny_leap(), random_ids(1, 9)
+    decode(model, ids)
+    _, plan = leap_step._plans[model.model.layers]
+    plan.mixing[2].heads = 0
+    with pytest.raises(ValueError, match="The C source lacks the options or the sizes of this decoding step"):
+        decode(model, ids)
+
+
+def test_batches_of_several_sizes(taken):
+    model = tiny_leap()
+    for batch in (1, 3, 2, 1):
+        ids = random_ids(batch, 8 + TOKENS)
+        torch.testing.assert_close(decode(model, ids).double(), exact(model, ids), rtol=0, atol=6e-5)
+    assert all(taken)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -276,6 +331,67 @@ def test_outputs_of_layers_are_there(taken):
     assert len(hidden) == 5 and len(attentions) == 4 and not any(taken)
 
 
+def test_embeddings_that_are_given_stay_as_they_are(taken):
+    model, embeds = tiny_leap(), torch.randn(2, 9, 32)
+    with torch.no_grad():
+        cache = model(inputs_embeds=embeds[:, :8], use_cache=True).past_key_values
+        token = embeds[:, 8:].clone()
+        model(inputs_embeds=token, past_key_values=cache)
+    assert all(taken) and torch.equal(token, embeds[:, 8:])
+
+
+@torch.no_grad()
+def test_positions_of_each_row_and_positions_of_all(taken):
+    model, ids = tiny_leap(), random_ids(2, 9)
+    for starts in ([[0]], [[0], [3]], [[5]]):
+        positions = torch.arange(9) + torch.tensor(starts)
+        cache = model(ids[:, :8], position_ids=positions[:, :8], use_cache=True).past_key_values
+        logits = model(ids[:, 8:], past_key_values=cache, position_ids=positions[:, 8:]).logits
+        expected = copy.deepcopy(model).double()(ids, position_ids=positions).logits[:, 8:]
+        torch.testing.assert_close(logits.double(), expected, rtol=0, atol=6e-5)
+    assert taken == [True] * 3
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_hooks_of_all_modules_are_called(when, taken):
+    model, ids, seen = tiny_leap(), random_ids(1, 8 + TOKENS), []
+    decode(model, ids)
+    register = getattr(torch.nn.modules.module, f"register_module_forward_{'pre_' if when == 'before' else ''}hook")
+    handle = register(lambda module, *_: seen.append(type(module)))
+    try:
+        decode(model, ids)
+    finally:
+        handle.remove()
+    assert modeling_leap.LeapMLP in seen and taken == [True] * TOKENS + [False] * TOKENS
+
+
+class Watch(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.add(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_mode_of_functions_sees_products(taken):
+    model, ids = tiny_leap(), random_ids(1, 8 + TOKENS)
+    with Watch() as watch:
+        decode(model, ids)
+    assert torch.nn.functional.linear in watch.seen and not any(taken)
+
+
+def test_the_state_is_checked(taken, monkeypatch):
+    model, ids = tiny_leap(), random_ids(1, 9)
+    with torch.no_grad():
+        cache = model(ids[:, :8], use_cache=True).past_key_values
+        wrong = torch.zeros(1, 4, 3)
+        monkeypatch.setattr(modeling_leap.LeapMixer, "packed_state", lambda mixer, cache: wrong)
+        with pytest.raises(ValueError, match="`past_key_values` must be a contiguous torch.float32 of shape"):
+            model(ids[:, 8:], past_key_values=cache)
+
+
 def test_more_rows_are_left_to_the_layers(taken):
     model, ids = tiny_leap(), random_ids(9, 8 + TOKENS)
     torch.testing.assert_close(decode(model, ids).double(), exact(model, ids), rtol=0, atol=6e-5)
@@ -330,5 +446,4 @@ def test_states_that_do_not_fit_are_named(taken):
         cache = model(ids[:, :8], use_cache=True).past_key_values
         rotary = torch.ones(1, 1, 8), torch.ones(1, 1, 7)
         with pytest.raises(ValueError, match="`sin` must be a contiguous torch.float32 of shape"):
-            kinds = modeling_leap.LeapLayer, modeling_leap.LeapMixer, modeling_leap.LeapMLP
-            leap_step.step_layers(model.model.layers, kinds, torch.randn(1, 1, 32), rotary, cache)
+            leap_step.step_layers(model.model.layers, KINDS, torch.randn(1, 1, 32), rotary, cache)

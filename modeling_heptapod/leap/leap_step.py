@@ -91,6 +91,7 @@ def step_layers(
         `torch.Tensor` of shape `[batch, 1, hidden_size]`, or `None`, with the cache unchanged, where the layers are to be called.
 
     Raises:
+        ValueError: for states and rotary positions of other shapes or dtypes.
         MemoryError: if there is no memory for a token.
     """
     if hidden_states.device.type != "cpu" or len(hidden_states) > _MOST_ROWS or _is_watched(hidden_states):
@@ -182,7 +183,7 @@ def _make_plan(layers, kinds, hidden_states, rotary):
     for step, mixer, expected in zip(mixing, mixers, shapes):
         if mixer.alibi_slopes is not None:
             step.alibi_slopes = address("alibi_slopes", mixer.alibi_slopes, *expected["alibi_slopes"])
-    sizes = {"rows": width, "mixed": width, "qfkv": parts * width, "between": inner, "own": 2 * threads * width}
+    sizes = {"own": 2 * threads * width, "rows": width, "mixed": width, "qfkv": parts * width, "between": inner}
     return _Plan(call, table, mixing, shapes, {name: batch * size for name, size in sizes.items()})
 
 
@@ -212,7 +213,8 @@ def _run(plan, layers, hidden_states, rotary, cache):
     out = hidden_states.clone(memory_format=torch.contiguous_format)
     memory = torch.empty(sum(plan.scratch.values()), dtype=torch.float32)
     call, mixing = _LeapStep.from_buffer_copy(plan.call), type(plan.mixing).from_buffer_copy(plan.mixing)
-    call.hidden, call.mixing, place = out.data_ptr(), ctypes.addressof(mixing), memory.data_ptr()
+    call.hidden = address("hidden_states", out, hidden_states.shape, hidden_states.dtype)
+    call.mixing, place = ctypes.addressof(mixing), memory.data_ptr()
     for name, size in plan.scratch.items():
         setattr(call, name, place)
         place += 4 * size
@@ -225,7 +227,7 @@ def _run(plan, layers, hidden_states, rotary, cache):
         step.state = address("past_key_values", state, *expected["state"])
         for name, x in turns.items():
             setattr(step, name, x)
-    check_status(_library().leap_step(call), "hidden states")
+    check_status(_library().leap_step(call), "decoding step")
     return out
 
 
