@@ -7,6 +7,7 @@ hidden states to its inputs, MultiGrid's LEAP core passes it the projections of 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -132,8 +133,8 @@ class RunningMeanMixer(nn.Module):
     def _dropout(self, x):
         return nn.functional.dropout(x, self.attention_dropout, self.training)
 
-    def packed_state(self, cache: Cache, state_idx: int = 0) -> torch.Tensor | None:
-        """The state of this layer in a cache, see `pack_state`."""
+    def packed_state(self, cache: Cache, state_idx: int = 0) -> Any:
+        """The state of this layer in a cache, a `torch.Tensor` as of `pack_state`, or `None` before the first token."""
         read = cache.get_recurrent_state if self.settings.window is None else cache.get_conv_state
         return read(self.layer_idx, state_idx)
 

@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 
 from ..common.cpu_kernels import FLAGS, address, check_status, load_kernels
-from ..common.model_inputs import is_eager, is_torch_func_active
+from ..common.model_inputs import is_torch_func_active
 from .focus_cpu import Mixing, blank_mixing, holds_step, recurrent_share, takes
 from .leap_step_source import SOURCE
 
@@ -38,7 +38,10 @@ class _LeapStep(ctypes.Structure):
     """`LeapStep` of the source."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in "batch width parts inner layers activation bf16 threads mixing_bytes".split()),
+        *(
+            (name, ctypes.c_int64)
+            for name in "batch width parts inner layers activation bf16 threads mixing_bytes".split()
+        ),
         ("epsilon", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in "layer mix mixing hidden rows mixed qfkv between own".split()),
         *((name, ctypes.c_int64) for name in "tickets members arrived phase failed".split()),
@@ -51,14 +54,14 @@ class _Plan(NamedTuple):
     Attributes:
         call (`_LeapStep`): sizes, options and weights.
         layers, mixing (`ctypes.Array`): weights and mixing step of each layer.
-        shapes (`list[dict]`): shapes and dtypes of the tensors of each mixing step.
+        shapes (`tuple[dict, ...]`): shapes and dtypes of the tensors of each mixing step.
         scratch (`dict[str, int]`): the call's own memory, in numbers of float32.
     """
 
     call: _LeapStep
     layers: Any
     mixing: Any
-    shapes: list[dict]
+    shapes: tuple[dict, ...]
     scratch: dict[str, int]
 
 
@@ -83,7 +86,7 @@ def step_layers(
     Args:
         layers (`nn.ModuleList`): of `LeapModel`.
         kinds (`tuple[type, type, type]`): classes of a layer, its mixer and its MLP that the C source knows.
-        hidden_states (`torch.Tensor` of shape `[batch, 1, hidden_size]`): embeddings of the token.
+        hidden_states (`torch.Tensor` of shape `[batch, 1, hidden_size]`): embeddings of the token, in eager mode.
         rotary (`tuple` of cos and sin `[1 or batch, 1, head_dim]`, *optional*): rotary positions of the token.
         cache (`Cache`): checked, with the states after at least one token.
 
@@ -94,7 +97,7 @@ def step_layers(
         ValueError: for states and rotary positions of other shapes or dtypes.
         MemoryError: if there is no memory for a token.
     """
-    if hidden_states.device.type != "cpu" or len(hidden_states) > _MOST_ROWS or _is_watched(hidden_states):
+    if hidden_states.device.type != "cpu" or len(hidden_states) > _MOST_ROWS or _is_watched():
         return None
     facts = _look(layers)
     if facts is None:
@@ -108,11 +111,10 @@ def step_layers(
     return None if plan is None else _run(plan, layers, hidden_states, rotary, cache)
 
 
-def _is_watched(hidden_states):
+def _is_watched():
     """Whether torch changes or observes single operations."""
     return (
-        not is_eager(hidden_states)
-        or is_torch_func_active()
+        is_torch_func_active()
         or torch.is_autocast_enabled("cpu")
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
@@ -199,7 +201,9 @@ def _weights(layer, first, kinds, hidden_states):
     width, inner = hidden_states.shape[-1], len(first.mlp.up_proj.weight)
     shapes = [(width,), (width,), (mixer.num_parts * width, width), (width,), (width,)]
     shapes += [(inner, width), (inner,), (width, inner), (width,)]
-    tensors = [x for module in modules for x in (module.weight, module.bias) if module is not mixer.qfkv_proj or x is not None]
+    tensors = [
+        x for module in modules for x in (module.weight, module.bias) if module is not mixer.qfkv_proj or x is not None
+    ]
     if [None if x is None else x.shape for x in tensors] != shapes:
         return None
     return tensors if all(x.dtype == hidden_states.dtype and x.is_contiguous() for x in tensors) else None

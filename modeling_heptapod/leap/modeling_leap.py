@@ -225,7 +225,7 @@ class LeapModel(LeapPreTrainedModel):
         )
 
     def _through_layers(self, hidden_states, rotary, context, cache):
-        if context.single_step and not context.output_attentions and is_eager(hidden_states):
+        if context.single_step and is_eager(hidden_states):
             stepped = step_layers(self.layers, (LeapLayer, LeapMixer, LeapMLP), hidden_states, rotary, cache)
             if stepped is not None:
                 return stepped
