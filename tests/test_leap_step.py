@@ -409,7 +409,11 @@ def test_more_rows_are_left_to_the_layers(taken):
 
 def test_other_dtypes_and_additive_models_are_left_to_the_layers(taken):
     ids = random_ids(1, 8 + TOKENS)
-    for model, error in ((tiny_leap().double(), 6e-5), (tiny_leap().half(), 3e-2), (tiny_leap(mixer="additive"), 6e-5)):
+    for model, error in (
+        (tiny_leap().double(), 6e-5),
+        (tiny_leap().half(), 3e-2),
+        (tiny_leap(mixer="additive"), 6e-5),
+    ):
         torch.testing.assert_close(decode(model, ids).double(), exact(model, ids), rtol=0, atol=error)
     assert not any(taken)
 
