@@ -18,7 +18,6 @@ from tests.fuzzing import refused, resized
 
 
 HEAD_DIMS = (4, 7, 16)
-KINDS = modeling_leap.LeapLayer, modeling_leap.LeapMixer, modeling_leap.LeapMLP
 
 
 def draw(rng):
@@ -99,7 +98,7 @@ def invalid_call(seed):
 
     def call():
         with patch.object(type(mixers[0]), "packed_state", lambda mixer, _: states[mixer.layer_idx]):
-            return leap_step.step_layers(model.model.layers, KINDS, embeds, rotary, cache)
+            return leap_step.step_layers(model.model.layers, modeling_leap._FORWARDS, embeds, rotary, cache)
 
     refused(call, what if what == "past_key_values" else "n` must be" if what == "sin" else "s` must be")
     assert all(torch.equal(a, b) for a, b in zip(before, states) if a.device.type == "cpu")

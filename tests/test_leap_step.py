@@ -19,7 +19,6 @@ from tests.tiny_leap import VARIANTS, random_ids, tiny_leap
 
 FOCUS_VARIANTS = {name: options for name, options in VARIANTS.items() if not name.startswith("additive")}
 FOCUS_VARIANTS["alibi"] = {**VARIANTS["alibi"], "window_sizes": [None, 64, 5, None]}  # the widest that C has
-KINDS = modeling_leap.LeapLayer, modeling_leap.LeapMixer, modeling_leap.LeapMLP
 TOKENS = 12
 
 
@@ -97,7 +96,9 @@ def only_mlp(hidden, biases, activation):
     results = []
     for bias in biases:
         layer.mlp.up_proj.bias.copy_(bias)
-        results.append(leap_step.step_layers(model.model.layers, KINDS, hidden, rotary, cache).flatten())
+        results.append(
+            leap_step.step_layers(model.model.layers, modeling_leap._FORWARDS, hidden, rotary, cache).flatten()
+        )
     return torch.stack(results)
 
 
@@ -257,6 +258,10 @@ def with_bias(model):
     model.model.layers[0].mixer.qfkv_proj.bias = torch.nn.Parameter(torch.ones(4 * 32))
 
 
+def without_mlp(model):
+    model.model.layers[0].mlp = torch.nn.Linear(32, 32).eval()
+
+
 def in_training(model):
     model.model.layers[0].mlp.train()
 
@@ -273,13 +278,26 @@ def mixed_epsilons(model):
     model.model.layers[1].input_layernorm.eps = 0.5
 
 
+def patched(model):
+    forward = modeling_leap.LeapMLP.forward
+    modeling_leap.LeapMLP.forward = lambda self, x: 2 * forward(self, x)
+
+
+def patched_torch(model):
+    forward = torch.nn.Linear.forward
+    torch.nn.Linear.forward = lambda self, x: 2 * forward(self, x)
+
+
 CHANGES = [hooked, hooked_before, wrapped, subclassed, parametrized, without_bias, with_bias, in_training]
-CHANGES += [other_activation, mixed_activations, mixed_epsilons]
+CHANGES += [other_activation, mixed_activations, mixed_epsilons, patched, patched_torch]
+CHANGES += [without_mlp]
 
 
 @pytest.mark.parametrize("after_a_step", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
-def test_changed_layers_are_called(change, after_a_step, taken):
+def test_changed_layers_are_called(change, after_a_step, taken, monkeypatch):
+    for kind in (modeling_leap.LeapMLP, torch.nn.Linear):
+        monkeypatch.setattr(kind, "forward", kind.forward)  # puts back what a change replaces
     model, ids = tiny_leap(hidden_dropout=0.0), random_ids(1, 8 + TOKENS)
     if after_a_step:
         decode(model, ids)
@@ -443,11 +461,16 @@ def test_models_copy_pickle_and_go(taken):
     assert len(leap_step._plans) == plans - 1
 
 
-@pytest.mark.parametrize("field", ["batch", "width", "parts", "inner", "layers", "threads", "activation"])
-@pytest.mark.parametrize("value", [-1, 0, 257])
+SIZES = "batch", "width", "parts", "inner", "layers", "threads"
+UNKNOWN = [(field, value) for field in SIZES for value in (-1, 0)] + [
+    ("threads", 257),
+    ("activation", -1),
+    ("activation", 3),
+]
+
+
+@pytest.mark.parametrize("field, value", UNKNOWN)
 def test_c_refuses_what_it_does_not_know(field, value):
-    if (field, value) == ("activation", 0) or (value == 257 and field not in ("threads", "activation")):
-        pytest.skip("that is a size or a kind that it knows")
     call = leap_step._LeapStep(batch=1, width=4, parts=4, inner=4, layers=1, threads=1)
     setattr(call, field, value)
     assert leap_step._library().leap_step(call) == 2
@@ -460,4 +483,4 @@ def test_states_that_do_not_fit_are_named(taken):
         cache = model(ids[:, :8], use_cache=True).past_key_values
         rotary = torch.ones(1, 1, 8), torch.ones(1, 1, 7)
         with pytest.raises(ValueError, match="`sin` must be a contiguous torch.float32 of shape"):
-            leap_step.step_layers(model.model.layers, KINDS, torch.randn(1, 1, 32), rotary, cache)
+            leap_step.step_layers(model.model.layers, modeling_leap._FORWARDS, torch.randn(1, 1, 32), rotary, cache)

@@ -6,6 +6,7 @@ autocast, modes of torch that watch operations.
 """
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -25,6 +26,8 @@ from .leap_step_source import SOURCE
 _MOST_ROWS = 8  # of a batch, beyond which products of matrices are faster
 _PARALLEL = 2**17  # weights of a layer times rows below which a second thread costs more than it saves
 _ACTIVATIONS = {type(ACT2FN[name]): number for number, name in enumerate(("gelu", "relu", "silu"))}
+_KINDS: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.Linear, *_ACTIVATIONS)
+_MODULES = {kind: kind.forward for kind in _KINDS}  # before anyone replaces them
 _WEIGHTS = "norm_weight norm_bias qfkv post_norm_weight post_norm_bias up up_bias down down_bias".split()
 
 
@@ -76,7 +79,7 @@ def _library():
 
 def step_layers(
     layers: nn.ModuleList,
-    kinds: tuple[type, type, type],
+    forwards: dict[type, Callable],
     hidden_states: torch.Tensor,
     rotary: tuple[torch.Tensor, torch.Tensor] | None,
     cache: Cache,
@@ -85,7 +88,7 @@ def step_layers(
 
     Args:
         layers (`nn.ModuleList`): of `LeapModel`.
-        kinds (`tuple[type, type, type]`): classes of a layer, its mixer and its MLP that the C source knows.
+        forwards (`dict[type, Callable]`): classes of a layer, its mixer and its MLP, with their `forward` that the C source knows.
         hidden_states (`torch.Tensor` of shape `[batch, 1, hidden_size]`): embeddings of the token, in eager mode.
         rotary (`tuple` of cos and sin `[1 or batch, 1, head_dim]`, *optional*): rotary positions of the token.
         cache (`Cache`): checked, with the states after at least one token.
@@ -106,7 +109,7 @@ def step_layers(
     facts += [] if rotary is None else [rotary[0].dtype, len(rotary[0])]
     known, plan = _plans.get(layers, (None, None))
     if known != facts:
-        plan = _make_plan(layers, kinds, hidden_states, rotary)
+        plan = _make_plan(layers, forwards, hidden_states, rotary)
         _plans[layers] = facts, plan
     return None if plan is None else _run(plan, layers, hidden_states, rotary, cache)
 
@@ -131,7 +134,7 @@ def _look(layers):
             replaced = "forward" in options or options.get("_compiled_call_impl") is not None
             if module._forward_hooks or module._forward_pre_hooks or replaced or module.training:
                 return None
-            facts += (module, type(module), options.get("eps"), options.get("settings"))
+            facts += (module, type(module), type(module).forward, options.get("eps"), options.get("settings"))
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is None:
                     facts.append(None)
@@ -149,13 +152,17 @@ def _modules(layer):
         yield from module._modules.values()
 
 
-def _make_plan(layers, kinds, hidden_states, rotary):
+def _make_plan(layers, forwards, hidden_states, rotary):
     if hidden_states.dtype not in (torch.float32, torch.bfloat16) or not layers or _library() is None:
         return None
-    weights = [_weights(layer, layers[0], kinds, hidden_states) for layer in layers]
+    weights = []
+    for layer in layers:
+        weights.append(_weights(layer, layers[0], forwards, hidden_states))
+        if weights[-1] is None:
+            return None
     mixers, norms = [layer.mixer for layer in layers], [layer.input_layernorm for layer in layers]
     slopes = {mixer.alibi_slopes.dtype for mixer in mixers if mixer.alibi_slopes is not None}
-    if None in weights or len({norm.eps for norm in norms}) > 1 or slopes - {torch.float32}:
+    if len({norm.eps for norm in norms}) > 1 or slopes - {torch.float32}:
         return None
     batch, _, width = hidden_states.shape
     inner, parts, heads, head_dim = len(weights[0][5]), mixers[0].num_parts, mixers[0].num_heads, mixers[0].head_dim
@@ -189,14 +196,21 @@ def _make_plan(layers, kinds, hidden_states, rotary):
     return _Plan(call, table, mixing, shapes, {name: batch * size for name, size in sizes.items()})
 
 
-def _weights(layer, first, kinds, hidden_states):
+def _weights(layer, first, forwards, hidden_states):
     """Tensors of a layer in the order of the source, `None` if it is not built like the first layer of modules that C knows."""
     mixer, mlp = layer.mixer, layer.mlp
-    if (type(layer), type(mixer), type(mlp)) != kinds:
+    known = {**_MODULES, **forwards}
+    if any(known.get(type(module)) is not type(module).forward for module in _modules(layer)):
+        return None
+    if (type(layer), type(mixer), type(mlp)) != tuple(forwards):
         return None
     modules = layer.input_layernorm, mixer.qfkv_proj, layer.post_attention_layernorm, mlp.up_proj, mlp.down_proj
-    known = [type(module) for module in modules] == [nn.LayerNorm, nn.Linear, nn.LayerNorm, nn.Linear, nn.Linear]
-    if not known or type(mlp.act_fn) not in _ACTIVATIONS or type(mlp.act_fn) is not type(first.mlp.act_fn):
+    kinds = [type(module) for module in modules]
+    if (
+        kinds != [nn.LayerNorm, nn.Linear, nn.LayerNorm, nn.Linear, nn.Linear]
+        or type(mlp.act_fn) not in _ACTIVATIONS
+        or type(mlp.act_fn) is not type(first.mlp.act_fn)
+    ):
         return None
     width, inner = hidden_states.shape[-1], len(first.mlp.up_proj.weight)
     shapes = [(width,), (width,), (mixer.num_parts * width, width), (width,), (width,)]
