@@ -9,12 +9,14 @@ import copy
 import random
 from unittest.mock import patch
 
+import pytest
 import torch
 
 from modeling_heptapod import LeapConfig, LeapForCausalLM
-from modeling_heptapod.leap import focus_cpu, leap_step, modeling_leap
+from modeling_heptapod.leap import focus_cpu, leap_step
 from tests import fuzzing
 from tests.fuzzing import refused, resized
+from tests.leap_steps import watch_steps
 
 
 HEAD_DIMS = (4, 7, 16)
@@ -54,21 +56,18 @@ def valid_call(seed):
     rng = random.Random(seed)
     model, ids = draw(rng)
     exact = copy.deepcopy(model).double()(ids, use_cache=False).logits
-    length, step, taken = ids.shape[1], leap_step.step_layers, []
+    length = ids.shape[1]
     past = rng.randint(max(1, length - 8), length - 1)
-
-    def spy(*arguments):
-        taken.append(step(*arguments))
-        return taken[-1]
-
     torch.set_num_threads(rng.choice((1, 1, 3)))
     try:
-        with patch.object(leap_step, "_PARALLEL", 0), patch.object(modeling_leap, "step_layers", spy):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(leap_step, "_PARALLEL", 0)
+            taken = watch_steps(monkeypatch)
             cache = model(ids[:, :past], use_cache=True).past_key_values
             steps = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(past, length)]
     finally:
         torch.set_num_threads(1)
-    assert None not in taken and len(taken) == len(steps), f"seed {seed}: a token was left to the layers"
+    assert taken == [True] * len(steps), f"seed {seed}: a token was left to the layers"
     close = 1e-1 if model.dtype == torch.bfloat16 else 1e-3
     error = (torch.cat(steps, dim=1) - exact[:, past:]).square().mean().sqrt() / exact.square().mean().sqrt()
     assert error < close, f"seed {seed}: logits are off by {error:.2g}"
@@ -98,7 +97,7 @@ def invalid_call(seed):
 
     def call():
         with patch.object(type(mixers[0]), "packed_state", lambda mixer, _: states[mixer.layer_idx]):
-            return leap_step.step_layers(model.model.layers, modeling_leap._FORWARDS, embeds, rotary, cache)
+            return leap_step.step_layers(model.model.layers, embeds, rotary, cache)
 
     refused(call, what if what == "past_key_values" else "n` must be" if what == "sin" else "s` must be")
     assert all(torch.equal(a, b) for a, b in zip(before, states) if a.device.type == "cpu")

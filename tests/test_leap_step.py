@@ -4,6 +4,7 @@ import copy
 import ctypes
 import pickle
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers.activations import ACT2FN
 
 from modeling_heptapod.leap import leap_step, modeling_leap
 from modeling_heptapod.leap.focus_cpu import _library as focus_library
+from tests.leap_steps import watch_steps
 from tests.tiny_leap import VARIANTS, random_ids, tiny_leap
 
 
@@ -31,15 +33,7 @@ def compiled():
 @pytest.fixture
 def taken(monkeypatch):
     """For each single token of a forward pass, whether it went through C."""
-    seen, step = [], leap_step.step_layers
-
-    def spy(*arguments):
-        stepped = step(*arguments)
-        seen.append(stepped is not None)
-        return stepped
-
-    monkeypatch.setattr(modeling_leap, "step_layers", spy)
-    return seen
+    return watch_steps(monkeypatch)
 
 
 @torch.no_grad()
@@ -96,9 +90,7 @@ def only_mlp(hidden, biases, activation):
     results = []
     for bias in biases:
         layer.mlp.up_proj.bias.copy_(bias)
-        results.append(
-            leap_step.step_layers(model.model.layers, modeling_leap._FORWARDS, hidden, rotary, cache).flatten()
-        )
+        results.append(leap_step.step_layers(model.model.layers, hidden, rotary, cache).flatten())
     return torch.stack(results)
 
 
@@ -119,11 +111,18 @@ def test_bf16_is_rounded_to_nearest():
     assert torch.equal(only_mlp(hidden, biases, "relu"), expected)
 
 
-def test_a_mixing_step_that_fails_is_told(taken):
+def test_a_mixing_step_that_fails_is_told(monkeypatch):
     model, ids = tiny_leap(), random_ids(1, 9)
     decode(model, ids)
-    _, plan = leap_step._plans[model.model.layers]
-    plan.mixing[2].heads = 0
+    make = leap_step._make_plan
+
+    def spoil(*arguments):
+        plan = copy.copy(make(*arguments))
+        plan = plan._replace(mixing=type(plan.mixing).from_buffer_copy(plan.mixing))
+        plan.mixing[2].heads = 0
+        return plan
+
+    monkeypatch.setattr(leap_step, "_make_plan", spoil)
     with pytest.raises(ValueError, match="The C source lacks the options or the sizes of this decoding step"):
         decode(model, ids)
 
@@ -205,7 +204,8 @@ def test_weights_that_change_in_place_or_are_replaced_are_read(taken):
                     each.input_layernorm.eps = 0.5
                     each.post_attention_layernorm.eps = 0.5
             elif change == "settings":
-                layer.mixer.settings = replace(layer.mixer.settings, scale=2 * layer.mixer.settings.scale)
+                for each in model.model.layers:
+                    each.mixer.settings = replace(each.mixer.settings, scale=2 * each.mixer.settings.scale)
         logits = decode(model, ids)
         torch.testing.assert_close(logits.double(), exact(model, ids), rtol=0, atol=5e-5, msg=change)
     assert all(taken)
@@ -258,6 +258,11 @@ def with_bias(model):
     model.model.layers[0].mixer.qfkv_proj.bias = torch.nn.Parameter(torch.ones(4 * 32))
 
 
+def swapped(model):
+    layer = model.model.layers[1]
+    layer.post_attention_layernorm = torch.nn.Linear(32, 32).eval()
+
+
 def without_mlp(model):
     model.model.layers[0].mlp = torch.nn.Linear(32, 32).eval()
 
@@ -278,6 +283,11 @@ def mixed_epsilons(model):
     model.model.layers[1].input_layernorm.eps = 0.5
 
 
+def mixed_settings(model):
+    mixer = model.model.layers[1].mixer
+    mixer.settings = replace(mixer.settings, scale=2 * mixer.settings.scale)
+
+
 def patched(model):
     forward = modeling_leap.LeapMLP.forward
     modeling_leap.LeapMLP.forward = lambda self, x: 2 * forward(self, x)
@@ -289,8 +299,8 @@ def patched_torch(model):
 
 
 CHANGES = [hooked, hooked_before, wrapped, subclassed, parametrized, without_bias, with_bias, in_training]
-CHANGES += [other_activation, mixed_activations, mixed_epsilons, patched, patched_torch]
-CHANGES += [without_mlp]
+CHANGES += [other_activation, mixed_activations, mixed_epsilons, mixed_settings, patched, patched_torch]
+CHANGES += [without_mlp, swapped]
 
 
 @pytest.mark.parametrize("after_a_step", [False, True])
@@ -449,16 +459,16 @@ def test_what_is_not_finite_stays_so(activation, value, taken):
 
 def test_models_copy_pickle_and_go(taken):
     model, ids = tiny_leap(), random_ids(1, 8 + TOKENS)
-    logits, plans = decode(model, ids), len(leap_step._plans)
+    logits, seen = decode(model, ids), len(leap_step._seen)
     twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     with torch.no_grad():
         for twin in twins:
             assert torch.equal(decode(twin, ids), logits)
             twin.model.layers[0].mlp.up_proj.bias.add_(1)
     assert torch.equal(decode(model, ids), logits) and all(taken)
-    assert len(leap_step._plans) == plans + 2
+    assert len(leap_step._seen) == seen + 2
     del model, twins, twin
-    assert len(leap_step._plans) == plans - 1
+    assert len(leap_step._seen) == seen - 1
 
 
 SIZES = "batch", "width", "parts", "inner", "layers", "threads"
@@ -483,4 +493,104 @@ def test_states_that_do_not_fit_are_named(taken):
         cache = model(ids[:, :8], use_cache=True).past_key_values
         rotary = torch.ones(1, 1, 8), torch.ones(1, 1, 7)
         with pytest.raises(ValueError, match="`sin` must be a contiguous torch.float32 of shape"):
-            leap_step.step_layers(model.model.layers, modeling_leap._FORWARDS, torch.randn(1, 1, 32), rotary, cache)
+            leap_step.step_layers(model.model.layers, torch.randn(1, 1, 32), rotary, cache)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In graphs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Grows with each call of C."""
+    seen, step = [], leap_step._step
+    monkeypatch.setattr(leap_step, "_step", lambda *arguments: (seen.append(True), step(*arguments))[1])
+    return seen
+
+
+def decode_compiled(model, ids, steps):
+    """Logits of `steps` tokens after 8, from a compiled model with a static cache."""
+    with torch.no_grad():
+        cache = modeling_leap.StaticRecurrentCache(model.config)
+        model(ids[:, :8], past_key_values=cache)
+        run = torch.compile(model, fullgraph=True)
+        return torch.cat([run(ids[:, t : t + 1], past_key_values=cache).logits for t in range(8, 8 + steps)], dim=1)
+
+
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("variant", ["default", slow("alibi"), slow("plain-scale")])
+def test_graphs_hold_the_call(variant, calls):
+    torch._dynamo.reset()
+    model, ids = tiny_leap(**FOCUS_VARIANTS[variant]), random_ids(2, 8 + TOKENS)
+    logits = decode_compiled(model, ids, TOKENS)
+    assert len(calls) == TOKENS
+    torch.testing.assert_close(logits.double(), exact(model, ids), rtol=0, atol=6e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [hooked, subclassed, mixed_activations, without_bias, in_training])
+def test_changed_layers_are_called_in_graphs(change, calls):
+    torch._dynamo.reset()
+    model, ids = tiny_leap(hidden_dropout=0.0), random_ids(1, 8 + 3)
+    change(model)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits[:, 8:]
+    torch.testing.assert_close(decode_compiled(model, ids, 3), expected, rtol=0, atol=6e-5)
+    assert not calls
+
+
+@pytest.mark.slow
+def test_graphs_do_without_a_compiler(monkeypatch, calls):
+    torch._dynamo.reset()
+    monkeypatch.setattr(leap_step, "_library", lambda: None)
+    model, ids = tiny_leap(), random_ids(1, 8 + 3)
+    logits = decode_compiled(model, ids, 3)
+    assert not calls
+    torch.testing.assert_close(logits.double(), exact(model, ids)[:, :3], rtol=0, atol=6e-5)
+
+
+@torch.no_grad()
+def operator_arguments(monkeypatch, **options):
+    model, ids, seen = tiny_leap(**options), random_ids(2, 9), []
+    cache = model(ids[:, :8], use_cache=True).past_key_values
+    with monkeypatch.context() as patch:
+        patch.setattr(leap_step, "_step", lambda *arguments: seen.append(arguments))
+        model(ids[:, 8:], past_key_values=cache)
+    return seen[0]
+
+
+@pytest.mark.parametrize("variant", ["default", "alibi"])
+def test_opcheck(variant, monkeypatch):
+    arguments = list(operator_arguments(monkeypatch, **FOCUS_VARIANTS[variant]))
+    arguments[2] = [weight.detach() for weight in arguments[2]]
+    torch.library.opcheck(leap_step._operator, arguments)
+
+
+NAMES = "hidden_states states weights alibi_slopes cos sin heads windows".split()
+WRONG = {
+    "hidden_states": [
+        torch.zeros(2, 32),
+        torch.zeros(2, 2, 32),
+        torch.zeros(2, 1, 16),
+        torch.zeros(2, 1, 32).double(),
+    ],
+    "states": [[], [torch.zeros(3)] * 4],
+    "weights": [[], [torch.zeros(32)] * 36, [torch.zeros(32).double()] * 36],
+    "alibi_slopes": [[torch.zeros(4)], [torch.zeros(3)] * 4],
+    "cos": [torch.zeros(2, 1, 8).double(), torch.zeros(3, 1, 8)],
+    "heads": [-1, 0, 3, 32],
+    "windows": [[], [0], [65, 0, 0, 0]],
+}
+
+
+@pytest.mark.parametrize("name, place", [(name, place) for name in WRONG for place in range(len(WRONG[name]))])
+def test_the_operator_checks_its_arguments(name, place, monkeypatch):
+    arguments = list(operator_arguments(monkeypatch))
+    arguments[NAMES.index(name)] = WRONG[name][place]
+    before = [state.clone() for state in arguments[1]]
+    with pytest.raises(ValueError, match="`"):
+        leap_step._operator(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(before, arguments[1]))

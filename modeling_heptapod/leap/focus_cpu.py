@@ -54,11 +54,14 @@ def takes(qfkv: torch.Tensor, settings, rotary: tuple | None = None) -> bool:
     return (
         qfkv.device.type == "cpu"
         and qfkv.dtype in (torch.float32, torch.bfloat16)
-        and settings.have_kernels(_WIDEST)
-        and 1 < qfkv.shape[-1] <= _MOST_DIM
         and (rotary is None or rotary[0].dtype == torch.float32)
-        and _library(int(qfkv.shape[-1])) is not None  # `int` fixes a size that is dynamic in a graph
+        and has_kernel(settings, int(qfkv.shape[-1]))  # `int` fixes a size that is dynamic in a graph
     )
+
+
+def has_kernel(settings, head_dim: int) -> bool:
+    """Whether the C source supports these settings and this head dimension, and could be compiled."""
+    return settings.have_kernels(_WIDEST) and 1 < head_dim <= _MOST_DIM and _library(head_dim) is not None
 
 
 @lru_cache(maxsize=256)

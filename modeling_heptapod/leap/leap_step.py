@@ -2,12 +2,13 @@
 
 The products of one token are short, so that what Python does between them takes longer than they do. The call reads the weights
 where they lie. Whatever changes what a layer does is left to the layers: hooks, adapters, quantised or replaced modules,
-autocast, modes of torch that watch operations.
+autocast, modes of torch that watch operations. Graphs of `torch.compile` contain the call as the registered operator
+`heptapod::leap_step`.
 """
 
 import ctypes
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -19,12 +20,15 @@ from transformers.cache_utils import Cache
 
 from ..common.cpu_kernels import FLAGS, address, check_status, load_kernels
 from ..common.model_inputs import is_torch_func_active
-from .focus_cpu import Mixing, blank_mixing, holds_step, recurrent_share, takes
+from ..common.registered_operators import in_graph, operator_namespace
+from .focus_cpu import Mixing, blank_mixing, has_kernel, holds_step, recurrent_share
+from .focus_functions import FocusSettings
 from .leap_step_source import SOURCE
 
 
+NAMESPACE = operator_namespace(__name__)
 _MOST_ROWS = 8  # of a batch, beyond which products of matrices are faster
-_PARALLEL = 2**17  # weights of a layer times rows below which a second thread costs more than it saves
+_PARALLEL = 2**17  # weights of all layers times rows below which a second thread costs more than it saves
 _ACTIVATIONS = {type(ACT2FN[name]): number for number, name in enumerate(("gelu", "relu", "silu"))}
 _KINDS: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.Linear, *_ACTIVATIONS)
 _MODULES = {kind: kind.forward for kind in _KINDS}  # before anyone replaces them
@@ -51,8 +55,176 @@ class _LeapStep(ctypes.Structure):
     ]
 
 
+@cache
+def _library():
+    return load_kernels("leap_step", "LEAP decodes", SOURCE, {"leap_step": _LeapStep}, FLAGS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers that the source can stand for
+# ---------------------------------------------------------------------------------------------------------------------
+
+# By the layers of a model: what was seen of their modules, and whether the source computes what those do.
+_seen: WeakKeyDictionary[nn.ModuleList, tuple[list, bool]] = WeakKeyDictionary()
+
+
+def can_step(layers: nn.ModuleList, forwards: dict[type, Callable]) -> bool:
+    """Whether layers do nothing but what the C source computes. `step_layers` looks at their weights.
+
+    Args:
+        layers (`nn.ModuleList`): of `LeapModel`.
+        forwards (`dict[type, Callable]`): classes of a layer, its mixer and its MLP, with their `forward` that the source knows.
+    """
+    facts = _look(layers)
+    if facts is None:
+        return False
+    known, suits = _seen.get(layers, (None, False))
+    if known != facts:
+        suits = _suit(layers, forwards) and _library() is not None
+        _seen[layers] = facts, suits
+    return suits
+
+
+def _look(layers):
+    """Modules, their classes and options, by which a change is seen. `None` for hooks, and tensors that C cannot read."""
+    facts: list = []
+    for layer in layers._modules.values():
+        for module in _modules(layer):
+            options = module.__dict__
+            replaced = "forward" in options or options.get("_compiled_call_impl") is not None
+            if module._forward_hooks or module._forward_pre_hooks or replaced or module.training:
+                return None
+            facts += (module, type(module), type(module).forward, options.get("eps"), options.get("settings"))
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None and not (type(tensor) in (nn.Parameter, torch.Tensor) and tensor.is_cpu):
+                    return None
+                facts.append(tensor is None)
+    return facts
+
+
+def _modules(layer):
+    yield layer
+    for module in layer._modules.values():
+        yield module
+        yield from module._modules.values()
+
+
+def _suit(layers, forwards):
+    """Whether all layers are built of modules that C knows, with the same options but for windows."""
+    known, options = {**_MODULES, **forwards}, set()
+    for layer in layers:
+        if any(known.get(type(module)) is not type(module).forward for module in _modules(layer)):
+            return False
+        mixer, mlp = layer.mixer, layer.mlp
+        if (type(layer), type(mixer), type(mlp)) != tuple(forwards) or type(mlp.act_fn) not in _ACTIVATIONS:
+            return False
+        norms = layer.input_layernorm, layer.post_attention_layernorm
+        linear = mixer.qfkv_proj, mlp.up_proj, mlp.down_proj
+        if {type(norm) for norm in norms} != {nn.LayerNorm} or {type(module) for module in linear} != {nn.Linear}:
+            return False
+        biased = [module for module in (*norms, *linear) if module.bias is not None]
+        if biased != [*norms, mlp.up_proj, mlp.down_proj] or None in (norm.weight for norm in norms):
+            return False
+        if not has_kernel(mixer.settings, mixer.head_dim):
+            return False
+        mixing = mixer.num_heads, mixer.alibi_slopes is None, *_values(mixer.settings)
+        options |= {(norm.eps, type(mlp.act_fn), *mixing) for norm in norms}
+    return len(options) == 1
+
+
+def _values(settings):
+    return settings.scale, settings.normalize, settings.weight_function, settings.output_gate, settings.sink_weight
+
+
+def step_layers(
+    layers: nn.ModuleList,
+    hidden_states: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None,
+    cache: Cache,
+) -> torch.Tensor | None:
+    """Hidden states of one more token after all layers; the token is added to the cached states in place.
+
+    Args:
+        layers (`nn.ModuleList`): of `LeapModel`, for which `can_step` is true.
+        hidden_states (`torch.Tensor` of shape `[batch, 1, hidden_size]`): embeddings of the token.
+        rotary (`tuple` of cos and sin `[1 or batch, 1, head_dim]`, *optional*): rotary positions of the token.
+        cache (`Cache`): checked, with the states after at least one token.
+
+    Returns:
+        `torch.Tensor` of shape `[batch, 1, hidden_size]`, or `None`, with the cache unchanged, where the layers are to be called.
+
+    Raises:
+        ValueError: for states and rotary positions of other shapes or dtypes.
+        MemoryError: if there is no memory for a token.
+    """
+    if hidden_states.shape[0] > _MOST_ROWS or torch.is_autocast_enabled("cpu"):
+        return None
+    modules: list[Any] = list(layers)
+    states = [layer.mixer.packed_state(cache) for layer in modules]
+    if not all(holds_step(state, layer.mixer.settings) for state, layer in zip(states, modules)):
+        return None
+    first = modules[0]
+    weights = [x for layer in modules for x in _weights(layer)]
+    slopes = [layer.mixer.alibi_slopes for layer in modules if layer.mixer.alibi_slopes is not None]
+    cos, sin = rotary or (None, None)
+    tensors = hidden_states, states, weights, slopes, cos, sin
+    if not _lie_as_expected(*tensors, first.mixer.num_heads):
+        return None
+    windows = [layer.mixer.settings.window or 0 for layer in modules]
+    kind, epsilon = _ACTIVATIONS[type(first.mlp.act_fn)], first.input_layernorm.eps
+    options = first.mixer.num_heads, windows, *_values(first.mixer.settings), kind, epsilon
+    if in_graph():
+        return _operator(*tensors, *options)
+    return None if _is_watched() else _step(*tensors, *options)
+
+
+def _weights(layer):
+    """Tensors of a layer in the order of the source."""
+    before, after, up, down = (
+        layer.input_layernorm,
+        layer.post_attention_layernorm,
+        layer.mlp.up_proj,
+        layer.mlp.down_proj,
+    )
+    norms = before.weight, before.bias, layer.mixer.qfkv_proj.weight, after.weight, after.bias
+    return *norms, up.weight, up.bias, down.weight, down.bias
+
+
+def _is_watched():
+    """Whether torch changes or observes single operations."""
+    return (
+        is_torch_func_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or bool(torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The call
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _lie_as_expected(hidden_states, states, weights, slopes, cos, sin, heads):
+    """Whether all weights have the dtype of the hidden states, and the shapes and the layout that C reads."""
+    width, dtype, number = hidden_states.shape[-1], hidden_states.dtype, len(_WEIGHTS)
+    if dtype not in (torch.float32, torch.bfloat16) or width % heads:
+        return False
+    if not weights or len(weights) != number * len(states) or len(slopes) not in (0, len(states)):
+        return False
+    parts, inner = weights[2].shape[0] // width, weights[5].shape[0]
+    norm, up, down = [(width,), (width,)], [(inner, width), (inner,)], [(width, inner), (width,)]
+    shapes = [*norm, (parts * width, width), *norm, *up, *down] * len(states)
+    return (
+        all(x.shape == shape and x.dtype == dtype for x, shape in zip(weights, shapes))
+        and all(x.shape == (heads,) and x.dtype == torch.float32 for x in slopes)
+        and all(x.is_cpu and x.is_contiguous() for x in (*weights, *slopes))
+        and (cos is None or (cos.dtype == sin.dtype == torch.float32 and len(cos) == len(sin)))
+    )
+
+
 class _Plan(NamedTuple):
-    """The call for layers as they are, without what belongs to one token.
+    """The call for weights that lie where they lie, without what belongs to one token.
 
     Attributes:
         call (`_LeapStep`): sizes, options and weights.
@@ -68,166 +240,51 @@ class _Plan(NamedTuple):
     scratch: dict[str, int]
 
 
-# By the layers of a model: what the plan was made for, and the plan, `None` if the C source does not support the layers.
-_plans: WeakKeyDictionary[nn.ModuleList, tuple[list, _Plan | None]] = WeakKeyDictionary()
-
-
-@cache
-def _library():
-    return load_kernels("leap_step", "LEAP decodes", SOURCE, {"leap_step": _LeapStep}, FLAGS)
-
-
-def step_layers(
-    layers: nn.ModuleList,
-    forwards: dict[type, Callable],
-    hidden_states: torch.Tensor,
-    rotary: tuple[torch.Tensor, torch.Tensor] | None,
-    cache: Cache,
-) -> torch.Tensor | None:
-    """Hidden states of one more token after all layers; the token is added to the cached states in place.
-
-    Args:
-        layers (`nn.ModuleList`): of `LeapModel`.
-        forwards (`dict[type, Callable]`): classes of a layer, its mixer and its MLP, with their `forward` that the C source knows.
-        hidden_states (`torch.Tensor` of shape `[batch, 1, hidden_size]`): embeddings of the token, in eager mode.
-        rotary (`tuple` of cos and sin `[1 or batch, 1, head_dim]`, *optional*): rotary positions of the token.
-        cache (`Cache`): checked, with the states after at least one token.
-
-    Returns:
-        `torch.Tensor` of shape `[batch, 1, hidden_size]`, or `None`, with the cache unchanged, where the layers are to be called.
-
-    Raises:
-        ValueError: for states and rotary positions of other shapes or dtypes.
-        MemoryError: if there is no memory for a token.
-    """
-    if hidden_states.device.type != "cpu" or len(hidden_states) > _MOST_ROWS or _is_watched():
-        return None
-    facts = _look(layers)
-    if facts is None:
-        return None
-    facts += [hidden_states.dtype, len(hidden_states), torch.get_num_threads()]
-    facts += [] if rotary is None else [rotary[0].dtype, len(rotary[0])]
-    known, plan = _plans.get(layers, (None, None))
-    if known != facts:
-        plan = _make_plan(layers, forwards, hidden_states, rotary)
-        _plans[layers] = facts, plan
-    return None if plan is None else _run(plan, layers, hidden_states, rotary, cache)
-
-
-def _is_watched():
-    """Whether torch changes or observes single operations."""
-    return (
-        is_torch_func_active()
-        or torch.is_autocast_enabled("cpu")
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or bool(torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks)
-    )
-
-
-def _look(layers):
-    """Modules, their classes and options, and memory and layout of their tensors, by which a change is seen. `None` where hooks run."""
-    facts: list = []
-    for layer in layers._modules.values():
-        for module in _modules(layer):
-            options = module.__dict__
-            replaced = "forward" in options or options.get("_compiled_call_impl") is not None
-            if module._forward_hooks or module._forward_pre_hooks or replaced or module.training:
-                return None
-            facts += (module, type(module), type(module).forward, options.get("eps"), options.get("settings"))
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is None:
-                    facts.append(None)
-                elif type(tensor) in (nn.Parameter, torch.Tensor) and tensor.is_cpu:
-                    facts += (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-                else:
-                    return None
-    return facts
-
-
-def _modules(layer):
-    yield layer
-    for module in layer._modules.values():
-        yield module
-        yield from module._modules.values()
-
-
-def _make_plan(layers, forwards, hidden_states, rotary):
-    if hidden_states.dtype not in (torch.float32, torch.bfloat16) or not layers or _library() is None:
-        return None
-    weights = []
-    for layer in layers:
-        weights.append(_weights(layer, layers[0], forwards, hidden_states))
-        if weights[-1] is None:
-            return None
-    mixers, norms = [layer.mixer for layer in layers], [layer.input_layernorm for layer in layers]
-    slopes = {mixer.alibi_slopes.dtype for mixer in mixers if mixer.alibi_slopes is not None}
-    if len({norm.eps for norm in norms}) > 1 or slopes - {torch.float32}:
-        return None
-    batch, _, width = hidden_states.shape
-    inner, parts, heads, head_dim = len(weights[0][5]), mixers[0].num_parts, mixers[0].num_heads, mixers[0].head_dim
-    qfkv = hidden_states.new_empty(batch, 1, parts, heads, head_dim, dtype=torch.float32)
-    if not all(takes(qfkv, mixer.settings, rotary) for mixer in mixers):
-        return None
-    size = sum(x.numel() for layer in weights for x in layer) * batch
-    threads = torch.get_num_threads() if size >= _PARALLEL else 1
+@lru_cache(maxsize=64)
+def _make_plan(weights, slopes, sizes, dtype, rotary_rows, threads, heads, windows, settings, activation, epsilon):
+    """The plan for addresses of weights and of slopes, and the sizes batch, width, parts and inner."""
+    batch, width, parts, inner = sizes
+    layers, head_dim = len(windows), width // heads
+    names = "scale normalize weight_function output_gate sink_weight".split()
+    each = [FocusSettings(**dict(zip(names, settings)), window=window or None) for window in windows]
+    if not all(has_kernel(one, head_dim) for one in each):
+        raise ValueError(
+            f"There is no compiled C source for `windows`={list(windows)} and settings {settings} with heads of {head_dim} channels."
+        )
+    own_threads = threads if layers * batch * width * (parts * width + 2 * inner) >= _PARALLEL else 1
     call = _LeapStep(
         batch=batch,
         width=width,
         parts=parts,
         inner=inner,
-        layers=len(layers),
-        activation=_ACTIVATIONS[type(layers[0].mlp.act_fn)],
-        bf16=hidden_states.dtype == torch.bfloat16,
-        threads=threads,
+        layers=layers,
+        activation=activation,
+        bf16=dtype == torch.bfloat16,
+        threads=own_threads,
         mixing_bytes=ctypes.sizeof(Mixing),
-        epsilon=norms[0].eps,
+        epsilon=epsilon,
         mix=recurrent_share(head_dim),
     )
-    table = (_Layer * len(layers))(*(_Layer(*(x.data_ptr() for x in layer)) for layer in weights))
+    number = len(_WEIGHTS)
+    table = (_Layer * layers)(*(_Layer(*weights[number * layer :][:number]) for layer in range(layers)))
     call.layer = ctypes.addressof(table)
-    rows = 0 if rotary is None else len(rotary[0])
-    blanks, shapes = zip(*(blank_mixing(qfkv.shape, qfkv.dtype, mixer.settings, 0, rows, 1) for mixer in mixers))
-    mixing = (Mixing * len(layers))(*blanks)
-    for step, mixer, expected in zip(mixing, mixers, shapes):
-        if mixer.alibi_slopes is not None:
-            step.alibi_slopes = address("alibi_slopes", mixer.alibi_slopes, *expected["alibi_slopes"])
-    sizes = {"own": 2 * threads * width, "rows": width, "mixed": width, "qfkv": parts * width, "between": inner}
-    return _Plan(call, table, mixing, shapes, {name: batch * size for name, size in sizes.items()})
+    qfkv = batch, 1, parts, heads, head_dim
+    blanks, shapes = zip(*(blank_mixing(qfkv, torch.float32, one, 0, rotary_rows, 1) for one in each))
+    mixing = (Mixing * layers)(*blanks)
+    for step, place in zip(mixing, slopes):
+        step.alibi_slopes = place
+    scratch = {"own": 2 * own_threads * width, "rows": width, "mixed": width, "qfkv": parts * width, "between": inner}
+    return _Plan(call, table, mixing, shapes, {name: batch * size for name, size in scratch.items()})
 
 
-def _weights(layer, first, forwards, hidden_states):
-    """Tensors of a layer in the order of the source, `None` if it is not built like the first layer of modules that C knows."""
-    mixer, mlp = layer.mixer, layer.mlp
-    known = {**_MODULES, **forwards}
-    if any(known.get(type(module)) is not type(module).forward for module in _modules(layer)):
-        return None
-    if (type(layer), type(mixer), type(mlp)) != tuple(forwards):
-        return None
-    modules = layer.input_layernorm, mixer.qfkv_proj, layer.post_attention_layernorm, mlp.up_proj, mlp.down_proj
-    kinds = [type(module) for module in modules]
-    if (
-        kinds != [nn.LayerNorm, nn.Linear, nn.LayerNorm, nn.Linear, nn.Linear]
-        or type(mlp.act_fn) not in _ACTIVATIONS
-        or type(mlp.act_fn) is not type(first.mlp.act_fn)
-    ):
-        return None
-    width, inner = hidden_states.shape[-1], len(first.mlp.up_proj.weight)
-    shapes = [(width,), (width,), (mixer.num_parts * width, width), (width,), (width,)]
-    shapes += [(inner, width), (inner,), (width, inner), (width,)]
-    tensors = [
-        x for module in modules for x in (module.weight, module.bias) if module is not mixer.qfkv_proj or x is not None
-    ]
-    if [None if x is None else x.shape for x in tensors] != shapes:
-        return None
-    return tensors if all(x.dtype == hidden_states.dtype and x.is_contiguous() for x in tensors) else None
-
-
-def _run(plan, layers, hidden_states, rotary, cache):
-    mixers = [layer.mixer for layer in layers]
-    states = [mixer.packed_state(cache) for mixer in mixers]
-    if not all(holds_step(state, mixer.settings) for state, mixer in zip(states, mixers)):
-        return None
+def _step(hidden_states, states, weights, slopes, cos, sin, heads, windows, *settings_activation_epsilon):
+    *settings, activation, epsilon = settings_activation_epsilon
+    batch, _, width = hidden_states.shape
+    sizes = batch, width, weights[2].shape[0] // width, weights[5].shape[0]
+    places = (tuple([x.data_ptr() for x in tensors]) for tensors in (weights, slopes))
+    rows, threads = 0 if cos is None else len(cos), torch.get_num_threads()
+    options = heads, tuple(windows), tuple(settings), activation, epsilon
+    plan = _make_plan(*places, sizes, hidden_states.dtype, rows, threads, *options)
     out = hidden_states.clone(memory_format=torch.contiguous_format)
     memory = torch.empty(sum(plan.scratch.values()), dtype=torch.float32)
     call, mixing = _LeapStep.from_buffer_copy(plan.call), type(plan.mixing).from_buffer_copy(plan.mixing)
@@ -237,8 +294,8 @@ def _run(plan, layers, hidden_states, rotary, cache):
         setattr(call, name, place)
         place += 4 * size
     turns = {}
-    if rotary is not None:
-        rotary = [x.contiguous() for x in rotary]  # alive until the call is done
+    if cos is not None:
+        rotary = [x.contiguous() for x in (cos, sin)]  # alive until the call is done
         turns = {name: address(name, x, *plan.shapes[0][name]) for name, x in zip(("cos", "sin"), rotary)}
     for step, state, expected in zip(mixing, states, plan.shapes):
         step.input, step.out = call.qfkv, call.mixed
@@ -249,4 +306,37 @@ def _run(plan, layers, hidden_states, rotary, cache):
     return out
 
 
-__all__ = ["step_layers"]
+@torch.library.custom_op(f"{NAMESPACE}::leap_step", mutates_args=("states",))
+def _operator(
+    hidden_states: torch.Tensor,
+    states: list[torch.Tensor],
+    weights: list[torch.Tensor],
+    alibi_slopes: list[torch.Tensor],
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    heads: int,
+    windows: list[int],
+    scale: float,
+    normalize: bool,
+    weight_function: str,
+    output_gate: str,
+    sink_weight: float,
+    activation: int,
+    epsilon: float,
+) -> torch.Tensor:
+    tensors = hidden_states, states, weights, alibi_slopes, cos, sin
+    is_token = hidden_states.dim() == 3 and hidden_states.shape[1] == 1 and heads > 0 and len(windows) == len(states)
+    if not is_token or not _lie_as_expected(*tensors, heads):
+        raise ValueError(
+            "`weights` and `alibi_slopes` must have the shapes, dtypes and layouts of LEAP's layers on a CPU."
+        )
+    settings = scale, normalize, weight_function, output_gate, sink_weight
+    return _step(*tensors, heads, windows, *settings, activation, epsilon)
+
+
+@_operator.register_fake
+def _(hidden_states, *_):
+    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+
+
+__all__ = ["NAMESPACE", "can_step", "step_layers"]

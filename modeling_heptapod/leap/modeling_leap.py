@@ -39,12 +39,13 @@ from ..common.model_inputs import (
     embed_text,
     is_eager,
 )
+from ..common.registered_operators import in_graph
 from ..common.transformers_versions import CACHE, OldCacheNameMixin, slice_logits_to_keep, with_cache_argument
 from ..common.unused_kwargs import pop_kwargs, reject_unused_kwargs
 from .additive_mixer import AdditiveMixer
 from .configuration_leap import LeapConfig
 from .leap_mixing import FocusMixing, RunningMeanMixer, get_alibi_slopes
-from .leap_step import step_layers
+from .leap_step import can_step, step_layers
 from .mixing_rows import MixingRows, lay_out
 from .recurrent_cache import RecurrentCache, StaticRecurrentCache, mixing_states
 
@@ -230,14 +231,23 @@ class LeapModel(LeapPreTrainedModel):
         )
 
     def _through_layers(self, hidden_states, rotary, context, cache):
-        if context.single_step and is_eager(hidden_states):
-            stepped = step_layers(self.layers, _FORWARDS, hidden_states, rotary, cache)
+        if (
+            context.single_step
+            and hidden_states.is_cpu
+            and (in_graph() or is_eager(hidden_states))
+            and self._can_step()
+        ):
+            stepped = step_layers(self.layers, hidden_states, rotary, cache)
             if stepped is not None:
                 return stepped
         for layer in self.layers:
             # The cache by the name that gradient checkpointing reads.
             hidden_states = layer(hidden_states, context=context, **{CACHE: cache})
         return hidden_states
+
+    @torch.compiler.assume_constant_result  # so that a graph is not broken by what the layers are asked
+    def _can_step(self):
+        return can_step(self.layers, _FORWARDS)
 
     def _find_cache(self, cache, use_cache, is_causal, inputs_embeds):
         """The cache to continue, or a new one to fill, or `None`."""
