@@ -594,3 +594,19 @@ def test_the_operator_checks_its_arguments(name, place, monkeypatch):
     with pytest.raises(ValueError, match="`"):
         leap_step._operator(*arguments)
     assert all(torch.equal(a, b) for a, b in zip(before, arguments[1]))
+
+
+def test_heads_that_do_not_divide_the_width(monkeypatch):
+    arguments = list(operator_arguments(monkeypatch, window_sizes=[None] * 4))
+    arguments[1], arguments[6] = [torch.ones(2, 3 * (2 + 2 * 10)) for _ in range(4)], 3  # as of heads of 10 channels
+    arguments[4] = arguments[5] = torch.ones(1, 1, 10)
+    with pytest.raises(ValueError, match="must be those of LEAP's layers"):
+        leap_step._operator(*arguments)
+
+
+def test_the_operator_says_that_there_is_no_compiler(monkeypatch):
+    arguments = operator_arguments(monkeypatch)
+    leap_step._make_plan.cache_clear()
+    monkeypatch.setattr(leap_step, "has_kernel", lambda *_: False)
+    with pytest.raises(ValueError, match="There is no compiled C source for `windows`"):
+        leap_step._operator(*arguments)
