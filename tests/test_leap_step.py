@@ -600,7 +600,7 @@ def test_heads_that_do_not_divide_the_width(monkeypatch):
     arguments = list(operator_arguments(monkeypatch, window_sizes=[None] * 4))
     arguments[1], arguments[6] = [torch.ones(2, 3 * (2 + 2 * 10)) for _ in range(4)], 3  # as of heads of 10 channels
     arguments[4] = arguments[5] = torch.ones(1, 1, 10)
-    with pytest.raises(ValueError, match="must be those of LEAP's layers"):
+    with pytest.raises(ValueError, match="`weights` and `alibi_slopes` must be those of LEAP's layers"):
         leap_step._operator(*arguments)
 
 

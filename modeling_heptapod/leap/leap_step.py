@@ -328,7 +328,7 @@ def _operator(
     is_token = hidden_states.dim() == 3 and hidden_states.shape[1] == 1 and heads > 0 and len(windows) == len(states)
     if not is_token or not _lie_as_expected(*tensors, heads):
         raise ValueError(
-            "`weights` and `alibi_slopes` must have the shapes, dtypes and layouts of LEAP's layers on a CPU."
+            "`states`, `weights` and `alibi_slopes` must be those of LEAP's layers on a CPU, and `hidden_states` one token."
         )
     settings = scale, normalize, weight_function, output_gate, sink_weight
     return _step(*tensors, heads, windows, *settings, activation, epsilon)
