@@ -170,7 +170,7 @@ def test_what_is_not_finite_shows(where, value):
         assert torch.equal(one.isfinite(), other.isfinite())
 
 
-@pytest.mark.parametrize("where, column", [(0, 131), (1, 139), (3, 134)])
+@pytest.mark.parametrize("where, column", [(0, 131), (1, 139), (3, 132)])
 def test_what_is_not_finite_stays_where_it_is(where, column):
     """Also where the next strip is narrower, and its rows end in memory that the one before has used."""
     torch.set_num_threads(1)

@@ -1,7 +1,6 @@
 """The precision that `--bf16_if_fast` chooses: the faster one, and that of the first part of a run that is resumed."""
 
 import json
-import time
 from types import SimpleNamespace
 
 import precision
@@ -14,8 +13,16 @@ from transformers import TrainingArguments
 from tests.tiny_leap import random_ids, tiny_leap
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """The time of `Sleeper`, which other work on the machine does not change."""
+    monkeypatch.setattr(precision, "time", SimpleNamespace(perf_counter=lambda: Sleeper.now))
+
+
 class Sleeper(nn.Module):
-    """A model whose passes take the given seconds, in float32 and in bfloat16."""
+    """A model whose passes take the given seconds on the clock `now`, in float32 and in bfloat16."""
+
+    now = 0.0
 
     def __init__(self, single, half):
         super().__init__()
@@ -27,7 +34,7 @@ class Sleeper(nn.Module):
         in_bf16 = torch.is_autocast_enabled("cpu")
         assert not in_bf16 or torch.get_autocast_dtype("cpu") == torch.bfloat16
         self.passes.append(in_bf16)
-        time.sleep(self.seconds[in_bf16])
+        Sleeper.now += self.seconds[in_bf16]
         return SimpleNamespace(loss=self.weight.sum() * torch.rand(()))
 
     def __deepcopy__(self, memo):
@@ -45,6 +52,7 @@ def in_a_moment(monkeypatch):
 
 
 @pytest.mark.parametrize("single, half, faster", [(0.02, 0.01, True), (0.01, 0.02, False), (0.02, 0.02, False)])
+@pytest.mark.usefixtures("clock")
 def test_the_faster_one(single, half, faster):
     model = Sleeper(single, half)
     state = torch.get_rng_state()
@@ -76,6 +84,7 @@ def choose(folder, asked=True, checkpoint=None, **options):
     return train.choose_precision(model_args, args, objective, Sleeper(0.02, 0.01), checkpoint)
 
 
+@pytest.mark.usefixtures("clock")
 def test_bf16_is_set_where_it_is_asked_for_and_faster(tmp_path, monkeypatch):
     assert choose(tmp_path).bf16
     assert not choose(tmp_path, asked=False).bf16
