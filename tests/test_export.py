@@ -157,7 +157,7 @@ CODE = {
     },
 }
 CODE["multigrid"] = {  # a core is LEAP's mixing step
-    *CODE["leap"] - {"additive_mixer.py", "modeling_leap.py"},
+    *CODE["leap"] - {"additive_mixer.py", "leap_step.py", "leap_step_source.py", "modeling_leap.py"},
     "configuration_multigrid.py",
     "axis_state.py",
     "eager_attention.py",
