@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from modeling_heptapod import LeapConfig, LeapForCausalLM
+from modeling_heptapod.common import step_program
 from modeling_heptapod.leap import focus_cpu, leap_step
 from tests import fuzzing
 from tests.fuzzing import refused, resized
@@ -61,7 +62,7 @@ def valid_call(seed):
     torch.set_num_threads(rng.choice((1, 1, 3)))
     try:
         with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(leap_step, "_PARALLEL", 0)
+            monkeypatch.setattr(step_program, "_PARALLEL", 0)
             taken = watch_steps(monkeypatch)
             cache = model(ids[:, :past], use_cache=True).past_key_values
             steps = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(past, length)]
@@ -110,7 +111,7 @@ def fuzz(valid, invalid, seed=0):
 
 def library():
     """What both kinds of calls need."""
-    return leap_step._library() and focus_cpu._library(HEAD_DIMS[0])
+    return step_program.load_steps() and focus_cpu._library(HEAD_DIMS[0])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
 """A token through all layers in one call of C: against the layers in float64, with everything that must be left to the layers."""
 
 import copy
-import ctypes
 import pickle
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -13,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.activations import ACT2FN
 
+from modeling_heptapod.common import plain_modules, step_program
+from modeling_heptapod.common.step_program import load_steps
 from modeling_heptapod.leap import leap_step, modeling_leap
 from modeling_heptapod.leap.focus_cpu import _library as focus_library
 from tests.leap_steps import watch_steps
@@ -26,7 +26,7 @@ TOKENS = 12
 
 @pytest.fixture(autouse=True)
 def compiled():
-    if leap_step._library() is None or focus_library(8) is None:
+    if load_steps() is None or focus_library(8) is None:
         pytest.skip("there is no C compiler")
 
 
@@ -140,7 +140,7 @@ def test_bf16_is_closer_to_the_exact_result_than_the_layers(batch, taken, monkey
     model, ids = tiny_leap(num_hidden_layers=6).bfloat16(), random_ids(batch, 8 + 40)
     logits = decode(model, ids)
     assert all(taken) and logits.dtype == torch.bfloat16
-    monkeypatch.setattr(leap_step, "_MOST_ROWS", 0)
+    monkeypatch.setattr(leap_step, "MOST_ROWS", 0)
     by_layers = decode(model, ids)
     assert not any(taken[40:])
     errors = [(x.double() - exact(model, ids)).square().mean().sqrt() for x in (logits, by_layers)]
@@ -149,7 +149,7 @@ def test_bf16_is_closer_to_the_exact_result_than_the_layers(batch, taken, monkey
 
 @pytest.mark.parametrize("variant", ["default", "plain-scale"])
 def test_threads_change_nothing(variant, taken, monkeypatch):
-    monkeypatch.setattr(leap_step, "_PARALLEL", 0)
+    monkeypatch.setattr(step_program, "_PARALLEL", 0)
     model, ids = tiny_leap(**VARIANTS[variant], intermediate_size=50), random_ids(3, 8 + TOKENS)
     results, before = [], torch.get_num_threads()
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_generate_writes_the_same(taken, monkeypatch):
     kwargs = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
     written = model.generate(ids, **kwargs), model.generate(ids, num_beams=3, **kwargs)
     assert any(taken)
-    monkeypatch.setattr(leap_step, "_MOST_ROWS", 0)
+    monkeypatch.setattr(leap_step, "MOST_ROWS", 0)
     assert torch.equal(written[0], model.generate(ids, **kwargs))
     assert torch.equal(written[1], model.generate(ids, num_beams=3, **kwargs))
 
@@ -459,32 +459,16 @@ def test_what_is_not_finite_stays_so(activation, value, taken):
 
 def test_models_copy_pickle_and_go(taken):
     model, ids = tiny_leap(), random_ids(1, 8 + TOKENS)
-    logits, seen = decode(model, ids), len(leap_step._seen)
+    logits, seen = decode(model, ids), len(plain_modules._seen)
     twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     with torch.no_grad():
         for twin in twins:
             assert torch.equal(decode(twin, ids), logits)
             twin.model.layers[0].mlp.up_proj.bias.add_(1)
     assert torch.equal(decode(model, ids), logits) and all(taken)
-    assert len(leap_step._seen) == seen + 2
+    assert len(plain_modules._seen) == seen + 2
     del model, twins, twin
-    assert len(leap_step._seen) == seen - 1
-
-
-SIZES = "batch", "width", "parts", "inner", "layers", "threads"
-UNKNOWN = [(field, value) for field in SIZES for value in (-1, 0)] + [
-    ("threads", 257),
-    ("activation", -1),
-    ("activation", 3),
-]
-
-
-@pytest.mark.parametrize("field, value", UNKNOWN)
-def test_c_refuses_what_it_does_not_know(field, value):
-    call = leap_step._LeapStep(batch=1, width=4, parts=4, inner=4, layers=1, threads=1)
-    setattr(call, field, value)
-    assert leap_step._library().leap_step(call) == 2
-    assert ctypes.sizeof(call) == 8 * 24
+    assert len(plain_modules._seen) == seen - 1
 
 
 def test_states_that_do_not_fit_are_named(taken):
@@ -494,119 +478,3 @@ def test_states_that_do_not_fit_are_named(taken):
         rotary = torch.ones(1, 1, 8), torch.ones(1, 1, 7)
         with pytest.raises(ValueError, match="`sin` must be a contiguous torch.float32 of shape"):
             leap_step.step_layers(model.model.layers, torch.randn(1, 1, 32), rotary, cache)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# In graphs
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """Grows with each call of C."""
-    seen, step = [], leap_step._step
-    monkeypatch.setattr(leap_step, "_step", lambda *arguments: (seen.append(True), step(*arguments))[1])
-    return seen
-
-
-def decode_compiled(model, ids, steps):
-    """Logits of `steps` tokens after 8, from a compiled model with a static cache."""
-    with torch.no_grad():
-        cache = modeling_leap.StaticRecurrentCache(model.config)
-        model(ids[:, :8], past_key_values=cache)
-        run = torch.compile(model, fullgraph=True)
-        return torch.cat([run(ids[:, t : t + 1], past_key_values=cache).logits for t in range(8, 8 + steps)], dim=1)
-
-
-slow = partial(pytest.param, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("variant", ["default", slow("alibi"), slow("plain-scale")])
-def test_graphs_hold_the_call(variant, calls):
-    torch._dynamo.reset()
-    model, ids = tiny_leap(**FOCUS_VARIANTS[variant]), random_ids(2, 8 + TOKENS)
-    logits = decode_compiled(model, ids, TOKENS)
-    assert len(calls) == TOKENS
-    torch.testing.assert_close(logits.double(), exact(model, ids), rtol=0, atol=6e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("change", [hooked, subclassed, mixed_activations, without_bias, in_training])
-def test_changed_layers_are_called_in_graphs(change, calls):
-    torch._dynamo.reset()
-    model, ids = tiny_leap(hidden_dropout=0.0), random_ids(1, 8 + 3)
-    change(model)
-    with torch.no_grad():
-        expected = model(ids, use_cache=False).logits[:, 8:]
-    torch.testing.assert_close(decode_compiled(model, ids, 3), expected, rtol=0, atol=6e-5)
-    assert not calls
-
-
-@pytest.mark.slow
-def test_graphs_do_without_a_compiler(monkeypatch, calls):
-    torch._dynamo.reset()
-    monkeypatch.setattr(leap_step, "_library", lambda: None)
-    model, ids = tiny_leap(), random_ids(1, 8 + 3)
-    logits = decode_compiled(model, ids, 3)
-    assert not calls
-    torch.testing.assert_close(logits.double(), exact(model, ids)[:, :3], rtol=0, atol=6e-5)
-
-
-@torch.no_grad()
-def operator_arguments(monkeypatch, **options):
-    model, ids, seen = tiny_leap(**options), random_ids(2, 9), []
-    cache = model(ids[:, :8], use_cache=True).past_key_values
-    with monkeypatch.context() as patch:
-        patch.setattr(leap_step, "_step", lambda *arguments: seen.append(arguments))
-        model(ids[:, 8:], past_key_values=cache)
-    return seen[0]
-
-
-@pytest.mark.parametrize("variant", ["default", "alibi"])
-def test_opcheck(variant, monkeypatch):
-    arguments = list(operator_arguments(monkeypatch, **FOCUS_VARIANTS[variant]))
-    arguments[2] = [weight.detach() for weight in arguments[2]]
-    torch.library.opcheck(leap_step._operator, arguments)
-
-
-NAMES = "hidden_states states weights alibi_slopes cos sin heads windows".split()
-WRONG = {
-    "hidden_states": [
-        torch.zeros(2, 32),
-        torch.zeros(2, 2, 32),
-        torch.zeros(2, 1, 16),
-        torch.zeros(2, 1, 32).double(),
-    ],
-    "states": [[], [torch.zeros(3)] * 4],
-    "weights": [[], [torch.zeros(32)] * 36, [torch.zeros(32).double()] * 36],
-    "alibi_slopes": [[torch.zeros(4)], [torch.zeros(3)] * 4],
-    "cos": [torch.zeros(2, 1, 8).double(), torch.zeros(3, 1, 8)],
-    "heads": [-1, 0, 3, 32],
-    "windows": [[], [0], [65, 0, 0, 0]],
-}
-
-
-@pytest.mark.parametrize("name, place", [(name, place) for name in WRONG for place in range(len(WRONG[name]))])
-def test_the_operator_checks_its_arguments(name, place, monkeypatch):
-    arguments = list(operator_arguments(monkeypatch))
-    arguments[NAMES.index(name)] = WRONG[name][place]
-    before = [state.clone() for state in arguments[1]]
-    with pytest.raises(ValueError, match="`"):
-        leap_step._operator(*arguments)
-    assert all(torch.equal(a, b) for a, b in zip(before, arguments[1]))
-
-
-def test_heads_that_do_not_divide_the_width(monkeypatch):
-    arguments = list(operator_arguments(monkeypatch, window_sizes=[None] * 4))
-    arguments[1], arguments[6] = [torch.ones(2, 3 * (2 + 2 * 10)) for _ in range(4)], 3  # as of heads of 10 channels
-    arguments[4] = arguments[5] = torch.ones(1, 1, 10)
-    with pytest.raises(ValueError, match="`weights` and `alibi_slopes` must be those of LEAP's layers"):
-        leap_step._operator(*arguments)
-
-
-def test_the_operator_says_that_there_is_no_compiler(monkeypatch):
-    arguments = operator_arguments(monkeypatch)
-    leap_step._make_plan.cache_clear()
-    monkeypatch.setattr(leap_step, "has_kernel", lambda *_: False)
-    with pytest.raises(ValueError, match="There is no compiled C source for `windows`"):
-        leap_step._operator(*arguments)

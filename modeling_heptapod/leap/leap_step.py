@@ -1,122 +1,51 @@
 """One token through all layers of LEAP in one call of C, with which a CPU decodes.
 
-The products of one token are short, so that what Python does between them takes longer than they do. The call reads the weights
-where they lie. Whatever changes what a layer does is left to the layers: hooks, adapters, quantised or replaced modules,
-autocast, modes of torch that watch operations. Graphs of `torch.compile` contain the call as the registered operator
-`heptapod::leap_step`.
+Whatever changes what a layer does is left to the layers: see `plain_modules.py`. Graphs of `torch.compile` contain the call as the
+registered operator `heptapod::leap_step`.
 """
 
-import ctypes
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_modules
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 
-from ..common.cpu_kernels import FLAGS, address, check_status, load_kernels
-from ..common.model_inputs import is_torch_func_active
+from ..common.cpu_kernels import address
+from ..common.plain_modules import are_plain, is_watched, look_once
 from ..common.registered_operators import in_graph, operator_namespace
+from ..common.step_program import ACTIVATIONS, MOST_ROWS, Rows, StepProgram, load_steps
 from .focus_cpu import Mixing, blank_mixing, has_kernel, holds_step, recurrent_share
 from .focus_functions import FocusSettings
-from .leap_step_source import SOURCE
 
 
 NAMESPACE = operator_namespace(__name__)
-_MOST_ROWS = 8  # of a batch, beyond which products of matrices are faster
-_PARALLEL = 2**17  # weights of all layers times rows below which a second thread costs more than it saves
-_ACTIVATIONS = {type(ACT2FN[name]): number for number, name in enumerate(("gelu", "relu", "silu"))}
-_KINDS: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.Linear, *_ACTIVATIONS)
-_MODULES = {kind: kind.forward for kind in _KINDS}  # before anyone replaces them
-_WEIGHTS = "norm_weight norm_bias qfkv post_norm_weight post_norm_bias up up_bias down down_bias".split()
-
-
-class _Layer(ctypes.Structure):
-    """`Layer` of the source."""
-
-    _fields_ = [(name, ctypes.c_void_p) for name in _WEIGHTS]
-
-
-class _LeapStep(ctypes.Structure):
-    """`LeapStep` of the source."""
-
-    _fields_ = [
-        *(
-            (name, ctypes.c_int64)
-            for name in "batch width parts inner layers activation bf16 threads mixing_bytes".split()
-        ),
-        ("epsilon", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in "layer mix mixing hidden rows mixed qfkv between own".split()),
-        *((name, ctypes.c_int64) for name in "tickets members arrived phase failed".split()),
-    ]
-
-
-@cache
-def _library():
-    return load_kernels("leap_step", "LEAP decodes", SOURCE, {"leap_step": _LeapStep}, FLAGS)
-
+_WEIGHTS = 9  # of a layer
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Layers that the source can stand for
+# Layers that a program can stand for
 # ---------------------------------------------------------------------------------------------------------------------
-
-# By the layers of a model: what was seen of their modules, and whether the source computes what those do.
-_seen: WeakKeyDictionary[nn.ModuleList, tuple[list, bool]] = WeakKeyDictionary()
 
 
 def can_step(layers: nn.ModuleList, forwards: dict[type, Callable]) -> bool:
-    """Whether layers do nothing but what the C source computes. `step_layers` looks at their weights.
+    """Whether layers do nothing but what a program computes. `step_layers` looks at their weights.
 
     Args:
         layers (`nn.ModuleList`): of `LeapModel`.
-        forwards (`dict[type, Callable]`): classes of a layer, its mixer and its MLP, with their `forward` that the source knows.
+        forwards (`dict[type, Callable]`): classes of a layer, its mixer and its MLP, with their `forward` that is known here.
     """
-    facts = _look(layers)
-    if facts is None:
-        return False
-    known, suits = _seen.get(layers, (None, False))
-    if known != facts:
-        suits = _suit(layers, forwards) and _library() is not None
-        _seen[layers] = facts, suits
-    return suits
-
-
-def _look(layers):
-    """Modules, their classes and options, by which a change is seen. `None` for hooks, and tensors that C cannot read."""
-    facts: list = []
-    for layer in layers._modules.values():
-        for module in _modules(layer):
-            options = module.__dict__
-            replaced = "forward" in options or options.get("_compiled_call_impl") is not None
-            if module._forward_hooks or module._forward_pre_hooks or replaced or module.training:
-                return None
-            facts += (module, type(module), type(module).forward, options.get("eps"), options.get("settings"))
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None and not (type(tensor) in (nn.Parameter, torch.Tensor) and tensor.is_cpu):
-                    return None
-                facts.append(tensor is None)
-    return facts
-
-
-def _modules(layer):
-    yield layer
-    for module in layer._modules.values():
-        yield module
-        yield from module._modules.values()
+    return look_once(layers, ("eps", "settings"), lambda: _suit(layers, forwards) and load_steps() is not None)
 
 
 def _suit(layers, forwards):
-    """Whether all layers are built of modules that C knows, with the same options but for windows."""
-    known, options = {**_MODULES, **forwards}, set()
+    """Whether all layers are built of modules that are known, with the same options but for windows."""
+    if not are_plain(layers, forwards):
+        return False
+    options = set()
     for layer in layers:
-        if any(known.get(type(module)) is not type(module).forward for module in _modules(layer)):
-            return False
         mixer, mlp = layer.mixer, layer.mlp
-        if (type(layer), type(mixer), type(mlp)) != tuple(forwards) or type(mlp.act_fn) not in _ACTIVATIONS:
+        if (type(layer), type(mixer), type(mlp)) != tuple(forwards) or type(mlp.act_fn) not in ACTIVATIONS:
             return False
         norms = layer.input_layernorm, layer.post_attention_layernorm
         linear = mixer.qfkv_proj, mlp.up_proj, mlp.down_proj
@@ -157,7 +86,7 @@ def step_layers(
         ValueError: for states and rotary positions of other shapes or dtypes.
         MemoryError: if there is no memory for a token.
     """
-    if hidden_states.shape[0] > _MOST_ROWS or torch.is_autocast_enabled("cpu"):
+    if hidden_states.shape[0] > MOST_ROWS or torch.is_autocast_enabled("cpu"):
         return None
     modules: list[Any] = list(layers)
     states = [layer.mixer.packed_state(cache) for layer in modules]
@@ -171,15 +100,15 @@ def step_layers(
     if not _lie_as_expected(*tensors, first.mixer.num_heads):
         return None
     windows = [layer.mixer.settings.window or 0 for layer in modules]
-    kind, epsilon = _ACTIVATIONS[type(first.mlp.act_fn)], first.input_layernorm.eps
+    kind, epsilon = ACTIVATIONS[type(first.mlp.act_fn)], first.input_layernorm.eps
     options = first.mixer.num_heads, windows, *_values(first.mixer.settings), kind, epsilon
     if in_graph():
         return _operator(*tensors, *options)
-    return None if _is_watched() else _step(*tensors, *options)
+    return None if is_watched() else _step(*tensors, *options)
 
 
 def _weights(layer):
-    """Tensors of a layer in the order of the source."""
+    """Tensors of a layer in the order of the program."""
     before, after, up, down = (
         layer.input_layernorm,
         layer.post_attention_layernorm,
@@ -190,31 +119,15 @@ def _weights(layer):
     return *norms, up.weight, up.bias, down.weight, down.bias
 
 
-def _is_watched():
-    """Whether torch changes or observes single operations."""
-    return (
-        is_torch_func_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or bool(torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks)
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The call
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def _lie_as_expected(hidden_states, states, weights, slopes, cos, sin, heads):
-    """Whether all weights have the dtype of the hidden states, and the shapes and the layout that C reads."""
-    width, dtype, number = hidden_states.shape[-1], hidden_states.dtype, len(_WEIGHTS)
+    """Whether all weights have the dtype of the hidden states, and the shapes and the layout of the program."""
+    width, dtype = hidden_states.shape[-1], hidden_states.dtype
     if dtype not in (torch.float32, torch.bfloat16) or width % heads:
         return False
-    if not weights or len(weights) != number * len(states) or len(slopes) not in (0, len(states)):
+    if not weights or len(weights) != _WEIGHTS * len(states) or len(slopes) not in (0, len(states)):
         return False
     parts, inner = weights[2].shape[0] // width, weights[5].shape[0]
-    norm, up, down = [(width,), (width,)], [(inner, width), (inner,)], [(width, inner), (width,)]
-    shapes = [*norm, (parts * width, width), *norm, *up, *down] * len(states)
+    shapes = _shapes(width, parts, inner) * len(states)
     return (
         all(x.shape == shape and x.dtype == dtype for x, shape in zip(weights, shapes))
         and all(x.shape == (heads,) and x.dtype == torch.float32 for x in slopes)
@@ -223,86 +136,88 @@ def _lie_as_expected(hidden_states, states, weights, slopes, cos, sin, heads):
     )
 
 
+def _shapes(width, parts, inner):
+    norm, up, down = [(width,), (width,)], [(inner, width), (inner,)], [(width, inner), (width,)]
+    return [*norm, (parts * width, width), *norm, *up, *down]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The call
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 class _Plan(NamedTuple):
-    """The call for weights that lie where they lie, without what belongs to one token.
+    """The call without what belongs to one token.
 
     Attributes:
-        call (`_LeapStep`): sizes, options and weights.
-        layers, mixing (`ctypes.Array`): weights and mixing step of each layer.
-        shapes (`tuple[dict, ...]`): shapes and dtypes of the tensors of each mixing step.
-        scratch (`dict[str, int]`): the call's own memory, in numbers of float32.
+        program (`StepProgram`): of all layers.
+        qfkv, mixed (`Rows`): input and output of the mixing steps.
+        mixing (`ctypes.Array`): mixing step of each layer, without its tensors.
+        expected (`tuple[dict, ...]`): shapes and dtypes of the tensors of each mixing step.
     """
 
-    call: _LeapStep
-    layers: Any
+    program: StepProgram
+    qfkv: Rows
+    mixed: Rows
     mixing: Any
-    shapes: tuple[dict, ...]
-    scratch: dict[str, int]
+    expected: tuple[dict, ...]
 
 
 @lru_cache(maxsize=64)
-def _make_plan(weights, slopes, sizes, dtype, rotary_rows, threads, heads, windows, settings, activation, epsilon):
-    """The plan for addresses of weights and of slopes, and the sizes batch, width, parts and inner."""
+def _make_plan(sizes, rotary_rows, heads, windows, settings, activation, epsilon):
+    """The plan for sizes batch, width, parts and inner, and windows of the layers."""
     batch, width, parts, inner = sizes
-    layers, head_dim = len(windows), width // heads
+    head_dim = width // heads
     names = "scale normalize weight_function output_gate sink_weight".split()
     each = [FocusSettings(**dict(zip(names, settings)), window=window or None) for window in windows]
     if not all(has_kernel(one, head_dim) for one in each):
         raise ValueError(
             f"There is no compiled C source for `windows`={list(windows)} and settings {settings} with heads of {head_dim} channels."
         )
-    own_threads = threads if layers * batch * width * (parts * width + 2 * inner) >= _PARALLEL else 1
-    call = _LeapStep(
-        batch=batch,
-        width=width,
-        parts=parts,
-        inner=inner,
-        layers=layers,
-        activation=activation,
-        bf16=dtype == torch.bfloat16,
-        threads=own_threads,
-        mixing_bytes=ctypes.sizeof(Mixing),
-        epsilon=epsilon,
-        mix=recurrent_share(head_dim),
-    )
-    number = len(_WEIGHTS)
-    table = (_Layer * layers)(*(_Layer(*weights[number * layer :][:number]) for layer in range(layers)))
-    call.layer = ctypes.addressof(table)
-    qfkv = batch, 1, parts, heads, head_dim
-    blanks, shapes = zip(*(blank_mixing(qfkv, torch.float32, one, 0, rotary_rows, 1) for one in each))
-    mixing = (Mixing * layers)(*blanks)
-    for step, place in zip(mixing, slopes):
-        step.alibi_slopes = place
-    scratch = {"own": 2 * own_threads * width, "rows": width, "mixed": width, "qfkv": parts * width, "between": inner}
-    return _Plan(call, table, mixing, shapes, {name: batch * size for name, size in scratch.items()})
+    program = StepProgram(batch)
+    token = program.tensor("hidden_states", batch, 1, width)
+    hidden, normed, mixed = (program.rows(width) for _ in range(3))
+    qfkv, between = program.rows(parts * width), program.rows(inner)
+    program.load(token, hidden)
+    for layer in range(len(windows)):
+        weights = [program.tensor("weights", *shape) for shape in _shapes(width, parts, inner)]
+        norm, norm_bias, qfkv_proj, post_norm, post_norm_bias, up, up_bias, down, down_bias = weights
+        program.norm(hidden, normed, norm, norm_bias, epsilon)
+        program.linear(normed, qfkv, qfkv_proj)
+        program.mix(layer)
+        program.add(mixed, hidden)
+        program.norm(hidden, normed, post_norm, post_norm_bias, epsilon)
+        program.linear(normed, between, up, up_bias, activation)
+        program.linear(between, hidden, down, down_bias, adds=True)
+    program.store(token, hidden)
+    shape = batch, 1, parts, heads, head_dim
+    blanks, expected = zip(*(blank_mixing(shape, torch.float32, one, 0, rotary_rows, 1) for one in each))
+    return _Plan(program.compile(), qfkv, mixed, (Mixing * len(windows))(*blanks), expected)
 
 
 def _step(hidden_states, states, weights, slopes, cos, sin, heads, windows, *settings_activation_epsilon):
     *settings, activation, epsilon = settings_activation_epsilon
     batch, _, width = hidden_states.shape
     sizes = batch, width, weights[2].shape[0] // width, weights[5].shape[0]
-    places = (tuple([x.data_ptr() for x in tensors]) for tensors in (weights, slopes))
-    rows, threads = 0 if cos is None else len(cos), torch.get_num_threads()
-    options = heads, tuple(windows), tuple(settings), activation, epsilon
-    plan = _make_plan(*places, sizes, hidden_states.dtype, rows, threads, *options)
+    rows = 0 if cos is None else len(cos)
+    plan = _make_plan(sizes, rows, heads, tuple(windows), tuple(settings), activation, epsilon)
     out = hidden_states.clone(memory_format=torch.contiguous_format)
-    memory = torch.empty(sum(plan.scratch.values()), dtype=torch.float32)
-    call, mixing = _LeapStep.from_buffer_copy(plan.call), type(plan.mixing).from_buffer_copy(plan.mixing)
-    call.hidden = address("hidden_states", out, hidden_states.shape, hidden_states.dtype)
-    call.mixing, place = ctypes.addressof(mixing), memory.data_ptr()
-    for name, size in plan.scratch.items():
-        setattr(call, name, place)
-        place += 4 * size
+    memory = torch.empty(plan.program.size, dtype=torch.float32)
+    mixing = type(plan.mixing).from_buffer_copy(plan.mixing)
     turns = {}
     if cos is not None:
         rotary = [x.contiguous() for x in (cos, sin)]  # alive until the call is done
-        turns = {name: address(name, x, *plan.shapes[0][name]) for name, x in zip(("cos", "sin"), rotary)}
-    for step, state, expected in zip(mixing, states, plan.shapes):
-        step.input, step.out = call.qfkv, call.mixed
+        turns = {name: address(name, x, *plan.expected[0][name]) for name, x in zip(("cos", "sin"), rotary)}
+    places = {"input": plan.qfkv.place, "out": plan.mixed.place}
+    turns |= {name: memory.data_ptr() + 4 * place for name, place in places.items()}
+    for step, state, expected in zip(mixing, states, plan.expected):
         step.state = address("past_key_values", state, *expected["state"])
         for name, x in turns.items():
             setattr(step, name, x)
-    check_status(_library().leap_step(call), "decoding step")
+    for step, one in zip(mixing, slopes):
+        step.alibi_slopes = one.data_ptr()
+    mix = recurrent_share(width // heads)
+    plan.program.run([out, *weights], out.dtype, memory=memory, mixing=mixing, mix=mix)
     return out
 
 

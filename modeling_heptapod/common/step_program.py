@@ -1,0 +1,312 @@
+"""One token through the layers of a model in one call of C, with which a CPU decodes.
+
+The products of one token are short, so that what Python does between them takes longer than they do. A family describes its layers
+as a [`StepProgram`]: operations on rows of float32, one row for each text of a batch. The call reads weights and caches where
+they lie, in float32 or bfloat16.
+"""
+
+import ctypes
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from .cpu_kernels import FLAGS, address, check_status, load_kernels
+from .step_program_source import SOURCE
+
+
+MOST_ROWS = 8  # of a batch, beyond which products of matrices are faster
+_PARALLEL = 2**17  # weights times rows below which a second thread costs more than it saves
+_KINDS = "load store linear layer_norm rms_norm mix attend add gate".split()
+_ACTIVATION_NAMES = "gelu gelu_pytorch_tanh relu silu".split()
+# Classes of activations and their numbers in the source, in which 0 is none.
+ACTIVATIONS: dict[type[nn.Module], int] = {type(ACT2FN[name]): i for i, name in enumerate(_ACTIVATION_NAMES, 1)}
+
+
+class _Operation(ctypes.Structure):
+    """`Operation` of the source."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in "kind in in_row width out out_row height other other_row".split()),
+        ("tensor", ctypes.c_int64 * 4),
+        *((name, ctypes.c_int64) for name in "from activation adds steps heads index".split()),
+        ("factor", ctypes.c_double),
+        ("epsilon", ctypes.c_double),
+    ]
+
+
+class _Slots(ctypes.Structure):
+    """`Slots` of the source."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in "text head write base first step ring count turn".split()]
+
+
+class _Call(ctypes.Structure):
+    """`StepProgram` of the source."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in "batch operations threads bf16 mixing_bytes".split()),
+        *((name, ctypes.c_void_p) for name in "operation tensor slots memory mix mixing".split()),
+        *((name, ctypes.c_int64) for name in "tickets members arrived phase failed".split()),
+    ]
+
+
+@cache
+def load_steps() -> ctypes.CDLL | None:
+    """The compiled source, `None` if it cannot be compiled or loaded."""
+    return load_kernels("step_program", "Single tokens are decoded", SOURCE, {"step_program": _Call}, FLAGS)
+
+
+class Rows(NamedTuple):
+    """Rows of float32 in the memory of a program, one for each text of a batch.
+
+    Attributes:
+        place (`int`): of the first row.
+        width (`int`): channels of a row.
+        stride (`int`): from one row to the next.
+    """
+
+    place: int
+    width: int
+    stride: int
+
+    def part(self, start: int, width: int) -> "Rows":
+        """`width` channels of each row, from `start` on."""
+        return Rows(self.place + start, width, self.stride)
+
+
+class Slots(NamedTuple):
+    """Where one more token is written in a cache, and which slots its attention reads.
+
+    Attributes:
+        write (`int`): slot of the token.
+        base, first, step, ring, count (`int`): it reads slots `base + (first + i * step) % ring` for `i < count`.
+    """
+
+    write: int
+    base: int
+    first: int
+    step: int
+    ring: int
+    count: int
+
+    def are_in(self, length: int) -> bool:
+        """Whether all slots are within `length`."""
+        last = self.base + min(self.first + (self.count - 1) * self.step, self.ring - 1)
+        return min(self) >= 0 and min(self.ring, self.count) > 0 and max(self.write, last) < length
+
+
+class StepProgram:
+    """A program for one token. Methods that are named like an operation append it.
+
+    Args:
+        batch (`int`): number of texts.
+
+    Attributes:
+        size (`int`): of the program's memory, in numbers of float32.
+    """
+
+    def __init__(self, batch: int):
+        self.batch, self.size, self.products = batch, 0, 0
+        self._operations: list[_Operation] = []
+        self._tensors: list[tuple[str, tuple[int | None, ...], torch.dtype | None]] = []
+        self._caches: list[tuple[int, int, int]] = []
+
+    # --- what operations are about ---------------------------------------------------------------------------------------
+
+    def rows(self, width: int) -> Rows:
+        """New rows."""
+        rows = Rows(self.size, width, width)
+        self.size += self.batch * width
+        return rows
+
+    def tensor(self, name: str, *shape: int | None, dtype: torch.dtype | None = None) -> int:
+        """A tensor of a call, in the order of `run`.
+
+        Args:
+            name (`str`): for errors.
+            shape (`int`, *optional*): sizes. `None` for any.
+            dtype (`torch.dtype`, *optional*): defaults to that of the call.
+        """
+        self._tensors.append((name, shape, dtype))
+        return len(self._tensors) - 1
+
+    def _append(self, kind, tensors=(), reads=None, writes=None, other=None, **options):
+        values: dict[str, Any] = {"kind": _KINDS.index(kind), "other": -1, **options}
+        if reads is not None:
+            values |= {"in": reads.place, "in_row": reads.stride, "width": reads.width}
+        if writes is not None:
+            values |= {"out": writes.place, "out_row": writes.stride, "height": writes.width}
+        if other is not None:
+            values |= {"other": other.place, "other_row": other.stride}
+        operation = _Operation(**values)
+        given = [-1 if place is None else place for place in tensors]
+        operation.tensor[:] = given + [-1] * (4 - len(given))
+        self._operations.append(operation)
+
+    # --- operations ------------------------------------------------------------------------------------------------------
+
+    def load(self, tensor: int, rows: Rows) -> None:
+        """Read rows from a tensor `[batch, width]`."""
+        self._append("load", (tensor,), rows)
+
+    def store(self, tensor: int, rows: Rows) -> None:
+        """Write rows into a tensor `[batch, width]`."""
+        self._append("store", (tensor,), rows)
+
+    def linear(
+        self,
+        x: Rows,
+        out: Rows,
+        weight: int,
+        bias: int | None = None,
+        activation: int = 0,
+        adds: bool = False,
+        first: int = 0,
+    ) -> None:
+        """`out = activation(weight @ x + bias)`, with the rows of the weight from `first` on. `adds` to what is there."""
+        options = {"activation": activation, "adds": adds, "from": first}
+        self._append("linear", (weight, bias), x, out, **options)
+        self.products += x.width * out.width
+
+    def norm(self, x: Rows, out: Rows, weight: int, bias: int | None, epsilon: float, kind: str = "layer_norm") -> None:
+        """A norm of kind "layer_norm" or "rms_norm"."""
+        self._append(kind, (weight, bias), x, out, epsilon=epsilon)
+
+    def shifted_norm(
+        self,
+        x: Rows,
+        out: Rows,
+        weight: int,
+        bias: int | None,
+        epsilon: float,
+        kind: str,
+        state: int,
+        steps: int,
+    ) -> None:
+        """A norm after a token shift with a state `[batch, steps, width // 2]`, to which the token is added."""
+        self._append(kind, (weight, bias, state), x, out, epsilon=epsilon, steps=steps)
+
+    def mix(self, index: int) -> None:
+        """A mixing step of LEAP."""
+        self._append("mix", index=index)
+
+    def attend(
+        self,
+        query: Rows,
+        key_value: Rows,
+        out: Rows,
+        keys: int,
+        values: int,
+        heads: int,
+        scale: float,
+        rotary: tuple[int, int] | None = None,
+        first_head: int = 0,
+    ) -> None:
+        """Attention to cached keys and values, to which the token is added.
+
+        Args:
+            query, out (`Rows`): `heads * head_dim` channels.
+            key_value (`Rows`): keys, and values behind them.
+            keys, values (`int`): tensors `[batch, cached heads, slots, head_dim]`. The next `Slots` of a call are theirs.
+            heads (`int`), scale (`float`): of the attention.
+            rotary (`tuple[int, int]`, *optional*): tensors of cosines and signed sines `[1 or 2, head_dim]` in float32: for
+                queries, then for keys where they differ.
+            first_head (`int`): of the cached heads.
+        """
+        options = {"heads": heads, "factor": scale, "from": first_head, "index": len(self._caches)}
+        turns = (None, None) if rotary is None else rotary
+        differ = rotary is not None and self._tensors[rotary[0]][1][0] == 2
+        self._caches.append((keys, values, query.width // heads if differ else 0))
+        self._append("attend", (keys, values, *turns), query, out, key_value, **options)
+
+    def add(self, x: Rows, out: Rows, factor: float = 1.0, other: Rows | None = None) -> None:
+        """`out += factor * (x - other)`."""
+        self._append("add", (), x, out, other, factor=factor)
+
+    def gate(self, x: Rows, out: Rows, bias: int, epsilon: float) -> None:
+        """`out = silu(out / rms(x) + bias)`."""
+        self._append("gate", (None, bias), x, out, epsilon=epsilon)
+
+    # --- the call --------------------------------------------------------------------------------------------------------
+
+    def compile(self) -> "StepProgram":
+        """This program, to which nothing is appended any more."""
+        self.operations = (_Operation * len(self._operations))(*self._operations)
+        return self
+
+    def run(
+        self,
+        tensors: Sequence[torch.Tensor],
+        dtype: torch.dtype,
+        slots: Iterable[Slots] = (),
+        memory: torch.Tensor | None = None,
+        mixing: Any = None,
+        mix: int | None = None,
+    ) -> None:
+        """Run the program.
+
+        Args:
+            tensors (`Sequence[torch.Tensor]`): in the order in which `tensor` was called.
+            dtype (`torch.dtype`): `torch.float32` or `torch.bfloat16`.
+            slots (`Iterable[Slots]`): of each attention.
+            memory (`torch.Tensor` of shape `[size]`, *optional*): of the rows, which mixing steps know.
+            mixing (`ctypes.Array`, *optional*), mix (`int`, *optional*): mixing steps, and the address of what runs them.
+
+        Raises:
+            ValueError: for tensors of another number, shape, dtype, device or layout, and for slots outside of a cache.
+            MemoryError: if there is no memory for a token.
+        """
+        if len(tensors) != len(self._tensors):
+            raise ValueError(f"A step needs {len(self._tensors)} tensors, got {len(tensors)}.")
+        places = [
+            address(name, tensor, _fitting(shape, tensor), dtype if own is None else own)
+            for tensor, (name, shape, own) in zip(tensors, self._tensors)
+        ]
+        memory = torch.empty(self.size, dtype=torch.float32) if memory is None else memory
+        threads = torch.get_num_threads() if self.batch * self.products >= _PARALLEL else 1
+        table, numbers = (ctypes.c_void_p * len(places))(*places), self._numbers(tensors, slots)
+        call = _Call(
+            batch=self.batch,
+            operations=len(self.operations),
+            threads=threads,
+            bf16=dtype == torch.bfloat16,
+            mixing_bytes=0 if mixing is None else ctypes.sizeof(mixing._type_),
+            operation=ctypes.addressof(self.operations),
+            tensor=ctypes.addressof(table),
+            slots=ctypes.addressof(numbers),
+            memory=memory.data_ptr(),
+            mix=mix,
+            mixing=None if mixing is None else ctypes.addressof(mixing),
+        )
+        library = load_steps()
+        if library is None:
+            raise ValueError("There is no compiled C source for single tokens.")
+        check_status(library.step_program(call), "decoding step")
+
+    def _numbers(self, tensors, slots):
+        given = list(slots)
+        if len(given) != len(self._caches):
+            raise ValueError(f"A step needs the slots of {len(self._caches)} caches, got {len(given)}.")
+        numbers = (_Slots * len(given))()
+        for i, (read, (keys, values, turn)) in enumerate(zip(given, self._caches)):
+            _, heads, length, dim = tensors[keys].shape
+            if tensors[keys].shape != tensors[values].shape or not read.are_in(length):
+                raise ValueError(
+                    f"Keys {list(tensors[keys].shape)} and values {list(tensors[values].shape)} have no such slots: {read}."
+                )
+            numbers[i] = (heads * length * dim, length * dim, *read, turn)
+        return numbers
+
+
+def _fitting(shape, tensor):
+    """The expected shape, with any size of the tensor where it is open."""
+    if None not in shape or tensor.dim() != len(shape):
+        return shape
+    return tuple(given if size is None else size for size, given in zip(shape, tensor.shape))
+
+
+__all__ = ["ACTIVATIONS", "MOST_ROWS", "Rows", "Slots", "StepProgram", "load_steps"]

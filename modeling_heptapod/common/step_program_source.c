@@ -1,0 +1,324 @@
+/* One token through the layers of a model in a call, for decoding, where what lies between small products takes longer than they
+ * do. step_program.py compiles and calls it.
+ *
+ * A call runs a program: operations on rows of float32, a row for each text of a batch. Threads share each operation and wait
+ * for one another after it. Tensors of the model and its cache, float32 or bfloat16, are read and written where they lie.
+ */
+
+#include "../common/cpu_math_source.c"
+
+#include <sched.h>
+
+enum { LOAD, STORE, LINEAR, LAYER_NORM, RMS_NORM, MIX, ATTEND, ADD, GATE, KINDS }; /* in the order of step_program.py */
+enum { NO_ACTIVATION, GELU, GELU_TANH, RELU, SILU };                               /* the same */
+enum { TOGETHER = 4, SPINS = 4096, KEYS = 64, MOST_CHANNELS = 1024 };
+
+/* One operation; the fields are mirrored in step_program.py. A place of a tensor is -1 where there is none. */
+typedef struct {
+    int64_t kind;
+    int64_t in, in_row, width;    /* rows that are read: the first, floats from one to the next, channels */
+    int64_t out, out_row, height; /* rows that are written: the same */
+    int64_t other, other_row;     /* further rows that are read; -1: none */
+    int64_t tensor[4];            /* places of weight, bias and state, or of keys, values, cosines and sines */
+    int64_t from;                 /* the first row of the weight, or the first head of the cache */
+    int64_t activation, adds;     /* of LINEAR: `adds` to what is there */
+    int64_t steps;                /* of the state of a token shift */
+    int64_t heads, index;         /* of ATTEND: how many, and which `Slots`; of MIX: which mixing step */
+    double factor, epsilon;
+} Operation;
+
+/* Numbers of one cache: elements from one text to the next and from one head to the next, the slot to write, and those to read,
+ * `base + (first + i * step) % ring` for i < count; cosines from queries to keys. */
+typedef struct {
+    int64_t text, head, write, base, first, step, ring, count, turn;
+} Slots;
+
+/* One call; the fields are mirrored in step_program.py. */
+typedef struct {
+    int64_t batch, operations, threads, bf16, mixing_bytes;
+    const Operation *operation;
+    void *const *tensor;
+    const Slots *slots;
+    float *memory;                                               /* all rows */
+    int (*mix)(const void *mixing, int64_t first, int64_t step); /* heads first, first + step, ... */
+    const char *mixing;                                          /* of each layer */
+    int64_t tickets, members, arrived, phase, failed;            /* 0 at first */
+} StepProgram;
+
+/* The error function to 2 units in the last place of 1, as a ratio of polynomials that compilers vectorise. NaN stays NaN. */
+INLINE float erf_ratio(float x) {
+    x = x < -4.0f ? -4.0f : x;
+    x = x > 4.0f ? 4.0f : x;
+    float s = x * x, p = -2.72614225801306e-10f, q = -1.45660718464996e-05f;
+    p = p * s + 2.77068142495902e-08f;
+    p = p * s - 2.10102402082508e-06f;
+    p = p * s - 5.69250639462346e-05f;
+    p = p * s - 7.34990630326855e-04f;
+    p = p * s - 2.95459980854025e-03f;
+    p = p * s - 1.60960333262415e-02f;
+    q = q * s - 2.13374055278905e-04f;
+    q = q * s - 1.68282697438203e-03f;
+    q = q * s - 7.37332916720468e-03f;
+    q = q * s - 1.42647390514189e-02f;
+    return x * p / q;
+}
+
+INLINE float sigmoid(float x) {
+    float decay = exp_negative(x > 0 ? -x : x);
+    return (x > 0 ? 1 : decay) / (1 + decay);
+}
+
+INLINE float activate(float x, int64_t kind) {
+    switch (kind) {
+    case GELU: return 0.5f * x * (1 + erf_ratio(x * 0.70710678f));
+    case GELU_TANH: return x * sigmoid(1.59576912f * (x + 0.044715f * x * x * x));
+    case RELU: return x < 0 ? 0 : x;
+    case SILU: return x * sigmoid(x);
+    default: return x;
+    }
+}
+
+INLINE float value_at(const void *values, int64_t at, int bf16) {
+    return bf16 ? from_bf16(((const uint16_t *)values)[at]) : ((const float *)values)[at];
+}
+
+INLINE void write_at(void *values, int64_t at, float x, int bf16) {
+    if (bf16)
+        ((uint16_t *)values)[at] = to_bf16(x);
+    else
+        ((float *)values)[at] = x;
+}
+
+INLINE void *tensor_of(const StepProgram *s, int64_t place) { return place < 0 ? NULL : s->tensor[place]; }
+
+/* The share of member `me` in so many things that are done so many at once. */
+INLINE int64_t share_of(const StepProgram *s, int64_t things, int64_t at_once, int64_t me) {
+    int64_t groups = (things + at_once - 1) / at_once, first = groups * me / s->members * at_once;
+    return first < things ? first : things;
+}
+
+INLINE void put(const Operation *o, float *y, int64_t r, float sum, const void *bias, int bf16) {
+    y[r] = sum + (bias ? value_at(bias, o->from + r, bf16) : 0) + (o->adds ? y[r] : 0);
+}
+
+/* y[r] = activation(x . weight[r] + bias[r]), or added to what is there. Some rows of the weight are taken together. */
+INLINE void linear(const StepProgram *s, const Operation *o, int64_t me, int bf16) {
+    const void *weight = tensor_of(s, o->tensor[0]), *bias = tensor_of(s, o->tensor[1]);
+    int64_t in = o->width, from = share_of(s, o->height, TOGETHER, me), to = share_of(s, o->height, TOGETHER, me + 1);
+    int64_t r = from;
+    for (; r + TOGETHER <= to; r += TOGETHER)
+        for (int64_t b = 0; b < s->batch; b++) {
+            const float *x = s->memory + o->in + b * o->in_row;
+            float *y = s->memory + o->out + b * o->out_row;
+            int64_t w = (o->from + r) * in;
+            float sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
+            _Pragma("omp simd reduction(+ : sum0, sum1, sum2, sum3)") for (int64_t i = 0; i < in; i++) {
+                sum0 += x[i] * value_at(weight, w + i, bf16);
+                sum1 += x[i] * value_at(weight, w + in + i, bf16);
+                sum2 += x[i] * value_at(weight, w + 2 * in + i, bf16);
+                sum3 += x[i] * value_at(weight, w + 3 * in + i, bf16);
+            }
+            float sums[TOGETHER] = {sum0, sum1, sum2, sum3};
+            for (int64_t j = 0; j < TOGETHER; j++) put(o, y, r + j, sums[j], bias, bf16);
+        }
+    for (; r < to; r++)
+        for (int64_t b = 0; b < s->batch; b++) {
+            const float *x = s->memory + o->in + b * o->in_row;
+            float sum = 0;
+            SIMD_SUM(sum) for (int64_t i = 0; i < in; i++) sum += x[i] * value_at(weight, (o->from + r) * in + i, bf16);
+            put(o, s->memory + o->out + b * o->out_row, r, sum, bias, bf16);
+        }
+    for (int64_t b = 0; o->activation && b < s->batch; b++) {
+        float *y = s->memory + o->out + b * o->out_row;
+        SIMD for (int64_t i = from; i < to; i++) y[i] = activate(y[i], o->activation);
+    }
+}
+
+/* Replaces the second half of the channels by that of the oldest step in the state, in which it takes its place as the newest. */
+INLINE void token_shift(const Operation *o, void *state, const float *x, float *y, int64_t b, int bf16) {
+    int64_t moved = o->width / 2, stays = o->width - moved, start = b * o->steps * moved;
+    for (int64_t i = 0; i < stays; i++) y[i] = x[i];
+    for (int64_t i = 0; i < moved; i++) y[stays + i] = value_at(state, start + i, bf16);
+    int64_t size = bf16 ? 2 : 4;
+    char *first = (char *)state + start * size;
+    memmove(first, first + moved * size, (o->steps - 1) * moved * size);
+    for (int64_t i = 0; i < moved; i++) write_at(state, start + (o->steps - 1) * moved + i, x[stays + i], bf16);
+}
+
+INLINE void norm(const StepProgram *s, const Operation *o, int64_t me, int bf16) {
+    const void *weight = tensor_of(s, o->tensor[0]), *bias = tensor_of(s, o->tensor[1]);
+    void *state = tensor_of(s, o->tensor[2]);
+    for (int64_t b = me; b < s->batch; b += s->members) {
+        const float *x = s->memory + o->in + b * o->in_row;
+        float *y = s->memory + o->out + b * o->out_row, mean = 0, squares = 0;
+        if (state) {
+            token_shift(o, state, x, y, b, bf16);
+            x = y;
+        }
+        if (o->kind == LAYER_NORM) {
+            SIMD_SUM(mean) for (int64_t i = 0; i < o->width; i++) mean += x[i];
+            mean /= o->width;
+        }
+        SIMD_SUM(squares) for (int64_t i = 0; i < o->width; i++) squares += (x[i] - mean) * (x[i] - mean);
+        float factor = 1 / sqrtf(squares / o->width + (float)o->epsilon);
+        SIMD for (int64_t i = 0; i < o->width; i++) y[i] =
+            (x[i] - mean) * factor * value_at(weight, i, bf16) + (bias ? value_at(bias, i, bf16) : 0);
+    }
+}
+
+/* Rotary positions in the half-split layout, with signed sines. */
+INLINE void rotate(const float *x, const float *cosines, const float *sines, int64_t dim, float *y) {
+    int64_t half = dim / 2;
+    for (int64_t i = 0; i < half; i++) y[i] = x[i] * cosines[i] + x[i + dim - half] * sines[i];
+    for (int64_t i = half; i < dim; i++) y[i] = x[i] * cosines[i] + x[i - half] * sines[i];
+}
+
+/* Attention of one head, with a softmax that runs over blocks of keys: out = sum exp(q . k - largest) v / sum exp(q . k - largest). */
+INLINE void attend_head(const Operation *o, const Slots *n, const void *keys, const void *values, const float *query, int64_t dim,
+                        float *out, int bf16) {
+    float scores[KEYS], largest = -INFINITY, total = 0;
+    for (int64_t i = 0; i < dim; i++) out[i] = 0;
+    for (int64_t start = 0; start < n->count; start += KEYS) {
+        int64_t count = n->count - start < KEYS ? n->count - start : KEYS, place[KEYS];
+        float best = largest;
+        for (int64_t j = 0; j < count; j++) {
+            float sum = 0;
+            place[j] = (n->base + (n->first + (start + j) * n->step) % n->ring) * dim;
+            SIMD_SUM(sum) for (int64_t i = 0; i < dim; i++) sum += query[i] * value_at(keys, place[j] + i, bf16);
+            scores[j] = sum * (float)o->factor;
+            best = scores[j] > best || scores[j] != scores[j] ? scores[j] : best;
+        }
+        float before = start ? exp_negative(largest - best) : 0;
+        total *= before;
+        SIMD for (int64_t i = 0; i < dim; i++) out[i] *= before;
+        SIMD_SUM(total) for (int64_t j = 0; j < count; j++) total += scores[j] = exp_negative(scores[j] - best);
+        for (int64_t j = 0; j < count; j++)
+            SIMD for (int64_t i = 0; i < dim; i++) out[i] += scores[j] * value_at(values, place[j] + i, bf16);
+        largest = best;
+    }
+    SIMD for (int64_t i = 0; i < dim; i++) out[i] /= total;
+}
+
+/* Queries at `in`, keys at `other` and values behind them; the token is written into the cache first. */
+INLINE void attend(const StepProgram *s, const Operation *o, int64_t me, int bf16) {
+    void *keys = tensor_of(s, o->tensor[0]), *values = tensor_of(s, o->tensor[1]);
+    const float *cosines = tensor_of(s, o->tensor[2]), *sines = tensor_of(s, o->tensor[3]);
+    const Slots *n = &s->slots[o->index];
+    int64_t dim = o->width / o->heads, inner = o->width, size = bf16 ? 2 : 4;
+    for (int64_t at = me; at < s->batch * o->heads; at += s->members) {
+        int64_t b = at / o->heads, h = at % o->heads, start = b * n->text + (o->from + h) * n->head;
+        const float *query = s->memory + o->in + b * o->in_row + h * dim, *key = s->memory + o->other + b * o->other_row + h * dim;
+        const float *value = key + inner;
+        float turned[2][MOST_CHANNELS];
+        if (cosines) {
+            rotate(query, cosines, sines, dim, turned[0]);
+            rotate(key, cosines + n->turn, sines + n->turn, dim, turned[1]);
+            query = turned[0], key = turned[1];
+        }
+        for (int64_t i = 0; i < dim; i++) {
+            write_at(keys, start + n->write * dim + i, key[i], bf16);
+            write_at(values, start + n->write * dim + i, value[i], bf16);
+        }
+        float *out = s->memory + o->out + b * o->out_row + h * dim;
+        attend_head(o, n, (char *)keys + start * size, (char *)values + start * size, query, dim, out, bf16);
+    }
+}
+
+/* y += factor * (x - other), without `other` where there is none. */
+INLINE void add(const StepProgram *s, const Operation *o, int64_t me) {
+    int64_t from = share_of(s, o->width, 16, me), to = share_of(s, o->width, 16, me + 1);
+    for (int64_t b = 0; b < s->batch; b++) {
+        const float *x = s->memory + o->in + b * o->in_row, *z = s->memory + o->other + b * o->other_row;
+        float *y = s->memory + o->out + b * o->out_row, factor = (float)o->factor;
+        if (o->other < 0)
+            SIMD for (int64_t i = from; i < to; i++) y[i] += factor * x[i];
+        else
+            SIMD for (int64_t i = from; i < to; i++) y[i] += factor * (x[i] - z[i]);
+    }
+}
+
+/* y = silu(y / rms(x) + bias), with the root of the mean square of the row x. */
+INLINE void gate(const StepProgram *s, const Operation *o, int64_t me, int bf16) {
+    const void *bias = tensor_of(s, o->tensor[1]);
+    int64_t from = share_of(s, o->height, 16, me), to = share_of(s, o->height, 16, me + 1);
+    for (int64_t b = 0; b < s->batch; b++) {
+        const float *x = s->memory + o->in + b * o->in_row;
+        float *y = s->memory + o->out + b * o->out_row, squares = 0;
+        SIMD_SUM(squares) for (int64_t i = 0; i < o->width; i++) squares += x[i] * x[i];
+        float factor = 1 / sqrtf(squares / o->width + (float)o->epsilon);
+        SIMD for (int64_t i = from; i < to; i++) y[i] = activate(y[i] * factor + value_at(bias, i, bf16), SILU);
+    }
+}
+
+/* Between rows and a tensor [batch, width]. */
+INLINE void copy(const StepProgram *s, const Operation *o, int64_t me, int bf16) {
+    void *values = tensor_of(s, o->tensor[0]);
+    for (int64_t b = me; b < s->batch; b += s->members) {
+        float *x = s->memory + o->in + b * o->in_row;
+        for (int64_t i = 0; i < o->width; i++)
+            if (o->kind == LOAD)
+                x[i] = value_at(values, b * o->width + i, bf16);
+            else
+                write_at(values, b * o->width + i, x[i], bf16);
+    }
+}
+
+/* Waits until all threads are here. */
+static void meet(StepProgram *s) {
+    int64_t phase = __atomic_load_n(&s->phase, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&s->arrived, 1, __ATOMIC_ACQ_REL) == s->members) {
+        __atomic_store_n(&s->arrived, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&s->phase, phase + 1, __ATOMIC_RELEASE);
+        return;
+    }
+    for (int spins = 0; __atomic_load_n(&s->phase, __ATOMIC_ACQUIRE) == phase; spins++)
+        if (spins >= SPINS) sched_yield();
+}
+
+INLINE void run(StepProgram *s, int64_t me, int bf16) {
+    for (int64_t at = 0; at < s->operations; at++) {
+        const Operation *o = &s->operation[at];
+        switch (o->kind) {
+        case LOAD:
+        case STORE: copy(s, o, me, bf16); break;
+        case LINEAR: linear(s, o, me, bf16); break;
+        case LAYER_NORM:
+        case RMS_NORM: norm(s, o, me, bf16); break;
+        case ATTEND: attend(s, o, me, bf16); break;
+        case ADD: add(s, o, me); break;
+        case GATE: gate(s, o, me, bf16); break;
+        case MIX: {
+            int status = s->mix(s->mixing + o->index * s->mixing_bytes, me, s->members);
+            if (status) __atomic_store_n(&s->failed, status, __ATOMIC_RELAXED);
+        }
+        }
+        meet(s);
+    }
+}
+
+static void *run_program(void *argument) {
+    StepProgram *s = argument;
+    int64_t me = __atomic_fetch_add(&s->tickets, 1, __ATOMIC_RELAXED);
+    for (int spins = 0; !__atomic_load_n(&s->members, __ATOMIC_ACQUIRE); spins++)
+        if (spins >= SPINS) sched_yield();
+    if (s->bf16)
+        run(s, me, 1);
+    else
+        run(s, me, 0);
+    return NULL;
+}
+
+int step_program(StepProgram *s) {
+    pthread_t others[MOST_THREADS];
+    if (s->batch < 1 || s->threads < 1 || s->threads > MOST_THREADS) return UNFIT;
+    for (int64_t at = 0; at < s->operations; at++) {
+        const Operation *o = &s->operation[at];
+        if (o->kind < LOAD || o->kind >= KINDS || o->activation < NO_ACTIVATION || o->activation > SILU) return UNFIT;
+        if (o->kind == ATTEND && (o->heads < 1 || o->width / o->heads > MOST_CHANNELS)) return UNFIT;
+    }
+    int started = start_threads(run_program, s, s->threads, others);
+    __atomic_store_n(&s->members, started + 1, __ATOMIC_RELEASE);
+    run_program(s);
+    while (started) pthread_join(others[--started], NULL);
+    return (int)s->failed;
+}
