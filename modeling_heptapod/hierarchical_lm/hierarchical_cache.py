@@ -112,24 +112,42 @@ class HierarchicalCache(CountingCacheMixin, DynamicCache):
             full = [torch.cat(pair, dim=2) for pair in ((layer.keys, key), (layer.values, value))]
             layer.keys, layer.values = (x[:, :, x.shape[2] - keep :].clone() for x in full)
             return tuple(full)
+        memory, end = self._extend(layer, layer_idx, steps, keep)
+        memory[0][:, :, end : end + steps].copy_(key)
+        memory[1][:, :, end : end + steps].copy_(value)
+        return tuple(x[:, :, end - length : end + steps] for x in memory)
+
+    def _extend(self, layer, layer_idx, steps, keep):
+        """Make keys and values longer by steps that are not written yet, and return their memory and where it is to be written."""
+        length = layer.keys.shape[2]
         memory, end, view = self._room.get(layer_idx, (None, 0, None))
         if view is not layer.keys or end + steps > memory[0].shape[2]:
             # Twice the room once it is full; only what is needed after a batch was reordered, which makes a copy anyway.
             room = (length + steps) * (2 if view is layer.keys else 1)
-            memory = [x.new_empty(*x.shape[:2], room, x.shape[3]) for x in (key, value)]
+            memory = [x.new_empty(*x.shape[:2], room, x.shape[3]) for x in (layer.keys, layer.values)]
             memory[0][:, :, :length].copy_(layer.keys)
             memory[1][:, :, :length].copy_(layer.values)
             end = length
-        start, end = end - length, end + steps
-        memory[0][:, :, end - steps : end].copy_(key)
-        memory[1][:, :, end - steps : end].copy_(value)
-        full = [x[:, :, start:end] for x in memory]
-        kept = full
+        first = end - length
         if keep is not None and length + steps > keep:
-            kept = [x[:, :, end - keep : end] for x in memory]
-        layer.keys, layer.values = kept
-        self._room[layer_idx] = (memory, end, layer.keys)
-        return tuple(full)
+            first = end + steps - keep
+        layer.keys, layer.values = (x[:, :, first : end + steps] for x in memory)
+        self._room[layer_idx] = (memory, end + steps, layer.keys)
+        return memory, end
+
+    def make_room(self, layer_idx: int) -> tuple[list[torch.Tensor], int, int]:
+        """Add a step whose key and value are still to be written.
+
+        Returns:
+            The memory of keys and values `[batch, heads, slots, channels]`, the slot of the step, and the number of steps that
+            were cached, in the slots before.
+        """
+        layer = self.layers[layer_idx]
+        length, keep = layer.keys.shape[2], None
+        if layer.is_sliding:
+            keep = layer.sliding_window - 1
+            layer.cumulative_length += 1
+        return *self._extend(layer, layer_idx, 1, keep), length
 
     def scale_keys(self, hierarchy: int, factor: torch.Tensor) -> None:
         """Multiply the cached keys of a hierarchy by `factor [channels]`, in every layer."""

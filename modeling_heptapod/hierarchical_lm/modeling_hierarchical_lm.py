@@ -9,6 +9,7 @@ reads the last step that is made of no later tokens. Attention and token shift h
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,9 @@ from transformers.utils.output_capturing import capture_outputs
 from ..common.auto_mapping import AutoMappingMixin
 from ..common.cache_mixins import CompiledStepMixin, CustomCacheMixin
 from ..common.losses import IGNORE_INDEX, at_least_one, causal_lm_loss, require_labels
-from ..common.model_inputs import apply_mask_to_padding_states, embed_text, has_dynamic_shapes
+from ..common.model_inputs import apply_mask_to_padding_states, embed_text, has_dynamic_shapes, is_eager
+from ..common.plain_modules import is_watched
+from ..common.registered_operators import in_graph
 from ..common.token_layout import TokenLayout
 from ..common.transformers_versions import (
     CACHE,
@@ -37,14 +40,27 @@ from ..common.unused_kwargs import pop_kwargs, reject_unused_kwargs
 from .auxiliary_losses import AuxiliaryLosses, PredictionHead, RandomProjectionQuantizer, ZeroInitLinear
 from .causal_compressors import AttentionCompressor, compress, make_compressor
 from .configuration_hierarchical_lm import HierarchicalLMConfig
-from .hierarchical_block import HierarchicalLMLayer, steps_to_read
+from .hierarchical_block import (
+    HierarchicalLMAttention,
+    HierarchicalLMBlock,
+    HierarchicalLMLayer,
+    HierarchicalLMMLP,
+    steps_to_read,
+)
 from .hierarchical_cache import HierarchicalCache, layer_states
+from .hierarchical_step import describe_layers, step_layers
 from .hierarchy_merges import ConcatMerge, CrossAttentionMerge
 from .static_hierarchical_cache import StaticHierarchicalCache, ring_sizes
 from .stream_plan import HierarchicalLMContext, make_plan, make_step_plan
 
 
 logger = logging.get_logger(__name__)
+
+# What `hierarchical_step.py` computes in one call for a token.
+_FORWARDS: dict[type, Callable] = {
+    kind: kind.forward
+    for kind in (HierarchicalLMLayer, HierarchicalLMBlock, HierarchicalLMAttention, HierarchicalLMMLP, ConcatMerge)
+}
 
 
 @auto_docstring(
@@ -282,13 +298,33 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
     def _run_layers(self, streams, context, cache, ablate_merge, output_hidden_states):
         """The normalised streams after the last layer, hidden states before each layer, and attentions."""
         predicting, hidden_states, attentions = self.config.predict_index, [], []
-        for layer in self.layers:
+        layers = list(self.layers)
+        if not (ablate_merge or output_hidden_states or context.output_attentions):
+            stepped = self._step(streams, context, cache)
+            if stepped is not None:
+                streams, layers = stepped, []
+        for layer in layers:
             if output_hidden_states:
                 hidden_states.append(_restore(streams[predicting], context, predicting))
             out = layer(*streams, context=context, ablate_merge=ablate_merge, **{CACHE: cache})
             streams = out[: len(context.streams)]
             attentions.extend(out[len(context.streams) :])
         return tuple(norm(x) for norm, x in zip(self.norms, streams)), hidden_states, attentions
+
+    def _step(self, streams, context, cache):
+        """The streams after all layers, computed in one call for a token, or `None`."""
+        x, config = streams[0], self.config
+        if cache is None or context.is_first or context.streams[0].tokens != 1 or torch.is_grad_enabled():
+            return None
+        native = in_graph() and context.is_static_step if torch.compiler.is_compiling() else is_eager(x) and not is_watched()
+        if not native or not x.is_cpu or config._attn_implementation != "sdpa" or torch.is_autocast_enabled("cpu"):
+            return None
+        description = self._describe_layers()
+        return step_layers(self.layers, description, config, streams, context, cache) if description else None
+
+    @torch.compiler.assume_constant_result  # so that a graph is not broken by what the layers are asked
+    def _describe_layers(self):
+        return describe_layers(self.layers, self.config, _FORWARDS)
 
     def _predict_from(self, streams, context, cache):
         """`[batch, seq, prediction_size]`, what the head reads at each token, in the order of the input."""
