@@ -20,21 +20,24 @@ _KINDS: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.RMSNorm, nn.Linear, nn.M
 _FORWARDS = {kind: kind.forward for kind in _KINDS}  # before anyone replaces them
 
 # By a module: what was seen of it and all within, and what was found then.
-_seen: WeakKeyDictionary[nn.Module, tuple[list, bool]] = WeakKeyDictionary()
+_seen: WeakKeyDictionary[nn.Module, tuple[list, Any]] = WeakKeyDictionary()
 
 
-def look_once(root: nn.Module, options: tuple[str, ...], suit: Callable[[], bool]) -> bool:
+def look_once(root: nn.Module, options: tuple[str, ...], suit: Callable[[], Any]) -> Any:
     """What `suit` says about a module, which is asked again once a module within, its class or an option has changed.
 
     Args:
         root (`nn.Module`): the module.
         options (`tuple[str, ...]`): attributes of modules that `suit` reads.
-        suit (`Callable`): is not asked where hooks, replaced methods, training mode or tensors that C cannot read forbid it.
+        suit (`Callable`): asked unless hooks, replaced methods, training mode or tensors that C cannot read forbid a call of C.
+
+    Returns:
+        What `suit` returned, or `None`.
     """
     facts = _look(root, options)
     if facts is None:
-        return False
-    known, suits = _seen.get(root, (None, False))
+        return None
+    known, suits = _seen.get(root, (None, None))
     if known != facts:
         suits = suit()
         _seen[root] = facts, suits

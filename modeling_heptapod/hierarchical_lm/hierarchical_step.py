@@ -33,7 +33,7 @@ class Stream(NamedTuple):
         width, inner (`int`): channels of the stream and of the feed-forward between.
         heads, head_dim (`int`), scale (`float`): of attention. Without it `heads` is 0.
         norm (`str`): kind of the norm before attention.
-        epsilons (`list[float]`): of the norms before attention and feed-forward.
+        epsilon, post_epsilon (`float`): of the norms before attention and feed-forward.
         owner (`int`): index of the stream whose attention has the weights.
         stride, dilation (`int`): of the hierarchy.
     """
@@ -44,7 +44,8 @@ class Stream(NamedTuple):
     head_dim: int
     scale: float
     norm: str
-    epsilons: list[float]
+    epsilon: float
+    post_epsilon: float
     owner: int
     stride: int
     dilation: int
@@ -55,22 +56,25 @@ class Layers(NamedTuple):
 
     Attributes:
         number (`int`): of layers.
-        streams (`list[Stream]`): of all hierarchies.
-        receivers (`list[int]`): indices of the streams that the merge changes. None without a merge.
+        streams (`tuple[Stream, ...]`): of all hierarchies.
+        receivers (`tuple[int, ...]`): indices of the streams that the merge changes. None without a merge.
         epsilon (`float`): of the merge.
         activation (`int`): of the feed-forwards.
+        text (`str`): the other fields as JSON, for an operator.
     """
 
     number: int
-    streams: list[Stream]
-    receivers: list[int]
+    streams: tuple[Stream, ...]
+    receivers: tuple[int, ...]
     epsilon: float
     activation: int
+    text: str
 
-    @classmethod
-    def from_json(cls, text: str) -> "Layers":
-        number, streams, *rest = json.loads(text)
-        return cls(number, [Stream(*stream) for stream in streams], *rest)
+
+@lru_cache(maxsize=64)
+def _from_text(text):
+    number, streams, receivers, *rest = json.loads(text)
+    return Layers(number, tuple(Stream(*stream) for stream in streams), tuple(receivers), *rest, text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -78,8 +82,10 @@ class Layers(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def describe_layers(layers: nn.ModuleList, config: HierarchicalLMConfig, forwards: dict[type, Callable]) -> str:
-    """`Layers` as JSON where the layers do nothing but what a program computes, otherwise an empty text.
+def describe_layers(
+    layers: nn.ModuleList, config: HierarchicalLMConfig, forwards: dict[type, Callable]
+) -> Layers | None:
+    """What a program sees of layers that do nothing but what it computes, `None` for others.
 
     Args:
         layers (`nn.ModuleList`): of `HierarchicalLMModel`. `step_layers` looks at their weights.
@@ -87,37 +93,42 @@ def describe_layers(layers: nn.ModuleList, config: HierarchicalLMConfig, forward
         forwards (`dict[type, Callable]`): classes of a layer, its block, attention, MLP and merge, with their `forward` that is
             known here.
     """
-    return look_once(layers, ("eps", "scaling"), lambda: _describe(layers, config, forwards)) or ""
+    return look_once(layers, ("eps", "scaling"), lambda: _describe(layers, config, forwards))
 
 
 def _describe(layers, config, forwards):
     if load_steps() is None or not are_plain(layers, forwards):
-        return ""
-    seen = {json.dumps(_see(layer, config, *forwards)) for layer in layers}
-    if len(seen) != 1 or "null" in seen:
-        return ""
-    return json.dumps([len(layers), *json.loads(seen.pop())])
+        return None
+    seen = {_see(layer, config, *forwards) for layer in layers}
+    fields = seen.pop()
+    return None if seen or fields is None else _from_text(json.dumps((len(layers), *fields)))
 
 
 def _see(layer, config, layer_class, block_class, attention_class, mlp_class, merge_class):
     """The fields of `Layers` but their number, from one of them, or `None`."""
     merge, blocks = layer.merge, list(layer.blocks)
-    activations = {type(block.mlp.act_fn) for block in blocks if type(block) is block_class}
-    if type(layer) is not layer_class or len(activations) != 1 or not activations <= ACTIVATIONS.keys():
+    if type(layer) is not layer_class or {type(block) for block in blocks} != {block_class}:
         return None
-    if not (merge is None or (type(merge) is merge_class and _are_linear(*merge.up_projs) and _is_biased(merge.down_proj))):
+    if {type(block.mlp) for block in blocks} != {mlp_class} or not _is_known(merge, merge_class):
         return None
     streams = []
     for h, (block, owner) in enumerate(zip(blocks, layer.owners)):
         attention = blocks[owner].self_attn if block.has_attention else None
-        if not (type(attention) in (attention_class, type(None)) and type(block.mlp) is mlp_class):
+        if attention is not None and type(attention) is not attention_class:
             return None
-        stream = _see_block(block, attention, owner, config.strides[h], config.dilations[h])
-        if stream is None:
-            return None
-        streams.append(stream)
-    receivers, epsilon = ([], 0.0) if merge is None else (merge.receivers, merge.eps)
-    return streams, receivers, epsilon, ACTIVATIONS[activations.pop()]
+        streams.append(_see_block(block, attention, owner, config.strides[h], config.dilations[h]))
+    activations = {type(block.mlp.act_fn) for block in blocks}
+    if None in streams or len(activations) != 1 or not activations <= ACTIVATIONS.keys():
+        return None
+    receivers, epsilon = ((), 0.0) if merge is None else (tuple(merge.receivers), merge.eps)
+    return tuple(streams), receivers, epsilon, ACTIVATIONS[activations.pop()]
+
+
+def _is_known(merge, merge_class):
+    if merge is None:
+        return True
+    down = merge.down_proj if type(merge) is merge_class else None
+    return type(down) is nn.Linear and down.bias is not None and _are_linear(*merge.up_projs)
 
 
 def _see_block(block, attention, owner, stride, dilation):
@@ -135,15 +146,11 @@ def _see_block(block, attention, owner, stride, dilation):
     if after.weight is None or not has_weights or None in (epsilon, after.eps):
         return None
     sizes = up.in_features, up.out_features, heads, head_dim, scale
-    return Stream(*sizes, kind, [epsilon, after.eps], 0 if owner is None else owner, stride, dilation)
+    return Stream(*sizes, kind, epsilon, after.eps, 0 if owner is None else owner, stride, dilation)
 
 
 def _are_linear(*modules):
     return all(type(module) is nn.Linear and module.bias is None for module in modules)
-
-
-def _is_biased(module):
-    return type(module) is nn.Linear and module.bias is not None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,12 +159,11 @@ def _is_biased(module):
 
 
 @lru_cache(maxsize=64)
-def _make_program(description: str, batch: int, active: tuple[bool, ...], rotary_rows: tuple[int, ...]) -> StepProgram:
+def _make_program(layers: Layers, batch: int, active: tuple[bool, ...], rotary_rows: tuple[int, ...]) -> StepProgram:
     """The program for streams that have a step at the token where they are `active`.
 
     Its tensors are the token, cosines and sines of each active stream with attention, the weights, and the states.
     """
-    layers = Layers.from_json(description)
     streams = layers.streams
     program = StepProgram(batch)
     token = program.tensor("hidden_states", batch, 1, sum(stream.width for stream in streams))
@@ -261,14 +267,14 @@ def _add_block(program, rows, x, stream, rotary, activation, weights, states):
     attended = stream.heads * stream.head_dim
     normed, between = rows.normed._replace(width=x.width), rows.between._replace(width=stream.inner)
     if attended:
-        norm = next(weights), next(weights) if stream.norm == "layer_norm" else None, stream.epsilons[0], stream.norm
+        norm = next(weights), next(weights) if stream.norm == "layer_norm" else None, stream.epsilon, stream.norm
         program.shifted_norm(x, normed, *norm, next(states), stream.dilation)
         qkv, mixed = rows.qkv._replace(width=3 * attended), rows.mixed._replace(width=attended)
         program.linear(normed, qkv, next(weights))
         query, key_value = qkv.part(0, attended), qkv.part(attended, 2 * attended)
         program.attend(query, key_value, mixed, next(states), next(states), stream.heads, stream.scale, rotary)
         program.linear(mixed, x, next(weights), adds=True)
-    norm = next(weights), None, stream.epsilons[1], "rms_norm"
+    norm = next(weights), None, stream.post_epsilon, "rms_norm"
     program.shifted_norm(x, normed, *norm, next(states), stream.dilation)
     program.linear(normed, between, next(weights), activation=activation)
     program.linear(between, x, next(weights), adds=True)
@@ -296,7 +302,7 @@ def _add_merge(program, rows, hidden, places, layers, active, weights, states):
 
 def step_layers(
     layers: nn.ModuleList,
-    description: str,
+    known: Layers,
     config: HierarchicalLMConfig,
     streams: list[torch.Tensor],
     context: HierarchicalLMContext,
@@ -306,7 +312,7 @@ def step_layers(
 
     Args:
         layers (`nn.ModuleList`): of `HierarchicalLMModel`.
-        description (`str`): of `describe_layers`.
+        known (`Layers`): of `describe_layers`.
         config (`HierarchicalLMConfig`): of the model.
         streams (`list[torch.Tensor]` of shape `[batch, 1 or 0, width]`): before the first layer. Without a step there is none.
         context (`HierarchicalLMContext`): of a pass of one token, which continues the cache.
@@ -320,7 +326,7 @@ def step_layers(
     """
     active = tuple(plan.steps > 0 for plan in context.streams)
     token = torch.cat([x if x.shape[1] else x.new_zeros(len(x), 1, x.shape[2]) for x in streams], dim=-1)
-    known, weights = _parse(description), list(_weights(layers, active))
+    weights = list(_weights(layers, active))
     states = [_read(cache, *place) for place in _state_places(known, active)]
     if not _is_token_of_all_rows(token, context) or not _lie_as_expected(token, weights, states, known, active):
         return None
@@ -328,17 +334,16 @@ def step_layers(
     if context.is_static_step:
         windows = [-1 if plan.window is None else plan.window for plan in context.streams]
         slots = context.past_lengths, cache.ring_sizes, windows, config.window_type == "block"
-        step = _operator if in_graph() else _static_step
-        token = step(token, states, weights, rotary, *slots, description, list(active))
+        if in_graph():
+            token = _operator(token, states, weights, rotary, *slots, known.text, list(active))
+        else:
+            token = _static_step(token, states, weights, rotary, *slots, known, active)
     else:
         if any(cache.steps_cached(h) == 0 for h, stream in enumerate(known.streams) if stream.heads):
             return None
-        token = _dynamic_step(token, cache, weights, rotary, context, known, description, active)
+        token = _dynamic_step(token, cache, weights, rotary, context, known, active)
     parts = token.split([stream.width for stream in known.streams], dim=-1)
     return [x if is_active else empty for x, empty, is_active in zip(parts, streams, active)]
-
-
-_parse = lru_cache(maxsize=64)(Layers.from_json)
 
 
 def _is_token_of_all_rows(token, context):
@@ -384,7 +389,7 @@ def _read(cache, kind, place, index):
     return layer.recurrent_states[index] if kind == "last" else getattr(layer, kind)
 
 
-def _dynamic_step(token, cache, weights, rotary, context, layers, description, active):
+def _dynamic_step(token, cache, weights, rotary, context, layers, active):
     """The step with new states, which replace those of the cache: results that were returned may share memory with the old ones."""
     number, changed, states, slots = len(layers.streams), [], [], []
     for kind, place, index in _state_places(layers, active):
@@ -400,19 +405,19 @@ def _dynamic_step(token, cache, weights, rotary, context, layers, description, a
             state = state.clone(memory_format=torch.contiguous_format)
             changed.append((kind, place, index, state))
         states.append(state.contiguous())
-    token = _run(token, states, weights, rotary, slots, description, active)
+    token = _run(token, states, weights, rotary, slots, layers, active)
     for kind, place, index, state in changed:
         (cache.write_conv if kind == "conv" else cache.write_recurrent)(state, place, index)
     return token
 
 
-def _static_step(token, states, weights, rotary, past_length, rings, windows, is_block, description, active):
+def _static_step(token, states, weights, rotary, past_length, rings, windows, is_block, layers, active):
     """The step in memory that stays where it is."""
-    layers, past, slots = _parse(description), int(past_length), []
+    past, slots = int(past_length), []
     for stream, is_active, ring, window in zip(layers.streams, active, rings, windows):
         if is_active and stream.heads:
             slots.append(_slots_of_ring(past // stream.stride, stream.dilation, ring, window if is_block else -1))
-    return _run(token, states, weights, rotary, slots * layers.number, description, tuple(active))
+    return _run(token, states, weights, rotary, slots * layers.number, layers, active)
 
 
 def _slots_of_ring(step, dilation, ring, block):
@@ -424,11 +429,11 @@ def _slots_of_ring(step, dilation, ring, block):
     return Slots(phase + position % ring, phase, first, 1, ring, position - first + 1)
 
 
-def _run(token, states, weights, rotary, slots, description, active):
+def _run(token, states, weights, rotary, slots, layers, active):
     rows, given = [], iter(rotary[::2])
-    for stream, is_active in zip(_parse(description).streams, active):
+    for stream, is_active in zip(layers.streams, active):
         rows.append(len(next(given)) if is_active and stream.heads else 0)
-    program = _make_program(description, len(token), active, tuple(rows))
+    program = _make_program(layers, len(token), active, tuple(rows))
     token = token.clone(memory_format=torch.contiguous_format)
     program.run([token, *rotary, *weights, *states], token.dtype, slots)
     return token
@@ -444,10 +449,11 @@ def _operator(
     rings: list[int],
     windows: list[int],
     is_block: bool,
-    description: str,
+    layers: str,
     active: list[bool],
 ) -> torch.Tensor:
-    return _static_step(token, states, weights, rotary, past_length, rings, windows, is_block, description, active)
+    known, has_step = _from_text(layers), tuple(active)
+    return _static_step(token, states, weights, rotary, past_length, rings, windows, is_block, known, has_step)
 
 
 @_operator.register_fake

@@ -319,8 +319,8 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         native = in_graph() and context.is_static_step if torch.compiler.is_compiling() else is_eager(x) and not is_watched()
         if not native or not x.is_cpu or config._attn_implementation != "sdpa" or torch.is_autocast_enabled("cpu"):
             return None
-        description = self._describe_layers()
-        return step_layers(self.layers, description, config, streams, context, cache) if description else None
+        known = self._describe_layers()
+        return None if known is None else step_layers(self.layers, known, config, streams, context, cache)
 
     @torch.compiler.assume_constant_result  # so that a graph is not broken by what the layers are asked
     def _describe_layers(self):

@@ -35,7 +35,7 @@ def can_step(layers: nn.ModuleList, forwards: dict[type, Callable]) -> bool:
         layers (`nn.ModuleList`): of `LeapModel`.
         forwards (`dict[type, Callable]`): classes of a layer, its mixer and its MLP, with their `forward` that is known here.
     """
-    return look_once(layers, ("eps", "settings"), lambda: _suit(layers, forwards) and load_steps() is not None)
+    return bool(look_once(layers, ("eps", "settings"), lambda: _suit(layers, forwards) and load_steps() is not None))
 
 
 def _suit(layers, forwards):
