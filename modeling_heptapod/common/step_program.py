@@ -32,7 +32,7 @@ class _Operation(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in "kind in in_row width out out_row height other other_row".split()),
         ("tensor", ctypes.c_int64 * 4),
-        *((name, ctypes.c_int64) for name in "from activation adds steps heads index".split()),
+        *((name, ctypes.c_int64) for name in "from activation adds steps index heads mask turn".split()),
         ("factor", ctypes.c_double),
         ("epsilon", ctypes.c_double),
     ]
@@ -41,7 +41,7 @@ class _Operation(ctypes.Structure):
 class _Slots(ctypes.Structure):
     """`Slots` of the source."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in "text head write base first step ring count turn".split()]
+    _fields_ = [(name, ctypes.c_int64) for name in "text head slots write base first step ring count".split()]
 
 
 class _Call(ctypes.Structure):
@@ -113,7 +113,8 @@ class StepProgram:
         self.batch, self.size, self.products = batch, 0, 0
         self._operations: list[_Operation] = []
         self._tensors: list[tuple[str, tuple[int | None, ...], torch.dtype | None]] = []
-        self._caches: list[tuple[int, int, int]] = []
+        # By keys and values: the most heads that are read, and the mask.
+        self._caches: dict[tuple[int, int], tuple[int, int | None]] = {}
 
     # --- what operations are about ---------------------------------------------------------------------------------------
 
@@ -135,7 +136,7 @@ class StepProgram:
         return len(self._tensors) - 1
 
     def _append(self, kind, tensors=(), reads=None, writes=None, other=None, **options):
-        values: dict[str, Any] = {"kind": _KINDS.index(kind), "other": -1, **options}
+        values: dict[str, Any] = {"kind": _KINDS.index(kind), "other": -1, "mask": -1, **options}
         if reads is not None:
             values |= {"in": reads.place, "in_row": reads.stride, "width": reads.width}
         if writes is not None:
@@ -205,27 +206,33 @@ class StepProgram:
         scale: float,
         rotary: tuple[int, int] | None = None,
         first_head: int = 0,
+        mask: int | None = None,
     ) -> None:
         """Attention to cached keys and values, to which the token is added.
 
         Args:
             query, out (`Rows`): `heads * head_dim` channels.
             key_value (`Rows`): keys, and values behind them.
-            keys, values (`int`): tensors `[batch, cached heads, slots, head_dim]`. The next `Slots` of a call are theirs.
+            keys, values (`int`): tensors `[batch, cached heads, slots, head_dim]`.
             heads (`int`), scale (`float`): of the attention.
             rotary (`tuple[int, int]`, *optional*): tensors of cosines and signed sines `[1 or 2, head_dim]` in float32: for
                 queries, then for keys where they differ.
             first_head (`int`): of the cached heads.
+            mask (`int`, *optional*): a tensor `[batch, slots]` of bools, which of them can be read.
         """
-        options = {"heads": heads, "factor": scale, "from": first_head, "index": len(self._caches)}
-        turns = (None, None) if rotary is None else rotary
-        differ = rotary is not None and self._tensors[rotary[0]][1][0] == 2
-        self._caches.append((keys, values, query.width // heads if differ else 0))
-        self._append("attend", (keys, values, *turns), query, out, key_value, **options)
+        place, turns = (keys, values), (None, None) if rotary is None else rotary
+        most, _ = self._caches.get(place, (0, None))
+        self._caches[place] = max(most, first_head + heads), mask
+        options = {"heads": heads, "factor": scale, "from": first_head, "index": list(self._caches).index(place)}
+        if mask is not None:
+            options["mask"] = mask
+        if rotary is not None and self._tensors[rotary[0]][1][0] == 2:
+            options["turn"] = query.width // heads
+        self._append("attend", (*place, *turns), query, out, key_value, **options)
 
-    def add(self, x: Rows, out: Rows, factor: float = 1.0, other: Rows | None = None) -> None:
-        """`out += factor * (x - other)`."""
-        self._append("add", (), x, out, other, factor=factor)
+    def add(self, x: Rows, out: Rows, factor: float = 1.0, other: Rows | None = None, adds: bool = True) -> None:
+        """`out = factor * (x - other)`. `adds` to what is there."""
+        self._append("add", (), x, out, other, factor=factor, adds=adds)
 
     def gate(self, x: Rows, out: Rows, bias: int, epsilon: float) -> None:
         """`out = silu(out / rms(x) + bias)`."""
@@ -252,7 +259,7 @@ class StepProgram:
         Args:
             tensors (`Sequence[torch.Tensor]`): in the order in which `tensor` was called.
             dtype (`torch.dtype`): `torch.float32` or `torch.bfloat16`.
-            slots (`Iterable[Slots]`): of each attention.
+            slots (`Iterable[Slots]`): of each cache, in the order of the first attention to it.
             memory (`torch.Tensor` of shape `[size]`, *optional*): of the rows, which mixing steps know.
             mixing (`ctypes.Array`, *optional*), mix (`int`, *optional*): mixing steps, and the address of what runs them.
 
@@ -292,13 +299,14 @@ class StepProgram:
         if len(given) != len(self._caches):
             raise ValueError(f"A step needs the slots of {len(self._caches)} caches, got {len(given)}.")
         numbers = (_Slots * len(given))()
-        for i, (read, (keys, values, turn)) in enumerate(zip(given, self._caches)):
-            _, heads, length, dim = tensors[keys].shape
-            if tensors[keys].shape != tensors[values].shape or not read.are_in(length):
+        for i, (read, ((keys, values), (most, mask))) in enumerate(zip(given, self._caches.items())):
+            _, heads, length, dim = shape = tensors[keys].shape
+            masked = length if mask is None else tensors[mask].shape[1]
+            if shape != tensors[values].shape or not read.are_in(min(length, masked)) or most > heads:
                 raise ValueError(
-                    f"Keys {list(tensors[keys].shape)} and values {list(tensors[values].shape)} have no such slots: {read}."
+                    f"Keys {list(shape)} and values {list(tensors[values].shape)} have no {most} heads or no such slots: {read}."
                 )
-            numbers[i] = (heads * length * dim, length * dim, *read, turn)
+            numbers[i] = (heads * length * dim, length * dim, masked, *read)
         return numbers
 
 

@@ -21,16 +21,17 @@ typedef struct {
     int64_t other, other_row;     /* further rows that are read; -1: none */
     int64_t tensor[4];            /* places of weight, bias and state, or of keys, values, cosines and sines */
     int64_t from;                 /* the first row of the weight, or the first head of the cache */
-    int64_t activation, adds;     /* of LINEAR: `adds` to what is there */
+    int64_t activation, adds;     /* `adds` to what is there */
     int64_t steps;                /* of the state of a token shift */
-    int64_t heads, index;         /* of ATTEND: how many, and which `Slots`; of MIX: which mixing step */
+    int64_t index;                /* which mixing step, or which `Slots` */
+    int64_t heads, mask, turn;    /* of ATTEND: how many, a place, floats from the cosines of queries to those of keys */
     double factor, epsilon;
 } Operation;
 
-/* Numbers of one cache: elements from one text to the next and from one head to the next, the slot to write, and those to read,
- * `base + (first + i * step) % ring` for i < count; cosines from queries to keys. */
+/* Numbers of one cache: elements from one text to the next and from one head to the next, slots, the one to write, and those to
+ * read, `base + (first + i * step) % ring` for i < count. */
 typedef struct {
-    int64_t text, head, write, base, first, step, ring, count, turn;
+    int64_t text, head, slots, write, base, first, step, ring, count;
 } Slots;
 
 /* One call; the fields are mirrored in step_program.py. */
@@ -174,8 +175,8 @@ INLINE void rotate(const float *x, const float *cosines, const float *sines, int
 }
 
 /* Attention of one head, with a softmax that runs over blocks of keys: out = sum exp(q . k - largest) v / sum exp(q . k - largest). */
-INLINE void attend_head(const Operation *o, const Slots *n, const void *keys, const void *values, const float *query, int64_t dim,
-                        float *out, int bf16) {
+INLINE void attend_head(const Operation *o, const Slots *n, const void *keys, const void *values, const uint8_t *mask,
+                        const float *query, int64_t dim, float *out, int bf16) {
     float scores[KEYS], largest = -INFINITY, total = 0;
     for (int64_t i = 0; i < dim; i++) out[i] = 0;
     for (int64_t start = 0; start < n->count; start += KEYS) {
@@ -183,12 +184,14 @@ INLINE void attend_head(const Operation *o, const Slots *n, const void *keys, co
         float best = largest;
         for (int64_t j = 0; j < count; j++) {
             float sum = 0;
-            place[j] = (n->base + (n->first + (start + j) * n->step) % n->ring) * dim;
+            int64_t slot = n->base + (n->first + (start + j) * n->step) % n->ring;
+            place[j] = slot * dim;
             SIMD_SUM(sum) for (int64_t i = 0; i < dim; i++) sum += query[i] * value_at(keys, place[j] + i, bf16);
-            scores[j] = sum * (float)o->factor;
+            scores[j] = mask && !mask[slot] ? -INFINITY : sum * (float)o->factor;
             best = scores[j] > best || scores[j] != scores[j] ? scores[j] : best;
         }
-        float before = start ? exp_negative(largest - best) : 0;
+        if (best == -INFINITY) continue;
+        float before = exp_negative(largest - best);
         total *= before;
         SIMD for (int64_t i = 0; i < dim; i++) out[i] *= before;
         SIMD_SUM(total) for (int64_t j = 0; j < count; j++) total += scores[j] = exp_negative(scores[j] - best);
@@ -202,6 +205,7 @@ INLINE void attend_head(const Operation *o, const Slots *n, const void *keys, co
 /* Queries at `in`, keys at `other` and values behind them; the token is written into the cache first. */
 INLINE void attend(const StepProgram *s, const Operation *o, int64_t me, int bf16) {
     void *keys = tensor_of(s, o->tensor[0]), *values = tensor_of(s, o->tensor[1]);
+    const uint8_t *mask = tensor_of(s, o->mask);
     const float *cosines = tensor_of(s, o->tensor[2]), *sines = tensor_of(s, o->tensor[3]);
     const Slots *n = &s->slots[o->index];
     int64_t dim = o->width / o->heads, inner = o->width, size = bf16 ? 2 : 4;
@@ -212,7 +216,7 @@ INLINE void attend(const StepProgram *s, const Operation *o, int64_t me, int bf1
         float turned[2][MOST_CHANNELS];
         if (cosines) {
             rotate(query, cosines, sines, dim, turned[0]);
-            rotate(key, cosines + n->turn, sines + n->turn, dim, turned[1]);
+            rotate(key, cosines + o->turn, sines + o->turn, dim, turned[1]);
             query = turned[0], key = turned[1];
         }
         for (int64_t i = 0; i < dim; i++) {
@@ -220,20 +224,18 @@ INLINE void attend(const StepProgram *s, const Operation *o, int64_t me, int bf1
             write_at(values, start + n->write * dim + i, value[i], bf16);
         }
         float *out = s->memory + o->out + b * o->out_row + h * dim;
-        attend_head(o, n, (char *)keys + start * size, (char *)values + start * size, query, dim, out, bf16);
+        const uint8_t *row = mask ? mask + b * n->slots : NULL;
+        attend_head(o, n, (char *)keys + start * size, (char *)values + start * size, row, query, dim, out, bf16);
     }
 }
 
-/* y += factor * (x - other), without `other` where there is none. */
+/* y = factor * (x - other), or added to y; without `other` where there is none. */
 INLINE void add(const StepProgram *s, const Operation *o, int64_t me) {
     int64_t from = share_of(s, o->width, 16, me), to = share_of(s, o->width, 16, me + 1);
     for (int64_t b = 0; b < s->batch; b++) {
         const float *x = s->memory + o->in + b * o->in_row, *z = s->memory + o->other + b * o->other_row;
         float *y = s->memory + o->out + b * o->out_row, factor = (float)o->factor;
-        if (o->other < 0)
-            SIMD for (int64_t i = from; i < to; i++) y[i] += factor * x[i];
-        else
-            SIMD for (int64_t i = from; i < to; i++) y[i] += factor * (x[i] - z[i]);
+        for (int64_t i = from; i < to; i++) y[i] = (o->adds ? y[i] : 0) + factor * (o->other < 0 ? x[i] : x[i] - z[i]);
     }
 }
 

@@ -15,9 +15,10 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicCache
 
 from ..common.cache_checks import LayerStates
 from ..common.cache_utils import CountingCacheMixin
+from ..common.key_room import KeyRoomMixin
 
 
-class HierarchicalCache(CountingCacheMixin, DynamicCache):
+class HierarchicalCache(KeyRoomMixin, CountingCacheMixin, DynamicCache):
     """Dynamic cache of a [`HierarchicalLMModel`].
 
     Args:
@@ -46,7 +47,7 @@ class HierarchicalCache(CountingCacheMixin, DynamicCache):
         self.centers = [0] * hierarchies
         self.seen_tokens = 0
         self.row_lengths = [0]
-        self._room = {}
+        self.empty_room()
 
     def advance(self, tokens: int, row_lengths: list[int]) -> None:
         """Count `tokens` more. A model calls it once in a forward pass, after its last layer."""
@@ -86,10 +87,9 @@ class HierarchicalCache(CountingCacheMixin, DynamicCache):
             layer.lazy_initialization(key, value)
             layer.keys, layer.values = (x.new_zeros(*x.shape[:2], 0, x.shape[3]) for x in (key, value))
         keep = layer.sliding_window - 1 if layer.is_sliding else None
-        if layer.is_sliding:
-            layer.cumulative_length += key.shape[2]
         if order is None and not (torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)):
             return self._append_in_place(layer, layer_idx, key, value, keep)
+        self._count_steps(layer, key.shape[2])
         full = torch.cat((layer.keys, key), dim=2), torch.cat((layer.values, value), dim=2)
         kept = list(full)
         if order is not None:
@@ -100,54 +100,29 @@ class HierarchicalCache(CountingCacheMixin, DynamicCache):
         layer.keys, layer.values = kept
         return full
 
+    @staticmethod
+    def _count_steps(layer, steps):
+        if layer.is_sliding:
+            layer.cumulative_length += steps
+
     def _append_in_place(self, layer, layer_idx, key, value, keep):
         length, steps = layer.keys.shape[2], key.shape[2]
         if not length:  # a prompt: a copy, so that steps outside of the window, and queries, are freed
             first = 0 if keep is None else max(steps - keep, 0)
             memory = [x[:, :, first:].clone() for x in (key, value)]
             layer.keys, layer.values = memory
-            self._room[layer_idx] = (memory, steps - first, layer.keys)
+            self._count_steps(layer, steps)
+            self.start_room(layer_idx, memory, steps - first)
             return key, value
         if keep is not None and steps > max(keep, 1):
+            self._count_steps(layer, steps)
             full = [torch.cat(pair, dim=2) for pair in ((layer.keys, key), (layer.values, value))]
             layer.keys, layer.values = (x[:, :, x.shape[2] - keep :].clone() for x in full)
             return tuple(full)
-        memory, end = self._extend(layer, layer_idx, steps, keep)
+        memory, end, length = self.make_room(layer_idx, steps)
         memory[0][:, :, end : end + steps].copy_(key)
         memory[1][:, :, end : end + steps].copy_(value)
         return tuple(x[:, :, end - length : end + steps] for x in memory)
-
-    def _extend(self, layer, layer_idx, steps, keep):
-        """Make keys and values longer by steps that are not written yet, and return their memory and where it is to be written."""
-        length = layer.keys.shape[2]
-        memory, end, view = self._room.get(layer_idx, (None, 0, None))
-        if view is not layer.keys or end + steps > memory[0].shape[2]:
-            # Twice the room once it is full; only what is needed after a batch was reordered, which makes a copy anyway.
-            room = (length + steps) * (2 if view is layer.keys else 1)
-            memory = [x.new_empty(*x.shape[:2], room, x.shape[3]) for x in (layer.keys, layer.values)]
-            memory[0][:, :, :length].copy_(layer.keys)
-            memory[1][:, :, :length].copy_(layer.values)
-            end = length
-        first = end - length
-        if keep is not None and length + steps > keep:
-            first = end + steps - keep
-        layer.keys, layer.values = (x[:, :, first : end + steps] for x in memory)
-        self._room[layer_idx] = (memory, end + steps, layer.keys)
-        return memory, end
-
-    def make_room(self, layer_idx: int) -> tuple[list[torch.Tensor], int, int]:
-        """Add a step whose key and value are still to be written.
-
-        Returns:
-            The memory of keys and values `[batch, heads, slots, channels]`, the slot of the step, and the number of steps that
-            were cached, in the slots before.
-        """
-        layer = self.layers[layer_idx]
-        length, keep = layer.keys.shape[2], None
-        if layer.is_sliding:
-            keep = layer.sliding_window - 1
-            layer.cumulative_length += 1
-        return *self._extend(layer, layer_idx, 1, keep), length
 
     def scale_keys(self, hierarchy: int, factor: torch.Tensor) -> None:
         """Multiply the cached keys of a hierarchy by `factor [channels]`, in every layer."""
@@ -189,7 +164,8 @@ class HierarchicalCache(CountingCacheMixin, DynamicCache):
         """Empty the cache. The next batch may have another size."""
         super().reset()
         self.drop_states()
-        self.seen_tokens, self.row_lengths, self._room = 0, [0], {}
+        self.seen_tokens, self.row_lengths = 0, [0]
+        self.empty_room()
 
 
 def layer_states(config, ring_sizes: list[int] | None) -> list[LayerStates]:

@@ -5,6 +5,7 @@ Model and head. Layers are in `multigrid_blocks.py`, mixers in `multigrid_cores.
 notebook, on nanoGPT. Without axes MultiGrid is GPT-2.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,19 +26,37 @@ from ..common.model_inputs import (
     check_position_range,
     embed_ids,
     embed_text,
+    is_eager,
     mask_of_new_tokens,
     token_mask,
 )
 from ..common.packing import segment_ids as find_segments
+from ..common.plain_modules import is_watched
+from ..common.registered_operators import in_graph
 from ..common.transformers_versions import CACHE, slice_logits_to_keep, with_cache_argument, with_cache_field
 from ..common.unused_kwargs import pop_kwargs, reject_unused_kwargs
 from .configuration_multigrid import MultiGridConfig
 from .generation_multigrid import MultiGridGenerationMixin
-from .multigrid_blocks import MultiGridLayer, NextAxesBlock, shift_axis_ids
+from .multigrid_blocks import MultiGridBlock, MultiGridLayer, MultiGridMLP, NextAxesBlock, shift_axis_ids
 from .multigrid_cache import MultiGridCache, StaticMultiGridCache
 from .multigrid_context import make_context
-from .multigrid_cores import grouped_norm, leap_config
+from .multigrid_cores import TransformerCore, grouped_norm, leap_config
 from .multigrid_growth import MultiGridGrowthMixin
+from .multigrid_step import describe_layers, step_layers
+
+
+# What `multigrid_step.py` computes in one call for a token.
+_FORWARDS: dict[type, Callable] = {
+    kind: kind.forward
+    for kind in (
+        MultiGridLayer,
+        MultiGridBlock,
+        MultiGridMLP,
+        TransformerCore,
+        TransformerCore.self_mixer,
+        TransformerCore.cross_mixer,
+    )
+}
 
 
 @auto_docstring(
@@ -207,8 +226,11 @@ class MultiGridModel(MultiGridPreTrainedModel):
             main, meta = self._add_positions(main, meta, context.position_ids, may_be_out)
         main, meta = self.dropout(main), None if meta is None else self.dropout(meta)
 
-        attentions = []
-        for layer in self.layers:
+        attentions, layers = [], list(self.layers)
+        stepped = self._step(main, meta, context, past_key_values)
+        if stepped is not None:
+            (main, meta), layers = stepped, []
+        for layer in layers:
             main, meta, weights = layer(main, meta, context=context, **{CACHE: past_key_values})
             attentions.append(weights)
         if past_key_values is not None:
@@ -220,6 +242,23 @@ class MultiGridModel(MultiGridPreTrainedModel):
             attentions=tuple(attentions) if output_attentions and attentions[0] is not None else None,
             axis_hidden_states=None if meta is None else grouped_norm(list(self.axis_norms), meta).transpose(0, 1),
         )
+
+    def _step(self, main, meta, context, cache):
+        """The streams after all layers, computed in one call for a token, or `None`."""
+        if cache is None or context.is_first or main.shape[1] != 1 or torch.is_grad_enabled() or not main.is_cpu:
+            return None
+        if context.padding_mask is not None or context.output_attentions or torch.is_autocast_enabled("cpu"):
+            return None
+        compiling = torch.compiler.is_compiling()
+        native = in_graph() and cache.max_cache_len is not None if compiling else is_eager(main) and not is_watched()
+        if not native or self.config._attn_implementation != "sdpa":
+            return None
+        known = self._describe_layers()
+        return None if known is None else step_layers(self.layers, known, main, meta, context, cache)
+
+    @torch.compiler.assume_constant_result  # so that a graph is not broken by what the layers are asked
+    def _describe_layers(self):
+        return describe_layers(self.layers, self.config, _FORWARDS)
 
     def embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Embeddings `[batch, seq, hidden_size]` of the main axis. Raises `TypeError` and `ValueError` for bad input."""

@@ -11,11 +11,12 @@ import torch
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING, Cache
 from transformers.utils.import_utils import is_tracing
 
+from ..common.key_room import KeyRoomMixin
 from ..common.static_cache import select_rows
 from ..leap.recurrent_cache import RecurrentCache, StaticRecurrentCache
 
 
-class MultiGridCache(RecurrentCache):
+class MultiGridCache(KeyRoomMixin, RecurrentCache):
     """Dynamic cache of a [`MultiGridModel`]. It counts the tokens it has seen, with every core.
 
     Args:
@@ -30,6 +31,7 @@ class MultiGridCache(RecurrentCache):
         Cache.__init__(self, layers=[DYNAMIC_LAYER_TYPE_MAPPING[kind]() for kind in config.cache_layer_types])
         self.seen_tokens = 0
         self.past_mask = None
+        self.empty_room()
 
     @property
     def has_tokens(self) -> bool:
@@ -47,6 +49,7 @@ class MultiGridCache(RecurrentCache):
         """Empty the cache. The next batch may have another size."""
         super().reset()
         self.past_mask = None
+        self.empty_room()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder the rows for beam search. Their number may change."""
