@@ -280,10 +280,13 @@ def step_layers(
             states += memory
             slots.append(Slots(end, end - length, 0, 1, memory[0].shape[2], length + 1))
         token = _run(token, states, weights, mask, slots, known)
-    elif in_graph():
-        token = _operator(token, cached, weights, mask, cache.seen_tokens, known.text)
     else:
-        token = _static_step(token, cached, weights, mask, cache.seen_tokens, known)
+        for layer in cache.layers:
+            layer.cumulative_length.add_(1)  # where the next pass of several tokens is written
+        if in_graph():
+            token = _operator(token, cached, weights, mask, cache.seen_tokens, known.text)
+        else:
+            token = _static_step(token, cached, weights, mask, cache.seen_tokens, known)
     main, *metas = token.split([known.widths[0], *[known.widths[1]] * len(known.shares)], dim=-1)
     return main, torch.stack(metas) if metas else None
 
