@@ -356,7 +356,9 @@ def test_outputs_of_layers_are_there(taken):
         cache = model(ids[:, :8], use_cache=True).past_key_values
         hidden = model(ids[:, 8:], past_key_values=copy.deepcopy(cache), output_hidden_states=True).hidden_states
         attentions = model(ids[:, 8:], past_key_values=copy.deepcopy(cache), output_attentions=True).attentions
-    assert len(hidden) == 5 and len(attentions) == 4 and not any(taken)
+        assert len(hidden) == 5 and len(attentions) == 4 and not any(taken)
+        model(ids[:, 8:], past_key_values=cache)
+    assert taken == [False, False, True]  # the hooks for these outputs stay
 
 
 def test_embeddings_that_are_given_stay_as_they_are(taken):

@@ -11,11 +11,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_modules
+from transformers.utils import output_capturing
 
 from .model_inputs import is_torch_func_active
 from .step_program import ACTIVATIONS
 
 
+_collector = getattr(output_capturing, "_active_collector", None)  # of the outputs that a forward pass was asked for
 _KINDS: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.RMSNorm, nn.Linear, nn.ModuleList, *ACTIVATIONS)
 _FORWARDS = {kind: kind.forward for kind in _KINDS}  # before anyone replaces them
 
@@ -50,7 +52,8 @@ def _look(root, options):
     for module in modules_within(root):
         own = module.__dict__
         replaced = "forward" in own or own.get("_compiled_call_impl") is not None
-        if module._forward_hooks or module._forward_pre_hooks or replaced or module.training:
+        hooked = module._forward_pre_hooks or (module._forward_hooks and not _are_idle(module._forward_hooks))
+        if hooked or replaced or module.training:
             return None
         facts += (module, type(module), type(module).forward, *(own.get(name) for name in options))
         for tensor in (*module._parameters.values(), *module._buffers.values()):
@@ -58,6 +61,12 @@ def _look(root, options):
                 return None
             facts.append(tensor is None)
     return facts
+
+
+def _are_idle(hooks):
+    """Whether hooks are those with which transformers captures outputs, which stay once outputs were asked for, and none is now."""
+    capture = output_capturing.__name__
+    return _collector is not None and _collector.get() == {} and all(hook.__module__ == capture for hook in hooks.values())
 
 
 def modules_within(root: nn.Module) -> list[nn.Module]:

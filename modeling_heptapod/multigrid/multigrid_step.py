@@ -78,13 +78,16 @@ def describe_layers(layers: nn.ModuleList, config, forwards: dict[type, Callable
 def _describe(layers, config, forwards):
     if config.core != "transformer" or load_steps() is None or not are_plain(layers, forwards):
         return None
-    blocks = [block for layer in layers for block, _, _ in _blocks_of(layer)]
-    norms = [module for block in blocks for module in block.children() if isinstance(module, nn.LayerNorm)]
-    linear = [module for block in blocks for module in block.modules() if type(module) is nn.Linear]
-    activations = {type(block.mlp.act_fn) for block in blocks if block.mlp is not None}
-    if len(activations) != 1 or not activations <= ACTIVATIONS.keys() or len({norm.eps for norm in norms}) != 1:
+    blocks = [(block, is_cross) for layer in layers for block, _, is_cross in _blocks_of(layer)]
+    modules = [module for block, is_cross in blocks for module in _modules_of(block, is_cross)]
+    expected = [kind for block, is_cross in blocks for kind in _classes_of(block, is_cross)]
+    if [type(module) for module in modules] != expected:
         return None
-    if any(module.weight is None or module.bias is None for module in (*norms, *linear)):
+    activations = {type(block.mlp.act_fn) for block, _ in blocks if block.mlp is not None}
+    epsilons = {module.eps for module in modules if type(module) is nn.LayerNorm}
+    if len(activations) != 1 or not activations <= ACTIVATIONS.keys() or len(epsilons) != 1:
+        return None
+    if any(module.weight is None or module.bias is None for module in modules):
         return None
     fields = (
         len(layers),
@@ -93,7 +96,7 @@ def _describe(layers, config, forwards):
         config.head_dim,
         tuple(config.axis_shares),
         config.cross_feed_forward,
-        norms[0].eps,
+        epsilons.pop(),
         ACTIVATIONS[activations.pop()],
     )
     return _from_text(json.dumps(fields))
@@ -131,6 +134,13 @@ def _modules_of(block, is_cross):
     if block.mlp is not None:
         modules += [block.post_attention_layernorm, block.mlp.up_proj, block.mlp.down_proj]
     return modules
+
+
+def _classes_of(block, is_cross):
+    """Their classes."""
+    classes = [nn.LayerNorm, nn.LayerNorm, nn.Linear] if is_cross else [nn.LayerNorm]
+    classes += [nn.Linear, nn.Linear]
+    return classes if block.mlp is None else [*classes, nn.LayerNorm, nn.Linear, nn.Linear]
 
 
 def _weight_shapes(layers: Layers, is_axis, is_cross) -> Iterator[tuple[int, ...]]:
