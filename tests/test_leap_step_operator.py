@@ -27,7 +27,6 @@ def compiled():
         pytest.skip("there is no C compiler")
 
 
-
 @pytest.fixture
 def calls(monkeypatch):
     """Grows with each call of C."""

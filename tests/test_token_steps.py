@@ -251,7 +251,16 @@ def with_eager_attention(family, model):
     model.set_attn_implementation("eager")
 
 
-CHANGES = [hooked, subclassed, wrapped, with_other_bias, other_norm, norm_without_weight, other_epsilon, other_activation]
+CHANGES = [
+    hooked,
+    subclassed,
+    wrapped,
+    with_other_bias,
+    other_norm,
+    norm_without_weight,
+    other_epsilon,
+    other_activation,
+]
 CHANGES += [mixed_activations, patched_layer, patched_torch, transposed, with_eager_attention]
 
 

@@ -97,7 +97,8 @@ def decode(model, text, past, cache=None, mask=None, steps=None):
         cache = model(**part(text, 0, past), **masked(past), past_key_values=cache, use_cache=True).past_key_values
     ends = range(past + 1, (length if steps is None else past + steps) + 1)
     return torch.cat(
-        [all_logits(model(**part(text, t - 1, t), **masked(t), past_key_values=cache, use_cache=True)) for t in ends], 1
+        [all_logits(model(**part(text, t - 1, t), **masked(t), past_key_values=cache, use_cache=True)) for t in ends],
+        1,
     )
 
 

@@ -66,7 +66,11 @@ def _look(root, options):
 def _are_idle(hooks):
     """Whether hooks are those with which transformers captures outputs, which stay once outputs were asked for, and none is now."""
     capture = output_capturing.__name__
-    return _collector is not None and _collector.get() == {} and all(hook.__module__ == capture for hook in hooks.values())
+    return (
+        _collector is not None
+        and _collector.get() == {}
+        and all(hook.__module__ == capture for hook in hooks.values())
+    )
 
 
 def modules_within(root: nn.Module) -> list[nn.Module]:

@@ -41,7 +41,7 @@ class _Operation(ctypes.Structure):
 class _Slots(ctypes.Structure):
     """`Slots` of the source."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in "text head slots write base first step ring count".split()]
+    _fields_ = [(name, ctypes.c_int64) for name in "text head slots write base first step ring keys".split()]
 
 
 class _Call(ctypes.Structure):
@@ -83,7 +83,7 @@ class Slots(NamedTuple):
 
     Attributes:
         write (`int`): slot of the token.
-        base, first, step, ring, count (`int`): it reads slots `base + (first + i * step) % ring` for `i < count`.
+        base, first, step, ring, keys (`int`): it reads slots `base + (first + i * step) % ring` for `i < keys`.
     """
 
     write: int
@@ -91,12 +91,12 @@ class Slots(NamedTuple):
     first: int
     step: int
     ring: int
-    count: int
+    keys: int
 
     def are_in(self, length: int) -> bool:
         """Whether all slots are within `length`."""
-        last = self.base + min(self.first + (self.count - 1) * self.step, self.ring - 1)
-        return min(self) >= 0 and min(self.ring, self.count) > 0 and max(self.write, last) < length
+        last = self.base + min(self.first + (self.keys - 1) * self.step, self.ring - 1)
+        return min(self) >= 0 and min(self.ring, self.keys) > 0 and max(self.write, last) < length
 
 
 class StepProgram:
@@ -173,7 +173,9 @@ class StepProgram:
         self._append("linear", (weight, bias), x, out, **options)
         self.products += x.width * out.width
 
-    def norm(self, x: Rows, out: Rows, weight: int, bias: int | None, epsilon: float, kind: str = "layer_norm") -> None:
+    def norm(
+        self, x: Rows, out: Rows, weight: int, bias: int | None, epsilon: float, kind: str = "layer_norm"
+    ) -> None:
         """A norm of kind "layer_norm" or "rms_norm"."""
         self._append(kind, (weight, bias), x, out, epsilon=epsilon)
 
@@ -306,7 +308,7 @@ class StepProgram:
                 raise ValueError(
                     f"Keys {list(shape)} and values {list(tensors[values].shape)} have no {most} heads or no such slots: {read}."
                 )
-            numbers[i] = (heads * length * dim, length * dim, masked, *read)
+            numbers[i] = _Slots(heads * length * dim, length * dim, masked, *read)
         return numbers
 
 

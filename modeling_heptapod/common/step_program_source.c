@@ -29,9 +29,9 @@ typedef struct {
 } Operation;
 
 /* Numbers of one cache: elements from one text to the next and from one head to the next, slots, the one to write, and those to
- * read, `base + (first + i * step) % ring` for i < count. */
+ * read, `base + (first + i * step) % ring` for i < keys. */
 typedef struct {
-    int64_t text, head, slots, write, base, first, step, ring, count;
+    int64_t text, head, slots, write, base, first, step, ring, keys;
 } Slots;
 
 /* One call; the fields are mirrored in step_program.py. */
@@ -179,8 +179,8 @@ INLINE void attend_head(const Operation *o, const Slots *n, const void *keys, co
                         const float *query, int64_t dim, float *out, int bf16) {
     float scores[KEYS], largest = -INFINITY, total = 0;
     for (int64_t i = 0; i < dim; i++) out[i] = 0;
-    for (int64_t start = 0; start < n->count; start += KEYS) {
-        int64_t count = n->count - start < KEYS ? n->count - start : KEYS, place[KEYS];
+    for (int64_t start = 0; start < n->keys; start += KEYS) {
+        int64_t count = n->keys - start < KEYS ? n->keys - start : KEYS, place[KEYS];
         float best = largest;
         for (int64_t j = 0; j < count; j++) {
             float sum = 0;

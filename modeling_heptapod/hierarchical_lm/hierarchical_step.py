@@ -12,12 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..common.plain_modules import are_plain, is_watched, look_once
+from ..common.plain_modules import are_plain, look_once
 from ..common.registered_operators import in_graph, operator_namespace
 from ..common.step_program import ACTIVATIONS, MOST_ROWS, Slots, StepProgram, load_steps
 from .configuration_hierarchical_lm import HierarchicalLMConfig
-from .hierarchical_cache import HierarchicalCache
-from .static_hierarchical_cache import StaticHierarchicalCache
 from .stream_plan import HierarchicalLMContext
 from .windowed_attention import first_key
 
@@ -73,8 +71,8 @@ class Layers(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _from_text(text):
-    number, streams, receivers, *rest = json.loads(text)
-    return Layers(number, tuple(Stream(*stream) for stream in streams), tuple(receivers), *rest, text)
+    number, streams, receivers, epsilon, activation = json.loads(text)
+    return Layers(number, tuple(Stream(*one) for one in streams), tuple(receivers), epsilon, activation, text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,7 +133,7 @@ def _see_block(block, attention, owner, stride, dilation):
     norm, after, up, down = None, block.post_attention_layernorm, block.mlp.up_proj, block.mlp.down_proj
     if type(after) is not nn.RMSNorm or not _are_linear(up, down):
         return None
-    heads, head_dim, scale, kind, epsilon = 0, 0, 1.0, "", 0.0
+    heads, head_dim, scale, kind, epsilon = 0, 0, 1.0, "", after.eps
     if attention is not None:
         norm = block.input_layernorm
         if type(norm) not in _NORMS or not _are_linear(attention.qkv_proj, attention.o_proj):
@@ -145,7 +143,7 @@ def _see_block(block, attention, owner, stride, dilation):
     has_weights = norm is None or (norm.weight is not None and getattr(norm, "bias", norm.weight) is not None)
     if after.weight is None or not has_weights or None in (epsilon, after.eps):
         return None
-    sizes = up.in_features, up.out_features, heads, head_dim, scale
+    sizes: Any = up.in_features, up.out_features, heads, head_dim, scale
     return Stream(*sizes, kind, epsilon, after.eps, 0 if owner is None else owner, stride, dilation)
 
 
@@ -167,10 +165,10 @@ def _make_program(layers: Layers, batch: int, active: tuple[bool, ...], rotary_r
     streams = layers.streams
     program = StepProgram(batch)
     token = program.tensor("hidden_states", batch, 1, sum(stream.width for stream in streams))
-    turns = {}
-    for h, rows in enumerate(rotary_rows):
-        if rows:
-            shape = rows, streams[h].head_dim
+    turns: dict[int, list[int]] = {}
+    for h, number in enumerate(rotary_rows):
+        if number:
+            shape = number, streams[h].head_dim
             turns[h] = [program.tensor("rotary", *shape, dtype=torch.float32) for _ in range(2)]
     weights = iter([program.tensor("weights", *shape) for shape in _weight_shapes(layers, active)])
     states = iter([program.tensor("past_key_values", *shape) for shape in _state_shapes(layers, batch, active)])
@@ -306,7 +304,7 @@ def step_layers(
     config: HierarchicalLMConfig,
     streams: list[torch.Tensor],
     context: HierarchicalLMContext,
-    cache: HierarchicalCache | StaticHierarchicalCache,
+    cache: Any,
 ) -> list[torch.Tensor] | None:
     """All streams after all layers for one more token, which is added to the cache.
 

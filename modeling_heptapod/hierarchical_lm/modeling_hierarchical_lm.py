@@ -316,7 +316,11 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         x, config = streams[0], self.config
         if cache is None or context.is_first or context.streams[0].tokens != 1 or torch.is_grad_enabled():
             return None
-        native = in_graph() and context.is_static_step if torch.compiler.is_compiling() else is_eager(x) and not is_watched()
+        native = (
+            in_graph() and context.is_static_step
+            if torch.compiler.is_compiling()
+            else is_eager(x) and not is_watched()
+        )
         if not native or not x.is_cpu or config._attn_implementation != "sdpa" or torch.is_autocast_enabled("cpu"):
             return None
         known = self._describe_layers()

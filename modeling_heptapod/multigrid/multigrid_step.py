@@ -15,7 +15,6 @@ from torch import nn
 from ..common.plain_modules import are_plain, look_once
 from ..common.registered_operators import in_graph, operator_namespace
 from ..common.step_program import ACTIVATIONS, MOST_ROWS, Rows, Slots, StepProgram, load_steps
-from .multigrid_cache import MultiGridCache, StaticMultiGridCache
 from .multigrid_context import MultiGridContext
 
 
@@ -54,8 +53,8 @@ class Layers(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _from_text(text):
-    number, widths, inners, head_dim, shares, *rest = json.loads(text)
-    return Layers(number, tuple(widths), tuple(inners), head_dim, tuple(shares), *rest, text)
+    fields: list[Any] = [tuple(x) if isinstance(x, list) else x for x in json.loads(text)]
+    return Layers(*fields, text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,18 +137,32 @@ def _modules_of(block, is_cross):
 
 def _classes_of(block, is_cross):
     """Their classes."""
-    classes = [nn.LayerNorm, nn.LayerNorm, nn.Linear] if is_cross else [nn.LayerNorm]
+    classes: list[type] = [nn.LayerNorm, nn.LayerNorm, nn.Linear] if is_cross else [nn.LayerNorm]
     classes += [nn.Linear, nn.Linear]
     return classes if block.mlp is None else [*classes, nn.LayerNorm, nn.Linear, nn.Linear]
 
 
 def _weight_shapes(layers: Layers, is_axis, is_cross) -> Iterator[tuple[int, ...]]:
     """Shapes of weights and biases of a block, in the order of `_modules_of`."""
-    width, inner, other, reach = layers.widths[is_axis], layers.inners[is_axis], layers.widths[not is_axis], layers.widths[1]
+    width, inner, other, reach = (
+        layers.widths[is_axis],
+        layers.inners[is_axis],
+        layers.widths[not is_axis],
+        layers.widths[1],
+    )
     norm = [(width,), (width,)]
     yield from norm
     if is_cross:
-        yield from ((other,), (other,), (reach, width), (reach,), (2 * reach, other), (2 * reach,), (width, reach), (width,))
+        yield from (
+            (other,),
+            (other,),
+            (reach, width),
+            (reach,),
+            (2 * reach, other),
+            (2 * reach,),
+            (width, reach),
+            (width,),
+        )
     else:
         yield from ((3 * width, width), (3 * width,), (width, width), (width,))
     if layers.reads_further or not is_cross:
@@ -260,7 +273,7 @@ def step_layers(
     main: torch.Tensor,
     meta: torch.Tensor | None,
     context: MultiGridContext,
-    cache: MultiGridCache | StaticMultiGridCache,
+    cache: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """All streams after all layers for one more token, which is added to the cache.
 
@@ -284,7 +297,8 @@ def step_layers(
         return None
     mask = context.token_mask
     if cache.max_cache_len is None:
-        states, slots = [], []
+        states: list[torch.Tensor] = []
+        slots = []
         for place in range(len(cache.layers)):
             memory, end, length = cache.make_room(place)
             states += memory
@@ -303,7 +317,10 @@ def step_layers(
 
 def _weights(layers):
     modules: list[Any] = [
-        module for layer in layers for block, _, is_cross in _blocks_of(layer) for module in _modules_of(block, is_cross)
+        module
+        for layer in layers
+        for block, _, is_cross in _blocks_of(layer)
+        for module in _modules_of(block, is_cross)
     ]
     return [x for module in modules for x in (module.weight, module.bias)]
 
