@@ -144,7 +144,7 @@ def _see_block(block, attention, owner, stride, dilation):
     if after.weight is None or not has_weights or None in (epsilon, after.eps):
         return None
     sizes: Any = up.in_features, up.out_features, heads, head_dim, scale
-    return Stream(*sizes, kind, epsilon, after.eps, 0 if owner is None else owner, stride, dilation)
+    return Stream(*[*sizes, kind, epsilon, after.eps, 0 if owner is None else owner, stride, dilation])
 
 
 def _are_linear(*modules):

@@ -54,7 +54,7 @@ class Layers(NamedTuple):
 @lru_cache(maxsize=64)
 def _from_text(text):
     fields: list[Any] = [tuple(x) if isinstance(x, list) else x for x in json.loads(text)]
-    return Layers(*fields, text)
+    return Layers(*[*fields, text])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
