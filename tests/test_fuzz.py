@@ -10,13 +10,14 @@ import pytest
 
 from modeling_heptapod.heptapod import local_attention_cpu
 from modeling_heptapod.leap import focus_cpu
-from tests import fuzz_focus, fuzz_leap_step, fuzz_local_attention, fuzz_windowed_attention
+from tests import fuzz_focus, fuzz_leap_step, fuzz_local_attention, fuzz_token_steps, fuzz_windowed_attention
 
 
 FUZZERS = {
     "fuzz_focus": fuzz_focus,
     "fuzz_leap_step": fuzz_leap_step,
     "fuzz_local_attention": fuzz_local_attention,
+    "fuzz_token_steps": fuzz_token_steps,
     "fuzz_windowed_attention": fuzz_windowed_attention,
 }
 

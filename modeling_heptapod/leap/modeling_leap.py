@@ -124,7 +124,7 @@ class LeapLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-# What leap_step_source.c computes, in one call for a token.
+# What `leap_step.py` computes, in one call for a token.
 _FORWARDS: dict[type, Callable] = {kind: kind.forward for kind in (LeapLayer, LeapMixer, LeapMLP)}
 
 

@@ -13,9 +13,9 @@ from one_token import STREAMS, given
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from modeling_heptapod import HeptapodConfig, HeptapodForMaskedLM, HierarchicalLMConfig, HierarchicalLMForCausalLM
+from modeling_heptapod.common.step_program import StepProgram
 from modeling_heptapod.heptapod import local_attention_cpu
 from modeling_heptapod.hierarchical_lm import windowed_attention_cpu
-from modeling_heptapod.leap import leap_step
 from modeling_heptapod.leap.focus_cpu import NativeMixing
 
 
@@ -57,7 +57,7 @@ def count_kernels_in_c():
     NativeMixing.call = seen(NativeMixing.call)
     for module in (local_attention_cpu, windowed_attention_cpu):
         module._call = seen(module._call)
-    leap_step._step = seen(leap_step._step)  # with the linear layers of a token
+    StepProgram.run = seen(StepProgram.run)  # with the linear layers of a token
 
 
 def shares(run, calls: int) -> dict[str, float]:
