@@ -122,10 +122,23 @@ def copy_tree(root, target):
 
 
 class _Chosen:
-    """A pytest plugin that keeps the tests asked for and notes how they end."""
+    """A pytest plugin that keeps the tests asked for and notes how they end.
 
-    def __init__(self, tests):
+    `compiled` is a folder of C libraries. Tests with a defect find those there that tests without one had compiled. A defect in
+    a source makes another library, whose name is another one.
+    """
+
+    def __init__(self, tests, compiled, mutated):
         self.tests, self.outcomes, self.seconds, self.failed = tests, {}, {}, []
+        self.compiled, self.mutated = compiled, mutated
+
+    def pytest_sessionstart(self):
+        if self.mutated:
+            _copy_libraries(self.compiled, _library_folder())
+
+    def pytest_sessionfinish(self):
+        if not self.mutated:
+            _copy_libraries(_library_folder(), self.compiled)
 
     def of(self, nodeid):
         return [test for test in self.tests if nodeid == test or nodeid.startswith((test + "[", test + "::"))]
@@ -147,7 +160,19 @@ class _Chosen:
             self.seconds[test] = self.seconds.get(test, 0) + report.duration
 
 
-def _run_tests(tree, job):
+def _library_folder():
+    return Path(os.environ["XDG_CACHE_HOME"], "heptapod")  # as tests/conftest.py has set it
+
+
+def _copy_libraries(source, target):
+    for library in source.glob("*.so"):
+        target.mkdir(mode=0o700, parents=True, exist_ok=True)
+        part = target / f"{library.name}.{os.getpid()}"
+        shutil.copy2(library, part)
+        part.replace(target / library.name)  # at once: workers share a folder
+
+
+def _run_tests(tree, scratch, job):
     """In the forked process: runs the tests of a job in the copy and writes what became of them."""
     os.chdir(tree)
     os.environ["PYTHONPATH"] = str(tree)  # for the processes that tests start
@@ -157,7 +182,7 @@ def _run_tests(tree, job):
         sys.dont_write_bytecode = True
     import pytest
 
-    chosen = _Chosen(job["tests"])
+    chosen = _Chosen(job["tests"], scratch.parents[1] / "compiled", job["mutated"])
     files = sorted({test.split("::")[0] for test in job["tests"]})
     options = ["-q", "--tb=short", "-m", "", "-p", "no:cacheprovider", "--rootdir", str(tree)]
     status = pytest.main([*options, *(["-x"] if job["mutated"] else []), *files], plugins=[chosen])
@@ -188,7 +213,7 @@ def _fork(tree, scratch, job):
             for stream in (1, 2):
                 os.dup2(log, stream)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            _run_tests(tree, job)
+            _run_tests(tree, scratch, job)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

@@ -22,6 +22,9 @@ def count(n):
     return n
 """
 TESTS = """
+import os
+from pathlib import Path
+
 import pytest
 from arithmetic import count, double
 
@@ -50,11 +53,20 @@ def test_elsewhere():
 
 def test_broken():
     assert False
+
+
+def test_compiled():
+    library = Path(os.environ["XDG_CACHE_HOME"], "heptapod", "double.so")
+    if library.exists():
+        assert double(0) == 0
+    library.parent.mkdir(parents=True, exist_ok=True)
+    library.touch()
 """
 DEFECTS = {
     "caught": ("2 * x", "3 * x", "test_double[3]"),
     "caught by one of them": ("2 * x", "3 * x", "test_double"),
     "caught by a slow test": ("2 * x", "3 * x", "test_slowly"),
+    "caught with what was compiled": ("2 * x", "2 * x + 1", "test_compiled"),
     "not imported": ("def double", "undefined\n\n\ndef double", "test_double"),
     "unnoticed": ("2 * x", "3 * x", "test_double[0]"),
     "known": ("2 * x", "x * 2", "test_double"),
@@ -70,6 +82,7 @@ OUTCOMES = {
     "caught": "caught",
     "caught by one of them": "caught",
     "caught by a slow test": "caught",
+    "caught with what was compiled": "caught",
     "not imported": "caught",
     "unnoticed": "survived",
     "known": "known to survive",
@@ -111,7 +124,7 @@ def test_each_outcome_is_told_apart(project):
     result, outcomes = _run(project)
     assert outcomes == {what: OUTCOMES.get(what, "stale") for what in DEFECTS}, result.stdout + result.stderr
     assert result.returncode == 1
-    assert "4 of 5 caught (80.0%)" in result.stdout
+    assert "5 of 6 caught (83.3%)" in result.stdout
     assert (project / "arithmetic.py").read_text() == MODULE
 
 
