@@ -303,6 +303,16 @@ def test_weights_that_change_are_read(family, taken):
     assert all(taken)
 
 
+def test_axis_weights_that_change_are_read(monkeypatch):
+    family = FAMILIES["multigrid"]
+    taken, model = watch_steps(monkeypatch, family), family.make("weights")
+    text = family.text(model, 1, PAST + 3)
+    for weights in ([0.5, 0.3, 0.4], [0.1, 0.2, 0.9], None):
+        model.config.axis_weights = weights
+        close(decode(model, text, PAST), exact(model, text, PAST))
+    assert all(taken)
+
+
 def test_what_watches_operations_sees_them(family, taken):
     model = family.make()
     text = family.text(model, 1, PAST + TOKENS)

@@ -25,7 +25,7 @@ _FORWARDS = {kind: kind.forward for kind in _KINDS}  # before anyone replaces th
 _seen: WeakKeyDictionary[nn.Module, tuple[list, Any]] = WeakKeyDictionary()
 
 
-def look_once(root: nn.Module, options: tuple[str, ...], suit: Callable[[], Any]) -> Any:
+def look_once(root: nn.Module, options: tuple[str, ...], suit: Callable[[], Any], also: Any = None) -> Any:
     """What `suit` says about a module, which is asked again once a module within, its class or an option has changed.
 
     Args:
@@ -33,12 +33,15 @@ def look_once(root: nn.Module, options: tuple[str, ...], suit: Callable[[], Any]
         options (`tuple[str, ...]`): attributes of modules that `suit` reads.
         suit (`Callable`): asked unless hooks, replaced methods, training mode or tensors that C cannot read forbid a call of C.
 
+        also (*optional*): something else that it reads.
+
     Returns:
         What `suit` returned, or `None`.
     """
     facts = _look(root, options)
     if facts is None:
         return None
+    facts.append(also)
     known, suits = _seen.get(root, (None, None))
     if known != facts:
         suits = suit()

@@ -71,7 +71,7 @@ def describe_layers(layers: nn.ModuleList, config, forwards: dict[type, Callable
         forwards (`dict[type, Callable]`): classes of a layer and of all modules within that are not torch's, with their `forward`
             that is known here.
     """
-    return look_once(layers, ("eps",), lambda: _describe(layers, config, forwards))
+    return look_once(layers, ("eps",), lambda: _describe(layers, config, forwards), config.axis_shares)
 
 
 def _describe(layers, config, forwards):
