@@ -83,6 +83,7 @@ model.save_pretrained(target)
 """
 
 
+@pytest.mark.slow
 def test_a_folder_with_an_axis_of_ones_own_loads_anywhere(vowels, tmp_path):
     """Without this package, and once more from what is saved there."""
     save(tmp_path / "saved", "bracket", vowels(letters="eio"), vowels("vowels2"))

@@ -334,7 +334,8 @@ def test_the_default_compiler(variant, prepare):
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("variant", ["stride", pytest.param("predict-all", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["stride", "predict-all"])
 def test_generate_compiles_its_steps(variant):
     """As on a GPU: a graph for each stride for all steps of two texts, as many for those of a shorter one with pads."""
     model, (config, graphs) = tiny(variant, num_hidden_layers=1), compile_config()

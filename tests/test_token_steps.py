@@ -406,10 +406,11 @@ def decode_compiled(model, family, text, steps, backend="eager"):
     return torch.cat(logits, dim=1)
 
 
-def test_graphs_hold_the_call(family, calls):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_graphs_hold_the_call(backend, family, calls):
     model = family.make()
     text = family.text(model, 2, PAST + TOKENS)
-    logits = decode_compiled(model, family, text, TOKENS, "inductor")
+    logits = decode_compiled(model, family, text, TOKENS, backend)
     assert len(calls) == TOKENS
     close(logits, exact(model, text, PAST))
 

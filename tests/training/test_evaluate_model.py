@@ -143,6 +143,7 @@ def test_a_stride_of_one_less_than_the_window_gives_the_figure_of_training(folde
     )
 
 
+@pytest.mark.slow
 def test_the_bound_of_pages_and_its_error(folders):
     model, processor = evaluate_model.load_model(folders / "heptapod")
     pages = torch.from_numpy(processor.paginate("def f(x):\n    return x\n" * 8))
