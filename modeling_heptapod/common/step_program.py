@@ -50,7 +50,6 @@ class _Call(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in "batch operations threads bf16 mixing_bytes".split()),
         *((name, ctypes.c_void_p) for name in "operation tensor slots memory mix mixing".split()),
-        *((name, ctypes.c_int64) for name in "tickets members arrived phase failed".split()),
     ]
 
 

@@ -1,8 +1,11 @@
 /* One token through the layers of a model in a call, for decoding, where what lies between small products takes longer than they
  * do. step_program.py compiles and calls it.
  *
- * A call runs a program: operations on rows of float32, a row for each text of a batch. Threads share each operation and wait
- * for one another after it. Tensors of the model and its cache, float32 or bfloat16, are read and written where they lie.
+ * A call runs a program: operations on rows of float32, a row for each text of a batch. Tensors of the model and its cache, float32
+ * or bfloat16, are read and written where they lie.
+ *
+ * Each operation is cut into shares, which threads take one after another. A thread that does not get to run takes none, and nobody
+ * waits for it, not even at the end: threads of OpenMP spin for milliseconds after their work.
  */
 
 #include "../common/cpu_math_source.c"
@@ -11,7 +14,7 @@
 
 enum { LOAD, STORE, LINEAR, LAYER_NORM, RMS_NORM, MIX, ATTEND, ADD, GATE, KINDS }; /* in the order of step_program.py */
 enum { NO_ACTIVATION, GELU, GELU_TANH, RELU, SILU };                               /* the same */
-enum { TOGETHER = 4, SPINS = 4096, KEYS = 64, MOST_CHANNELS = 1024 };
+enum { TOGETHER = 4, SHARES = 4, SPINS = 4096, KEYS = 64, MOST_CHANNELS = 1024 };
 
 /* One operation; the fields are mirrored in step_program.py. A place of a tensor is -1 where there is none. */
 typedef struct {
@@ -43,8 +46,19 @@ typedef struct {
     float *memory;                                               /* all rows */
     int (*mix)(const void *mixing, int64_t first, int64_t step); /* heads first, first + step, ... */
     const char *mixing;                                          /* of each layer */
-    int64_t tickets, members, arrived, phase, failed;            /* 0 at first */
 } StepProgram;
+
+/* How many shares an operation has, how many were taken, and how many are done; alone in a line of a cache. */
+typedef struct {
+    int64_t shares, taken, done, padding[5];
+} Progress;
+
+/* A call, for threads that may outlive it. These touch nothing else, unless they have taken a share, which the call waits for. */
+typedef struct {
+    StepProgram call;
+    int64_t failed, references;
+    Progress progress[]; /* of each operation */
+} Job;
 
 /* The error function to 2 units in the last place of 1, as a ratio of polynomials that compilers vectorise. NaN stays NaN. */
 INLINE float erf_ratio(float x) {
@@ -92,9 +106,9 @@ INLINE void write_at(void *values, int64_t at, float x, int bf16) {
 
 INLINE void *tensor_of(const StepProgram *s, int64_t place) { return place < 0 ? NULL : s->tensor[place]; }
 
-/* The share of member `me` in so many things that are done so many at once. */
-INLINE int64_t share_of(const StepProgram *s, int64_t things, int64_t at_once, int64_t me) {
-    int64_t groups = (things + at_once - 1) / at_once, first = groups * me / s->members * at_once;
+/* Where share `share` of `shares` begins in so many things, of which so many are done together. */
+INLINE int64_t start_of(int64_t things, int64_t together, int64_t share, int64_t shares) {
+    int64_t groups = (things + together - 1) / together, first = groups * share / shares * together;
     return first < things ? first : things;
 }
 
@@ -103,10 +117,10 @@ INLINE void put(const Operation *o, float *y, int64_t r, float sum, const void *
 }
 
 /* y[r] = activation(x . weight[r] + bias[r]), or added to what is there. Some rows of the weight are taken together. */
-INLINE void linear(const StepProgram *s, const Operation *o, int64_t me, int bf16) {
+INLINE void linear(const StepProgram *s, const Operation *o, int64_t share, int64_t shares, int bf16) {
     const void *weight = tensor_of(s, o->tensor[0]), *bias = tensor_of(s, o->tensor[1]);
-    int64_t in = o->width, from = share_of(s, o->height, TOGETHER, me), to = share_of(s, o->height, TOGETHER, me + 1);
-    int64_t r = from;
+    int64_t from = start_of(o->height, TOGETHER, share, shares), to = start_of(o->height, TOGETHER, share + 1, shares);
+    int64_t in = o->width, r = from;
     for (; r + TOGETHER <= to; r += TOGETHER)
         for (int64_t b = 0; b < s->batch; b++) {
             const float *x = s->memory + o->in + b * o->in_row;
@@ -146,25 +160,23 @@ INLINE void token_shift(const Operation *o, void *state, const float *x, float *
     for (int64_t i = 0; i < moved; i++) write_at(state, start + (o->steps - 1) * moved + i, x[stays + i], bf16);
 }
 
-INLINE void norm(const StepProgram *s, const Operation *o, int64_t me, int bf16) {
+INLINE void norm(const StepProgram *s, const Operation *o, int64_t b, int bf16) {
     const void *weight = tensor_of(s, o->tensor[0]), *bias = tensor_of(s, o->tensor[1]);
     void *state = tensor_of(s, o->tensor[2]);
-    for (int64_t b = me; b < s->batch; b += s->members) {
-        const float *x = s->memory + o->in + b * o->in_row;
-        float *y = s->memory + o->out + b * o->out_row, mean = 0, squares = 0;
-        if (state) {
-            token_shift(o, state, x, y, b, bf16);
-            x = y;
-        }
-        if (o->kind == LAYER_NORM) {
-            SIMD_SUM(mean) for (int64_t i = 0; i < o->width; i++) mean += x[i];
-            mean /= o->width;
-        }
-        SIMD_SUM(squares) for (int64_t i = 0; i < o->width; i++) squares += (x[i] - mean) * (x[i] - mean);
-        float factor = 1 / sqrtf(squares / o->width + (float)o->epsilon);
-        SIMD for (int64_t i = 0; i < o->width; i++) y[i] =
-            (x[i] - mean) * factor * value_at(weight, i, bf16) + (bias ? value_at(bias, i, bf16) : 0);
+    const float *x = s->memory + o->in + b * o->in_row;
+    float *y = s->memory + o->out + b * o->out_row, mean = 0, squares = 0;
+    if (state) {
+        token_shift(o, state, x, y, b, bf16);
+        x = y;
     }
+    if (o->kind == LAYER_NORM) {
+        SIMD_SUM(mean) for (int64_t i = 0; i < o->width; i++) mean += x[i];
+        mean /= o->width;
+    }
+    SIMD_SUM(squares) for (int64_t i = 0; i < o->width; i++) squares += (x[i] - mean) * (x[i] - mean);
+    float factor = 1 / sqrtf(squares / o->width + (float)o->epsilon);
+    SIMD for (int64_t i = 0; i < o->width; i++) y[i] =
+        (x[i] - mean) * factor * value_at(weight, i, bf16) + (bias ? value_at(bias, i, bf16) : 0);
 }
 
 /* Rotary positions in the half-split layout, with signed sines. */
@@ -178,13 +190,16 @@ INLINE void rotate(const float *x, const float *cosines, const float *sines, int
 INLINE void attend_head(const Operation *o, const Slots *n, const void *keys, const void *values, const uint8_t *mask,
                         const float *query, int64_t dim, float *out, int bf16) {
     float scores[KEYS], largest = -INFINITY, total = 0;
+    int64_t at = n->first % n->ring;
     for (int64_t i = 0; i < dim; i++) out[i] = 0;
     for (int64_t start = 0; start < n->keys; start += KEYS) {
         int64_t count = n->keys - start < KEYS ? n->keys - start : KEYS, place[KEYS];
         float best = largest;
         for (int64_t j = 0; j < count; j++) {
             float sum = 0;
-            int64_t slot = n->base + (n->first + (start + j) * n->step) % n->ring;
+            int64_t slot = n->base + at;
+            at += n->step;
+            if (at >= n->ring) at %= n->ring; /* a division a key takes as long as its product */
             place[j] = slot * dim;
             SIMD_SUM(sum) for (int64_t i = 0; i < dim; i++) sum += query[i] * value_at(keys, place[j] + i, bf16);
             scores[j] = mask && !mask[slot] ? -INFINITY : sum * (float)o->factor;
@@ -203,110 +218,111 @@ INLINE void attend_head(const Operation *o, const Slots *n, const void *keys, co
 }
 
 /* Queries at `in`, keys at `other` and values behind them; the token is written into the cache first. */
-INLINE void attend(const StepProgram *s, const Operation *o, int64_t me, int bf16) {
+INLINE void attend(const StepProgram *s, const Operation *o, int64_t share, int bf16) {
     void *keys = tensor_of(s, o->tensor[0]), *values = tensor_of(s, o->tensor[1]);
     const uint8_t *mask = tensor_of(s, o->mask);
     const float *cosines = tensor_of(s, o->tensor[2]), *sines = tensor_of(s, o->tensor[3]);
     const Slots *n = &s->slots[o->index];
     int64_t dim = o->width / o->heads, inner = o->width, size = bf16 ? 2 : 4;
-    for (int64_t at = me; at < s->batch * o->heads; at += s->members) {
-        int64_t b = at / o->heads, h = at % o->heads, start = b * n->text + (o->from + h) * n->head;
-        const float *query = s->memory + o->in + b * o->in_row + h * dim, *key = s->memory + o->other + b * o->other_row + h * dim;
-        const float *value = key + inner;
-        float turned[2][MOST_CHANNELS];
-        if (cosines) {
-            rotate(query, cosines, sines, dim, turned[0]);
-            rotate(key, cosines + o->turn, sines + o->turn, dim, turned[1]);
-            query = turned[0], key = turned[1];
-        }
-        for (int64_t i = 0; i < dim; i++) {
-            write_at(keys, start + n->write * dim + i, key[i], bf16);
-            write_at(values, start + n->write * dim + i, value[i], bf16);
-        }
-        float *out = s->memory + o->out + b * o->out_row + h * dim;
-        const uint8_t *row = mask ? mask + b * n->slots : NULL;
-        attend_head(o, n, (char *)keys + start * size, (char *)values + start * size, row, query, dim, out, bf16);
+    int64_t b = share / o->heads, h = share % o->heads, start = b * n->text + (o->from + h) * n->head;
+    const float *query = s->memory + o->in + b * o->in_row + h * dim, *key = s->memory + o->other + b * o->other_row + h * dim;
+    const float *value = key + inner;
+    float turned[2][MOST_CHANNELS];
+    if (cosines) {
+        rotate(query, cosines, sines, dim, turned[0]);
+        rotate(key, cosines + o->turn, sines + o->turn, dim, turned[1]);
+        query = turned[0], key = turned[1];
     }
+    for (int64_t i = 0; i < dim; i++) {
+        write_at(keys, start + n->write * dim + i, key[i], bf16);
+        write_at(values, start + n->write * dim + i, value[i], bf16);
+    }
+    float *out = s->memory + o->out + b * o->out_row + h * dim;
+    const uint8_t *row = mask ? mask + b * n->slots : NULL;
+    attend_head(o, n, (char *)keys + start * size, (char *)values + start * size, row, query, dim, out, bf16);
 }
 
 /* y = factor * (x - other), or added to y; without `other` where there is none. */
-INLINE void add(const StepProgram *s, const Operation *o, int64_t me) {
-    int64_t from = share_of(s, o->width, 16, me), to = share_of(s, o->width, 16, me + 1);
-    for (int64_t b = 0; b < s->batch; b++) {
-        const float *x = s->memory + o->in + b * o->in_row, *z = s->memory + o->other + b * o->other_row;
-        float *y = s->memory + o->out + b * o->out_row, factor = (float)o->factor;
-        for (int64_t i = from; i < to; i++) y[i] = (o->adds ? y[i] : 0) + factor * (o->other < 0 ? x[i] : x[i] - z[i]);
-    }
+INLINE void add(const StepProgram *s, const Operation *o, int64_t b) {
+    const float *x = s->memory + o->in + b * o->in_row, *z = s->memory + o->other + b * o->other_row;
+    float *y = s->memory + o->out + b * o->out_row, factor = (float)o->factor;
+    for (int64_t i = 0; i < o->width; i++) y[i] = (o->adds ? y[i] : 0) + factor * (o->other < 0 ? x[i] : x[i] - z[i]);
 }
 
 /* y = silu(y / rms(x) + bias), with the root of the mean square of the row x. */
-INLINE void gate(const StepProgram *s, const Operation *o, int64_t me, int bf16) {
+INLINE void gate(const StepProgram *s, const Operation *o, int64_t b, int bf16) {
     const void *bias = tensor_of(s, o->tensor[1]);
-    int64_t from = share_of(s, o->height, 16, me), to = share_of(s, o->height, 16, me + 1);
-    for (int64_t b = 0; b < s->batch; b++) {
-        const float *x = s->memory + o->in + b * o->in_row;
-        float *y = s->memory + o->out + b * o->out_row, squares = 0;
-        SIMD_SUM(squares) for (int64_t i = 0; i < o->width; i++) squares += x[i] * x[i];
-        float factor = 1 / sqrtf(squares / o->width + (float)o->epsilon);
-        SIMD for (int64_t i = from; i < to; i++) y[i] = activate(y[i] * factor + value_at(bias, i, bf16), SILU);
-    }
+    const float *x = s->memory + o->in + b * o->in_row;
+    float *y = s->memory + o->out + b * o->out_row, squares = 0;
+    SIMD_SUM(squares) for (int64_t i = 0; i < o->width; i++) squares += x[i] * x[i];
+    float factor = 1 / sqrtf(squares / o->width + (float)o->epsilon);
+    SIMD for (int64_t i = 0; i < o->height; i++) y[i] = activate(y[i] * factor + value_at(bias, i, bf16), SILU);
 }
 
 /* Between rows and a tensor [batch, width]. */
-INLINE void copy(const StepProgram *s, const Operation *o, int64_t me, int bf16) {
+INLINE void copy(const StepProgram *s, const Operation *o, int64_t b, int bf16) {
     void *values = tensor_of(s, o->tensor[0]);
-    for (int64_t b = me; b < s->batch; b += s->members) {
-        float *x = s->memory + o->in + b * o->in_row;
-        for (int64_t i = 0; i < o->width; i++)
-            if (o->kind == LOAD)
-                x[i] = value_at(values, b * o->width + i, bf16);
-            else
-                write_at(values, b * o->width + i, x[i], bf16);
+    float *x = s->memory + o->in + b * o->in_row;
+    for (int64_t i = 0; i < o->width; i++)
+        if (o->kind == LOAD)
+            x[i] = value_at(values, b * o->width + i, bf16);
+        else
+            write_at(values, b * o->width + i, x[i], bf16);
+}
+
+INLINE int do_share(const StepProgram *s, const Operation *o, int64_t share, int64_t shares, int bf16) {
+    switch (o->kind) {
+    case LINEAR: linear(s, o, share, shares, bf16); break;
+    case LAYER_NORM:
+    case RMS_NORM: norm(s, o, share, bf16); break;
+    case ATTEND: attend(s, o, share, bf16); break;
+    case ADD: add(s, o, share); break;
+    case GATE: gate(s, o, share, bf16); break;
+    case MIX: return s->mix(s->mixing + o->index * s->mixing_bytes, share, shares);
+    default: copy(s, o, share, bf16);
+    }
+    return DONE;
+}
+
+INLINE int64_t shares_of(const StepProgram *s, const Operation *o) {
+    switch (o->kind) {
+    case LINEAR:
+    case MIX: return SHARES * s->threads;
+    case ATTEND: return s->batch * o->heads;
+    default: return s->batch;
     }
 }
 
-/* Waits until all threads are here. */
-static void meet(StepProgram *s) {
-    int64_t phase = __atomic_load_n(&s->phase, __ATOMIC_ACQUIRE);
-    if (__atomic_add_fetch(&s->arrived, 1, __ATOMIC_ACQ_REL) == s->members) {
-        __atomic_store_n(&s->arrived, 0, __ATOMIC_RELAXED);
-        __atomic_store_n(&s->phase, phase + 1, __ATOMIC_RELEASE);
-        return;
-    }
-    for (int spins = 0; __atomic_load_n(&s->phase, __ATOMIC_ACQUIRE) == phase; spins++)
-        if (spins >= SPINS) sched_yield();
-}
-
-INLINE void run(StepProgram *s, int64_t me, int bf16) {
-    for (int64_t at = 0; at < s->operations; at++) {
-        const Operation *o = &s->operation[at];
-        switch (o->kind) {
-        case LOAD:
-        case STORE: copy(s, o, me, bf16); break;
-        case LINEAR: linear(s, o, me, bf16); break;
-        case LAYER_NORM:
-        case RMS_NORM: norm(s, o, me, bf16); break;
-        case ATTEND: attend(s, o, me, bf16); break;
-        case ADD: add(s, o, me); break;
-        case GATE: gate(s, o, me, bf16); break;
-        case MIX: {
-            int status = s->mix(s->mixing + o->index * s->mixing_bytes, me, s->members);
-            if (status) __atomic_store_n(&s->failed, status, __ATOMIC_RELAXED);
+INLINE void run(Job *job, int bf16) {
+    for (int64_t at = 0; at < job->call.operations; at++) {
+        Progress *p = &job->progress[at];
+        int64_t share;
+        while ((share = __atomic_fetch_add(&p->taken, 1, __ATOMIC_RELAXED)) < p->shares) {
+            int status = do_share(&job->call, &job->call.operation[at], share, p->shares, bf16);
+            if (status) __atomic_store_n(&job->failed, status, __ATOMIC_RELAXED);
+            __atomic_fetch_add(&p->done, 1, __ATOMIC_RELEASE);
         }
-        }
-        meet(s);
+        for (int spins = 0; __atomic_load_n(&p->done, __ATOMIC_ACQUIRE) < p->shares; spins++)
+            if (spins >= SPINS) sched_yield();
     }
 }
 
-static void *run_program(void *argument) {
-    StepProgram *s = argument;
-    int64_t me = __atomic_fetch_add(&s->tickets, 1, __ATOMIC_RELAXED);
-    for (int spins = 0; !__atomic_load_n(&s->members, __ATOMIC_ACQUIRE); spins++)
-        if (spins >= SPINS) sched_yield();
-    if (s->bf16)
-        run(s, me, 1);
+static void leave(Job *job, int64_t threads) {
+    if (!__atomic_sub_fetch(&job->references, threads, __ATOMIC_ACQ_REL)) free(job);
+}
+
+static void *run_job(void *argument) {
+    Job *job = argument;
+    if (job->call.bf16)
+        run(job, 1);
     else
-        run(s, me, 0);
+        run(job, 0);
+    return NULL;
+}
+
+static void *help(void *argument) {
+    run_job(argument);
+    leave(argument, 1);
     return NULL;
 }
 
@@ -318,9 +334,14 @@ int step_program(StepProgram *s) {
         if (o->kind < LOAD || o->kind >= KINDS || o->activation < NO_ACTIVATION || o->activation > SILU) return UNFIT;
         if (o->kind == ATTEND && (o->heads < 1 || o->width / o->heads > MOST_CHANNELS)) return UNFIT;
     }
-    int started = start_threads(run_program, s, s->threads, others);
-    __atomic_store_n(&s->members, started + 1, __ATOMIC_RELEASE);
-    run_program(s);
-    while (started) pthread_join(others[--started], NULL);
-    return (int)s->failed;
+    Job *job = calloc(1, sizeof(Job) + s->operations * sizeof(Progress));
+    if (!job) return NO_MEMORY;
+    job->call = *s, job->references = s->threads;
+    for (int64_t at = 0; at < s->operations; at++) job->progress[at].shares = shares_of(s, &s->operation[at]);
+    int started = start_threads(help, job, s->threads, others);
+    for (int i = 0; i < started; i++) pthread_detach(others[i]);
+    run_job(job);
+    int failed = (int)job->failed;
+    leave(job, s->threads - started);
+    return failed;
 }
