@@ -223,12 +223,13 @@ def test_attention_with_a_mask():
     close(out, expected_attention(query, after[0][:, :2], after[1][:, :2], list(range(151)), mask))
 
 
+@pytest.mark.parametrize("places", [80, slice(0, 64)])
 @pytest.mark.parametrize("where", ["key", "value"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_attention_to_what_is_not_finite(where, value):
+def test_attention_to_what_is_not_finite(where, value, places):
     x = torch.ones(BATCH, 24)
     caches = [torch.ones(BATCH, 1, 100, 8) for _ in range(2)]
-    caches[where == "value"][:, :, 80] = value
+    caches[where == "value"][:, :, places] = value
     write = lambda p, rows, out, *places: p.attend(rows.part(0, 8), rows.part(8, 16), out, *places, 1, 1.0)
     y = run(write, x, *caches, out=8, slots=[Slots(99, 0, 0, 1, 100, 100)])
     expected = expected_attention(x[:, None, :8].to(FLOAT), *caches, list(range(100)), scale=1.0)
