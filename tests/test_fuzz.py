@@ -65,7 +65,7 @@ def test_random_calls_under_sanitizers(name, tmp_path):
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "XDG_CACHE_HOME": str(tmp_path),
     }
-    command = [sys.executable, "-m", f"tests.{name}", "--valid", "2000", "--invalid", "2000", "--sanitize"]
+    command = [sys.executable, "-m", f"tests.{name}", "--valid", "500", "--invalid", "1000", "--sanitize"]
     run = subprocess.run(
         command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, errors="replace"
     )
