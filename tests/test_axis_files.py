@@ -103,6 +103,7 @@ def test_a_folder_with_an_axis_of_ones_own_loads_anywhere(vowels, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_beside_this_package_the_file_of_a_folder_runs_where_it_is_allowed(vowels, tmp_path):
     save(tmp_path / "saved", vowels())
     (tmp_path / "my_axis.py").unlink()

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from tests.tiny_leap import VARIANTS, random_ids, tiny_leap
 FOCUS_VARIANTS = {name: options for name, options in VARIANTS.items() if not name.startswith("additive")}
 FOCUS_VARIANTS["alibi"] = {**VARIANTS["alibi"], "window_sizes": [None, 64, 5, None]}  # the widest that C has
 TOKENS = 12
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +56,7 @@ def exact(model, ids, past=8):
         return copy.deepcopy(model).double()(ids).logits[:, past:]
 
 
-@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("batch", [slow(1), 3, slow(8)])
 @pytest.mark.parametrize("variant", FOCUS_VARIANTS)
 def test_float32(variant, batch, taken):
     model, ids = tiny_leap(**FOCUS_VARIANTS[variant]), random_ids(batch, 8 + TOKENS)

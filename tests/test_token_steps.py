@@ -5,6 +5,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tests.token_steps import FAMILIES, VARIANTS, all_logits, decode, exact, par
 
 
 PAST, TOKENS = 9, 14
+slow = partial(pytest.param, marks=pytest.mark.slow)
 STEPS = {"hierarchical_lm": hierarchical_step, "multigrid": multigrid_step}
 
 
@@ -43,7 +45,7 @@ def close(got, expected, error=6e-5):
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("batch", [slow(1), 3, slow(8)])
 @pytest.mark.parametrize("name, variant", VARIANTS)
 def test_float32(name, variant, batch, kind, monkeypatch):
     family = FAMILIES[name]
@@ -264,7 +266,7 @@ CHANGES = [
 CHANGES += [mixed_activations, patched_layer, patched_torch, transposed, with_eager_attention]
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["dynamic", slow("static")])
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_layers_are_called(change, kind, family, taken, monkeypatch):
     model = family.make()
@@ -406,7 +408,7 @@ def decode_compiled(model, family, text, steps, backend="eager"):
     return torch.cat(logits, dim=1)
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", slow("inductor")])
 def test_graphs_hold_the_call(backend, family, calls):
     model = family.make()
     text = family.text(model, 2, PAST + TOKENS)
