@@ -112,7 +112,8 @@ def test_threads_change_nothing(family, taken, monkeypatch):
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_left_pads(kind, family, taken):
     """MultiGrid masks cached keys; rows of the hierarchical LM have steps at different tokens, which is left to the layers."""
-    model = family.make()
+    windows = {} if family is FAMILIES["multigrid"] else {"window_sizes": [2, 2]}  # shorter than both rows
+    model = family.make(**windows)
     text, mask = family.text(model, 2, PAST + TOKENS), torch.ones(2, PAST + TOKENS, dtype=torch.long)
     mask[0, :4] = 0
     cache = family.static_class(model.config, 40) if kind == "static" else None
@@ -150,7 +151,7 @@ def test_passes_of_several_tokens_between(family, taken):
 def test_what_was_returned_does_not_change(family, taken):
     """States of a cache are views of what the layers computed, and of the cache before beams were chosen."""
     model = family.make()
-    text = family.text(model, 2, 14)
+    text = family.text(model, 1, 14)  # of one row, whose parts are contiguous
     cache = model(**part(text, 0, 9), use_cache=True).past_key_values
     outputs = model(**part(text, 9, 10), past_key_values=cache, use_cache=True, output_hidden_states=True)
     twin = copy.deepcopy(cache)
@@ -205,27 +206,30 @@ def with_other_bias(family, model):
 
 
 def other_norm(family, model):
-    block = family.block(model)
+    block = family.blocks(model)[1]
     norm = block.post_attention_layernorm
     kind = torch.nn.RMSNorm if type(norm) is torch.nn.LayerNorm else torch.nn.LayerNorm
-    block.post_attention_layernorm = kind(norm.weight.shape[0]).eval()
+    block.post_attention_layernorm = kind(norm.weight.shape[0], eps=norm.eps).eval()
 
 
 def norm_without_weight(family, model):
-    norm = family.block(model).post_attention_layernorm
+    norm = family.blocks(model)[1].post_attention_layernorm
     norm.weight = None
 
 
 def other_epsilon(family, model):
-    family.block(model).post_attention_layernorm.eps = 0.5
+    family.blocks(model)[1].post_attention_layernorm.eps = 0.5
 
 
 def other_activation(family, model):
-    family.block(model).mlp.act_fn = torch.nn.Tanh().eval()
+    for module in list(model.model.layers.modules()):
+        if hasattr(module, "act_fn"):
+            module.act_fn = torch.nn.Tanh().eval()
 
 
 def mixed_activations(family, model):
-    family.block(model).mlp.act_fn = torch.nn.ReLU().eval()
+    for block in family.blocks(model):
+        block.mlp.act_fn = torch.nn.ReLU().eval()
 
 
 def patched_layer(family, model):
@@ -296,7 +300,7 @@ def test_weights_that_change_are_read(family, taken):
             elif change == "parameter":
                 linear.weight = torch.nn.Parameter(torch.randn_like(linear.weight))
             elif change == "module":
-                family.block(model).mlp.up_proj = copy.deepcopy(linear)
+                family.blocks(model)[1].mlp.up_proj = copy.deepcopy(linear)
             elif change == "all epsilons":
                 for module in model.model.layers.modules():
                     if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
@@ -335,21 +339,23 @@ def test_other_passes_are_left_to_the_layers(family, taken):
     model.double()
     close(decode(model, text, PAST), exact(model, text, PAST))
     model.float()
+    text = family.text(model, 2, PAST + 1)
     cache = decode_to_cache(model, text)
     model(**part(text, PAST, PAST + 1), past_key_values=cache)  # with gradients
     assert not any(taken)
 
 
 @torch.no_grad()
-def decode_to_cache(model, text):
-    return model(**part(text, 0, PAST), use_cache=True).past_key_values
+def decode_to_cache(model, text, cache=None):
+    return model(**part(text, 0, PAST), past_key_values=cache, use_cache=True).past_key_values
 
 
 @torch.no_grad()
-def test_attentions_and_hidden_states_are_there(family, taken):
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_attentions_and_hidden_states_are_there(kind, family, taken):
     model = family.make()
     text = family.text(model, 1, PAST + 1)
-    cache = decode_to_cache(model, text)
+    cache = decode_to_cache(model, text, family.static_class(model.config, 40) if kind == "static" else None)
     last = part(text, PAST, PAST + 1)
     hidden = model(**last, past_key_values=copy.deepcopy(cache), output_hidden_states=True).hidden_states
     attentions = model(**last, past_key_values=copy.deepcopy(cache), output_attentions=True).attentions
@@ -364,7 +370,7 @@ def test_what_is_not_finite_stays_so(value, family, taken):
     text = family.text(model, 1, PAST + TOKENS)
     cache = decode_to_cache(model, text)
     with torch.no_grad():
-        family.block(model).post_attention_layernorm.weight[0] = value
+        family.blocks(model)[1].post_attention_layernorm.weight[0] = value
     assert not decode(model, text, PAST, cache)[..., : model.config.vocab_size].isfinite().any()
     assert all(taken)
 

@@ -24,12 +24,12 @@ class HierarchicalLM:
         return {"input_ids": tiny_hierarchical_lm.random_ids(batch, length)}
 
     @staticmethod
-    def block(model):
-        return model.model.layers[1].blocks[0]
+    def blocks(model):
+        return [layer.blocks[0] for layer in model.model.layers]
 
     @staticmethod
     def linear(model):
-        return HierarchicalLM.block(model).mlp.up_proj
+        return HierarchicalLM.blocks(model)[1].mlp.up_proj
 
     @staticmethod
     def is_token(streams, context, cache):
@@ -50,12 +50,12 @@ class MultiGrid:
         return tiny_multigrid.random_grid(model, batch, length)
 
     @staticmethod
-    def block(model):
-        return model.model.layers[1].self_block
+    def blocks(model):
+        return [layer.self_block for layer in model.model.layers]
 
     @staticmethod
     def linear(model):
-        return MultiGrid.block(model).mlp.up_proj
+        return MultiGrid.blocks(model)[1].mlp.up_proj
 
     @staticmethod
     def is_token(main, meta, context, cache):
