@@ -227,6 +227,13 @@ def other_activation(family, model):
             module.act_fn = torch.nn.Tanh().eval()
 
 
+def linear_activation(family, model):
+    for module in list(model.model.layers.modules()):
+        if hasattr(module, "act_fn"):
+            inner = module.up_proj.out_features
+            module.act_fn = torch.nn.Linear(inner, inner, bias=family is FAMILIES["multigrid"]).eval()
+
+
 def mixed_activations(family, model):
     for block in family.blocks(model):
         block.mlp.act_fn = torch.nn.ReLU().eval()
@@ -267,7 +274,7 @@ CHANGES = [
     other_epsilon,
     other_activation,
 ]
-CHANGES += [mixed_activations, patched_layer, patched_torch, transposed, with_eager_attention]
+CHANGES += [linear_activation, mixed_activations, patched_layer, patched_torch, transposed, with_eager_attention]
 
 
 @pytest.mark.parametrize("kind", ["dynamic", slow("static")])
