@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.modules import module as torch_modules
 from transformers.utils import output_capturing
 
-from .model_inputs import is_torch_func_active
+from .model_inputs import is_eager, is_torch_func_active
+from .registered_operators import in_graph
 from .step_program import ACTIVATIONS
 
 
@@ -102,4 +103,21 @@ def is_watched() -> bool:
     )
 
 
-__all__ = ["are_plain", "is_watched", "look_once", "modules_within"]
+def may_step(x: torch.Tensor, config: Any, is_static: bool) -> bool:
+    """Whether C may compute layers with attention of one token.
+
+    Args:
+        x (`torch.Tensor`): hidden states.
+        config (`PreTrainedConfig`): of the model.
+        is_static (`bool`): whether the cache is static, which graphs need.
+    """
+    if torch.is_grad_enabled() or not x.is_cpu or torch.is_autocast_enabled("cpu"):
+        return False
+    if config._attn_implementation != "sdpa":
+        return False
+    if torch.compiler.is_compiling():
+        return in_graph() and is_static
+    return is_eager(x) and not is_watched()
+
+
+__all__ = ["are_plain", "is_watched", "look_once", "may_step", "modules_within"]

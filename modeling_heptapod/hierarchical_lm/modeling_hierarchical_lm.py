@@ -26,9 +26,8 @@ from transformers.utils.output_capturing import capture_outputs
 from ..common.auto_mapping import AutoMappingMixin
 from ..common.cache_mixins import CompiledStepMixin, CustomCacheMixin
 from ..common.losses import IGNORE_INDEX, at_least_one, causal_lm_loss, require_labels
-from ..common.model_inputs import apply_mask_to_padding_states, embed_text, has_dynamic_shapes, is_eager
-from ..common.plain_modules import is_watched
-from ..common.registered_operators import in_graph
+from ..common.model_inputs import apply_mask_to_padding_states, embed_text, has_dynamic_shapes
+from ..common.plain_modules import may_step
 from ..common.token_layout import TokenLayout
 from ..common.transformers_versions import (
     CACHE,
@@ -313,18 +312,10 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
 
     def _step(self, streams, context, cache):
         """The streams after all layers, computed in one call for a token, or `None`."""
-        x, config = streams[0], self.config
-        if cache is None or context.is_first or context.streams[0].tokens != 1 or torch.is_grad_enabled():
+        if cache is None or context.is_first or context.streams[0].tokens != 1:
             return None
-        native = (
-            in_graph() and context.is_static_step
-            if torch.compiler.is_compiling()
-            else is_eager(x) and not is_watched()
-        )
-        if not native or not x.is_cpu or config._attn_implementation != "sdpa" or torch.is_autocast_enabled("cpu"):
-            return None
-        known = self._describe_layers()
-        return None if known is None else step_layers(self.layers, known, config, streams, context, cache)
+        known = self._describe_layers() if may_step(streams[0], self.config, context.is_static_step) else None
+        return None if known is None else step_layers(self.layers, known, self.config, streams, context, cache)
 
     @torch.compiler.assume_constant_result  # so that a graph is not broken by what the layers are asked
     def _describe_layers(self):

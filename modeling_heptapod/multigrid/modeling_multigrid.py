@@ -26,13 +26,11 @@ from ..common.model_inputs import (
     check_position_range,
     embed_ids,
     embed_text,
-    is_eager,
     mask_of_new_tokens,
     token_mask,
 )
 from ..common.packing import segment_ids as find_segments
-from ..common.plain_modules import is_watched
-from ..common.registered_operators import in_graph
+from ..common.plain_modules import may_step
 from ..common.transformers_versions import CACHE, slice_logits_to_keep, with_cache_argument, with_cache_field
 from ..common.unused_kwargs import pop_kwargs, reject_unused_kwargs
 from .configuration_multigrid import MultiGridConfig
@@ -245,15 +243,11 @@ class MultiGridModel(MultiGridPreTrainedModel):
 
     def _step(self, main, meta, context, cache):
         """The streams after all layers, computed in one call for a token, or `None`."""
-        if cache is None or context.is_first or main.shape[1] != 1 or torch.is_grad_enabled() or not main.is_cpu:
+        if cache is None or context.is_first or main.shape[1] != 1:
             return None
-        if context.padding_mask is not None or context.output_attentions or torch.is_autocast_enabled("cpu"):
+        if context.padding_mask is not None or context.output_attentions:
             return None
-        compiling = torch.compiler.is_compiling()
-        native = in_graph() and cache.max_cache_len is not None if compiling else is_eager(main) and not is_watched()
-        if not native or self.config._attn_implementation != "sdpa":
-            return None
-        known = self._describe_layers()
+        known = self._describe_layers() if may_step(main, self.config, cache.max_cache_len is not None) else None
         return None if known is None else step_layers(self.layers, known, main, meta, context, cache)
 
     @torch.compiler.assume_constant_result  # so that a graph is not broken by what the layers are asked
