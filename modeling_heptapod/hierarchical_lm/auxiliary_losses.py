@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from ..common.losses import IGNORE_INDEX
+from ..common.losses import IGNORE_INDEX, at_least_one
 from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .linear_cross_entropy import linear_cross_entropy
 
@@ -163,6 +163,20 @@ class AuxiliaryLosses(nn.Module):
                 weight = getattr(self, name)[str(c)].weight
                 total = total + linear_cross_entropy(streams[h].flatten(0, 1), weight, targets.flatten(0, 1))
         return total
+
+
+def auxiliary_inputs(outputs, embeds, input_ids, labels, num_items_in_batch=None, shift_labels=None):
+    """Arguments of `AuxiliaryLosses`, from the base model's outputs. With gradient accumulation their scale is the share of
+    this batch."""
+    rows, mask, segments = outputs.token_layout, None, None
+    if rows is not None:
+        mask, segments = rows.real, rows.segments
+        embeds = rows.align(embeds)
+        input_ids = None if input_ids is None else rows.align(input_ids.unsqueeze(-1)).squeeze(-1)
+    targets = labels[:, 1:] if shift_labels is None else shift_labels
+    count = (targets != IGNORE_INDEX).sum()
+    scale = count / at_least_one(count if num_items_in_batch is None else num_items_in_batch)
+    return list(outputs.hierarchy_hidden_states), embeds, input_ids, mask, segments, scale
 
 
 class PredictionHead(nn.Module):

@@ -8,7 +8,6 @@ A stream with factor `c` and stride `s` has a step for every `s`-th token. Step 
 reads the last step that is made of no later tokens. Attention and token shift have a dilation of `c / s` steps.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,18 +24,19 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..common.auto_mapping import AutoMappingMixin
 from ..common.cache_mixins import CompiledStepMixin, CustomCacheMixin
-from ..common.losses import IGNORE_INDEX, at_least_one, causal_lm_loss, require_labels
+from ..common.losses import causal_lm_loss, require_labels
 from ..common.model_inputs import apply_mask_to_padding_states, embed_text, has_dynamic_shapes
 from ..common.plain_modules import may_step
 from ..common.token_layout import TokenLayout
-from ..common.transformers_versions import (
-    CACHE,
-    slice_logits_to_keep,
-    with_cache_argument,
-    with_cache_field,
-)
+from ..common.transformers_versions import CACHE, slice_logits_to_keep, with_cache_argument, with_cache_field
 from ..common.unused_kwargs import pop_kwargs, reject_unused_kwargs
-from .auxiliary_losses import AuxiliaryLosses, PredictionHead, RandomProjectionQuantizer, ZeroInitLinear
+from .auxiliary_losses import (
+    AuxiliaryLosses,
+    PredictionHead,
+    RandomProjectionQuantizer,
+    ZeroInitLinear,
+    auxiliary_inputs,
+)
 from .causal_compressors import AttentionCompressor, compress, make_compressor
 from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .hierarchical_block import (
@@ -238,7 +238,7 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         any_length = has_dynamic_shapes(embeds) and cache is None
         any_length = any_length and not (output_attentions or output_hierarchy_hidden_states)
         if any_length:
-            embeds = self._add_empty_slots(embeds, context)
+            embeds = context.add_empty_slots(embeds, config.strides)
         streams = self._make_streams(embeds, context, cache)
         streams, hidden_states, attentions = self._run_layers(
             streams, context, cache, ablate_merge, output_hidden_states
@@ -351,22 +351,6 @@ class HierarchicalLMModel(HierarchicalLMPreTrainedModel):
         """The embeddings `[batch, seq, hidden_size]` of one or the other. Raises `TypeError` and `ValueError` for bad input."""
         return embed_text(self.embed_tokens, input_ids, inputs_embeds, self.config.hidden_size)
 
-    def _add_empty_slots(self, embeds, context):
-        """Embeddings, and masks in `context`, with masked slots at the end, for an export to programs of any length.
-
-        The length becomes a multiple of all strides, at least two steps. Otherwise the program would be limited to lengths
-        whose last step is as full as that of the example.
-        """
-        multiple = math.lcm(*self.config.strides)
-        seq = embeds.shape[1]
-        more = (seq // multiple + 2) * multiple - seq
-        if context.padding_mask is not None:
-            context.padding_mask = nn.functional.pad(context.padding_mask, (0, more), value=False)
-        if context.segment_ids is not None:
-            last = context.segment_ids[:, -1:].expand(-1, more)
-            context.segment_ids = torch.cat((context.segment_ids, last), dim=1)
-        return nn.functional.pad(embeds, (0, 0, 0, more))
-
 
 def _warn_of_forgotten_losses(config):
     """Warn clients such as trl, which compute the loss themselves from the states of the base model."""
@@ -477,25 +461,13 @@ class HierarchicalLMForCausalLM(HierarchicalLMPreTrainedModel, CompiledStepMixin
         loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss)
         losses = {"ce_loss": loss}
         if auxiliary is not None:
-            inputs = self._auxiliary_inputs(outputs, embeds, input_ids, labels, **of_loss)
+            inputs = auxiliary_inputs(outputs, embeds, input_ids, labels, **of_loss)
             for name, value in auxiliary(*inputs).items():
                 # The next-latent loss contains its weights, one for each hierarchy.
                 weight = 1.0 if name == "next_latent" else getattr(self.config, f"{name}_loss_weight")
                 loss = loss + weight * value
                 losses[f"{name}_loss"] = value
         return {"loss": loss, **losses}
-
-    def _auxiliary_inputs(self, outputs, embeds, input_ids, labels, num_items_in_batch=None, shift_labels=None):
-        """Arguments of the auxiliary losses. With gradient accumulation their scale is the share of this batch."""
-        rows, mask, segments = outputs.token_layout, None, None
-        if rows is not None:
-            mask, segments = rows.real, rows.segments
-            embeds = rows.align(embeds)
-            input_ids = None if input_ids is None else rows.align(input_ids.unsqueeze(-1)).squeeze(-1)
-        targets = labels[:, 1:] if shift_labels is None else shift_labels
-        count = (targets != IGNORE_INDEX).sum()
-        scale = count / at_least_one(count if num_items_in_batch is None else num_items_in_batch)
-        return list(outputs.hierarchy_hidden_states), embeds, input_ids, mask, segments, scale
 
     def get_compiled_call(self, compile_config):
         """As the stock method, for single tokens. Chunks of a prompt are not compiled: they go through a dynamic cache."""

@@ -1,5 +1,6 @@
 """The context of a forward pass of the hierarchical LM, with a plan for the stream of each hierarchy."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,6 +146,22 @@ class HierarchicalLMContext(ForwardContext):
     def is_static_step(self) -> bool:
         """Whether the pass is of one token that continues a static cache, whose lengths are in a tensor."""
         return isinstance(self.past_lengths, torch.Tensor)
+
+    def add_empty_slots(self, embeds: torch.Tensor, strides: list[int]) -> torch.Tensor:
+        """Embeddings, and masks of the context, with masked slots at the end, for an export to programs of any length.
+
+        The length becomes a multiple of all strides, at least two steps. Otherwise the program would be limited to lengths
+        whose last step is as full as that of the example.
+        """
+        multiple = math.lcm(*strides)
+        seq = embeds.shape[1]
+        more = (seq // multiple + 2) * multiple - seq
+        if self.padding_mask is not None:
+            self.padding_mask = nn.functional.pad(self.padding_mask, (0, more), value=False)
+        if self.segment_ids is not None:
+            last = self.segment_ids[:, -1:].expand(-1, more)
+            self.segment_ids = torch.cat((self.segment_ids, last), dim=1)
+        return nn.functional.pad(embeds, (0, 0, 0, more))
 
     def lay_out(self, embeds: torch.Tensor, cache: HierarchicalCache | None, factor: int) -> torch.Tensor:
         """Set the layout and the lengths of the rows.
