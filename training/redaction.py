@@ -6,11 +6,13 @@ import sys
 import traceback
 from argparse import ArgumentParser
 from collections.abc import Iterable
+from pathlib import Path
 
 from argument_checks import escape_unprintable
 from transformers import HfArgumentParser
 
 
+ROOT = Path(__file__).resolve().parents[1]
 HIDDEN = "<hidden>"
 SECRET_NAME = re.compile(
     r"(^|[_-])(token|key|secret|password)$", re.IGNORECASE
@@ -72,13 +74,32 @@ def redact_command(words: Iterable[str], secrets: Iterable[str | None] = ()) -> 
     return shown
 
 
-def redact_errors() -> None:
-    """Redact the traceback that ends this process."""
+def shorten_errors() -> None:
+    """End this process with the message alone of an error that tells of bad input, with a traceback for others.
+
+    Both contain no secrets. `python -X dev` shows all tracebacks.
+    """
 
     def show(kind, error, trace):
-        sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
+        lines = traceback.format_exception(kind, error, trace)
+        if _tells_of_input(error, trace) and not sys.flags.dev_mode:
+            lines = traceback.format_exception_only(error)
+        sys.stderr.write(redact("".join(lines)))
 
     sys.excepthook = show
+
+
+def _tells_of_input(error, trace):
+    """Whether a file cannot be used, or a check of this project raised the error."""
+    if isinstance(error, OSError):
+        return True
+    frames = traceback.extract_tb(trace)
+    if not frames or not isinstance(error, (ValueError, TypeError, ImportError)):
+        return False
+    is_own = any(
+        Path(frames[-1].filename).is_relative_to(ROOT / folder) for folder in ("training", "modeling_heptapod")
+    )
+    return is_own and (frames[-1].line or "").startswith("raise ")
 
 
 class Parser(ArgumentParser):
@@ -86,7 +107,7 @@ class Parser(ArgumentParser):
 
     def parse_args(self, *args, **kwargs):
         escape_unprintable()
-        redact_errors()
+        shorten_errors()
         return super().parse_args(*args, **kwargs)
 
     def error(self, message):
@@ -103,7 +124,7 @@ class CommandLine(HfArgumentParser):
             ValueError: for unknown options; the message contains their names without values.
         """
         escape_unprintable()
-        redact_errors()
+        shorten_errors()
         *parsed, unknown = self.parse_args_into_dataclasses(return_remaining_strings=True)
         values = [value for each in parsed for name, value in vars(each).items() if SECRET_NAME.search(name)]
         sys.argv[1:] = redact_command(sys.argv[1:], [value for value in values if isinstance(value, str)])

@@ -94,6 +94,36 @@ def test_no_one_finds_a_token_in_the_command_line(given, monkeypatch, capsys):
     assert f"no {HIDDEN}" in shown
 
 
+@pytest.mark.parametrize(
+    ("call", "is_short", "flags"),
+    [
+        ("check_number('--alpha', -1, least=0)", True, []),  # a check of this project
+        ("open('missing.txt')", True, []),
+        ("check_number('--alpha', 'x', least=0)", False, []),  # an error of the check itself
+        ("json.loads('')", False, []),
+        ("print(undefined)", False, []),
+        ("check_number('--alpha', -1, least=0)", False, ["-X", "dev"]),
+        ("open('missing.txt')", False, ["-X", "dev"]),
+    ],
+)
+def test_bad_input_ends_a_script_with_its_message_alone(call, is_short, flags):
+    code = f"""
+import json, sys
+sys.path.insert(0, {str(SCRIPTS)!r})
+from argument_checks import check_number
+from redaction import Parser
+Parser().parse_args([])
+{call}
+"""
+    done = subprocess.run([sys.executable, *flags, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert ("Traceback" in done.stderr) != is_short, done.stderr
+    if is_short:
+        assert len(done.stderr.splitlines()) == 1 and (
+            "--alpha must be" in done.stderr or "missing.txt" in done.stderr
+        )
+
+
 ADDRESS = f"https://me:{TOKEN}@host/x?token={TOKEN}"
 
 
