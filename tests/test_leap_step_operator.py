@@ -56,11 +56,16 @@ def test_graphs_hold_the_call(variant, calls):
     torch.testing.assert_close(logits.double(), exact(model, ids), rtol=0, atol=6e-5)
 
 
+def transposed(model):
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.data = weight.data.t()  # the same memory, in another order
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [hooked, subclassed, mixed_activations, without_bias, in_training])
+@pytest.mark.parametrize("change", [hooked, subclassed, mixed_activations, without_bias, in_training, transposed])
 def test_changed_layers_are_called_in_graphs(change, calls):
     torch._dynamo.reset()
-    model, ids = tiny_leap(hidden_dropout=0.0), random_ids(1, 8 + 3)
+    model, ids = tiny_leap(hidden_dropout=0.0, intermediate_size=32), random_ids(1, 8 + 3)
     change(model)
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits[:, 8:]

@@ -37,7 +37,7 @@ def run(write, x, *tensors, out=WIDTH, dtype=torch.float32, slots=(), batch=BATC
     program.load(result, written)
     write(program, rows, written, *places)
     program.store(result, written)
-    program.compile().run([x, y, *tensors], dtype, slots)
+    program.compile().run([x, y, *tensors], [], dtype, slots)
     return y
 
 
@@ -276,9 +276,9 @@ def test_missing_tensors_and_slots_are_counted():
     program = StepProgram(1)
     program.load(program.tensor("x", 1, 8), program.rows(8))
     with pytest.raises(ValueError, match="A step needs 1 tensors, got 0"):
-        program.compile().run([], torch.float32)
+        program.compile().run([], [], torch.float32)
     with pytest.raises(ValueError, match="A step needs the slots of 0 caches, got 1"):
-        program.run([torch.zeros(1, 8)], torch.float32, BAD_SLOTS[:1])
+        program.run([torch.zeros(1, 8)], [], torch.float32, BAD_SLOTS[:1])
 
 
 def test_heads_that_the_cache_does_not_have():
@@ -288,7 +288,7 @@ def test_heads_that_the_cache_does_not_have():
     program.attend(rows.part(0, 8), rows.part(8, 16), program.rows(8), *places, 1, 1.0, None, 2)
     caches = [torch.zeros(1, 2, 5, 8) for _ in range(2)]
     with pytest.raises(ValueError, match="have no 3 heads"):
-        program.compile().run(caches, torch.float32, [Slots(0, 0, 0, 1, 5, 1)])
+        program.compile().run(caches, [], torch.float32, [Slots(0, 0, 0, 1, 5, 1)])
 
 
 @pytest.mark.parametrize(
@@ -299,13 +299,48 @@ def test_other_tensors_are_named(tensor):
     program = StepProgram(1)
     program.load(program.tensor("past_key_values", 1, 8), program.rows(8))
     with pytest.raises(ValueError, match=r"`past_key_values` must be a contiguous torch.float32 of shape \[1, 8\]"):
-        program.compile().run([tensor], torch.float32)
+        program.compile().run([tensor], [], torch.float32)
+
+
+class Elsewhere(torch.Tensor):
+    is_cpu = False
+
+
+def without_memory():
+    weight = torch.zeros(2, 8)
+    weight.untyped_storage().resize_(0)
+    return weight
+
+
+WRONG_WEIGHTS = {
+    "none": [],
+    "shape": [torch.zeros(3, 8)],
+    "dtype": [torch.zeros(2, 8).bfloat16()],
+    "device": [torch.zeros(2, 8).as_subclass(Elsewhere)],
+    "sparse": [torch.zeros(2, 8).to_sparse()],
+    "layout": [torch.zeros(8, 2).t()],
+    "negated": [torch._neg_view(torch.zeros(2, 8))],
+    "memory": [without_memory()],
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_WEIGHTS)
+def test_weights_that_do_not_fit(kind):
+    program = StepProgram(1, [(2, 8)]).compile()
+    good = torch.zeros(2, 8)
+    assert program.addresses_of_weights([good], torch.float32) == [good.data_ptr()]
+    addresses = program.addresses_of_weights(WRONG_WEIGHTS[kind], torch.float32)
+    assert addresses is None
+    with pytest.raises(ValueError, match="`weights` must be contiguous"):
+        program.run([], addresses, torch.float32)
+    with pytest.raises(ValueError, match="A step needs 1 weights, got 0"):
+        program.run([], [], torch.float32)
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr(step_program, "load_steps", lambda: None)
     with pytest.raises(ValueError, match="There is no compiled C source for single tokens"):
-        StepProgram(1).compile().run([], torch.float32)
+        StepProgram(1).compile().run([], [], torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,9 @@ def check_states(
 
 def _fault(state, shape, rows, dtypes, device):
     """Mismatch of a state as the end of an error message, `None` if there is none."""
-    if state.dim() != len(shape) + 1 or any(a not in (None, b) for a, b in zip(shape, state.shape[1:])):
+    sizes = state.shape[1:]
+    fits = sizes == shape or (len(sizes) == len(shape) and all(a in (None, b) for a, b in zip(shape, sizes)))
+    if not fits or state.dim() == 0:
         wanted = ", ".join("?" if size is None else str(size) for size in ("rows", *shape))
         return f"of shape {list(state.shape)}, expected [{wanted}]"
     if state.shape[0] != rows:

@@ -8,6 +8,7 @@ they lie, in float32 or bfloat16.
 import ctypes
 from collections.abc import Iterable, Sequence
 from functools import cache
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ _KINDS = "load store linear layer_norm rms_norm mix attend add gate".split()
 _ACTIVATION_NAMES = "gelu gelu_pytorch_tanh relu silu".split()
 # Classes of activations and their numbers in the source, in which 0 is none.
 ACTIVATIONS: dict[type[nn.Module], int] = {type(ACT2FN[name]): i for i, name in enumerate(_ACTIVATION_NAMES, 1)}
+_DTYPE, _LAYOUT, _IS_CPU = attrgetter("dtype"), attrgetter("layout"), attrgetter("is_cpu")
 
 
 class _Operation(ctypes.Structure):
@@ -103,15 +105,19 @@ class StepProgram:
 
     Args:
         batch (`int`): number of texts.
+        weights (`Iterable[tuple[int, ...]]`): shapes of all weights, which operations call tensors 0, 1, ...
 
     Attributes:
         size (`int`): of the program's memory, in numbers of float32.
     """
 
-    def __init__(self, batch: int):
+    def __init__(self, batch: int, weights: Iterable[tuple[int, ...]] = ()):
         self.batch, self.size, self.products = batch, 0, 0
         self._operations: list[_Operation] = []
-        self._tensors: list[tuple[str, tuple[int | None, ...], torch.dtype | None]] = []
+        self._weights = list(weights)
+        self._names: list[str] = []
+        self._shapes: list[tuple[int | None, ...]] = []
+        self._dtypes: list[torch.dtype | None] = []
         # By keys and values: the most heads that are read, and the mask.
         self._caches: dict[tuple[int, int], tuple[int, int | None]] = {}
 
@@ -124,15 +130,16 @@ class StepProgram:
         return rows
 
     def tensor(self, name: str, *shape: int | None, dtype: torch.dtype | None = None) -> int:
-        """A tensor of a call, in the order of `run`.
+        """Another tensor of a call, in the order of `run`.
 
         Args:
             name (`str`): for errors.
             shape (`int`, *optional*): sizes. `None` for any.
             dtype (`torch.dtype`, *optional*): defaults to that of the call.
         """
-        self._tensors.append((name, shape, dtype))
-        return len(self._tensors) - 1
+        for column, value in ((self._names, name), (self._shapes, shape), (self._dtypes, dtype)):
+            column.append(value)
+        return len(self._weights) + len(self._names) - 1
 
     def _append(self, kind, tensors=(), reads=None, writes=None, other=None, **options):
         values: dict[str, Any] = {"kind": _KINDS.index(kind), "other": -1, "mask": -1, **options}
@@ -227,7 +234,7 @@ class StepProgram:
         options = {"heads": heads, "factor": scale, "from": first_head, "index": list(self._caches).index(place)}
         if mask is not None:
             options["mask"] = mask
-        if rotary is not None and self._tensors[rotary[0]][1][0] == 2:
+        if rotary is not None and self._shapes[rotary[0] - len(self._weights)][0] == 2:
             options["turn"] = query.width // heads
         self._append("attend", (*place, *turns), query, out, key_value, **options)
 
@@ -246,9 +253,19 @@ class StepProgram:
         self.operations = (_Operation * len(self._operations))(*self._operations)
         return self
 
+    def addresses_of_weights(self, weights: Sequence[torch.Tensor], dtype: torch.dtype) -> list[int] | None:
+        """What `run` asks for, or `None` for weights of another number, shape, dtype, device or layout.
+
+        Args:
+            weights (`Sequence[torch.Tensor]`): in the order of their shapes.
+            dtype (`torch.dtype`): of the call.
+        """
+        return _addresses(weights, self._weights, [dtype] * len(weights))
+
     def run(
         self,
         tensors: Sequence[torch.Tensor],
+        weights: Sequence[int] | None,
         dtype: torch.dtype,
         slots: Iterable[Slots] = (),
         memory: torch.Tensor | None = None,
@@ -259,6 +276,7 @@ class StepProgram:
 
         Args:
             tensors (`Sequence[torch.Tensor]`): in the order in which `tensor` was called.
+            weights (`Sequence[int]`): what `addresses_of_weights` returned for weights that are alive.
             dtype (`torch.dtype`): `torch.float32` or `torch.bfloat16`.
             slots (`Iterable[Slots]`): of each cache, in the order of the first attention to it.
             memory (`torch.Tensor` of shape `[size]`, *optional*): of the rows, which mixing steps know.
@@ -268,15 +286,24 @@ class StepProgram:
             ValueError: for tensors of another number, shape, dtype, device or layout, and for slots outside of a cache.
             MemoryError: if there is no memory for a token.
         """
-        if len(tensors) != len(self._tensors):
-            raise ValueError(f"A step needs {len(self._tensors)} tensors, got {len(tensors)}.")
-        places = [
-            address(name, tensor, _fitting(shape, tensor), dtype if own is None else own)
-            for tensor, (name, shape, own) in zip(tensors, self._tensors)
-        ]
+        if weights is None:
+            raise ValueError(
+                "`weights` must be contiguous, on a CPU, and have the shapes and the dtype of the program."
+            )
+        for what, given, expected in (("tensors", tensors, self._names), ("weights", weights, self._weights)):
+            if len(given) != len(expected):
+                raise ValueError(f"A step needs {len(expected)} {what}, got {len(given)}.")
+        shapes = [_fitting(shape, tensor) if None in shape else shape for shape, tensor in zip(self._shapes, tensors)]
+        dtypes = [dtype if own is None else own for own in self._dtypes]
+        places = _addresses(tensors, shapes, dtypes)
+        if places is None:  # checked one by one, which tells what is wrong
+            places = list(map(address, self._names, tensors, shapes, dtypes))
+        table, numbers = (
+            (ctypes.c_void_p * (len(weights) + len(places)))(*weights, *places),
+            self._numbers(tensors, slots),
+        )
         memory = torch.empty(self.size, dtype=torch.float32) if memory is None else memory
         threads = torch.get_num_threads() if self.batch * self.products >= _PARALLEL else 1
-        table, numbers = (ctypes.c_void_p * len(places))(*places), self._numbers(tensors, slots)
         call = _Call(
             batch=self.batch,
             operations=len(self.operations),
@@ -299,21 +326,37 @@ class StepProgram:
         given = list(slots)
         if len(given) != len(self._caches):
             raise ValueError(f"A step needs the slots of {len(self._caches)} caches, got {len(given)}.")
-        numbers = (_Slots * len(given))()
-        for i, (read, ((keys, values), (most, mask))) in enumerate(zip(given, self._caches.items())):
-            _, heads, length, dim = shape = tensors[keys].shape
-            masked = length if mask is None else tensors[mask].shape[1]
-            if shape != tensors[values].shape or not read.are_in(min(length, masked)) or most > heads:
+        numbers, first = (_Slots * len(given))(), len(self._weights)
+        for i, (read, (places, (most, mask))) in enumerate(zip(given, self._caches.items())):
+            shape, shape_of_values = (tensors[place - first].shape for place in places)
+            _, heads, length, dim = shape
+            masked = length if mask is None else tensors[mask - first].shape[1]
+            if shape != shape_of_values or not read.are_in(min(length, masked)) or most > heads:
                 raise ValueError(
-                    f"Keys {list(shape)} and values {list(tensors[values].shape)} have no {most} heads or no such slots: {read}."
+                    f"Keys {list(shape)} and values {list(shape_of_values)} have no {most} heads or no such slots: {read}."
                 )
             numbers[i] = _Slots(heads * length * dim, length * dim, masked, *read)
         return numbers
 
 
+def _addresses(tensors, shapes, dtypes):
+    """Addresses of contiguous tensors on a CPU with these shapes and dtypes, `None` if one is different or has no memory."""
+    # Each `map` asks all tensors one question, in a fraction of the time of calls in a loop.
+    are_such = (
+        list(map(torch.Tensor.size, tensors)) == shapes
+        and list(map(_DTYPE, tensors)) == dtypes
+        and {torch.strided}.issuperset(map(_LAYOUT, tensors))
+        and all(map(_IS_CPU, tensors))
+        and all(map(torch.Tensor.is_contiguous, tensors))
+        and not any(map(torch.Tensor.is_neg, tensors))
+    )
+    places = list(map(torch.Tensor.data_ptr, tensors)) if are_such else [0]
+    return places if all(places) else None
+
+
 def _fitting(shape, tensor):
-    """The expected shape, with any size of the tensor where it is open."""
-    if None not in shape or tensor.dim() != len(shape):
+    """An open shape, with the sizes of the tensor where any are expected."""
+    if tensor.dim() != len(shape):
         return shape
     return tuple(given if size is None else size for size, given in zip(shape, tensor.shape))
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..common.plain_modules import are_plain, look_once
+from ..common.plain_modules import are_plain, keep, look_once
 from ..common.registered_operators import in_graph, operator_namespace
 from ..common.step_program import ACTIVATIONS, MOST_ROWS, Slots, StepProgram, load_steps
 from .configuration_hierarchical_lm import HierarchicalLMConfig
@@ -163,14 +163,15 @@ def _make_program(layers: Layers, batch: int, active: tuple[bool, ...], rotary_r
     Its tensors are the token, cosines and sines of each active stream with attention, the weights, and the states.
     """
     streams = layers.streams
-    program = StepProgram(batch)
+    shapes = list(_weight_shapes(layers, active))
+    program = StepProgram(batch, shapes)
     token = program.tensor("hidden_states", batch, 1, sum(stream.width for stream in streams))
     turns: dict[int, list[int]] = {}
     for h, number in enumerate(rotary_rows):
         if number:
             shape = number, streams[h].head_dim
             turns[h] = [program.tensor("rotary", *shape, dtype=torch.float32) for _ in range(2)]
-    weights = iter([program.tensor("weights", *shape) for shape in _weight_shapes(layers, active)])
+    weights = iter(range(len(shapes)))
     states = iter([program.tensor("past_key_values", *shape) for shape in _state_shapes(layers, batch, active)])
     hidden, places = program.rows(sum(stream.width for stream in streams)), []
     start = 0
@@ -324,22 +325,31 @@ def step_layers(
     """
     active = tuple(plan.steps > 0 for plan in context.streams)
     token = torch.cat([x if x.shape[1] else x.new_zeros(len(x), 1, x.shape[2]) for x in streams], dim=-1)
-    weights = list(_weights(layers, active))
-    states = [_read(cache, *place) for place in _state_places(known, active)]
-    if not _is_token_of_all_rows(token, context) or not _lie_as_expected(token, weights, states, known, active):
+    if not _is_token_of_all_rows(token, context):
         return None
     rotary = [x.reshape(-1, x.shape[-1]).float() for plan in context.streams for x in plan.rotary or ()]
+    if in_graph():
+        weights = list(_weights(layers, active))
+        if not _lie_as_expected(weights, token.dtype, known, active):
+            return None
+    else:
+        program = _find_program(known, len(token), active, rotary)
+        kept = keep(layers, active, lambda: list(_weights(layers, active)))
+        weights = program.addresses_of_weights(kept, token.dtype)
+        if weights is None:
+            return None
     if context.is_static_step:
         windows = [-1 if plan.window is None else plan.window for plan in context.streams]
-        slots = context.past_lengths, cache.ring_sizes, windows, config.window_type == "block"
+        states = [_read(cache, *place) for place in _state_places(known, active)]
+        where = context.past_lengths, cache.ring_sizes, windows, config.window_type == "block"
         if in_graph():
-            token = _operator(token, states, weights, rotary, *slots, known.text, list(active))
+            token = _operator(token, states, weights, rotary, *where, known.text, list(active))
         else:
-            token = _static_step(token, states, weights, rotary, *slots, known, active)
+            token = _run(program, token, states, weights, rotary, _static_slots(*where, known, active))
     else:
         if any(cache.steps_cached(h) == 0 for h, stream in enumerate(known.streams) if stream.heads):
             return None
-        token = _dynamic_step(token, cache, weights, rotary, context, known, active)
+        token = _dynamic_step(program, token, cache, weights, rotary, context, known, active)
     parts = token.split([stream.width for stream in known.streams], dim=-1)
     return [x if is_active else empty for x, empty, is_active in zip(parts, streams, active)]
 
@@ -356,14 +366,11 @@ def _is_token_of_all_rows(token, context):
     return len(set(context.past_lengths)) == 1 and all(plan.mask is None for plan in plans)
 
 
-def _lie_as_expected(token, weights, states, layers, active):
-    """Whether weights and states have the dtype of the token, and the weights the shapes and the layout that C reads."""
+def _lie_as_expected(weights, dtype, layers, active):
+    """What `StepProgram.addresses_of_weights` asks, in a form that graphs can contain."""
     shapes = list(_weight_shapes(layers, active))
-    return (
-        len(weights) == len(shapes)
-        and all(x.shape == shape and x.is_contiguous() for x, shape in zip(weights, shapes))
-        and all(x.dtype == token.dtype and x.is_cpu for x in (*weights, *states))
-    )
+    are_plain = len(weights) == len(shapes) and all(x.dtype == dtype and x.is_cpu for x in weights)
+    return are_plain and all(x.shape == shape and x.is_contiguous() for x, shape in zip(weights, shapes))
 
 
 def _state_places(layers, active):
@@ -387,7 +394,7 @@ def _read(cache, kind, place, index):
     return layer.recurrent_states[index] if kind == "last" else getattr(layer, kind)
 
 
-def _dynamic_step(token, cache, weights, rotary, context, layers, active):
+def _dynamic_step(program, token, cache, weights, rotary, context, layers, active):
     """The step with new states, which replace those of the cache: results that were returned may share memory with the old ones."""
     number, changed, states, slots = len(layers.streams), [], [], []
     for kind, place, index in _state_places(layers, active):
@@ -403,19 +410,19 @@ def _dynamic_step(token, cache, weights, rotary, context, layers, active):
             state = state.clone(memory_format=torch.contiguous_format)
             changed.append((kind, place, index, state))
         states.append(state.contiguous())
-    token = _run(token, states, weights, rotary, slots, layers, active)
+    token = _run(program, token, states, weights, rotary, slots)
     for kind, place, index, state in changed:
         (cache.write_conv if kind == "conv" else cache.write_recurrent)(state, place, index)
     return token
 
 
-def _static_step(token, states, weights, rotary, past_length, rings, windows, is_block, layers, active):
-    """The step in memory that stays where it is."""
+def _static_slots(past_length, rings, windows, is_block, layers, active):
+    """The slots of a step in memory that stays where it is."""
     past, slots = int(past_length), []
     for stream, is_active, ring, window in zip(layers.streams, active, rings, windows):
         if is_active and stream.heads:
             slots.append(_slots_of_ring(past // stream.stride, stream.dilation, ring, window if is_block else -1))
-    return _run(token, states, weights, rotary, slots * layers.number, layers, active)
+    return slots * layers.number
 
 
 def _slots_of_ring(step, dilation, ring, block):
@@ -427,13 +434,16 @@ def _slots_of_ring(step, dilation, ring, block):
     return Slots(phase + position % ring, phase, first, 1, ring, position - first + 1)
 
 
-def _run(token, states, weights, rotary, slots, layers, active):
+def _find_program(layers, batch, active, rotary):
     rows, given = [], iter(rotary[::2])
     for stream, is_active in zip(layers.streams, active):
         rows.append(len(next(given)) if is_active and stream.heads else 0)
-    program = _make_program(layers, len(token), active, tuple(rows))
+    return _make_program(layers, batch, active, tuple(rows))
+
+
+def _run(program, token, states, weights, rotary, slots):
     token = token.clone(memory_format=torch.contiguous_format)
-    program.run([token, *rotary, *weights, *states], token.dtype, slots)
+    program.run([token, *rotary, *states], weights, token.dtype, slots)
     return token
 
 
@@ -451,7 +461,9 @@ def _operator(
     active: list[bool],
 ) -> torch.Tensor:
     known, has_step = _from_text(layers), tuple(active)
-    return _static_step(token, states, weights, rotary, past_length, rings, windows, is_block, known, has_step)
+    program = _find_program(known, len(token), has_step, rotary)
+    slots = _static_slots(past_length, rings, windows, is_block, known, has_step)
+    return _run(program, token, states, program.addresses_of_weights(weights, token.dtype), rotary, slots)
 
 
 @_operator.register_fake

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from ..common.cpu_kernels import address
-from ..common.plain_modules import are_plain, is_watched, look_once
+from ..common.plain_modules import are_plain, is_watched, keep, look_once
 from ..common.registered_operators import in_graph, operator_namespace
 from ..common.step_program import ACTIVATIONS, MOST_ROWS, Rows, StepProgram, load_steps
 from .focus_cpu import Mixing, blank_mixing, has_kernel, holds_step, recurrent_share
@@ -93,47 +93,54 @@ def step_layers(
     if not all(holds_step(state, layer.mixer.settings) for state, layer in zip(states, modules)):
         return None
     first = modules[0]
-    weights = [x for layer in modules for x in _weights(layer)]
+    weights = _weights(modules) if in_graph() else keep(layers, None, lambda: _weights(modules))
     slopes = [layer.mixer.alibi_slopes for layer in modules if layer.mixer.alibi_slopes is not None]
     cos, sin = rotary or (None, None)
     tensors = hidden_states, states, weights, slopes, cos, sin
-    if not _lie_as_expected(*tensors, first.mixer.num_heads):
+    if not _fit(*tensors, first.mixer.num_heads):
         return None
     windows = [layer.mixer.settings.window or 0 for layer in modules]
     kind, epsilon = ACTIVATIONS[type(first.mlp.act_fn)], first.input_layernorm.eps
     options = first.mixer.num_heads, windows, *_values(first.mixer.settings), kind, epsilon
     if in_graph():
-        return _operator(*tensors, *options)
+        return _operator(*tensors, *options) if _lie_as_expected(hidden_states, weights, len(states)) else None
     return None if is_watched() else _step(*tensors, *options)
 
 
-def _weights(layer):
-    """Tensors of a layer in the order of the program."""
-    before, after, up, down = (
-        layer.input_layernorm,
-        layer.post_attention_layernorm,
-        layer.mlp.up_proj,
-        layer.mlp.down_proj,
-    )
-    norms = before.weight, before.bias, layer.mixer.qfkv_proj.weight, after.weight, after.bias
-    return *norms, up.weight, up.bias, down.weight, down.bias
+def _weights(layers):
+    """Tensors of all layers in the order of the program."""
+    weights = []
+    for layer in layers:
+        before, after, mixer, mlp = layer.input_layernorm, layer.post_attention_layernorm, layer.mixer, layer.mlp
+        weights += before.weight, before.bias, mixer.qfkv_proj.weight, after.weight, after.bias
+        weights += mlp.up_proj.weight, mlp.up_proj.bias, mlp.down_proj.weight, mlp.down_proj.bias
+    return weights
 
 
-def _lie_as_expected(hidden_states, states, weights, slopes, cos, sin, heads):
-    """Whether all weights have the dtype of the hidden states, and the shapes and the layout of the program."""
-    width, dtype = hidden_states.shape[-1], hidden_states.dtype
-    if dtype not in (torch.float32, torch.bfloat16) or width % heads:
+def _fit(hidden_states, states, weights, slopes, cos, sin, heads):
+    """Whether numbers and dtypes of tensors are those of layers. `StepProgram` looks at the weights."""
+    if hidden_states.dtype not in (torch.float32, torch.bfloat16) or hidden_states.shape[-1] % heads:
         return False
     if not weights or len(weights) != _WEIGHTS * len(states) or len(slopes) not in (0, len(states)):
         return False
-    parts, inner = weights[2].shape[0] // width, weights[5].shape[0]
-    shapes = _shapes(width, parts, inner) * len(states)
     return (
-        all(x.shape == shape and x.dtype == dtype for x, shape in zip(weights, shapes))
-        and all(x.shape == (heads,) and x.dtype == torch.float32 for x in slopes)
-        and all(x.is_cpu and x.is_contiguous() for x in (*weights, *slopes))
+        all(x.shape == (heads,) and x.dtype == torch.float32 for x in slopes)
+        and all(x.is_cpu and x.is_contiguous() for x in slopes)
         and (cos is None or (cos.dtype == sin.dtype == torch.float32 and len(cos) == len(sin)))
     )
+
+
+def _lie_as_expected(hidden_states, weights, layers):
+    """What `StepProgram.addresses_of_weights` asks, in a form that graphs can contain."""
+    _, *sizes = _sizes(hidden_states, weights)
+    are_plain = all(x.dtype == hidden_states.dtype and x.is_cpu and x.is_contiguous() for x in weights)
+    return are_plain and all(x.shape == shape for x, shape in zip(weights, _shapes(*sizes) * layers))
+
+
+def _sizes(hidden_states, weights):
+    """Batch, width, parts of the input of a mixing step, and channels of the feed-forwards between."""
+    batch, _, width = hidden_states.shape
+    return batch, width, weights[2].shape[0] // width, weights[5].shape[0]
 
 
 def _shapes(width, parts, inner):
@@ -174,13 +181,13 @@ def _make_plan(sizes, rotary_rows, heads, windows, settings, activation, epsilon
         raise ValueError(
             f"There is no compiled C source for `windows`={list(windows)} and settings {settings} with heads of {head_dim} channels."
         )
-    program = StepProgram(batch)
+    program = StepProgram(batch, _shapes(width, parts, inner) * len(windows))
     token = program.tensor("hidden_states", batch, 1, width)
     hidden, normed, mixed = (program.rows(width) for _ in range(3))
     qfkv, between = program.rows(parts * width), program.rows(inner)
     program.load(token, hidden)
     for layer in range(len(windows)):
-        weights = [program.tensor("weights", *shape) for shape in _shapes(width, parts, inner)]
+        weights = range(_WEIGHTS * layer, _WEIGHTS * (layer + 1))
         norm, norm_bias, qfkv_proj, post_norm, post_norm_bias, up, up_bias, down, down_bias = weights
         program.norm(hidden, normed, norm, norm_bias, epsilon)
         program.linear(normed, qfkv, qfkv_proj)
@@ -196,11 +203,14 @@ def _make_plan(sizes, rotary_rows, heads, windows, settings, activation, epsilon
 
 
 def _step(hidden_states, states, weights, slopes, cos, sin, heads, windows, *settings_activation_epsilon):
+    """The result, or `None` for weights that lie in another way."""
     *settings, activation, epsilon = settings_activation_epsilon
-    batch, _, width = hidden_states.shape
-    sizes = batch, width, weights[2].shape[0] // width, weights[5].shape[0]
     rows = 0 if cos is None else len(cos)
+    sizes = _sizes(hidden_states, weights)
     plan = _make_plan(sizes, rows, heads, tuple(windows), tuple(settings), activation, epsilon)
+    addresses = plan.program.addresses_of_weights(weights, hidden_states.dtype)
+    if addresses is None:
+        return None
     out = hidden_states.clone(memory_format=torch.contiguous_format)
     memory = torch.empty(plan.program.size, dtype=torch.float32)
     mixing = type(plan.mixing).from_buffer_copy(plan.mixing)
@@ -216,8 +226,8 @@ def _step(hidden_states, states, weights, slopes, cos, sin, heads, windows, *set
             setattr(step, name, x)
     for step, one in zip(mixing, slopes):
         step.alibi_slopes = one.data_ptr()
-    mix = recurrent_share(width // heads)
-    plan.program.run([out, *weights], out.dtype, memory=memory, mixing=mixing, mix=mix)
+    mix = recurrent_share(out.shape[-1] // heads)
+    plan.program.run([out], addresses, out.dtype, memory=memory, mixing=mixing, mix=mix)
     return out
 
 
@@ -241,12 +251,15 @@ def _operator(
 ) -> torch.Tensor:
     tensors = hidden_states, states, weights, alibi_slopes, cos, sin
     is_token = hidden_states.dim() == 3 and hidden_states.shape[1] == 1 and heads > 0 and len(windows) == len(states)
-    if not is_token or not _lie_as_expected(*tensors, heads):
+    settings = scale, normalize, weight_function, output_gate, sink_weight
+    out = None
+    if is_token and _fit(*tensors, heads):
+        out = _step(*tensors, heads, windows, *settings, activation, epsilon)
+    if out is None:
         raise ValueError(
             "`states`, `weights` and `alibi_slopes` must be those of LEAP's layers on a CPU, and `hidden_states` one token."
         )
-    settings = scale, normalize, weight_function, output_gate, sink_weight
-    return _step(*tensors, heads, windows, *settings, activation, epsilon)
+    return out
 
 
 @_operator.register_fake

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..common.plain_modules import are_plain, look_once
+from ..common.plain_modules import are_plain, keep, look_once
 from ..common.registered_operators import in_graph, operator_namespace
 from ..common.step_program import ACTIVATIONS, MOST_ROWS, Rows, Slots, StepProgram, load_steps
 from .multigrid_context import MultiGridContext
@@ -223,10 +223,10 @@ class _Writer:
 @lru_cache(maxsize=64)
 def _make_program(layers: Layers, batch: int, has_mask: bool) -> StepProgram:
     """The program. Its tensors are the token, the mask if there is one, the weights, and keys and values of the cache."""
-    program = StepProgram(batch)
+    shapes = _all_weight_shapes(layers)
+    program = StepProgram(batch, shapes)
     token = program.tensor("hidden_states", batch, 1, layers.total)
     mask = program.tensor("attention_mask", batch, None, dtype=torch.bool) if has_mask else None
-    weights = [program.tensor("weights", *shape) for shape in _all_weight_shapes(layers)]
     axes, (main_width, width) = len(layers.shares), layers.widths
     heads = [(main_width + axes * width) // layers.head_dim, 2 * axes * width // layers.head_dim]
     caches = []
@@ -236,7 +236,7 @@ def _make_program(layers: Layers, batch: int, has_mask: bool) -> StepProgram:
     hidden = program.rows(layers.total)
     main, metas = hidden.part(0, main_width), [hidden.part(main_width + a * width, width) for a in range(axes)]
     writer = _Writer(layers, program, mask)
-    writer.weights = iter(weights)
+    writer.weights = iter(range(len(shapes)))
     program.load(token, hidden)
     for layer in range(layers.number):
         for stream, x in enumerate((main, *metas)):
@@ -292,10 +292,18 @@ def step_layers(
         MemoryError: if there is no memory for a token.
     """
     token = main if meta is None else torch.cat((main, *meta.unbind(0)), dim=-1)
-    weights, cached = _weights(layers), [x for layer in cache.layers for x in (layer.keys, layer.values)]
-    if not _lie_as_expected(token, weights, cached, known):
+    mask, dtype = context.token_mask, token.dtype
+    if len(token) > MOST_ROWS or dtype not in (torch.float32, torch.bfloat16):
         return None
-    mask = context.token_mask
+    if in_graph():
+        weights = _weights(layers)
+        if not _lie_as_expected(weights, dtype, known):
+            return None
+    else:
+        program = _make_program(known, len(token), mask is not None)
+        weights = program.addresses_of_weights(keep(layers, None, lambda: _weights(layers)), dtype)
+        if weights is None:
+            return None
     if cache.max_cache_len is None:
         states: list[torch.Tensor] = []
         slots = []
@@ -303,14 +311,15 @@ def step_layers(
             memory, end, length = cache.make_room(place)
             states += memory
             slots.append(Slots(end, end - length, 0, 1, memory[0].shape[2], length + 1))
-        token = _run(token, states, weights, mask, slots, known)
+        token = _run(program, token, states, weights, mask, slots)
     else:
+        cached = [x for layer in cache.layers for x in (layer.keys, layer.values)]
         for layer in cache.layers:
             layer.cumulative_length.add_(1)  # where the next pass of several tokens is written
         if in_graph():
             token = _operator(token, cached, weights, mask, cache.seen_tokens, known.text)
         else:
-            token = _static_step(token, cached, weights, mask, cache.seen_tokens, known)
+            token = _run(program, token, cached, weights, mask, _static_slots(cached, cache.seen_tokens))
     main, *metas = token.split([known.widths[0], *[known.widths[1]] * len(known.shares)], dim=-1)
     return main, torch.stack(metas) if metas else None
 
@@ -325,30 +334,23 @@ def _weights(layers):
     return [x for module in modules for x in (module.weight, module.bias)]
 
 
-def _lie_as_expected(token, weights, cached, layers):
-    """Whether weights and caches have the dtype of the token, and the weights the shapes and the layout that C reads."""
+def _lie_as_expected(weights, dtype, layers):
+    """What `StepProgram.addresses_of_weights` asks, in a form that graphs can contain."""
     shapes = _all_weight_shapes(layers)
-    return (
-        len(token) <= MOST_ROWS
-        and token.dtype in (torch.float32, torch.bfloat16)
-        and len(weights) == len(shapes)
-        and all(x.shape == shape and x.is_contiguous() for x, shape in zip(weights, shapes))
-        and all(x.dtype == token.dtype and x.is_cpu for x in (*weights, *cached))
-    )
+    are_plain = len(weights) == len(shapes) and all(x.dtype == dtype and x.is_cpu for x in weights)
+    return are_plain and all(x.shape == shape and x.is_contiguous() for x, shape in zip(weights, shapes))
 
 
-def _static_step(token, cached, weights, mask, seen_tokens, layers):
-    """The step in memory that stays where it is."""
+def _static_slots(cached, seen_tokens):
+    """The slots of a token in memory that stays where it is."""
     past, length = int(seen_tokens), cached[0].shape[2]
-    slots = Slots(past, 0, 0, 1, length, past + 1)
-    return _run(token, cached, weights, mask, [slots] * (len(cached) // 2), layers)
+    return [Slots(past, 0, 0, 1, length, past + 1)] * (len(cached) // 2)
 
 
-def _run(token, states, weights, mask, slots, layers):
-    program = _make_program(layers, len(token), mask is not None)
+def _run(program, token, states, weights, mask, slots):
     token = token.clone(memory_format=torch.contiguous_format)
     given = [] if mask is None else [mask.contiguous()]
-    program.run([token, *given, *weights, *states], token.dtype, slots)
+    program.run([token, *given, *states], weights, token.dtype, slots)
     return token
 
 
@@ -361,7 +363,9 @@ def _operator(
     seen_tokens: torch.Tensor,
     layers: str,
 ) -> torch.Tensor:
-    return _static_step(token, cached, weights, mask, seen_tokens, _from_text(layers))
+    program = _make_program(_from_text(layers), len(token), mask is not None)
+    places = program.addresses_of_weights(weights, token.dtype)
+    return _run(program, token, cached, places, mask, _static_slots(cached, seen_tokens))
 
 
 @_operator.register_fake
