@@ -88,11 +88,11 @@ def _look(root, options):
     changed = any(map(_TRAINING, modules)) or any(map(_HOOKS_BEFORE, modules))
     changed = changed or not all(map(_are_idle, filter(None, map(_HOOKS_AFTER, modules))))
     changed = changed or any("forward" in one or one.get("_compiled_call_impl") is not None for one in own)
-    tensors = [x for module in modules for x in module._parameters.values()]
+    tensors: list[Any] = [x for module in modules for x in module._parameters.values()]
     tensors += [x for module in modules for x in module._buffers.values()]
     if changed or not _TENSORS.issuperset(map(type, tensors)):
         return None, None
-    kinds = list(map(type, modules))
+    kinds: list[Any] = list(map(type, modules))
     forwards = [kind.forward for kind in dict.fromkeys(kinds)]
     values = [one.get(name) for name in options for one in own]
     return (modules, kinds, forwards, values, list(map(id, tensors))), tensors

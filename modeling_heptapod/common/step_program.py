@@ -137,8 +137,9 @@ class StepProgram:
             shape (`int`, *optional*): sizes. `None` for any.
             dtype (`torch.dtype`, *optional*): defaults to that of the call.
         """
-        for column, value in ((self._names, name), (self._shapes, shape), (self._dtypes, dtype)):
-            column.append(value)
+        self._names.append(name)
+        self._shapes.append(shape)
+        self._dtypes.append(dtype)
         return len(self._weights) + len(self._names) - 1
 
     def _append(self, kind, tensors=(), reads=None, writes=None, other=None, **options):
@@ -293,15 +294,13 @@ class StepProgram:
         for what, given, expected in (("tensors", tensors, self._names), ("weights", weights, self._weights)):
             if len(given) != len(expected):
                 raise ValueError(f"A step needs {len(expected)} {what}, got {len(given)}.")
-        shapes = [_fitting(shape, tensor) if None in shape else shape for shape, tensor in zip(self._shapes, tensors)]
+        shapes: list[Any] = [_fitting(x, given) if None in x else x for x, given in zip(self._shapes, tensors)]
         dtypes = [dtype if own is None else own for own in self._dtypes]
         places = _addresses(tensors, shapes, dtypes)
         if places is None:  # checked one by one, which tells what is wrong
-            places = list(map(address, self._names, tensors, shapes, dtypes))
-        table, numbers = (
-            (ctypes.c_void_p * (len(weights) + len(places)))(*weights, *places),
-            self._numbers(tensors, slots),
-        )
+            places = [address(*one) for one in zip(self._names, tensors, shapes, dtypes)]
+        table = (ctypes.c_void_p * (len(weights) + len(places)))(*weights, *places)
+        numbers = self._numbers(tensors, slots)
         memory = torch.empty(self.size, dtype=torch.float32) if memory is None else memory
         threads = torch.get_num_threads() if self.batch * self.products >= _PARALLEL else 1
         call = _Call(

@@ -166,8 +166,7 @@ class AuxiliaryLosses(nn.Module):
 
 
 def auxiliary_inputs(outputs, embeds, input_ids, labels, num_items_in_batch=None, shift_labels=None):
-    """Arguments of `AuxiliaryLosses`, from the base model's outputs. With gradient accumulation their scale is the share of
-    this batch."""
+    """Arguments of `AuxiliaryLosses`, from outputs of the base model. Their scale is the share of this batch in all items."""
     rows, mask, segments = outputs.token_layout, None, None
     if rows is not None:
         mask, segments = rows.real, rows.segments

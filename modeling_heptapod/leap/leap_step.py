@@ -109,7 +109,7 @@ def step_layers(
 
 def _weights(layers):
     """Tensors of all layers in the order of the program."""
-    weights = []
+    weights: list[torch.Tensor] = []
     for layer in layers:
         before, after, mixer, mlp = layer.input_layernorm, layer.post_attention_layernorm, layer.mixer, layer.mlp
         weights += before.weight, before.bias, mixer.qfkv_proj.weight, after.weight, after.bias
