@@ -8,6 +8,9 @@ from typing import Any
 import torch
 
 
+_libraries: dict[str, torch.library.Library] = {}
+
+
 def operator_namespace(module: str) -> str:
     """Namespace for the operators of a module of this package, or of a copy of it from a saved folder.
 
@@ -26,6 +29,31 @@ def in_graph() -> bool:
     return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
+def register_for_cpu(
+    name: str, function: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...]
+) -> Any:
+    """Register an operator without gradients.
+
+    Between a graph and the function `torch.library.custom_op` has three more layers of Python, each of which unpacks all tensors.
+
+    Args:
+        name (`str`): with the namespace.
+        function (`Callable`): the operator on CPUs, with annotated arguments.
+        fake (`Callable`): what it returns, without memory.
+        mutates (`tuple[str, ...]`): names of the arguments that it changes in place.
+
+    Returns:
+        The operator.
+    """
+    namespace, _, own = name.partition("::")
+    _libraries.pop(name, None)  # of the same module before it was loaded again
+    library = _libraries[name] = torch.library.Library(namespace, "FRAGMENT")
+    library.define(own + torch.library.infer_schema(function, mutates_args=mutates))
+    library.impl(own, function, "CPU")
+    torch.library.register_fake(name, fake, lib=library)
+    return getattr(getattr(torch.ops, namespace), own).default
+
+
 def in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
     """Run outside autocast, which would compute products of float32 sums in bf16."""
 
@@ -38,4 +66,4 @@ def in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-__all__ = ["in_full_precision", "in_graph", "operator_namespace"]
+__all__ = ["in_full_precision", "in_graph", "operator_namespace", "register_for_cpu"]

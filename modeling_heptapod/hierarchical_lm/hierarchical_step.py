@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..common.plain_modules import are_plain, keep, look_once
-from ..common.registered_operators import in_graph, operator_namespace
+from ..common.registered_operators import in_graph, operator_namespace, register_for_cpu
 from ..common.step_program import ACTIVATIONS, MOST_ROWS, Slots, StepProgram, load_steps
 from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .stream_plan import HierarchicalLMContext
@@ -447,8 +447,7 @@ def _run(program, token, states, weights, rotary, slots):
     return token
 
 
-@torch.library.custom_op(f"{NAMESPACE}::hierarchical_step", mutates_args=("states",))
-def _operator(
+def _on_cpu(
     token: torch.Tensor,
     states: list[torch.Tensor],
     weights: list[torch.Tensor],
@@ -466,9 +465,10 @@ def _operator(
     return _run(program, token, states, program.addresses_of_weights(weights, token.dtype), rotary, slots)
 
 
-@_operator.register_fake
-def _(token, *_):
+def _without_memory(token, *_):
     return torch.empty_like(token, memory_format=torch.contiguous_format)
 
+
+_operator = register_for_cpu(f"{NAMESPACE}::hierarchical_step", _on_cpu, _without_memory, ("states",))
 
 __all__ = ["NAMESPACE", "Layers", "Stream", "describe_layers", "step_layers"]

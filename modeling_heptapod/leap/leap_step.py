@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from ..common.cpu_kernels import address
 from ..common.plain_modules import are_plain, is_watched, keep, look_once
-from ..common.registered_operators import in_graph, operator_namespace
+from ..common.registered_operators import in_graph, operator_namespace, register_for_cpu
 from ..common.step_program import ACTIVATIONS, MOST_ROWS, Rows, StepProgram, load_steps
 from .focus_cpu import Mixing, blank_mixing, has_kernel, holds_step, recurrent_share
 from .focus_functions import FocusSettings
@@ -231,8 +231,7 @@ def _step(hidden_states, states, weights, slopes, cos, sin, heads, windows, *set
     return out
 
 
-@torch.library.custom_op(f"{NAMESPACE}::leap_step", mutates_args=("states",))
-def _operator(
+def _on_cpu(
     hidden_states: torch.Tensor,
     states: list[torch.Tensor],
     weights: list[torch.Tensor],
@@ -262,9 +261,10 @@ def _operator(
     return out
 
 
-@_operator.register_fake
-def _(hidden_states, *_):
+def _without_memory(hidden_states, *_):
     return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
 
+
+_operator = register_for_cpu(f"{NAMESPACE}::leap_step", _on_cpu, _without_memory, ("states",))
 
 __all__ = ["NAMESPACE", "can_step", "step_layers"]

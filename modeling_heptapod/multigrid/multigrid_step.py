@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..common.plain_modules import are_plain, keep, look_once
-from ..common.registered_operators import in_graph, operator_namespace
+from ..common.registered_operators import in_graph, operator_namespace, register_for_cpu
 from ..common.step_program import ACTIVATIONS, MOST_ROWS, Rows, Slots, StepProgram, load_steps
 from .multigrid_context import MultiGridContext
 
@@ -354,8 +354,7 @@ def _run(program, token, states, weights, mask, slots):
     return token
 
 
-@torch.library.custom_op(f"{NAMESPACE}::multigrid_step", mutates_args=("cached",))
-def _operator(
+def _on_cpu(
     token: torch.Tensor,
     cached: list[torch.Tensor],
     weights: list[torch.Tensor],
@@ -368,9 +367,10 @@ def _operator(
     return _run(program, token, cached, places, mask, _static_slots(cached, seen_tokens))
 
 
-@_operator.register_fake
-def _(token, *_):
+def _without_memory(token, *_):
     return torch.empty_like(token, memory_format=torch.contiguous_format)
 
+
+_operator = register_for_cpu(f"{NAMESPACE}::multigrid_step", _on_cpu, _without_memory, ("cached",))
 
 __all__ = ["NAMESPACE", "Layers", "describe_layers", "step_layers"]
