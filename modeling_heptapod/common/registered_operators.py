@@ -46,7 +46,7 @@ def register_for_cpu(
         The operator.
     """
     namespace, _, own = name.partition("::")
-    _libraries.pop(name, None)  # of the same module before it was loaded again
+    # Alive as long as the operator. That of the same module before it was loaded again ends here.
     library = _libraries[name] = torch.library.Library(namespace, "FRAGMENT")
     library.define(own + torch.library.infer_schema(function, mutates_args=mutates))
     library.impl(own, function, "CPU")
