@@ -37,7 +37,7 @@ from .configuration_multigrid import MultiGridConfig
 from .generation_multigrid import MultiGridGenerationMixin
 from .multigrid_blocks import MultiGridBlock, MultiGridLayer, MultiGridMLP, NextAxesBlock, shift_axis_ids
 from .multigrid_cache import MultiGridCache, StaticMultiGridCache
-from .multigrid_context import make_context
+from .multigrid_context import add_causal_mask, make_context
 from .multigrid_cores import TransformerCore, grouped_norm, leap_config
 from .multigrid_growth import MultiGridGrowthMixin
 from .multigrid_step import describe_layers, step_layers
@@ -228,6 +228,8 @@ class MultiGridModel(MultiGridPreTrainedModel):
         stepped = self._step(main, meta, context, past_key_values)
         if stepped is not None:
             (main, meta), layers = stepped, []
+        elif config.core == "transformer":
+            add_causal_mask(context, config, main, past_key_values)
         for layer in layers:
             main, meta, weights = layer(main, meta, context=context, **{CACHE: past_key_values})
             attentions.append(weights)

@@ -113,7 +113,6 @@ def make_context(
     if position_ids is None:
         context.position_ids = count_positions(embeds, mask, segments, context.past_lengths)
     if config.core == "transformer":
-        _add_causal_mask(context, config, embeds, continued)
         return context
     assert rotary_emb is not None  # for type checkers
     precise = embeds.to(torch.promote_types(embeds.dtype, torch.float32))
@@ -124,8 +123,21 @@ def make_context(
     return context
 
 
-def _add_causal_mask(context, config, embeds, cache):
-    """Set `attention_mask` and `flash_kwargs`, as the attention implementation takes them."""
+def add_causal_mask(
+    context: MultiGridContext,
+    config: MultiGridConfig,
+    embeds: torch.Tensor,
+    cache: MultiGridCache | StaticMultiGridCache | None,
+) -> None:
+    """Set `attention_mask` and `flash_kwargs`, as the attention implementation of layers takes them.
+
+    Args:
+        context, config, embeds, cache: of `make_context`.
+
+    Raises:
+        ValueError: for pads in packed rows with flash attention.
+    """
+    cache = None if context.is_first else cache
     mask, segments = context.token_mask, context.segment_ids
     if context.output_attentions and config._attn_implementation != "eager":
         config = copy.copy(config)
@@ -142,6 +154,7 @@ def _add_causal_mask(context, config, embeds, cache):
         context.flash_kwargs = _flash_kwargs(segments)
         return
     if cache is not None and cache.max_cache_len is not None and is_flash_attention_requested(config):
+        assert mask is not None  # for type checkers: a static cache has one
         # Of the keys that it may take, because it counts from their end.
         mask = mask[:, : int(cache.seen_tokens) + embeds.shape[1]]
     context.attention_mask = create_causal_mask(
@@ -150,7 +163,7 @@ def _add_causal_mask(context, config, embeds, cache):
         attention_mask=mask,
         and_mask_function=None if segments is None else packed_sequence_mask_function(segments),
         layer_idx=0,
-        **{CACHE: cache},
+        **{CACHE: cache},  # type: ignore[arg-type]
     )
 
 
@@ -243,4 +256,4 @@ class LSTMRows:
         return out.unflatten(0, x.shape[:2]), final
 
 
-__all__ = ["LSTMRows", "MultiGridContext", "make_context"]
+__all__ = ["LSTMRows", "MultiGridContext", "add_causal_mask", "make_context"]
