@@ -106,13 +106,9 @@ def invalid_call(seed):
     rng = random.Random(seed)
     batch, heads, dim, length = rng.randint(1, 3), rng.randint(1, 3), rng.choice((2, 8)), rng.randint(1, 9)
     inner = heads * dim
-    program = StepProgram(batch)
-    token, weight, state = (
-        program.tensor("token", batch, inner),
-        program.tensor("weight", 3 * inner, inner),
-        program.tensor("state", batch, 2, inner // 2),
-    )
-    norm, mask = program.tensor("norm", inner), program.tensor("mask", batch, None, dtype=torch.bool)
+    program, weight, norm = StepProgram(batch, [(3 * inner, inner), (inner,)]), 0, 1
+    token, state = program.tensor("token", batch, inner), program.tensor("state", batch, 2, inner // 2)
+    mask = program.tensor("mask", batch, None, dtype=torch.bool)
     keys, values = (program.tensor(name, batch, heads, None, dim) for name in ("keys", "values"))
     x, normed, qkv = program.rows(inner), program.rows(inner), program.rows(3 * inner)
     program.load(token, x)
@@ -123,10 +119,10 @@ def invalid_call(seed):
     program.compile()
     caches = [torch.randn(batch, heads, length, dim) for _ in range(2)]
     tensors = {
-        "token": torch.randn(batch, inner),
         "weight": torch.randn(3 * inner, inner),
-        "state": torch.randn(batch, 2, inner // 2),
         "norm": torch.randn(inner),
+        "token": torch.randn(batch, inner),
+        "state": torch.randn(batch, 2, inner // 2),
         "mask": torch.ones(batch, length, dtype=torch.bool),
         "keys": caches[0],
         "values": caches[1],
@@ -145,7 +141,10 @@ def invalid_call(seed):
         if what == "mask" and tensors[what].shape == (batch, length + 1) and tensors[what].dtype == torch.bool:
             return  # a longer one will do
     before = [x.clone() for x in tensors.values()]
-    refused(lambda: program.run(list(tensors.values()), torch.float32, [slots]), "slots" if what == "slots" else "")
+    weights, others = list(tensors.values())[:2], list(tensors.values())[2:]
+    addresses = program.addresses_of_weights(weights, torch.float32)
+    name = {"slots": "slots", "weight": "`weights`", "norm": "`weights`"}.get(what, "")
+    refused(lambda: program.run(others, addresses, torch.float32, [slots]), name)
     assert all(torch.equal(a, b) for a, b in zip(before, tensors.values()) if a.device.type == "cpu")
 
 
