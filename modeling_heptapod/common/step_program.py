@@ -338,6 +338,12 @@ class StepProgram:
         return numbers
 
 
+def lie_as_expected(weights: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> bool:
+    """What `StepProgram.addresses_of_weights` asks, in a form that graphs can contain."""
+    are_plain = len(weights) == len(shapes) and all(x.dtype == dtype and x.is_cpu for x in weights)
+    return are_plain and all(x.shape == shape and x.is_contiguous() for x, shape in zip(weights, shapes))
+
+
 def _addresses(tensors, shapes, dtypes):
     """Addresses of contiguous tensors on a CPU with these shapes and dtypes, `None` if one is different or has no memory."""
     # Each `map` asks all tensors one question, in a fraction of the time of calls in a loop.
@@ -360,4 +366,4 @@ def _fitting(shape, tensor):
     return tuple(given if size is None else size for size, given in zip(shape, tensor.shape))
 
 
-__all__ = ["ACTIVATIONS", "MOST_ROWS", "Rows", "Slots", "StepProgram", "load_steps"]
+__all__ = ["ACTIVATIONS", "MOST_ROWS", "Rows", "Slots", "StepProgram", "lie_as_expected", "load_steps"]

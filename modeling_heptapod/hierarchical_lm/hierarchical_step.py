@@ -14,7 +14,7 @@ from torch import nn
 
 from ..common.plain_modules import are_plain, keep, look_once
 from ..common.registered_operators import in_graph, operator_namespace, register_for_cpu
-from ..common.step_program import ACTIVATIONS, MOST_ROWS, Slots, StepProgram, load_steps
+from ..common.step_program import ACTIVATIONS, MOST_ROWS, Slots, StepProgram, lie_as_expected, load_steps
 from .configuration_hierarchical_lm import HierarchicalLMConfig
 from .stream_plan import HierarchicalLMContext
 from .windowed_attention import first_key
@@ -330,7 +330,7 @@ def step_layers(
     rotary = [x.reshape(-1, x.shape[-1]).float() for plan in context.streams for x in plan.rotary or ()]
     if in_graph():
         weights = list(_weights(layers, active))
-        if not _lie_as_expected(weights, token.dtype, known, active):
+        if not lie_as_expected(weights, list(_weight_shapes(known, active)), token.dtype):
             return None
     else:
         program = _find_program(known, len(token), active, rotary)
@@ -364,13 +364,6 @@ def _is_token_of_all_rows(token, context):
     if context.is_static_step:
         return context.past_lengths.dim() == 0
     return len(set(context.past_lengths)) == 1 and all(plan.mask is None for plan in plans)
-
-
-def _lie_as_expected(weights, dtype, layers, active):
-    """What `StepProgram.addresses_of_weights` asks, in a form that graphs can contain."""
-    shapes = list(_weight_shapes(layers, active))
-    are_plain = len(weights) == len(shapes) and all(x.dtype == dtype and x.is_cpu for x in weights)
-    return are_plain and all(x.shape == shape and x.is_contiguous() for x, shape in zip(weights, shapes))
 
 
 def _state_places(layers, active):

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from ..common.cpu_kernels import address
 from ..common.plain_modules import are_plain, is_watched, keep, look_once
 from ..common.registered_operators import in_graph, operator_namespace, register_for_cpu
-from ..common.step_program import ACTIVATIONS, MOST_ROWS, Rows, StepProgram, load_steps
+from ..common.step_program import ACTIVATIONS, MOST_ROWS, Rows, StepProgram, lie_as_expected, load_steps
 from .focus_cpu import Mixing, blank_mixing, has_kernel, holds_step, recurrent_share
 from .focus_functions import FocusSettings
 
@@ -103,7 +103,9 @@ def step_layers(
     kind, epsilon = ACTIVATIONS[type(first.mlp.act_fn)], first.input_layernorm.eps
     options = first.mixer.num_heads, windows, *_values(first.mixer.settings), kind, epsilon
     if in_graph():
-        return _operator(*tensors, *options) if _lie_as_expected(hidden_states, weights, len(states)) else None
+        _, *sizes = _sizes(hidden_states, weights)
+        fit = lie_as_expected(weights, _shapes(*sizes) * len(states), hidden_states.dtype)
+        return _operator(*tensors, *options) if fit else None
     return None if is_watched() else _step(*tensors, *options)
 
 
@@ -128,13 +130,6 @@ def _fit(hidden_states, states, weights, slopes, cos, sin, heads):
         and all(x.is_cpu and x.is_contiguous() for x in slopes)
         and (cos is None or (cos.dtype == sin.dtype == torch.float32 and len(cos) == len(sin)))
     )
-
-
-def _lie_as_expected(hidden_states, weights, layers):
-    """What `StepProgram.addresses_of_weights` asks, in a form that graphs can contain."""
-    _, *sizes = _sizes(hidden_states, weights)
-    are_plain = all(x.dtype == hidden_states.dtype and x.is_cpu and x.is_contiguous() for x in weights)
-    return are_plain and all(x.shape == shape for x, shape in zip(weights, _shapes(*sizes) * layers))
 
 
 def _sizes(hidden_states, weights):

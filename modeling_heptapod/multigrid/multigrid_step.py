@@ -14,7 +14,7 @@ from torch import nn
 
 from ..common.plain_modules import are_plain, keep, look_once
 from ..common.registered_operators import in_graph, operator_namespace, register_for_cpu
-from ..common.step_program import ACTIVATIONS, MOST_ROWS, Rows, Slots, StepProgram, load_steps
+from ..common.step_program import ACTIVATIONS, MOST_ROWS, Rows, Slots, StepProgram, lie_as_expected, load_steps
 from .multigrid_context import MultiGridContext
 
 
@@ -297,7 +297,7 @@ def step_layers(
         return None
     if in_graph():
         weights = _weights(layers)
-        if not _lie_as_expected(weights, dtype, known):
+        if not lie_as_expected(weights, _all_weight_shapes(known), dtype):
             return None
     else:
         program = _make_program(known, len(token), mask is not None)
@@ -332,13 +332,6 @@ def _weights(layers):
         for module in _modules_of(block, is_cross)
     ]
     return [x for module in modules for x in (module.weight, module.bias)]
-
-
-def _lie_as_expected(weights, dtype, layers):
-    """What `StepProgram.addresses_of_weights` asks, in a form that graphs can contain."""
-    shapes = _all_weight_shapes(layers)
-    are_plain = len(weights) == len(shapes) and all(x.dtype == dtype and x.is_cpu for x in weights)
-    return are_plain and all(x.shape == shape and x.is_contiguous() for x, shape in zip(weights, shapes))
 
 
 def _static_slots(cached, seen_tokens):
