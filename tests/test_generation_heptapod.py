@@ -220,6 +220,8 @@ ORACLE_CASES = {
     "raster": {"sampler": "raster"},
     "cosine": {"sampler": "confidence", "max_denoising_steps": 6},
     "linear": {"sampler": "confidence", "mask_schedule": "linear", "max_denoising_steps": 5},
+    "margin": {"sampler": "margin", "max_denoising_steps": 6},
+    "margin one by one": {"sampler": "margin", "max_denoising_steps": 100},
     "one by one": {"sampler": "confidence", "max_denoising_steps": 100},
     "at once": {"sampler": "confidence", "max_denoising_steps": 1},
     "entropy_bound": {"sampler": "entropy_bound", "entropy_bound": 1.5},
@@ -280,6 +282,102 @@ def test_reopening_ends(sampler, do_sample):
         assert out.nfe <= 9
     reopens = (out.history[:-1] != MASK) & (out.history[1:] == MASK)
     assert reopens.any() and reopens.sum(0).max() == 1
+
+
+def test_noise_of_confidence_fades():
+    """With Gumbel noise of scale 1 the first cell is drawn in proportion to its confidence; the last step has none."""
+    model, rows = stub().double(), 4000
+    page = torch.randint(SYMBOLS, (1, 3, 4), generator=torch.Generator().manual_seed(3))
+    page[0, 0, 1] = page[0, 2, 2] = page[0, 1, 0] = MASK
+    logits = model(page).logits[..., :SYMBOLS].log_softmax(-1)[page == MASK]
+    confidence = logits.max(-1).values.exp()
+    # Two steps of one cell and a third: half of the noise is left in the first of two, none in the second.
+    options = {"max_denoising_steps": 3, "mask_schedule": "linear", "choice_temperature": 1.5, "seed": 0}
+    out = details(model, page.expand(rows, -1, -1), **options)
+    first = (out.unmask_step[page.expand(rows, -1, -1) == MASK].view(rows, 3) == 0).double().mean(0)
+    expected = confidence / confidence.sum()
+    assert ((first - expected).abs() < 4 * (expected * (1 - expected) / rows).sqrt()).all(), (first, expected)
+    assert len({tuple(x) for x in out.unmask_step.flatten(1).tolist()}) == 6
+    once = details(model, page, max_denoising_steps=1, choice_temperature=1e6, seed=0)
+    assert torch.equal(once.sequences, details(model, page, max_denoising_steps=1).sequences)
+    at_end = details(model, page.expand(64, -1, -1), max_denoising_steps=2, choice_temperature=1e6, seed=0)
+    assert at_end.nfe == 2 and len({tuple(x) for x in at_end.unmask_step.flatten(1).tolist()}) == 3
+
+
+@pytest.mark.parametrize("sampler", ["confidence", "margin", "random"])
+def test_remasking_by_chance_keeps_the_schedule(sampler):
+    rows, rate, steps = 400, 0.3, 5
+    page = torch.full((1, 4, 5), MASK)
+    page[0, 0] = torch.arange(5)
+    pages = page.expand(rows, -1, -1)
+    options = {"sampler": sampler, "mask_schedule": "linear", "max_denoising_steps": steps, "do_sample": True}
+    out = details(stub(), pages, remask_rate=rate, seed=0, **options)
+    is_masked = (out.history == MASK).flatten(2)  # [steps + 1, rows, cells]
+    for step in range(steps):
+        before, after = is_masked[step], is_masked[step + 1]
+        remasked, generated = (~before & after).sum(1), 15 - before.sum(1)
+        left = schedule_left(step, 15, steps, "linear")
+        assert torch.equal(after.sum(1), remasked.clamp_min(left)), step
+        chance = (left / generated.double().clamp_min(1)).clamp_max(rate) * (generated > 0)
+        expected, deviation = (generated * chance).sum(), (generated * chance * (1 - chance)).sum().sqrt()
+        assert (remasked.sum() - expected).abs() <= 4 * deviation, step
+    assert out.nfe == steps and (is_masked[1:] & ~is_masked[:-1]).any(0).sum() > 0
+    assert (out.sequences[:, 0] == page[:, 0]).all() and (out.sequences < SYMBOLS).all()
+    twice = (is_masked[1:] & ~is_masked[:-1]).sum(0).max()
+    assert twice > 1  # unlike below a threshold
+    assert torch.equal(
+        details(stub(), pages, remask_rate=0.0, seed=0, **options).history,
+        details(stub(), pages, seed=0, **options).history,
+    )
+
+
+def test_temperatures_of_the_first_and_the_last_step():
+    pages, model = torch.full((2, 4, 5), MASK), stub()
+    options = {"do_sample": True, "max_denoising_steps": 4, "seed": 0}
+    same = details(model, pages, temperature=[0.7, 0.7], **options)
+    plain = details(model, pages, temperature=0.7, **options)
+    assert torch.equal(same.sequences, plain.sequences) and torch.allclose(same.scores, plain.scores)
+    out = details(model, pages, temperature=[1e-6, 1e6], **options)
+    assert out.scores[out.unmask_step == 0].abs().max() < 1e-6  # the most probable token alone
+    even = torch.full((), -math.log(SYMBOLS))
+    assert torch.allclose(out.scores[out.unmask_step == 3], even, atol=1e-3)
+    # In between it is in proportion to the steps, those of each row.
+    pages[1] = 0
+    pages[1, 0, :2] = MASK
+    out = details(model, pages, temperature=[2.0, 0.5], **options)
+    for row, steps in ((0, 4), (1, 2)):
+        for step in range(steps):
+            at, before = out.unmask_step[row] == step, out.history[step, row]
+            logits = model(before[None]).logits[0][..., :SYMBOLS][at] / (2 - 1.5 * step / (steps - 1))
+            expected = logits.log_softmax(-1).gather(1, out.sequences[row][at].unsqueeze(1)).squeeze(1)
+            assert torch.allclose(out.scores[row][at], expected, atol=1e-5), (row, step)
+
+
+@pytest.mark.parametrize("options", [{"sampler": "raster"}, {"sampler": "entropy_bound"}])
+def test_options_that_a_sampler_does_not_read_are_errors(options):
+    for name in ("choice_temperature", "remask_rate"):
+        with pytest.raises(
+            ValueError, match=f"`{name}` needs one of the samplers .*'confidence'.* 0.5 for '{options['sampler']}'"
+        ):
+            stub().generate(prompts(), **{name: 0.5}, **options)
+    with pytest.raises(ValueError, match="`choice_temperature` needs one of the samplers .*'margin'"):
+        stub().generate(prompts(), sampler="random", choice_temperature=0.5)
+    with pytest.raises(ValueError, match="`temperature` of the first and the last step.*max_denoising_steps"):
+        stub().generate(prompts(), do_sample=True, temperature=[1.0, 0.5], **options)
+    stub().generate(prompts(), sampler="entropy_bound", max_denoising_steps=5, do_sample=True, temperature=[1.0, 0.5])
+
+
+def test_the_confidence_map():
+    pages, model = prompts(), stub()
+    out = details(model, pages, sampler="raster")
+    assert torch.allclose(out.confidence, out.scores.exp()) and (out.confidence[pages != MASK] == 1).all()
+    assert (out.confidence[pages == MASK] < 1).all() and out.seconds > 0
+    sampled = details(model, pages, sampler="raster", do_sample=True, temperature=0.2, seed=0)
+    at = (sampled.unmask_step == 0) & (pages == MASK)
+    logits = model(pages).logits[..., :SYMBOLS][at].softmax(-1)
+    assert torch.allclose(
+        sampled.confidence[at], logits.gather(1, sampled.sequences[at].unsqueeze(1)).squeeze(1), atol=1e-6
+    )
 
 
 def test_raster_is_reading_order():
@@ -854,6 +952,11 @@ def test_trainer_can_align_special_tokens():
         ({"num_beams": 4}, r"Unknown generation options \['num_beams'\]; there are .*max_denoising_steps"),
         ({"max_new_tokens": 4}, "max_new_tokens"),
         ({"temperature": math.inf}, "`temperature` must be positive and finite"),
+        ({"temperature": [1.0, 0.0]}, "`temperature` must be positive"),
+        ({"temperature": [1.0, 0.5, 0.2]}, "`temperature` must be positive.*, or two such numbers"),
+        ({"choice_temperature": -1.0}, "`choice_temperature` must be finite and not negative"),
+        ({"choice_temperature": math.inf}, "`choice_temperature`"),
+        ({"remask_rate": 1.5}, "`remask_rate` must be a probability"),
     ],
 )
 def test_bad_options_are_named(options, message):

@@ -35,19 +35,29 @@ def _flag():
     return _Option(False, lambda x: type(x) is bool, lambda: "be True or False")
 
 
+def _is_temperature(x):
+    return type(x) in (int, float) and 0 < x < math.inf
+
+
+def _is_pair(x):
+    return isinstance(x, (list, tuple)) and len(x) == 2
+
+
 # A default of `None` means that the option is off.
 OPTIONS = {
     "sampler": _name("confidence", SAMPLERS),
     "mask_schedule": _name("cosine", MASK_SCHEDULES),
     "max_denoising_steps": _integer(1),
     "entropy_bound": _number(0.1, lambda x: x >= 0, "not be negative"),
+    "choice_temperature": _number(None, lambda x: 0 <= x < math.inf, "be finite and not negative"),
+    "remask_rate": _number(None, lambda x: 0 <= x <= 1, "be a probability"),
     "remask_threshold": _number(None, lambda x: 0 <= x <= 1, "be a probability"),
     "stability_threshold": _integer(1),
     "do_sample": _flag(),
-    "temperature": _number(
+    "temperature": _Option(
         None,
-        lambda x: 0 < x < math.inf,
-        "be positive and finite (`do_sample=False` is the limit of zero)",
+        lambda x: all(map(_is_temperature, x if _is_pair(x) else [x])),
+        lambda: "be positive and finite (`do_sample=False` is the limit of zero), or two such numbers",
     ),
     "top_k": _integer(0),
     "top_p": _number(None, lambda x: 0 < x <= 1, "be in (0, 1]"),
@@ -74,17 +84,24 @@ class HeptapodGenerationConfig(GenerationConfig):
     Args:
         sampler (`str`, *optional*, defaults to `"confidence"`):
             The tokens that a denoising step unmasks: those whose sampled token is the most probable (`"confidence"`),
-            those of least entropy while their entropies add up to no more than `entropy_bound` (`"entropy_bound"`),
+            those whose most probable token is furthest ahead of the second (`"margin"`), those of least entropy while their entropies add up to no more than `entropy_bound` (`"entropy_bound"`),
             any (`"random"`), or the first one, left to right and top to bottom (`"raster"`).
         mask_schedule (`str`, *optional*, defaults to `"cosine"`):
-            Number of tokens that a step of `"confidence"` and `"random"` unmasks: equal shares (`"linear"`) or few at
+            Number of tokens that a step of `"confidence"`, `"margin"` and `"random"` unmasks: equal shares (`"linear"`) or few at
             first (`"cosine"`). Each row of a batch follows the schedule with its own number of masked tokens.
         max_denoising_steps (`int`, *optional*):
-            Number of steps in which `"confidence"` and `"random"` unmask a canvas, 32 when not given; a row with fewer
+            Number of steps in which `"confidence"`, `"margin"` and `"random"` unmask a canvas, 32 when not given; a row with fewer
             masked tokens takes a step for each. `"entropy_bound"` unmasks all that is left in the last of them; when
             not given, it takes as many as the bound needs. `"raster"` takes a step for each token.
         entropy_bound (`float`, *optional*, defaults to 0.1):
             For `"entropy_bound"`, in nats. The token with the least entropy is always unmasked.
+        choice_temperature (`float`, *optional*):
+            For `"confidence"` and `"margin"`: the logarithm of the measure gets Gumbel noise of this scale, which falls to zero
+            in the last step, as in MaskGIT (arXiv 2202.04200).
+        remask_rate (`float`, *optional*):
+            For samplers with a mask schedule: mask each generated token again with this probability in each step, or with a
+            smaller one where more would be masked than the schedule says, as in ReMDM-cap (arXiv 2503.00307). As many more
+            are unmasked.
         remask_threshold (`float`, *optional*):
             Mask a generated token again when the model gives it less than this probability in a later step. A cell is
             remasked once at most, prompt tokens never.
@@ -92,9 +109,10 @@ class HeptapodGenerationConfig(GenerationConfig):
             Unmask all tokens of a row at once after this many steps in which its prediction has not changed.
         do_sample (`bool`, *optional*, defaults to `False`):
             Sample tokens instead of taking the most probable ones.
-        temperature (`float`, *optional*), top_k (`int`, *optional*), top_p (`float`, *optional*):
+        temperature (`float` or `list`, *optional*), top_k (`int`, *optional*), top_p (`float`, *optional*):
             Transformers' warpers, applied in this order when `do_sample=True`. They change the distribution that is
-            sampled from; confidence and entropy are those of the distribution before them.
+            sampled from; confidence, margin and entropy are those of the distribution before them. Two temperatures are those
+            of the first and of the last step; in between it changes linearly.
         seed (`int`, *optional*):
             Seed of a generator for this call. Without it the global one is used.
         return_dict_in_generate (`bool`, *optional*, defaults to `False`):

@@ -4,6 +4,7 @@ In this order: the output, the draw of tokens, the canvas, one step, the loop. T
 `generation_config_heptapod.py`, the samplers in `samplers.py`.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from transformers.utils import ModelOutput, logging
 
 from ..common.renamed_fields import reject_renamed
 from .generation_config_heptapod import DEFAULTS, HeptapodGenerationConfig, reject_unknown
-from .samplers import SAMPLERS
+from .samplers import MEASURES, SAMPLERS
 
 
 logger = logging.get_logger(__name__)
@@ -39,6 +40,10 @@ class HeptapodGenerateOutput(ModelOutput):
             The denoising step, from 0, that unmasked each token; -1 for prompt tokens and padding.
         nfe (`int`):
             Number of function evaluations: forward passes. Finished rows are left out of later ones.
+        seconds (`float`):
+            Time that the call took.
+        confidence (`torch.FloatTensor`, `[batch, height, width]`):
+            Probability of each generated token when it was unmasked, before temperature, top-k and top-p; 1 elsewhere.
         scores (`torch.FloatTensor`, `[batch, height, width]`, *optional*):
             Log-probability of each generated token in the distribution that it was sampled from; 0 elsewhere.
             With `output_scores=True`.
@@ -49,6 +54,8 @@ class HeptapodGenerateOutput(ModelOutput):
     sequences: torch.Tensor
     unmask_step: torch.Tensor | None = None
     nfe: int | None = None
+    seconds: float | None = None
+    confidence: torch.Tensor | None = None
     scores: torch.Tensor | None = None
     history: torch.Tensor | None = None
 
@@ -61,7 +68,7 @@ class _Prediction:
     most_probable: torch.Tensor
     score: torch.Tensor  # log-probability of `sampled` in the distribution it was sampled from
     confidence: torch.Tensor  # probability of `sampled` before temperature, top-k and top-p
-    entropy: torch.Tensor  # nats, likewise
+    measured: torch.Tensor | None  # what the sampler reads, likewise
     current: torch.Tensor  # probability of the token on the canvas, likewise
 
 
@@ -71,16 +78,20 @@ class _TokenDraw:
     def __init__(self, config, processors, forbidden, generator, width):
         self.processors, self.forbidden, self.generator, self.width = processors, forbidden, generator, width
         self.do_sample = config.do_sample
+        self.temperature = config.temperature if isinstance(config.temperature, list | tuple) else None
         self.warpers = LogitsProcessorList()
-        if config.temperature not in (None, 1):
+        if config.temperature not in (None, 1) and self.temperature is None:
             self.warpers.append(TemperatureLogitsWarper(float(config.temperature)))
         if config.top_k:
             self.warpers.append(TopKLogitsWarper(config.top_k))
         if config.top_p not in (None, 1):
             self.warpers.append(TopPLogitsWarper(float(config.top_p)))
 
-    def __call__(self, logits, ids, wanted):
-        """Predicts the cells `wanted` of `ids`, both `[rows, cells]`, from `logits [rows, cells, vocab]`."""
+    def __call__(self, logits, ids, wanted, measure, progress):
+        """Predicts the cells `wanted` of `ids`, both `[rows, cells]`, from `logits [rows, cells, vocab]`.
+
+        `measure` is that of the sampler, `progress [rows]` goes from 0 in the first step to 1 in the last.
+        """
         scores = logits[wanted].to(torch.promote_types(logits.dtype, torch.float32))
         scores[:, self.forbidden] = -torch.inf
         if self.processors:
@@ -89,7 +100,11 @@ class _TokenDraw:
         most_probable = sampled = log_probs.argmax(-1)
         warped = log_probs
         if self.do_sample:
-            warped = self.warpers(None, log_probs).log_softmax(-1)  # type: ignore[arg-type]  # none reads `input_ids`
+            if self.temperature is not None:
+                first, last = self.temperature
+                temperature = (first + (last - first) * progress).repeat_interleave(wanted.sum(1))
+                warped = warped / temperature.to(warped).unsqueeze(1)
+            warped = self.warpers(None, warped).log_softmax(-1)  # type: ignore[arg-type]  # none reads `input_ids`
             sampled = torch.multinomial(warped.exp(), 1, generator=self.generator).squeeze(1)
 
         def spread(values):
@@ -103,7 +118,7 @@ class _TokenDraw:
             most_probable=spread(most_probable),
             score=spread(of(sampled, warped)),
             confidence=spread(of(sampled, log_probs).exp()),
-            entropy=spread(torch.special.entr(log_probs.exp()).sum(-1)),
+            measured=None if measure is None else spread(MEASURES[measure](log_probs, sampled)),
             current=spread(of(ids[wanted], log_probs).exp()),
         )
 
@@ -128,9 +143,11 @@ class _Canvas:
     def __init__(self, ids, mask_token_id, on_canvas):
         self.ids, self.mask_token_id = ids, mask_token_id
         self.is_masked = (ids == mask_token_id) & on_canvas
-        self.may_remask = self.is_masked.clone()  # at most once, prompt tokens never
+        self.generated = self.is_masked.clone()
+        self.may_remask = self.is_masked.clone()  # below the threshold, at most once
         self.unmask_step = torch.full_like(ids, -1)
         self.scores = torch.zeros_like(ids, dtype=torch.float32)
+        self.confidence = torch.ones_like(self.scores)
         self.predicted = ids.clone()  # with the most probable token for every masked one
         self.stable_for = torch.zeros_like(ids[:, 0])  # steps without a change of these
 
@@ -138,8 +155,8 @@ class _Canvas:
         return self.is_masked.any(1).nonzero().squeeze(1)
 
     def unmasked(self, rows):
-        """Generated tokens that may still be remasked."""
-        return self.may_remask[rows] & ~self.is_masked[rows]
+        """Tokens generated so far."""
+        return self.generated[rows] & ~self.is_masked[rows]
 
     def record(self, rows, most_probable):
         """Records the prediction. Returns the number of steps since it changed, `[rows]`."""
@@ -152,13 +169,13 @@ class _Canvas:
     def unmask(self, rows, cells, prediction, step):
         self.ids[rows] = torch.where(cells, prediction.sampled, self.ids[rows])
         self.scores[rows] = torch.where(cells, prediction.score.float(), self.scores[rows])
+        self.confidence[rows] = torch.where(cells, prediction.confidence.float(), self.confidence[rows])
         self.unmask_step[rows] = self.unmask_step[rows].masked_fill(cells, step)
         self.is_masked[rows] &= ~cells
 
     def remask(self, rows, cells):
         self.ids[rows] = self.ids[rows].masked_fill(cells, self.mask_token_id)
         self.is_masked[rows] |= cells
-        self.may_remask[rows] &= ~cells
 
     def draft(self):
         return torch.where(self.is_masked, self.predicted, self.ids)
@@ -166,26 +183,31 @@ class _Canvas:
 
 def _denoise(canvas, rows, step, logits, sampler, draw, drafts):
     """One denoising step of the canvases `rows`, from their `logits [rows, cells, vocab]`."""
-    config, is_masked = sampler.config, canvas.is_masked[rows]
-    chosen = None if sampler.needs_prediction else sampler.choose(is_masked, rows, step, None)
+    config, is_masked, unmasked = sampler.config, canvas.is_masked[rows], canvas.unmasked(rows)
+    remasked, chosen = sampler.remask(unmasked, rows, step), None
+    if sampler.measure is None:
+        chosen = sampler.choose(is_masked, rows, step, None)
     # All masked tokens are predicted only if the sampler or an option needs them.
     wanted = is_masked if chosen is None or drafts or config.stability_threshold else chosen
-    unmasked = canvas.unmasked(rows)
     if config.remask_threshold is not None:
         wanted = wanted | unmasked
-    prediction = draw(logits, canvas.ids[rows], wanted)
+    prediction = draw(logits, canvas.ids[rows], wanted, sampler.measure, sampler.progress(rows, step))
     if chosen is None:
-        chosen = sampler.choose(is_masked, rows, step, prediction)
+        chosen = sampler.choose(is_masked, rows, step, prediction.measured)
 
     ends = sampler.is_last(rows, step)
     if drafts or config.stability_threshold:
         stable_for = canvas.record(rows, prediction.most_probable)
         if config.stability_threshold:
             ends = ends | (stable_for >= config.stability_threshold)
-    canvas.unmask(rows, chosen | (is_masked & ends.unsqueeze(1)), prediction, step)
+    ends = ends.unsqueeze(1)
+    canvas.unmask(rows, chosen | (is_masked & ends), prediction, step)
+    if remasked is not None:
+        canvas.remask(rows, remasked & ~ends)
     if config.remask_threshold is not None:
-        improbable = unmasked & (prediction.current < config.remask_threshold)
-        canvas.remask(rows, improbable & ~ends.unsqueeze(1))
+        improbable = unmasked & canvas.may_remask[rows] & (prediction.current < config.remask_threshold)
+        canvas.remask(rows, improbable & ~ends)
+        canvas.may_remask[rows] &= ~improbable
 
 
 class HeptapodGenerationMixin:
@@ -250,6 +272,7 @@ class HeptapodGenerationMixin:
                 `attention_mask`, a `logits_processor` that forbids every token.
             TypeError: for arguments of another type.
         """
+        began = time.perf_counter()
         config = self._prepare_generation_config(generation_config, kwargs)
         mask_token_id, forbidden = self._special_tokens()
         shape, pages, on_canvas = self._prepare_canvas(input_ids, attention_mask, height, width)
@@ -260,6 +283,7 @@ class HeptapodGenerationMixin:
         if not canvas.is_masked.any():
             logger.warning_once(f"`input_ids` hold no mask token ({mask_token_id}), so there is nothing to generate.")
         sampler = SAMPLERS[config.sampler](config, canvas.is_masked.sum(1), generator)
+        _check_annealing(config, sampler)
         put_draft = getattr(streamer, "put_draft", None)
         history = [canvas.ids.clone()]
         self_conditioning_logits, step = None, 0
@@ -288,6 +312,8 @@ class HeptapodGenerationMixin:
             sequences=canvas.ids.view(shape),
             unmask_step=canvas.unmask_step.view(shape),
             nfe=step,
+            seconds=time.perf_counter() - began,
+            confidence=canvas.confidence.view(shape),
             scores=canvas.scores.view(shape) if config.output_scores else None,
             history=torch.stack(history).view(len(history), *shape) if config.output_history else None,
         )
@@ -425,6 +451,15 @@ def _check_prompt(input_ids, attention_mask, pad_token_id):
         raise ValueError(f"`input_ids` must hold at least one page of at least one cell, got {shape}.")
     if attention_mask is None and pad_token_id is not None and (input_ids == pad_token_id).any():
         raise ValueError(f"`input_ids` hold the padding token {pad_token_id}, which needs an `attention_mask`.")
+
+
+def _check_annealing(config, sampler):
+    """Raises a `ValueError` for a temperature that changes over steps whose number is not known."""
+    if isinstance(config.temperature, list | tuple) and (sampler.limit == torch.iinfo(torch.long).max).any():
+        raise ValueError(
+            f"`temperature` of the first and the last step, {config.temperature}, needs a number of steps, which "
+            f"{config.sampler!r} does not have: give `max_denoising_steps`, another sampler, or one temperature."
+        )
 
 
 def _prepare_generator(generator, seed, device):

@@ -58,8 +58,10 @@ def write_page(
 
         if sampler == "raster":
             chosen = [min(masked_cells)]
-        elif sampler == "confidence":
-            surest_first = sorted(masked_cells, key=lambda cell: (-probabilities[cell][best[cell]], cell))
+        elif sampler in ("confidence", "margin"):
+            runner_up = {cell: sorted(p)[-2] if sampler == "margin" else 0.0 for cell, p in enumerate(probabilities)}
+            ahead = {cell: probabilities[cell][best[cell]] - runner_up[cell] for cell in masked_cells}
+            surest_first = sorted(masked_cells, key=lambda cell: (-ahead[cell], cell))
             chosen = surest_first[
                 : len(masked_cells) - schedule_left(iteration, num_masked, max_denoising_steps, mask_schedule)
             ]
@@ -73,7 +75,7 @@ def write_page(
                 chosen.append(cell)
 
         ends = max_denoising_steps is not None and iteration + 1 == max_denoising_steps and sampler != "raster"
-        ends = ends or (sampler == "confidence" and iteration + 1 == num_masked)
+        ends = ends or (sampler in ("confidence", "margin") and iteration + 1 == num_masked)
         predicted = [best[cell] if cell in masked_cells else token for cell, token in enumerate(page)]
         stable_for = stable_for + 1 if predicted == previous else 0
         previous = predicted
