@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from modeling_heptapod import HeptapodForMaskedLM, HeptapodModel, HeptapodProcessor
 from modeling_heptapod.heptapod import local_attention
 from modeling_heptapod.heptapod import masked_diffusion as objective
+from modeling_heptapod.heptapod import heptapod_blocks
 from modeling_heptapod.heptapod import modeling_heptapod as module
 from modeling_heptapod.heptapod.masked_diffusion import (
     masked_diffusion_loss,
@@ -50,6 +51,8 @@ def describe(config):
         rope_theta=config.rope_theta,
         borders=config.use_absolute_position_embeddings,
         layer_norm_eps=config.layer_norm_eps,
+        spans=config.adaptive_span,
+        offset_biases=config.use_relative_position_bias,
     )
 
 
@@ -109,6 +112,12 @@ def test_the_oracle_tells_every_option_apart():
         {"borders": False},
         {"layer_norm_eps": 1e-2},
     ):
+        other = heptapod_logits(weights, page.tolist(), dataclasses.replace(description, **change))
+        assert (other - logits).abs().max() > 1e-6, change
+    adaptive = tiny_heptapod(**VARIANTS["adaptive"]).double()
+    weights, description = adaptive.state_dict(), describe(adaptive.config)
+    logits = heptapod_logits(weights, page.tolist(), description)
+    for change in ({"spans": False}, {"offset_biases": False}):
         other = heptapod_logits(weights, page.tolist(), dataclasses.replace(description, **change))
         assert (other - logits).abs().max() > 1e-6, change
 
@@ -1115,7 +1124,7 @@ def test_eager_attention_is_the_same(monkeypatch):
         with torch.no_grad():
             expected = model(page, attention_mask=real).logits
             with monkeypatch.context() as patch:
-                patch.setattr(module, "local_attention", None)  # eager attention does not go there
+                patch.setattr(heptapod_blocks, "local_attention", None)  # eager attention does not go there
                 logits = eager(page, attention_mask=real).logits
             torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
@@ -1128,10 +1137,10 @@ def test_attention_to_the_whole_page_equals_the_operator_bit_for_bit(variant, pa
     kept = real if padded else torch.ones_like(real)
     with torch.no_grad():
         logits = model(page, **kwargs).logits
-        by_operator = lambda self, q, k, v, mask, dropout: module.local_attention(
+        by_operator = lambda self, q, k, v, mask, dropout: heptapod_blocks.local_attention(
             q, k, v, None, padding_mask=real if padded else None
         )
-        monkeypatch.setattr(module.HeptapodAttention, "_global_attention", by_operator)
+        monkeypatch.setattr(heptapod_blocks.HeptapodAttention, "_global_attention", by_operator)
         assert torch.equal(model(page, **kwargs).logits[kept], logits[kept])
 
 

@@ -17,6 +17,13 @@ VARIANTS = {
     "no borders": {"use_absolute_position_embeddings": False, "local_radius": [1, 2], "dilation": 3},
     "split": {"attention_types": ["local", "dilated"], "local_radius": 1, "num_global_heads": 1},
     "feedback": {"self_conditioning": True, "tie_word_embeddings": True, "intermediate_size": 24},
+    "adaptive": {
+        "adaptive_span": True,
+        "span_loss_weight": 0.5,
+        "use_relative_position_bias": True,
+        "num_global_heads": 1,
+        "dilation": 2,
+    },
     "neighbors": {"neighbor_loss_weight": 0.5, "attention_types": ["local", "global"], "local_radius": 1},
 }
 

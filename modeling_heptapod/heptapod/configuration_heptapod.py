@@ -35,6 +35,13 @@ class HeptapodConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
         it.
     num_global_heads (`int`, *optional*, defaults to 0):
         Heads of local and dilated layers, the last ones, that attend to the whole page.
+    adaptive_span (`bool`, *optional*, defaults to `False`):
+        Whether heads of local and dilated layers learn from the state of each cell how many neighbours they attend to, up to
+        `local_radius` (adaptive attention span, arXiv 1905.07799, in two dimensions).
+    span_loss_weight (`float`, *optional*, defaults to 0.0):
+        Weight, in training, of the mean span as a share of the radius.
+    use_relative_position_bias (`bool`, *optional*, defaults to `False`):
+        Whether heads of local and dilated layers have a learned bias for each offset of the neighbourhood.
     rope_theta (`float`, *optional*, defaults to 100.0):
         Base of the two-dimensional rotary positions. Pages are shorter than texts: with 100 the period of the slowest
         channel is a few hundred cells.
@@ -82,6 +89,9 @@ class HeptapodConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
     local_radius: int | list[int] | tuple[int, ...] = 3
     dilation: int | list[int] | tuple[int, ...] = 2
     num_global_heads: int = 0
+    adaptive_span: bool = False
+    span_loss_weight: float | int = 0.0
+    use_relative_position_bias: bool = False
     rope_theta: float | int = 100.0
     use_absolute_position_embeddings: bool = True
     grid_size: list[int] | tuple[int, ...] | None = None
@@ -124,8 +134,11 @@ class HeptapodConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
             raise ValueError(f"`rope_theta` must be positive, got {self.rope_theta}.")
         if self.grid_size is not None and (len(self.grid_size) != 2 or min(self.grid_size) < 1):
             raise ValueError(f"`grid_size` must be a height and a width of at least 1, got {self.grid_size}.")
-        if self.neighbor_loss_weight < 0:
-            raise ValueError(f"`neighbor_loss_weight` must not be negative, got {self.neighbor_loss_weight}.")
+        for name in ("neighbor_loss_weight", "span_loss_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        if self.span_loss_weight and not self.adaptive_span:
+            raise ValueError(f"`span_loss_weight` ({self.span_loss_weight}) needs `adaptive_span=True`.")
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
@@ -148,6 +161,10 @@ class HeptapodConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
                 )
             if min(values if not isinstance(values, int) else [values]) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {values}.")
+        has_windows = self.num_global_heads < self.num_attention_heads and {"local", "dilated"} & set(attention_types)
+        for name in ("adaptive_span", "use_relative_position_bias"):
+            if getattr(self, name) and not has_windows:
+                raise ValueError(f"`{name}` needs a local or dilated layer with heads that attend to a neighbourhood.")
         if not 0 <= self.num_global_heads <= self.num_attention_heads:
             raise ValueError(
                 f"`num_global_heads` must be between 0 and `num_attention_heads` ({self.num_attention_heads}), got "

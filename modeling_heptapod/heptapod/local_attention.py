@@ -5,13 +5,18 @@ grid and kept by the padding mask:
 
     out[y, x] = sum_n softmax_n(scale * q[y, x] . k[n]) v[n]
 
+Windows may be adapted. A bias for each offset is added to the logits. With a span, weights are multiplied before they are
+normalised by `clamp(span[y, x] + 1 - distance, 0, 1)`, the soft edge of adaptive spans (arXiv 1905.07799) in two dimensions:
+`distance` is the number of neighbours down or across, whichever is larger.
+
 Windows are clipped at the border of the grid. Unlike in neighbourhood attention (arXiv 2204.07143), they do not move
 inwards, so that a page gives the same result anywhere in a larger padded grid. With `q = k = v` and one head this is
 `Local2DAttention` of the prototype `nonlinear-transformer`.
 
 Read in this order: `naive_local_attention` (the specification), `_dense_attention` and, compiled, `_strips_at_once`
 (strips of whole rows, for small and narrow grids and for windows as large as the grid), `attention_weights` (the matrix
-of eager attention), `local_attention` (the operator). All other grids take `TiledAttention` in `tiled_attention.py`.
+of eager attention), `local_attention` (the operator). All other grids take `TiledAttention` in `tiled_attention.py`, adapted
+windows `adaptive_attention` in `adaptive_attention.py`.
 """
 
 import math
@@ -21,7 +26,8 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from .local_attention_operator import has_kernel, kernel_attention
+from .adaptive_attention import adaptive_attention, bias_matrix, normalise, span_matrix
+from .local_attention_operator import adaptive_kernel_attention, has_adaptive_kernel, has_kernel, kernel_attention
 from .tiled_attention import MASKED_LOGIT, TILE, TiledAttention, pad
 
 
@@ -41,6 +47,8 @@ def naive_local_attention(
     dilation: int = 1,
     padding_mask: torch.Tensor | None = None,
     scale: float | None = None,
+    span: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Local attention by a loop over cells: the executable specification of `local_attention`, with its arguments."""
     _, _, height, width, head_dim = q.shape
@@ -58,11 +66,25 @@ def naive_local_attention(
             seen = (slice(None), slice(None), near(y, height)), (slice(None), slice(None), slice(None), near(x, width))
             keys, values = (part[seen[0]][seen[1]].flatten(2, 3) for part in (k, v))
             logits = scale * torch.einsum("bhc,bhnc->bhn", q[:, :, y, x], keys)
+            share = torch.ones_like(logits)
+            if span is not None or bias is not None:
+                down, across = (
+                    (torch.tensor(near(place, length)) - place) // dilation
+                    for place, length in ((y, height), (x, width))
+                )
+            if bias is not None:
+                assert radius is not None  # for type checkers
+                logits = logits + bias[:, down + radius][:, :, across + radius].flatten(1)
+            if span is not None:
+                distance = torch.maximum(down.abs()[:, None], across.abs()[None, :]).flatten()
+                share = (span[:, :, y, x, None] + 1 - distance).clamp(0, 1)
             if padding_mask is not None:
-                real = padding_mask.bool()[:, None][seen[0]][seen[1]].flatten(2)
-                some = real.any(-1, keepdim=True)  # zeros for a cell that attends to nothing
-                logits, values = logits.masked_fill(~real & some, -math.inf), values * some.unsqueeze(-1)
-            out.append(torch.einsum("bhn,bhnc->bhc", logits.softmax(-1), values))
+                share = share * padding_mask.bool()[:, None][seen[0]][seen[1]].flatten(2)
+            logits = logits.masked_fill(share == 0, -math.inf)
+            largest = logits.detach().amax(-1, keepdim=True)
+            weights = share * (logits - largest.masked_fill(largest == -math.inf, 0)).exp()
+            total = weights.sum(-1, keepdim=True)  # 0 for a cell that attends to nothing
+            out.append(torch.einsum("bhn,bhnc->bhc", weights / torch.where(total == 0, 1, total), values))
     return torch.stack(out, dim=2).unflatten(2, (height, width))
 
 
@@ -177,13 +199,15 @@ def attention_weights(
     dilation: int = 1,
     padding_mask: torch.Tensor | None = None,
     scale: float | None = None,
+    span: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The weights of `local_attention` as a matrix, quadratic in cells: eager attention. The arguments are the same.
 
     Returns:
         `torch.Tensor` of shape `[batch, heads, height * width, height * width]`: weight of each cell for each query.
     """
-    _check_inputs(q, k, k, radius, dilation, padding_mask)
+    _check_inputs(q, k, k, radius, dilation, padding_mask, 0.0, span, bias)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     mask = None if padding_mask is None else padding_mask.bool()
     height, width = q.shape[2:4]
@@ -191,9 +215,14 @@ def attention_weights(
     with torch.autocast(q.device.type, enabled=False):
         queries, keys = (x.flatten(2, 3).to(torch.promote_types(q.dtype, torch.float32)) for x in (q, k))
         logits = scale * (queries @ keys.transpose(2, 3))
+    if bias is not None:
+        logits = logits + bias_matrix(bias, height, width, dilation)
+    share = None if span is None else span_matrix(span, dilation)
+    if share is not None:
+        visible = share > 0 if visible is None else visible & (share > 0)
     if visible is not None:
         logits = logits.masked_fill(~visible, MASKED_LOGIT)
-    weights = logits.softmax(-1)
+    weights = logits.softmax(-1) if share is None else normalise(logits, share)
     return (weights if visible is None else weights * visible.any(-1, keepdim=True)).to(q.dtype)
 
 
@@ -206,6 +235,8 @@ def local_attention(
     padding_mask: torch.Tensor | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
+    span: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of every cell of a grid to the cells around it.
 
@@ -218,6 +249,10 @@ def local_attention(
             not attended to.
         scale (`float`, *optional*): factor of the dot products, `head_dim ** -0.5` when not given.
         dropout (`float`): share of weights that are set to zero, less than 1; the others are scaled up.
+        span (`torch.Tensor` of shape `[batch, heads, height, width]`, *optional*): number of neighbours that each cell attends
+            to in each direction, up to `radius`, which is required. Between two numbers the outer neighbours count in part.
+        bias (`torch.Tensor` of shape `[heads, 2 * radius + 1, 2 * radius + 1]`, *optional*): added to the logits of each offset,
+            down and across.
 
     Returns:
         `torch.Tensor` of the shape and dtype of `q`; zero for cells that attend to nothing.
@@ -225,9 +260,14 @@ def local_attention(
     Raises:
         TypeError, ValueError: for tensors of another dtype or shape, or a radius, dilation or dropout out of range.
     """
-    _check_inputs(q, k, v, radius, dilation, padding_mask, dropout)
+    _check_inputs(q, k, v, radius, dilation, padding_mask, dropout, span, bias)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     mask = None if padding_mask is None else padding_mask.bool()
+    if span is not None or bias is not None:
+        assert radius is not None  # for type checkers
+        if not dropout and has_adaptive_kernel(q, radius):
+            return adaptive_kernel_attention(q, k, v, span, bias, mask, radius, dilation, scale)
+        return adaptive_attention(q, k, v, span, bias, mask, radius, dilation, scale, dropout)
     if radius is not None and not dropout and has_kernel(q, radius):
         return kernel_attention(q, k, v, radius, dilation, scale, mask)
     if radius is None or dilation == 1:
@@ -290,7 +330,7 @@ def _sees_any(mask, radius):
     return near.squeeze(1) > 0
 
 
-def _check_inputs(q, k, v, radius, dilation, padding_mask, dropout=0.0):
+def _check_inputs(q, k, v, radius, dilation, padding_mask, dropout=0.0, span=None, bias=None):
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not tensor.is_floating_point() or tensor.dtype != q.dtype:
             raise TypeError(f"`q`, `k` and `v` must share a floating point dtype, got {tensor.dtype} for `{name}`.")
@@ -310,6 +350,16 @@ def _check_inputs(q, k, v, radius, dilation, padding_mask, dropout=0.0):
         raise ValueError(
             f"`padding_mask` must be [batch, height, width], here {grid}, got {list(padding_mask.shape)}."
         )
+    if radius is None and not (span is None and bias is None):
+        raise ValueError("`span` and `bias` need a `radius`, got None (the whole grid).")
+    side = None if radius is None else 2 * radius + 1
+    for name, tensor, shape in (("span", span, list(q.shape[:4])), ("bias", bias, [q.shape[1], side, side])):
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
+            raise TypeError(f"`{name}` must be floating point, got {tensor.dtype}.")
+        if list(tensor.shape) != shape:
+            raise ValueError(f"`{name}` must be {shape}, got {list(tensor.shape)}.")
 
 
 __all__ = ["attention_weights", "local_attention", "naive_local_attention"]

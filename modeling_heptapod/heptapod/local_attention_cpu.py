@@ -32,9 +32,9 @@ class _LocalAttention(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _INTEGERS),
         ("scale", ctypes.c_double),
         *((name, _Cells) for name in _TENSORS),
-        ("mask", ctypes.c_void_p),
-        ("totals", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in "mask span bias grad_span grad_bias totals".split()),
         *((name, ctypes.c_int64) for name in ("bands", "strips", "next", "failed")),
+        ("bias_parts", ctypes.c_void_p),
     ]
 
 
@@ -57,8 +57,11 @@ def takes(q: torch.Tensor, radius: int) -> bool:
     )
 
 
-def _call(function, radius, dilation, scale, padding_mask, totals, **tensors):
-    """Call a function of the library with tensors of one shape and dtype, some of which it writes to."""
+def _call(function, radius, dilation, scale, padding_mask, totals, adapted, **tensors):
+    """Call a function of the library with tensors of one shape and dtype, some of which it writes to.
+
+    `adapted` are the span, the bias and their gradients by the names of the fields, those that there are.
+    """
     q = tensors["q"]
     batch, heads, height, width, dim = q.shape
     pairs = q.numel() * min(2 * radius + 1, height) * min(2 * radius + 1, width)
@@ -84,6 +87,9 @@ def _call(function, radius, dilation, scale, padding_mask, totals, **tensors):
     if padding_mask is not None:
         padding_mask = padding_mask.contiguous()
         call.mask = address("padding_mask", padding_mask, (batch, height, width), torch.bool)
+    shapes = {"span": (batch, heads, height, width), "bias": (heads, 2 * radius + 1, 2 * radius + 1)}
+    for name, tensor in adapted.items():
+        setattr(call, name, address(name, tensor, shapes[name.removeprefix("grad_")], torch.float32))
     call.totals = address("totals", totals, (2, batch, heads, height, width), torch.float32)
     check_status(getattr(_library(), function)(call), "local attention")
 
@@ -96,12 +102,15 @@ def forward(
     dilation: int,
     scale: float,
     padding_mask: torch.Tensor | None,
+    span: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Local attention.
 
     Args:
         q, k, v (`torch.Tensor` of shape `[batch, heads, height, width, head_dim]`): queries, keys and values.
         radius, dilation, scale, padding_mask: as in `local_attention`, the mask of dtype `torch.bool`.
+        span, bias: as in `local_attention`, in float32.
 
     Returns:
         The output, of the shape and dtype of `q`, and totals `[2, batch, heads, height, width]` in float32: the largest logit
@@ -112,9 +121,14 @@ def forward(
         ValueError: for tensors of other shapes, dtypes or devices, and for other radii.
         MemoryError: if there is no memory for a row of windows.
     """
-    out, totals = new_cells(q), new_totals(q)
-    _call("local_attention_forward", radius, dilation, scale, padding_mask, totals, q=q, k=k, v=v, out=out)
+    out, totals, adapted = new_cells(q), new_totals(q), _adapted(span, bias)
+    _call("local_attention_forward", radius, dilation, scale, padding_mask, totals, adapted, q=q, k=k, v=v, out=out)
     return out, totals
+
+
+def _adapted(span, bias):
+    given = {"span": span, "bias": bias}
+    return {name: tensor.contiguous() for name, tensor in given.items() if tensor is not None}
 
 
 def backward(
@@ -127,12 +141,20 @@ def backward(
     dilation: int,
     scale: float,
     padding_mask: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `q`, `k` and `v` from that of the output and the totals of `forward`. Raises the same errors."""
+    span: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of `q`, `k` and `v` from that of the output and the totals of `forward`, then of `span` and `bias` where given.
+
+    Raises the same errors.
+    """
     grads = {name: new_cells(q) for name in ("grad_q", "grad_k", "grad_v")}
     tensors = {"q": q, "k": k, "v": v, "grad_out": grad_out, **grads}
-    _call("local_attention_backward", radius, dilation, scale, padding_mask, totals.contiguous(), **tensors)
-    return grads["grad_q"], grads["grad_k"], grads["grad_v"]
+    adapted = _adapted(span, bias)
+    grads_adapted = {f"grad_{name}": torch.zeros_like(tensor) for name, tensor in adapted.items()}
+    numbers = radius, dilation, scale, padding_mask, totals.contiguous()
+    _call("local_attention_backward", *numbers, {**adapted, **grads_adapted}, **tensors)
+    return *grads.values(), *grads_adapted.values()
 
 
 __all__ = ["backward", "forward", "takes"]

@@ -24,8 +24,11 @@ typedef struct {
     Cells q, k, v, out;                     /* `out` is written by the forward pass */
     Cells grad_out, grad_q, grad_k, grad_v; /* read and written by the backward pass */
     const uint8_t *mask;                    /* [batch, height, width], or NULL */
+    const float *span, *bias;               /* [batch, heads, height, width] and [heads, (2 * radius + 1)^2], or NULL */
+    float *grad_span, *grad_bias;           /* likewise, written by the backward pass */
     float *totals;                          /* [2, batch, heads, height, width]: largest logit, 1 / sum of exp(logit - it) */
     int64_t bands, strips, next, failed;    /* tiles down and across; the next tile to take; whether memory ran out */
+    float *bias_parts;                      /* [tiles, (2 * radius + 1)^2]: what each adds to `grad_bias` */
 } LocalAttention;
 
 /* Cells of one page that one thread computes: of one head, row of the batch and phase of the dilation. */
@@ -35,6 +38,7 @@ typedef struct {
     int64_t top, bottom, left, right;   /* the cells whose results are written */
     int64_t query_left;                 /* first column of the queries; keys begin `radius` before it */
     int queries, keys;                  /* columns of them */
+    int64_t number;
 } Tile;
 
 /* Memory of a thread. Rows of `stride` floats; rows of queries, gradients and weights begin with 2 * radius zeros. */
@@ -48,6 +52,7 @@ typedef struct {
     float *grad_keys, *grad_values; /* as keys */
     float *sums;                   /* [dim, stride] */
     float *top, *share, *inner;    /* [stride]: largest logit, 1 / sum, sum of weights times their gradients */
+    float *span, *grad_span;       /* [stride]: of the queries of a row */
     void *memory;
 } Work;
 
@@ -115,8 +120,37 @@ INLINE void logits(const LocalAttention *m, Work *w, int64_t y, const Tile *t, i
     }
 }
 
+/* How many neighbours key `n` is away, in the direction in which it is further; keys are counted from those of row `first`. */
+INLINE float distance(const LocalAttention *m, int64_t y, int64_t first, int n) {
+    int side = 2 * (int)m->radius + 1;
+    int64_t down = first + n / side - y, across = n % side - m->radius;
+    return (float)at_least(down < 0 ? -down : down, across < 0 ? -across : across);
+}
+
+/* Adds the bias of each offset to the logits of row y; keys that are a neighbour or more beyond the span become -inf. */
+INLINE void adapt_logits(const LocalAttention *m, Work *w, const Tile *t, int64_t y, int64_t first, int64_t last) {
+    int side = 2 * (int)m->radius + 1, count = (int)(last - first + 1) * side, queries = t->queries;
+    const float *bias = m->bias ? m->bias + (t->h * side + first - y + m->radius) * side : NULL;
+    for (int n = 0; bias && n < count; n++) {
+        float *logit = w->weights + n * w->stride + 2 * m->radius;
+        SIMD for (int i = 0; i < queries; i++) logit[i] += bias[n];
+    }
+    if (!m->span) return;
+    const float *spans = m->span + (t->b * m->heads + t->h) * m->height * m->width;
+    for (int i = 0; i < queries; i++) w->span[i] = spans[cell(m, t, y, t->query_left + i)];
+    for (int n = 0; n < count; n++) {
+        float *logit = w->weights + n * w->stride + 2 * m->radius, far = distance(m, y, first, n);
+        SIMD for (int i = 0; i < queries; i++) logit[i] = w->span[i] + 1 <= far ? -INFINITY : logit[i];
+    }
+}
+
+/* exp(logit - largest) of a key at a distance. The last neighbour of a span counts in part. */
+INLINE float weight_within(float logit, float top, float span, float far) {
+    return exp_negative(logit - top) * (span + 1 - far < 1 ? span + 1 - far : 1);
+}
+
 /* Largest logits and 1 / sum of row y; the logits become exp(logit - largest). */
-INLINE void softmax(const LocalAttention *m, Work *w, const Tile *t, int64_t first, int64_t last) {
+INLINE void softmax(const LocalAttention *m, Work *w, const Tile *t, int64_t y, int64_t first, int64_t last) {
     int side = 2 * (int)m->radius + 1, count = (int)(last - first + 1) * side, queries = t->queries;
     float *weights = w->weights + 2 * m->radius, *top = w->top, *share = w->share;
     for (int i = 0; i < queries; i++) top[i] = -INFINITY, share[i] = 0;
@@ -129,7 +163,15 @@ INLINE void softmax(const LocalAttention *m, Work *w, const Tile *t, int64_t fir
         for (int64_t row = first; row <= last; row++) sees += w->seen[row % side * w->stride + i];
         if (sees == 0) top[i] = 0; /* exp(-inf - 0) is 0 */
     }
-    for (int n = 0; n < count; n++) {
+    for (int i = 0; m->span && i < queries; i++) top[i] = top[i] == -INFINITY ? 0 : top[i]; /* no key within the span */
+    for (int n = 0; m->span && n < count; n++) {
+        float *weight = weights + n * w->stride, far = distance(m, y, first, n);
+        SIMD for (int i = 0; i < queries; i++) {
+            weight[i] = weight_within(weight[i], top[i], w->span[i], far);
+            share[i] += weight[i];
+        }
+    }
+    for (int n = 0; !m->span && n < count; n++) {
         float *weight = weights + n * w->stride;
         SIMD for (int i = 0; i < queries; i++) {
             weight[i] = exp_negative(weight[i] - top[i]);
@@ -150,7 +192,8 @@ INLINE void forward_tile(const LocalAttention *m, Work *w, const Tile *t) {
         visible_rows(m, t, y, &first, &last);
         for (; read <= last; read++) read_keys(m, w, t, read);
         logits(m, w, y, t, first, last);
-        softmax(m, w, t, first, last);
+        if (m->bias || m->span) adapt_logits(m, w, t, y, first, last);
+        softmax(m, w, t, y, first, last);
         memset(w->sums, 0, size * sizeof(float));
         for (int64_t row = first; row <= last; row++)
             weigh(w->weights + (row - first) * side * w->stride + 2 * m->radius, w->values + row % side * size, dim,
@@ -166,6 +209,17 @@ INLINE void forward_tile(const LocalAttention *m, Work *w, const Tile *t) {
     }
 }
 
+/* Gradient of the span by key n, which counts in part. */
+INLINE void span_backward(const LocalAttention *m, Work *w, const Tile *t, int64_t y, int64_t first, int n) {
+    const float *weight = w->weights + n * w->stride + 2 * m->radius, *slope = w->slopes + n * w->stride + 2 * m->radius;
+    float far = distance(m, y, first, n);
+    if (n == 0) memset(w->grad_span, 0, t->queries * sizeof(float));
+    SIMD for (int i = 0; i < t->queries; i++) {
+        float share = w->span[i] + 1 - far;
+        w->grad_span[i] += share > 0 && share < 1 ? weight[i] / share * (slope[i] - w->inner[i]) : 0;
+    }
+}
+
 /* From logits, and products of gradients and values at `w->slopes`, to weights, and gradients of the logits. */
 INLINE void logits_backward(const LocalAttention *m, Work *w, const Tile *t, int64_t y, int64_t first, int64_t last) {
     int side = 2 * (int)m->radius + 1, border = 2 * (int)m->radius, count = (int)(last - first + 1) * side;
@@ -176,7 +230,15 @@ INLINE void logits_backward(const LocalAttention *m, Work *w, const Tile *t, int
         share[i] = totals(m, t, 1)[cell(m, t, y, t->query_left + i)];
         inner[i] = 0;
     }
-    for (int n = 0; n < count; n++) {
+    for (int n = 0; m->span && n < count; n++) {
+        float *weight = w->weights + n * w->stride + border, *slope = w->slopes + n * w->stride + border;
+        float far = distance(m, y, first, n);
+        SIMD for (int i = 0; i < queries; i++) {
+            weight[i] = weight_within(weight[i], top[i], w->span[i], far) * share[i];
+            inner[i] += weight[i] * slope[i];
+        }
+    }
+    for (int n = 0; !m->span && n < count; n++) {
         float *weight = w->weights + n * w->stride + border, *slope = w->slopes + n * w->stride + border;
         SIMD for (int i = 0; i < queries; i++) {
             weight[i] = exp_negative(weight[i] - top[i]) * share[i];
@@ -189,8 +251,22 @@ INLINE void logits_backward(const LocalAttention *m, Work *w, const Tile *t, int
     clear_ends(w->grad, m->dim, border + queries, w->stride);
     for (int n = 0; n < count; n++) {
         float *weight = w->weights + n * w->stride + border, *slope = w->slopes + n * w->stride + border;
+        if (m->span) span_backward(m, w, t, y, first, n);
         SIMD for (int i = 0; i < queries; i++) slope[i] = weight[i] * (slope[i] - inner[i]);
     }
+    if (y < t->top || y >= t->bottom) return; /* of another tile */
+    int from = (int)(t->left - t->query_left), to = (int)(t->right - t->query_left);
+    if (m->grad_bias) {
+        float *sums = m->bias_parts + (t->number * side + first - y + m->radius) * side;
+        for (int n = 0; n < count; n++) {
+            const float *slope = w->slopes + n * w->stride + border;
+            float sum = 0;
+            SIMD_SUM(sum) for (int i = from; i < to; i++) sum += slope[i];
+            sums[n] += sum;
+        }
+    }
+    float *grads = m->grad_span + (t->b * m->heads + t->h) * m->height * m->width;
+    for (int i = from; m->grad_span && i < to; i++) grads[cell(m, t, y, t->query_left + i)] = w->grad_span[i];
 }
 
 /* Gradients of row `row` of keys and values, which are complete, where they belong to this tile. */
@@ -214,6 +290,7 @@ INLINE void backward_tile(const LocalAttention *m, Work *w, const Tile *t) {
             memset(w->grad_values + read % side * size, 0, size * sizeof(float));
         }
         logits(m, w, y, t, first, last);
+        if (m->bias || m->span) adapt_logits(m, w, t, y, first, last);
         read_row(m, t, &m->grad_out, y, t->query_left, t->queries, 1, w->grad + border, w->stride);
         for (int64_t row = first; row <= last; row++)
             window_products(w->grad + border, w->values + row % side * size, NULL, (int)m->dim, w->stride, w->stride, columns,
@@ -248,6 +325,7 @@ INLINE int64_t per_part(int64_t length, int64_t dilation, int64_t parts) {
 /* Tile `number`; an empty one in phases that are smaller than the largest. */
 INLINE Tile find_tile(const LocalAttention *m, int64_t number, int64_t halo) {
     Tile t;
+    t.number = number;
     int64_t strip = number % m->strips, band = number / m->strips % m->bands;
     number /= m->strips * m->bands;
     t.across = number % at_most(m->dilation, m->width);
@@ -292,7 +370,9 @@ static int allocate(const LocalAttention *m, Work *w) {
                  {&w->sums, dim},
                  {&w->top, 1},
                  {&w->share, 1},
-                 {&w->inner, back}};
+                 {&w->inner, back},
+                 {&w->span, m->span ? 1 : 0},
+                 {&w->grad_span, m->span ? back : 0}};
     int count = sizeof(parts) / sizeof(parts[0]);
     for (int i = 0; i < count; i++) used += parts[i].rows * stride;
     if (posix_memalign(&w->memory, 64, (used + LANES) * sizeof(float))) return 0;
@@ -339,7 +419,16 @@ static int over_tiles(void *(*work)(void *), LocalAttention *m) {
     int64_t wanted = TILES_PER_THREAD * m->threads, tiles = count_tiles(m);
     if (m->threads > 1 && tiles < wanted)
         m->bands = at_least(1, at_most((wanted + tiles - 1) / tiles, rows / at_least(MIN_ROWS, 2 * m->radius)));
-    in_threads(work, m, at_most(m->threads, count_tiles(m)));
+    int64_t offsets = (2 * m->radius + 1) * (2 * m->radius + 1);
+    tiles = count_tiles(m);
+    m->bias_parts = NULL;
+    if (m->grad_bias && !(m->bias_parts = calloc(tiles * offsets, sizeof(float)))) return NO_MEMORY;
+    in_threads(work, m, at_most(m->threads, tiles));
+    for (int64_t number = 0; m->grad_bias && number < tiles; number++) {
+        int64_t h = number / (tiles / (m->batch * m->heads)) % m->heads;
+        for (int64_t n = 0; n < offsets; n++) m->grad_bias[h * offsets + n] += m->bias_parts[number * offsets + n];
+    }
+    free(m->bias_parts);
     return (int)m->failed;
 }
 

@@ -1,9 +1,14 @@
-"""Local attention by kernels: C on CPUs, Triton on GPUs, as the registered operator `heptapod::local_attention`."""
+"""Local attention by kernels: C on CPUs, Triton on GPUs, as the registered operator `heptapod::local_attention`.
+
+Attention to adapted windows is `heptapod::adaptive_local_attention`, with gradients of spans and biases.
+"""
+
+from typing import Any
 
 import torch
 
 from ..common.attention_operator import kernels_run, register_attention
-from ..common.registered_operators import operator_namespace
+from ..common.registered_operators import in_full_precision, in_graph, operator_namespace
 from .local_attention_cpu import backward as cpu_backward
 from .local_attention_cpu import forward as cpu_forward
 from .local_attention_cpu import takes as cpu_takes
@@ -47,4 +52,121 @@ def _differentiate(grad_out, q, k, v, totals, padding_mask, radius, dilation, sc
 _attention = register_attention(f"{NAMESPACE}::local_attention", _attend, _differentiate, new_cells, new_totals)
 
 
-__all__ = ["NAMESPACE", "has_kernel", "kernel_attention"]
+# ---------------------------------------------------------------------------------------------------------------------
+# Adapted windows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def has_adaptive_kernel(q: torch.Tensor, radius: int) -> bool:
+    """As `has_kernel`, for windows with spans or biases."""
+    return kernels_run(q) and cpu_takes(q, radius)
+
+
+def adaptive_kernel_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    span: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    padding_mask: torch.Tensor | None,
+    radius: int,
+    dilation: int,
+    scale: float,
+) -> torch.Tensor:
+    """Local attention to adapted windows, of checked inputs for which `has_adaptive_kernel` is true."""
+    span, bias = (None if x is None else x.float() for x in (span, bias))
+    arguments = q, k, v, span, bias, padding_mask, radius, dilation, scale
+    return _adaptive_operator(*arguments)[0] if in_graph() else _AdaptiveAttention.apply(*arguments)
+
+
+class _AdaptiveAttention(torch.autograd.Function):
+    """For eager mode, where a registered operator takes longer to call."""
+
+    @staticmethod
+    @in_full_precision
+    def forward(ctx: Any, q, k, v, span, bias, padding_mask, radius, dilation, scale):
+        out, totals = cpu_forward(q, k, v, radius, dilation, scale, padding_mask, span, bias)
+        ctx.save_for_backward(q, k, v, totals, span, bias, padding_mask)
+        ctx.numbers = radius, dilation, scale
+        return out
+
+    @staticmethod
+    @in_full_precision
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out):
+        return *_adaptive_gradients(grad_out, *ctx.saved_tensors, *ctx.numbers), *(None,) * 4
+
+
+def _adaptive_gradients(grad_out, q, k, v, totals, span, bias, padding_mask, radius, dilation, scale):
+    """Gradients of `q`, `k`, `v`, `span` and `bias`, `None` of what is not given."""
+    arguments = grad_out, q, k, v, totals, radius, dilation, scale, padding_mask, span, bias
+    return _with_gaps(cpu_backward(*arguments), span, bias)
+
+
+def _with_gaps(grads, span, bias):
+    """Gradients of `q`, `k` and `v`, then of those of `span` and `bias` that are given, with `None` for the others."""
+    left = list(grads[3:])
+    return *grads[:3], *(None if x is None else left.pop(0) for x in (span, bias))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::adaptive_local_attention", mutates_args=())
+@in_full_precision
+def _adaptive_operator(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    span: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    padding_mask: torch.Tensor | None,
+    radius: int,
+    dilation: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return cpu_forward(q, k, v, radius, dilation, scale, padding_mask, span, bias)
+
+
+@_adaptive_operator.register_fake
+def _(q, *_):
+    return new_cells(q), new_totals(q)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::adaptive_local_attention_backward", mutates_args=())
+@in_full_precision
+def _adaptive_backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    totals: torch.Tensor,
+    span: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    padding_mask: torch.Tensor | None,
+    radius: int,
+    dilation: int,
+    scale: float,
+) -> list[torch.Tensor]:
+    arguments = grad_out, q, k, v, totals, span, bias, padding_mask, radius, dilation, scale
+    return [x for x in _adaptive_gradients(*arguments) if x is not None]
+
+
+@_adaptive_backward.register_fake
+def _(grad_out, q, k, v, totals, span, bias, *_):
+    return [*(new_cells(q) for _ in "qkv"), *(torch.empty_like(x) for x in (span, bias) if x is not None)]
+
+
+def _keep(ctx, inputs, output):
+    q, k, v, span, bias, padding_mask, *ctx.numbers = inputs
+    ctx.save_for_backward(q, k, v, output[1], span, bias, padding_mask)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate_adaptive(ctx, grad_out, _):
+    span, bias = ctx.saved_tensors[4:6]
+    grads = _adaptive_backward(grad_out, *ctx.saved_tensors, *ctx.numbers)
+    return *_with_gaps(grads, span, bias), *(None,) * 4
+
+
+_adaptive_operator.register_autograd(_differentiate_adaptive, setup_context=_keep)
+
+
+__all__ = ["NAMESPACE", "adaptive_kernel_attention", "has_adaptive_kernel", "has_kernel", "kernel_attention"]

@@ -219,6 +219,31 @@ def _overlap(down, across, height, width):
     return (slice(None), *here), (slice(None), *there)
 
 
+def span_loss(
+    spans: Iterable[torch.Tensor],
+    radii: Iterable[int],
+    grid_size: tuple[int, int],
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """Mean span of the cells with labels, as a share of the radius of each layer.
+
+    Args:
+        spans (`Iterable[torch.Tensor]`): of each layer, `[batch, heads, height, width]`.
+        radii (`Iterable[int]`): of these layers.
+        grid_size (`tuple[int, int]`): height and width.
+        labels (`torch.LongTensor` of shape `[batch, ...]`): `-100` at cells that the loss leaves out.
+        num_items_in_batch (`int`, *optional*): number of labels in all batches of one optimizer step.
+    """
+    counted = (labels != IGNORE_INDEX).view(-1, *grid_size)
+    shares = [
+        (span.mean(1) / max(radius, 1)).masked_fill(~counted.to(span.device), 0).sum()
+        for span, radius in zip(spans, radii)
+    ]
+    total = reduce(torch.add, shares) / len(shares)
+    return total / _count(labels, num_items_in_batch, total.device)
+
+
 def _count(labels, num_items_in_batch, device):
     count = at_least_one((labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch)
     return count.to(device) if torch.is_tensor(count) else count

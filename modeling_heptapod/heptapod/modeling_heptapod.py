@@ -1,7 +1,6 @@
 """The Heptapod grid: a page of tokens, each attending to its neighbours on all sides, trained to fill masked cells.
 
-In this order: attention, layer, model, head. The arithmetic of attention is in `local_attention.py`, the training
-objective in `masked_diffusion.py`, generation in `generation_heptapod.py`. The prototype is `nonlinear-transformer`.
+Model and head. Layers are in `heptapod_blocks.py`, the arithmetic of attention in `local_attention.py`, the training objective in `masked_diffusion.py`, generation in `generation_heptapod.py`. The prototype is `nonlinear-transformer`.
 """
 
 from dataclasses import dataclass
@@ -10,10 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
@@ -22,12 +19,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..common.auto_mapping import AutoMappingMixin
 from ..common.losses import IGNORE_INDEX, require_labels
-from ..common.model_inputs import apply_mask_to_padding_states, check_one_input, has_dynamic_shapes
+from ..common.model_inputs import apply_mask_to_padding_states, check_one_input
 from ..common.unused_kwargs import pop_kwargs, reject_unused_kwargs
 from .configuration_heptapod import HeptapodConfig
 from .generation_heptapod import HeptapodGenerationMixin
-from .grid_positions import HeptapodSinePositionEmbedding, grid_rotary, rotate
-from .local_attention import attention_weights, local_attention
+from .grid_positions import HeptapodSinePositionEmbedding, grid_rotary
+from .heptapod_blocks import HeptapodAttention, HeptapodLayer, HeptapodSpan, cell_by_cell
 from .masked_diffusion import (
     DIRECTIONS,
     ElboEstimate,
@@ -39,6 +36,7 @@ from .masked_diffusion import (
     rank_and_num_ranks,
     sample_eval_masks,
     sample_mask,
+    span_loss,
     warn_if_padding_was_counted,
 )
 from .page_inputs import (
@@ -52,108 +50,6 @@ from .page_inputs import (
 
 
 logger = logging.get_logger(__name__)
-
-
-def cell_by_cell(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Applies a linear layer to a page `[batch, height, width, channels]` as `[batch, cells, channels]`.
-
-    Adapters and quantized layers of other libraries take no more than three dimensions.
-    """
-    return layer(x.flatten(1, -2)).view(*x.shape[:-1], -1)
-
-
-class HeptapodAttention(nn.Module):
-    """Attention to the neighbourhood of each cell, to the whole page, or to both by different heads.
-
-    Heads that attend to the whole page take transformers' attention interface. It has nothing for neighbourhoods in two
-    dimensions, which take `local_attention`. `output_attentions=True` and `attn_implementation="eager"` compute matrices
-    `[batch, heads, cells, cells]` for all heads.
-    """
-
-    def __init__(self, config: HeptapodConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.num_heads = config.num_attention_heads
-        self.attention_dropout = config.attention_dropout
-        self.scaling = config.head_dim**-0.5
-        self.is_causal = False
-        radius, dilation = config.neighborhood(layer_idx)
-        split = self.num_heads - config.num_global_heads if radius is not None else 0
-        groups = (slice(0, split), radius, dilation), (slice(split, self.num_heads), None, 1)
-        self.head_groups = [group for group in groups if group[0].start < group[0].stop]  # heads, radius, dilation
-        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        grid_size: tuple[int, int],
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        padding_mask: torch.Tensor | None = None,
-        global_mask: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        qkv = self.qkv_proj(hidden_states).view(hidden_states.shape[0], *grid_size, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(3, 0, 4, 1, 2, 5)  # [batch, heads, height, width, head_dim]
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
-        dropout = self.attention_dropout if self.training else 0.0
-        attentions = None
-        if output_attentions or self.config._attn_implementation == "eager" or has_dynamic_shapes(hidden_states):
-            parts = [
-                attention_weights(q[:, at], k[:, at], radius, dilation, padding_mask)
-                for at, radius, dilation in self.head_groups
-            ]
-            attentions = torch.cat(parts, dim=1)
-            out = nn.functional.dropout(attentions, dropout) @ v.flatten(2, 3)
-            out = out.unflatten(2, grid_size)
-        else:
-            parts = [
-                self._global_attention(q[:, at], k[:, at], v[:, at], global_mask, dropout)
-                if radius is None
-                else local_attention(q[:, at], k[:, at], v[:, at], radius, dilation, padding_mask, dropout=dropout)
-                for at, radius, dilation in self.head_groups
-            ]
-            out = torch.cat(parts, dim=1)
-        out = out.permute(0, 2, 3, 1, 4).reshape(hidden_states.shape)
-        return self.o_proj(out), attentions if output_attentions else None
-
-    def _global_attention(self, q, k, v, global_mask, dropout):
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)  # type: ignore[arg-type]
-        cells = (x.flatten(2, 3) for x in (q, k, v))
-        out, _ = attention(self, *cells, global_mask, dropout=dropout, scaling=self.scaling)
-        return out.transpose(1, 2).unflatten(2, q.shape[2:4])  # from [batch, cells, heads, head_dim]
-
-
-class HeptapodMLP(nn.Module):
-    def __init__(self, config: HeptapodConfig):
-        super().__init__()
-        assert config.intermediate_size is not None  # for type checkers
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
-
-
-class HeptapodLayer(GradientCheckpointingLayer):
-    """Pre-norm block: attention and feed-forward, each with a residual connection."""
-
-    def __init__(self, config: HeptapodConfig, layer_idx: int):
-        super().__init__()
-        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = HeptapodAttention(config, layer_idx)
-        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = HeptapodMLP(config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        page = hidden_states.shape
-        hidden_states = hidden_states.flatten(1, -2)
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + self.dropout(attended)
-        hidden_states = hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
-        return hidden_states.view(page)
 
 
 class HeptapodSelfConditioning(nn.Linear):
@@ -189,6 +85,32 @@ class HeptapodPreTrainedModel(AutoMappingMixin, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, HeptapodSelfConditioning):
             init.zeros_(module.weight)
+        elif isinstance(module, HeptapodSpan):
+            init.constant_(module.bias, 2.0)
+        elif isinstance(module, HeptapodAttention) and module.relative_position_bias is not None:
+            init.zeros_(module.relative_position_bias)
+
+
+@auto_docstring(
+    custom_intro="""
+    Output of the base model.
+    """
+)
+@dataclass
+class HeptapodModelOutput(BaseModelOutput):
+    r"""
+    last_hidden_state (`torch.FloatTensor` of shape `(batch_size, height, width, hidden_size)`, or of flat pages):
+        States of all cells, normalised.
+    hidden_states (`tuple`, *optional*):
+        Embeddings and the output of each layer, the last one normalised.
+    attentions (`tuple`, *optional*):
+        Of each layer, `[batch_size, heads, cells, cells]`.
+    spans (`tuple`, *optional*):
+        With `config.adaptive_span`, of each layer with neighbourhoods: the number of neighbours that heads attend to in each
+        direction, `[batch_size, heads, height, width]`.
+    """
+
+    spans: tuple[torch.Tensor, ...] | None = None
 
 
 @auto_docstring
@@ -215,7 +137,7 @@ class HeptapodModel(HeptapodPreTrainedModel):
         grid_size: tuple[int, int] | None = None,
         output_attentions: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutput:
+    ) -> HeptapodModelOutput:
         r"""
         input_ids (`torch.LongTensor` of shape `(batch_size, height, width)`, *optional*):
             Tokens of a page, or flat `(batch_size, height * width)`, row by row. Outputs have the same leading shape.
@@ -241,9 +163,9 @@ class HeptapodModel(HeptapodPreTrainedModel):
             hidden_states = embeds + positions.expand(embeds.shape[0], -1, -1).reshape_as(embeds)
         if padding_mask is not None:
             hidden_states = apply_mask_to_padding_states(hidden_states, padding_mask.view(hidden_states.shape[:-1]))
-        hidden_states = self.dropout(hidden_states)
+        hidden_states, spans = self.dropout(hidden_states), []
         for layer in self.layers:
-            hidden_states = layer(
+            hidden_states, span = layer(
                 hidden_states,
                 grid_size=grid_size,
                 rotary=rotary,
@@ -251,7 +173,8 @@ class HeptapodModel(HeptapodPreTrainedModel):
                 global_mask=global_mask,
                 output_attentions=output_attentions,
             )
-        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+            spans += [] if span is None else [span]
+        return HeptapodModelOutput(last_hidden_state=self.norm(hidden_states), spans=tuple(spans) or None)
 
     def embed(
         self,
@@ -301,9 +224,12 @@ class HeptapodMaskedLMOutput(MaskedLMOutput):
     masked_labels (`torch.LongTensor` of the shape of `labels`, *optional*):
         The labels of the masked cells, which the loss is of; -100 at all others, whose logits are not trained. `Trainer`
         passes it to `compute_metrics` after the logits: `logits, masked_labels = prediction.predictions`.
+    spans (`tuple`, *optional*):
+        As from the base model.
     """
 
     masked_labels: torch.Tensor | None = None
+    spans: tuple[torch.Tensor, ...] | None = None
 
 
 @auto_docstring(
@@ -398,12 +324,18 @@ class HeptapodForMaskedLM(HeptapodGenerationMixin, HeptapodPreTrainedModel):
                 heads = {"projections": self.neighbor_projs, "lm_head": self.lm_head}
                 extra = neighbor_loss(outputs.last_hidden_state, **heads, **page, **draw, **loss_kwargs)
                 loss = loss + self.config.neighbor_loss_weight * extra
+            if self.training and self.config.span_loss_weight:
+                radii = [self.config.neighborhood(layer)[0] for layer in range(self.config.num_hidden_layers)]
+                radii = [radius for radius in radii if radius is not None]
+                extra = span_loss(outputs.spans, radii, grid_size, labels, **loss_kwargs)
+                loss = loss + self.config.span_loss_weight * extra
         return HeptapodMaskedLMOutput(
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             masked_labels=masked_labels,
+            spans=outputs.spans,
         )
 
     @torch.no_grad()

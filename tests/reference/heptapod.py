@@ -15,7 +15,8 @@ class HeptapodDescription:
     """The numbers that make a grid model.
 
     `layers` holds one pair a layer: the offsets, in rows and in columns, at which a cell sees others (`None`: the whole
-    page), for the heads that are not global. The last `global_heads` heads see the whole page in every layer.
+    page), for the heads that are not global. The last `global_heads` heads see the whole page in every layer. The others may
+    have `spans` and `offset_biases`.
     """
 
     heads: int
@@ -24,6 +25,8 @@ class HeptapodDescription:
     rope_theta: float = 100.0
     borders: bool = True
     layer_norm_eps: float = 1e-5
+    spans: bool = False
+    offset_biases: bool = False
 
 
 def window(radius: int, dilation: int = 1) -> list[int]:
@@ -111,12 +114,24 @@ def _attention(normed, parameter, cells, description, offsets, real):
         q, k = ({cell: _turn(part[cell], cell, description) for cell in cells} for part in (q, k))
         everywhere = offsets is None or head >= description.heads - description.global_heads
         for y, x in cells:
+            span = math.inf
+            if description.spans and not everywhere:
+                raw = parameter("self_attn.span_proj.weight")[head] @ normed[y, x] + parameter("self_attn.span_proj.bias")[head]
+                span = (len(offsets) // 2) / (1 + math.exp(-float(raw)))
             seen = [
                 (row, column)
                 for row, column in cells
                 if real[row, column] and (everywhere or (row - y in offsets and column - x in offsets))
             ]
             factors = [math.exp(float(q[y, x] @ k[cell]) / math.sqrt(len(q[y, x]))) for cell in seen]
+            for number, (row, column) in enumerate(seen):
+                if everywhere:
+                    continue
+                place = offsets.index(row - y), offsets.index(column - x)
+                away = max(abs(at - len(offsets) // 2) for at in place)
+                factors[number] *= min(1, max(0, span + 1 - away))
+                if description.offset_biases:
+                    factors[number] *= math.exp(float(parameter("self_attn.relative_position_bias")[head][place]))
             mixed = sum((factor * v[cell] for factor, cell in zip(factors, seen)), torch.zeros_like(v[y, x]))
             out[y, x].append(mixed / sum(factors) if seen else mixed)
     return {cell: torch.cat(parts) for cell, parts in out.items()}
