@@ -47,29 +47,44 @@ def draw(rng):
     if radius > 5 and width > 40:
         radius = 5  # the peer is slow
     tensors = [cells().to(dtype) for _ in range(4)]
-    return tensors, (radius, dilation, mask, rng.choice((0.2, 1.0, 30.0)))
+    span = bias = None
+    if rng.random() < 0.4:
+        span = (1.4 * torch.rand(batch, heads, height, width, generator=generator) - 0.2) * radius
+        span = span.round() if rng.random() < 0.2 else span
+    if rng.random() < 0.4:
+        bias = rng.choice((0.1, 3.0)) * torch.randn(heads, 2 * radius + 1, 2 * radius + 1, generator=generator)
+    return tensors, (radius, dilation, mask, rng.choice((0.2, 1.0, 30.0))), (span, bias)
 
 
-def attend(q, k, v, grad, arguments):
-    """Output and gradients, in float32."""
-    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = local_attention(*inputs, *arguments)
-    return [x.detach().float() for x in (out, *torch.autograd.grad(out, inputs, grad))]
+def attend(q, k, v, grad, arguments, adapted):
+    """Output and gradients by their names, in float32."""
+    given = {"q": q, "k": k, "v": v, "span": adapted[0], "bias": adapted[1]}
+    given = {name: x.detach().requires_grad_() for name, x in given.items() if x is not None}
+    radius, dilation, mask, scale = arguments
+    options = {"radius": radius, "dilation": dilation, "padding_mask": mask, "scale": scale}
+    out = local_attention(**given, **options)
+    grads = torch.autograd.grad(out, list(given.values()), grad)
+    found = {"output": out, **{f"grad_{name}": x for name, x in zip(given, grads)}}
+    return {name: x.detach().float() for name, x in found.items()}
 
 
 def valid_call(seed):
     """Compare the output and all gradients with those of torch."""
     rng = random.Random(seed)
-    (q, k, v, grad), arguments = draw(rng)
+    (q, k, v, grad), arguments, adapted = draw(rng)
     torch.set_num_threads(rng.choice((1, 1, 3)))
     with patch.object(local_attention_cpu, "_PARALLEL", 0):
-        compiled = attend(q, k, v, grad, arguments)
-    with patch.object(operator, "has_kernel", lambda *_: False):
-        expected = attend(*(x.double() for x in (q, k, v, grad)), arguments)
-    for name, got, wanted in zip(("output", "grad_q", "grad_k", "grad_v"), compiled, expected):
+        compiled = attend(q, k, v, grad, arguments, adapted)
+    precise = [None if x is None else x.double() for x in adapted]
+    no_kernel = {"has_kernel": lambda *_: False, "has_adaptive_kernel": lambda *_: False}
+    with patch.multiple(operator, **no_kernel):
+        expected = attend(*(x.double() for x in (q, k, v, grad)), arguments, precise)
+    for name, got in compiled.items():
+        wanted = expected[name]
         close = 1e-2 if q.dtype == torch.bfloat16 else 1e-4
         # Gradients of queries and keys are differences times the scale: where weights are 0 or 1, rounding is all of them.
         least = 1e-3 * (max(1.0, arguments[3]) if name in ("grad_q", "grad_k") else 1.0)
+        least = max(least, 1e-2) if name in ("grad_span", "grad_bias") else least  # sums that may cancel
         error = (got - wanted).square().mean().sqrt() / wanted.square().mean().sqrt().clamp_min(least)
         assert error < close, f"seed {seed}: {name} is off by {error:.2g}"
 
@@ -77,7 +92,7 @@ def valid_call(seed):
 def invalid_call(seed):
     """Spoil one tensor of a valid call: a `ValueError` must name it."""
     rng = random.Random(seed)
-    (q, k, v, grad), (radius, dilation, _, scale) = draw(rng)
+    (q, k, v, grad), (radius, dilation, _, scale), (span, bias) = draw(rng)
     batch, heads, height, width, _ = q.shape
     given = {
         "q": q,
@@ -86,6 +101,7 @@ def invalid_call(seed):
         "grad_out": grad,
         "totals": torch.zeros(2, batch, heads, height, width),
         "padding_mask": torch.ones(batch, height, width, dtype=torch.bool),
+        **{name: x for name, x in (("span", span), ("bias", bias)) if x is not None},
     }
     name = rng.choice([name for name in given if name != "q"])
     wrong = rng.choice((resized(rng, given[name]), given[name].double(), given[name].to("meta")))

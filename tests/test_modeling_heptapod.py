@@ -23,9 +23,8 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_heptapod import HeptapodForMaskedLM, HeptapodModel, HeptapodProcessor
-from modeling_heptapod.heptapod import local_attention
+from modeling_heptapod.heptapod import heptapod_blocks, local_attention
 from modeling_heptapod.heptapod import masked_diffusion as objective
-from modeling_heptapod.heptapod import heptapod_blocks
 from modeling_heptapod.heptapod import modeling_heptapod as module
 from modeling_heptapod.heptapod.masked_diffusion import (
     masked_diffusion_loss,

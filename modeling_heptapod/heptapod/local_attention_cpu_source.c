@@ -9,7 +9,7 @@
 
 #include "../common/cpu_attention_source.c"
 
-enum { WIDEST = 32, MIN_ROWS = 8 };
+enum { WIDEST = 32, MIN_ROWS = 8, USUAL_THREADS = 4 };
 
 /* A tensor [batch, heads, height, width, dim] with channels side by side: its memory, and distances in elements. */
 typedef struct {
@@ -146,7 +146,7 @@ INLINE void adapt_logits(const LocalAttention *m, Work *w, const Tile *t, int64_
 
 /* exp(logit - largest) of a key at a distance. The last neighbour of a span counts in part. */
 INLINE float weight_within(float logit, float top, float span, float far) {
-    return exp_negative(logit - top) * (span + 1 - far < 1 ? span + 1 - far : 1);
+    return exp_negative(logit - top) * (span + 1 - far >= 1 ? 1 : span + 1 - far); /* NaN stays NaN */
 }
 
 /* Largest logits and 1 / sum of row y; the logits become exp(logit - largest). */
@@ -416,8 +416,9 @@ static int over_tiles(void *(*work)(void *), LocalAttention *m) {
     int64_t rows = per_part(m->height, m->dilation, 1);
     m->strips = (per_part(m->width, m->dilation, 1) + STRIP - 1) / STRIP;
     m->bands = 1;
-    int64_t wanted = TILES_PER_THREAD * m->threads, tiles = count_tiles(m);
-    if (m->threads > 1 && tiles < wanted)
+    int64_t threads = m->grad_bias ? USUAL_THREADS : m->threads; /* its sums are of tiles, whose number must not differ */
+    int64_t wanted = TILES_PER_THREAD * threads, tiles = count_tiles(m);
+    if (threads > 1 && tiles < wanted)
         m->bands = at_least(1, at_most((wanted + tiles - 1) / tiles, rows / at_least(MIN_ROWS, 2 * m->radius)));
     int64_t offsets = (2 * m->radius + 1) * (2 * m->radius + 1);
     tiles = count_tiles(m);

@@ -116,7 +116,10 @@ def _attention(normed, parameter, cells, description, offsets, real):
         for y, x in cells:
             span = math.inf
             if description.spans and not everywhere:
-                raw = parameter("self_attn.span_proj.weight")[head] @ normed[y, x] + parameter("self_attn.span_proj.bias")[head]
+                raw = (
+                    parameter("self_attn.span_proj.weight")[head] @ normed[y, x]
+                    + parameter("self_attn.span_proj.bias")[head]
+                )
                 span = (len(offsets) // 2) / (1 + math.exp(-float(raw)))
             seen = [
                 (row, column)
