@@ -22,24 +22,41 @@ def adaptive_attention(
     dropout: float,
 ) -> torch.Tensor:
     """Attention of checked inputs. Time and memory are those of the window times the grid."""
-    dtype, height, width = torch.promote_types(q.dtype, torch.float32), *q.shape[2:4]
-    real = q.new_ones(1, 1, height, width, 1, dtype=torch.bool)
+    dtype, device, height, width = torch.promote_types(q.dtype, torch.float32), q.device, *q.shape[2:4]
+    (rows, down), (columns, across) = (_neighbours(length, radius, dilation, device) for length in (height, width))
+    visible = ((rows >= 0) & (rows < height))[:, None, :, None] & ((columns >= 0) & (columns < width))[
+        None, :, None, :
+    ]
+    rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
     if padding_mask is not None:
-        real = padding_mask[:, None, :, :, None]
-    with torch.autocast(q.device.type, enabled=False):
-        keys, values = (_windows(x.to(dtype), radius, dilation) for x in (k, v))
-        logits = scale * torch.einsum("bhyxc,bhyxcij->bhyxij", q.to(dtype), keys)
-        visible = _windows(real, radius, dilation).squeeze(4)
+        visible = visible & padding_mask[:, None, rows][:, :, :, :, columns].transpose(3, 4)
+
+    def windows(x):
+        """`[batch, heads, height, width, channels]` -> `[batch, heads, height, width, side, side, channels]`"""
+        return x.to(dtype)[:, :, rows][:, :, :, :, columns].transpose(3, 4)
+
+    with torch.autocast(device.type, enabled=False):
+        logits = scale * torch.einsum("bhyxc,bhyxijc->bhyxij", q.to(dtype), windows(k))
         if bias is not None:
-            logits = logits + bias.to(dtype)[:, None, None]
-        if span is None:
-            share = visible.to(dtype)
-        else:
-            share = (span.to(dtype)[..., None, None] + 1 - distances(radius, q.device)).clamp(0, 1) * visible
+            logits = logits + bias.to(dtype)[:, down + radius][:, :, across + radius][:, None, None]
+        share = visible.to(dtype)
+        if span is not None:
+            distance = torch.maximum(down.abs()[:, None], across.abs()[None, :])
+            share = share * (span.to(dtype)[..., None, None] + 1 - distance).clamp(0, 1)
         logits = logits.masked_fill(share == 0, MASKED_LOGIT)
         weights = normalise(logits.flatten(-2), share.flatten(-2))
-        weights = nn.functional.dropout(weights, dropout).unflatten(-1, (2 * radius + 1, 2 * radius + 1))
-        return torch.einsum("bhyxij,bhyxcij->bhyxc", weights, values).to(q.dtype)
+        weights = nn.functional.dropout(weights, dropout).view(logits.shape)
+        return torch.einsum("bhyxij,bhyxijc->bhyxc", weights, windows(v)).to(q.dtype)
+
+
+def _neighbours(length, radius, dilation, device):
+    """Places of the neighbours of each cell along an axis, `[length, side]`, and their offsets `[side]`.
+
+    Offsets that lead beyond the grid from every cell are left out, except in compiled graphs, which then take other sizes.
+    """
+    reach = radius if torch.compiler.is_compiling() else min(radius, (length - 1) // dilation)
+    offset = torch.arange(-reach, reach + 1, device=device)
+    return torch.arange(length, device=device)[:, None] + dilation * offset, offset
 
 
 def normalise(logits: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
@@ -47,12 +64,6 @@ def normalise(logits: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     weights = share * (logits - logits.detach().amax(-1, keepdim=True)).exp()
     total = weights.sum(-1, keepdim=True)
     return weights / torch.where(total == 0, 1, total)
-
-
-def distances(radius: int, device: torch.device) -> torch.Tensor:
-    """Distance in neighbours of each offset of a window, `[side, side]`: down or across, whichever is larger."""
-    offset = torch.arange(-radius, radius + 1, device=device).abs()
-    return torch.maximum(offset[:, None], offset[None, :])
 
 
 def span_matrix(span: torch.Tensor, dilation: int) -> torch.Tensor:
@@ -79,12 +90,4 @@ def _offsets(length, device):
     return place[None, :] - place[:, None]
 
 
-def _windows(x, radius, dilation):
-    """`[batch, heads, height, width, channels]` -> `[batch, heads, height, width, channels, side, side]`, a view."""
-    border = radius * dilation
-    x = nn.functional.pad(x, (0, 0, border, border, border, border))
-    x = x.unfold(2, 2 * border + 1, 1).unfold(3, 2 * border + 1, 1)
-    return x[..., ::dilation, ::dilation]
-
-
-__all__ = ["adaptive_attention", "bias_matrix", "distances", "normalise", "span_matrix"]
+__all__ = ["adaptive_attention", "bias_matrix", "normalise", "span_matrix"]
