@@ -18,6 +18,7 @@ INTERPRETED = {  # tests of tests/gpu/test_local_attention_triton.py
     "precision": "low_precision or extreme or repeated",
     "pads": "nothing or trace or hidden or larger",
     "layout": "layout",
+    "adapted": "adapted",
 }
 
 
@@ -54,16 +55,41 @@ def test_rows_of_a_halo_need_no_division():
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the kernels are interpreted")
 @pytest.mark.parametrize("dtype, head_dim, padded", [("bf16", 32, True), ("fp32", 20, False)])
 @pytest.mark.parametrize("name", ["forward_kernel", "backward_queries_kernel", "backward_keys_kernel"])
-def test_the_kernels_compile_for_a_gpu(name, dtype, head_dim, padded, monkeypatch, tmp_path):
+@pytest.mark.parametrize("adapted", ["nothing", "span", "bias", "both"])
+def test_the_kernels_compile_for_a_gpu(adapted, name, dtype, head_dim, padded, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    constants = kernels._constants(torch.empty(1, 1, 1, 1, head_dim, dtype=DTYPES[dtype]))
-    if not padded:
-        constants["mask"] = None
-    kernel = getattr(kernels, name)
-    types = {"mask": "*u8", "sent": "*u8", "scale": "fp32", **dict.fromkeys(("tops", "shares", "deltas"), "*fp32")}
+    kernel, constants = (
+        getattr(kernels, name),
+        kernels._constants(torch.empty(1, 1, 1, 1, head_dim, dtype=DTYPES[dtype])),
+    )
+    missing = ([] if padded else ["mask"]) + {
+        "nothing": ["span", "bias", "grad_span"],
+        "span": ["bias"],
+        "bias": ["span", "grad_span"],
+        "both": [],
+    }[adapted]
+    constants |= {name: None for name in missing if name in kernel.arg_names}
+    check_compiled_for_a_gpu(kernel, dtype, types_of(kernel), constants)
+
+
+def types_of(kernel):
+    """Of the arguments of a kernel that are no pointers to cells."""
+    floats = "tops shares deltas span bias grad_span parts".split()
+    types = {"mask": "*u8", "sent": "*u8", "scale": "fp32", **dict.fromkeys(floats, "*fp32")}
     types |= dict.fromkeys(("heads", "height", "width", "radius", "dilation"), "i32")
-    types |= dict.fromkeys([name for name in kernel.arg_names if name.endswith("strides")], ("i64",) * 4)
-    check_compiled_for_a_gpu(kernel, dtype, types, constants)
+    return types | dict.fromkeys([name for name in kernel.arg_names if name.endswith("strides")], ("i64",) * 4)
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="there is no Triton")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the kernels are interpreted")
+@pytest.mark.parametrize("dtype, padded", [("bf16", True), ("fp32", False)])
+def test_the_kernel_of_biases_compiles_for_a_gpu(dtype, padded, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants = {"D": 20, "DP": 32, "CELLS": kernels._BIAS_CELLS, "num_warps": 4}
+    missing = [] if padded else ["mask", "span"]
+    constants |= dict.fromkeys(missing)
+    kernel = kernels.backward_bias_kernel
+    check_compiled_for_a_gpu(kernel, dtype, types_of(kernel), constants, multiplies=False)
 
 
 @pytest.mark.slow

@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def check_compiled_for_a_gpu(kernel, dtype: str, types: dict[str, str], constants: dict) -> None:
+def check_compiled_for_a_gpu(
+    kernel, dtype: str, types: dict[str, str], constants: dict, multiplies: bool = True
+) -> None:
     """An attention kernel compiles for sm_90, and multiplies by mma, not by wgmma.
 
     Args:
@@ -21,6 +23,7 @@ def check_compiled_for_a_gpu(kernel, dtype: str, types: dict[str, str], constant
         dtype (`str`): "bf16" or "fp32".
         types (`dict`): of other arguments.
         constants (`dict`): by name, and `num_warps`.
+        multiplies (`bool`): whether it has products of matrices.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -32,7 +35,7 @@ def check_compiled_for_a_gpu(kernel, dtype: str, types: dict[str, str], constant
     source = ASTSource(kernel, signature, {(names.index(key),): constants[key] for key in constants})
     compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     assert ".target sm_90" in compiled.asm["ptx"] and len(compiled.asm["cubin"]) > 0
-    assert "mma.sync" in compiled.asm["ptx"] and "wgmma" not in compiled.asm["ptx"]
+    assert ("mma.sync" in compiled.asm["ptx"]) == multiplies and "wgmma" not in compiled.asm["ptx"]
 
 
 def run_in_the_interpreter(tests: str, group: str) -> None:

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from .adaptive_attention import adaptive_attention, bias_matrix, normalise, span_matrix
-from .local_attention_operator import adaptive_kernel_attention, has_adaptive_kernel, has_kernel, kernel_attention
+from .local_attention_operator import adaptive_kernel_attention, has_kernel, kernel_attention
 from .tiled_attention import MASKED_LOGIT, TILE, TiledAttention, pad
 
 
@@ -265,7 +265,7 @@ def local_attention(
     mask = None if padding_mask is None else padding_mask.bool()
     if span is not None or bias is not None:
         assert radius is not None  # for type checkers
-        if not dropout and has_adaptive_kernel(q, radius):
+        if not dropout and has_kernel(q, radius):
             return adaptive_kernel_attention(q, k, v, span, bias, mask, radius, dilation, scale)
         return adaptive_attention(q, k, v, span, bias, mask, radius, dilation, scale, dropout)
     if radius is not None and not dropout and has_kernel(q, radius):

@@ -57,11 +57,6 @@ _attention = register_attention(f"{NAMESPACE}::local_attention", _attend, _diffe
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def has_adaptive_kernel(q: torch.Tensor, radius: int) -> bool:
-    """As `has_kernel`, for windows with spans or biases."""
-    return kernels_run(q) and cpu_takes(q, radius)
-
-
 def adaptive_kernel_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -73,10 +68,15 @@ def adaptive_kernel_attention(
     dilation: int,
     scale: float,
 ) -> torch.Tensor:
-    """Local attention to adapted windows, of checked inputs for which `has_adaptive_kernel` is true."""
+    """Local attention to adapted windows, of checked inputs for which `has_kernel` is true."""
     span, bias = (None if x is None else x.float() for x in (span, bias))
     arguments = q, k, v, span, bias, padding_mask, radius, dilation, scale
     return _adaptive_operator(*arguments)[0] if in_graph() else _AdaptiveAttention.apply(*arguments)
+
+
+def _attend_adapted(q, k, v, span, bias, padding_mask, radius, dilation, scale):
+    forward = triton_forward if triton_takes(q, radius) else cpu_forward
+    return forward(q, k, v, radius, dilation, scale, padding_mask, span, bias)
 
 
 class _AdaptiveAttention(torch.autograd.Function):
@@ -85,7 +85,7 @@ class _AdaptiveAttention(torch.autograd.Function):
     @staticmethod
     @in_full_precision
     def forward(ctx: Any, q, k, v, span, bias, padding_mask, radius, dilation, scale):
-        out, totals = cpu_forward(q, k, v, radius, dilation, scale, padding_mask, span, bias)
+        out, totals = _attend_adapted(q, k, v, span, bias, padding_mask, radius, dilation, scale)
         ctx.save_for_backward(q, k, v, totals, span, bias, padding_mask)
         ctx.numbers = radius, dilation, scale
         return out
@@ -99,8 +99,9 @@ class _AdaptiveAttention(torch.autograd.Function):
 
 def _adaptive_gradients(grad_out, q, k, v, totals, span, bias, padding_mask, radius, dilation, scale):
     """Gradients of `q`, `k`, `v`, `span` and `bias`, `None` of what is not given."""
-    arguments = grad_out, q, k, v, totals, radius, dilation, scale, padding_mask, span, bias
-    return _with_gaps(cpu_backward(*arguments), span, bias)
+    backward = triton_backward if triton_takes(q, radius) else cpu_backward
+    grads = backward(grad_out, q, k, v, totals, radius, dilation, scale, padding_mask, span, bias)
+    return _with_gaps(grads, span, bias)
 
 
 def _with_gaps(grads, span, bias):
@@ -122,7 +123,7 @@ def _adaptive_operator(
     dilation: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return cpu_forward(q, k, v, radius, dilation, scale, padding_mask, span, bias)
+    return _attend_adapted(q, k, v, span, bias, padding_mask, radius, dilation, scale)
 
 
 @_adaptive_operator.register_fake
@@ -169,4 +170,4 @@ def _differentiate_adaptive(ctx, grad_out, _):
 _adaptive_operator.register_autograd(_differentiate_adaptive, setup_context=_keep)
 
 
-__all__ = ["NAMESPACE", "adaptive_kernel_attention", "has_adaptive_kernel", "has_kernel", "kernel_attention"]
+__all__ = ["NAMESPACE", "adaptive_kernel_attention", "has_kernel", "kernel_attention"]

@@ -15,9 +15,15 @@ from .local_attention_layout import WIDEST, new_cells, new_totals, with_channels
 
 
 if triton is not None:
-    from .local_attention_triton_kernels import backward_keys_kernel, backward_queries_kernel, forward_kernel
+    from .local_attention_triton_kernels import (
+        backward_bias_kernel,
+        backward_keys_kernel,
+        backward_queries_kernel,
+        forward_kernel,
+    )
 
 _WIDE = 8  # columns of a tile
+_BIAS_CELLS = 64  # queries of a program that sums gradients of a bias
 
 
 def takes(q: torch.Tensor, radius: int) -> bool:
@@ -33,6 +39,8 @@ def forward(
     dilation: int,
     scale: float,
     padding_mask: torch.Tensor | None,
+    span: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Local attention where `takes` is true. The arguments are those of `local_attention`, checked.
 
@@ -43,6 +51,7 @@ def forward(
     """
     q, k, v = (with_channels_together(x) for x in (q, k, v))
     mask = _bytes(padding_mask)
+    span, bias = _contiguous(span), _contiguous(bias)
     out = new_cells(q)
     tops, shares = totals = new_totals(q)
     with torch.cuda.device_of(q):  # Triton launches on the current device
@@ -51,6 +60,8 @@ def forward(
             k,
             v,
             mask,
+            span,
+            bias,
             out,
             tops,
             shares,
@@ -74,26 +85,45 @@ def backward(
     dilation: int,
     scale: float,
     padding_mask: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of queries, keys and values from that of the output and the second result of `forward`.
+    span: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of queries, keys and values from that of the output and the second result of `forward`, then of `span` and
+    `bias` where given.
 
     Padding has none as keys and values. As queries, pads that are infinite or NaN, or whose output has such a gradient, add
     nothing to those of keys and values.
     """
     grad_out, q, k, v = (with_channels_together(x) for x in (grad_out, q, k, v))
     mask = _bytes(padding_mask)
+    span, bias = _contiguous(span), _contiguous(bias)
     grad_q, grad_k, grad_v = (new_cells(q) for _ in range(3))
     tops, shares = totals
     deltas = torch.empty_like(tops)  # go from queries to keys, as does `sent`
     sent = None if mask is None else torch.empty_like(tops, dtype=torch.uint8)
-    maps = mask, tops, shares, deltas, sent
+    grad_span = None if span is None else torch.empty_like(span)
+    adapted, kept = (mask, span, bias), (tops, shares, deltas, sent)
     strides = [x.stride()[:4] for x in (grad_out, q, k, v, grad_q)]
     numbers = *q.shape[1:4], radius, dilation, float(scale)
     with torch.cuda.device_of(q):
         programs, constants = _programs(q, dilation), _constants(q)
-        backward_queries_kernel[programs](grad_out, q, k, v, *maps, grad_q, *strides, *numbers, **constants)
-        backward_keys_kernel[programs](grad_out, q, k, v, *maps, grad_k, grad_v, *strides, *numbers, **constants)
-    return grad_q, grad_k, grad_v
+        given = grad_out, q, k, v, *adapted
+        backward_queries_kernel[programs](*given, grad_span, *kept, grad_q, *strides, *numbers, **constants)
+        backward_keys_kernel[programs](*given, *kept, grad_k, grad_v, *strides, *numbers, **constants)
+        grad_bias = None if bias is None else _grad_bias(given, kept[:3], strides[:4], numbers)
+    return grad_q, grad_k, grad_v, *(x for x in (grad_span, grad_bias) if x is not None)
+
+
+def _grad_bias(given, totals, strides, numbers):
+    """Summed in parts, in a fixed order."""
+    q, bias = given[1], given[-1]
+    batch, heads, height, width, dim = q.shape
+    blocks = triton.cdiv(height * width, _BIAS_CELLS)
+    parts = bias.new_empty(blocks, batch, *bias.shape)
+    sizes = {"D": dim, "DP": padded(dim), "CELLS": _BIAS_CELLS}
+    programs = blocks, bias[0].numel(), batch * heads
+    backward_bias_kernel[programs](*given, *totals, parts, *strides, *numbers, **sizes)
+    return parts.sum((0, 1))
 
 
 def _constants(q):
@@ -114,6 +144,10 @@ def _programs(q, dilation):
     tall = tile(head_dim, q.dtype)[0] // _WIDE
     tiles = triton.cdiv(triton.cdiv(height, dilation), tall) * triton.cdiv(triton.cdiv(width, dilation), _WIDE)
     return (batch * heads * min(dilation, height) * min(dilation, width) * tiles,)
+
+
+def _contiguous(tensor):
+    return None if tensor is None else tensor.contiguous()
 
 
 def _bytes(padding_mask):

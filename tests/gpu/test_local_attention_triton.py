@@ -243,3 +243,44 @@ def test_tensors_of_more_than_two_to_the_31_elements(place):
     near = far.contiguous()
     for one, other in zip(run(far, far, far, far, 1), run(near, near, near, near, 1)):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("what", ["span", "bias", "both"])
+@pytest.mark.parametrize(
+    "size, radius, dilation, head_dim, padded",
+    [((1, 9), 2, 1, 8, True), ((7, 5), 2, 3, 1, True), ((9, 17), 3, 1, 20, False), ((9, 5), 0, 1, 8, False)],
+)
+def test_adapted_windows(what, size, radius, dilation, head_dim, padded):
+    """Values and gradients of spans and biases, which `heptapod::adaptive_local_attention` has."""
+    q, k, v, grad = make_inputs(*size, head_dim, batch=2)
+    mask = make_mask(2, *size) if padded else None
+    span = (1.4 * torch.rand(2, HEADS, *size) - 0.2) * (radius + 0.5) if what != "bias" else None
+    bias = torch.randn(HEADS, 2 * radius + 1, 2 * radius + 1) if what != "span" else None
+    inputs = [x for x in (q, k, v, span, bias) if x is not None]
+    double = [None if x is None else x.double().requires_grad_() for x in (q, k, v, span, bias)]
+    out = naive_local_attention(*double[:3], radius, dilation, mask, 0.3, *double[3:])
+    expected = out.detach(), *torch.autograd.grad(out, [x for x in double if x is not None], grad.double())
+    on_device = [None if x is None else x.to(DEVICE) for x in (q, k, v, grad, span, bias, mask)]
+    q, k, v, grad, span, bias, mask = on_device
+    out, totals = kernels.forward(q, k, v, radius, dilation, 0.3, mask, span, bias)
+    got = out, *kernels.backward(grad, q, k, v, totals, radius, dilation, 0.3, mask, span, bias)
+    assert [list(x.shape) for x in got[1:]] == [list(x.shape) for x in inputs]
+    for place, (one, other) in enumerate(zip(got, expected, strict=True)):
+        scale = 10 if place > 3 else 1  # sums over channels and cells
+        error = (one.cpu().double() - other).abs() / (1 + other.abs())
+        assert error.max() < 1e-5 * scale, (place, error.max())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adapted_windows_in_low_precision(dtype):
+    q, k, v, grad = make_inputs(9, 10, 16, dtype=dtype)
+    span, bias = 2 * torch.rand(1, HEADS, 9, 10), torch.randn(HEADS, 5, 5)
+    double = [x.double().requires_grad_() for x in (q, k, v, span, bias)]
+    out = naive_local_attention(*double[:3], 2, 1, None, 0.3, *double[3:])
+    expected = out.detach(), *torch.autograd.grad(out, double, grad.double())
+    q, k, v, grad, span, bias = (x.to(DEVICE) for x in (q, k, v, grad, span, bias))
+    out, totals = kernels.forward(q, k, v, 2, 1, 0.3, None, span, bias)
+    got = out, *kernels.backward(grad, q, k, v, totals, 2, 1, 0.3, None, span, bias)
+    assert [x.dtype for x in got] == 4 * [dtype] + 2 * [torch.float32]
+    for one, other in zip(got, expected, strict=True):
+        assert relative_rms(one.cpu().double(), other) < (1e-2 if dtype == torch.bfloat16 else 2e-3)
