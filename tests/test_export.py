@@ -83,6 +83,7 @@ CODE = {
         "unused_kwargs.py",
     },
     "heptapod": {
+        "adaptive_attention.py",
         "attention_operator.py",
         "auto_mapping.py",
         "config_checks.py",
@@ -93,6 +94,7 @@ CODE = {
         "generation_config_heptapod.py",
         "generation_heptapod.py",
         "grid_positions.py",
+        "heptapod_blocks.py",
         "local_attention.py",
         "local_attention_cpu.py",
         "local_attention_cpu_source.py",
