@@ -31,6 +31,8 @@ NAMES = (
     "recurrent_equality",
     "decode_state",
     "training_step",
+    "training_compiled",
+    "focus_mixing",
     "decode_speed",
     "one_token",
     "windowed_attention",

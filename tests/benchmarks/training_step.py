@@ -155,7 +155,6 @@ def main():
         disturbed += noisy
         add("compiled, float32", length, compiled)
 
-    report.note("Compiled, ours is mixed by what torch.compile makes of the torch form; eager, by our own C.")
     report.note(
         f"Float32 weights, {tokens:,} tokens a step, AdamW, no dropout; ours has the prototype's options, ours default its own."
     )
