@@ -175,7 +175,8 @@ def _copy_libraries(source, target):
 def _run_tests(tree, scratch, job):
     """In the forked process: runs the tests of a job in the copy and writes what became of them."""
     os.chdir(tree)
-    os.environ["PYTHONPATH"] = str(tree)  # for the processes that tests start
+    given = filter(None, [os.environ.get("PYTHONPATH")])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(tree), *given])  # for the processes that tests start
     sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
     if job["mutated"]:
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"

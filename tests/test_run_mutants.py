@@ -1,5 +1,6 @@
 """tests/run_mutants.py on a project of one module."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,8 @@ def count(n):
 """
 TESTS = """
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +58,11 @@ def test_broken():
     assert False
 
 
+def test_in_a_process_of_its_own():
+    code = "import arithmetic, given; assert arithmetic.double(given.number) == 10"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_compiled():
     library = Path(os.environ["XDG_CACHE_HOME"], "heptapod", "double.so")
     if library.exists():
@@ -68,6 +76,7 @@ DEFECTS = {
     "caught by a slow test": ("2 * x", "3 * x", "test_slowly"),
     "caught with what was compiled": ("2 * x", "2 * x + 1", "test_compiled"),
     "not imported": ("def double", "undefined\n\n\ndef double", "test_double"),
+    "caught in another process": ("2 * x", "3 * x", "test_in_a_process_of_its_own"),
     "unnoticed": ("2 * x", "3 * x", "test_double[0]"),
     "known": ("2 * x", "x * 2", "test_double"),
     "twice": (" n ", " m ", "test_count"),
@@ -83,6 +92,7 @@ OUTCOMES = {
     "caught by one of them": "caught",
     "caught by a slow test": "caught",
     "caught with what was compiled": "caught",
+    "caught in another process": "caught",
     "not imported": "caught",
     "unnoticed": "survived",
     "known": "known to survive",
@@ -94,6 +104,8 @@ OUTCOMES = {
 def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
     (folder / "tests").mkdir()
+    (folder / "given").mkdir()
+    (folder / "given" / "given.py").write_text("number = 5\n")
     (folder / "arithmetic.py").write_text(MODULE)
     (folder / "tests" / "test_arithmetic.py").write_text(TESTS)
     options = "pythonpath = ['.']\naddopts = '-m \"not slow\"'\nmarkers = ['slow']\n"
@@ -114,7 +126,8 @@ def _write_table(path, defects):
 
 def _run(project, *options):
     command = [sys.executable, str(RUNNER), "--root", str(project), "--libraries", "", "-n", "2"]
-    result = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "PYTHONPATH": str(project / "given")}  # which processes of tests see, too
+    result = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, env=environment)
     lines = [line.split(": ") for line in result.stdout.splitlines() if ": arithmetic.py: " in line]
     outcomes = {line[2].split(" (")[0]: line[0].split("] ")[1] for line in lines}
     return result, outcomes
@@ -124,7 +137,7 @@ def test_each_outcome_is_told_apart(project):
     result, outcomes = _run(project)
     assert outcomes == {what: OUTCOMES.get(what, "stale") for what in DEFECTS}, result.stdout + result.stderr
     assert result.returncode == 1
-    assert "5 of 6 caught (83.3%)" in result.stdout
+    assert "6 of 7 caught (85.7%)" in result.stdout
     assert (project / "arithmetic.py").read_text() == MODULE
 
 
