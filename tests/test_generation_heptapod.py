@@ -305,8 +305,9 @@ def test_noise_of_confidence_fades():
 
 
 @pytest.mark.parametrize("sampler", ["confidence", "margin", "random"])
-def test_remasking_by_chance_keeps_the_schedule(sampler):
-    rows, rate, steps = 400, 0.3, 5
+@pytest.mark.parametrize("rate", [0.3, 0.9])
+def test_remasking_by_chance_keeps_the_schedule(rate, sampler):
+    rows, steps = 400, 5
     page = torch.full((1, 4, 5), MASK)
     page[0, 0] = torch.arange(5)
     pages = page.expand(rows, -1, -1)

@@ -144,7 +144,7 @@ class _Canvas:
         self.ids, self.mask_token_id = ids, mask_token_id
         self.is_masked = (ids == mask_token_id) & on_canvas
         self.generated = self.is_masked.clone()
-        self.may_remask = self.is_masked.clone()  # below the threshold, at most once
+        self.may_remask = torch.ones_like(self.is_masked)  # below the threshold, at most once
         self.unmask_step = torch.full_like(ids, -1)
         self.scores = torch.zeros_like(ids, dtype=torch.float32)
         self.confidence = torch.ones_like(self.scores)
