@@ -38,6 +38,7 @@ NAMES = (
     "windowed_attention",
     "profiles",
     "grid_attention",
+    "adaptive_windows",
     "bench_grid_generation",
     "page_baselines",
     "hierarchical_equality",
