@@ -4,6 +4,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import Trainer, TrainingArguments
 
 from modeling_heptapod.heptapod import local_attention as forms
 from modeling_heptapod.heptapod import local_attention_cpu, local_attention_operator
@@ -326,6 +327,14 @@ def test_spans_are_an_output():
     flat = model(page.flatten(1), grid_size=(5, 9)).spans
     assert all(map(torch.equal, flat, model(page).spans))
     assert tiny_heptapod()(page).spans is None
+
+
+def test_trainer_predicts_logits_and_labels_alone(tmp_path):
+    model, pages = tiny_heptapod(**VARIANTS["adaptive"]), random_page(3, 4, 5)
+    arguments = TrainingArguments(tmp_path, per_device_eval_batch_size=2, report_to=[], use_cpu=True)
+    dataset = [{"input_ids": page, "labels": page} for page in pages]
+    logits, masked_labels = Trainer(model, arguments).predict(dataset).predictions
+    assert logits.shape == (3, 4, 5, 20) and masked_labels.shape == (3, 4, 5)
 
 
 def test_a_new_model_looks_far():

@@ -73,6 +73,7 @@ class HeptapodConfig(RenamedFieldsMixin, CustomCodeMixin, PreTrainedConfig):
     ```"""
 
     model_type = "heptapod"
+    keys_to_ignore_at_inference = ["spans"]
     _auto_classes: ClassVar[dict[str, str]] = {
         "AutoConfig": "configuration_heptapod.HeptapodConfig",
         "AutoModel": "modeling_heptapod.HeptapodModel",

@@ -84,7 +84,8 @@ class HeptapodGenerationConfig(GenerationConfig):
     Args:
         sampler (`str`, *optional*, defaults to `"confidence"`):
             The tokens that a denoising step unmasks: those whose sampled token is the most probable (`"confidence"`),
-            those whose most probable token is furthest ahead of the second (`"margin"`), those of least entropy while their entropies add up to no more than `entropy_bound` (`"entropy_bound"`),
+            those whose most probable token is furthest ahead of the second (`"margin"`), those of least entropy while their
+            entropies add up to no more than `entropy_bound` (`"entropy_bound"`),
             any (`"random"`), or the first one, left to right and top to bottom (`"raster"`).
         mask_schedule (`str`, *optional*, defaults to `"cosine"`):
             Number of tokens that a step of `"confidence"`, `"margin"` and `"random"` unmasks: equal shares (`"linear"`) or few at

@@ -1,6 +1,7 @@
 """The Heptapod grid: a page of tokens, each attending to its neighbours on all sides, trained to fill masked cells.
 
-Model and head. Layers are in `heptapod_blocks.py`, the arithmetic of attention in `local_attention.py`, the training objective in `masked_diffusion.py`, generation in `generation_heptapod.py`. The prototype is `nonlinear-transformer`.
+Model and head. Layers are in `heptapod_blocks.py`, the arithmetic of attention in `local_attention.py`, the training objective in
+`masked_diffusion.py`, generation in `generation_heptapod.py`. The prototype is `nonlinear-transformer`.
 """
 
 from dataclasses import dataclass
