@@ -152,7 +152,8 @@ def _adaptive_backward(
 
 @_adaptive_backward.register_fake
 def _(grad_out, q, k, v, totals, span, bias, *_):
-    return [*(new_cells(q) for _ in "qkv"), *(torch.empty_like(x) for x in (span, bias) if x is not None)]
+    adapted = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (span, bias) if x is not None]
+    return [*(new_cells(q) for _ in "qkv"), *adapted]
 
 
 def _keep(ctx, inputs, output):
