@@ -56,8 +56,8 @@ class WithoutMixing(Step):
             return super().__call__()
 
 
-def causal(name, length, positions):
-    """Models with the arguments of a step, by name."""
+def make(name, length, positions):
+    """A model and the arguments of its training step, of `positions` tokens in rows of `length`."""
     ids = torch.randint(0, 256, (max(1, positions // length), length))
     inputs = {"input_ids": ids, "labels": ids}
     if name == "LEAP":
@@ -96,10 +96,10 @@ def main():
         names = ("LEAP", *peers, *(FAMILIES[-1:] if quick else FAMILIES if index == 0 else ()))
         contestants = {}
         for name in names:
-            model, inputs = causal(name, length, tokens)
+            model, inputs = make(name, length, tokens)
             contestants[name, "eager"] = Step(model, inputs)
-            contestants[name, "compiled"] = Step(torch.compile(causal(name, length, tokens)[0]), inputs)
-        contestants["LEAP", "without mixing"] = WithoutMixing(*causal("LEAP", length, tokens))
+            contestants[name, "compiled"] = Step(torch.compile(make(name, length, tokens)[0]), inputs)
+        contestants["LEAP", "without mixing"] = WithoutMixing(*make("LEAP", length, tokens))
         seconds, noisy = harness.in_turns(contestants, rounds, warmup=2)
         disturbed += noisy
         for (name, how), each in seconds.items():
