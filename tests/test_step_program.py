@@ -131,6 +131,26 @@ def test_a_norm_after_a_token_shift(steps, width, dtype):
     assert torch.equal(held, expected.to(dtype))
 
 
+def test_threads_wait_for_one_another():
+    """In programs that take long enough for all threads to begin, on a busy machine, too."""
+    batch, width, depth = 8, 512, 200
+    x, weight = torch.randn(batch, width), torch.randn(width, width) / width**0.5
+    program = StepProgram(batch)
+    given, place = program.tensor("x", batch, width), program.tensor("weight", width, width)
+    rows = program.rows(width), program.rows(width)
+    program.load(given, rows[0])
+    for layer in range(depth):
+        program.linear(rows[layer % 2], rows[1 - layer % 2], place)
+    program.store(given, rows[depth % 2])
+    program.compile()
+    results = []
+    for threads in (1, 3, 3, 7):
+        torch.set_num_threads(threads)
+        results.append(x.clone())
+        program.run([results[-1], weight], [], torch.float32)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 def test_sums():
     x, other = randn(BATCH, WIDTH), randn(BATCH, WIDTH)
 
